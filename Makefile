@@ -1,0 +1,40 @@
+# make run    set up and train the default model      make test   set up, lint and test
+# make lint   ruff and mypy alone                     make lock   resolve requirements.lock anew
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+# What JAX should be installed for; say ACCELERATOR=cpu to overrule.
+ACCELERATOR ?= $(shell \
+	if nvidia-smi -L 2>/dev/null | grep -q GPU; then \
+		driver=$$(nvidia-smi --query-gpu=driver_version --format=csv,noheader | head -n 1 | cut -d . -f 1); \
+		if [ "$$driver" -ge 580 ]; then echo cuda13; else echo cuda12; fi; \
+	elif ls /dev/accel[0-9]* /dev/vfio/[0-9]* >/dev/null 2>&1; then echo tpu; \
+	else echo cpu; fi)
+EXTRAS := $(if $(filter cpu,$(ACCELERATOR)),dev,dev,$(ACCELERATOR))
+STAMP := $(VENV)/.installed-$(ACCELERATOR)
+
+.PHONY: run test lint lock
+
+run: $(STAMP)
+	$(BIN)/python -m structvit_jax.main --config=configs/moving_digits.py $(ARGS)
+
+test: lint
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(STAMP): requirements.txt requirements.lock pyproject.toml
+	@echo "installing structvit_jax and its requirements for: $(ACCELERATOR)"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock -e ".[$(EXTRAS)]"
+	@touch $@
+
+lock: requirements.txt pyproject.toml
+	uv pip compile --quiet --universal --upgrade --python-version 3.11 pyproject.toml \
+		--extra dev --extra cuda12 --extra cuda13 --extra tpu \
+		--custom-compile-command "make lock" -o requirements.lock

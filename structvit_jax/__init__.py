@@ -1,0 +1,24 @@
+"""StructViT (CVPR 2024) in JAX: vision transformers whose attention reads the structure of correlations."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+__all__ = ["StructAttention", "convert", "cost", "create_model", "list_models", "ops"]
+
+# Loaded on first use: processes that only read data never import jax.
+_ROOMS = {"StructAttention": "models", "cost": "models", "create_model": "models", "list_models": "models"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return getattr(importlib.import_module(f"structvit_jax.{_ROOMS[name]}"), name)
+    if name in __all__:
+        return importlib.import_module(f"structvit_jax.{name}")
+    raise AttributeError(f"module 'structvit_jax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,132 @@
+"""StructAttention: structural self-attention as a layer, for StructViT and for anyone's transformer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from structvit_jax.errors import UserError, did_you_mean
+from structvit_jax.models.layers import Linear, normal_init
+from structvit_jax.models.ledger import declare
+from structvit_jax.ops import StructAttentionMaps, struct_attention, struct_attention_maps
+
+
+def normal_kernels(key: jax.Array, shape: Sequence[int], dtype=jnp.float32) -> jax.Array:
+    """Normal with deviation 1 / sqrt(window): convolving uncorrelated features keeps their variance."""
+    return normal_init(1 / math.sqrt(math.prod(shape[:-3])))(key, shape, dtype)
+
+
+def delta_kernels(key: jax.Array, shape: Sequence[int], dtype=jnp.float32) -> jax.Array:
+    """One at the window's centre, zero elsewhere: D equal copies, which together are plain attention."""
+    centre = tuple((k - 1) // 2 for k in shape[:-3])
+    return jnp.zeros(shape, dtype).at[centre].set(1.0)
+
+
+KERNEL_INITS: dict[str, Callable] = {"normal": normal_kernels, "delta": delta_kernels}
+
+
+class StructAttention(nnx.Module):
+    """Multi-head StructSA (paper, section 3): [batch, *grid, width] -> [batch, *grid, width].
+
+    Queries, keys and values come from one linear layer, the output passes through another. The paper
+    leaves open the kernels' initialisation, a bias and a normalisation after the kernels, and the
+    logit scale; here: `kernel_init`, none, none, and 1 / sqrt(width / heads).
+
+    Args:
+      width: channels of input and output, a multiple of `heads`.
+      heads: number of heads; each has kernels of its own.
+      grid_axes: 2 for images (height, width), 3 for video (time, height, width).
+      structure_dim: D, the number of correlation patterns; 0 is plain self-attention, 1 ConvSA.
+      key_window, value_window: odd window sides, one number for all axes or one per axis; a value
+        window of one is the paper's element aggregation.
+      key_kernels, value_kernels: "channel" for a kernel per channel (appendix A), "shared" for one per
+        head (dot-product correlation, equation 2; shared aggregation, equation 5).
+      stride: spatial stride of the keys' and values' windows.
+      method: "factored" or "volume", see `structvit_jax.ops.struct_attention`.
+      kernel_init: "normal", "delta", or a function (key, shape, dtype) -> array with shape
+        [*window, heads, channels or 1, D].
+      dtype: of the computation; parameters are float32.
+      rngs: `nnx.Rngs` with a stream `params`.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        heads: int,
+        grid_axes: int = 2,
+        structure_dim: int = 4,
+        key_window: int | Sequence[int] = 3,
+        value_window: int | Sequence[int] = 3,
+        key_kernels: str = "channel",
+        value_kernels: str = "channel",
+        stride: int = 1,
+        method: str = "factored",
+        kernel_init: str | Callable = "normal",
+        dtype=None,
+        rngs: nnx.Rngs,
+    ):
+        if width % heads:
+            raise UserError(f"StructAttention: width {width} is not a multiple of {heads} heads")
+        if not structure_dim and stride != 1:
+            raise UserError(
+                "StructAttention: a stride needs structure_dim >= 1; plain self-attention has no window"
+            )
+        self.heads, self.stride, self.method, self.dtype = heads, stride, method, dtype
+        self.qkv = Linear(width, 3 * width, dtype=dtype, rngs=rngs)
+        self.proj = Linear(width, width, dtype=dtype, rngs=rngs)
+        if isinstance(kernel_init, str):
+            if kernel_init not in KERNEL_INITS:
+                raise UserError(
+                    f"unknown kernel_init {kernel_init!r}.{did_you_mean(kernel_init, KERNEL_INITS)}"
+                )
+            kernel_init = KERNEL_INITS[kernel_init]
+
+        def kernels(window, form):
+            if not structure_dim:
+                return None
+            if form not in ("channel", "shared"):
+                raise UserError(f"StructAttention: kernels are 'channel' or 'shared', not {form!r}")
+            window = (window,) * grid_axes if isinstance(window, int) else tuple(window)
+            if len(window) != grid_axes or any(k < 1 or k % 2 == 0 for k in window):
+                raise UserError(f"StructAttention: window {window} should be {grid_axes} odd sides")
+            channels = width // heads if form == "channel" else 1
+            return nnx.Param(
+                kernel_init(rngs.params(), (*window, heads, channels, structure_dim), jnp.float32)
+            )
+
+        self.key_kernels = kernels(key_window, key_kernels)
+        self.value_kernels = kernels(value_window, value_kernels)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        operands = self._operands(x)
+        self._declare(x)
+        y = struct_attention(*operands, stride=self.stride, method=self.method)
+        return self.proj(y.reshape(x.shape))
+
+    def maps(self, x: jax.Array, queries: jax.Array) -> StructAttentionMaps:
+        """The attention maps, dynamic kernels and final maps of the queries at flat grid positions [Q]."""
+        return struct_attention_maps(*self._operands(x), stride=self.stride, queries=queries)
+
+    def _operands(self, x):
+        qkv = self.qkv(x)
+        qkv = qkv.reshape(*qkv.shape[:-1], 3, self.heads, -1)
+        query, key, value = (qkv[..., i, :, :] for i in range(3))
+        kernels = [
+            None if k is None else k[...].astype(qkv.dtype) for k in (self.key_kernels, self.value_kernels)
+        ]
+        return query, key, value, *kernels
+
+    def _declare(self, x):
+        batch, *grid, width = x.shape
+        keys = math.prod(grid)
+        if self.key_kernels is not None:
+            keys = math.prod(grid[:-2]) * math.prod(-(-n // self.stride) for n in grid[-2:])
+            keys *= self.key_kernels.shape[-1]
+            taps = sum(math.prod(k.shape[:-3]) for k in (self.key_kernels, self.value_kernels))
+            declare(self, "structure", batch * keys * taps * width)
+        declare(self, "attention", 2 * x.size * keys)

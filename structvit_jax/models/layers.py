@@ -1,0 +1,185 @@
+"""The layers of UniFormer and DeiT, with PyTorch's initialisation and statistics where they matter.
+
+Every layer follows its `dtype` for computing and keeps float32 parameters, and every layer with
+matrix products or convolutions declares them to the ledger.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.nn import initializers
+
+from structvit_jax.models.ledger import declare
+from structvit_jax.ops import depthwise_conv
+
+
+class HostRngs:
+    """Stands in for `nnx.Rngs` when a whole network is built: weights are drawn by NumPy, which needs
+    no compilation per shape (seconds) and gives the same weights on every backend."""
+
+    def __init__(self, seed: int):
+        self._rng = np.random.default_rng(seed)
+
+    def params(self) -> np.random.Generator:
+        return self._rng.spawn(1)[0]
+
+
+def normal_init(std: float) -> Callable:
+    """Normal with deviation `std`, drawn from a JAX key or a NumPy generator."""
+
+    def init(key, shape, dtype=jnp.float32, out_sharding=None):
+        if isinstance(key, np.random.Generator):
+            return jnp.asarray(std * key.standard_normal(shape, np.float32), dtype)
+        return std * jax.random.normal(key, shape, dtype)
+
+    return init
+
+
+def uniform_init(fan_in: int) -> Callable:
+    """torch's default for convolution kernels and biases: uniform within 1 / sqrt(fan_in)."""
+    bound = 1.0 / math.sqrt(fan_in)
+
+    def init(key, shape, dtype=jnp.float32, out_sharding=None):
+        if isinstance(key, np.random.Generator):
+            return jnp.asarray(bound * (2 * key.random(shape, np.float32) - 1), dtype)
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+linear_init = normal_init(0.02)  # timm's trunc_normal_(std=0.02) cuts at 100 sigma: a normal
+
+
+class Linear(nnx.Linear):
+    """[..., in] -> [..., out]."""
+
+    kind = "linear"
+
+    def __init__(
+        self, inputs: int, outputs: int, *, init=linear_init, bias_init=initializers.zeros, dtype, rngs
+    ):
+        super().__init__(inputs, outputs, kernel_init=init, bias_init=bias_init, dtype=dtype, rngs=rngs)
+
+    def __call__(self, inputs: jax.Array, out_sharding=None) -> jax.Array:
+        declare(self, self.kind, inputs.size * self.out_features)
+        return super().__call__(inputs, out_sharding)
+
+
+class Pointwise(Linear):
+    """A 1x1 (or 1x1x1) convolution, computed as the matrix product that it is."""
+
+    kind = "conv"
+
+    def __init__(self, inputs: int, outputs: int, *, dtype, rngs):
+        init = uniform_init(inputs)
+        super().__init__(inputs, outputs, init=init, bias_init=init, dtype=dtype, rngs=rngs)
+
+
+class Conv(nnx.Conv):
+    """A dense convolution with explicit zero padding on both sides."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        window: Sequence[int],
+        strides: Sequence[int],
+        padding: Sequence[int],
+        dtype,
+        rngs,
+    ):
+        init = uniform_init(inputs * math.prod(window))
+        super().__init__(
+            inputs,
+            outputs,
+            tuple(window),
+            tuple(strides),
+            padding=[(p, p) for p in padding],
+            kernel_init=init,
+            bias_init=init,
+            dtype=dtype,
+            rngs=rngs,
+        )
+
+    def __call__(self, inputs: jax.Array, out_sharding=None) -> jax.Array:
+        y = super().__call__(inputs, out_sharding)
+        declare(self, "conv", y.size * math.prod(self.kernel_shape[:-1]))
+        return y
+
+
+class DepthwiseConv(nnx.Module):
+    """One odd window per channel and a bias, stride 1: [batch, *grid, channels] -> the same."""
+
+    def __init__(self, channels: int, *, window: Sequence[int], dtype, rngs: nnx.Rngs):
+        init = uniform_init(math.prod(window))
+        self.kernel = nnx.Param(init(rngs.params(), (*window, 1, channels)))
+        self.bias = nnx.Param(init(rngs.params(), (channels,)))
+        self.dtype = dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        declare(self, "depthwise", x.size * math.prod(self.kernel.shape[:-2]))
+        x, kernel, bias = nnx.nn.dtypes.promote_dtype((x, self.kernel[...], self.bias[...]), dtype=self.dtype)
+        return depthwise_conv(x, kernel) + bias
+
+
+class BatchNorm(nnx.BatchNorm):
+    """torch's BatchNorm: momentum 0.1, eps 1e-5, running variance from the unbiased batch variance.
+
+    Under `jax.jit` the statistics are those of the global batch, on any number of devices.
+    """
+
+    def __init__(self, channels: int, *, dtype, rngs):
+        super().__init__(
+            channels, use_running_average=True, momentum=0.9, epsilon=1e-5, dtype=dtype, rngs=rngs
+        )
+
+    def __call__(self, x, use_running_average=None, *, mask=None) -> jax.Array:
+        old = self.var[...]
+        y = super().__call__(x, use_running_average, mask=mask)
+        if not self.use_running_average:
+            count = x.size // x.shape[-1]
+            kept = self.momentum * old
+            self.var[...] = kept + (self.var[...] - kept) * (count / max(count - 1, 1))
+        return y
+
+
+def layer_norm(channels: int, *, epsilon: float, dtype, rngs) -> nnx.LayerNorm:
+    return nnx.LayerNorm(channels, epsilon=epsilon, dtype=dtype, use_fast_variance=False, rngs=rngs)
+
+
+class Mlp(nnx.Module):
+    """Layer, exact GELU, layer, with a hidden width of four."""
+
+    def __init__(self, width: int, *, layer: type[Linear], dtype, rngs: nnx.Rngs):
+        self.fc1 = layer(width, 4 * width, dtype=dtype, rngs=rngs)
+        self.fc2 = layer(4 * width, width, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
+
+
+class DropPath(nnx.Module):
+    """Stochastic depth: drops a residual branch per example, survivors divided by the keep rate.
+
+    Active after `model.train()`; then the call needs a key.
+    """
+
+    def __init__(self, rate: float):
+        self.rate = rate
+        self.deterministic = True
+
+    def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
+        if self.deterministic or not self.rate:
+            return x
+        if key is None:
+            raise ValueError("a model in training mode with drop_path > 0 needs a key: model(x, key=...)")
+        keep = 1.0 - self.rate
+        mask = jax.random.bernoulli(key, keep, (x.shape[0],) + (1,) * (x.ndim - 1))
+        return jnp.where(mask, x / keep, 0)

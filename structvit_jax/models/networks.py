@@ -1,0 +1,284 @@
+"""The two networks: UniFormer's four stages and DeiT's one, for images and video alike.
+
+A network sees a grid, (height, width) or (time, height, width); that is all that tells video from
+images. StructViT is UniFormer with structural self-attention, no fork of it. Attribute names follow
+the released PyTorch model; `structvit_jax.convert` holds the few exceptions.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from structvit_jax.errors import UserError
+from structvit_jax.models.attention import StructAttention
+from structvit_jax.models.layers import (
+    BatchNorm,
+    Conv,
+    DepthwiseConv,
+    DropPath,
+    HostRngs,
+    Linear,
+    Mlp,
+    Pointwise,
+    layer_norm,
+    linear_init,
+)
+from structvit_jax.models.variants import Variant, get_variant
+
+
+class ConvMixer(nnx.Module):
+    """Local mixing without an activation: 1x1, depthwise, 1x1 (UniFormer's local relation aggregator)."""
+
+    def __init__(self, width: int, *, window: Sequence[int], dtype, rngs):
+        self.conv1 = Pointwise(width, width, dtype=dtype, rngs=rngs)
+        self.depthwise = DepthwiseConv(width, window=window, dtype=dtype, rngs=rngs)
+        self.conv2 = Pointwise(width, width, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.conv2(self.depthwise(self.conv1(x)))
+
+
+class Block(nnx.Module):
+    """x += position(x); x += mixer(norm(x)); x += mlp(norm(x)); the last two with layer scale and drop path.
+
+    Convolution blocks mix with a `ConvMixer` under BatchNorm, attention blocks with `StructAttention`
+    under LayerNorm (eps 1e-6). DeiT's blocks have no position term.
+    """
+
+    def __init__(self, v: Variant, stage: int, *, conv: bool, drop_path: float, rngs):
+        width, common = v.widths[stage], {"dtype": v.compute_dtype, "rngs": rngs}
+        norm = BatchNorm if conv else functools.partial(layer_norm, epsilon=1e-6)
+        has_position = v.network == "uniformer"
+        self.pos_embed = DepthwiseConv(width, window=(3,) * v.grid_axes, **common) if has_position else None
+        self.norm1 = norm(width, **common)
+        self.attn = _conv_mixer(v, width, rngs) if conv else _attention(v, width, rngs)
+        self.norm2 = norm(width, **common)
+        self.mlp = Mlp(width, layer=Pointwise if conv else Linear, **common)
+        self.gamma_1 = _layer_scale(v, width, conv)
+        self.gamma_2 = _layer_scale(v, width, conv)
+        self.drop_path = DropPath(drop_path)
+
+    def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
+        keys = _split(key, 2)
+        if self.pos_embed is not None:
+            x = x + self.pos_embed(x)
+        x = x + self.drop_path(_scale(self.gamma_1, self.attn(self.norm1(x))), keys[0])
+        return x + self.drop_path(_scale(self.gamma_2, self.mlp(self.norm2(x))), keys[1])
+
+
+def _conv_mixer(v: Variant, width: int, rngs) -> nnx.Module:
+    return ConvMixer(width, window=(v.mixer_window,) * v.grid_axes, dtype=v.compute_dtype, rngs=rngs)
+
+
+def _attention(v: Variant, width: int, rngs) -> nnx.Module:
+    return StructAttention(
+        width,
+        heads=width // v.head_width,
+        grid_axes=v.grid_axes,
+        structure_dim=v.structure_dim,
+        key_window=v.key_window,
+        value_window=v.value_window if v.aggregation == "context" else 1,
+        key_kernels=v.key_kernels,
+        value_kernels=v.value_kernels,
+        stride=v.stride,
+        method=v.attention,
+        kernel_init=v.kernel_init,
+        dtype=v.compute_dtype,
+        rngs=rngs,
+    )
+
+
+def _layer_scale(v: Variant, width: int, conv: bool) -> nnx.Param | None:
+    if v.layer_scale is None or (conv and not v.conv_layer_scale):
+        return None
+    return nnx.Param(jnp.full(width, v.layer_scale, jnp.float32))
+
+
+def _scale(gamma: nnx.Param | None, x: jax.Array) -> jax.Array:
+    return x if gamma is None else gamma[...].astype(x.dtype) * x
+
+
+def _split(key: jax.Array | None, count: int) -> Any:
+    """`count` keys, or as many None where there is no key."""
+    return [None] * count if key is None else jax.random.split(key, count)
+
+
+class PatchEmbed(nnx.Module):
+    """A strided convolution, then LayerNorm (eps 1e-5). Sides that do not divide are floored."""
+
+    def __init__(self, inputs: int, width: int, *, window, strides, padding, norm: bool = True, dtype, rngs):
+        self.norm = layer_norm(width, epsilon=1e-5, dtype=dtype, rngs=rngs) if norm else None
+        self.proj = Conv(
+            inputs, width, window=window, strides=strides, padding=padding, dtype=dtype, rngs=rngs
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = self.proj(x)
+        return x if self.norm is None else self.norm(x)
+
+
+class ConvStem(nnx.Module):
+    """Overlapping 3x3 convolutions of stride 2 with BatchNorm, GELU between them (images only)."""
+
+    def __init__(self, widths: Sequence[int], *, dtype, rngs):
+        self.convs = nnx.List(
+            Conv(*step, window=(3, 3), strides=(2, 2), padding=(1, 1), dtype=dtype, rngs=rngs)
+            for step in itertools.pairwise(widths)
+        )
+        self.norms = nnx.List(BatchNorm(width, dtype=dtype, rngs=rngs) for width in widths[1:])
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
+            x = norm(conv(jax.nn.gelu(x, approximate=False) if i else x))
+        return x
+
+
+class Network(nnx.Module):
+    """What both networks share: the input's check, stages, pooling and head.
+
+    Built in evaluation mode; `train()` and `eval()` switch BatchNorm and stochastic depth.
+    """
+
+    variant: Variant
+
+    def __call__(self, x: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
+        """Logits [batch, num_classes], or pooled features [batch, width] where num_classes is 0.
+
+        Args:
+          x: [batch, height, width, 3] or, for video, [batch, time, height, width, 3].
+          key: for stochastic depth, needed in training mode where the variant's drop_path is not 0.
+        """
+        x = self.norm(self.features(x, key=key)[-1])
+        x = x.mean(axis=tuple(range(1, x.ndim - 1)), dtype=jnp.promote_types(x.dtype, jnp.float32))
+        return x if self.head is None else self.head(x)
+
+    def features(self, x: jax.Array, *, key: jax.Array | None = None) -> tuple[jax.Array, ...]:
+        """The maps [batch, *grid, width] after the four stages (DeiT: after each quarter of its depth)."""
+        raise NotImplementedError
+
+    def _finish(self, norm, num_classes, rngs):
+        """The final norm, and the head, whose logits are float32 at least."""
+        self.norm = norm
+        width = self.variant.widths[-1]
+        self.head = Linear(width, num_classes, dtype=None, rngs=rngs) if num_classes else None
+
+    def _check(self, x):
+        v = self.variant
+        layout = "[batch, time, height, width, 3]" if v.video else "[batch, height, width, 3]"
+        if x.ndim != v.grid_axes + 2 or x.shape[-1] != 3:
+            kind = "a video" if v.video else "an image"
+            raise UserError(f"{kind} model takes {layout}; the input has shape {list(x.shape)}")
+        smallest = v.smallest_input
+        if any(n < least for n, least in zip(x.shape[1:-1], smallest, strict=True)):
+            least, got = ("x".join(map(str, s)) for s in (smallest, x.shape[1:-1]))
+            raise UserError(f"input {got} leaves an empty grid; this model needs {least} at least")
+
+
+class UniFormer(Network):
+    """UniFormer and StructViT: two stages of convolution blocks, two of attention blocks, BatchNorm, mean."""
+
+    def __init__(self, v: Variant, *, num_classes: int, rngs):
+        self.variant = v
+        drop_path = np.linspace(0.0, v.drop_path, sum(v.depths)).tolist()
+        for stage, depth in enumerate(v.depths):
+            rates, drop_path = drop_path[:depth], drop_path[depth:]
+            blocks = [Block(v, stage, conv=stage < 2, drop_path=rate, rngs=rngs) for rate in rates]
+            setattr(self, f"patch_embed{stage + 1}", _uniformer_embed(v, stage, rngs))
+            setattr(self, f"blocks{stage + 1}", nnx.List(blocks))
+        self._finish(BatchNorm(v.widths[-1], dtype=v.compute_dtype, rngs=rngs), num_classes, rngs)
+
+    def features(self, x: jax.Array, *, key: jax.Array | None = None) -> tuple[jax.Array, ...]:
+        self._check(x)
+        keys = iter(_split(key, sum(self.variant.depths)))
+        maps = []
+        for stage in range(1, len(self.variant.depths) + 1):
+            x = getattr(self, f"patch_embed{stage}")(x)
+            for block in getattr(self, f"blocks{stage}"):
+                x = block(x, next(keys))
+            maps.append(x)
+        return tuple(maps)
+
+
+def _uniformer_embed(v, stage, rngs):
+    inputs, width = (3, *v.widths)[stage : stage + 2]
+    if v.stem == "conv":
+        return ConvStem(
+            [3, width // 2, width] if stage == 0 else [inputs, width], dtype=v.compute_dtype, rngs=rngs
+        )
+    side = v.patch if stage == 0 else 2
+    window, strides, padding = [side, side], [side, side], [0, 0]
+    if v.video:  # time is halved once, by an overlapping stem
+        window = [3 if stage == 0 else 1, *window]
+        strides = [2 if stage == 0 else 1, *strides]
+        padding = [1 if stage == 0 else 0, *padding]
+    return PatchEmbed(
+        inputs, width, window=window, strides=strides, padding=padding, dtype=v.compute_dtype, rngs=rngs
+    )
+
+
+class DeiT(Network):
+    """DeiT without a class token, which has no place on the grid: LayerNorm, then the mean over positions.
+
+    Positions are learned, jointly over time and space, for the variant's own grid, and resized
+    bicubically for others.
+    """
+
+    def __init__(self, v: Variant, *, num_classes: int, rngs):
+        self.variant = v
+        (width,), (depth,) = v.widths, v.depths
+        tubelet = v.smallest_input  # tubelets do not overlap
+        self.patch_embed = PatchEmbed(
+            3,
+            width,
+            window=tubelet,
+            strides=tubelet,
+            padding=[0] * v.grid_axes,
+            norm=False,
+            dtype=v.compute_dtype,
+            rngs=rngs,
+        )
+        size = (v.num_frames,) * v.video + (v.image_size,) * 2
+        grid = [max(1, n // side) for n, side in zip(size, tubelet, strict=True)]
+        self.pos_embed = nnx.Param(linear_init(rngs.params(), (*grid, width), jnp.float32))
+        rates = np.linspace(0.0, v.drop_path, depth).tolist()
+        self.blocks = nnx.List([Block(v, 0, conv=False, drop_path=rate, rngs=rngs) for rate in rates])
+        self._finish(layer_norm(width, epsilon=1e-6, dtype=v.compute_dtype, rngs=rngs), num_classes, rngs)
+
+    def features(self, x: jax.Array, *, key: jax.Array | None = None) -> tuple[jax.Array, ...]:
+        self._check(x)
+        x = self.patch_embed(x)
+        positions = self.pos_embed[...]
+        if positions.shape != x.shape[1:]:
+            positions = jax.image.resize(positions, x.shape[1:], method="cubic", antialias=False)
+        x = x + positions.astype(x.dtype)
+        maps = []
+        for block, block_key in zip(self.blocks, _split(key, len(self.blocks)), strict=True):
+            x = block(x, block_key)
+            maps.append(x)
+        return tuple(maps[math.ceil(len(maps) * quarter / 4) - 1] for quarter in (1, 2, 3, 4))
+
+
+def create_model(name: str, *, num_classes: int, seed: int = 0, **overrides) -> Network:
+    """Builds a model by name, with fresh weights, in evaluation mode.
+
+    Args:
+      name: see `list_models`; "structvit_s_4_1_video" is StructViT-S, D = 4, stride 1, for video.
+      num_classes: outputs of the head; 0 leaves the head out, so that calls give pooled features.
+      seed: of the weights.
+      **overrides: fields of `Variant`, as `structure_dim=8` or `drop_path=0.2`.
+
+    Raises:
+      UserError: an unknown name or override, or one that does not fit the others.
+    """
+    variant = get_variant(name, **overrides)
+    network = {"uniformer": UniFormer, "deit": DeiT}[variant.network]
+    return network(variant, num_classes=num_classes, rngs=HostRngs(seed))

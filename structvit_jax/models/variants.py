@@ -1,0 +1,180 @@
+"""One table of all models, and the names that build on it."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import re
+from typing import Any
+
+from structvit_jax.errors import UserError, did_you_mean
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """All that tells one model from another. Every field is an override of `create_model`."""
+
+    network: str = "uniformer"  # "uniformer" (four stages) or "deit" (one)
+    video: bool = False  # grid (time, height, width) instead of (height, width)
+    depths: tuple[int, ...] = (3, 4, 8, 3)  # blocks per stage
+    widths: tuple[int, ...] = (64, 128, 320, 512)  # channels per stage
+    head_width: int = 64  # channels of one attention head
+    patch: int = 4  # side and stride of the first embedding's patch, pixels
+    stem: str = "patch"  # embeddings: "patch", or "conv" for overlapping 3x3 convolutions
+    mixer_window: int = 5  # side of the convolution blocks' depthwise window
+    structure_dim: int = 0  # D, correlation patterns; 0 is plain self-attention, 1 ConvSA
+    stride: int = 1  # S, spatial stride of keys and values
+    key_window: int | tuple[int, ...] = 3  # sides of the key kernels
+    value_window: int | tuple[int, ...] = 3  # sides of the value kernels
+    key_kernels: str = "channel"  # "channel" (appendix A) or "shared" (dot product, equation 2)
+    value_kernels: str = "channel"  # "channel" (appendix A) or "shared" (equation 5)
+    aggregation: str = "context"  # "context" (equation 5), or "element" (equation 4): a value window of 1
+    attention: str = "factored"  # form of StructSA: "factored" or "volume" (the definition)
+    kernel_init: str = "normal"  # of the key and value kernels: "normal" or "delta"
+    drop_path: float = 0.1  # stochastic depth of the last block, rising linearly from 0
+    layer_scale: float | None = None  # initial value of the residual branches' factors; None is off
+    conv_layer_scale: bool = True  # layer scale on convolution blocks too
+    image_size: int = 224  # DeiT: side that its positions are learned for, pixels
+    num_frames: int = 16  # DeiT video: frames that its positions are learned for
+    tubelet: int = 2  # DeiT video: frames that one token covers
+    dtype: str = "float32"  # of the computation, "float32" or "bfloat16"; parameters are float32
+
+    @property
+    def grid_axes(self) -> int:
+        return 3 if self.video else 2
+
+    @property
+    def compute_dtype(self):
+        """What layers are told: None follows the input, so that float64 inputs give float64."""
+        return None if self.dtype == "float32" else self.dtype
+
+    @property
+    def smallest_input(self) -> tuple[int, ...]:
+        """The least ([time,] height, width) that leaves no grid empty."""
+        if self.network == "deit":
+            return (self.tubelet,) * self.video + (self.patch, self.patch)
+        side = self.patch * 8 if self.stem == "patch" else 1
+        return (1,) * self.video + (side, side)
+
+
+_S = Variant()
+_B = Variant(depths=(5, 8, 20, 7), drop_path=0.3)
+_L = Variant(depths=(5, 10, 24, 7), widths=(128, 192, 448, 640), drop_path=0.4, layer_scale=1e-6)
+_TINY = Variant(
+    depths=(1, 1, 2, 1), widths=(16, 32, 48, 64), head_width=16, patch=2, mixer_window=3, drop_path=0.0,
+)  # fmt: skip
+_DEIT_S = Variant(network="deit", depths=(12,), widths=(384,), patch=16)
+_DEIT_TINY = Variant(  # tubelets of one frame: what moves is seen by attention or not at all
+    network="deit", depths=(2,), widths=(32,), head_width=16, patch=8, drop_path=0.0,
+    image_size=24, num_frames=8, tubelet=1,
+)  # fmt: skip
+
+# The one table. StructViT and DeiT-Struct are these networks with structural self-attention.
+VARIANTS: dict[str, Variant] = {
+    "uniformer_s": _S,
+    "uniformer_s_plus": dataclasses.replace(_S, depths=(3, 5, 9, 3), head_width=32, stem="conv"),
+    "uniformer_b": _B,
+    "uniformer_b_ls": dataclasses.replace(_B, layer_scale=1e-6, conv_layer_scale=False),
+    "uniformer_l": _L,
+    "uniformer_tiny": _TINY,
+    "deit_s": _DEIT_S,
+    "deit_tiny": _DEIT_TINY,
+}
+_IMAGES_ONLY = {
+    "uniformer_s_plus": "its convolution stem is defined for images",
+    "uniformer_b_ls": "its layer scale was released for images",
+}
+_LISTED = ("4_1", "4_2", "8_1")  # the D_S of the paper's tables
+
+_CHOICES = {
+    "network": ("uniformer", "deit"),
+    "stem": ("patch", "conv"),
+    "key_kernels": ("channel", "shared"),
+    "value_kernels": ("channel", "shared"),
+    "aggregation": ("context", "element"),
+    "attention": ("factored", "volume"),
+    "kernel_init": ("normal", "delta"),
+    "dtype": ("float32", "bfloat16"),
+}
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Names of models that match a shell pattern, as "structvit_*_video". Any other D_S works too."""
+    names = list(VARIANTS)
+    names += [f"structvit_{size}_{ds}" for size in ("s", "b", "l", "tiny") for ds in _LISTED]
+    names += [f"deit_{size}_struct_{d}" for size in ("s", "tiny") for d in (1, 2, 4, 8)]
+    names += [f"{name}_video" for name in names if name not in _IMAGES_ONLY]
+    return sorted(fnmatch.filter(names, pattern))
+
+
+def get_variant(name: str, **overrides) -> Variant:
+    """The variant behind a name, with overrides.
+
+    Raises:
+      UserError: an unknown name or override, a value that the field does not take or that does not
+        fit the others, or a video form of a model that has none.
+    """
+    variant = _by_name(name)
+    fields = {field.name for field in dataclasses.fields(Variant)}
+    for key, value in overrides.items():
+        if key not in fields:
+            raise UserError(f"unknown override {key!r} for {name}.{did_you_mean(key, fields)}")
+        if isinstance(value, list):
+            overrides[key] = tuple(value)
+    variant = dataclasses.replace(variant, **overrides)
+    for problem in _problems(variant):
+        raise UserError(f"{name}: {problem}")
+    return variant
+
+
+def _by_name(name: str) -> Variant:
+    base, video = name.removesuffix("_video"), name.endswith("_video")
+    if video and base in _IMAGES_ONLY:
+        reason = _IMAGES_ONLY[base]
+        raise UserError(
+            f"{base} has no video form ({reason} only); see uniformer_s_video and uniformer_b_video"
+        )
+    structured: dict[str, Any] = {}
+    if match := re.fullmatch(r"structvit_(s|b|l|tiny)_([1-9]\d*)_([1-9]\d*)", base):
+        base = f"uniformer_{match[1]}"
+        structured = {"structure_dim": int(match[2]), "stride": int(match[3])}
+    elif match := re.fullmatch(r"(deit_s|deit_tiny)_struct_([1-9]\d*)", base):
+        base, structured = match[1], {"structure_dim": int(match[2])}
+    if base not in VARIANTS:
+        raise UserError(f"unknown model {name!r}.{did_you_mean(name, list_models())}")
+    return dataclasses.replace(VARIANTS[base], video=video, **structured)
+
+
+def _problems(v: Variant):
+    """What is wrong with a variant, a line each."""
+    for key, choices in _CHOICES.items():
+        if getattr(v, key) not in choices:
+            yield f"{key} is {getattr(v, key)!r}; it takes one of {', '.join(map(repr, choices))}"
+    stages = {"uniformer": 4, "deit": 1}.get(v.network)
+    for key in ("depths", "widths"):
+        sides = getattr(v, key)
+        if not isinstance(sides, tuple) or len(sides) != stages or not all(map(_is_positive, sides)):
+            yield f"{key} is {sides!r}; a {v.network} takes {stages} positive integers"
+    for key in ("head_width", "patch", "mixer_window", "stride", "image_size", "num_frames", "tubelet"):
+        if not _is_positive(getattr(v, key)):
+            yield f"{key} is {getattr(v, key)!r}; it takes a positive integer"
+    for key in ("mixer_window", "key_window", "value_window"):
+        sides = getattr(v, key)
+        sides = sides if isinstance(sides, tuple) else (sides,) * v.grid_axes
+        if len(sides) != v.grid_axes or not all(_is_positive(k) and k % 2 for k in sides):
+            yield f"{key} is {getattr(v, key)!r}; it takes an odd side, or {v.grid_axes} of them"
+    if v.structure_dim != 0 and not _is_positive(v.structure_dim):
+        yield f"structure_dim is {v.structure_dim!r}; it takes 0 (plain self-attention) or a positive integer"
+    if v.structure_dim == 0 and v.stride != 1:
+        yield f"stride is {v.stride} without structure_dim; plain self-attention has no window to stride"
+    for width in v.widths[-2:]:
+        if width % v.head_width:
+            yield f"width {width} is not a multiple of head_width {v.head_width}"
+    if not (isinstance(v.drop_path, (int, float)) and 0 <= v.drop_path < 1):
+        yield f"drop_path is {v.drop_path!r}; it takes a rate from 0 to below 1"
+    if v.stem == "conv" and (v.video or v.patch != 4 or v.network != "uniformer"):
+        yield "stem='conv' is defined for UniFormer on images with patch 4 only"
+
+
+def _is_positive(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0

@@ -1,0 +1,74 @@
+"""A model's weights as flat dicts {"blocks1.0.attn.proj.kernel": array}, and back.
+
+The dotted paths are the names that checkpoints, digests, placement and conversion share.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+
+Arrays = dict[str, jax.Array]
+
+
+class Weights(NamedTuple):
+    params: Arrays  # trained
+    batch_stats: Arrays  # running means and variances of BatchNorm
+
+
+class Structure(NamedTuple):
+    """A model without its arrays; hashable."""
+
+    graphdef: nnx.GraphDef
+
+    def model(self, weights: Weights) -> nnx.Module:
+        """The model again, with these arrays."""
+        params = [(_path(name), nnx.Param(array)) for name, array in weights.params.items()]
+        stats = [(_path(name), nnx.BatchStat(array)) for name, array in weights.batch_stats.items()]
+        return nnx.merge(self.graphdef, nnx.from_flat_state(params + stats))
+
+
+def split(model: nnx.Module) -> tuple[Structure, Weights]:
+    """The model's structure (in its present mode, training or evaluation) and its arrays."""
+    graphdef, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)
+    return Structure(graphdef), Weights(_flat(params), _flat(batch_stats))
+
+
+def batch_stats(model: nnx.Module) -> Arrays:
+    return _flat(nnx.state(model, nnx.BatchStat))
+
+
+def sha256(weights: Weights) -> str:
+    """Digest over parameters and batch statistics, sorted by path: each one's path, dtype, shape and
+    little-endian bytes."""
+    digest = hashlib.sha256()
+    for name, array in sorted((weights.params | weights.batch_stats).items()):
+        value = np.asarray(array)
+        digest.update(f"{name} {value.dtype.name} {value.shape}\n".encode())
+        digest.update(value.astype(value.dtype.newbyteorder("<")).tobytes())
+    return digest.hexdigest()
+
+
+def mismatches(expected: Mapping[str, jax.Array], given: Mapping[str, jax.Array]) -> list[str]:
+    """What tells two sets of arrays apart, a phrase per name."""
+    problems = [f"missing {name}" for name in expected if name not in given]
+    problems += [f"extra {name}" for name in given if name not in expected]
+    problems += [
+        f"misshapen {name}: {tuple(given[name].shape)} for {tuple(expected[name].shape)}"
+        for name in expected
+        if name in given and given[name].shape != expected[name].shape
+    ]
+    return problems
+
+
+def _path(name: str) -> tuple:
+    return tuple(int(part) if part.isdigit() else part for part in name.split("."))
+
+
+def _flat(state: nnx.State) -> Arrays:
+    return {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(state)}

@@ -1,0 +1,31 @@
+"""Losses and scores of a batch; masked examples count nowhere."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array, mask: jax.Array, smoothing: float = 0.0) -> jax.Array:
+    """Mean cross-entropy with label smoothing s: targets s / classes off, 1 - s + s / classes on.
+
+    logits [batch, classes], labels int [batch], mask bool [batch] -> scalar float32.
+    """
+    targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), smoothing)
+    return masked_mean(optax.softmax_cross_entropy(logits, targets), mask)
+
+
+def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
+    return jnp.sum(values * mask) / jnp.maximum(jnp.sum(mask), 1)
+
+
+def in_top(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:
+    """Whether each label is among the k highest logits: bool [batch].
+
+    Ties go to the lower class, and a label whose comparison involves a NaN is never correct.
+    """
+    own = jnp.take_along_axis(logits, labels[:, None], axis=-1)
+    lower_class = jnp.arange(logits.shape[-1]) < labels[:, None]
+    ahead = ~(logits <= own) | ((logits == own) & lower_class)
+    return jnp.sum(ahead, axis=-1) < k
