@@ -8,7 +8,7 @@ from typing import Any
 __version__ = "0.1.0"
 __all__ = ["StructAttention", "convert", "cost", "create_model", "list_models", "ops"]
 
-# Loaded on first use: processes that only read data never import jax.
+# Loaded on first use: processes that only read data load no models.
 _ROOMS = {"StructAttention": "models", "cost": "models", "create_model": "models", "list_models": "models"}
 
 

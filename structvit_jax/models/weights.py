@@ -28,15 +28,15 @@ class Structure(NamedTuple):
 
     def model(self, weights: Weights) -> nnx.Module:
         """The model again, with these arrays."""
-        params = [(_path(name), nnx.Param(array)) for name, array in weights.params.items()]
-        stats = [(_path(name), nnx.BatchStat(array)) for name, array in weights.batch_stats.items()]
-        return nnx.merge(self.graphdef, nnx.from_flat_state(params + stats))
+        flat: dict[tuple, nnx.Variable] = {_path(name): nnx.Param(a) for name, a in weights.params.items()}
+        flat |= {_path(name): nnx.BatchStat(a) for name, a in weights.batch_stats.items()}
+        return nnx.merge(self.graphdef, nnx.from_flat_state(flat))
 
 
 def split(model: nnx.Module) -> tuple[Structure, Weights]:
     """The model's structure (in its present mode, training or evaluation) and its arrays."""
-    graphdef, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)
-    return Structure(graphdef), Weights(_flat(params), _flat(batch_stats))
+    graphdef, *states = nnx.split(model, nnx.Param, nnx.BatchStat)
+    return Structure(graphdef), Weights(*map(_flat, states))
 
 
 def batch_stats(model: nnx.Module) -> Arrays:

@@ -39,6 +39,10 @@ class Checkpoints:
         """The newest finished step."""
         return self._manager.latest_step()
 
+    def steps(self) -> list[int]:
+        """All finished steps."""
+        return sorted(self._manager.all_steps())
+
     def path(self, step: int) -> epath.Path:
         return self._folder / str(step)
 
@@ -114,5 +118,6 @@ def load_weights(path: str, like: Weights, mesh: Mesh) -> Weights:
     with Checkpoints(run, read_only=True) as checkpoints:
         step = checkpoints.latest() if step is None else step
         if step is None or not checkpoints.path(step).exists():
-            raise UserError(f"no finished checkpoint at {path}")
+            kept = ", ".join(map(str, checkpoints.steps())) or "none"
+            raise UserError(f"no finished checkpoint at {path}; {run} holds these steps: {kept}")
         return checkpoints.weights(step, like, mesh)

@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import subprocess
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -61,13 +62,13 @@ def describe_devices() -> str:
     return f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform}), jax {jax.__version__}"
 
 
-def make_mesh(data: int, fsdp: int) -> Mesh:
-    """A mesh of all devices with axes data and fsdp; data = -1 takes what fsdp leaves."""
-    count = jax.device_count()
-    data = count // fsdp if data == -1 else data
-    if data * fsdp != count:
-        raise UserError(f"config.mesh asks for data={data} x fsdp={fsdp} devices; there are {count}")
-    return jax.make_mesh((data, fsdp), AXES, axis_types=(AxisType.Auto,) * 2)
+def make_mesh(data: int, fsdp: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of the devices (all, by default) with axes data and fsdp; data = -1 takes what fsdp leaves."""
+    devices = jax.devices() if devices is None else devices
+    data = len(devices) // fsdp if data == -1 else data
+    if data * fsdp != len(devices):
+        raise UserError(f"config.mesh asks for data={data} x fsdp={fsdp} devices; there are {len(devices)}")
+    return jax.make_mesh((data, fsdp), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
 
 
 def check_batch(mesh: Mesh, key: str, batch_size: int) -> None:

@@ -70,7 +70,7 @@ def make_train_step(
         metrics = {
             "loss": loss,
             "top1": top1,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "lr": schedule(state.step),
         }
         return TrainState(state.step + 1, Weights(params, stats), opt_state), metrics

@@ -1,0 +1,141 @@
+"""The built-in data and the pipeline: pure functions of (seed, step)."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from structvit_jax import data
+from structvit_jax.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def clips():
+    return data.load("moving_digits", train_examples=40, test_examples=21, seed=3)
+
+
+def take(stream, count):
+    batches = [batch for _, batch in zip(range(count), stream, strict=False)]
+    stream.close()
+    return batches
+
+
+def same(a, b):
+    return all((a[key] == b[key]).all() for key in a) and a.keys() == b.keys()
+
+
+def test_contract(clips):
+    (batch,) = take(clips.train_batches(6, start_step=0), 1)
+    kinds = {key: (value.shape, value.dtype.name) for key, value in batch.items()}
+    assert kinds == {
+        "inputs": ((6, 8, 24, 24, 3), "uint8"),
+        "labels": ((6,), "int32"),
+        "mask": ((6,), "bool"),
+        "index": ((6,), "int32"),
+    }
+    assert batch["mask"].all()
+    assert (batch["labels"] == batch["index"] % 8).all()
+
+
+@pytest.mark.parametrize("name", ["moving_digits", "digits"])
+def test_resuming_by_step_equals_reading_on(name):
+    """Also across the end of an epoch, which falls inside a batch."""
+    dataset = data.load(name, train_examples=40, test_examples=8)
+    size = 12 if name == "moving_digits" else 600
+    through = take(dataset.train_batches(size, start_step=0), 6)
+    for step in (1, 3, 5):
+        (resumed,) = take(dataset.train_batches(size, start_step=step), 1)
+        assert same(resumed, through[step])
+
+
+def test_every_epoch_has_each_example_once_in_an_order_of_its_own(clips):
+    batches = take(clips.train_batches(10, start_step=0), 8)
+    epochs = np.concatenate([batch["index"] for batch in batches]).reshape(2, 40)
+    assert (np.sort(epochs) == np.arange(40)).all()
+    assert (epochs[0] != epochs[1]).any()
+    assert (epochs[0] != np.arange(40)).any()
+
+
+def test_augmentation_differs_between_epochs_and_the_test_split_has_none():
+    digits = data.load("digits")
+    epochs = [take(digits.train_batches(1437, start_step=step), 1)[0] for step in (0, 1)]
+    first, second = (batch["inputs"][np.argsort(batch["index"])] for batch in epochs)
+    changed = (first != second).any(axis=(1, 2, 3)).mean()
+    assert changed > 0.9  # 48 of 49 pairs of shifts differ
+    (test,) = take(digits.test_batches(360), 1)
+    assert (test["inputs"][7] == digits.test[7]["inputs"]).all()
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_together_read_what_one_reads(processes):
+    digits = data.load("digits")
+    (whole,) = take(digits.train_batches(16, start_step=100), 1)
+    shares = [data.Share(i, processes) for i in range(processes)]
+    parts = [take(digits.train_batches(16, start_step=100, share=share), 1)[0] for share in shares]
+    for key in whole:
+        together = np.stack([part[key] for part in parts], axis=1).reshape(whole[key].shape)
+        assert (together == whole[key]).all()
+
+
+def test_test_batches_hold_every_example_once(clips):
+    for share in (data.WHOLE, data.Share(0, 2)):
+        batches = take(clips.test_batches(8, share=share), 99)
+        assert len(batches) == 3
+    batches = [b for i in range(2) for b in take(clips.test_batches(8, share=data.Share(i, 2)), 99)]
+    seen = np.concatenate([batch["index"][batch["mask"]] for batch in batches])
+    assert sorted(seen) == list(range(21))
+    assert sum((~batch["mask"]).sum() for batch in batches) == 3
+
+
+def test_clips_are_functions_of_seed_and_index(clips):
+    again = data.load("moving_digits", train_examples=40, test_examples=21, seed=3)
+    other = data.load("moving_digits", train_examples=40, test_examples=21, seed=4)
+    assert (clips.train[5]["inputs"] == again.train[5]["inputs"]).all()
+    assert (clips.train[5]["inputs"] != other.train[5]["inputs"]).any()
+    assert (clips.train[5]["inputs"] != clips.test[5]["inputs"]).any()
+
+
+def test_the_digit_moves_where_the_label_says():
+    """The displacement between frames, read off by phase correlation, is 0.75 to 1.75 px in the class's direction."""
+    clips = data.load("moving_digits", train_examples=48, test_examples=1).train
+    for index in range(48):
+        clip = clips[index]["inputs"][..., 0].astype(float)
+        spectrum = np.fft.fft2(clip)
+        cross = (spectrum[3:] * np.conj(spectrum[:-3])).sum(axis=0)  # three frames apart: 2.25 to 5.25 px
+        correlation = np.fft.ifft2(cross).real
+        row, column = np.unravel_index(correlation.argmax(), correlation.shape)
+        row, column = ((n + 12) % 24 - 12 for n in (row, column))
+        angle = np.rad2deg(np.arctan2(-row, column))
+        assert abs((angle - 45 * (index % 8) + 180) % 360 - 180) < 22.5
+        assert 1.5 <= np.hypot(row, column) <= 6
+
+
+def test_single_frames_tell_nothing_of_the_class():
+    """Means over many clips of one frame agree between classes, within their noise."""
+    clips = data.load("moving_digits", train_examples=1600, test_examples=1).train
+    frames = np.stack([clips[i]["inputs"][4, ..., 0] for i in range(1600)]).astype(float)
+    means = np.stack([frames[c::8].mean(axis=0) for c in range(8)])
+    noise = frames.std(axis=0).mean() / np.sqrt(200)
+    assert 0.8 < means.std(axis=0).mean() / noise < 1.2
+
+
+def test_no_scan_is_in_both_splits():
+    digits = data.load("digits")
+    assert (len(digits.train), len(digits.test)) == (1437, 360)
+    from sklearn.datasets import load_digits
+
+    assert [digits.test[i]["label"] for i in range(360)] == load_digits().target[1437:].tolist()
+
+
+def test_unknown_name():
+    with pytest.raises(UserError, match="'moving_digits'"):
+        data.load("moving_digit")
+
+
+def test_reading_opens_no_device():
+    """With a platform that does not exist, whatever opens a device fails."""
+    code = "import structvit_jax.data as d; next(d.load('digits').train_batches(4, start_step=0))"
+    environment = os.environ | {"JAX_PLATFORMS": "nowhere"}
+    assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0

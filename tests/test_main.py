@@ -1,0 +1,197 @@
+"""The command: what it prints, writes and refuses. Each case runs it as a user would."""
+
+import json
+import os
+import shutil
+import signal
+import stat
+import time
+
+import pytest
+from conftest import ROOT, Command, run
+
+from structvit_jax.config import default_config
+
+CONFIG = "--config=configs/moving_digits.py"
+# Seconds instead of minutes: a two-block DeiT on few clips.
+QUICK = [
+    CONFIG,
+    "--config.model.name=deit_tiny_struct_1_video",
+    "--config.model.widths=(16,)",
+    "--config.model.drop_path=0.1",
+    "--config.data.batch_size=8",
+    "--config.data.train_examples=40",
+    "--config.data.test_examples=20",
+    "--config.eval.batch_size=16",
+    "--config.train.duration=12 steps",
+    "--config.checkpoint.every=3 steps",
+    "--config.eval.every=6 steps",
+]
+
+
+def lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A complete run: its workdir and what it printed."""
+    workdir = tmp_path_factory.mktemp("finished")
+    process = run(*QUICK, f"--workdir={workdir}")
+    assert process.returncode == 0, process.stderr
+    return workdir, process.stdout
+
+
+def test_a_run_says_what_it_does_and_leaves_its_files(finished):
+    workdir, out = finished
+    for phrase in (
+        "devices: 1 x cpu",
+        "deit_tiny_struct_1_video",
+        "starting from scratch",
+        "compiling",
+        "ETA",
+        "data-wait",
+    ):
+        assert phrase in out
+    result = json.loads((workdir / "result.json").read_text())
+    assert result.keys() == {"top1", "top5", "examples", "step", "params_sha256"}
+    assert (result["examples"], result["step"], len(result["params_sha256"])) == (20, 12, 64)
+    assert f"params_sha256 {result['params_sha256'][:12]}" in out
+
+    config = default_config().to_dict()
+    written = json.loads((workdir / "config.json").read_text())
+    assert written.keys() == config.keys()
+    assert written["model"]["widths"] == [16] and written["train"]["duration"] == "12 steps"
+
+    records = lines(workdir)
+    assert [r["step"] for r in records if "loss" in r] == list(range(1, 13))
+    assert [r["step"] for r in records if "eval_top1" in r] == [6, 12]
+    assert records[-1]["eval_top1"] == result["top1"]
+    assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"9", "12"}
+    assert list((workdir / "tensorboard").glob("events.out.tfevents.*"))
+
+
+def test_a_complete_run_says_so_and_a_longer_one_goes_on(finished, command, tmp_path):
+    workdir = shutil.copytree(finished[0], tmp_path / "run")
+    before = (workdir / "metrics.jsonl").read_bytes()
+    again = command(*QUICK, f"--workdir={workdir}")
+    assert again.returncode == 0
+    assert "the run is complete: step 12 of 12" in again.stdout
+    assert (workdir / "metrics.jsonl").read_bytes() == before
+
+    evaluated = command(*QUICK, f"--workdir={workdir}", "--mode=eval", "--config.data.test_examples=10")
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert json.loads((workdir / "result.json").read_text())["examples"] == 10
+
+    longer = command(*QUICK, f"--workdir={workdir}", "--config.train.duration=14 steps")
+    assert longer.returncode == 0, longer.stderr
+    assert (
+        "config.train.duration is now '14 steps'; the checkpoint was trained with '12 steps'" in longer.stdout
+    )
+    assert [r["step"] for r in lines(workdir) if "loss" in r] == list(range(1, 15))
+
+
+def test_show_trains_nothing(command, tmp_path):
+    process = command(CONFIG, "--mode=show", f"--workdir={tmp_path / 'none'}")
+    assert process.returncode == 0, process.stderr
+    for phrase in (
+        "batch_size: 64",
+        "blocks3",
+        "total",
+        "multiply-accumulates",
+        "[64, 8, 24, 24, 3]",
+        "200 steps per epoch",
+    ):
+        assert phrase in process.stdout
+    assert not (tmp_path / "none").exists()
+
+
+def test_weights_of_another_run(finished, command, tmp_path):
+    workdir, _ = finished
+    options = [*QUICK, f"--config.init_from={workdir}/checkpoints/12", "--config.train.duration=1 steps"]
+    process = command(*options, f"--workdir={tmp_path}")
+    assert process.returncode == 0, process.stderr
+    assert "starting from the weights of" in process.stdout
+    assert "starting from scratch" not in process.stdout
+    fresh = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[0])["loss"]
+    assert lines(tmp_path)[0]["loss"] != fresh
+
+
+@pytest.mark.parametrize("kill_after", [["3"], ["6", "9"]])
+def test_a_killed_run_resumes_to_the_same_numbers(finished, command, tmp_path, kill_after):
+    """SIGKILL as soon as a checkpoint appears: in the midst of the save, or of the steps that follow."""
+    workdir = tmp_path / "run"
+    for step in kill_after:
+        killed = Command(tmp_path, *QUICK, f"--workdir={workdir}").process
+        while killed.is_alive() and not list((workdir / "checkpoints").glob(f"{step}*")):
+            time.sleep(0.002)
+        killed.kill()
+        killed.join()
+        assert killed.exitcode == -signal.SIGKILL, "it ended before the kill"
+    saved = any(path.name.isdigit() for path in (workdir / "checkpoints").iterdir())
+    resumed = command(*QUICK, f"--workdir={workdir}")
+    assert resumed.returncode == 0, resumed.stderr
+    assert ("resuming from" if saved else "starting from scratch") in resumed.stdout
+    for name in ("result.json", "metrics.jsonl"):
+        assert (workdir / name).read_bytes() == (finished[0] / name).read_bytes()
+
+
+@pytest.fixture
+def refused(command):
+    """The one line with which the command refuses."""
+    return lambda *arguments: refusal(command(*arguments))
+
+
+def refusal(process):
+    assert process.returncode == 2, process.stdout + process.stderr
+    assert "Traceback" not in process.stderr
+    line = process.stderr.strip().splitlines()[-1]
+    assert line.startswith("error: ")
+    return line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "phrase"),
+    [
+        (["--config=configs/moving_digts.py"], "Did you mean 'configs/moving_digits.py'"),
+        ([CONFIG, "--config.optimzer.lr=1"], 'Did you mean "optimizer"'),
+        ([CONFIG, "--config.optimizer.lr=fast"], "--config.optimizer.lr=fast"),
+        ([CONFIG, "--config.optimizer.lr=0.0"], "config.optimizer.lr is 0.0"),
+        ([CONFIG, "--mode=evaluate"], "train|eval|show"),
+        ([CONFIG, "--config.model.name=structvit_tiny_4_1_vdeo", "--mode=show"], "structvit_tiny_4_1_video"),
+        (
+            [CONFIG, "--config.model.name=structvit_tiny_4_1"],
+            "takes [batch, height, width, 3]; the input has shape",
+        ),
+        ([CONFIG, "--config.data.name=digts"], "'digits'"),
+        ([CONFIG, "--workdir=/proc/run"], "workdir /proc/run cannot be used"),
+        ([CONFIG, f"--workdir={ROOT / 'README.md'}"], "choose another --workdir"),
+        ([CONFIG, "--mode=eval", "--workdir=no/such/run"], "no checkpoint in no/such/run"),
+        ([CONFIG, "--config.init_from=no/such/run", "--workdir={tmp}"], "no checkpoint at no/such/run"),
+        ([CONFIG, "--config.mesh.device=tpu", "--workdir={tmp}"], "JAX has no such device"),
+        ([], "--config=configs/moving_digits.py"),
+    ],
+)
+def test_mistakes_are_one_clear_line(arguments, phrase, refused, tmp_path):
+    assert phrase in refused(*[argument.format(tmp=tmp_path) for argument in arguments])
+
+
+def test_a_checkpoint_of_another_model_is_refused_and_kept(finished, refused):
+    workdir, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in (workdir / "checkpoints").rglob("*")}
+    other = [argument for argument in QUICK if "model.widths" not in argument]
+    for mode in ("train", "eval"):
+        line = refused(*other, f"--workdir={workdir}", f"--mode={mode}")
+        assert "holds another model" in line and "deit_tiny_struct_1_video with 8 classes" in line
+    assert {path: path.stat().st_mtime_ns for path in (workdir / "checkpoints").rglob("*")} == before
+
+
+def test_an_nvidia_gpu_that_jax_does_not_see_is_an_error(tmp_path):
+    fake = tmp_path / "nvidia-smi"
+    fake.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA H100 (UUID: GPU-0)'\n")
+    fake.chmod(fake.stat().st_mode | stat.S_IEXEC)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    line = refusal(run(*QUICK, f"--workdir={tmp_path / 'run'}", PATH=path, JAX_PLATFORMS=""))
+    assert "pip install -U 'jax[cuda13]'" in line and "--config.mesh.device=cpu" in line
+    options = [CONFIG, "--mode=eval", f"--workdir={tmp_path / 'run'}", "--config.mesh.device=cpu"]
+    assert "no checkpoint" in refusal(run(*options, PATH=path, JAX_PLATFORMS=""))

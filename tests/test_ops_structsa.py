@@ -1,0 +1,177 @@
+"""StructSA: both forms against each other and against a plain NumPy transcription of the equations."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from structvit_jax.ops import struct_attention, struct_attention_maps
+
+
+def transcription(query, key, value, key_kernels, value_kernels, stride):
+    """Equations 2 to 5 and appendix A word by word, in NumPy float64, position by position."""
+    batch, *grid, heads, channels = query.shape
+    strides = [1] * (len(grid) - 2) + [stride, stride]
+    centres = list(itertools.product(*(range(0, n, s) for n, s in zip(grid, strides, strict=True))))
+
+    def at(x, b, h, position):
+        inside = all(0 <= p < n for p, n in zip(position, grid, strict=True))
+        return x[(b, *position, h)] if inside else np.zeros(channels)
+
+    def window_of(kernels, b, h, x, centre):
+        """The window M around a centre, as pairs of kernel [channels or 1, D] and vector [channels]."""
+        sides = kernels.shape[:-3]
+        for offset in itertools.product(*map(range, sides)):
+            position = [c + o - (k - 1) // 2 for c, o, k in zip(centre, offset, sides, strict=True)]
+            yield kernels[(*offset, min(h, kernels.shape[-3] - 1))], at(x, b, h, position)
+
+    output = np.zeros_like(query)
+    for b, h in itertools.product(range(batch), range(heads)):
+        for i in itertools.product(*map(range, grid)):
+            q = query[(b, *i, h)]
+            logits = np.array(
+                [
+                    sum(
+                        (q * k) @ np.broadcast_to(u, (channels, u.shape[-1]))
+                        for u, k in window_of(key_kernels, b, h, key, j)
+                    )
+                    for j in centres
+                ]
+            ) / np.sqrt(channels)  # [centre, D]
+            a = np.exp(logits - logits.max())
+            a /= a.sum()
+            for j, a_j in zip(centres, a, strict=True):
+                for u, v in window_of(value_kernels, b, h, value, j):
+                    output[(b, *i, h)] += (u @ a_j) * v  # kappa_ij at this place of the window, times V_j
+    return output
+
+
+@st.composite
+def cases(draw):
+    axes = draw(st.sampled_from([2, 3]))
+    grid = tuple(draw(st.integers(1, 4 if axes == 3 else 6)) for _ in range(axes))
+    windows = [tuple(draw(st.sampled_from([1, 3, 5])) for _ in range(axes)) for _ in range(2)]
+    heads, channels, patterns = draw(st.integers(1, 2)), draw(st.integers(1, 3)), draw(st.integers(1, 4))
+    stride = draw(st.integers(1, 3))
+    kernel_shapes = [
+        (*window, draw(st.sampled_from([1, heads])), draw(st.sampled_from([1, channels])), patterns)
+        for window in windows
+    ]
+    return (draw(st.integers(1, 2)), *grid, heads, channels), kernel_shapes, stride, draw(st.integers(0, 99))
+
+
+def operands(shape, kernel_shapes, seed, dtype):
+    rng = np.random.default_rng(seed)
+    return [np.asarray(rng.standard_normal(s), dtype) for s in [shape] * 3 + list(kernel_shapes)]
+
+
+def output_and_grads(method, arrays, stride):
+    def loss(*arrays):
+        out = struct_attention(*arrays, stride=stride, method=method)
+        return jnp.sum(jnp.sin(out)), out
+
+    grads, out = jax.jit(jax.grad(loss, tuple(range(len(arrays))), has_aux=True))(*map(jnp.array, arrays))
+    return [out, *grads]
+
+
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(cases())
+def test_volume_factored_and_transcription_agree(case):
+    shape, kernel_shapes, stride, seed = case
+    with jax.enable_x64(True):
+        arrays = operands(shape, kernel_shapes, seed, np.float64)
+        factored = output_and_grads("factored", arrays, stride)
+        volume = output_and_grads("volume", arrays, stride)
+    for a, b in zip(factored, volume, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-10, rtol=0)
+    for a in (factored[0], volume[0]):
+        np.testing.assert_allclose(a, transcription(*arrays, stride), atol=1e-10, rtol=0)
+
+    arrays = operands(shape, kernel_shapes, seed, np.float32)
+    factored, volume = (output_and_grads(method, arrays, stride) for method in ("factored", "volume"))
+    for a, b in zip(factored, volume, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4 * max(1e-3, np.abs(b).max()), rtol=0)
+
+
+@pytest.mark.parametrize("grid", [(4, 5), (2, 3, 4)])
+def test_special_cases_are_plain_attention(x64, grid):
+    q, k, v = operands((2, *grid, 2, 3), [], 0, np.float64)
+    flat = [x.reshape(2, -1, 2, 3) for x in (q, k, v)]
+    weights = np.exp(np.einsum("bqnc,bknc->bnqk", *flat[:2]) / np.sqrt(3))
+    weights /= weights.sum(axis=-1, keepdims=True)
+    plain = np.einsum("bnqk,bknc->bqnc", weights, flat[2]).reshape(q.shape)
+    for method in ("factored", "volume"):
+        np.testing.assert_allclose(struct_attention(q, k, v, method=method), plain, atol=1e-12)
+        for patterns in (1, 4):  # D equal centre taps, jointly normalised, are plain attention again
+            delta = np.zeros((*[3] * len(grid), 2, 3, patterns))
+            delta[tuple([1] * len(grid))] = 1.0
+            out = struct_attention(q, k, v, delta, delta, method=method)
+            np.testing.assert_allclose(out, plain, atol=1e-12)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_maps_are_what_the_operation_computes(x64, channels, stride):
+    arrays = operands(
+        (2, 2, 5, 4, 2, 3), [(3, 3, 3, 2, channels, 4), (1, 3, 5, 2, channels, 4)], 1, np.float64
+    )
+    queries = jnp.array([0, 7, 39])
+    maps = struct_attention_maps(*arrays, stride=stride, queries=queries)
+    strided = (2, -(-5 // stride), -(-4 // stride))
+    assert maps.attention.shape == (2, 3, 2, 4, *strided)
+    assert maps.kappa.shape == (2, 3, 2, *strided, 1, 3, 5, channels)
+    assert maps.final.shape == (2, 3, 2, 2, 5, 4, channels)
+
+    np.testing.assert_allclose(maps.attention.sum(axis=(3, 4, 5, 6)), 1.0, atol=1e-12)
+    expected = struct_attention(*arrays, stride=stride).reshape(2, -1, 2, 3)[:, queries]
+    np.testing.assert_allclose(maps.output, expected, atol=1e-12)
+    final = jnp.broadcast_to(maps.final, (*maps.final.shape[:-1], 3))
+    applied = jnp.einsum("bqnthwc,bthwnc->bqnc", final, arrays[2])
+    np.testing.assert_allclose(applied, expected, atol=1e-12)
+    # kappa has rank at most D over positions (here 4 of 15 taps)
+    rows = np.asarray(maps.kappa)[0, 0, 0, ..., 0].reshape(-1, 15)
+    assert np.linalg.matrix_rank(rows, tol=1e-9) <= 4
+
+
+def test_one_pattern_is_attention_over_convolved_keys_and_values(x64):
+    """ConvSA (D = 1), by an independent route: scipy's correlation, then softmax."""
+    from scipy.ndimage import correlate
+
+    q, k, v, u_k, u_v = operands((1, 5, 6, 1, 2), [(3, 5, 1, 2, 1), (3, 3, 1, 2, 1)], 2, np.float64)
+    convolved = [
+        np.stack(
+            [correlate(x[0, :, :, 0, c], u[:, :, 0, c, 0], mode="constant") for c in range(2)], -1
+        ).reshape(-1, 2)
+        for x, u in ((k, u_k), (v, u_v))
+    ]
+    weights = jax.nn.softmax(q.reshape(-1, 2) @ convolved[0].T / np.sqrt(2), axis=-1)
+    out = struct_attention(q, k, v, u_k, u_v).reshape(-1, 2)
+    np.testing.assert_allclose(out, weights @ convolved[1], atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stride": 2, "key_kernels": None, "value_kernels": None}, "stride 2 without kernels"),
+        ({"value_kernels": jnp.ones((3, 3, 1, 1, 2))}, "D=4 and value_kernels D=2"),
+        ({"key_kernels": jnp.ones((2, 3, 1, 1, 4))}, "even window"),
+        ({"key_kernels": None}, "both or neither"),
+        ({"value_kernels": None}, "both or neither"),
+        ({"key_kernels": jnp.ones((3, 3, 3, 1, 4))}, r"should be \[\*window, 2 or 1, 3 or 1, D\]"),
+        ({"key_kernels": jnp.ones((3, 3, 1, 4))}, "window of 2 axes"),
+        ({"stride": 0}, "stride 0"),
+        ({"method": "fast"}, "factored, volume"),
+        ({"key": jnp.ones((1, 5, 4, 2, 3))}, "should be equal"),
+        ({"query": jnp.ones((1, 4, 2, 3))}, "2-D or 3-D grid"),
+    ],
+)
+def test_bad_arguments_are_one_line(change, message):
+    x, kernels = jnp.ones((1, 4, 4, 2, 3)), jnp.ones((3, 3, 1, 1, 4))
+    arguments = {"query": x, "key": x, "value": x, "key_kernels": kernels, "value_kernels": kernels} | change
+    with pytest.raises(ValueError, match=message) as error:
+        struct_attention(**arguments)
+    assert "\n" not in str(error.value)

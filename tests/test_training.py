@@ -1,0 +1,181 @@
+"""The parts of training: schedule, decay, losses, placement, steps on several devices."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from structvit_jax import create_model, data
+from structvit_jax.config import Clock, check_config, default_config
+from structvit_jax.errors import UserError
+from structvit_jax.models import weights
+from structvit_jax.training import losses, mesh, optim
+from structvit_jax.training.evaluation import evaluate
+from structvit_jax.training.step import init_state, make_eval_step, make_train_step
+
+
+def small_config(**model):
+    config = default_config()
+    config.model.name = "structvit_tiny_2_1"
+    config.model.widths, config.model.head_width, config.model.depths = (8, 16, 64, 64), 8, (1, 1, 1, 1)
+    config.model.drop_path = 0.2
+    config.data.name = "digits"
+    config.data.batch_size = 16
+    config.optimizer.lr = 3e-3
+    config.train.label_smoothing = 0.1
+    config.optimizer.clip_norm = 1.0
+    config.model.update(model)
+    return config
+
+
+def setup(config, data_axis, fsdp):
+    grid = mesh.make_mesh(data_axis, fsdp, jax.devices()[: data_axis * fsdp])
+    model = create_model(num_classes=10, **{k: v for k, v in config.model.items() if v is not None})
+    schedule = optim.learning_rate(config.optimizer, Clock(16, 1437), 20)
+    optimizer = optim.make_optimizer(config.optimizer, schedule)
+    state = init_state(weights.split(model)[1], optimizer, grid)
+    return grid, model, state, make_train_step(model, optimizer, schedule, config, grid, state)
+
+
+def test_one_device_eight_data_parallel_eight_fsdp_have_the_same_losses():
+    config, digits = small_config(), data.load("digits")
+    curves = {}
+    for data_axis, fsdp in ((1, 1), (8, 1), (1, 8)):
+        grid, _, state, step = setup(config, data_axis, fsdp)
+        stream, curve = digits.train_batches(16, start_step=0), []
+        for _ in range(10):
+            state, metrics = step(state, mesh.put_batch(grid, next(stream)))
+            curve.append([float(metrics[key]) for key in ("loss", "grad_norm")])
+        stream.close()
+        curves[data_axis, fsdp] = np.array(curve)
+        split_arrays = [a for a in jax.tree.leaves(state) if not a.sharding.is_fully_replicated]
+        assert bool(split_arrays) == (fsdp > 1)
+    for curve in curves.values():
+        np.testing.assert_allclose(curve[:, 0], curves[1, 1][:, 0], rtol=1e-5)
+    assert curves[1, 1][-1, 0] < curves[1, 1][0, 0]
+
+
+def test_large_arrays_are_split_over_fsdp():
+    grid = mesh.make_mesh(2, 4, jax.devices())
+    shapes = {"long": (4, 8192), "small": (64, 64), "odd": (129, 129), "vector": (65536,)}
+    places = mesh.state_sharding(grid, {k: jax.ShapeDtypeStruct(s, jnp.float32) for k, s in shapes.items()})
+    assert {k: tuple(p.spec) for k, p in places.items()} == {
+        "long": (None, "fsdp"), "small": (), "odd": (), "vector": ("fsdp",),
+    }  # fmt: skip
+
+
+def test_evaluation_counts_every_example_once():
+    config, digits = small_config(), data.load("digits")
+    grid, model, state, _ = setup(config, 8, 1)
+    step = make_eval_step(weights.split(model)[0], config, grid, state.weights)
+    scores = [evaluate(step, state.weights, digits.test_batches(size), grid, 360) for size in (16, 56)]
+    assert scores[0] == scores[1]
+    assert scores[0].examples == 360 and 0 <= scores[0].top1 <= scores[0].top5 <= 1
+    with pytest.raises(RuntimeError, match="360 examples of 361"):
+        evaluate(step, state.weights, digits.test_batches(56), grid, 361)
+
+
+def test_masked_examples_count_nowhere():
+    logits = jnp.array(np.random.default_rng(0).standard_normal((6, 4)))
+    labels, mask = jnp.array([0, 1, 2, 3, 0, 1]), jnp.array([True, True, False, True, False, True])
+    kept = np.flatnonzero(mask)
+    masked = losses.cross_entropy(logits, labels, mask, 0.1)
+    alone = losses.cross_entropy(logits[kept], labels[kept], jnp.ones(4, bool), 0.1)
+    np.testing.assert_allclose(masked, alone, rtol=1e-6)
+    # label smoothing written out
+    targets = np.full((4, 4), 0.1 / 4) + 0.9 * np.eye(4)[np.asarray(labels)[kept]]
+    log_probabilities = np.log(np.exp(logits[kept]) / np.exp(logits[kept]).sum(-1, keepdims=True))
+    np.testing.assert_allclose(alone, -(targets * log_probabilities).sum(-1).mean(), rtol=1e-5)
+
+
+def test_in_top():
+    logits = jnp.array(
+        [[3.0, 2.0, 1.0], [1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [jnp.nan, 1.0, 0.0], [jnp.nan] * 3]
+    )
+    labels = jnp.array([1, 0, 1, 1, 0])
+    assert losses.in_top(logits, labels, 1).tolist() == [False, True, False, False, False]
+    assert losses.in_top(logits, labels, 2).tolist() == [True, True, True, True, False]
+    assert losses.in_top(logits, labels, 5).all()
+
+
+def test_schedule():
+    config = default_config().optimizer
+    config.warmup, config.lr, config.warmup_lr, config.end_lr = "10 steps", 1.0, 0.1, 0.01
+    schedule = optim.learning_rate(config, Clock(1, 100), 100)
+    np.testing.assert_allclose([schedule(s) for s in (0, 5, 10, 100)], [0.1, 0.55, 1.0, 0.01], rtol=1e-5)
+    np.testing.assert_allclose(schedule(55), 0.01 + 0.99 * 0.5, rtol=1e-5)  # half of the cosine
+
+
+def test_adamw_decays_matrices_only():
+    config = default_config().optimizer
+    config.lr, config.weight_decay = 0.1, 0.5
+    optimizer = optim.make_optimizer(config, optax.constant_schedule(config.lr))
+    names = ["blocks1.0.pos_embed.kernel", "blocks3.0.attn.key_kernels", "head.kernel"]
+    spared = ["head.bias", "norm.scale", "blocks3.0.gamma_1"]
+    params = {name: jnp.ones((3, 3)) for name in names} | {name: jnp.ones(3) for name in spared}
+    params["pos_embed"] = jnp.ones((2, 2, 3))
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    decayed = {name for name, update in updates.items() if float(update.min()) < 0}
+    assert decayed == set(names)
+
+
+def test_gradients_are_clipped_by_their_global_norm():
+    config = default_config().optimizer
+    config.clip_norm = 1.0
+    clip = optim.make_optimizer(config, optax.constant_schedule(1e-3))
+    plain = optim.make_optimizer(default_config().optimizer, optax.constant_schedule(1e-3))
+    params = {"a": jnp.ones((2, 2)), "b": jnp.ones(2)}
+    grads = {"a": jnp.full((2, 2), 30.0), "b": jnp.full(2, 40.0)}
+    norm = float(optax.tree.norm(grads))
+    clipped = clip.update(grads, clip.init(params), params)[1]
+    by_hand = plain.update(jax.tree.map(lambda g: g / norm, grads), plain.init(params), params)[1]
+    chex.assert_trees_all_close(clipped[1][0].mu, by_hand[0].mu, rtol=1e-6)
+
+
+def test_durations():
+    clock = Clock(batch_size=64, train_examples=1600)
+    texts = ["7 steps", "2 epochs", "0.5 epoch", "640 examples", "", "0 steps", "0.001 epochs"]
+    assert [clock.steps(text, "key") for text in texts] == [7, 50, 12, 10, 0, 0, 1]
+    with pytest.raises(UserError, match=r"config.train.duration is '3 weeks'"):
+        clock.steps("3 weeks", "train.duration")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("data.batch_size", 0), ("optimizer.lr", 0.0), ("train.label_smoothing", 1.0), ("mesh.device", "gpus"),
+     ("mesh.data", 0), ("data.std", (0.0, 1.0, 1.0)), ("train.seed", -1)],
+)  # fmt: skip
+def test_values_out_of_range_name_their_key(key, value):
+    config = default_config()
+    check_config(config)
+    section, name = key.split(".")
+    config[section][name] = value
+    with pytest.raises(UserError, match=f"config.{key} is"):
+        check_config(config)
+
+
+def test_mesh_and_batch_must_fit_the_devices():
+    with pytest.raises(UserError, match="data=3 x fsdp=2 devices; there are 8"):
+        mesh.make_mesh(3, 2)
+    with pytest.raises(UserError, match="config.data.batch_size is 12, which 8 devices cannot share"):
+        mesh.check_batch(mesh.make_mesh(-1, 1), "data.batch_size", 12)
+
+
+def test_digest_covers_names_types_shapes_and_bytes():
+    def digest(**arrays):
+        return weights.sha256(weights.Weights(arrays, {}))
+
+    a = jnp.arange(6, dtype=jnp.float32)
+    different = [
+        digest(a=a),
+        digest(b=a),
+        digest(a=a.reshape(2, 3)),
+        digest(a=a.astype(jnp.int32)),
+        digest(a=a + 1),
+    ]
+    assert len(set(different)) == 5
+    assert weights.sha256(weights.Weights({"a": a}, {"b": a})) == weights.sha256(
+        weights.Weights({"b": a}, {"a": a})
+    )
