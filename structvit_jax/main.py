@@ -61,10 +61,11 @@ def _config_path(argv: Sequence[str]) -> str:
 
 def _parse(argv: Sequence[str]) -> list[str]:
     """Reads the flags; whatever is wrong with them becomes one line that says what is near."""
-    path = epath.Path(_config_path(argv))
-    if not path.exists():
-        known = [str(file) for file in path.parent.glob("*.py")] if path.parent.exists() else []
-        raise UserError(f"no configuration at {path}.{did_you_mean(str(path), known) if known else ''}")
+    if not any(word.startswith("--help") for word in argv):
+        path = epath.Path(_config_path(argv))
+        if not path.exists():
+            known = [str(file) for file in path.parent.glob("*.py")] if path.parent.exists() else []
+            raise UserError(f"no configuration at {path}.{did_you_mean(str(path), known) if known else ''}")
     try:
         return flags.FLAGS(list(argv))
     except (flags.Error, KeyError, AttributeError, TypeError) as error:
@@ -80,6 +81,9 @@ def run() -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

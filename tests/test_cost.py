@@ -1,10 +1,12 @@
 """`cost` against the table of the specification, and against the operations of the traced program."""
 
 import math
+import re
 
 import jax
 import jax.numpy as jnp
 import pytest
+from conftest import ROOT
 
 from structvit_jax import cost, create_model
 from structvit_jax.models import weights
@@ -40,6 +42,16 @@ deit_s_struct_4_video     16x224x224  23.55  126.41
 """
 
 
+def readme_table():
+    """(model, input) -> the counted parameters and multiply-accumulates that the README prints."""
+    rows = re.findall(r"^\| (\w+) \| ([\dx]+) \|(.*)\|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    cells = {(name, size): rest.split("|") for name, size, rest in rows}
+    return {key: (row[1].strip(), row[3].strip()) for key, row in cells.items()}
+
+
+PRINTED = readme_table()
+
+
 @pytest.mark.parametrize("row", IMPLIED.strip().splitlines(), ids=lambda row: "-".join(row.split()[:2]))
 def test_agrees_with_the_specification(row):
     name, size, params, macs = row.split()
@@ -48,6 +60,8 @@ def test_agrees_with_the_specification(row):
     counted = cost(name, (*map(int, size.split("x")), 3), classes, **overrides)
     assert counted.params / 1e6 == pytest.approx(float(params), rel=0.0011)
     assert counted.macs / 1e9 == pytest.approx(float(macs), rel=0.0026)
+    if not overrides:
+        assert PRINTED[name, size] == (f"{counted.params / 1e6:.2f}", f"{counted.macs / 1e9:.2f}")
     assert counted.params == sum(part.params for part in counted.parts.values())
     assert counted.macs == sum(part.macs for part in counted.parts.values()) == sum(counted.kinds.values())
 

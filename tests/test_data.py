@@ -98,7 +98,7 @@ def test_clips_are_functions_of_seed_and_index(clips):
 
 
 def test_the_digit_moves_where_the_label_says():
-    """The displacement between frames, read off by phase correlation, is 0.75 to 1.75 px in the class's direction."""
+    """The displacement between frames, read off by correlation, has the class's direction and speed."""
     clips = data.load("moving_digits", train_examples=48, test_examples=1).train
     for index in range(48):
         clip = clips[index]["inputs"][..., 0].astype(float)

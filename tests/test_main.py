@@ -153,6 +153,7 @@ def refusal(process):
 @pytest.mark.parametrize(
     ("arguments", "phrase"),
     [
+        ([CONFIG, "--config.data.test_examples=0"], "config.data.test_examples says how many"),
         (["--config=configs/moving_digts.py"], "Did you mean 'configs/moving_digits.py'"),
         ([CONFIG, "--config.optimzer.lr=1"], 'Did you mean "optimizer"'),
         ([CONFIG, "--config.optimizer.lr=fast"], "--config.optimizer.lr=fast"),
@@ -168,7 +169,10 @@ def refusal(process):
         ([CONFIG, f"--workdir={ROOT / 'README.md'}"], "choose another --workdir"),
         ([CONFIG, "--mode=eval", "--workdir=no/such/run"], "no checkpoint in no/such/run"),
         ([CONFIG, "--config.init_from=no/such/run", "--workdir={tmp}"], "no checkpoint at no/such/run"),
-        ([CONFIG, "--config.mesh.device=tpu", "--workdir={tmp}"], "JAX has no such device"),
+        (
+            [CONFIG, "--config.mesh.device=tpu", "--workdir={tmp}"],
+            "JAX finds no device for config.mesh.device='tpu'",
+        ),
         ([], "--config=configs/moving_digits.py"),
     ],
 )
@@ -178,12 +182,12 @@ def test_mistakes_are_one_clear_line(arguments, phrase, refused, tmp_path):
 
 def test_a_checkpoint_of_another_model_is_refused_and_kept(finished, refused):
     workdir, _ = finished
-    before = {path: path.stat().st_mtime_ns for path in (workdir / "checkpoints").rglob("*")}
+    before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
     other = [argument for argument in QUICK if "model.widths" not in argument]
     for mode in ("train", "eval"):
         line = refused(*other, f"--workdir={workdir}", f"--mode={mode}")
         assert "holds another model" in line and "deit_tiny_struct_1_video with 8 classes" in line
-    assert {path: path.stat().st_mtime_ns for path in (workdir / "checkpoints").rglob("*")} == before
+    assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before
 
 
 def test_an_nvidia_gpu_that_jax_does_not_see_is_an_error(tmp_path):

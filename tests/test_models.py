@@ -123,11 +123,27 @@ def test_a_wrong_input_is_one_line(name, shape, message):
 def test_every_override_reaches_the_model():
     """Each field changes the abstract model, its computation, or both."""
     changes = {
-        "network": "deit", "video": True, "depths": (1, 1, 2, 1), "widths": (8, 8, 16, 32), "head_width": 4,
-        "patch": 4, "mixer_window": 5, "structure_dim": 3, "stride": 2, "key_window": 1, "value_window": (3, 5),
-        "key_kernels": "shared", "value_kernels": "shared", "aggregation": "element", "attention": "volume",
-        "kernel_init": "delta", "drop_path": 0.5, "layer_scale": 0.1, "dtype": "bfloat16", "stem": "conv",
-    }  # fmt: skip
+        "network": "deit",
+        "video": True,
+        "depths": (1, 1, 2, 1),
+        "widths": (8, 8, 16, 32),
+        "head_width": 4,
+        "patch": 4,
+        "stem": "conv",
+        "mixer_window": 5,
+        "structure_dim": 3,
+        "stride": 2,
+        "key_window": 1,
+        "value_window": (3, 5),
+        "key_kernels": "shared",
+        "value_kernels": "shared",
+        "aggregation": "element",
+        "attention": "volume",
+        "kernel_init": "delta",
+        "drop_path": 0.5,
+        "layer_scale": 0.1,
+        "dtype": "bfloat16",
+    }
     elsewhere = {"image_size", "num_frames", "tubelet"}  # DeiT's, see test_deit_positions
     base = {"patch": 2, "mixer_window": 3, **SMALL}
 
@@ -150,6 +166,7 @@ def test_every_override_reaches_the_model():
         if field.name in changes:
             assert program(**{field.name: changes[field.name]}) != reference, field.name
             tested.add(field.name)
+    assert program(layer_scale=0.0) == reference
     # conv_layer_scale speaks only where there is layer scale
     assert program(layer_scale=0.1, conv_layer_scale=False) != program(layer_scale=0.1)
     assert tested | elsewhere | {"conv_layer_scale"} == {field.name for field in dataclasses.fields(Variant)}

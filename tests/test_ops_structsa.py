@@ -119,7 +119,7 @@ def test_maps_are_what_the_operation_computes(x64, channels, stride):
     arrays = operands(
         (2, 2, 5, 4, 2, 3), [(3, 3, 3, 2, channels, 4), (1, 3, 5, 2, channels, 4)], 1, np.float64
     )
-    queries = jnp.array([0, 7, 39])
+    queries = [0, 7, 39]
     maps = struct_attention_maps(*arrays, stride=stride, queries=queries)
     strided = (2, -(-5 // stride), -(-4 // stride))
     assert maps.attention.shape == (2, 3, 2, 4, *strided)
@@ -127,7 +127,7 @@ def test_maps_are_what_the_operation_computes(x64, channels, stride):
     assert maps.final.shape == (2, 3, 2, 2, 5, 4, channels)
 
     np.testing.assert_allclose(maps.attention.sum(axis=(3, 4, 5, 6)), 1.0, atol=1e-12)
-    expected = struct_attention(*arrays, stride=stride).reshape(2, -1, 2, 3)[:, queries]
+    expected = struct_attention(*arrays, stride=stride).reshape(2, -1, 2, 3)[:, jnp.array(queries)]
     np.testing.assert_allclose(maps.output, expected, atol=1e-12)
     final = jnp.broadcast_to(maps.final, (*maps.final.shape[:-1], 3))
     applied = jnp.einsum("bqnthwc,bthwnc->bqnc", final, arrays[2])

@@ -1,5 +1,7 @@
 """The parts of training: schedule, decay, losses, placement, steps on several devices."""
 
+import types
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -12,8 +14,8 @@ from structvit_jax.config import Clock, check_config, default_config
 from structvit_jax.errors import UserError
 from structvit_jax.models import weights
 from structvit_jax.training import losses, mesh, optim
-from structvit_jax.training.evaluation import evaluate
-from structvit_jax.training.step import init_state, make_eval_step, make_train_step
+from structvit_jax.training.evaluation import Evaluator
+from structvit_jax.training.step import init_state, make_train_step
 
 
 def small_config(**model):
@@ -69,12 +71,14 @@ def test_large_arrays_are_split_over_fsdp():
 def test_evaluation_counts_every_example_once():
     config, digits = small_config(), data.load("digits")
     grid, model, state, _ = setup(config, 8, 1)
-    step = make_eval_step(weights.split(model)[0], config, grid, state.weights)
-    scores = [evaluate(step, state.weights, digits.test_batches(size), grid, 360) for size in (16, 56)]
+    scores = []
+    for config.eval.batch_size in (16, 56):  # 360 is a multiple of neither
+        scores.append(Evaluator(model, config, grid, digits)(state.weights))
     assert scores[0] == scores[1]
     assert scores[0].examples == 360 and 0 <= scores[0].top1 <= scores[0].top5 <= 1
+    more = types.SimpleNamespace(test=range(361), test_batches=digits.test_batches)
     with pytest.raises(RuntimeError, match="360 examples of 361"):
-        evaluate(step, state.weights, digits.test_batches(56), grid, 361)
+        Evaluator(model, config, grid, more)(state.weights)
 
 
 def test_masked_examples_count_nowhere():
@@ -138,7 +142,7 @@ def test_durations():
     clock = Clock(batch_size=64, train_examples=1600)
     texts = ["7 steps", "2 epochs", "0.5 epoch", "640 examples", "", "0 steps", "0.001 epochs"]
     assert [clock.steps(text, "key") for text in texts] == [7, 50, 12, 10, 0, 0, 1]
-    with pytest.raises(UserError, match=r"config.train.duration is '3 weeks'"):
+    with pytest.raises(UserError, match=r"config\.train\.duration is '3 weeks'"):
         clock.steps("3 weeks", "train.duration")
 
 
@@ -152,14 +156,14 @@ def test_values_out_of_range_name_their_key(key, value):
     check_config(config)
     section, name = key.split(".")
     config[section][name] = value
-    with pytest.raises(UserError, match=f"config.{key} is"):
+    with pytest.raises(UserError, match=rf"config\.{key} is"):
         check_config(config)
 
 
 def test_mesh_and_batch_must_fit_the_devices():
     with pytest.raises(UserError, match="data=3 x fsdp=2 devices; there are 8"):
         mesh.make_mesh(3, 2)
-    with pytest.raises(UserError, match="config.data.batch_size is 12, which 8 devices cannot share"):
+    with pytest.raises(UserError, match=r"config\.data\.batch_size is 12, which 8 devices cannot share"):
         mesh.check_batch(mesh.make_mesh(-1, 1), "data.batch_size", 12)
 
 

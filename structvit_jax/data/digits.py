@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from structvit_jax.errors import UserError
+
 _TRAIN_SCANS = 1437
 
 
@@ -55,6 +57,8 @@ class MovingDigits:
     _digit = 12  # side of the digit, pixels
 
     def __init__(self, split: str, examples: int, seed: int):
+        if examples < 1:
+            raise UserError(f"moving_digits are made on the fly: config.data.{split}_examples says how many")
         self._examples = examples
         self._entropy = (seed, ("train", "test").index(split))
         self._scans = [_enlarge(scan, self._digit) for scan in _scans(split)[0]]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import ArrayLike
 
 from structvit_jax.errors import UserError, did_you_mean
 from structvit_jax.models.layers import Linear, normal_init
@@ -108,7 +109,7 @@ class StructAttention(nnx.Module):
         y = struct_attention(*operands, stride=self.stride, method=self.method)
         return self.proj(y.reshape(x.shape))
 
-    def maps(self, x: jax.Array, queries: jax.Array) -> StructAttentionMaps:
+    def maps(self, x: jax.Array, queries: ArrayLike) -> StructAttentionMaps:
         """The attention maps, dynamic kernels and final maps of the queries at flat grid positions [Q]."""
         return struct_attention_maps(*self._operands(x), stride=self.stride, queries=queries)
 

@@ -98,7 +98,7 @@ def _attention(v: Variant, width: int, rngs) -> nnx.Module:
 
 
 def _layer_scale(v: Variant, width: int, conv: bool) -> nnx.Param | None:
-    if v.layer_scale is None or (conv and not v.conv_layer_scale):
+    if not v.layer_scale or (conv and not v.conv_layer_scale):
         return None
     return nnx.Param(jnp.full(width, v.layer_scale, jnp.float32))
 

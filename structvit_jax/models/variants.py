@@ -32,7 +32,7 @@ class Variant:
     attention: str = "factored"  # form of StructSA: "factored" or "volume" (the definition)
     kernel_init: str = "normal"  # of the key and value kernels: "normal" or "delta"
     drop_path: float = 0.1  # stochastic depth of the last block, rising linearly from 0
-    layer_scale: float | None = None  # initial value of the residual branches' factors; None is off
+    layer_scale: float | None = None  # initial value of the residual branches' factors; None or 0 is off
     conv_layer_scale: bool = True  # layer scale on convolution blocks too
     image_size: int = 224  # DeiT: side that its positions are learned for, pixels
     num_frames: int = 16  # DeiT video: frames that its positions are learned for
@@ -170,6 +170,8 @@ def _problems(v: Variant):
     for width in v.widths[-2:]:
         if width % v.head_width:
             yield f"width {width} is not a multiple of head_width {v.head_width}"
+    if not (v.layer_scale is None or (isinstance(v.layer_scale, (int, float)) and v.layer_scale >= 0)):
+        yield f"layer_scale is {v.layer_scale!r}; it takes None, 0 (off) or a positive number"
     if not (isinstance(v.drop_path, (int, float)) and 0 <= v.drop_path < 1):
         yield f"drop_path is {v.drop_path!r}; it takes a rate from 0 to below 1"
     if v.stem == "conv" and (v.video or v.patch != 4 or v.network != "uniformer"):

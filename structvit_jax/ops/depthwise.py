@@ -224,10 +224,9 @@ def _shifted_kernel_gradient(x, kernel, cotangent, stride):
             block = lax.dynamic_slice(x, corner, (1, *window[:-1], x.shape[-2], channels))
             line = lax.dynamic_slice(g, (0, *row, 0, 0), (g.shape[0], *[1] * len(lead), width, channels))
             line = line.reshape(-1, *[1] * (len(window) - 1), width, channels)
-            pairs.append((block, line))
+            pairs.append((block.astype(accumulate), line.astype(accumulate)))
         return [
-            total
-            + sum((block[..., w : w + span : stride, :] * line).astype(accumulate) for block, line in pairs)
+            total + sum(block[..., w : w + span : stride, :] * line for block, line in pairs)
             for w, total in enumerate(totals)
         ], None
 

@@ -27,6 +27,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike
 
 from structvit_jax.ops.depthwise import depthwise_conv, grid_strides, same_padding
 
@@ -89,7 +90,7 @@ def struct_attention_maps(
     value_kernels: jax.Array | None = None,
     *,
     stride: int = 1,
-    queries: jax.Array,
+    queries: ArrayLike,
 ) -> StructAttentionMaps:
     """The maps behind `struct_attention` for the queries at flat, row-major grid positions `queries` [Q].
 
@@ -97,7 +98,7 @@ def struct_attention_maps(
     values it gives the output. Memory grows with Q · N' · window · channels: choose few queries.
     """
     check_arguments(query, key, value, key_kernels, value_kernels, stride, "volume")
-    rows = query.reshape(query.shape[0], -1, *query.shape[-2:])[:, queries]
+    rows = query.reshape(query.shape[0], -1, *query.shape[-2:])[:, jnp.asarray(queries)]
     return _volume(rows, key, value, key_kernels, value_kernels, stride)
 
 

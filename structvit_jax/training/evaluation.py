@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+import contextlib
+from typing import Any, NamedTuple
 
 import jax
-import numpy as np
+import ml_collections
 from jax.sharding import Mesh
 
-from structvit_jax.models.weights import Weights
+from structvit_jax.models import Network
+from structvit_jax.models.weights import Weights, split
 from structvit_jax.training.mesh import put_batch
+from structvit_jax.training.step import make_eval_step
 
 
 class Scores(NamedTuple):
@@ -19,13 +21,20 @@ class Scores(NamedTuple):
     examples: int
 
 
-def evaluate(
-    eval_step: Callable, weights: Weights, batches: Iterable[dict[str, np.ndarray]], mesh: Mesh, examples: int
-) -> Scores:
-    """Scores `weights` on `batches`, which hold `examples` examples and masked padding."""
-    counts = [eval_step(weights, put_batch(mesh, batch)) for batch in batches]
-    counts = jax.device_get(counts)
-    top1, top5, seen = (sum(int(count[name]) for count in counts) for name in ("top1", "top5", "examples"))
-    if seen != examples:
-        raise RuntimeError(f"evaluation saw {seen} examples of {examples}")
-    return Scores(top1 / examples, top5 / examples, examples)
+class Evaluator:
+    """Scores weights on the test split of a `structvit_jax.data.Dataset`; compiled once."""
+
+    def __init__(self, model: Network, config: ml_collections.ConfigDict, mesh: Mesh, data: Any):
+        structure, weights = split(model)
+        self._step = make_eval_step(structure, config, mesh, weights)
+        self._mesh, self._data, self._batch_size = mesh, data, config.eval.batch_size
+
+    def __call__(self, weights: Weights) -> Scores:
+        with contextlib.closing(self._data.test_batches(self._batch_size)) as batches:
+            counts = [self._step(weights, put_batch(self._mesh, batch)) for batch in batches]
+        top1, top5, seen = (
+            sum(int(count[name]) for count in jax.device_get(counts)) for name in ("top1", "top5", "examples")
+        )
+        if seen != len(self._data.test):
+            raise RuntimeError(f"evaluation saw {seen} examples of {len(self._data.test)}")
+        return Scores(top1 / seen, top5 / seen, seen)

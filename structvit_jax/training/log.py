@@ -37,7 +37,7 @@ class RunLog:
     progress lines and to TensorBoard.
     """
 
-    def __init__(self, workdir: epath.Path, *, start_step: int, total_steps: int, batch_size: int, unit: str):
+    def __init__(self, workdir: epath.Path, start_step: int, total_steps: int, batch_size: int, unit: str):
         self._path = workdir / "metrics.jsonl"
         self._total, self._batch, self._unit = total_steps, batch_size, unit
         self._pending: list[tuple[int, dict[str, jax.Array]]] = []
@@ -90,8 +90,12 @@ class RunLog:
         """Leaves what was done since the last line (a save, say) out of the next line's rate."""
         self._since, self._waited = time.monotonic(), 0.0
 
-    def close(self) -> None:
-        self.flush()
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, kind: type | None, *exception: object) -> None:
+        if kind is None:
+            self.flush()
         self._board.close()
 
     def _append(self, records):

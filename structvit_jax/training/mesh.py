@@ -30,20 +30,16 @@ def select_devices(device: str) -> None:
     if device != "auto":
         jax.config.update("jax_platforms", {"gpu": "cuda"}.get(device, device))
     try:
-        platform = jax.devices()[0].platform
+        platform, reason = jax.devices()[0].platform, ""
     except RuntimeError as error:
-        platform, reason = "none", str(error).splitlines()[0]
-        if device == "auto":
-            raise
-    else:
-        reason = ""
+        platform, reason = "none", " ".join(str(error).split())
     if platform in ("cpu", "none") and not wants_cpu and _nvidia_gpu():
         raise UserError(
             "there is an NVIDIA GPU that JAX does not see: pip install -U 'jax[cuda13]' (drivers before"
             " 580: 'jax[cuda12]'), or choose the CPU with --config.mesh.device=cpu"
         )
     if platform == "none":
-        raise UserError(f"config.mesh.device is {device!r} and JAX has no such device ({reason})")
+        raise UserError(f"JAX finds no device for config.mesh.device={device!r}: {reason}")
 
 
 def _nvidia_gpu() -> bool:

@@ -1,0 +1,120 @@
+"""What a configuration makes of the data, and where a run starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+from jax.sharding import Mesh
+
+import structvit_jax
+from structvit_jax.config import Clock, model_arguments
+from structvit_jax.models import Network, create_model
+from structvit_jax.models.weights import split
+from structvit_jax.training import optim
+from structvit_jax.training.checkpoint import Checkpoints, load_weights
+from structvit_jax.training.log import say
+from structvit_jax.training.mesh import check_batch, describe_devices, make_mesh
+from structvit_jax.training.step import TrainState, init_state, normalize
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """The model and the mesh that it lives on, the optimizer, and all durations in steps."""
+
+    config: ml_collections.ConfigDict
+    data: Any  # a structvit_jax.data.Dataset
+    mesh: Mesh
+    model: Network  # with fresh weights
+    schedule: optax.Schedule
+    optimizer: optax.GradientTransformation
+    total_steps: int
+    eval_every: int  # 0 is never
+    save_every: int  # 0 is never
+
+    @classmethod
+    def prepare(cls, config: ml_collections.ConfigDict, data: Any) -> Run:
+        """Builds everything and checks that it fits together, before anything is compiled or written.
+
+        Raises:
+          UserError: a model that does not take the data's shape, or batches that devices cannot share.
+        """
+        mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
+        check_batch(mesh, "data.batch_size", config.data.batch_size)
+        check_batch(mesh, "eval.batch_size", config.eval.batch_size)
+        say(f"devices: {describe_devices()}; mesh {dict(mesh.shape)}")
+
+        classes = len(data.class_names)
+        model = create_model(**model_arguments(config), num_classes=classes, seed=config.train.seed)
+        example = jax.ShapeDtypeStruct((1, *data.train.shape), jnp.uint8)
+        jax.eval_shape(lambda x: model(normalize(x, config)), example)
+        parameters = sum(array.size for array in split(model)[1].params.values())
+        say(f"model: {config.model.name}, {parameters:,} parameters, {classes} classes")
+
+        clock = Clock(config.data.batch_size, len(data.train))
+        total = clock.steps(config.train.duration, "train.duration")
+        schedule = optim.learning_rate(config.optimizer, clock, total)
+        return cls(
+            config,
+            data,
+            mesh,
+            model,
+            schedule,
+            optim.make_optimizer(config.optimizer, schedule),
+            total,
+            clock.steps(config.eval.every, "eval.every"),
+            clock.steps(config.checkpoint.every, "checkpoint.every"),
+        )
+
+    def card(self) -> dict[str, Any]:
+        """What a checkpoint of this run says of itself."""
+        return {
+            "model": model_arguments(self.config),
+            "num_classes": len(self.data.class_names),
+            "class_names": list(self.data.class_names),
+            "config": as_json(self.config),
+            "version": structvit_jax.__version__,
+        }
+
+
+def starting_state(run: Run, checkpoints: Checkpoints) -> TrainState:
+    """The latest checkpoint's state; without one, fresh or taken from config.init_from.
+
+    Raises:
+      UserError: a checkpoint of another model, or none where init_from points.
+    """
+    state = init_state(split(run.model)[1], run.optimizer, run.mesh)
+    latest, init_from = checkpoints.latest(), run.config.init_from
+    if latest is not None:
+        say(f"resuming from {checkpoints.path(latest)}")
+        state = checkpoints.state(latest, state, run.mesh)
+        for line in differences(checkpoints.card(latest)["config"], as_json(run.config)):
+            say(f"note: {line}")
+    elif init_from:
+        say(f"starting from the weights of {init_from}")
+        state = state._replace(weights=load_weights(init_from, state.weights, run.mesh))
+    else:
+        say("starting from scratch")
+    return state
+
+
+def as_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """The configuration in plain types."""
+    return json.loads(config.to_json_best_effort())
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "config") -> list[str]:
+    """What changed between two configurations, a line each."""
+    lines = []
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            lines += differences(before, after, f"{prefix}.{key}")
+        elif before != after:
+            lines.append(f"{prefix}.{key} is now {after!r}; the checkpoint was trained with {before!r}")
+    return lines

@@ -1,0 +1,117 @@
+"""The documents are true: README blocks run, configurations build, names in FIDELITY.md exist."""
+
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from structvit_jax import data, show
+from structvit_jax.config import check_config
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w+) ?(\w*)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+CONFIGS = {path.name: path.read_text() for path in sorted((ROOT / "configs").glob("*.py"))}
+CONFIGS |= {f"README block {i}": body for i, (_, kind, body) in enumerate(BLOCKS) if kind == "config"}
+# What makes a training command of the README short enough for a test.
+SHORT = [
+    "--config.train.duration=2 steps",
+    "--config.data.batch_size=8",
+    "--config.data.train_examples=64",
+    "--config.data.test_examples=64",
+]
+
+
+def commands():
+    bodies = [body for language, kind, body in BLOCKS if (language, kind) == ("bash", "run")]
+    return [line for line in "".join(bodies).splitlines() if not line.startswith("make ")]
+
+
+def test_the_first_block_is_make():
+    assert BLOCKS[0] == ("bash", "run", "make run\nmake test\n")
+
+
+def test_make_run(tmp_path):
+    """In the environment that runs the tests, with the installing step taken as done."""
+    arguments = shlex.join([*SHORT, f"--workdir={tmp_path}"])
+    make = ["make", f"--assume-old={sys.prefix}/.installed-cpu", "run", f"VENV={sys.prefix}"]
+    process = subprocess.run(
+        [*make, "ACCELERATOR=cpu", f"ARGS={arguments}"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert process.returncode == 0, process.stderr
+    assert "result: top1" in process.stdout
+    assert (tmp_path / "result.json").exists()
+
+
+def test_the_commands(command, tmp_path):
+    ran = 0
+    for line in commands():
+        assert line.startswith("python -m structvit_jax.main")
+        arguments = [word for word in shlex.split(line)[3:] if not word.startswith("--workdir")]
+        name = re.search(r"configs/(\w+)", line)[1]
+        process = command(*arguments, *SHORT, f"--workdir={tmp_path / name}")
+        assert process.returncode == 0, process.stderr
+        ran += 1
+    assert ran >= 4
+
+
+@pytest.mark.parametrize(
+    "body", [body for language, kind, body in BLOCKS if (language, kind) == ("python", "run")]
+)
+def test_python_blocks(body):
+    exec(compile(body, "README", "exec"), {})
+
+
+def test_no_block_is_left_unchecked():
+    assert {(language, kind) for language, kind, _ in BLOCKS} == {
+        ("bash", "run"),
+        ("python", "run"),
+        ("python", "config"),
+    }
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_configurations_build(name):
+    """Every configuration makes its data and its model, and the two fit."""
+    namespace: dict = {}
+    exec(compile(CONFIGS[name], name, "exec"), namespace)
+    config = namespace["get_config"]()
+    config.lock()
+    check_config(config)
+    dataset = data.load(
+        config.data.name, train_examples=config.data.train_examples, test_examples=config.data.test_examples
+    )
+    assert "total" in show.describe(config, dataset)
+
+
+def test_fidelity_names_exist():
+    text = (ROOT / "docs" / "FIDELITY.md").read_text()
+    tests = re.findall(r"`tests/(test_\w+)\.py::(\w+)`", text)
+    names = re.findall(r"`(structvit_jax[\w.]*)`", text)
+    assert len(tests) > 30 and len(names) > 30
+    for module, test in tests:
+        assert f"def {test}(" in (ROOT / "tests" / f"{module}.py").read_text(), test
+    for name in names:
+        resolve(name)
+
+
+def resolve(name):
+    parts = name.split(".")
+    for split in range(len(parts), 0, -1):
+        try:
+            found = importlib.import_module(".".join(parts[:split]))
+        except ModuleNotFoundError:
+            continue
+        for attribute in parts[split:]:
+            found = getattr(found, attribute)
+        return found
+    raise AssertionError(name)
+
+
+def test_links_point_to_files():
+    for document in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\((?!http|#)([^)#]+)\)", document.read_text()):
+            assert (document.parent / target).exists(), f"{document.name}: {target}"

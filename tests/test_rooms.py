@@ -1,0 +1,62 @@
+"""Each room imports only what it may: the structure of the house, held by a test."""
+
+import ast
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+PACKAGE = ROOT / "structvit_jax"
+# Folder or file -> third-party modules that may be imported, and rooms of ours.
+ROOMS = {
+    "ops": ({"jax", "numpy"}, {"ops"}),
+    "models": ({"jax", "numpy", "flax"}, {"ops", "models", "errors"}),
+    "convert": ({"jax", "numpy", "flax"}, {"models", "errors"}),
+    "data": ({"numpy", "grain", "sklearn"}, {"data", "errors"}),
+    "config": ({"ml_collections"}, {"models", "errors"}),
+    "training": (
+        {"jax", "numpy", "optax", "orbax", "etils", "ml_collections", "tensorboardX"},
+        {"training", "models", "config", "errors", ""},
+    ),
+    "show": ({"ml_collections"}, {"models", "config"}),
+    "main": ({"absl", "etils", "ml_collections"}, {"data", "config", "errors", "training", "show"}),
+    "errors": (set(), set()),
+    "__init__": (set(), set()),
+}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def imports(path):
+    """(line, module) of every import in a file, those inside functions included."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, "imports are absolute"
+            deeper = node.module == "structvit_jax"
+            names = [f"{node.module}.{alias.name}" for alias in node.names] if deeper else [node.module]
+            yield from ((node.lineno, name) for name in names)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_stay_within_the_room(path: Path):
+    import sys
+
+    room = path.relative_to(PACKAGE).with_suffix("").parts[0]
+    libraries, rooms = ROOMS[room]
+    for line, module in imports(path):
+        top, _, rest = module.partition(".")
+        if top == "structvit_jax":
+            allowed, guest = rooms, rest.split(".")[0]
+        elif top in sys.stdlib_module_names:
+            continue
+        else:
+            allowed, guest = libraries, top
+        assert guest in allowed, f"{path.relative_to(ROOT)}:{line} {module} does not live in {room}"
+
+
+def test_the_house_stays_small():
+    """Places to look at when this fails, not a score: split by subject, not by size."""
+    lengths = {path: len(path.read_text().splitlines()) for path in FILES}
+    assert len(lengths) <= 40
+    assert max(lengths.values()) <= 400, max(lengths, key=lengths.__getitem__)
