@@ -37,7 +37,7 @@ def lines(workdir):
 def finished(tmp_path_factory):
     """A complete run: its workdir and what it printed."""
     workdir = tmp_path_factory.mktemp("finished")
-    process = run(*QUICK, f"--workdir={workdir}")
+    process = Command(workdir.parent / "output", *QUICK, f"--workdir={workdir}").wait()
     assert process.returncode == 0, process.stderr
     return workdir, process.stdout
 
