@@ -10,7 +10,7 @@ ACCELERATOR ?= $(shell \
 	if nvidia-smi -L 2>/dev/null | grep -q GPU; then \
 		driver=$$(nvidia-smi --query-gpu=driver_version --format=csv,noheader | head -n 1 | cut -d . -f 1); \
 		if [ "$$driver" -ge 580 ]; then echo cuda13; else echo cuda12; fi; \
-	elif ls /dev/accel[0-9]* /dev/vfio/[0-9]* >/dev/null 2>&1; then echo tpu; \
+	elif ls /dev/accel[0-9]* >/dev/null 2>&1 || ls /dev/vfio/[0-9]* >/dev/null 2>&1; then echo tpu; \
 	else echo cpu; fi)
 EXTRAS := $(if $(filter cpu,$(ACCELERATOR)),dev,dev,$(ACCELERATOR))
 STAMP := $(VENV)/.installed-$(ACCELERATOR)

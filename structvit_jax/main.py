@@ -9,6 +9,7 @@ The same command resumes a run that was interrupted.
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 
@@ -36,41 +37,61 @@ def main(argv: Sequence[str]) -> None:
         test_examples=config.data.test_examples,
         seed=config.train.seed,
     )
-    if _MODE.value == "show":
-        from structvit_jax import show
-
-        print(show.describe(config, dataset))
-        return
-
+    from structvit_jax import show  # imported here, so that a mistake in the flags is told at once
     from structvit_jax.training import loop, mesh
 
     mesh.select_devices(config.mesh.device)
-    workdir = epath.Path(_WORKDIR.value or os.path.join("runs", epath.Path(_config_path(sys.argv)).stem))
+    if _MODE.value == "show":
+        print(show.describe(config, dataset))
+        return
+    workdir = epath.Path(_WORKDIR.value or os.path.join("runs", _config_path(sys.argv).stem))
     {"train": loop.train, "eval": loop.evaluate_run}[_MODE.value](config, workdir, dataset)
 
 
-def _config_path(argv: Sequence[str]) -> str:
+def _config_path(argv: Sequence[str]) -> epath.Path:
     """The file that --config names, without an argument after ':'."""
     for position, word in enumerate(argv):
-        if word.startswith("--config="):
-            return word.removeprefix("--config=").split(":")[0]
-        if word == "--config" and position + 1 < len(argv):
-            return argv[position + 1].split(":")[0]
+        if match := re.match("--?config=(.*)", word):
+            return epath.Path(match[1].split(":")[0])
+        if word in ("--config", "-config") and position + 1 < len(argv):
+            return epath.Path(argv[position + 1].split(":")[0])
     raise UserError("say which configuration: --config=configs/moving_digits.py")
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
     """Reads the flags; whatever is wrong with them becomes one line that says what is near."""
-    if not any(word.startswith("--help") for word in argv):
-        path = epath.Path(_config_path(argv))
-        if not path.exists():
-            known = [str(file) for file in path.parent.glob("*.py")] if path.parent.exists() else []
-            raise UserError(f"no configuration at {path}.{did_you_mean(str(path), known) if known else ''}")
+    if any(word.startswith(("--help", "-help")) or word in ("-h", "-?") for word in argv):
+        return flags.FLAGS(["main", "--help"])
+    path = _config_path(argv)
+    if path.suffix != ".py" or not path.is_file():
+        folder = path if path.is_dir() else path.parent
+        known = [str(file) for file in folder.glob("*.py")] if folder.is_dir() else []
+        hint = did_you_mean(str(path), known) if known else ""
+        raise UserError(f"no configuration file (.py) at {str(path)!r}.{hint}")
     try:
         return flags.FLAGS(list(argv))
-    except (flags.Error, KeyError, AttributeError, TypeError) as error:
-        message = error.args[0] if error.args else error
-        raise UserError(" ".join(str(message).strip("'\"").replace("\\n", " ").split())) from error
+    except (KeyError, AttributeError) as error:
+        raise UserError(_unknown_key(str(error))) from error
+    except SyntaxError as error:
+        raise UserError(f"{error.filename}:{error.lineno}: {error.msg}") from error
+    except (flags.Error, TypeError) as error:
+        raise UserError(_last_line(error)) from error
+
+
+def _unknown_key(message: str) -> str:
+    """One line from what ml_collections says of a key that a locked configuration does not have."""
+    if near := re.search(r'Did you mean "(\w+)" instead of "(\w+)"', message):
+        return f"the configuration has no key {near[2]!r}. Did you mean {near[1]!r}?"
+    key = re.search(r"\w+", message.replace("Key", ""))
+    known = re.findall(r"'(\w+)\\?':", message)
+    return f"the configuration has no key {key[0] if key else ''!r}." + (
+        did_you_mean(key[0], known) if key and known else ""
+    )
+
+
+def _last_line(error: BaseException) -> str:
+    """What an error says, without the traceback that ml_collections puts before it."""
+    return [line for line in str(error).splitlines() if line.strip()][-1].strip()
 
 
 def run() -> None:

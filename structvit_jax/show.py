@@ -6,7 +6,7 @@ from typing import Any
 
 import ml_collections
 
-from structvit_jax.config import Clock, model_arguments
+from structvit_jax.config import durations, model_arguments
 from structvit_jax.models import cost
 
 
@@ -18,14 +18,14 @@ def describe(config: ml_collections.ConfigDict, data: Any) -> str:
     """
     arguments = model_arguments(config)
     counted = cost(arguments.pop("name"), data.train.shape, len(data.class_names), **arguments)
-    clock = Clock(config.data.batch_size, len(data.train))
+    steps = durations(config, len(data.train))
     rows = [("part", "parameters", "multiply-accumulates")]
     rows += [(name, f"{part.params:,}", f"{part.macs:,}") for name, part in counted.parts.items()]
     rows += [("total", f"{counted.params:,}", f"{counted.macs:,}")]
     wide = [max(len(row[column]) for row in rows) for column in range(3)]
     table = [f"  {a:<{wide[0]}}  {b:>{wide[1]}}  {c:>{wide[2]}}" for a, b, c in rows]
     kinds = ", ".join(f"{kind} {macs:,}" for kind, macs in counted.kinds.items())
-    batch, total = config.data.batch_size, clock.steps(config.train.duration, "train.duration")
+    batch = config.data.batch_size
     return "\n".join(
         [
             str(config).rstrip(),
@@ -34,8 +34,10 @@ def describe(config: ml_collections.ConfigDict, data: Any) -> str:
             *table,
             f"  by kind: {kinds}",
             "",
-            f"batch: inputs uint8 {[batch, *data.train.shape]}, labels int32 [{batch}], mask bool [{batch}]",
+            f"batch: inputs uint8 {[batch, *data.train.shape]},"
+            f" labels int32 [{batch}], mask bool [{batch}], index int32 [{batch}]",
             f"{len(data.train)} training and {len(data.test)} test {data.unit};"
-            f" {clock.steps_per_epoch:g} steps per epoch, {total} in all",
+            f" {len(data.train) / batch:g} steps per epoch, {steps.total} in all,"
+            f" {steps.warmup} of them warm-up",
         ]
     )

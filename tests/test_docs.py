@@ -115,3 +115,16 @@ def test_links_point_to_files():
     for document in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\((?!http|#)([^)#]+)\)", document.read_text()):
             assert (document.parent / target).exists(), f"{document.name}: {target}"
+
+
+def test_no_placeholder_is_left():
+    for document in [ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")]:
+        text = re.sub(r"`[^`]*`", "", document.read_text())
+        assert not re.findall(r"(?:^|\s)[A-Z]+_[A-Z]+\b|^[A-Z]{4,}$|\bTODO\b", text, re.MULTILINE), document
+
+
+def test_the_rooms_of_contributing_are_those_that_are_tested():
+    from test_rooms import ROOMS
+
+    listed = re.findall(r"^\| `structvit_jax/(\w+)", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted(room for room in ROOMS if room != "__init__")

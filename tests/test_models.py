@@ -14,7 +14,8 @@ import structvit_jax
 from structvit_jax import create_model, list_models
 from structvit_jax.errors import UserError
 from structvit_jax.models import get_variant, weights
-from structvit_jax.models.variants import Variant
+from structvit_jax.models.layers import BatchNorm, DropPath
+from structvit_jax.models.variants import OVERRIDES, Variant
 
 SMALL = {"depths": (1, 1, 1, 1), "widths": (8, 8, 16, 16), "head_width": 8}
 
@@ -29,17 +30,19 @@ def pixels(*shape, seed=0):
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
-@chex.variants(with_jit=True, without_jit=True)
 class VariantsTest(chex.TestCase):
     """A small model of each network gives the same logits with and without jit."""
 
     @chex.all_variants(with_pmap=False, without_device=False, with_device=False)
     def test_logits(self):
         for name, shape in (("deit_tiny_struct_2", (2, 24, 24, 3)), ("deit_tiny_video", (1, 8, 24, 24, 3))):
-            structure, arrays = weights.split(create_model(name, num_classes=5))
-            logits = self.variant(lambda a, x, s=structure: s.model(a)(x))(arrays, pixels(*shape))
+            model, x = create_model(name, num_classes=5), pixels(*shape)
+            structure, arrays = weights.split(model)
+            logits = self.variant(lambda a, x, s=structure: s.model(a)(x))(arrays, x)
             chex.assert_shape(logits, (shape[0], 5))
-            chex.assert_tree_all_finite(logits)
+            pooled = model.norm(model.features(x)[-1]).reshape(shape[0], -1, 32).mean(axis=1)
+            by_hand = pooled @ model.head.kernel[...] + model.head.bias[...]
+            chex.assert_trees_all_close(logits, by_hand, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -79,6 +82,7 @@ def test_names():
     assert get_variant("structvit_b_3_2").structure_dim == 3
     assert get_variant("structvit_l_4_1").layer_scale == 1e-6
     assert get_variant("structvit_s_4_1", stride=2, structure_dim=8) == get_variant("structvit_s_8_2")
+    assert {field.name for field in dataclasses.fields(Variant)} == {*OVERRIDES, "network", "video"}
 
 
 @pytest.mark.parametrize(
@@ -96,6 +100,12 @@ def test_names():
         ("structvit_s_4_1", {"aggregation": "elements"}, "'context', 'element'"),
         ("structvit_s_4_1", {"depths": (1, 2)}, "4 positive integers"),
         ("structvit_s_4_1_video", {"stem": "conv"}, "images"),
+        ("structvit_s_4_1", {"video": True}, "unknown override 'video'"),
+        ("structvit_s_4_1", {"image_size": 32}, "only in a deit"),
+        ("deit_s", {"mixer_window": 3}, "only in a uniformer"),
+        ("structvit_s_4_1", {"aggregation": "element", "value_window": 5}, "leave value_window out"),
+        ("structvit_s_4_1", {"mixer_window": 4}, "odd side"),
+        ("structvit_s_4_1", {"seed": -1}, "negative"),
         ("structvit_s_4_1", {"drop_path": 1.0}, "below 1"),
     ],
 )
@@ -123,8 +133,6 @@ def test_a_wrong_input_is_one_line(name, shape, message):
 def test_every_override_reaches_the_model():
     """Each field changes the abstract model, its computation, or both."""
     changes = {
-        "network": "deit",
-        "video": True,
         "depths": (1, 1, 2, 1),
         "widths": (8, 8, 16, 32),
         "head_width": 4,
@@ -149,27 +157,24 @@ def test_every_override_reaches_the_model():
 
     def program(**overrides):
         options = base | overrides
-        if overrides.get("network") == "deit":
-            options |= {"depths": (1,), "widths": (8,)}
         if overrides.get("stem") == "conv":
             options |= {"patch": 4}
         model = create_model("structvit_tiny_2_1", num_classes=2, **options)
         model.train()
         structure, arrays = weights.split(model)
-        x = jnp.zeros((1, *([2] if overrides.get("video") else []), 40, 32, 3))
+        x = jnp.zeros((1, 40, 32, 3))
         run = lambda a, x, key: structure.model(a)(x, key=key)  # noqa: E731
         return str(jax.make_jaxpr(run)(arrays, x, jax.random.key(0))), weights.sha256(arrays)
 
     reference, tested = program(), set()
     assert program() == reference
-    for field in dataclasses.fields(Variant):
-        if field.name in changes:
-            assert program(**{field.name: changes[field.name]}) != reference, field.name
-            tested.add(field.name)
+    for key, value in changes.items():
+        assert program(**{key: value}) != reference, key
+        tested.add(key)
     assert program(layer_scale=0.0) == reference
     # conv_layer_scale speaks only where there is layer scale
     assert program(layer_scale=0.1, conv_layer_scale=False) != program(layer_scale=0.1)
-    assert tested | elsewhere | {"conv_layer_scale"} == {field.name for field in dataclasses.fields(Variant)}
+    assert tested | elsewhere | {"conv_layer_scale"} == set(OVERRIDES)
 
 
 def test_deit_positions():
@@ -209,8 +214,6 @@ def test_initialisation_is_the_reference_s():
 
 
 def test_drop_path_drops_whole_branches_per_example():
-    from structvit_jax.models.layers import DropPath
-
     drop = DropPath(0.25)
     x = jnp.ones((4000, 2, 3))
     assert (drop(x, None) == x).all()  # evaluation mode
@@ -221,6 +224,22 @@ def test_drop_path_drops_whole_branches_per_example():
     assert abs((y[:, 0, 0] > 0).mean() - 0.75) < 0.03
     with pytest.raises(ValueError, match="needs a key"):
         drop(x, None)
+
+
+def test_batch_norm_is_torch_s():
+    """Two-pass statistics, unbiased running variance, and an argument that overrules the mode."""
+    norm = BatchNorm(4, dtype=None, rngs=nnx.Rngs(0))
+    x = jnp.array(1000 + 0.1 * pixels(6, 4))
+    reference = np.asarray(x, np.float64)
+    y = norm(x, use_running_average=False)
+    np.testing.assert_allclose(
+        y, (reference - reference.mean(0)) / np.sqrt(reference.var(0) + 1e-5), atol=2e-2
+    )
+    np.testing.assert_allclose(norm.var[...], 0.9 + 0.1 * reference.var(0, ddof=1), rtol=1e-5)
+    before = np.asarray(norm.var[...])
+    norm.train()
+    norm(x, use_running_average=True)
+    assert (norm.var[...] == before).all()
 
 
 def test_bfloat16_computes_in_bfloat16_with_float32_weights():

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 
 from structvit_jax.data.digits import Digits, MovingDigits
-from structvit_jax.data.pipeline import WHOLE, Batch, Share, Source, test_batches, train_batches
+from structvit_jax.data.pipeline import Batch, Source, test_batches, train_batches
 from structvit_jax.errors import UserError, did_you_mean
 
 SOURCES: dict[str, Callable[[str, int, int], Source]] = {"moving_digits": MovingDigits, "digits": Digits}
@@ -28,13 +28,11 @@ class Dataset:
     def unit(self) -> str:
         return "clips" if len(self.train.shape) == 4 else "images"
 
-    def train_batches(self, batch_size: int, *, start_step: int, share: Share = WHOLE) -> Iterator[Batch]:
-        return train_batches(
-            self.train, batch_size=batch_size, seed=self.seed, start_step=start_step, share=share
-        )
+    def train_batches(self, batch_size: int, *, start_step: int) -> Iterator[Batch]:
+        return train_batches(self.train, batch_size=batch_size, seed=self.seed, start_step=start_step)
 
-    def test_batches(self, batch_size: int, *, share: Share = WHOLE) -> Iterator[Batch]:
-        return test_batches(self.test, batch_size=batch_size, share=share)
+    def test_batches(self, batch_size: int) -> Iterator[Batch]:
+        return test_batches(self.test, batch_size=batch_size)
 
 
 def load(name: str, *, train_examples: int = 0, test_examples: int = 0, seed: int = 0) -> Dataset:
@@ -43,7 +41,8 @@ def load(name: str, *, train_examples: int = 0, test_examples: int = 0, seed: in
     Args:
       name: a key of `SOURCES`.
       train_examples, test_examples: sizes for data that are made on the fly; others have their own.
-      seed: of the order, the augmentation, and data that are made on the fly.
+      seed: of the order, the augmentation, and training data made on the fly; test data are the
+        same for every seed.
 
     Raises:
       UserError: an unknown name, or a size below one for data that are made on the fly.
@@ -54,4 +53,4 @@ def load(name: str, *, train_examples: int = 0, test_examples: int = 0, seed: in
     return Dataset(make("train", train_examples, seed), make("test", test_examples, seed), seed)
 
 
-__all__ = ["SOURCES", "WHOLE", "Batch", "Dataset", "Share", "Source", "load"]
+__all__ = ["SOURCES", "Batch", "Dataset", "Source", "load"]

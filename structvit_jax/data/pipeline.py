@@ -1,6 +1,6 @@
 """Batches as a pure function of (seed, step): NumPy and grain, never an accelerator.
 
-A batch is a dict of arrays over the examples of this process:
+A batch is a dict of arrays over its examples:
 
     inputs  uint8 [batch, [time,] height, width, 3]
     labels  int32 [batch]
@@ -11,7 +11,7 @@ A batch is a dict of arrays over the examples of this process:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import grain
 import numpy as np
@@ -30,38 +30,25 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> dict[str, Any]: ...
 
 
-class Share(NamedTuple):
-    """Which part of each global batch this process reads."""
-
-    process: int
-    processes: int
-
-
-WHOLE = Share(0, 1)
-
-
-def train_batches(
-    source: Source, *, batch_size: int, seed: int, start_step: int = 0, share: Share = WHOLE
-) -> Iterator[Batch]:
+def train_batches(source: Source, *, batch_size: int, seed: int, start_step: int = 0) -> Iterator[Batch]:
     """Endless shuffled batches from step `start_step` on.
 
     Every epoch has an order and augmentation draws of its own. Slicing at the step makes resuming
-    exact without saved state; slicing for processes after augmentation gives every number of
-    processes the same global batch.
+    exact without saved state.
     """
     augment: Callable | None = getattr(source, "augment", None)
     data = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat(None).map(_Read(source))
     if augment is not None:
         data = data.random_map(augment)
-    data = data[share.process :: share.processes].batch(_local(batch_size, share), batch_fn=_stack)
+    data = data.batch(batch_size, batch_fn=_stack)
     yield from _prefetched(data[start_step:])
 
 
-def test_batches(source: Source, *, batch_size: int, share: Share = WHOLE) -> Iterator[Batch]:
+def test_batches(source: Source, *, batch_size: int) -> Iterator[Batch]:
     """Every example once, in order; the last batch is padded with masked repetitions."""
     padded = -(-len(source) // batch_size) * batch_size
     data = grain.MapDataset.range(padded).map(_Read(source))
-    data = data[share.process :: share.processes].batch(_local(batch_size, share), batch_fn=_stack)
+    data = data.batch(batch_size, batch_fn=_stack)
     yield from _prefetched(data)
 
 
@@ -83,12 +70,6 @@ def _stack(examples: list[dict[str, Any]]) -> Batch:
         "mask": np.array([example["mask"] for example in examples], bool),
         "index": np.array([example["index"] for example in examples], np.int32),
     }
-
-
-def _local(batch_size: int, share: Share) -> int:
-    if batch_size % share.processes:
-        raise ValueError(f"a batch of {batch_size} cannot be split over {share.processes} processes")
-    return batch_size // share.processes
 
 
 def _prefetched(data: grain.MapDataset) -> Iterator[Batch]:

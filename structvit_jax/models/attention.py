@@ -71,7 +71,7 @@ class StructAttention(nnx.Module):
         dtype=None,
         rngs: nnx.Rngs,
     ):
-        if width % heads:
+        if heads < 1 or width % heads:
             raise UserError(f"StructAttention: width {width} is not a multiple of {heads} heads")
         if not structure_dim and stride != 1:
             raise UserError(

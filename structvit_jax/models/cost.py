@@ -32,7 +32,7 @@ class Cost(Part):
 
 
 def cost(name: str, input_shape: Sequence[int], num_classes: int, **overrides) -> Cost:
-    """Counts a model by tracing its forward pass; nothing is computed.
+    """Counts a model by tracing its forward pass.
 
     Multiply-accumulates are those of matrix products, convolutions and attention for one example;
     norms, softmax, GELU and biases are not counted (they add less than 0.5 %).

@@ -137,13 +137,21 @@ class BatchNorm(nnx.BatchNorm):
 
     def __init__(self, channels: int, *, dtype, rngs):
         super().__init__(
-            channels, use_running_average=True, momentum=0.9, epsilon=1e-5, dtype=dtype, rngs=rngs
+            channels,
+            use_running_average=True,
+            momentum=0.9,
+            epsilon=1e-5,
+            use_fast_variance=False,
+            dtype=dtype,
+            rngs=rngs,
         )
 
     def __call__(self, x, use_running_average=None, *, mask=None) -> jax.Array:
+        if use_running_average is None:
+            use_running_average = self.use_running_average
         old = self.var[...]
         y = super().__call__(x, use_running_average, mask=mask)
-        if not self.use_running_average:
+        if not use_running_average:
             count = x.size // x.shape[-1]
             kept = self.momentum * old
             self.var[...] = kept + (self.var[...] - kept) * (count / max(count - 1, 1))

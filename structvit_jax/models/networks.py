@@ -280,5 +280,7 @@ def create_model(name: str, *, num_classes: int, seed: int = 0, **overrides) -> 
       UserError: an unknown name or override, or one that does not fit the others.
     """
     variant = get_variant(name, **overrides)
+    if num_classes < 0 or seed < 0:
+        raise UserError(f"num_classes={num_classes} and seed={seed} should not be negative")
     network = {"uniformer": UniFormer, "deit": DeiT}[variant.network]
     return network(variant, num_classes=num_classes, rngs=HostRngs(seed))

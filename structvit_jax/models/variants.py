@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import numbers
 import re
 from typing import Any
 
@@ -12,7 +13,7 @@ from structvit_jax.errors import UserError, did_you_mean
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """All that tells one model from another. Every field is an override of `create_model`."""
+    """All that tells one model from another. The name says the first two; all else can be overridden."""
 
     network: str = "uniformer"  # "uniformer" (four stages) or "deit" (one)
     video: bool = False  # grid (time, height, width) instead of (height, width)
@@ -56,6 +57,14 @@ class Variant:
         side = self.patch * 8 if self.stem == "patch" else 1
         return (1,) * self.video + (side, side)
 
+
+OVERRIDES = tuple(
+    field.name for field in dataclasses.fields(Variant) if field.name not in ("network", "video")
+)
+_ONLY_IN = {  # fields that one network alone reads
+    "uniformer": ("stem", "mixer_window", "conv_layer_scale"),
+    "deit": ("image_size", "num_frames", "tubelet"),
+}
 
 _S = Variant()
 _B = Variant(depths=(5, 8, 20, 7), drop_path=0.3)
@@ -115,12 +124,16 @@ def get_variant(name: str, **overrides) -> Variant:
         fit the others, or a video form of a model that has none.
     """
     variant = _by_name(name)
-    fields = {field.name for field in dataclasses.fields(Variant)}
     for key, value in overrides.items():
-        if key not in fields:
-            raise UserError(f"unknown override {key!r} for {name}.{did_you_mean(key, fields)}")
+        if key not in OVERRIDES:
+            raise UserError(f"unknown override {key!r} for {name}.{did_you_mean(key, OVERRIDES)}")
+        for network, fields in _ONLY_IN.items():
+            if key in fields and variant.network != network:
+                raise UserError(f"{name}: {key} has no meaning here, only in a {network}")
         if isinstance(value, list):
             overrides[key] = tuple(value)
+    if overrides.get("aggregation") == "element" and overrides.get("value_window", 1) != 1:
+        raise UserError(f"{name}: aggregation='element' is a value window of 1; leave value_window out")
     variant = dataclasses.replace(variant, **overrides)
     for problem in _problems(variant):
         raise UserError(f"{name}: {problem}")
@@ -155,10 +168,12 @@ def _problems(v: Variant):
         sides = getattr(v, key)
         if not isinstance(sides, tuple) or len(sides) != stages or not all(map(_is_positive, sides)):
             yield f"{key} is {sides!r}; a {v.network} takes {stages} positive integers"
-    for key in ("head_width", "patch", "mixer_window", "stride", "image_size", "num_frames", "tubelet"):
+    for key in ("head_width", "patch", "stride", "image_size", "num_frames", "tubelet"):
         if not _is_positive(getattr(v, key)):
             yield f"{key} is {getattr(v, key)!r}; it takes a positive integer"
-    for key in ("mixer_window", "key_window", "value_window"):
+    if not _is_positive(v.mixer_window) or v.mixer_window % 2 == 0:
+        yield f"mixer_window is {v.mixer_window!r}; it takes an odd side"
+    for key in ("key_window", "value_window"):
         sides = getattr(v, key)
         sides = sides if isinstance(sides, tuple) else (sides,) * v.grid_axes
         if len(sides) != v.grid_axes or not all(_is_positive(k) and k % 2 for k in sides):
@@ -179,4 +194,4 @@ def _problems(v: Variant):
 
 
 def _is_positive(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) > 0

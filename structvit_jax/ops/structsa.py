@@ -98,8 +98,13 @@ def struct_attention_maps(
     values it gives the output. Memory grows with Q · N' · window · channels: choose few queries.
     """
     check_arguments(query, key, value, key_kernels, value_kernels, stride, "volume")
-    rows = query.reshape(query.shape[0], -1, *query.shape[-2:])[:, jnp.asarray(queries)]
-    return _volume(rows, key, value, key_kernels, value_kernels, stride)
+    rows = query.reshape(query.shape[0], -1, *query.shape[-2:])
+    queries, positions = jnp.asarray(queries), rows.shape[1]
+    if queries.ndim != 1:
+        raise ValueError(f"struct_attention_maps: queries {queries.shape} should be [Q]")
+    if not isinstance(queries, jax.core.Tracer) and not bool(((queries >= 0) & (queries < positions)).all()):
+        raise ValueError(f"struct_attention_maps: queries {queries} should lie from 0 to {positions - 1}")
+    return _volume(rows[:, queries], key, value, key_kernels, value_kernels, stride)
 
 
 def check_arguments(query, key, value, key_kernels, value_kernels, stride, method) -> None:
@@ -116,7 +121,9 @@ def check_arguments(query, key, value, key_kernels, value_kernels, stride, metho
     )
     shapes = f"query {query.shape}, key {key.shape} and value {value.shape}"
     require(query.shape == key.shape == value.shape, f"{shapes} should be equal")
-    require(stride >= 1, f"stride {stride} is below one")
+    types = query.dtype, key.dtype, value.dtype
+    require(len(set(types)) == 1, f"query, key and value have types {', '.join(map(str, types))}; use one")
+    require(isinstance(stride, int) and stride >= 1, f"stride {stride} is not a positive integer")
     if key_kernels is None and value_kernels is None:
         require(stride == 1, f"stride {stride} without kernels; plain self-attention has no window to stride")
         return
@@ -135,8 +142,8 @@ def check_arguments(query, key, value, key_kernels, value_kernels, stride, metho
         require(all(k % 2 for k in window), f"{name} has an even window {window}; use odd sides")
     dims = key_kernels.shape[-1], value_kernels.shape[-1]
     require(
-        dims[0] == dims[1],
-        f"key_kernels have D={dims[0]} and value_kernels D={dims[1]}; they should be equal",
+        dims[0] == dims[1] >= 1,
+        f"key_kernels have D={dims[0]} and value_kernels D={dims[1]}; they should be equal, at least 1",
     )
 
 
@@ -173,6 +180,7 @@ def _volume(queries, key, value, key_kernels, value_kernels, stride) -> StructAt
     grid, (heads, channels) = key.shape[1:-2], key.shape[-2:]
     if key_kernels is None:  # plain self-attention: one pattern, the window of one, weight one
         key_kernels = value_kernels = jnp.ones((*[1] * len(grid), 1, 1, 1), key.dtype)
+    key_kernels, value_kernels = key_kernels.astype(key.dtype), value_kernels.astype(value.dtype)
     with jax.default_matmul_precision("highest"):
         logits = jnp.stack(
             [

@@ -58,18 +58,18 @@ class Checkpoints:
     def card(self, step: int) -> dict[str, Any]:
         return self._restore(step, card=ocp.args.JsonRestore())["card"]
 
-    def weights(self, step: int, like: Weights, mesh: Mesh) -> Weights:
+    def weights(self, step: int, like: Weights, mesh: Mesh, advice: str) -> Weights:
         """The weights of a step, placed on the mesh.
 
         Raises:
-          UserError: they do not fit `like`, naming what differs, or cannot be read.
+          UserError: they cannot be read, or do not fit `like`: names what differs, and gives `advice`.
         """
-        self._check_fit(step, like)
+        self._check_fit(step, like, advice)
         return self._restore(step, weights=ocp.args.StandardRestore(_target(like, mesh)))["weights"]
 
-    def state(self, step: int, like: TrainState, mesh: Mesh) -> TrainState:
+    def state(self, step: int, like: TrainState, mesh: Mesh, advice: str) -> TrainState:
         """The whole state after a step; errors as for `weights`."""
-        weights = self.weights(step, like.weights, mesh)
+        weights = self.weights(step, like.weights, mesh, advice)
         optimizer = ocp.args.StandardRestore(_target(like.optimizer, mesh))
         optimizer = self._restore(step, optimizer=optimizer)["optimizer"]
         return TrainState(jax.device_put(jax.numpy.int32(step), like.step.sharding), weights, optimizer)
@@ -78,20 +78,28 @@ class Checkpoints:
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
         except (ValueError, OSError, KeyError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise UserError(f"checkpoint {self.path(step)} cannot be read: {reason}") from error
+            raise self._unreadable(step, error) from error
 
-    def _check_fit(self, step, like):
-        saved = ocp.StandardCheckpointer().metadata((self.path(step) / "weights").resolve()).item_metadata
-        problems = mismatches(like.params | like.batch_stats, saved["params"] | saved["batch_stats"])
+    def _unreadable(self, step, reason):
+        reason = " ".join(str(reason).split())[:300]
+        return UserError(
+            f"checkpoint {self.path(step)} cannot be read ({reason}); remove it to use an older one"
+        )
+
+    def _check_fit(self, step, like, advice):
+        try:
+            saved = ocp.StandardCheckpointer().metadata((self.path(step) / "weights").resolve()).item_metadata
+            saved = saved["params"] | saved["batch_stats"]
+        except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
+            raise self._unreadable(step, error) from error
+        problems = mismatches(like.params | like.batch_stats, saved)
         if problems:
             card = self.card(step)
             more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
             raise UserError(
                 f"checkpoint {self.path(step)} holds another model than the configured one:"
                 f" {card['model']['name']} with {card['num_classes']} classes"
-                f" ({', '.join(problems[:3])}{more});"
-                " choose another --workdir, or the model that was saved"
+                f" ({', '.join(problems[:3])}{more}); {advice}"
             )
 
 
@@ -120,4 +128,5 @@ def load_weights(path: str, like: Weights, mesh: Mesh) -> Weights:
         if step is None or not checkpoints.path(step).exists():
             kept = ", ".join(map(str, checkpoints.steps())) or "none"
             raise UserError(f"no finished checkpoint at {path}; {run} holds these steps: {kept}")
-        return checkpoints.weights(step, like, mesh)
+        advice = "config.init_from takes weights of the configured model"
+        return checkpoints.weights(step, like, mesh, advice)

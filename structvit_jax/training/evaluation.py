@@ -30,8 +30,11 @@ class Evaluator:
         self._mesh, self._data, self._batch_size = mesh, data, config.eval.batch_size
 
     def __call__(self, weights: Weights) -> Scores:
+        counts: list[dict[str, jax.Array]] = []
         with contextlib.closing(self._data.test_batches(self._batch_size)) as batches:
-            counts = [self._step(weights, put_batch(self._mesh, batch)) for batch in batches]
+            for batch in batches:
+                counts.append(self._step(weights, put_batch(self._mesh, batch)))
+                jax.block_until_ready(counts[-2:][0])  # one batch in flight, not all of them
         top1, top5, seen = (
             sum(int(count[name]) for count in jax.device_get(counts)) for name in ("top1", "top5", "examples")
         )

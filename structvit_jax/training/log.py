@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -12,20 +13,24 @@ import jax
 from etils import epath
 from tensorboardX import SummaryWriter
 
+from structvit_jax.errors import UserError
+
 _SECONDS_BETWEEN_LINES = 5.0
 _STEPS_AHEAD = 2  # how many steps the host may run ahead of the devices
 
 
 def say(line: str) -> None:
-    """Prints a line, once for all processes."""
-    if jax.process_index() == 0:
-        print(line, flush=True)
+    print(line, flush=True)
 
 
 def write_json(path: epath.Path, value: Mapping[str, Any]) -> None:
+    _write_whole(path, json.dumps(value, indent=2) + "\n")
+
+
+def _write_whole(path: epath.Path, text: str) -> None:
     """Writes a file whole or not at all."""
     partial = path.with_suffix(".tmp")
-    partial.write_text(json.dumps(value, indent=2) + "\n")
+    partial.write_text(text)
     partial.replace(path)
 
 
@@ -55,10 +60,21 @@ class RunLog:
             self.flush()
 
     def flush(self) -> None:
-        """Writes what is pending to the files and says where the run is."""
+        """Writes what is pending to the files and says where the run is.
+
+        Raises:
+          UserError: a loss or gradient that is not finite; what follows it is not worth saving.
+        """
         if not self._pending:
             return
         records = [{"step": step} | jax.tree.map(float, jax.device_get(m)) for step, m in self._pending]
+        for record in records:
+            if not math.isfinite(record["loss"] + record["grad_norm"]):
+                raise UserError(
+                    f"step {record['step']}: the loss is {record['loss']}, the gradient norm"
+                    f" {record['grad_norm']}; earlier checkpoints are kept. Lower config.optimizer.lr,"
+                    " or set config.optimizer.clip_norm"
+                )
         seconds = time.monotonic() - self._since
         rate = len(records) * self._batch / seconds
         speed = {f"{self._unit}_per_second": rate, "data_wait": self._waited / seconds}
@@ -99,9 +115,8 @@ class RunLog:
         self._board.close()
 
     def _append(self, records):
-        if jax.process_index() == 0:
-            with self._path.open("a") as file:
-                file.write("".join(json.dumps(record) + "\n" for record in records))
+        with self._path.open("a") as file:
+            file.write("".join(json.dumps(record) + "\n" for record in records))
 
     def _scalars(self, group, record):
         for key, value in record.items():
@@ -121,11 +136,9 @@ class RunLog:
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line)
-            except ValueError:  # the line that the kill cut off
+            except (ValueError, KeyError, TypeError):  # the line that the kill cut off
                 continue
-        partial = self._path.with_suffix(".tmp")
-        partial.write_text("".join(line + "\n" for line in kept))
-        partial.replace(self._path)
+        _write_whole(self._path, "".join(line + "\n" for line in kept))
 
 
 def _clock(seconds: float) -> str:

@@ -16,8 +16,8 @@ from structvit_jax.models.weights import Weights, sha256, split
 from structvit_jax.training.checkpoint import FOLDER, Checkpoints
 from structvit_jax.training.evaluation import Evaluator, Scores
 from structvit_jax.training.log import RunLog, say, write_json
-from structvit_jax.training.mesh import put_batch
-from structvit_jax.training.run import Run, as_json, starting_state
+from structvit_jax.training.mesh import check_batch, put_batch
+from structvit_jax.training.run import Run, as_json, differences, starting_state
 from structvit_jax.training.step import TrainState, make_train_step
 
 
@@ -35,20 +35,25 @@ def train(config: ml_collections.ConfigDict, workdir: epath.Path, data: Any) -> 
     run = Run.prepare(config, data)
     with open_workdir(workdir, keep=config.checkpoint.keep) as checkpoints:
         state = starting_state(run, checkpoints)
-        start = int(state.step)
-        write_json(workdir / "config.json", as_json(config))
-        if start >= run.total_steps:
-            say(f"the run is complete: step {start} of {run.total_steps}; --config.train.duration sets more")
+        start, total = int(state.step), run.durations.total
+        if start >= total:
+            say(f"the run is complete: step {start} of {total}; --config.train.duration sets more")
             if result := read_result(workdir, start):
                 say(describe(result))
                 return result
+        else:
+            check_batch(run.mesh, "data.batch_size", config.data.batch_size)
+            write_json(workdir / "config.json", as_json(config))
         evaluator = Evaluator(run.model, config, run.mesh, data)
-        with RunLog(workdir, start, run.total_steps, config.data.batch_size, data.unit) as log:
+        with RunLog(workdir, start, total, config.data.batch_size, data.unit) as log:
             state = take_steps(run, state, checkpoints, evaluator, log)
             say(f"evaluating {len(data.test)} {data.unit}")
             scores = evaluator(state.weights)
             log.evaluation(int(state.step), scores._asdict())
-    return conclude(workdir, scores, int(state.step), state.weights)
+    result = make_result(scores, int(state.step), state.weights)
+    write_json(workdir / "result.json", result)
+    say(describe(result))
+    return result
 
 
 def take_steps(
@@ -59,7 +64,7 @@ def take_steps(
     The order is what makes resuming exact: step, log, evaluate, flush, save. A checkpoint of step n
     implies that every line up to n is in metrics.jsonl, and what follows is dropped on resuming.
     """
-    start, total, card = int(state.step), run.total_steps, run.card()
+    start, (total, _, eval_every, save_every), card = int(state.step), run.durations, run.card()
     step_fn: Callable | None = None
     with contextlib.closing(run.data.train_batches(run.config.data.batch_size, start_step=start)) as batches:
         for step in range(start + 1, total + 1):
@@ -67,15 +72,15 @@ def take_steps(
             batch = put_batch(run.mesh, next(batches))
             waited = time.monotonic() - asked
             if step_fn is None:
-                step_fn = compiled_step(run, state, batch)
+                step_fn, waited = compiled_step(run, state, batch), 0.0
                 log.restart_clock()
             state, metrics = step_fn(state, batch)
             log.step(step, metrics, waited)
-            if run.eval_every and step % run.eval_every == 0 and step < total:
+            if eval_every and step % eval_every == 0 and step < total:
                 scores = evaluator(state.weights)
                 log.evaluation(step, scores._asdict())
                 say(f"step {step}/{total}  evaluation: top1 {scores.top1:.4f}  top5 {scores.top5:.4f}")
-            if step == total or (run.save_every and step % run.save_every == 0):
+            if step == total or (save_every and step % save_every == 0):
                 log.flush()
                 checkpoints.save(state, card)
                 log.restart_clock()
@@ -105,35 +110,44 @@ def evaluate_run(config: ml_collections.ConfigDict, workdir: epath.Path, data: A
         step = checkpoints.latest()
         if step is None:
             raise UserError(f"no finished checkpoint in {workdir / FOLDER}: train first")
-        weights = checkpoints.weights(step, split(run.model)[1], run.mesh)
+        advice = "configure the model that was saved"
+        weights = checkpoints.weights(step, split(run.model)[1], run.mesh, advice)
+        changed = differences(checkpoints.card(step)["config"], as_json(config))
     say(f"evaluating step {step} of {workdir} on {len(data.test)} {data.unit}")
+    for line in changed:
+        say(f"note: {line}")
     scores = Evaluator(run.model, config, run.mesh, data)(weights)
-    return conclude(workdir, scores, step, weights)
+    result = make_result(scores, step, weights)
+    say(describe(result))
+    if any(line.startswith("config.data.") for line in changed):
+        say(f"on other data than the run's: {workdir / 'result.json'} stays as it is")
+    else:
+        write_json(workdir / "result.json", result)
+    return result
 
 
 def open_workdir(workdir: epath.Path, *, keep: int) -> Checkpoints:
     """Makes the workdir where there is none, and opens its checkpoints."""
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
+        (workdir / FOLDER).mkdir(parents=True, exist_ok=True)
         return Checkpoints(workdir, keep=keep)
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"workdir {workdir} cannot be used: {reason}; choose another --workdir") from error
 
 
-def conclude(workdir: epath.Path, scores: Scores, step: int, weights: Weights) -> dict[str, Any]:
-    """Writes and says the result."""
-    result = scores._asdict() | {"step": step, "params_sha256": sha256(weights)}
-    write_json(workdir / "result.json", result)
-    say(describe(result))
-    return result
+def make_result(scores: Scores, step: int, weights: Weights) -> dict[str, Any]:
+    return scores._asdict() | {"step": step, "params_sha256": sha256(weights)}
 
 
 def read_result(workdir: epath.Path, step: int) -> dict[str, Any] | None:
-    """The run's result, if it is that of `step`."""
-    path = workdir / "result.json"
-    result = json.loads(path.read_text()) if path.exists() else None
-    return result if result and result["step"] == step else None
+    """The run's result, if there is a whole one and it is that of `step`."""
+    try:
+        result = json.loads((workdir / "result.json").read_text())
+        describe(result)
+        return result if result["step"] == step else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def describe(result: dict[str, Any]) -> str:

@@ -23,9 +23,9 @@ def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
 def in_top(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:
     """Whether each label is among the k highest logits: bool [batch].
 
-    Ties go to the lower class, and a label whose comparison involves a NaN is never correct.
+    Ties go to the lower class; an example with a NaN among its logits is never correct.
     """
     own = jnp.take_along_axis(logits, labels[:, None], axis=-1)
     lower_class = jnp.arange(logits.shape[-1]) < labels[:, None]
-    ahead = ~(logits <= own) | ((logits == own) & lower_class)
-    return jnp.sum(ahead, axis=-1) < k
+    ahead = (logits > own) | ((logits == own) & lower_class)
+    return (jnp.sum(ahead, axis=-1) < k) & ~jnp.isnan(logits).any(axis=-1)

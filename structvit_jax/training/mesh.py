@@ -61,6 +61,8 @@ def describe_devices() -> str:
 def make_mesh(data: int, fsdp: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh of the devices (all, by default) with axes data and fsdp; data = -1 takes what fsdp leaves."""
     devices = jax.devices() if devices is None else devices
+    if data == -1 and len(devices) % fsdp:
+        raise UserError(f"config.mesh.fsdp is {fsdp}, which does not divide {len(devices)} devices")
     data = len(devices) // fsdp if data == -1 else data
     if data * fsdp != len(devices):
         raise UserError(f"config.mesh asks for data={data} x fsdp={fsdp} devices; there are {len(devices)}")
@@ -99,6 +101,6 @@ def state_sharding(mesh: Mesh, shapes: Any) -> Any:
 
 
 def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """This process's share of a batch, as global arrays."""
+    """A batch, split over all devices."""
     sharding = batch_sharding(mesh)
     return {key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()}

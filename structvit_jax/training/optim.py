@@ -6,16 +6,14 @@ import jax
 import ml_collections
 import optax
 
-from structvit_jax.config import Clock
+from structvit_jax.config import Durations
 
 
-def learning_rate(config: ml_collections.ConfigDict, clock: Clock, total_steps: int) -> optax.Schedule:
-    """Linear from `warmup_lr` to `lr`, then half a cosine to `end_lr` at the last step."""
-    warmup = clock.steps(config.warmup, "optimizer.warmup")
+def learning_rate(config: ml_collections.ConfigDict, durations: Durations) -> optax.Schedule:
+    """Linear from `warmup_lr` to `lr`, then half a cosine that would reach `end_lr` after the last step."""
+    total, warmup = durations.total, durations.warmup
     ramp = optax.linear_schedule(config.warmup_lr, config.lr, max(warmup, 1))
-    cosine = optax.cosine_decay_schedule(
-        config.lr, max(total_steps - warmup, 1), alpha=config.end_lr / config.lr
-    )
+    cosine = optax.cosine_decay_schedule(config.lr, max(total - warmup, 1), alpha=config.end_lr / config.lr)
     return optax.join_schedules([ramp, cosine], [warmup])
 
 

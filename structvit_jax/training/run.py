@@ -13,7 +13,7 @@ import optax
 from jax.sharding import Mesh
 
 import structvit_jax
-from structvit_jax.config import Clock, model_arguments
+from structvit_jax.config import Durations, durations, model_arguments
 from structvit_jax.models import Network, create_model
 from structvit_jax.models.weights import split
 from structvit_jax.training import optim
@@ -25,7 +25,7 @@ from structvit_jax.training.step import TrainState, init_state, normalize
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """The model and the mesh that it lives on, the optimizer, and all durations in steps."""
+    """The model and the mesh that it lives on, the optimizer, and the durations in steps."""
 
     config: ml_collections.ConfigDict
     data: Any  # a structvit_jax.data.Dataset
@@ -33,9 +33,7 @@ class Run:
     model: Network  # with fresh weights
     schedule: optax.Schedule
     optimizer: optax.GradientTransformation
-    total_steps: int
-    eval_every: int  # 0 is never
-    save_every: int  # 0 is never
+    durations: Durations
 
     @classmethod
     def prepare(cls, config: ml_collections.ConfigDict, data: Any) -> Run:
@@ -45,7 +43,6 @@ class Run:
           UserError: a model that does not take the data's shape, or batches that devices cannot share.
         """
         mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
-        check_batch(mesh, "data.batch_size", config.data.batch_size)
         check_batch(mesh, "eval.batch_size", config.eval.batch_size)
         say(f"devices: {describe_devices()}; mesh {dict(mesh.shape)}")
 
@@ -56,20 +53,10 @@ class Run:
         parameters = sum(array.size for array in split(model)[1].params.values())
         say(f"model: {config.model.name}, {parameters:,} parameters, {classes} classes")
 
-        clock = Clock(config.data.batch_size, len(data.train))
-        total = clock.steps(config.train.duration, "train.duration")
-        schedule = optim.learning_rate(config.optimizer, clock, total)
-        return cls(
-            config,
-            data,
-            mesh,
-            model,
-            schedule,
-            optim.make_optimizer(config.optimizer, schedule),
-            total,
-            clock.steps(config.eval.every, "eval.every"),
-            clock.steps(config.checkpoint.every, "checkpoint.every"),
-        )
+        steps = durations(config, len(data.train))
+        schedule = optim.learning_rate(config.optimizer, steps)
+        optimizer = optim.make_optimizer(config.optimizer, schedule)
+        return cls(config, data, mesh, model, schedule, optimizer, steps)
 
     def card(self) -> dict[str, Any]:
         """What a checkpoint of this run says of itself."""
@@ -92,7 +79,8 @@ def starting_state(run: Run, checkpoints: Checkpoints) -> TrainState:
     latest, init_from = checkpoints.latest(), run.config.init_from
     if latest is not None:
         say(f"resuming from {checkpoints.path(latest)}")
-        state = checkpoints.state(latest, state, run.mesh)
+        advice = "choose another --workdir, or the model that was saved"
+        state = checkpoints.state(latest, state, run.mesh, advice)
         for line in differences(checkpoints.card(latest)["config"], as_json(run.config)):
             say(f"note: {line}")
     elif init_from:
