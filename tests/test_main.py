@@ -9,8 +9,13 @@ import time
 
 import pytest
 from conftest import ROOT, Command, run
+from ml_collections import ConfigDict
 
+from structvit_jax import data
 from structvit_jax.config import default_config
+from structvit_jax.models.weights import sha256
+from structvit_jax.training.checkpoint import Checkpoints
+from structvit_jax.training.run import Run, starting_state
 
 CONFIG = "--config=configs/moving_digits.py"
 # Seconds instead of minutes: a two-block DeiT on few clips.
@@ -79,9 +84,16 @@ def test_a_complete_run_says_so_and_a_longer_one_goes_on(finished, command, tmp_
     assert "the run is complete: step 12 of 12" in again.stdout
     assert (workdir / "metrics.jsonl").read_bytes() == before
 
-    evaluated = command(*QUICK, f"--workdir={workdir}", "--mode=eval", "--config.data.test_examples=10")
+    result = (workdir / "result.json").read_bytes()
+    other = command(*QUICK, f"--workdir={workdir}", "--mode=eval", "--config.data.test_examples=10")
+    assert other.returncode == 0, other.stderr
+    assert "on 10 examples" in other.stdout and "stays as it is" in other.stdout
+    assert (workdir / "result.json").read_bytes() == result
+    (workdir / "result.json").write_text('{"top1": 0.')  # damaged: evaluated anew
+    evaluated = command(*QUICK, f"--workdir={workdir}")
     assert evaluated.returncode == 0, evaluated.stderr
-    assert json.loads((workdir / "result.json").read_text())["examples"] == 10
+    assert (workdir / "result.json").read_bytes() == result
+    assert (workdir / "metrics.jsonl").read_bytes() == before
 
     longer = command(*QUICK, f"--workdir={workdir}", "--config.train.duration=14 steps")
     assert longer.returncode == 0, longer.stderr
@@ -107,14 +119,24 @@ def test_show_trains_nothing(command, tmp_path):
 
 
 def test_weights_of_another_run(finished, command, tmp_path):
+    """The run starts from exactly the weights that init_from names."""
     workdir, _ = finished
-    options = [*QUICK, f"--config.init_from={workdir}/checkpoints/12", "--config.train.duration=1 steps"]
-    process = command(*options, f"--workdir={tmp_path}")
-    assert process.returncode == 0, process.stderr
-    assert "starting from the weights of" in process.stdout
-    assert "starting from scratch" not in process.stdout
-    fresh = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[0])["loss"]
-    assert lines(tmp_path)[0]["loss"] != fresh
+    config = default_config()
+    config.update(ConfigDict(json.loads((workdir / "config.json").read_text())))
+    config.init_from = f"{workdir}/checkpoints/12"
+    run_ = Run.prepare(config, data.load("moving_digits", train_examples=40, test_examples=20))
+    with Checkpoints(tmp_path) as none:
+        state = starting_state(run_, none)
+    assert sha256(state.weights) == json.loads((workdir / "result.json").read_text())["params_sha256"]
+    assert int(state.step) == 0
+
+
+@pytest.mark.parametrize("damage", ["weights", "weights/_METADATA", "card/metadata"])
+def test_a_damaged_checkpoint_is_named(finished, refused, tmp_path, damage):
+    workdir = shutil.copytree(finished[0], tmp_path / "run")
+    path = workdir / "checkpoints" / "12" / damage
+    shutil.rmtree(path) if path.is_dir() else path.write_text("{")
+    assert f"{workdir}/checkpoints/12 cannot be read" in refused(*QUICK, f"--workdir={workdir}")
 
 
 @pytest.mark.parametrize("kill_after", [["3"], ["6", "9"]])
@@ -145,8 +167,8 @@ def refused(command):
 def refusal(process):
     assert process.returncode == 2, process.stdout + process.stderr
     assert "Traceback" not in process.stderr
-    line = process.stderr.strip().splitlines()[-1]
-    assert line.startswith("error: ")
+    (line,) = process.stderr.strip().splitlines()
+    assert line.startswith("error: ") and len(line) < 600
     return line
 
 
@@ -155,7 +177,10 @@ def refusal(process):
     [
         ([CONFIG, "--config.data.test_examples=0"], "config.data.test_examples says how many"),
         (["--config=configs/moving_digts.py"], "Did you mean 'configs/moving_digits.py'"),
-        ([CONFIG, "--config.optimzer.lr=1"], 'Did you mean "optimizer"'),
+        ([CONFIG, "--config.optimzer.lr=1"], "has no key 'optimzer'. Did you mean 'optimizer'?"),
+        (["--config={typo}"], "has no key 'batchsize'. Did you mean 'batch_size'"),
+        (["--config=configs"], "Known: configs/digits.py, configs/moving_digits.py"),
+        ([*QUICK, "--config.optimizer.lr=1e30", "--workdir={tmp}/nan"], "Lower config.optimizer.lr"),
         ([CONFIG, "--config.optimizer.lr=fast"], "--config.optimizer.lr=fast"),
         ([CONFIG, "--config.optimizer.lr=0.0"], "config.optimizer.lr is 0.0"),
         ([CONFIG, "--mode=evaluate"], "train|eval|show"),
@@ -177,7 +202,12 @@ def refusal(process):
     ],
 )
 def test_mistakes_are_one_clear_line(arguments, phrase, refused, tmp_path):
-    assert phrase in refused(*[argument.format(tmp=tmp_path) for argument in arguments])
+    typo = tmp_path / "typo.py"
+    typo.write_text(
+        "from structvit_jax.config import default_config\n"
+        "def get_config():\n    c = default_config()\n    c.eval.batchsize = 3\n    return c\n"
+    )
+    assert phrase in refused(*[argument.format(tmp=tmp_path, typo=typo) for argument in arguments])
 
 
 def test_a_checkpoint_of_another_model_is_refused_and_kept(finished, refused):
