@@ -105,7 +105,8 @@ def durations(config: ml_collections.ConfigDict, train_examples: int) -> Duratio
         raise UserError(f"config.train.duration is {config.train.duration!r}; a run needs a step at least")
     if result.warmup > result.total:
         raise UserError(
-            f"config.optimizer.warmup is {result.warmup} steps, longer than the run of {result.total}"
+            f"config.optimizer.warmup is {result.warmup} steps, longer than the run of {result.total};"
+            " shorten it with --config.optimizer.warmup='N steps'"
         )
     return result
 

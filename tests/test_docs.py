@@ -19,6 +19,7 @@ CONFIGS |= {f"README block {i}": body for i, (_, kind, body) in enumerate(BLOCKS
 # What makes a training command of the README short enough for a test.
 SHORT = [
     "--config.train.duration=2 steps",
+    "--config.optimizer.warmup=0 steps",
     "--config.data.batch_size=8",
     "--config.data.train_examples=64",
     "--config.data.test_examples=64",
