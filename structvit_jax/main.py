@@ -82,11 +82,9 @@ def _unknown_key(message: str) -> str:
     """One line from what ml_collections says of a key that a locked configuration does not have."""
     if near := re.search(r'Did you mean "(\w+)" instead of "(\w+)"', message):
         return f"the configuration has no key {near[2]!r}. Did you mean {near[1]!r}?"
-    key = re.search(r"\w+", message.replace("Key", ""))
+    key = re.sub(r"^\W*(?:Key\W+)?(\w+).*", r"\1", message, flags=re.DOTALL)
     known = re.findall(r"'(\w+)\\?':", message)
-    return f"the configuration has no key {key[0] if key else ''!r}." + (
-        did_you_mean(key[0], known) if key and known else ""
-    )
+    return f"the configuration has no key {key!r}.{did_you_mean(key, known) if known else ''}"
 
 
 def _last_line(error: BaseException) -> str:

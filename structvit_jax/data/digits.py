@@ -48,9 +48,9 @@ class MovingDigits:
     """Clips of one digit that drifts over a torus; the label is its direction, in steps of 45 degrees.
 
     Training clip i draws from default_rng((seed, 0, i)), test clip i from default_rng((0, 1, i)) for every
-    seed; its label is i % 8. The start is uniform and the
-    picture wraps, so that every single frame looks the same for all classes, and classes come in
-    time-reversed pairs: one frame gives 1/8, ignoring the order 1/2 at most.
+    seed; its label is i % 8. The start is uniform and the picture wraps, so that every single frame looks
+    the same for all classes, and classes come in time-reversed pairs: one frame gives 1/8, ignoring the
+    order 1/2 at most.
     """
 
     class_names = tuple(f"{45 * d} degrees" for d in range(8))

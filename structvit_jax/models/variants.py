@@ -96,7 +96,6 @@ _IMAGES_ONLY = {
 _LISTED = ("4_1", "4_2", "8_1")  # the D_S of the paper's tables
 
 _CHOICES = {
-    "network": ("uniformer", "deit"),
     "stem": ("patch", "conv"),
     "key_kernels": ("channel", "shared"),
     "value_kernels": ("channel", "shared"),
@@ -163,7 +162,7 @@ def _problems(v: Variant):
     for key, choices in _CHOICES.items():
         if getattr(v, key) not in choices:
             yield f"{key} is {getattr(v, key)!r}; it takes one of {', '.join(map(repr, choices))}"
-    stages = {"uniformer": 4, "deit": 1}.get(v.network)
+    stages = {"uniformer": 4, "deit": 1}[v.network]
     for key in ("depths", "widths"):
         sides = getattr(v, key)
         if not isinstance(sides, tuple) or len(sides) != stages or not all(map(_is_positive, sides)):
@@ -189,8 +188,8 @@ def _problems(v: Variant):
         yield f"layer_scale is {v.layer_scale!r}; it takes None, 0 (off) or a positive number"
     if not (isinstance(v.drop_path, (int, float)) and 0 <= v.drop_path < 1):
         yield f"drop_path is {v.drop_path!r}; it takes a rate from 0 to below 1"
-    if v.stem == "conv" and (v.video or v.patch != 4 or v.network != "uniformer"):
-        yield "stem='conv' is defined for UniFormer on images with patch 4 only"
+    if v.stem == "conv" and (v.video or v.patch != 4):
+        yield "stem='conv' is defined for images with patch 4 only"
 
 
 def _is_positive(value) -> bool:

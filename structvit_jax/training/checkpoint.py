@@ -1,6 +1,6 @@
 """Checkpoints of a run: Orbax directories `checkpoints/STEP/` with weights, optimizer state and a card.
 
-The card is JSON and says what the weights are: model, classes, configuration, code version. A save that
+The card is JSON and says what the weights are: class names, configuration, code version. A save that
 was interrupted leaves no checkpoint, and Orbax removes its remains when the run goes on.
 """
 
@@ -98,7 +98,7 @@ class Checkpoints:
             more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
             raise UserError(
                 f"checkpoint {self.path(step)} holds another model than the configured one:"
-                f" {card['model']['name']} with {card['num_classes']} classes"
+                f" {card['config']['model']['name']} with {len(card['class_names'])} classes"
                 f" ({', '.join(problems[:3])}{more}); {advice}"
             )
 
@@ -110,7 +110,7 @@ def _target(like, mesh):
     )
 
 
-def locate(path: str) -> tuple[epath.Path, int | None]:
+def _locate(path: str) -> tuple[epath.Path, int | None]:
     """Splits "RUN/checkpoints/STEP" into (RUN, STEP); of "RUN" alone the step is None, the latest."""
     folder = epath.Path(path)
     if folder.name.isdigit() and folder.parent.name == FOLDER:
@@ -120,7 +120,7 @@ def locate(path: str) -> tuple[epath.Path, int | None]:
 
 def load_weights(path: str, like: Weights, mesh: Mesh) -> Weights:
     """Weights of "RUN/checkpoints/STEP", or of the latest checkpoint in "RUN"."""
-    run, step = locate(path)
+    run, step = _locate(path)
     if not (run / FOLDER).exists():
         raise UserError(f"no checkpoint at {path}: it should be RUN/checkpoints/STEP, or RUN for its latest")
     with Checkpoints(run, read_only=True) as checkpoints:

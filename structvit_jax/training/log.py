@@ -46,7 +46,7 @@ class RunLog:
         self._path = workdir / "metrics.jsonl"
         self._total, self._batch, self._unit = total_steps, batch_size, unit
         self._pending: list[tuple[int, dict[str, jax.Array]]] = []
-        self._rewind(start_step)
+        self._resumed_after = self._rewind(start_step)  # a final evaluation may have been written already
         self._board = SummaryWriter(os.fspath(workdir / "tensorboard"), purge_step=start_step + 1)
         self._since, self._waited = time.monotonic(), 0.0
 
@@ -97,13 +97,13 @@ class RunLog:
         """Notes an evaluation after a step, once."""
         self.flush()
         record = {"step": step} | {f"eval_{key}": value for key, value in scores.items()}
-        if self._last_line() != json.dumps(record):
+        if json.dumps(record) != self._resumed_after:
             self._append([record])
             self._scalars("eval", {"step": step, **scores})
-        self._since = time.monotonic()
+        self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Leaves what was done since the last line (a save, say) out of the next line's rate."""
+        """Leaves what was done since the last line (a save, an evaluation) out of the next one's rate."""
         self._since, self._waited = time.monotonic(), 0.0
 
     def __enter__(self) -> RunLog:
@@ -123,14 +123,11 @@ class RunLog:
             if key != "step":
                 self._board.add_scalar(f"{group}/{key}", value, record["step"])
 
-    def _last_line(self):
-        lines = self._path.read_text().splitlines() if self._path.exists() else []
-        return lines[-1] if lines else None
-
     def _rewind(self, step):
-        """Drops what a run that was killed wrote after the checkpoint it resumes from."""
+        """Drops what a run that was killed wrote after the checkpoint it resumes from; returns the last
+        line that stays."""
         if not self._path.exists():
-            return
+            return None
         kept = []
         for line in self._path.read_text().splitlines():
             try:
@@ -139,6 +136,7 @@ class RunLog:
             except (ValueError, KeyError, TypeError):  # the line that the kill cut off
                 continue
         _write_whole(self._path, "".join(line + "\n" for line in kept))
+        return kept[-1] if kept else None
 
 
 def _clock(seconds: float) -> str:

@@ -61,8 +61,6 @@ class Run:
     def card(self) -> dict[str, Any]:
         """What a checkpoint of this run says of itself."""
         return {
-            "model": model_arguments(self.config),
-            "num_classes": len(self.data.class_names),
             "class_names": list(self.data.class_names),
             "config": as_json(self.config),
             "version": structvit_jax.__version__,
