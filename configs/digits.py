@@ -15,7 +15,11 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.name = "structvit_tiny_4_1"
 
     config.data.name = "digits"
+    config.data.frames = 0
+    config.data.size = 32
     config.data.batch_size = 64
+    config.augment.crop_area = (0.7, 1.0)
+    config.augment.crop_aspect = (0.8, 1.25)
     config.data.mean = (0.3, 0.3, 0.3)
     config.data.std = (0.32, 0.32, 0.32)
 

@@ -29,11 +29,35 @@ def default_config() -> ml_collections.ConfigDict:
 
     config.data = data = ml_collections.ConfigDict()
     data.name = "moving_digits"  # see structvit_jax.data.SOURCES
-    data.batch_size = 64  # examples per step, over all devices
+    data.root = ""  # of "folder": where the splits are
+    data.train_split = "train"  # a folder of class folders, or a list, below the root
+    data.test_split = "val"
+    data.batch_size = 64  # clips or images per step, over all devices, repeats included
     data.train_examples = 0  # for data made on the fly: how many examples an epoch has
     data.test_examples = 0  # the same for the test split
     data.mean = (0.5, 0.5, 0.5)  # subtracted from channels scaled to 0..1
     data.std = (0.5, 0.5, 0.5)  # then divided by
+    data.channels = "rgb"  # "bgr" is what UniFormer's Something-Something weights were trained on
+    data.frames = 8  # of a clip; 0 means images
+    data.stride = 1  # a clip spans frames x stride frames of its video
+    data.sampling = "dense"  # "dense", "strided" or "segment": see structvit_jax.data.sampling
+    data.size = 24  # height and width that the model sees
+    data.short_side = 0  # scale larger frames to this while decoding; 0 keeps their size
+    data.crop_fraction = 1.0  # in testing, of the short side that the crop takes
+    data.test_clips = 1  # views of a test example: clips x crops, their scores averaged
+    data.test_crops = 1  # 1 is the middle; 3 are left, middle and right
+    data.workers = 0  # processes that decode; 0 reads in threads
+    data.max_bad_share = 0.05  # of the training examples that may turn out unreadable before the run stops
+
+    config.augment = augment = ml_collections.ConfigDict()
+    augment.crop_area = (1.0, 1.0)  # random crops: their share of the frame, drawn uniformly
+    augment.crop_aspect = (1.0, 1.0)  # ... and their width by height, log-uniformly
+    augment.flip = 0.0  # probability of mirroring
+    augment.randaugment = ""  # a policy such as "rand-m7-n4-mstd0.5-inc1"
+    augment.repeats = 1  # copies of every example in a batch, augmented each in its own way
+    augment.erase = 0.0  # probability of random erasing
+    augment.mixup = 0.0  # alpha of mixup; 0 is off
+    augment.cutmix = 0.0  # alpha of cutmix; where both are on, each takes half of the steps
 
     config.train = train = ml_collections.ConfigDict()
     train.duration = "100 steps"
@@ -53,7 +77,9 @@ def default_config() -> ml_collections.ConfigDict:
 
     config.eval = ml_collections.ConfigDict()
     config.eval.every = ""  # evaluate at this interval; "" at the end only
-    config.eval.batch_size = 256
+    config.eval.batch_size = 256  # examples at a time, each with all its views
+    config.eval.average = "logits"  # over views: of "logits" or of "softmax"
+    config.eval.max_missing = 0  # unreadable test examples that are tolerated; more, and no score is given
 
     config.checkpoint = ml_collections.ConfigDict()
     config.checkpoint.every = "1 epochs"
@@ -88,8 +114,8 @@ class Durations(NamedTuple):
     save_every: int
 
 
-def durations(config: ml_collections.ConfigDict, train_examples: int) -> Durations:
-    """All durations of a configuration, for a training set of so many examples.
+def durations(config: ml_collections.ConfigDict, rows_per_epoch: int) -> Durations:
+    """All durations of a configuration, for epochs of so many rows.
 
     Raises:
       UserError: one that cannot be read, a run of no steps, or a warm-up longer than the run.
@@ -97,7 +123,7 @@ def durations(config: ml_collections.ConfigDict, train_examples: int) -> Duratio
 
     def steps(key):
         section, name = key.split(".")
-        return steps_in(config[section][name], f"config.{key}", config.data.batch_size, train_examples)
+        return steps_in(config[section][name], f"config.{key}", config.data.batch_size, rows_per_epoch)
 
     keys = ("train.duration", "optimizer.warmup", "eval.every", "checkpoint.every")
     result = Durations(*map(steps, keys))
@@ -111,15 +137,18 @@ def durations(config: ml_collections.ConfigDict, train_examples: int) -> Duratio
     return result
 
 
-def steps_in(duration: str, key: str, batch_size: int, train_examples: int) -> int:
-    """Steps in "N steps", "N epochs" or "N examples", rounded, at least one if N is not zero; "" is 0."""
+def steps_in(duration: str, key: str, batch_size: int, rows_per_epoch: int) -> int:
+    """Steps in "N steps", "N epochs" or "N examples", rounded, at least one if N is not zero; "" is 0.
+
+    An example is a row of a batch, so that copies (config.augment.repeats) count.
+    """
     if not duration:
         return 0
     match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*(steps?|epochs?|examples?)\s*", duration)
     if not match:
         raise UserError(f"{key} is {duration!r}; write 'N steps', 'N epochs' or 'N examples'")
     number, unit = float(match[1]), match[2].rstrip("s")
-    per_unit = {"step": 1.0, "epoch": train_examples / batch_size, "example": 1 / batch_size}[unit]
+    per_unit = {"step": 1.0, "epoch": rows_per_epoch / batch_size, "example": 1 / batch_size}[unit]
     return max(round(number * per_unit), 1 if number else 0)
 
 
@@ -133,11 +162,33 @@ def check_config(config: ml_collections.ConfigDict) -> None:
         if not condition(value):
             raise UserError(f"config.{key} is {value!r}; it needs {needs}")
 
-    for key in ("data.batch_size", "eval.batch_size", "checkpoint.keep", "mesh.fsdp"):
+    counts = ("data.batch_size", "eval.batch_size", "data.stride", "data.size", "data.test_clips")
+    for key in (*counts, "augment.repeats", "checkpoint.keep", "mesh.fsdp"):
         require(key, lambda n: n >= 1, "to be at least 1")
+    for key in ("data.frames", "data.short_side", "data.workers", "eval.max_missing"):
+        require(key, lambda n: n >= 0, "to be 0 or more")
+    choices = {
+        "data.channels": ("rgb", "bgr"),
+        "eval.average": ("logits", "softmax"),
+        "data.test_crops": (1, 3),
+    }
+    for key, known in choices.items():
+        require(key, lambda value, known=known: value in known, "to be " + " or ".join(map(str, known)))
+    for key in ("augment.flip", "augment.erase", "data.max_bad_share"):
+        require(key, lambda p: 0 <= p <= 1, "to lie from 0 to 1")
+    require("data.crop_fraction", lambda x: 0 < x <= 1, "to lie above 0, up to 1")
+    for key, most in (("augment.crop_area", 1), ("augment.crop_aspect", math.inf)):
+        require(
+            key,
+            lambda x, most=most: len(x) == 2 and 0 < x[0] <= x[1] <= most,
+            "two numbers, from and to, above 0" + (" and up to 1" if most == 1 else ""),
+        )
+    if config.data.test_clips > 1 and not config.data.frames:
+        raise UserError("config.data.test_clips is more than 1, but there is one clip to an image")
     for key in ("optimizer.lr", "optimizer.eps"):
         require(key, lambda x: 0 < x < math.inf, "to be positive and finite")
-    for key in ("optimizer.weight_decay", "optimizer.clip_norm", "optimizer.warmup_lr", "optimizer.end_lr"):
+    rates = ("weight_decay", "clip_norm", "warmup_lr", "end_lr")
+    for key in (*(f"optimizer.{name}" for name in rates), "augment.mixup", "augment.cutmix"):
         require(key, lambda x: 0 <= x < math.inf, "to be finite and not negative")
     for key in ("optimizer.b1", "optimizer.b2", "train.label_smoothing"):
         require(key, lambda x: 0 <= x < 1, "to lie from 0 to below 1")

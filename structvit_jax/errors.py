@@ -1,13 +1,30 @@
-"""The one exception for a user's mistake, and the words that help to mend it."""
+"""The exceptions for a user's mistake and for a damaged file, and the words that help to mend them."""
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 class UserError(ValueError):
     """Something the user wrote is wrong; the message is one line and names the way out."""
+
+
+class DecodeError(Exception):
+    """An example cannot be read; the message is the reason, without the file's name."""
+
+
+@contextlib.contextmanager
+def decoding() -> Iterator[None]:
+    """Turns whatever a decoder raises on a damaged file into a `DecodeError`: they raise anything."""
+    try:
+        yield
+    except (DecodeError, MemoryError):
+        raise
+    except Exception as error:
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise DecodeError(" ".join(reason.split())) from error
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

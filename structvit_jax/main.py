@@ -31,12 +31,7 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"unexpected argument {argv[1]!r}; options start with --")
     config = _CONFIG.value
     check_config(config)
-    dataset = data.load(
-        config.data.name,
-        train_examples=config.data.train_examples,
-        test_examples=config.data.test_examples,
-        seed=config.train.seed,
-    )
+    dataset = data.load(config.data, config.augment, config.train.seed)
     from structvit_jax import show  # imported here, so that a mistake in the flags is told at once
     from structvit_jax.training import loop, mesh
 

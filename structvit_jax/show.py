@@ -17,8 +17,8 @@ def describe(config: ml_collections.ConfigDict, data: Any) -> str:
       UserError: a model that does not take the data's shape.
     """
     arguments = model_arguments(config)
-    counted = cost(arguments.pop("name"), data.train.shape, len(data.class_names), **arguments)
-    steps = durations(config, len(data.train))
+    counted = cost(arguments.pop("name"), data.shape, len(data.class_names), **arguments)
+    steps = durations(config, data.rows_per_epoch)
     rows = [("part", "parameters", "multiply-accumulates")]
     rows += [(name, f"{part.params:,}", f"{part.macs:,}") for name, part in counted.parts.items()]
     rows += [("total", f"{counted.params:,}", f"{counted.macs:,}")]
@@ -34,10 +34,10 @@ def describe(config: ml_collections.ConfigDict, data: Any) -> str:
             *table,
             f"  by kind: {kinds}",
             "",
-            f"batch: inputs uint8 {[batch, *data.train.shape]},"
+            f"batch: inputs uint8 {[batch, *data.shape]},"
             f" labels int32 [{batch}], mask bool [{batch}], index int32 [{batch}]",
-            f"{len(data.train)} training and {len(data.test)} test {data.unit};"
-            f" {len(data.train) / batch:g} steps per epoch, {steps.total} in all,"
+            f"{data.train_examples} training and {data.test_examples} test {data.unit};"
+            f" {data.rows_per_epoch / batch:g} steps per epoch, {steps.total} in all,"
             f" {steps.warmup} of them warm-up",
         ]
     )

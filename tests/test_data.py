@@ -6,28 +6,27 @@ import sys
 
 import numpy as np
 import pytest
+from clips import load, same, take
+from conftest import ROOT
 
-from structvit_jax import data
 from structvit_jax.errors import UserError
+
+DIGITS = {"name": "digits", "frames": 0, "size": 32}
+
+
+def clip(reader, index=5):
+    """A whole clip, as it is made."""
+    return reader.source.open(index)[0].frames(range(8))
 
 
 @pytest.fixture(scope="module")
 def clips():
-    return data.load("moving_digits", train_examples=40, test_examples=21, seed=3)
-
-
-def take(stream, count):
-    batches = [batch for _, batch in zip(range(count), stream, strict=False)]
-    stream.close()
-    return batches
-
-
-def same(a, b):
-    return all((a[key] == b[key]).all() for key in a) and a.keys() == b.keys()
+    return load(seed=3, train_examples=40, test_examples=21)
 
 
 def test_contract(clips):
     (batch,) = take(clips.train_batches(6, start_step=0), 1)
+    assert batch.pop("problems") == ()
     kinds = {key: (value.shape, value.dtype.name) for key, value in batch.items()}
     assert kinds == {
         "inputs": ((6, 8, 24, 24, 3), "uint8"),
@@ -42,7 +41,7 @@ def test_contract(clips):
 @pytest.mark.parametrize("name", ["moving_digits", "digits"])
 def test_resuming_by_step_equals_reading_on(name):
     """Also across the end of an epoch, which falls inside a batch."""
-    dataset = data.load(name, train_examples=40, test_examples=8)
+    dataset = load(**DIGITS) if name == "digits" else load(train_examples=40, test_examples=8)
     size = 12 if name == "moving_digits" else 600
     through = take(dataset.train_batches(size, start_step=0), 6)
     for step in (1, 3, 5):
@@ -59,13 +58,13 @@ def test_every_epoch_has_each_example_once_in_an_order_of_its_own(clips):
 
 
 def test_augmentation_differs_between_epochs_and_the_test_split_has_none():
-    digits = data.load("digits")
+    digits = load(**DIGITS, augment__crop_area=(0.3, 1.0))
     epochs = [take(digits.train_batches(1437, start_step=step), 1)[0] for step in (0, 1)]
     first, second = (batch["inputs"][np.argsort(batch["index"])] for batch in epochs)
     changed = (first != second).any(axis=(1, 2, 3)).mean()
-    assert changed > 0.9  # 48 of 49 pairs of shifts differ
+    assert changed > 0.9
     (test,) = take(digits.test_batches(360), 1)
-    assert (test["inputs"][7] == digits.test[7]["inputs"]).all()
+    assert (test["inputs"][7, 0] == digits.test.source.open(7)[0].frames([0])[0]).all()
 
 
 def test_test_batches_hold_every_example_once(clips):
@@ -77,20 +76,18 @@ def test_test_batches_hold_every_example_once(clips):
 
 
 def test_clips_are_functions_of_seed_and_index(clips):
-    again = data.load("moving_digits", train_examples=40, test_examples=21, seed=3)
-    other = data.load("moving_digits", train_examples=40, test_examples=21, seed=4)
-    assert (clips.train[5]["inputs"] == again.train[5]["inputs"]).all()
-    assert (clips.train[5]["inputs"] != other.train[5]["inputs"]).any()
-    assert (clips.train[5]["inputs"] != clips.test[5]["inputs"]).any()
-    assert (clips.test[5]["inputs"] == other.test[5]["inputs"]).all()  # seeds are compared on the same clips
+    again, other = (load(seed=seed, train_examples=40, test_examples=21) for seed in (3, 4))
+    assert (clip(clips.train) == clip(again.train)).all()
+    assert (clip(clips.train) != clip(other.train)).any()
+    assert (clip(clips.train) != clip(clips.test)).any()
+    assert (clip(clips.test) == clip(other.test)).all()  # seeds are compared on the same clips
 
 
 def test_the_digit_moves_where_the_label_says():
     """The displacement between frames, read off by correlation, has the class's direction and speed."""
-    clips = data.load("moving_digits", train_examples=48, test_examples=1).train
+    clips = load(train_examples=48, test_examples=1).train
     for index in range(48):
-        clip = clips[index]["inputs"][..., 0].astype(float)
-        spectrum = np.fft.fft2(clip)
+        spectrum = np.fft.fft2(clip(clips, index)[..., 0].astype(float))
         cross = (spectrum[3:] * np.conj(spectrum[:-3])).sum(axis=0)  # three frames apart: 2.25 to 5.25 px
         correlation = np.fft.ifft2(cross).real
         row, column = np.unravel_index(correlation.argmax(), correlation.shape)
@@ -102,28 +99,28 @@ def test_the_digit_moves_where_the_label_says():
 
 def test_single_frames_tell_nothing_of_the_class():
     """Means over many clips of one frame agree between classes, within their noise."""
-    clips = data.load("moving_digits", train_examples=1600, test_examples=1).train
-    frames = np.stack([clips[i]["inputs"][4, ..., 0] for i in range(1600)]).astype(float)
+    clips = load(train_examples=1600, test_examples=1).train
+    frames = np.stack([clip(clips, i)[4, ..., 0] for i in range(1600)]).astype(float)
     means = np.stack([frames[c::8].mean(axis=0) for c in range(8)])
     noise = frames.std(axis=0).mean() / np.sqrt(200)
     assert 0.8 < means.std(axis=0).mean() / noise < 1.2
 
 
 def test_no_scan_is_in_both_splits():
-    digits = data.load("digits")
-    assert (len(digits.train), len(digits.test)) == (1437, 360)
+    digits = load(**DIGITS)
+    assert (digits.train_examples, digits.test_examples) == (1437, 360)
     from sklearn.datasets import load_digits
 
-    assert [digits.test[i]["label"] for i in range(360)] == load_digits().target[1437:].tolist()
+    assert [digits.test.source.open(i)[1] for i in range(360)] == load_digits().target[1437:].tolist()
 
 
 def test_unknown_name():
     with pytest.raises(UserError, match="'moving_digits'"):
-        data.load("moving_digit")
+        load(name="moving_digit")
 
 
 def test_reading_opens_no_device():
     """With a platform that does not exist, whatever opens a device fails."""
-    code = "import structvit_jax.data as d; next(d.load('digits').train_batches(4, start_step=0))"
-    environment = os.environ | {"JAX_PLATFORMS": "nowhere"}
-    assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0
+    code = "import clips; next(clips.load(train_examples=9, test_examples=9).train_batches(4, start_step=0))"
+    environment = os.environ | {"JAX_PLATFORMS": "nowhere", "PYTHONPATH": str(ROOT / "tests")}
+    assert subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT).returncode == 0

@@ -59,7 +59,7 @@ def test_a_run_says_what_it_does_and_leaves_its_files(finished):
     ):
         assert phrase in out
     result = json.loads((workdir / "result.json").read_text())
-    assert result.keys() == {"top1", "top5", "examples", "step", "params_sha256"}
+    assert result.keys() == {"top1", "top5", "mean_class", "examples", "missing", "step", "params_sha256"}
     assert (result["examples"], result["step"], len(result["params_sha256"])) == (20, 12, 64)
     assert f"params_sha256 {result['params_sha256'][:12]}" in out
 
@@ -124,7 +124,7 @@ def test_weights_of_another_run(finished, command, tmp_path):
     config = default_config()
     config.update(ConfigDict(json.loads((workdir / "config.json").read_text())))
     config.init_from = f"{workdir}/checkpoints/12"
-    run_ = Run.prepare(config, data.load("moving_digits", train_examples=40, test_examples=20))
+    run_ = Run.prepare(config, data.load(config.data, config.augment))
     with Checkpoints(tmp_path) as none:
         state = starting_state(run_, none)
     assert sha256(state.weights) == json.loads((workdir / "result.json").read_text())["params_sha256"]
@@ -179,7 +179,7 @@ def refusal(process):
         (["--config=configs/moving_digts.py"], "Did you mean 'configs/moving_digits.py'"),
         ([CONFIG, "--config.optimzer.lr=1"], "has no key 'optimzer'. Did you mean 'optimizer'?"),
         (["--config={typo}"], "has no key 'batchsize'. Did you mean 'batch_size'"),
-        (["--config=configs"], "Known: configs/digits.py, configs/moving_digits.py"),
+        (["--config=configs"], "Known: configs/digits.py, configs/"),
         ([*QUICK, "--config.optimizer.lr=1e30", "--workdir={tmp}/nan"], "Lower config.optimizer.lr"),
         ([CONFIG, "--config.optimizer.lr=fast"], "--config.optimizer.lr=fast"),
         ([CONFIG, "--config.optimizer.lr=0.0"], "config.optimizer.lr is 0.0"),

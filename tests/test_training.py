@@ -13,7 +13,7 @@ from structvit_jax import create_model, data
 from structvit_jax.config import Durations, check_config, default_config, durations, steps_in
 from structvit_jax.errors import UserError
 from structvit_jax.models import weights
-from structvit_jax.training import losses, mesh, optim
+from structvit_jax.training import losses, mesh, optim, step
 from structvit_jax.training.evaluation import Evaluator
 from structvit_jax.training.step import init_state, make_train_step
 
@@ -23,7 +23,7 @@ def small_config(**model):
     config.model.name = "structvit_tiny_2_1"
     config.model.widths, config.model.head_width, config.model.depths = (8, 16, 64, 64), 8, (1, 1, 1, 1)
     config.model.drop_path = 0.2
-    config.data.name = "digits"
+    config.data.name, config.data.frames, config.data.size = "digits", 0, 32
     config.data.batch_size = 16
     config.optimizer.lr = 3e-3
     config.train.label_smoothing = 0.1
@@ -42,13 +42,14 @@ def setup(config, data_axis, fsdp):
 
 
 def test_one_device_eight_data_parallel_eight_fsdp_have_the_same_losses():
-    config, digits = small_config(), data.load("digits")
+    config = small_config()
+    digits = data.load(config.data, config.augment)
     curves = {}
     for data_axis, fsdp in ((1, 1), (8, 1), (1, 8)):
-        grid, _, state, step = setup(config, data_axis, fsdp)
+        grid, _, state, step_fn = setup(config, data_axis, fsdp)
         stream, curve = digits.train_batches(16, start_step=0), []
         for _ in range(10):
-            state, metrics = step(state, mesh.put_batch(grid, next(stream)))
+            state, metrics = step_fn(state, mesh.put_batch(grid, next(stream)))
             curve.append([float(metrics[key]) for key in ("loss", "grad_norm")])
         stream.close()
         curves[data_axis, fsdp] = np.array(curve)
@@ -69,24 +70,73 @@ def test_large_arrays_are_split_over_fsdp():
 
 
 def test_evaluation_counts_every_example_once():
-    config, digits = small_config(), data.load("digits")
+    config = small_config()
+    digits = data.load(config.data, config.augment)
     grid, model, state, _ = setup(config, 8, 1)
     scores = []
     for config.eval.batch_size in (16, 56):  # 360 is a multiple of neither
-        scores.append(Evaluator(model, config, grid, digits)(state.weights))
+        evaluation = Evaluator(model, config, grid, digits)(state.weights)
+        assert len(set(evaluation.ids)) == 360 and evaluation.scores.shape == (360, 10)
+        scores.append(evaluation.summary())
     assert scores[0] == scores[1]
-    assert scores[0].examples == 360 and 0 <= scores[0].top1 <= scores[0].top5 <= 1
-    more = types.SimpleNamespace(test=range(361), test_batches=digits.test_batches)
+    assert (scores[0].examples, scores[0].missing) == (360, 0) and 0 <= scores[0].top1 <= scores[0].top5 <= 1
+    more = types.SimpleNamespace(test_examples=361, test_ids=(), test_batches=digits.test_batches)
     with pytest.raises(RuntimeError, match="360 examples of 361"):
         Evaluator(model, config, grid, more)(state.weights)
+
+
+@pytest.mark.parametrize("average", ["logits", "softmax"])
+def test_scores_are_averaged_over_views(average):
+    """Against one view at a time: crops of digits whose sides are made unequal by the crop's fraction."""
+    config = small_config()
+    config.data.test_crops, config.eval.average, config.eval.batch_size = 3, average, 360
+    digits = data.load(config.data, config.augment)
+    views = np.random.default_rng(0).integers(0, 255, (360, 3, 32, 32, 3), np.uint8)
+    labels = np.arange(360, dtype=np.int32) % 10
+    mask = np.arange(360) != 7
+    index = np.arange(360, dtype=np.int32)
+    batch = {
+        "inputs": views,
+        "labels": labels,
+        "mask": mask,
+        "index": index,
+        "problems": (data.Problem("7", "torn"),),
+    }
+    source = types.SimpleNamespace(
+        test_examples=360, test_ids=digits.test_ids, test_batches=lambda size: (b for b in [batch])
+    )
+    grid, model, state, _ = setup(config, 1, 1)
+    evaluation = Evaluator(model, config, grid, source)(state.weights)
+    logits = [np.asarray(model(step.normalize(views[:, view], config))) for view in range(3)]
+    expected = np.mean([jax.nn.softmax(one) if average == "softmax" else one for one in logits], axis=0)
+    np.testing.assert_allclose(evaluation.scores, expected, rtol=2e-4, atol=2e-5)
+    with pytest.raises(UserError, match=r"1 of 360 test examples cannot be read \(7: torn\).*max_missing=1"):
+        evaluation.summary()
+    scores = evaluation._replace(tolerated=1).summary()
+    hits = (expected.argmax(1) == labels)[mask]
+    assert (scores.examples, scores.missing, scores.top1) == (359, 1, pytest.approx(hits.mean()))
+    classes = [hits[labels[mask] == c].mean() for c in range(10)]
+    assert scores.mean_class == pytest.approx(np.mean(classes))
+
+
+def test_masked_rows_stand_aside():
+    """They repeat a real row, so that batch statistics and partners in mixing are real."""
+    batch = {
+        "inputs": jnp.arange(5)[:, None] * jnp.ones((5, 3), jnp.int32),
+        "labels": jnp.arange(5),
+        "mask": jnp.array([False, True, False, True, True]),
+    }
+    inputs, labels = step.stand_in(batch)
+    assert labels.tolist() == [1, 1, 1, 3, 4] and inputs[:, 0].tolist() == [1, 1, 1, 3, 4]
 
 
 def test_masked_examples_count_nowhere():
     logits = jnp.array(np.random.default_rng(0).standard_normal((6, 4)))
     labels, mask = jnp.array([0, 1, 2, 3, 0, 1]), jnp.array([True, True, False, True, False, True])
     kept = np.flatnonzero(mask)
-    masked = losses.cross_entropy(logits, labels, mask, 0.1)
-    alone = losses.cross_entropy(logits[kept], labels[kept], jnp.ones(4, bool), 0.1)
+    smooth = losses.smooth_targets(labels, 4, 0.1)
+    masked = losses.cross_entropy(logits, smooth, mask)
+    alone = losses.cross_entropy(logits[kept], smooth[kept], jnp.ones(4, bool))
     np.testing.assert_allclose(masked, alone, rtol=1e-6)
     # label smoothing written out
     targets = np.full((4, 4), 0.1 / 4) + 0.9 * np.eye(4)[np.asarray(labels)[kept]]

@@ -1,56 +1,128 @@
-"""Data sets by name. Nothing in this room imports jax, so reading never opens an accelerator."""
+"""Data sets. Nothing in this room imports jax, so reading never opens an accelerator."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterator
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 from structvit_jax.data.digits import Digits, MovingDigits
-from structvit_jax.data.pipeline import Batch, Source, test_batches, train_batches
+from structvit_jax.data.index import read_splits
+from structvit_jax.data.pipeline import WHOLE, Batch, Problem, Share, test_batches, train_batches
+from structvit_jax.data.reader import Reader, Source
 from structvit_jax.errors import UserError, did_you_mean
 
-SOURCES: dict[str, Callable[[str, int, int], Source]] = {"moving_digits": MovingDigits, "digits": Digits}
+BUILT_IN: dict[str, Callable[[str, int, int], Source]] = {"moving_digits": MovingDigits, "digits": Digits}
+SOURCES = (*BUILT_IN, "folder")
 
 
-@dataclasses.dataclass(frozen=True)
 class Dataset:
     """Two splits and the streams of batches over them."""
 
-    train: Source
-    test: Source
-    seed: int  # of the training order and augmentation
+    def __init__(self, train: Source, test: Source, data: Any, augment: Any, seed: int):
+        self.train, self.test = Reader(train, data, augment, seed), Reader(test, data, augment, seed)
+        self._repeats, self._workers = augment.repeats, data.workers
 
     @property
     def class_names(self) -> tuple[str, ...]:
         return self.train.class_names
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one view of an example."""
+        return self.train.shape
+
+    @property
     def unit(self) -> str:
-        return "clips" if len(self.train.shape) == 4 else "images"
+        return "images" if self.train.is_image else "clips"
 
-    def train_batches(self, batch_size: int, *, start_step: int) -> Iterator[Batch]:
-        return train_batches(self.train, batch_size=batch_size, seed=self.seed, start_step=start_step)
+    @property
+    def train_examples(self) -> int:
+        return len(self.train.source)
 
-    def test_batches(self, batch_size: int) -> Iterator[Batch]:
-        return test_batches(self.test, batch_size=batch_size)
+    @property
+    def rows_per_epoch(self) -> int:
+        """An epoch has every example, in all its copies."""
+        return self.train_examples * self._repeats
+
+    @property
+    def test_examples(self) -> int:
+        return len(self.test.source)
+
+    @property
+    def test_ids(self) -> tuple[str, ...]:
+        """What the test examples are called, in their order."""
+        return tuple(map(self.test.source.id, range(self.test_examples)))
+
+    @property
+    def views(self) -> int:
+        """Of a test example."""
+        return self.test.views
+
+    def adopt_classes(self, names: Sequence[str]) -> bool:
+        """Numbers the labels as a trained model does; returns whether that is another order than the data's.
+
+        Raises:
+          UserError: the names differ.
+        """
+        own = self.class_names
+        if tuple(names) == own:
+            return False
+        if len(own) != len(names) or set(own) != set(names):
+            lacking, new = sorted(set(names) - set(own)), sorted(set(own) - set(names))
+            raise UserError(
+                f"the data's {len(own)} classes are not the {len(names)} of the checkpoint: the data lack"
+                f" {_some(lacking)} and add {_some(new)}; point config.data at the data of the run"
+            )
+        for reader in (self.train, self.test):
+            reader.adopt_classes(names)
+        return True
+
+    def train_batches(self, batch_size: int, *, start_step: int, share: Share = WHOLE) -> Iterator[Batch]:
+        return train_batches(
+            self.train,
+            batch_size,
+            repeats=self._repeats,
+            start_step=start_step,
+            share=share,
+            workers=self._workers,
+        )
+
+    def test_batches(self, batch_size: int, *, share: Share = WHOLE) -> Iterator[Batch]:
+        return test_batches(self.test, batch_size, share=share, workers=self._workers)
 
 
-def load(name: str, *, train_examples: int = 0, test_examples: int = 0, seed: int = 0) -> Dataset:
-    """A data set by name.
+def _some(names: Sequence[str]) -> str:
+    return (
+        ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "") or "none"
+    )
+
+
+def load(data: Mapping[str, Any], augment: Mapping[str, Any], seed: int = 0) -> Dataset:
+    """The data set that a configuration describes.
 
     Args:
-      name: a key of `SOURCES`.
-      train_examples, test_examples: sizes for data that are made on the fly; others have their own.
+      data, augment: these sections of it.
       seed: of the order, the augmentation, and training data made on the fly; test data are the
         same for every seed.
 
     Raises:
-      UserError: an unknown name, or a size below one for data that are made on the fly.
+      UserError: an unknown name, or data that are missing, empty or not understood.
     """
-    if name not in SOURCES:
+    options, policy = (types.SimpleNamespace(**dict(section.items())) for section in (data, augment))
+    name = options.name
+    train: Source
+    test: Source
+    if name in BUILT_IN:
+        make = BUILT_IN[name]
+        train, test = make("train", options.train_examples, seed), make("test", options.test_examples, seed)
+    elif name == "folder":
+        train, test = read_splits(
+            options.root, options.train_split, options.test_split, video=options.frames > 0
+        )
+    else:
         raise UserError(f"unknown data set {name!r}.{did_you_mean(name, SOURCES)}")
-    make = SOURCES[name]
-    return Dataset(make("train", train_examples, seed), make("test", test_examples, seed), seed)
+    return Dataset(train, test, options, policy, seed)
 
 
-__all__ = ["SOURCES", "Batch", "Dataset", "Source", "load"]
+__all__ = ["SOURCES", "Batch", "Dataset", "Problem", "Share", "Source", "load"]

@@ -7,10 +7,10 @@ The scans are the UCI optical digits that scikit-learn carries (`load_digits`, 8
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import numpy as np
 
+from structvit_jax.data.media import Decoded
 from structvit_jax.errors import UserError
 
 _TRAIN_SCANS = 1437
@@ -54,21 +54,24 @@ class MovingDigits:
     """
 
     class_names = tuple(f"{45 * d} degrees" for d in range(8))
-    shape = (8, 24, 24, 3)
-    _digit = 12  # side of the digit, pixels
+    _frames, _side = 8, 24
+    _digit = 12  # its side, in pixels
 
     def __init__(self, split: str, examples: int, seed: int):
         if examples < 1:
             raise UserError(f"moving_digits are made on the fly: config.data.{split}_examples says how many")
-        self._examples = examples
+        self._split, self._examples = split, examples
         self._entropy = (seed, 0) if split == "train" else (0, 1)
         self._scans = [_enlarge(scan, self._digit) for scan in _scans(split)[0]]
 
     def __len__(self) -> int:
         return self._examples
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        frames, side = self.shape[:2]
+    def id(self, index: int) -> str:
+        return f"moving_digits/{self._split}/{index}"
+
+    def open(self, index: int) -> tuple[Decoded, int]:
+        frames, side = self._frames, self._side
         rng = np.random.default_rng((*self._entropy, index))
         label = index % len(self.class_names)
         scan = self._scans[rng.integers(len(self._scans))]
@@ -83,30 +86,27 @@ class MovingDigits:
         rows, columns = np.moveaxis(_hat((distance + side / 2) % side - side / 2), 1, 0)
         clip = contrast * (rows @ scan @ np.swapaxes(columns, 1, 2))
         clip += rng.normal(0, 0.05, clip.shape)
-        return {"inputs": _to_rgb(clip), "label": label}
+        return Decoded(_to_rgb(clip)), label
 
 
 class Digits:
-    """The scans as images of 32x32, classes 0 to 9; training shifts them by up to 3 pixels."""
+    """The scans as images of 32x32, classes 0 to 9."""
 
     class_names = tuple(map(str, range(10)))
-    shape = (32, 32, 3)
+    _side = 32
 
     def __init__(self, split: str, examples: int, seed: int):
         del examples, seed  # as many as there are scans, the same for every seed
+        self._split = split
         images, labels = _scans(split)
-        self._images = [_to_rgb(_enlarge(image, self.shape[0])) for image in images]
+        self._images = [_to_rgb(_enlarge(image, self._side)) for image in images]
         self._labels = labels.tolist()
 
     def __len__(self) -> int:
         return len(self._images)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"inputs": self._images[index], "label": self._labels[index]}
+    def id(self, index: int) -> str:
+        return f"digits/{self._split}/{index}"
 
-    @staticmethod
-    def augment(example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
-        down, right = rng.integers(-3, 4, 2)
-        inputs = np.pad(example["inputs"], ((3, 3), (3, 3), (0, 0)))
-        height, width = example["inputs"].shape[:2]
-        return example | {"inputs": inputs[3 - down : 3 - down + height, 3 - right : 3 - right + width]}
+    def open(self, index: int) -> tuple[Decoded, int]:
+        return Decoded(self._images[index][None]), self._labels[index]

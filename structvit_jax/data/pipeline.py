@@ -1,82 +1,191 @@
-"""Batches as a pure function of (seed, step): NumPy and grain, never an accelerator.
+"""Batches as a pure function of (seed, step), read ahead by grain in threads or processes.
 
-A batch is a dict of arrays over its examples:
+A batch is a dict of arrays over its rows, and of what could not be read:
 
-    inputs  uint8 [batch, [time,] height, width, 3]
-    labels  int32 [batch]
-    mask    bool  [batch], False for padding, which counts nowhere
-    index   int32 [batch], the example's place in its source
+    inputs    uint8 [rows, [time,] height, width, 3] in training, [rows, views, ...] in testing
+    labels    int32 [rows]
+    mask      bool  [rows], False for padding and for examples that cannot be read; they count nowhere
+    index     int32 [rows], the example's place in its source, -1 for padding
+    problems  tuple of Problem
+
+Several hosts read equal shares of a batch: host h of n has the h-th n-th of its rows.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
+import os
+import shutil
+import sys
+import tempfile
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
+from absl import flags
 
-Batch = dict[str, np.ndarray]
+from structvit_jax.data.reader import Reader
+from structvit_jax.errors import DecodeError, UserError
 
-
-class Source(Protocol):
-    """Random access to one split: example i is {"inputs": uint8 array, "label": int}."""
-
-    @property
-    def class_names(self) -> tuple[str, ...]: ...
-    @property
-    def shape(self) -> tuple[int, ...]: ...  # of one example's inputs
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int) -> dict[str, Any]: ...
+Batch = dict[str, Any]
 
 
-def train_batches(source: Source, *, batch_size: int, seed: int, start_step: int = 0) -> Iterator[Batch]:
+class Problem(NamedTuple):
+    """An example that could not be read."""
+
+    id: str
+    reason: str
+
+
+class Share(NamedTuple):
+    """Which part of every batch to read."""
+
+    host: int = 0
+    hosts: int = 1
+
+    def rows(self, batch: int, batch_size: int) -> range:
+        """Positions of this host's rows, counted over all batches."""
+        size = batch_size // self.hosts
+        start = batch * batch_size + self.host * size
+        return range(start, start + size)
+
+
+WHOLE = Share()
+
+
+def train_batches(
+    reader: Reader, batch_size: int, *, repeats: int, start_step: int, share: Share, workers: int
+) -> Iterator[Batch]:
     """Endless shuffled batches from step `start_step` on.
 
-    Every epoch has an order and augmentation draws of its own. Slicing at the step makes resuming
-    exact without saved state.
+    An epoch has every example once, in an order of its own, `repeats` copies of each in a row. Since each
+    batch is a function of its step, starting at a step resumes exactly, without saved state.
     """
-    augment: Callable | None = getattr(source, "augment", None)
-    data = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat(None).map(_Read(source))
-    if augment is not None:
-        data = data.random_map(augment)
-    data = data.batch(batch_size, batch_fn=_stack)
-    yield from _prefetched(data[start_step:])
+    read = functools.partial(_train_batch, reader, batch_size, repeats, share)
+    return _prefetched(read, start_step, sys.maxsize, workers)
 
 
-def test_batches(source: Source, *, batch_size: int) -> Iterator[Batch]:
-    """Every example once, in order; the last batch is padded with masked repetitions."""
-    padded = -(-len(source) // batch_size) * batch_size
-    data = grain.MapDataset.range(padded).map(_Read(source))
-    data = data.batch(batch_size, batch_fn=_stack)
-    yield from _prefetched(data)
+def test_batches(reader: Reader, batch_size: int, *, share: Share, workers: int) -> Iterator[Batch]:
+    """All views of every example once, in order; the last batch is padded with masked rows."""
+    read = functools.partial(_test_batch, reader, batch_size, share)
+    return _prefetched(read, 0, -(-len(reader.source) // batch_size), workers)
 
 
-class _Read:
-    """Index -> example; indices past the end are padding."""
+def _train_batch(reader: Reader, batch_size: int, repeats: int, share: Share, step: int, note: Note) -> Batch:
+    rows, examples = share.rows(step, batch_size), len(reader.source)
+    batch = _empty(len(rows), reader.shape)
+    for place, group in itertools.groupby(rows, lambda position: position // repeats):
+        positions = list(group)
+        epoch, rank = divmod(place, examples)
+        index = int(_order(reader.seed, epoch, examples)[rank])
+        copies = range(positions[0] % repeats, positions[-1] % repeats + 1)
+        first = positions[0] - rows[0]
+        read = functools.partial(reader.train, epoch, index, copies)
+        _fill(batch, slice(first, first + len(copies)), index, reader, read, note)
+    return batch
 
-    def __init__(self, source: Source):
-        self._source = source
 
-    def __call__(self, index: int) -> dict[str, Any]:
-        real = index < len(self._source)
-        return self._source[index if real else 0] | {"mask": real, "index": index if real else -1}
+def _test_batch(reader: Reader, batch_size: int, share: Share, number: int, note: Note) -> Batch:
+    rows = share.rows(number, batch_size)
+    batch = _empty(len(rows), (reader.views, *reader.shape))
+    for row, index in enumerate(rows):
+        if index < len(reader.source):
+            _fill(batch, slice(row, row + 1), index, reader, functools.partial(reader.test, index), note)
+    return batch
 
 
-def _stack(examples: list[dict[str, Any]]) -> Batch:
+def _empty(rows: int, shape: tuple[int, ...]) -> Batch:
     return {
-        "inputs": np.stack([example["inputs"] for example in examples]),
-        "labels": np.array([example["label"] for example in examples], np.int32),
-        "mask": np.array([example["mask"] for example in examples], bool),
-        "index": np.array([example["index"] for example in examples], np.int32),
+        "inputs": np.zeros((rows, *shape), np.uint8),
+        "labels": np.zeros(rows, np.int32),
+        "mask": np.zeros(rows, bool),
+        "index": np.full(rows, -1, np.int32),
+        "problems": (),
     }
 
 
-def _prefetched(data: grain.MapDataset) -> Iterator[Batch]:
-    """Reads ahead in two threads; closing the generator stops them."""
-    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
-    iterator = iter(data.to_iter_dataset(options))
+def _fill(batch: Batch, rows: slice, index: int, reader: Reader, read: Callable[[], Any], note: Note) -> None:
+    """Reads one example into its rows."""
+    batch["index"][rows] = index
+    identity = reader.source.id(index)
+    note(identity)
+    try:
+        batch["inputs"][rows], batch["labels"][rows] = read()
+        batch["mask"][rows] = True
+    except DecodeError as error:
+        batch["problems"] += (Problem(identity, str(error)),)
+
+
+@functools.lru_cache(maxsize=2)  # a batch may reach into the next epoch
+def _order(seed: int, epoch: int, examples: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(examples)
+
+
+Note = Callable[[str], None]
+
+
+class _Noted:
+    """Reads a batch, and notes in a file of this process's own what is being read, in case it dies."""
+
+    def __init__(self, read: Callable[..., Batch], folder: str | None):
+        self._read, self._folder = read, folder
+        self._file: int | None = None
+
+    def __call__(self, number: int) -> Batch:
+        return self._read(number, self._note)
+
+    def _note(self, identity: str) -> None:
+        if self._folder is None:
+            return
+        if self._file is None:
+            self._file = os.open(os.path.join(self._folder, str(os.getpid())), os.O_WRONLY | os.O_CREAT)
+        os.pwrite(self._file, os.fsencode(identity).ljust(_NOTE)[:_NOTE], 0)  # whole at any moment
+
+
+_NOTE = 512
+
+
+def _prefetched(read: Callable[..., Batch], start: int, stop: int, workers: int) -> Iterator[Batch]:
+    """Batches start to stop, read ahead; the order does not depend on the number of workers.
+
+    Raises:
+      UserError: a worker was killed; names what it was reading.
+    """
+    notes = tempfile.mkdtemp(prefix="structvit_jax_workers_") if workers else None
+    data = grain.MapDataset.range(start, stop).map(_Noted(read, notes))
+    if workers:
+        if not flags.FLAGS.is_parsed():  # grain reads flags of its own; there are none outside a command
+            flags.FLAGS.mark_as_parsed()
+        ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
+        options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1)
+        iterator = iter(data.to_iter_dataset(ahead).mp_prefetch(options))
+    else:
+        iterator = iter(data.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)))
     try:
         yield from iterator
+    except RuntimeError as error:
+        if notes is None or "terminated unexpectedly" not in str(error):
+            raise
+        raise UserError(_obituary(notes, str(error))) from error
     finally:
         iterator.close()
+        if notes:
+            shutil.rmtree(notes, ignore_errors=True)
+
+
+def _obituary(notes: str, message: str) -> str:
+    """Which of the workers that left notes are gone, and what they were reading."""
+    code = next((word.rstrip(".") for word in message.split() if word.rstrip(".").lstrip("-").isdigit()), "?")
+    dead = []
+    for pid in os.listdir(notes):
+        try:
+            os.kill(int(pid), 0)
+        except ProcessLookupError:
+            with open(os.path.join(notes, pid), "rb") as file:
+                dead.append(f"pid {pid}, reading {os.fsdecode(file.read().strip())}")
+    return (
+        f"a decode worker died with exit code {code}: {'; '.join(dead) or 'before it read anything'}."
+        " If memory ran out, use fewer --config.data.workers; the same command resumes"
+    )

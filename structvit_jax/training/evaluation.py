@@ -1,14 +1,19 @@
-"""Evaluation: every example exactly once, on any number of devices."""
+"""Evaluation: every example exactly once, all its views averaged, on any number of devices and processes."""
 
 from __future__ import annotations
 
 import contextlib
+import io
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import ml_collections
+import numpy as np
+from etils import epath
 from jax.sharding import Mesh
 
+from structvit_jax.errors import UserError
 from structvit_jax.models import Network
 from structvit_jax.models.weights import Weights, split
 from structvit_jax.training.mesh import put_batch
@@ -16,9 +21,52 @@ from structvit_jax.training.step import make_eval_step
 
 
 class Scores(NamedTuple):
-    top1: float  # fraction of examples whose label has the highest logit
+    top1: float  # fraction of examples whose label has the highest score
     top5: float  # ... one of the five highest
-    examples: int
+    mean_class: float  # top1 of each class that has examples, averaged over these classes
+    examples: int  # that were scored
+    missing: int  # that could not be read, and count nowhere
+
+
+class Evaluation(NamedTuple):
+    """What an evaluation found, example by example in the order of the data set."""
+
+    ids: tuple[str, ...]
+    labels: np.ndarray  # int32 [examples], -1 where the example could not be read
+    scores: np.ndarray  # float32 [examples, classes], the mean over views
+    hits: dict[str, np.ndarray]  # bool [examples] for "top1" and "top5"
+    problems: tuple[Any, ...]  # of data.Problem
+    tolerated: int  # how many may be missing
+
+    def summary(self) -> Scores:
+        """Raises UserError if more examples are missing than the configuration tolerates."""
+        seen = self.labels >= 0
+        count, missing = int(seen.sum()), int((~seen).sum())
+        if missing > self.tolerated or not count:
+            first = "; ".join(f"{problem.id}: {problem.reason}" for problem in self.problems[:3])
+            raise UserError(
+                f"no score: {missing} of {len(seen)} test examples cannot be read ({first}"
+                f"{'; ...' if missing > 3 else ''}); mend or remove them, or accept that they are left out"
+                f" with --config.eval.max_missing={missing}"
+            )
+        top1, labels = self.hits["top1"][seen], self.labels[seen]
+        per_class = [top1[labels == label].mean() for label in np.unique(labels)]
+        top5 = self.hits["top5"][seen].mean()
+        return Scores(float(top1.mean()), float(top5), float(np.mean(per_class)), count, missing)
+
+    def save(self, path: epath.Path, class_names: Sequence[str]) -> None:
+        """Writes ids, labels, scores and class names as a NumPy .npz file."""
+        buffer = io.BytesIO()
+        np.savez_compressed(
+            buffer,
+            ids=np.array(self.ids),
+            labels=self.labels,
+            scores=self.scores,
+            class_names=np.array(class_names),
+        )
+        partial = path.with_suffix(".tmp")
+        partial.write_bytes(buffer.getvalue())
+        partial.replace(path)
 
 
 class Evaluator:
@@ -27,17 +75,30 @@ class Evaluator:
     def __init__(self, model: Network, config: ml_collections.ConfigDict, mesh: Mesh, data: Any):
         structure, weights = split(model)
         self._step = make_eval_step(structure, config, mesh, weights)
-        self._mesh, self._data, self._batch_size = mesh, data, config.eval.batch_size
+        self._mesh, self._data, self._config = mesh, data, config.eval
 
-    def __call__(self, weights: Weights) -> Scores:
-        counts: list[dict[str, jax.Array]] = []
-        with contextlib.closing(self._data.test_batches(self._batch_size)) as batches:
+    def __call__(self, weights: Weights) -> Evaluation:
+        results: list[dict[str, Any]] = []
+        problems: list[Any] = []
+        with contextlib.closing(self._data.test_batches(self._config.batch_size)) as batches:
             for batch in batches:
-                counts.append(self._step(weights, put_batch(self._mesh, batch)))
-                jax.block_until_ready(counts[-2:][0])  # one batch in flight, not all of them
-        top1, top5, seen = (
-            sum(int(count[name]) for count in jax.device_get(counts)) for name in ("top1", "top5", "examples")
+                results.append(self._step(weights, put_batch(self._mesh, batch)))
+                problems.extend(batch["problems"])
+                if len(results) > 1:  # one batch in flight, not all of them
+                    results[-2] = jax.device_get(results[-2])
+        names = ("index", "mask", "labels", "scores", "top1", "top5")
+        whole = {name: np.concatenate([np.asarray(r[name]) for r in results]) for name in names}
+        whole = {name: values[whole["index"] >= 0] for name, values in whole.items()}  # no padding
+        if not np.array_equal(whole["index"], np.arange(self._data.test_examples)):
+            raise RuntimeError(
+                f"evaluation saw {len(whole['index'])} examples of {self._data.test_examples}, or in another order"
+            )
+        hits = {name: whole[name] for name in ("top1", "top5")}
+        return Evaluation(
+            self._data.test_ids,
+            np.where(whole["mask"], whole["labels"], -1),
+            whole["scores"],
+            hits,
+            tuple(problems),
+            self._config.max_missing,
         )
-        if seen != len(self._data.test):
-            raise RuntimeError(f"evaluation saw {seen} examples of {len(self._data.test)}")
-        return Scores(top1 / seen, top5 / seen, seen)

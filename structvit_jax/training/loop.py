@@ -14,11 +14,12 @@ from etils import epath
 from structvit_jax.errors import UserError
 from structvit_jax.models.weights import Weights, sha256, split
 from structvit_jax.training.checkpoint import FOLDER, Checkpoints
-from structvit_jax.training.evaluation import Evaluator, Scores
+from structvit_jax.training.evaluation import Evaluation, Evaluator, Scores
 from structvit_jax.training.log import RunLog, say, write_json
 from structvit_jax.training.mesh import check_batch, put_batch
-from structvit_jax.training.run import Run, as_json, differences, starting_state
+from structvit_jax.training.run import Run, adopt_classes, as_json, differences, starting_state
 from structvit_jax.training.step import TrainState, make_train_step
+from structvit_jax.training.unreadable import Unreadable
 
 
 def train(config: ml_collections.ConfigDict, workdir: epath.Path, data: Any) -> dict[str, Any]:
@@ -35,6 +36,7 @@ def train(config: ml_collections.ConfigDict, workdir: epath.Path, data: Any) -> 
     run = Run.prepare(config, data)
     with open_workdir(workdir, keep=config.checkpoint.keep) as checkpoints:
         state = starting_state(run, checkpoints)
+        unreadable = Unreadable(workdir, data.train_examples, config.data.max_bad_share)
         start, total = int(state.step), run.durations.total
         if start >= total:
             say(f"the run is complete: step {start} of {total}; --config.train.duration sets more")
@@ -46,18 +48,25 @@ def train(config: ml_collections.ConfigDict, workdir: epath.Path, data: Any) -> 
             write_json(workdir / "config.json", as_json(config))
         evaluator = Evaluator(run.model, config, run.mesh, data)
         with RunLog(workdir, start, total, config.data.batch_size, data.unit) as log:
-            state = take_steps(run, state, checkpoints, evaluator, log)
-            say(f"evaluating {len(data.test)} {data.unit}")
-            scores = evaluator(state.weights)
+            state = take_steps(run, state, checkpoints, evaluator, log, unreadable)
+            say(f"evaluating {describe_test(data)}")
+            evaluation = evaluator(state.weights)
+            unreadable.note("test", evaluation.problems)
+            scores = evaluation.summary()
             log.evaluation(int(state.step), scores._asdict())
     result = make_result(scores, int(state.step), state.weights)
-    write_json(workdir / "result.json", result)
+    write_result(workdir, result, evaluation, data)
     say(describe(result))
     return result
 
 
 def take_steps(
-    run: Run, state: TrainState, checkpoints: Checkpoints, evaluator: Evaluator, log: RunLog
+    run: Run,
+    state: TrainState,
+    checkpoints: Checkpoints,
+    evaluator: Evaluator,
+    log: RunLog,
+    unreadable: Unreadable,
 ) -> TrainState:
     """All steps that are left.
 
@@ -69,7 +78,9 @@ def take_steps(
     with contextlib.closing(run.data.train_batches(run.config.data.batch_size, start_step=start)) as batches:
         for step in range(start + 1, total + 1):
             asked = time.monotonic()
-            batch = put_batch(run.mesh, next(batches))
+            rows = next(batches)
+            unreadable.note("train", rows["problems"])
+            batch = put_batch(run.mesh, rows)
             waited = time.monotonic() - asked
             if step_fn is None:
                 step_fn, waited = compiled_step(run, state, batch), 0.0
@@ -77,14 +88,25 @@ def take_steps(
             state, metrics = step_fn(state, batch)
             log.step(step, metrics, waited)
             if eval_every and step % eval_every == 0 and step < total:
-                scores = evaluator(state.weights)
-                log.evaluation(step, scores._asdict())
-                say(f"step {step}/{total}  evaluation: top1 {scores.top1:.4f}  top5 {scores.top5:.4f}")
+                evaluate_on_the_way(step, evaluator(state.weights), log, unreadable)
             if step == total or (save_every and step % save_every == 0):
                 log.flush()
                 checkpoints.save(state, card)
                 log.restart_clock()
     return state
+
+
+def evaluate_on_the_way(step: int, evaluation: Evaluation, log: RunLog, unreadable: Unreadable) -> None:
+    """Tells an evaluation during training; one that has no score stops nothing."""
+    unreadable.note("test", evaluation.problems)
+    try:
+        scores = evaluation.summary()
+    except UserError as error:
+        say(f"step {step}  evaluation: {error}")
+        log.restart_clock()
+        return
+    log.evaluation(step, scores._asdict())
+    say(f"step {step}  evaluation: top1 {scores.top1:.4f}  top5 {scores.top5:.4f}")
 
 
 def compiled_step(run: Run, state: TrainState, batch: dict[str, Any]) -> Callable:
@@ -112,17 +134,19 @@ def evaluate_run(config: ml_collections.ConfigDict, workdir: epath.Path, data: A
             raise UserError(f"no finished checkpoint in {workdir / FOLDER}: train first")
         advice = "configure the model that was saved"
         weights = checkpoints.weights(step, split(run.model)[1], run.mesh, advice)
-        changed = differences(checkpoints.card(step)["config"], as_json(config))
-    say(f"evaluating step {step} of {workdir} on {len(data.test)} {data.unit}")
+        card = checkpoints.card(step)
+    adopt_classes(data, card)
+    changed = differences(card["config"], as_json(config))
+    say(f"evaluating step {step} of {workdir} on {describe_test(data)}")
     for line in changed:
         say(f"note: {line}")
-    scores = Evaluator(run.model, config, run.mesh, data)(weights)
-    result = make_result(scores, step, weights)
+    evaluation = Evaluator(run.model, config, run.mesh, data)(weights)
+    result = make_result(evaluation.summary(), step, weights)
     say(describe(result))
-    if any(line.startswith("config.data.") for line in changed):
-        say(f"on other data than the run's: {workdir / 'result.json'} stays as it is")
-    else:
-        write_json(workdir / "result.json", result)
+    own = not any(line.startswith(("config.data.", "config.eval.average")) for line in changed)
+    if not own:
+        say(f"on other data than the run's: {workdir / 'result.json'} stays as it is; see result_other.json")
+    write_result(workdir, result, evaluation, data, "" if own else "_other")
     return result
 
 
@@ -140,6 +164,18 @@ def make_result(scores: Scores, step: int, weights: Weights) -> dict[str, Any]:
     return scores._asdict() | {"step": step, "params_sha256": sha256(weights)}
 
 
+def write_result(
+    workdir: epath.Path, result: dict[str, Any], evaluation: Evaluation, data: Any, suffix: str = ""
+) -> None:
+    evaluation.save(workdir / f"predictions{suffix}.npz", data.class_names)
+    write_json(workdir / f"result{suffix}.json", result)
+
+
+def describe_test(data: Any) -> str:
+    views = f", {data.views} views each" if data.views > 1 else ""
+    return f"{data.test_examples} {data.unit}{views}"
+
+
 def read_result(workdir: epath.Path, step: int) -> dict[str, Any] | None:
     """The run's result, if there is a whole one and it is that of `step`."""
     try:
@@ -152,6 +188,8 @@ def read_result(workdir: epath.Path, step: int) -> dict[str, Any] | None:
 
 def describe(result: dict[str, Any]) -> str:
     return (
-        f"result: top1 {result['top1']:.4f}  top5 {result['top5']:.4f}  on {result['examples']} examples"
-        f"  step {result['step']}  params_sha256 {result['params_sha256'][:12]}"
+        f"result: top1 {result['top1']:.4f}  top5 {result['top5']:.4f}  mean_class {result['mean_class']:.4f}"
+        f"  on {result['examples']} examples"
+        + (f", {result['missing']} missing" if result["missing"] else "")
+        + f"  step {result['step']}  params_sha256 {result['params_sha256'][:12]}"
     )

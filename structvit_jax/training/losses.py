@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import optax
 
 
-def cross_entropy(logits: jax.Array, labels: jax.Array, mask: jax.Array, smoothing: float = 0.0) -> jax.Array:
-    """Mean cross-entropy with label smoothing s: targets s / classes off, 1 - s + s / classes on.
+def smooth_targets(labels: jax.Array, classes: int, smoothing: float) -> jax.Array:
+    """Targets s / classes off, 1 - s + s / classes on: int [batch] -> float32 [batch, classes]."""
+    return optax.smooth_labels(jax.nn.one_hot(labels, classes), smoothing)
 
-    logits [batch, classes], labels int [batch], mask bool [batch] -> scalar float32.
-    """
-    targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), smoothing)
+
+def cross_entropy(logits: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.Array:
+    """Mean cross-entropy: logits and targets [batch, classes], mask bool [batch] -> scalar float32."""
     return masked_mean(optax.softmax_cross_entropy(logits, targets), mask)
 
 

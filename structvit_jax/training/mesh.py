@@ -6,11 +6,10 @@ import math
 import os
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from structvit_jax.errors import UserError
@@ -100,7 +99,8 @@ def state_sharding(mesh: Mesh, shapes: Any) -> Any:
     return jax.tree.map(place, shapes)
 
 
-def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """A batch, split over all devices."""
+def put_batch(mesh: Mesh, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """What the device needs of a batch, split over all devices; every process brings its share."""
     sharding = batch_sharding(mesh)
-    return {key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()}
+    keys = ("inputs", "labels", "mask", "index")
+    return {key: jax.make_array_from_process_local_data(sharding, batch[key]) for key in keys}

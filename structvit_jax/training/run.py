@@ -48,12 +48,12 @@ class Run:
 
         classes = len(data.class_names)
         model = create_model(**model_arguments(config), num_classes=classes, seed=config.train.seed)
-        example = jax.ShapeDtypeStruct((1, *data.train.shape), jnp.uint8)
+        example = jax.ShapeDtypeStruct((1, *data.shape), jnp.uint8)
         jax.eval_shape(lambda x: model(normalize(x, config)), example)
         parameters = sum(array.size for array in split(model)[1].params.values())
         say(f"model: {config.model.name}, {parameters:,} parameters, {classes} classes")
 
-        steps = durations(config, len(data.train))
+        steps = durations(config, data.rows_per_epoch)
         schedule = optim.learning_rate(config.optimizer, steps)
         optimizer = optim.make_optimizer(config.optimizer, schedule)
         return cls(config, data, mesh, model, schedule, optimizer, steps)
@@ -79,7 +79,9 @@ def starting_state(run: Run, checkpoints: Checkpoints) -> TrainState:
         say(f"resuming from {checkpoints.path(latest)}")
         advice = "choose another --workdir, or the model that was saved"
         state = checkpoints.state(latest, state, run.mesh, advice)
-        for line in differences(checkpoints.card(latest)["config"], as_json(run.config)):
+        card = checkpoints.card(latest)
+        adopt_classes(run.data, card)
+        for line in differences(card["config"], as_json(run.config)):
             say(f"note: {line}")
     elif init_from:
         say(f"starting from the weights of {init_from}")
@@ -87,6 +89,16 @@ def starting_state(run: Run, checkpoints: Checkpoints) -> TrainState:
     else:
         say("starting from scratch")
     return state
+
+
+def adopt_classes(data: Any, card: dict[str, Any]) -> None:
+    """Numbers the labels of the data as the model of a checkpoint does, by name.
+
+    Raises:
+      UserError: the names differ.
+    """
+    if data.adopt_classes(card["class_names"]):
+        say("note: the data order their classes unlike the checkpoint; labels follow it by name")
 
 
 def as_json(config: ml_collections.ConfigDict) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh
 
 from structvit_jax.models.weights import Structure, Weights, batch_stats, split
-from structvit_jax.training import losses
+from structvit_jax.training import losses, mixing
 from structvit_jax.training.mesh import batch_sharding, replicated, state_sharding
 
 Batch = dict[str, jax.Array]
@@ -56,9 +56,13 @@ def make_train_step(
 
     def loss_fn(params, stats, batch, key):
         network = structure.model(Weights(params, stats))
-        logits = network(normalize(batch["inputs"], config), key=key)
-        loss = losses.cross_entropy(logits, batch["labels"], batch["mask"], config.train.label_smoothing)
-        top1 = losses.masked_mean(losses.in_top(logits, batch["labels"], 1), batch["mask"])
+        inputs, labels = stand_in(batch)
+        targets = losses.smooth_targets(labels, params["head.bias"].size, config.train.label_smoothing)
+        drop_key, mix_key = jax.random.split(key)
+        inputs, targets = mixing.augment(mix_key, normalize(inputs, config), targets, config.augment)
+        logits = network(inputs, key=drop_key)
+        loss = losses.cross_entropy(logits, targets, batch["mask"])
+        top1 = losses.masked_mean(losses.in_top(logits, labels, 1), batch["mask"])
         return loss, (batch_stats(network), top1)
 
     def step_fn(state, batch):
@@ -87,15 +91,35 @@ def make_train_step(
 def make_eval_step(
     structure: Structure, config: ml_collections.ConfigDict, mesh: Mesh, weights: Weights
 ) -> Callable[[Weights, Batch], Metrics]:
-    """Counts of one batch: examples, and those with the label among the first one and five."""
+    """Scores of one batch of examples with all their views: float32 [rows, classes], the mean over views,
+    with labels, mask and index, and whether the label is among the first one and five; whole on every process."""
 
     def step_fn(weights, batch):
-        logits = structure.model(weights)(normalize(batch["inputs"], config))
-        hits = {f"top{k}": losses.in_top(logits, batch["labels"], k) & batch["mask"] for k in (1, 5)}
-        return {name: jnp.sum(hit) for name, hit in (hits | {"examples": batch["mask"]}).items()}
+        network = structure.model(weights)
+
+        def scores(view):
+            logits = network(normalize(view, config)).astype(jnp.float32)
+            return jax.nn.softmax(logits) if config.eval.average == "softmax" else logits
+
+        views = jnp.moveaxis(batch["inputs"], 1, 0)
+        mean = jnp.mean(jax.lax.map(scores, views), axis=0) if len(views) > 1 else scores(views[0])
+        hits = {f"top{k}": losses.in_top(mean, batch["labels"], k) for k in (1, 5)}
+        return {"scores": mean, **hits, **{key: batch[key] for key in ("labels", "mask", "index")}}
 
     shardings = state_sharding(mesh, weights)
     return jax.jit(step_fn, in_shardings=(shardings, batch_sharding(mesh)), out_shardings=replicated(mesh))
+
+
+def stand_in(batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """Inputs and labels in which every masked row repeats the first row that is not: batch statistics and
+    mixing then see real pictures only. The mask still keeps the row out of the loss."""
+    mask = batch["mask"]
+    valid = jnp.argmax(mask)
+
+    def fill(rows):
+        return jnp.where(mask.reshape(-1, *[1] * (rows.ndim - 1)), rows, rows[valid])
+
+    return fill(batch["inputs"]), fill(batch["labels"])
 
 
 def normalize(inputs: jax.Array, config: ml_collections.ConfigDict) -> jax.Array:

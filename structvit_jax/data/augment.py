@@ -1,0 +1,194 @@
+"""Crops, flips and RandAugment: the policies are ours, the pixels are Pillow's and OpenCV's.
+
+A clip is uint8 [time, height, width, 3]; an image is a clip of one frame. All frames of a clip are
+treated alike. What works on whole batches (erasing, mixup, cutmix) is done on the device, in
+`structvit_jax.training.mixing`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+from PIL import Image, ImageEnhance, ImageOps
+
+from structvit_jax.errors import UserError
+
+Box = tuple[int, int, int, int]  # top, left, height, width
+
+
+def resize(clip: np.ndarray, box: Box, size: tuple[int, int], *, image: bool) -> np.ndarray:
+    """The box of every frame, at another size (height, width).
+
+    Images are resized bicubically with antialiasing, as timm does through Pillow; clips bilinearly without,
+    as UniFormer does with torch's `interpolate` (rounded to whole numbers here).
+    """
+    top, left, height, width = box
+    clip = clip[:, top : top + height, left : left + width]
+    if (height, width) == size:
+        return np.ascontiguousarray(clip)
+    if image:
+        wide = size[::-1]
+        return np.stack([np.asarray(Image.fromarray(f).resize(wide, Image.Resampling.BICUBIC)) for f in clip])
+    return np.stack([cv2.resize(frame, size[::-1], interpolation=cv2.INTER_LINEAR) for frame in clip])
+
+
+def random_box(
+    height: int,
+    width: int,
+    area: tuple[float, float],
+    aspect: tuple[float, float],
+    rng: np.random.Generator,
+) -> Box:
+    """A random part of a frame: its share of the area uniform, its aspect (width / height) log-uniform.
+
+    After ten that do not fit, the largest in the middle whose aspect is in range, as torchvision.
+    """
+    for _ in range(10):
+        target = height * width * rng.uniform(*area)
+        ratio = math.exp(rng.uniform(*np.log(aspect)))
+        w, h = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            top, left = rng.integers(0, height - h, endpoint=True), rng.integers(0, width - w, endpoint=True)
+            return int(top), int(left), h, w
+    ratio = min(max(width / height, aspect[0]), aspect[1])
+    w, h = min(width, round(height * ratio)), min(height, round(width / ratio))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def random_crop(
+    clip: np.ndarray,
+    size: int,
+    area: tuple[float, float],
+    aspect: tuple[float, float],
+    flip: float,
+    rng: np.random.Generator,
+    *,
+    image: bool,
+) -> np.ndarray:
+    """One random box for all frames, resized to size x size, mirrored with probability `flip`."""
+    box = random_box(clip.shape[1], clip.shape[2], area, aspect, rng)
+    clip = resize(clip, box, (size, size), image=image)
+    return np.ascontiguousarray(clip[:, :, ::-1]) if rng.random() < flip else clip
+
+
+def test_crops(clip: np.ndarray, size: int, fraction: float, crops: int, *, image: bool) -> np.ndarray:
+    """Crops for testing: [crops, time, size, size, 3].
+
+    The short side is scaled to size / fraction. One crop is the middle; three are left, middle, right (of
+    upright frames top, middle, bottom).
+    """
+    height, width = clip.shape[1:3]
+    short = int(size / fraction)
+    # Rounded down, as the references do.
+    new = (short, short * width // height) if height <= width else (short * height // width, short)
+    clip = resize(clip, (0, 0, height, width), new, image=image)
+    room = np.array(new) - size
+    middle = [round(r / 2) for r in room.tolist()] if image else [-(-r // 2) for r in room.tolist()]
+    corners = [middle]
+    if crops == 3:
+        along = int(width >= height)  # the axis that the crops move along
+        low, high = list(middle), list(middle)
+        low[along], high[along] = 0, int(room[along])
+        corners = [low, middle, high]
+    return np.stack([clip[:, top : top + size, left : left + size] for top, left in corners])
+
+
+class RandAugment(NamedTuple):
+    """A policy in timm's notation: "rand-m7-n4-mstd0.5-inc1"."""
+
+    magnitude: float = 10.0  # m, of 10
+    layers: int = 2  # n, operations per example
+    deviation: float = 0.0  # mstd, of the magnitude
+
+    @classmethod
+    def parse(cls, text: str) -> RandAugment | None:
+        """None for an empty text.
+
+        Raises:
+          UserError: text that is no policy. Only the increasing operations, inc1, are there.
+        """
+        if not text:
+            return None
+        kinds = {"m": ("magnitude", float), "n": ("layers", int), "mstd": ("deviation", float)}
+        fields, increasing = {}, False
+        head, *parts = text.split("-")
+        for part in parts:
+            match = re.fullmatch(r"(m|n|mstd|inc)(\d+(?:\.\d+)?)", part)
+            if match and match[1] == "inc":
+                increasing = match[2] == "1"
+            elif match and (match[1] != "n" or match[2].isdigit()):
+                name, kind = kinds[match[1]]
+                fields[name] = kind(match[2])
+            else:
+                head = part
+        if head != "rand" or not increasing or not 0 <= fields.get("magnitude", 10.0) <= 10:
+            raise UserError(
+                f"config.augment.randaugment is {text!r}; it is written 'rand-m7-n4-mstd0.5-inc1', m up to 10"
+            )
+        return cls(**fields)
+
+    def __call__(self, clip: np.ndarray, fill: tuple[int, int, int], rng: np.random.Generator) -> np.ndarray:
+        """`layers` operations drawn with replacement, each applied with probability one half."""
+        chosen = []
+        for operation in rng.choice(len(_OPERATIONS), self.layers):
+            if rng.random() < 0.5:
+                level = min(max(rng.normal(self.magnitude, self.deviation), 0.0), 10.0) / 10
+                chosen.append((_OPERATIONS[operation], level, 1 if rng.random() < 0.5 else -1))
+        if not chosen:
+            return clip
+        frames = [Image.fromarray(frame) for frame in clip]
+        for operation, level, sign in chosen:
+            frames = [operation(frame, level, sign, fill) for frame in frames]
+        return np.stack([np.asarray(frame) for frame in frames])
+
+
+# An operation: (image, level in 0..1, sign, fill) -> image.
+Operation = Callable[[Image.Image, float, int, tuple[int, int, int]], Image.Image]
+
+
+def _affine(image, matrix, fill):
+    bicubic = Image.Resampling.BICUBIC
+    return image.transform(image.size, Image.Transform.AFFINE, matrix, resample=bicubic, fillcolor=fill)
+
+
+def _rotate(image, level, sign, fill):
+    return image.rotate(sign * 30 * level, resample=Image.Resampling.BICUBIC, fillcolor=fill)
+
+
+def _solarize_add(image, level, sign, fill):
+    add = int(110 * level)
+    return image.point([min(255, i + add) if i < 128 else i for i in range(256)] * 3)
+
+
+def _enhance(enhancer) -> Operation:
+    return lambda image, level, sign, fill: enhancer(image).enhance(max(0.1, 1 + sign * 0.9 * level))
+
+
+def _posterize(image, level, sign, fill):
+    return ImageOps.posterize(image, 4 - int(4 * level))
+
+
+_OPERATIONS: tuple[Operation, ...] = (
+    lambda image, level, sign, fill: ImageOps.autocontrast(image),
+    lambda image, level, sign, fill: ImageOps.equalize(image),
+    lambda image, level, sign, fill: ImageOps.invert(image),
+    _rotate,
+    _posterize,
+    lambda image, level, sign, fill: ImageOps.solarize(image, 256 - int(256 * level)),
+    _solarize_add,
+    _enhance(ImageEnhance.Color),
+    _enhance(ImageEnhance.Contrast),
+    _enhance(ImageEnhance.Brightness),
+    _enhance(ImageEnhance.Sharpness),
+    lambda image, level, sign, fill: _affine(image, (1, sign * 0.3 * level, 0, 0, 1, 0), fill),
+    lambda image, level, sign, fill: _affine(image, (1, 0, 0, sign * 0.3 * level, 1, 0), fill),
+    lambda image, level, sign, fill: _affine(image, (1, 0, sign * 0.45 * level * image.width, 0, 1, 0), fill),
+    lambda image, level, sign, fill: _affine(
+        image, (1, 0, 0, 0, 1, sign * 0.45 * level * image.height), fill
+    ),
+)

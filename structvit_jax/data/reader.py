@@ -1,0 +1,115 @@
+"""From an example to the array that a model sees: sample frames, decode them, augment or crop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from structvit_jax.data import sampling
+from structvit_jax.data.augment import RandAugment, random_crop, test_crops
+from structvit_jax.data.media import Media
+
+
+class Source(Protocol):
+    """Random access to one split, in its fixed order."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]: ...
+    def __len__(self) -> int: ...
+    def id(self, index: int) -> str: ...
+    def open(self, index: int) -> tuple[Media, int]:
+        """An example's frames and label.
+
+        Raises:
+          DecodeError: it cannot be read.
+        """
+        ...
+
+
+class Reader:
+    """Reads examples as the sections `data` and `augment` of a configuration say.
+
+    Every random draw is a function of (seed, epoch, example): frames are drawn once for all copies of an
+    example, pixels once for each.
+
+    Raises:
+      UserError: a sampling rule or policy that does not exist.
+    """
+
+    def __init__(self, source: Source, data: Any, augment: Any, seed: int):
+        self.source, self.data, self.augment, self.seed = source, data, augment, seed
+        self._rule = sampling.rule(data.sampling)
+        self._policy = RandAugment.parse(augment.randaugment)
+        self.class_names = source.class_names
+        self._number = list(range(len(self.class_names)))  # of each of the source's classes
+
+    def adopt_classes(self, names: Sequence[str]) -> None:
+        """Numbers the classes in this order."""
+        self._number = [list(names).index(name) for name in self.source.class_names]
+        self.class_names = tuple(names)
+
+    @property
+    def is_image(self) -> bool:
+        return self.data.frames == 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one view of an example: [frames,] size, size, 3."""
+        size = self.data.size
+        return (size, size, 3) if self.is_image else (self.data.frames, size, size, 3)
+
+    @property
+    def views(self) -> int:
+        """How many views of an example are averaged in testing."""
+        return self.data.test_clips * self.data.test_crops
+
+    def train(self, epoch: int, index: int, copies: range) -> tuple[list[np.ndarray], int]:
+        """Copies of an example for training, each augmented anew (uint8, of `shape`), and its label.
+
+        Raises:
+          DecodeError: the example cannot be read.
+        """
+        media, label = self.source.open(index)
+        clip = self.decode(media, [self.frames(media.count, self.generator(1, epoch, index))])[0]
+        return [self.transform(clip, self.generator(2, epoch, index, copy)) for copy in copies], self._number[
+            label
+        ]
+
+    def test(self, index: int) -> tuple[np.ndarray, int]:
+        """All views of an example, clip by clip (uint8 [views, *shape]), and its label; errors as `train`."""
+        media, label = self.source.open(index)
+        clips = range(self.data.test_clips)
+        picked = [self.frames(media.count, (clip, len(clips))) for clip in clips]
+        views = [self.crops(clip) for clip in self.decode(media, picked)]
+        return np.concatenate(views).reshape(self.views, *self.shape), self._number[label]
+
+    def generator(self, *path: int) -> np.random.Generator:
+        return np.random.default_rng((self.seed, *path, 1))  # trailing zeros would not count
+
+    def frames(self, count: int, draw: sampling.Draw) -> np.ndarray:
+        """The frame numbers of one clip."""
+        return self._rule(count, max(self.data.frames, 1), self.data.stride, draw)
+
+    def decode(self, media: Media, clips: list[np.ndarray]) -> list[np.ndarray]:
+        """The frames of several clips, each decoded once."""
+        distinct, places = np.unique(np.concatenate(clips), return_inverse=True)
+        pictures = media.frames(distinct.tolist(), self.data.short_side)
+        if self.data.channels == "bgr":
+            pictures = pictures[..., ::-1]
+        return [pictures[place] for place in places.reshape(len(clips), -1)]
+
+    def transform(self, clip: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """The augmentation of one clip for training."""
+        if self._policy is not None:
+            fill = [round(255 * mean) for mean in self.data.mean] if self.is_image else (128, 128, 128)
+            clip = self._policy(clip, tuple(fill), rng)
+        area, aspect, flip = self.augment.crop_area, self.augment.crop_aspect, self.augment.flip
+        clip = random_crop(clip, self.data.size, area, aspect, flip, rng, image=self.is_image)
+        return clip.reshape(self.shape)
+
+    def crops(self, clip: np.ndarray) -> np.ndarray:
+        """The crops of one clip for testing: [crops, time, size, size, 3]."""
+        size, fraction, crops = self.data.size, self.data.crop_fraction, self.data.test_crops
+        return test_crops(clip, size, fraction, crops, image=self.is_image)

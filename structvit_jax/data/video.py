@@ -1,0 +1,216 @@
+"""Chosen frames of a video file: demultiplexed in full, decoded only where needed.
+
+Frame i is the i-th picture by presentation time. The container's announced frame count is never used: it is
+wrong or missing in webm, mkv and damaged files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import av
+import numpy as np
+from av.video.reformatter import VideoReformatter
+
+from structvit_jax.errors import DecodeError, decoding
+
+_SKIPPING = ("h264", "hevc", "mpeg4", "vp8", "vp9")  # decoders that may leave out single pictures
+
+_UNINDEXED = ("avi", "mpegts")  # containers whose times are only right when read from the beginning
+
+
+class VideoFile:
+    """A video, or the part of it from `start` to `end` seconds.
+
+    Attributes:
+      count: frames to sample from. Of a file that was cut off it includes those that are missing, so that
+        sampling does not drift; asking for one of them is an error.
+      missing: how many of these are missing.
+
+    Raises:
+      DecodeError: no video in it, or nothing that can be read.
+    """
+
+    def __init__(self, file: str | bytes, start: float | None = None, end: float | None = None):
+        self._container = _open(file)  # closed with its last reference
+        self._stream = self._container.streams.video[0]
+        with decoding():
+            index = _demux(self._container, self._stream, start, end)
+        first, stop = (int(np.searchsorted(index.times, bound)) for bound in (index.start, index.end))
+        self._times, self._keys = index.times[first:stop], index.keys
+        self.count = stop - first
+        self.missing = max(stop - max(first, index.present), 0)
+        if not self.count:
+            part = "" if start is None and end is None else f" from {start or 0} s to {end or 'the end'} s"
+            raise DecodeError("no video frames" + part)
+
+    def frames(self, wanted: Sequence[int], short_side: int = 0) -> np.ndarray:
+        """uint8 [len(wanted), height, width, 3], upright, RGB.
+
+        Args:
+          wanted: frame numbers below `count`, in any order, repeated as may be.
+          short_side: pictures whose short side is longer are scaled to this while converting; 0 never.
+
+        Raises:
+          DecodeError: one of them is missing or damaged.
+        """
+        if max(wanted) >= self.count - self.missing:
+            raise DecodeError(
+                f"cut off: {self.missing} of {self.count} frames are missing, frame {max(wanted)} among them"
+            )
+        times = [self._times[index] for index in wanted]
+        pictures: dict[Any, np.ndarray] = {}
+        convert = VideoReformatter()  # one for all frames: setting it up costs more than using it
+        with decoding():
+            for key, group in self._groups(set(times)):
+                for frame in _decode(self._container, self._stream, key, group):
+                    pictures[frame.pts] = _picture(frame, convert, short_side)
+        if lost := set(times) - pictures.keys():
+            raise DecodeError(f"frame {self._times.index(min(lost))} of {self.count} cannot be decoded")
+        return np.stack([pictures[time] for time in times])
+
+    def _groups(self, times: set[int]) -> Iterator[tuple[_Packet, set[int]]]:
+        """The wanted times after each key frame."""
+        if not self._keys or self._keys[0].pts > min(times):
+            raise DecodeError("no key frame to start decoding from")
+        starts = [key.pts for key in self._keys]
+        place = {time: int(np.searchsorted(starts, time, side="right")) - 1 for time in times}
+        for number in sorted(set(place.values())):
+            yield self._keys[number], {time for time in times if place[time] == number}
+
+
+class _Packet(NamedTuple):
+    pts: int
+    dts: int
+
+
+class _Index(NamedTuple):
+    """What a file holds, in its stream's unit of time."""
+
+    times: list[int]  # of all pictures, in order; where the file was cut off, with those it should have
+    present: int  # so many of them it has
+    keys: list[_Packet]  # pictures that decoding can start from
+    start: float  # of the part asked for
+    end: float
+
+
+def _open(file: str | bytes) -> Any:
+    """The file, opened. Its video is decoded by one thread: workers are the parallelism."""
+    with decoding():
+        if isinstance(file, str) and os.path.isdir(file):
+            raise DecodeError("a folder without pictures, not a video file")
+        if not (len(file) if isinstance(file, bytes) else os.stat(file).st_size):
+            raise DecodeError("empty file")
+        container = av.open(io.BytesIO(file) if isinstance(file, bytes) else file, metadata_errors="replace")
+    if problem := _unsupported(container):
+        container.close()
+        raise DecodeError(problem)
+    container.streams.video[0].codec_context.thread_count = 1
+    return container
+
+
+def _unsupported(container) -> str | None:
+    video = container.streams.video
+    if not video:
+        return "no video stream"
+    if (codec := video[0].codec_context) is None:
+        return "no decoder for its video"
+    kind = container.format.name
+    if kind == "mpeg" or (kind == "avi" and codec.name in ("h264", "hevc") and codec.has_b_frames):
+        return f"{codec.name} in {kind} does not keep the times of its frames; convert it to mp4 or mkv"
+    return None
+
+
+def _demux(container, stream, start: float | None, end: float | None) -> _Index:
+    """Reads all packets of the part asked for."""
+    base, origin = float(stream.time_base), stream.start_time or 0
+    # Half a unit of tolerance: seconds written with rounding still name the frame they mean.
+    first = -np.inf if start is None else origin + start / base - 0.5
+    stop = np.inf if end is None else origin + end / base - 0.5
+    if start and container.format.name not in _UNINDEXED:
+        container.seek(int(first), stream=stream)
+    # Where the stream does not say how long it is, the container does, for all streams together.
+    streams = [stream] if stream.duration else [s for s in container.streams if s.type in ("video", "audio")]
+    hides = stream.codec_context.name == "vp8"
+    bases = {s.index: float(s.time_base) for s in streams}
+    times: list[int] = []
+    keys: list[_Packet] = []
+    last = 0.0
+    with contextlib.suppress(av.FFmpegError):  # cut off in the middle of a packet
+        for packet in container.demux(*streams):
+            pts, dts = _stamps(packet)
+            if pts is None:
+                continue
+            last = max(last, pts * bases[packet.stream_index])
+            if packet.stream_index != stream.index or not _shown(packet, hides):
+                continue
+            if dts >= stop and container.format.name not in _UNINDEXED:
+                return _Index(sorted(times), len(times), sorted(keys), first, stop)
+            times.append(pts)
+            if packet.is_keyframe:
+                keys.append(_Packet(pts, dts))
+    times = sorted(times)
+    if times and container.format.name == "avi":  # counts from the first packet decoded, not shown
+        first, stop = first + times[0] - origin, stop + times[0] - origin
+    return _Index(times + _lost(container, stream, times, last), len(times), sorted(keys), first, stop)
+
+
+def _lost(container, stream, times: list[int], last: float) -> list[int]:
+    """Where pictures should be after the last packet of any stream, `last` seconds into the file, if that
+    is more than two frames before the announced end."""
+    announced = float(
+        stream.duration * stream.time_base if stream.duration else (container.duration or 0) / av.time_base
+    )
+    if not times:
+        return []
+    base = float(stream.time_base)
+    gaps = np.diff(times) if len(times) > 1 else [1 / (base * float(stream.average_rate or 25))]
+    usual, mean = float(np.median(gaps)), float(np.mean(gaps))
+    if announced - last <= 2 * base * max(usual, mean):  # rates vary
+        return []
+    count = round((announced / base - times[-1]) / max(usual, 1)) - 1
+    return [times[-1] + round(usual * (number + 1)) for number in range(count)]
+
+
+def _stamps(packet) -> tuple[Any, Any]:
+    """Presentation and decoding time; some containers write only one of them."""
+    return (
+        packet.dts if packet.pts is None else packet.pts,
+        packet.pts if packet.dts is None else packet.dts,
+    )
+
+
+def _shown(packet, hides: bool) -> bool:
+    """Whether a packet is a picture to show; VP8 hides some, in packets of their own, to predict from."""
+    if packet.is_discard or not packet.size:
+        return False
+    return not hides or bool(bytes(packet)[0] >> 4 & 1)
+
+
+def _decode(container, stream, key: _Packet, wanted: set[int]) -> Iterator[av.VideoFrame]:
+    """The wanted frames after a key frame; others are decoded only where frames are predicted from them."""
+    codec, left = stream.codec_context, set(wanted)
+    container.seek(key.dts, stream=stream)
+    for packet in container.demux(stream):
+        pts = _stamps(packet)[0]
+        if codec.name in _SKIPPING:
+            codec.skip_frame = "DEFAULT" if pts is None or pts in wanted else "NONREF"
+        for frame in packet.decode():
+            if frame.pts in left:
+                left.discard(frame.pts)
+                yield frame
+        if not left:
+            return
+
+
+def _picture(frame: av.VideoFrame, convert: VideoReformatter, short_side: int) -> np.ndarray:
+    scale = short_side / min(frame.width, frame.height) if short_side else 1
+    size = {"width": round(frame.width * scale), "height": round(frame.height * scale)} if scale < 1 else {}
+    picture = convert.reformat(
+        frame, format="rgb24", interpolation="BILINEAR", threads=1, **size
+    ).to_ndarray()
+    return np.rot90(picture, frame.rotation // 90) if frame.rotation else picture

@@ -1,0 +1,152 @@
+"""Video files for tests: moving digits, written with PyAV in every way that a loader meets."""
+
+import fractions
+import struct
+
+import av
+import numpy as np
+
+from structvit_jax import data
+from structvit_jax.config import default_config
+from structvit_jax.data.digits import MovingDigits
+
+# Class -> direction. Single frames look alike in all three.
+CLASSES = {"left": 4, "right": 0, "up": 2}
+ENDINGS = {
+    "h264": "mp4",
+    "mpeg4": "mp4",
+    "vp9": "webm",
+    "mjpeg": "avi",
+    "rotated": "mp4",
+    "vfr": "mp4",
+    "audio": "mp4",
+}
+_CODECS = {"mpeg4": "mpeg4", "vp9": "libvpx-vp9", "mjpeg": "mjpeg"}
+
+
+class _Digits(MovingDigits):
+    _frames, _side = 16, 32
+
+
+def load(seed=0, **changes):
+    """The data set of the default configuration with changes: `data__root=...`, `augment__flip=...`."""
+    config = default_config()
+    for key, value in changes.items():
+        section, _, name = key.rpartition("__")
+        config[section or "data"][name] = value
+    return data.load(config.data, config.augment, seed)
+
+
+def take(stream, count):
+    """So many batches of a stream, copied, the stream closed."""
+    batches = []
+    for _, batch in zip(range(count), stream, strict=False):
+        batches.append({key: np.array(v) if key != "problems" else v for key, v in batch.items()})
+    stream.close()
+    return batches
+
+
+def same(a, b):
+    """Whether two batches are equal bit for bit."""
+    assert a.keys() == b.keys()
+    return all((a[key] == b[key]).all() if key != "problems" else a[key] == b[key] for key in a)
+
+
+def pictures(label, number, split="train"):
+    """uint8 [16, 32, 32, 3]: clip `number` of a class."""
+    source = _Digits(split, 10**6, seed=0)
+    return source.open(8 * number + CLASSES[label])[0].frames(range(16))
+
+
+def write_video(path, frames, style="h264", rate=16, index_first=False, **options):
+    """Encodes uint8 [time, height, width, 3]; `options` are the encoder's."""
+    codec = _CODECS.get(style, "libx264")
+    if style == "vp9":
+        options = {"deadline": "realtime", "cpu-used": "8", **options}
+    if style == "rotated":
+        frames = np.rot90(frames, axes=(1, 2))  # counter-clockwise; shown, it is turned back
+    with av.open(str(path), "w", options={"movflags": "+faststart"} if index_first else {}) as container:
+        stream = container.add_stream(codec, rate=rate, options={"crf": "18", **options})
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+        if codec in ("mjpeg", "mpeg4"):
+            stream.bit_rate = 2_000_000
+        if style == "vfr":
+            stream.codec_context.time_base = fractions.Fraction(1, 1000)
+        audio = container.add_stream("aac", rate=16000) if style == "audio" else None
+        for number, picture in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+            if style == "vfr":
+                frame.time_base, frame.pts = fractions.Fraction(1, 1000), 70 * number + number % 3 * 25
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+        if audio is not None:
+            write_silence(container, audio, seconds=2)
+    if style == "rotated":
+        _turn_clockwise(path)
+
+
+def write_silence(container, stream, seconds):
+    silence = np.zeros((1, 16000 * seconds), np.float32)
+    frame = av.AudioFrame.from_ndarray(silence, format="fltp", layout="mono")
+    frame.sample_rate = 16000
+    container.mux(stream.encode(frame))
+    container.mux(stream.encode())
+
+
+def _turn_clockwise(path):
+    """Sets the matrix of the track header as telephones do for upright films."""
+    data = path.read_bytes()
+    upright = struct.pack(">9i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
+    turned = struct.pack(">9i", 0, 1 << 16, 0, -(1 << 16), 0, 0, 0, 0, 1 << 30)
+    at = data.index(upright, data.index(b"tkhd"))
+    path.write_bytes(data[:at] + turned + data[at + len(turned) :])
+
+
+def write_folder(root, per_class):
+    """ROOT/SPLIT/CLASS/NUMBER.*, the styles in turn; `per_class` is {split: files}."""
+    for split, count in per_class.items():
+        for label in CLASSES:
+            (root / split / label).mkdir(parents=True)
+            for number in range(count):
+                style = list(ENDINGS)[number % len(ENDINGS)]
+                path = root / split / label / f"{number:03}.{ENDINGS[style]}"
+                write_video(path, pictures(label, number, split), style)
+
+
+def write_bad(folder):
+    """One damaged file of each kind that users meet; returns {name: part of the reason}."""
+    frames = np.concatenate([pictures("up", number) for number in range(4)])  # 64 of them
+    whole, indexed, webm = folder / "whole.mp4", folder / "indexed.mp4", folder / "whole.webm"
+    write_video(whole, frames)
+    write_video(indexed, frames, index_first=True)
+    write_video(webm, frames, "vp9")
+    middle = indexed.read_bytes().index(b"mdat") + 8
+    noise = np.random.default_rng(0).bytes
+    contents = {
+        "empty.mp4": b"",
+        "noise.mp4": noise(4000),
+        "page.mp4": b"<!DOCTYPE html><html><body>404 Not Found</body></html>" * 20,
+        "cut_before_index.mp4": whole.read_bytes()[:-2000],
+        "cut_after_index.mp4": indexed.read_bytes()[: int(indexed.stat().st_size * 0.7)],
+        "overwritten.mp4": indexed.read_bytes()[:middle]
+        + noise(1500)
+        + indexed.read_bytes()[middle + 1500 :],
+        "cut.webm": webm.read_bytes()[: webm.stat().st_size // 2],
+    }
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    for path in (whole, indexed, webm):
+        path.unlink()
+    with av.open(str(folder / "sound.mp4"), "w") as container:
+        write_silence(container, container.add_stream("aac", rate=16000), seconds=2)
+    return {
+        "empty.mp4": "empty file",
+        "noise.mp4": "Invalid data",
+        "page.mp4": "Invalid data",
+        "cut_before_index.mp4": "Invalid data",
+        "cut_after_index.mp4": "cut off",
+        "overwritten.mp4": "cannot be decoded|no key frame|Invalid data",
+        "cut.webm": "cut off",
+        "sound.mp4": "no video stream",
+    }
