@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import sys
 from collections.abc import Iterable, Iterator
 
 
@@ -25,6 +26,16 @@ def decoding() -> Iterator[None]:
     except Exception as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise DecodeError(" ".join(reason.split())) from error
+
+
+@contextlib.contextmanager
+def exit_in_one_line() -> Iterator[None]:
+    """For commands: a user's mistake becomes one line and exit code 2."""
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

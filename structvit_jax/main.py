@@ -19,7 +19,7 @@ from ml_collections import config_flags
 
 from structvit_jax import data
 from structvit_jax.config import check_config
-from structvit_jax.errors import UserError, did_you_mean
+from structvit_jax.errors import UserError, did_you_mean, exit_in_one_line
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file, as configs/moving_digits.py.")
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "show"], "What to do with the configuration.")
@@ -91,10 +91,8 @@ def run() -> None:
     """The command line: a user's mistake is one line and exit code 2."""
     logging.set_verbosity(logging.ERROR)  # Orbax tells its whole life at lower levels
     try:
-        app.run(main, flags_parser=_parse)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        with exit_in_one_line():
+            app.run(main, flags_parser=_parse)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)

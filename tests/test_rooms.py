@@ -12,7 +12,22 @@ ROOMS = {
     "ops": ({"jax", "numpy"}, {"ops"}),
     "models": ({"jax", "numpy", "flax"}, {"ops", "models", "errors"}),
     "convert": ({"jax", "numpy", "flax"}, {"models", "errors"}),
-    "data": ({"numpy", "absl", "grain", "sklearn", "av", "cv2", "PIL"}, {"data", "errors"}),
+    "data": (
+        {
+            "numpy",
+            "absl",
+            "grain",
+            "sklearn",
+            "av",
+            "cv2",
+            "PIL",
+            "tensorflow_datasets",
+            "apache_beam",
+            "etils",
+            "tqdm",
+        },
+        {"data", "errors"},
+    ),
     "config": ({"ml_collections"}, {"models", "errors"}),
     "training": (
         {"jax", "numpy", "optax", "orbax", "etils", "ml_collections", "tensorboardX"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -13,7 +14,7 @@ from structvit_jax.data.reader import Reader, Source
 from structvit_jax.errors import UserError, did_you_mean
 
 BUILT_IN: dict[str, Callable[[str, int, int], Source]] = {"moving_digits": MovingDigits, "digits": Digits}
-SOURCES = (*BUILT_IN, "folder")
+SOURCES = (*BUILT_IN, "folder", "tfds:NAME")
 
 
 class Dataset:
@@ -92,6 +93,16 @@ class Dataset:
         return test_batches(self.test, batch_size, share=share, workers=self._workers)
 
 
+def _open_folder(root: str, train: str, test: str, *, video: bool) -> tuple[Source, Source]:
+    """Shards, if that is what the folder holds, or else its files."""
+    if os.path.isfile(os.path.join(root, "features.json")) or os.path.isdir(os.path.join(root, "clips")):
+        from structvit_jax.data import records  # imported here: TFDS takes seconds
+
+        if folder := records.find_shards(root):
+            return records.open_shards(folder, train, test)
+    return read_splits(root, train, test, video=video)
+
+
 def _some(names: Sequence[str]) -> str:
     return (
         ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "") or "none"
@@ -110,16 +121,18 @@ def load(data: Mapping[str, Any], augment: Mapping[str, Any], seed: int = 0) -> 
       UserError: an unknown name, or data that are missing, empty or not understood.
     """
     options, policy = (types.SimpleNamespace(**dict(section.items())) for section in (data, augment))
-    name = options.name
+    name, splits = options.name, (options.train_split, options.test_split)
     train: Source
     test: Source
     if name in BUILT_IN:
         make = BUILT_IN[name]
         train, test = make("train", options.train_examples, seed), make("test", options.test_examples, seed)
     elif name == "folder":
-        train, test = read_splits(
-            options.root, options.train_split, options.test_split, video=options.frames > 0
-        )
+        train, test = _open_folder(options.root, *splits, video=options.frames > 0)
+    elif name.startswith("tfds:"):
+        from structvit_jax.data import records  # imported here: TFDS takes seconds
+
+        train, test = records.open_images(name.removeprefix("tfds:"), options.root, *splits)
     else:
         raise UserError(f"unknown data set {name!r}.{did_you_mean(name, SOURCES)}")
     return Dataset(train, test, options, policy, seed)

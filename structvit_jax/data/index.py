@@ -105,7 +105,7 @@ def read_splits(root: str, train: str, test: str, *, video: bool) -> tuple[Index
     if not root:
         raise UserError("say where the data are: --config.data.root=DIR, with DIR/train and DIR/val")
     if not os.path.isdir(root):
-        raise UserError(f"no folder {root!r} (config.data.root)")
+        raise UserError(f"no folder {root!r}")
     splits = {
         key: list(read_split(root, name, key, video)) for key, name in (("train", train), ("test", test))
     }

@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageOps
 
-from structvit_jax.data.video import VideoFile
+from structvit_jax.data.video import VideoFile, check_there
 from structvit_jax.errors import DecodeError, decoding
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm")
@@ -35,6 +35,17 @@ class Media(Protocol):
           DecodeError: one of them cannot be read.
         """
         ...
+
+
+class Part:
+    """Some of another's frames: `count` from `first` on, the last `missing` of them lost."""
+
+    def __init__(self, media: Media, first: int, count: int, missing: int):
+        self._media, self._first, self.count, self.missing = media, first, count, missing
+
+    def frames(self, wanted: Sequence[int], short_side: int = 0) -> np.ndarray:
+        check_there(wanted, self.count, self.missing)
+        return self._media.frames([self._first + index for index in wanted], short_side)
 
 
 def open_media(path: str, start: float | None = None, end: float | None = None) -> Media:

@@ -58,10 +58,7 @@ class VideoFile:
         Raises:
           DecodeError: one of them is missing or damaged.
         """
-        if max(wanted) >= self.count - self.missing:
-            raise DecodeError(
-                f"cut off: {self.missing} of {self.count} frames are missing, frame {max(wanted)} among them"
-            )
+        check_there(wanted, self.count, self.missing)
         times = [self._times[index] for index in wanted]
         pictures: dict[Any, np.ndarray] = {}
         convert = VideoReformatter()  # one for all frames: setting it up costs more than using it
@@ -73,6 +70,29 @@ class VideoFile:
             raise DecodeError(f"frame {self._times.index(min(lost))} of {self.count} cannot be decoded")
         return np.stack([pictures[time] for time in times])
 
+    def cut(self) -> tuple[bytes, int]:
+        """A Matroska file of these frames alone, copied without decoding, and how many come before the first
+        of them: decoding begins at a key frame.
+
+        Raises:
+          DecodeError: there is no key frame to begin at.
+        """
+        wanted = set(self._times[: self.count - self.missing])
+        (key, _), *_ = self._groups({min(wanted)})
+        target, before = io.BytesIO(), 0
+        with av.open(target, "w", format="matroska") as out, decoding():
+            copy = out.add_stream_from_template(self._stream)
+            self._container.seek(key.dts, stream=self._stream)
+            for packet in self._container.demux(self._stream):
+                pts = _stamps(packet)[0]
+                if not wanted or not packet.size:
+                    break
+                before += pts < self._times[0]
+                wanted.discard(pts)
+                packet.stream = copy
+                out.mux(packet)
+        return target.getvalue(), before
+
     def _groups(self, times: set[int]) -> Iterator[tuple[_Packet, set[int]]]:
         """The wanted times after each key frame."""
         if not self._keys or self._keys[0].pts > min(times):
@@ -81,6 +101,12 @@ class VideoFile:
         place = {time: int(np.searchsorted(starts, time, side="right")) - 1 for time in times}
         for number in sorted(set(place.values())):
             yield self._keys[number], {time for time in times if place[time] == number}
+
+
+def check_there(wanted: Sequence[int], count: int, missing: int) -> None:
+    """Raises DecodeError if one of the wanted frames is among the last, missing ones."""
+    if max(wanted) >= count - missing:
+        raise DecodeError(f"cut off: {missing} of {count} frames are missing, frame {max(wanted)} among them")
 
 
 class _Packet(NamedTuple):

@@ -90,9 +90,8 @@ class Evaluator:
         whole = {name: np.concatenate([np.asarray(r[name]) for r in results]) for name in names}
         whole = {name: values[whole["index"] >= 0] for name, values in whole.items()}  # no padding
         if not np.array_equal(whole["index"], np.arange(self._data.test_examples)):
-            raise RuntimeError(
-                f"evaluation saw {len(whole['index'])} examples of {self._data.test_examples}, or in another order"
-            )
+            seen, examples = len(whole["index"]), self._data.test_examples
+            raise RuntimeError(f"evaluation saw {seen} examples of {examples}, or not in their order")
         hits = {name: whole[name] for name in ("top1", "top5")}
         return Evaluation(
             self._data.test_ids,

@@ -91,8 +91,8 @@ def make_train_step(
 def make_eval_step(
     structure: Structure, config: ml_collections.ConfigDict, mesh: Mesh, weights: Weights
 ) -> Callable[[Weights, Batch], Metrics]:
-    """Scores of one batch of examples with all their views: float32 [rows, classes], the mean over views,
-    with labels, mask and index, and whether the label is among the first one and five; whole on every process."""
+    """Scores of examples with all their views: float32 [rows, classes], the mean over views, with labels,
+    mask and index, and whether the label is among the first one and five; whole on every process."""
 
     def step_fn(weights, batch):
         network = structure.model(weights)
