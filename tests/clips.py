@@ -58,6 +58,11 @@ def pictures(label, number, split="train"):
     return source.open(8 * number + CLASSES[label])[0].frames(range(16))
 
 
+def decoded():
+    """A clip that needs no file."""
+    return _Digits("train", 8, seed=0).open(0)[0]
+
+
 def write_video(path, frames, style="h264", rate=16, index_first=False, **options):
     """Encodes uint8 [time, height, width, 3]; `options` are the encoder's."""
     codec = _CODECS.get(style, "libx264")

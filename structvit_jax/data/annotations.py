@@ -1,0 +1,243 @@
+"""The annotation files of the paper's data sets, as they are distributed, made into lists of examples.
+
+Each reader takes a folder of annotations and a folder of media, both searched to any depth, and returns the
+splits and the class names in the distributed order. These readers are tested on small files of the documented
+shape; the full sets were not at hand.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+from structvit_jax.data.index import Entry
+from structvit_jax.data.media import IMAGES, VIDEOS
+from structvit_jax.errors import UserError
+
+
+class Prepared(NamedTuple):
+    """What a reader found."""
+
+    splits: dict[str, list[Entry]]  # paths are absolute
+    missing: dict[str, list[str]]  # names of annotated files that are not there
+    class_names: tuple[str, ...]
+
+
+def _split(name: str, wanted: Iterable[tuple[str, Entry]], files: dict[str, str], into: Prepared) -> None:
+    """Sorts annotated examples into those whose file is there and those whose file is not."""
+    entries, missing = into.splits.setdefault(name, []), into.missing.setdefault(name, [])
+    for key, entry in wanted:
+        if key in files:
+            entries.append(entry._replace(path=files[key]))
+        else:
+            missing.append(key)
+
+
+def kinetics400(annotations: str, media: str) -> Prepared:
+    """CSV `label,youtube_id,time_start,time_end,split`; files ID_START_END.mp4, in whole seconds of six
+    digits, or ID.mp4."""
+    files = _media(media, VIDEOS)
+    result = Prepared({}, {}, ())
+    labels: set[str] = set()
+    for split, names in (("train", ("train.csv",)), ("val", ("val.csv", "validate.csv", "validation.csv"))):
+        path = _find(annotations, *names, *(f"kinetics*_{name}" for name in names))
+        rows = list(csv.DictReader(_lines(path)))
+        _need(rows, ("label", "youtube_id", "time_start", "time_end"), path)
+        labels |= {row["label"] for row in rows}
+        _split(split, ((_kinetics_name(row, files), Entry("", row["label"])) for row in rows), files, result)
+    return result._replace(class_names=tuple(sorted(labels)))
+
+
+def _kinetics_name(row: dict[str, str], files: dict[str, str]) -> str:
+    start, end = (int(float(row[key])) for key in ("time_start", "time_end"))
+    name = f"{row['youtube_id']}_{start:06d}_{end:06d}"
+    return row["youtube_id"] if name not in files and row["youtube_id"] in files else name
+
+
+def something_v1(annotations: str, media: str) -> Prepared:
+    """CSV `id;label` without a header and a CSV of labels, one a line; folders of frames ID/00001.jpg."""
+    return _something(annotations, media, "v1", dict(_folders(media)))
+
+
+def something_v2(annotations: str, media: str) -> Prepared:
+    """JSON [{"id", "template", ...}] (or CSV as V1) and JSON {label: number}; files ID.webm."""
+    return _something(annotations, media, "v2", _media(media, VIDEOS))
+
+
+def _something(annotations: str, media: str, version: str, files: dict[str, str]) -> Prepared:
+    result = Prepared({}, {}, _something_labels(annotations, version))
+    for split, name in (("train", "train"), ("val", "validation")):
+        stems = (f"something-something-{version}-{name}", name)
+        path = _find(annotations, *(stem + ending for stem in stems for ending in (".json", ".csv")))
+        if path.endswith(".json"):
+            rows = _json(path)
+            _need(rows, ("id", "template"), path)
+            # Labels are templates without the brackets around their blanks.
+            pairs = [(str(row["id"]), re.sub(r"[\[\]]", "", row["template"])) for row in rows]
+        else:
+            pairs = [(row[0], row[1]) for row in csv.reader(_lines(path), delimiter=";") if len(row) == 2]
+        _split(split, ((name, Entry("", label)) for name, label in pairs), files, result)
+    return result
+
+
+def _something_labels(annotations: str, version: str) -> tuple[str, ...]:
+    stem = f"something-something-{version}-labels"
+    path = _find(annotations, f"{stem}.json", f"{stem}.csv", "labels.json", "labels.csv")
+    if path.endswith(".csv"):
+        return tuple(line.strip() for line in _lines(path) if line.strip())
+    numbers = {label: int(number) for label, number in _json(path).items()}
+    return tuple(sorted(numbers, key=numbers.__getitem__))
+
+
+def diving48(annotations: str, media: str) -> Prepared:
+    """JSON [{"vid_name", "label", ...}] of V2, a JSON vocabulary of four phases per class; files NAME.mp4."""
+    vocabulary = [" / ".join(phases) for phases in _json(_find(annotations, "Diving48_vocab.json"))]
+    files, result = _media(media, VIDEOS), Prepared({}, {}, tuple(vocabulary))
+    for split, name in (("train", "train"), ("val", "test")):
+        path = _find(annotations, f"Diving48_V2_{name}.json")
+        rows = _json(path)
+        _need(rows, ("vid_name", "label"), path)
+        pairs = ((row["vid_name"], Entry("", vocabulary[int(row["label"])])) for row in rows)
+        _split(split, pairs, files, result)
+    return result
+
+
+def finegym(annotations: str, media: str, classes: int) -> Prepared:
+    """Lists "VIDEO_E_START_END_A_START_END LABEL", categories "Clabel: N; ...; (XX) NAME", a JSON with times.
+
+    Files are whole videos, VIDEO.mp4; a clip's times are those of its event plus those inside it.
+    """
+    lines = _lines(_find(annotations, f"gym{classes}_categories.txt"))
+    matches = [re.match(r"Clabel:\s*(\d+);.*?(\([A-Z]+\).*)", line) for line in lines]
+    numbered = {int(match[1]): match[2].strip() for match in matches if match}
+    names = tuple(numbered[number] for number in sorted(numbered))
+    if len(names) != classes:
+        raise UserError(f"gym{classes}_categories.txt names {len(names)} classes")
+    events = _json(_find(annotations, "finegym_annotation_info_v1.1.json", "finegym_annotation_info*.json"))
+    files, result = _media(media, VIDEOS), Prepared({}, {}, names)
+    for split in ("train", "val"):
+        stems = (f"gym{classes}_{split}_element_v1.1.txt", f"gym{classes}_{split}_element.txt")
+        path = _find(annotations, *stems)
+        _split(split, _finegym_clips(path, events, names), files, result)
+    return result
+
+
+def _finegym_clips(path: str, events: dict[str, Any], names: tuple[str, ...]) -> Iterator[tuple[str, Entry]]:
+    for number, line in enumerate(_lines(path), 1):
+        match = re.fullmatch(r"(.+)_(E_\d+_\d+)_(A_\d+_\d+)\s+(\d+)\s*", line)
+        try:
+            assert match is not None
+            video, event, action, label = match.groups()
+            begin = events[video][event]["timestamps"][0][0]
+            inside = events[video][event]["segments"][action]["timestamps"]
+            yield video, Entry("", names[int(label)], begin + inside[0][0], begin + inside[-1][1])
+        except (AssertionError, KeyError, IndexError, TypeError) as error:
+            raise UserError(f"{path}:{number}: no clip of the annotations: {line.strip()!r}") from error
+
+
+def imagenet(annotations: str, media: str) -> Prepared:
+    """ILSVRC 2012: train/SYNSET/*.JPEG, and val either likewise or flat with LOC_val_solution.csv.
+
+    Classes are synsets, sorted, which is the usual order of the 1000 classes.
+    """
+    result = Prepared({}, {}, ())
+    train = _find(media, "train", folder=True)
+    result.splits["train"] = list(_class_folders(train))
+    val = _find(media, "val", folder=True)
+    result.splits["val"] = list(_class_folders(val))
+    if not result.splits["val"]:
+        rows = list(csv.DictReader(_lines(_find(annotations, "LOC_val_solution.csv"))))
+        _need(rows, ("ImageId", "PredictionString"), "LOC_val_solution.csv")
+        pairs = ((row["ImageId"], Entry("", row["PredictionString"].split()[0])) for row in rows)
+        _split("val", pairs, _media(val, IMAGES), result)
+    return result._replace(class_names=tuple(sorted({entry.label for entry in result.splits["train"]})))
+
+
+def _class_folders(folder: str) -> Iterator[Entry]:
+    for label in sorted(os.listdir(folder)):
+        if os.path.isdir(os.path.join(folder, label)):
+            for path in _media(os.path.join(folder, label), IMAGES).values():
+                yield Entry(path, label)
+
+
+class DataSet(NamedTuple):
+    """How a data set is read, and how many examples it is published to have."""
+
+    read: Callable[[str, str], Prepared]
+    published: dict[str, int]
+    images: bool = False
+
+
+DATA_SETS = {
+    "kinetics400": DataSet(kinetics400, {"train": 240_436, "val": 19_796}),  # as mmaction2 counts its copy
+    "something_v1": DataSet(something_v1, {"train": 86_017, "val": 11_522}),
+    "something_v2": DataSet(something_v2, {"train": 168_913, "val": 24_777}),
+    "diving48": DataSet(diving48, {"train": 15_027, "val": 1_970}),
+    "finegym99": DataSet(lambda a, m: finegym(a, m, 99), {"train": 20_484, "val": 8_521}),
+    "finegym288": DataSet(lambda a, m: finegym(a, m, 288), {}),
+    "imagenet": DataSet(imagenet, {"train": 1_281_167, "val": 50_000}, images=True),
+}
+
+
+def _find(top: str, *patterns: str, folder: bool = False) -> str:
+    """The first file (or folder) below `top` that has one of these names, * standing for anything."""
+    wanted = [re.compile(re.escape(pattern).replace(r"\*", ".*") + "$") for pattern in patterns]
+    if not os.path.isdir(top):
+        raise UserError(f"no folder {top!r}")
+    found: list[tuple[int, int, str]] = []
+    for depth, (here, folders, files) in enumerate(os.walk(top)):
+        for name in folders if folder else files:
+            ranks = [rank for rank, pattern in enumerate(wanted) if pattern.match(name)]
+            if ranks:
+                found.append((ranks[0], depth, os.path.join(here, name)))
+        if folder and found:
+            break
+    if not found:
+        raise UserError(f"{top} has no {'folder' if folder else 'file'} {' or '.join(patterns)}")
+    return min(found)[2]
+
+
+def _media(top: str, endings: tuple[str, ...]) -> dict[str, str]:
+    """Name without its ending -> absolute path of every media file below `top`."""
+    if not os.path.isdir(top):
+        raise UserError(f"no folder {top!r}")
+    walk = ((here, name) for here, _, files in os.walk(os.path.abspath(top)) for name in sorted(files))
+    return {
+        os.path.splitext(name)[0]: os.path.join(here, name)
+        for here, name in walk
+        if name.lower().endswith(endings)
+    }
+
+
+def _folders(top: str) -> Iterator[tuple[str, str]]:
+    """Name and absolute path of every folder below `top` that holds no other."""
+    if not os.path.isdir(top):
+        raise UserError(f"no folder {top!r}")
+    for here, folders, _ in os.walk(os.path.abspath(top)):
+        if not folders:
+            yield os.path.basename(here), here
+
+
+def _lines(path: str) -> list[str]:
+    with open(path, encoding="utf-8", newline="") as file:
+        return file.read().splitlines()
+
+
+def _json(path: str) -> Any:
+    with open(path, encoding="utf-8") as file:
+        try:
+            return json.load(file)
+        except ValueError as error:
+            raise UserError(f"{path} is no JSON: {error}") from error
+
+
+def _need(rows: list[Any], keys: tuple[str, ...], path: str) -> None:
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict) or any(row.get(key) is None for key in keys):
+            raise UserError(f"{path}: entry {number} lacks one of {', '.join(keys)}")
+    if not rows:
+        raise UserError(f"{path} is empty")
