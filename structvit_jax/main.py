@@ -1,6 +1,6 @@
-"""Trains, evaluates or shows a configuration.
+"""Trains, evaluates or shows a configuration, or draws its data.
 
-    python -m structvit_jax.main --config=configs/moving_digits.py [--mode=train|eval|show]
+    python -m structvit_jax.main --config=configs/moving_digits.py [--mode=train|eval|show|data]
         [--workdir=DIR] [--config.section.key=value ...]
 
 The same command resumes a run that was interrupted.
@@ -22,7 +22,9 @@ from structvit_jax.config import check_config
 from structvit_jax.errors import UserError, did_you_mean, exit_in_one_line
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file, as configs/moving_digits.py.")
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "show"], "What to do with the configuration.")
+_MODE = flags.DEFINE_enum(
+    "mode", "train", ["train", "eval", "show", "data"], "What to do with the configuration."
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; by default runs/NAME.")
 
 
@@ -32,7 +34,7 @@ def main(argv: Sequence[str]) -> None:
     config = _CONFIG.value
     check_config(config)
     dataset = data.load(config.data, config.augment, config.train.seed)
-    from structvit_jax import show  # imported here, so that a mistake in the flags is told at once
+    from structvit_jax import sheet, show  # imported here, so that a mistake in the flags is told at once
     from structvit_jax.training import loop, mesh
 
     mesh.select_devices(config.mesh.device)
@@ -40,6 +42,10 @@ def main(argv: Sequence[str]) -> None:
         print(show.describe(config, dataset))
         return
     workdir = epath.Path(_WORKDIR.value or os.path.join("runs", _config_path(sys.argv).stem))
+    if _MODE.value == "data":
+        path = workdir / "batch.png"
+        print(f"{path}: {sheet.write(config, dataset, path)} rows of the first batch, as the model gets them")
+        return
     {"train": loop.train, "eval": loop.evaluate_run}[_MODE.value](config, workdir, dataset)
 
 

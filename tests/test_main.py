@@ -183,7 +183,7 @@ def refusal(process):
         ([*QUICK, "--config.optimizer.lr=1e30", "--workdir={tmp}/nan"], "Lower config.optimizer.lr"),
         ([CONFIG, "--config.optimizer.lr=fast"], "--config.optimizer.lr=fast"),
         ([CONFIG, "--config.optimizer.lr=0.0"], "config.optimizer.lr is 0.0"),
-        ([CONFIG, "--mode=evaluate"], "train|eval|show"),
+        ([CONFIG, "--mode=evaluate"], "train|eval|show|data"),
         ([CONFIG, "--config.model.name=structvit_tiny_4_1_vdeo", "--mode=show"], "structvit_tiny_4_1_video"),
         (
             [CONFIG, "--config.model.name=structvit_tiny_4_1"],

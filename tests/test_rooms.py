@@ -29,12 +29,14 @@ ROOMS = {
         {"data", "errors"},
     ),
     "config": ({"ml_collections"}, {"models", "errors"}),
+    "recipes": ({"ml_collections"}, {"config"}),
+    "sheet": ({"jax", "numpy", "PIL", "etils", "ml_collections"}, {"training"}),
     "training": (
         {"jax", "numpy", "optax", "orbax", "etils", "ml_collections", "tensorboardX"},
         {"training", "models", "config", "errors", ""},
     ),
     "show": ({"ml_collections"}, {"models", "config"}),
-    "main": ({"absl", "etils", "ml_collections"}, {"data", "config", "errors", "training", "show"}),
+    "main": ({"absl", "etils", "ml_collections"}, {"data", "config", "errors", "training", "show", "sheet"}),
     "errors": (set(), set()),
     "__init__": (set(), set()),
 }

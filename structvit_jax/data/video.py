@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -82,8 +83,7 @@ class VideoFile:
         target, before = io.BytesIO(), 0
         with av.open(target, "w", format="matroska") as out, decoding():
             copy = out.add_stream_from_template(self._stream)
-            self._container.seek(key.dts, stream=self._stream)
-            for packet in self._container.demux(self._stream):
+            for packet in _packets_from(self._container, self._stream, key):
                 pts = _stamps(packet)[0]
                 if not wanted or not packet.size:
                     break
@@ -220,8 +220,7 @@ def _shown(packet, hides: bool) -> bool:
 def _decode(container, stream, key: _Packet, wanted: set[int]) -> Iterator[av.VideoFrame]:
     """The wanted frames after a key frame; others are decoded only where frames are predicted from them."""
     codec, left = stream.codec_context, set(wanted)
-    container.seek(key.dts, stream=stream)
-    for packet in container.demux(stream):
+    for packet in _packets_from(container, stream, key):
         pts = _stamps(packet)[0]
         if codec.name in _SKIPPING:
             codec.skip_frame = "DEFAULT" if pts is None or pts in wanted else "NONREF"
@@ -231,6 +230,19 @@ def _decode(container, stream, key: _Packet, wanted: set[int]) -> Iterator[av.Vi
                 yield frame
         if not left:
             return
+
+
+def _packets_from(container, stream, key: _Packet) -> Iterator[Any]:
+    """The packets from a key frame on. Some containers seek by one clock, some by the other."""
+    for target in key:
+        container.seek(target, stream=stream)
+        packets = container.demux(stream)
+        first = next(packets)
+        if first.size and _stamps(first)[1] <= key.dts:
+            break
+    for packet in itertools.chain([first], packets):
+        if not packet.size or _stamps(packet)[1] >= key.dts:
+            yield packet
 
 
 def _picture(frame: av.VideoFrame, convert: VideoReformatter, short_side: int) -> np.ndarray:

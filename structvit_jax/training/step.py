@@ -54,21 +54,18 @@ def make_train_step(
     structure, _ = split(model)
     model.eval()
 
-    def loss_fn(params, stats, batch, key):
+    def loss_fn(params, stats, batch, step):
         network = structure.model(Weights(params, stats))
-        inputs, labels = stand_in(batch)
-        targets = losses.smooth_targets(labels, params["head.bias"].size, config.train.label_smoothing)
-        drop_key, mix_key = jax.random.split(key)
-        inputs, targets = mixing.augment(mix_key, normalize(inputs, config), targets, config.augment)
+        drop_key, augment_key = step_keys(config, step)
+        inputs, targets = prepare_batch(augment_key, batch, params["head.bias"].size, config)
         logits = network(inputs, key=drop_key)
         loss = losses.cross_entropy(logits, targets, batch["mask"])
-        top1 = losses.masked_mean(losses.in_top(logits, labels, 1), batch["mask"])
+        top1 = losses.masked_mean(losses.in_top(logits, batch["labels"], 1), batch["mask"])
         return loss, (batch_stats(network), top1)
 
     def step_fn(state, batch):
-        key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
         value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
-        (loss, (stats, top1)), grads = value_and_grad(*state.weights, batch, key)
+        (loss, (stats, top1)), grads = value_and_grad(*state.weights, batch, state.step)
         updates, opt_state = optimizer.update(grads, state.optimizer, state.weights.params)
         params = optax.apply_updates(state.weights.params, updates)
         metrics = {
@@ -108,6 +105,22 @@ def make_eval_step(
 
     shardings = state_sharding(mesh, weights)
     return jax.jit(step_fn, in_shardings=(shardings, batch_sharding(mesh)), out_shardings=replicated(mesh))
+
+
+def step_keys(config: ml_collections.ConfigDict, step: jax.Array | int) -> tuple[jax.Array, jax.Array]:
+    """The keys of a step, for stochastic depth and for the augmentation of its batch."""
+    key = jax.random.fold_in(jax.random.key(config.train.seed), step)
+    drop_key, augment_key = jax.random.split(key)
+    return drop_key, augment_key
+
+
+def prepare_batch(
+    key: jax.Array, batch: Batch, classes: int, config: ml_collections.ConfigDict
+) -> tuple[jax.Array, jax.Array]:
+    """What a training step feeds the model: normalised, erased and mixed inputs, and their targets."""
+    inputs, labels = stand_in(batch)
+    targets = losses.smooth_targets(labels, classes, config.train.label_smoothing)
+    return mixing.augment(key, normalize(inputs, config), targets, config.augment)
 
 
 def stand_in(batch: Batch) -> tuple[jax.Array, jax.Array]:

@@ -1,0 +1,18 @@
+"""StructViT on Something-Something V2.
+
+    python -m structvit_jax.data.prepare something_v2 ANNOTATIONS VIDEOS --out DIR --check
+    python -m structvit_jax.main --config=configs/something_v2.py:structvit_s_4_1_video --config.data.root=DIR
+
+Needs the json files and the webm videos (168,913 and 24,777).
+The paper's top-1 with 3 crops: 68.8 (structvit_s_4_1_video, 16 frames) and 71.5
+(structvit_b_4_1_video, 32 frames).
+Not run here. The paper starts from Kinetics-400 weights; without config.init_from this starts from scratch.
+"""
+
+import ml_collections
+
+from structvit_jax import recipes
+
+
+def get_config(model: str = "structvit_s_4_1_video") -> ml_collections.ConfigDict:
+    return recipes.segment_video(model)
