@@ -9,6 +9,7 @@ import pytest
 from clips import load, same, take
 from conftest import ROOT
 
+from structvit_jax.data.media import Decoded
 from structvit_jax.errors import UserError
 
 DIGITS = {"name": "digits", "frames": 0, "size": 32}
@@ -112,6 +113,14 @@ def test_no_scan_is_in_both_splits():
     from sklearn.datasets import load_digits
 
     assert [digits.test.source.open(i)[1] for i in range(360)] == load_digits().target[1437:].tolist()
+
+
+def test_channel_order():
+    colours = load(**DIGITS, channels="bgr", test_crops=3).test
+    picture = np.arange(32 * 32 * 3, dtype=np.uint8).reshape(1, 32, 32, 3)
+    (clip,) = colours.decode(Decoded(picture), [np.array([0])])
+    assert (clip == picture[..., ::-1]).all()
+    assert colours.crops(clip).shape == (3, 1, 32, 32, 3)
 
 
 def test_unknown_name():

@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 
+import clips
 import pytest
 from conftest import ROOT
 
@@ -59,6 +60,25 @@ def test_the_commands(command, tmp_path):
     assert ran >= 4
 
 
+def test_the_commands_for_own_videos(command, tmp_path, monkeypatch, capsys):
+    root = tmp_path / "clips"
+    clips.write_folder(root, {"train": 3, "val": 2})
+    monkeypatch.chdir(tmp_path)
+    (body,) = [body for _, kind, body in BLOCKS if kind == "clips"]
+    ran = []
+    for line in body.splitlines():
+        module, *arguments = shlex.split(line.replace("DIR", str(root)))[2:]
+        ran.append(module)
+        if module == "structvit_jax.main":
+            arguments += [*SHORT, "--config.eval.every=", f"--workdir={tmp_path / 'run'}"]
+            process = command(*arguments)
+            assert process.returncode == 0, process.stderr
+        else:
+            assert not importlib.import_module(module).main(arguments)
+    assert ran == ["structvit_jax.data.prepare", *["structvit_jax.main"] * 2]
+    assert (tmp_path / "run" / "batch.png").exists() and (tmp_path / "run" / "result.json").exists()
+
+
 @pytest.mark.parametrize(
     "body", [body for language, kind, body in BLOCKS if (language, kind) == ("python", "run")]
 )
@@ -69,6 +89,7 @@ def test_python_blocks(body):
 def test_no_block_is_left_unchecked():
     assert {(language, kind) for language, kind, _ in BLOCKS} == {
         ("bash", "run"),
+        ("bash", "clips"),
         ("python", "run"),
         ("python", "config"),
     }

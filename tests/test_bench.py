@@ -1,0 +1,28 @@
+"""The benchmark of the input: it prints what it promises, and agrees with the plain loop."""
+
+import re
+
+from structvit_jax.data import bench
+
+
+def test_it_runs(tmp_path, capsys):
+    video = str(tmp_path / "video.mp4")
+    bench.write_video(video, key_interval=60)
+    bench.main([f"--video={video}", "--clips=3", "--memory=48"])
+    out = capsys.readouterr().out
+    assert re.search(
+        r"video.mp4, \d+ kbit/s: decoding [\d.]+ ms a clip, plain [\d.]+ ms \([\d.]+ times\)", out
+    )
+    for name in ("clips", "images"):
+        stages = r"open and index [\d.]+ ms, decode [\d.]+ ms, augment and crop [\d.]+ ms"
+        assert re.search(rf"{name}: [\d.]+ a second on one core \({stages}\)", out)
+    assert len(re.findall(r"resident memory after \d+ clips: \d+ MB", out)) == 4
+    assert "growth from clip 12 to clip 48:" in out
+
+
+def test_frames_agree_with_the_plain_loop(tmp_path):
+    """`compare_decoding` raises where a clip differs."""
+    path = str(tmp_path / "video.mp4")
+    bench.write_video(path, key_interval=30)
+    ours, plain = bench.compare_decoding(path, 5)
+    assert ours < plain
