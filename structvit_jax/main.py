@@ -8,6 +8,7 @@ The same command resumes a run that was interrupted.
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import sys
@@ -47,6 +48,7 @@ def main(argv: Sequence[str]) -> None:
         print(f"{path}: {sheet.write(config, dataset, path)} rows of the first batch, as the model gets them")
         return
     {"train": loop.train, "eval": loop.evaluate_run}[_MODE.value](config, workdir, dataset)
+    gc.collect()  # frees what hangs in cycles of the workers' shared memory; Python would complain of it at exit
 
 
 def _config_path(argv: Sequence[str]) -> epath.Path:

@@ -141,6 +141,11 @@ def test_finegym(tmp_path, classes):
 @pytest.mark.parametrize("flat", [True, False])
 def test_imagenet(tmp_path, flat):
     data = tmp_path / "ILSVRC" / "Data" / "CLS-LOC"
+    touch(
+        tmp_path / "ILSVRC" / "Annotations" / "CLS-LOC",
+        "train/n01/n01_9.xml",
+        "val/ILSVRC2012_val_00000001.xml",
+    )
     touch(data, "train/n02/n02_1.JPEG", "train/n01/n01_9.JPEG", "train/n01/n01_10.JPEG")
     if flat:
         touch(data, "val/ILSVRC2012_val_00000001.JPEG")

@@ -79,18 +79,23 @@ class Dataset:
             reader.adopt_classes(names)
         return True
 
-    def train_batches(self, batch_size: int, *, start_step: int, share: Share = WHOLE) -> Iterator[Batch]:
+    # A share is (host, hosts): every process reads its own part of each batch.
+
+    def train_batches(
+        self, batch_size: int, *, start_step: int, share: tuple[int, int] = WHOLE
+    ) -> Iterator[Batch]:
         return train_batches(
             self.train,
             batch_size,
             repeats=self._repeats,
             start_step=start_step,
-            share=share,
+            share=Share(*share),
             workers=self._workers,
         )
 
-    def test_batches(self, batch_size: int, *, share: Share = WHOLE) -> Iterator[Batch]:
-        return test_batches(self.test, batch_size, share=share, workers=self._workers)
+    def test_batches(self, batch_size: int, *, share: tuple[int, int] = WHOLE) -> Iterator[Batch]:
+        """Every example once, with all its views."""
+        return test_batches(self.test, batch_size, share=Share(*share), workers=self._workers)
 
 
 def _open_folder(root: str, train: str, test: str, *, video: bool) -> tuple[Source, Source]:

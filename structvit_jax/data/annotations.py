@@ -8,6 +8,7 @@ shape; the full sets were not at hand.
 from __future__ import annotations
 
 import csv
+import fnmatch
 import json
 import os
 import re
@@ -145,9 +146,8 @@ def imagenet(annotations: str, media: str) -> Prepared:
     Classes are synsets, sorted, which is the usual order of the 1000 classes.
     """
     result = Prepared({}, {}, ())
-    train = _find(media, "train", folder=True)
-    result.splits["train"] = list(_class_folders(train))
-    val = _find(media, "val", folder=True)
+    result.splits["train"] = list(_class_folders(_image_folder(media, "train")))
+    val = _image_folder(media, "val")
     result.splits["val"] = list(_class_folders(val))
     if not result.splits["val"]:
         rows = list(csv.DictReader(_lines(_find(annotations, "LOC_val_solution.csv"))))
@@ -183,22 +183,35 @@ DATA_SETS = {
 }
 
 
-def _find(top: str, *patterns: str, folder: bool = False) -> str:
-    """The first file (or folder) below `top` that has one of these names, * standing for anything."""
-    wanted = [re.compile(re.escape(pattern).replace(r"\*", ".*") + "$") for pattern in patterns]
+def _find(top: str, *patterns: str) -> str:
+    """The file below `top` with the first of these names, * standing for anything; the highest if several."""
     if not os.path.isdir(top):
         raise UserError(f"no folder {top!r}")
-    found: list[tuple[int, int, str]] = []
-    for depth, (here, folders, files) in enumerate(os.walk(top)):
-        for name in folders if folder else files:
-            ranks = [rank for rank, pattern in enumerate(wanted) if pattern.match(name)]
-            if ranks:
-                found.append((ranks[0], depth, os.path.join(here, name)))
-        if folder and found:
-            break
+    found = [
+        (rank, here.count(os.sep), os.path.join(here, name))
+        for here, _, files in os.walk(top)
+        for name in files
+        for rank, pattern in enumerate(patterns)
+        if fnmatch.fnmatchcase(name, pattern)
+    ]
     if not found:
-        raise UserError(f"{top} has no {'folder' if folder else 'file'} {' or '.join(patterns)}")
+        raise UserError(f"{top} has no file {' or '.join(patterns)}")
     return min(found)[2]
+
+
+def _image_folder(top: str, name: str) -> str:
+    """The folder of this name below `top` that has images in it; annotations have folders named alike."""
+    if not os.path.isdir(top):
+        raise UserError(f"no folder {top!r}")
+    for here, folders, _ in os.walk(top):
+        folder = os.path.join(here, name)
+        if name in folders and any(_images_below(folder)):
+            return folder
+    raise UserError(f"{top} has no folder {name!r} with images in it")
+
+
+def _images_below(folder: str) -> Iterator[str]:
+    return (name for _, _, files in os.walk(folder) for name in files if name.lower().endswith(IMAGES))
 
 
 def _media(top: str, endings: tuple[str, ...]) -> dict[str, str]:

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from structvit_jax.errors import UserError
 from structvit_jax.models import Network
 from structvit_jax.models.weights import Weights, split
-from structvit_jax.training.mesh import put_batch
+from structvit_jax.training.mesh import own_share, put_batch
 from structvit_jax.training.step import make_eval_step
 
 
@@ -80,7 +80,8 @@ class Evaluator:
     def __call__(self, weights: Weights) -> Evaluation:
         results: list[dict[str, Any]] = []
         problems: list[Any] = []
-        with contextlib.closing(self._data.test_batches(self._config.batch_size)) as batches:
+        stream = self._data.test_batches(self._config.batch_size, share=own_share())
+        with contextlib.closing(stream) as batches:
             for batch in batches:
                 results.append(self._step(weights, put_batch(self._mesh, batch)))
                 problems.extend(batch["problems"])

@@ -16,7 +16,7 @@ from structvit_jax.models.weights import Weights, sha256, split
 from structvit_jax.training.checkpoint import FOLDER, Checkpoints
 from structvit_jax.training.evaluation import Evaluation, Evaluator, Scores
 from structvit_jax.training.log import RunLog, say, write_json
-from structvit_jax.training.mesh import check_batch, put_batch
+from structvit_jax.training.mesh import check_batch, own_share, put_batch
 from structvit_jax.training.run import Run, adopt_classes, as_json, differences, starting_state
 from structvit_jax.training.step import TrainState, make_train_step
 from structvit_jax.training.unreadable import Unreadable
@@ -75,7 +75,8 @@ def take_steps(
     """
     start, (total, _, eval_every, save_every), card = int(state.step), run.durations, run.card()
     step_fn: Callable | None = None
-    with contextlib.closing(run.data.train_batches(run.config.data.batch_size, start_step=start)) as batches:
+    stream = run.data.train_batches(run.config.data.batch_size, start_step=start, share=own_share())
+    with contextlib.closing(stream) as batches:
         for step in range(start + 1, total + 1):
             asked = time.monotonic()
             rows = next(batches)

@@ -99,6 +99,11 @@ def state_sharding(mesh: Mesh, shapes: Any) -> Any:
     return jax.tree.map(place, shapes)
 
 
+def own_share() -> tuple[int, int]:
+    """This process's number and how many there are: the share of every batch that it reads."""
+    return jax.process_index(), jax.process_count()
+
+
 def put_batch(mesh: Mesh, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
     """What the device needs of a batch, split over all devices; every process brings its share."""
     sharding = batch_sharding(mesh)
