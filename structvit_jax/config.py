@@ -183,6 +183,9 @@ def check_config(config: ml_collections.ConfigDict) -> None:
             lambda x, most=most: len(x) == 2 and 0 < x[0] <= x[1] <= most,
             "two numbers, from and to, above 0" + (" and up to 1" if most == 1 else ""),
         )
+    smallest = math.ceil(config.data.size / config.data.crop_fraction)
+    fits = f"to be 0 or at least {smallest}, what config.data.size and crop_fraction ask for"
+    require("data.short_side", lambda n: n == 0 or n >= smallest, fits)
     if config.data.test_clips > 1 and not config.data.frames:
         raise UserError("config.data.test_clips is more than 1, but there is one clip to an image")
     for key in ("optimizer.lr", "optimizer.eps"):

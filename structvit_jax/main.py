@@ -48,7 +48,7 @@ def main(argv: Sequence[str]) -> None:
         print(f"{path}: {sheet.write(config, dataset, path)} rows of the first batch, as the model gets them")
         return
     {"train": loop.train, "eval": loop.evaluate_run}[_MODE.value](config, workdir, dataset)
-    gc.collect()  # frees what hangs in cycles of the workers' shared memory; Python would complain of it at exit
+    gc.collect()  # shared memory of workers may hang in cycles, and Python would complain of it at exit
 
 
 def _config_path(argv: Sequence[str]) -> epath.Path:

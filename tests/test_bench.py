@@ -11,7 +11,7 @@ def test_it_runs(tmp_path, capsys):
     bench.main([f"--video={video}", "--clips=3", "--memory=48"])
     out = capsys.readouterr().out
     assert re.search(
-        r"video.mp4, \d+ kbit/s: decoding [\d.]+ ms a clip, plain [\d.]+ ms \([\d.]+ times\)", out
+        r"video.mp4, \d+ kbit/s: decoding [\d.]+ ms a clip, plain loop [\d.]+ ms \([\d.]+ times\)", out
     )
     for name in ("clips", "images"):
         stages = r"open and index [\d.]+ ms, decode [\d.]+ ms, augment and crop [\d.]+ ms"
@@ -25,4 +25,4 @@ def test_frames_agree_with_the_plain_loop(tmp_path):
     path = str(tmp_path / "video.mp4")
     bench.write_video(path, key_interval=30)
     ours, plain = bench.compare_decoding(path, 5)
-    assert ours < plain
+    assert 3 * ours < plain  # the benchmark itself says how much; here a machine may be busy

@@ -133,3 +133,24 @@ def test_reading_opens_no_device():
     code = "import clips; next(clips.load(train_examples=9, test_examples=9).train_batches(4, start_step=0))"
     environment = os.environ | {"JAX_PLATFORMS": "nowhere", "PYTHONPATH": str(ROOT / "tests")}
     assert subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT).returncode == 0
+
+
+def test_images_are_cropped_before_the_policy_and_clips_after_it():
+    """As timm does with images and UniFormer with clips."""
+    for frames, expected in ((0, (1, 24, 24, 3)), (2, (2, 40, 60, 3))):
+        reader = load(**{**DIGITS, "frames": frames, "size": 24}, augment__randaugment="rand-m9-inc1").train
+        seen = []
+        reader._policy = lambda clip, fill, rng, seen=seen: seen.append((clip.shape, fill)) or clip
+        out = reader.transform(np.zeros((max(frames, 1), 40, 60, 3), np.uint8), np.random.default_rng(0))
+        assert out.shape == reader.shape
+        assert seen == [(expected, (128, 128, 128))]  # for images the mean, 0.5
+
+
+def test_every_test_example_is_on_one_host(clips):
+    for hosts in (2, 4):
+        shares = [take(clips.test_batches(8, share=(host, hosts)), 99) for host in range(hosts)]
+        index = np.concatenate([batch["index"] for batches in shares for batch in batches])
+        assert sorted(index[index >= 0]) == list(range(21))
+        assert {len(batches) for batches in shares} == {3}
+    with pytest.raises(UserError, match="3 processes cannot share a batch of 8"):
+        take(clips.test_batches(8, share=(0, 3)), 1)

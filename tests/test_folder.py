@@ -13,11 +13,13 @@ import clips
 import numpy as np
 import pytest
 from clips import load, same, take
+from etils import epath
 from PIL import Image
 
-from structvit_jax.data import Share
+from structvit_jax.data import Problem, Share
 from structvit_jax.data.media import open_media
 from structvit_jax.errors import UserError
+from structvit_jax.training.unreadable import Unreadable
 
 AUGMENT = {
     "augment__crop_area": (0.3, 1.0),
@@ -122,7 +124,8 @@ def test_views(root):
 def test_a_killed_worker_is_an_error_that_names_it(root):
     dataset = load(root=str(root), **VIDEO, workers=2)
     stream = dataset.train_batches(8, start_step=0)
-    next(stream)
+    for _ in range(4):  # both workers have read
+        next(stream)
     started = time.monotonic()
     children = [int(pid) for pid in os.listdir("/proc") if pid.isdigit() and is_worker(int(pid))]
     assert children
@@ -154,6 +157,10 @@ def is_worker(pid):
         (lambda r: (r / "train.csv").write_text("path,label,start\na.mp4,x,soon\n"), "train.csv:2:"),
         (lambda r: (r / "train.csv").write_text("path,label\n,x\n"), "path or label is empty"),
         (lambda r: (r / "train.jsonl").write_text('{"path": "a.mp4"\n'), "train.jsonl:1:"),
+        (lambda r: (r / "train.jsonl").write_text('{"path": "a.mp4", "label": null}\n'), "label is empty"),
+        (lambda r: (r / "train.csv").write_text("path,label\na.mp4,x,y\n"), "train.csv:2: a line needs"),
+        (lambda r: (r / "train.csv").write_text("filename,label\na.mp4,x\n"), "one has to be path"),
+        (lambda r: (r / "train.csv").write_bytes(b"path,label\na.mp4,\xe9\n"), "save it as UTF-8"),
         (lambda r: [(r / "train").mkdir(), (r / "train.csv").write_text("")], "train and train.csv; choose"),
         (
             lambda r: [(r / "train").mkdir(), (r / "train" / "a.mp4").write_text("")],
@@ -177,6 +184,9 @@ def test_lists(tmp_path):
     assert dataset.class_names == ("0", "1", "2")
     assert [dataset.train.source.id(i) for i in range(2)] == ["a.mp4", "some dir/b.mp4"]
 
+    (tmp_path / "train.csv").write_bytes(b"\xef\xbb\xbfLabel,Path\r\n2,a.mp4\r\n1,b.mp4\r\n")  # as Excel does
+    assert load(root=str(tmp_path), **VIDEO).class_names == ("0", "1", "2")
+
     (tmp_path / "labels.txt").write_text("run\njump\n")
     (tmp_path / "train.csv").unlink()
     rows = [{"path": "a.mp4", "label": "jump", "start": 1.5, "end": 3}, {"path": "a.mp4", "label": "run"}]
@@ -194,6 +204,54 @@ def test_lists(tmp_path):
     (tmp_path / "val.csv").write_text("b.mp4 flying\n")
     with pytest.raises(UserError, match="none of its labels"):
         load(root=str(tmp_path), **VIDEO)
+
+
+@pytest.mark.parametrize(
+    "names, classes",
+    [
+        (["01", "02", "10"], ("01", "02", "10")),  # not numbers of classes
+        (["1990", "2000"], ("1990", "2000")),
+        (["2", "10", "0", "1", "3", "4", "5", "6"], tuple(map(str, range(11)))),
+    ],
+)
+def test_class_names_that_are_numbers(tmp_path, names, classes):
+    for split in ("train", "val"):
+        for name in names:
+            (tmp_path / split / name).mkdir(parents=True)
+            (tmp_path / split / name / "a.mp4").write_bytes(b"")
+    assert load(root=str(tmp_path), **VIDEO).class_names == classes
+
+
+def test_odd_folders(tmp_path, root):
+    """A thumbnail beside videos, links in a circle, hidden files, names that are no text."""
+    for split in ("train", "val"):
+        shutil.copytree(root / "val", tmp_path / split)
+    session = tmp_path / "train" / "up" / "session"
+    session.mkdir()
+    shutil.copy(root / "val" / "up" / "000.mp4", session / "one.mp4")
+    Image.new("RGB", (8, 8)).save(session / "cover.jpg")
+    (session / "circle").symlink_to(tmp_path / "train" / "up")
+    (session / "._one.mp4").write_bytes(b"")
+    strange = os.path.join(os.fsencode(session), b"caf\xe9\n.mp4")
+    Path(os.fsdecode(strange)).write_bytes(b"no video")
+    dataset = load(root=str(tmp_path), **VIDEO)
+    ids = [dataset.train.source.id(i) for i in range(dataset.train_examples)]
+    assert [i for i in ids if "session" in i] == [
+        "train/up/session/caf\\xe9\\n.mp4",
+        "train/up/session/one.mp4",
+    ]
+    (batch,) = take(dataset.train_batches(11, start_step=0), 1)
+    assert [problem.id for problem in batch["problems"]] == ["train/up/session/caf\\xe9\\n.mp4"]
+    assert batch["mask"].sum() == 10
+
+
+def test_mended_files_no_longer_count(tmp_path):
+    problem = Problem("train/a.mp4", "empty file")
+    with pytest.raises(UserError, match=r"mend or remove those in .*unreadable\.tsv, or raise it"):
+        Unreadable(epath.Path(tmp_path), 10, 0.05).note("train", [problem])
+    Unreadable(epath.Path(tmp_path), 10, 0.05).note("train", [])
+    Unreadable(epath.Path(tmp_path), 10, 0.15).note("train", [problem])
+    assert (tmp_path / "unreadable.tsv").read_text() == "train\ttrain/a.mp4\tempty file\n"
 
 
 def test_classes_in_another_order_are_matched_by_name(root):
@@ -254,7 +312,7 @@ def test_bad_files_are_masked_listed_and_counted(root, command, tmp_path):
     assert "no score: 1 of 10 test examples cannot be read (val/up/broken.mp4: Invalid data" in process.stderr
     assert "step 4  evaluation: no score" in process.stdout
 
-    evaluated = command(*arguments, "--mode=eval", "--config.eval.max_missing=1")
+    evaluated = command(*arguments, "--mode=eval", "--config.eval.max_missing=1", "--config.data.workers=2")
     assert evaluated.returncode == 0, evaluated.stderr
     result = json.loads((workdir / "result.json").read_text())
     assert (result["examples"], result["missing"]) == (9, 1)

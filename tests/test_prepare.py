@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -159,6 +160,17 @@ def test_imagenet(tmp_path, flat):
     assert (dataset.train_examples, dataset.class_names) == (3, ("n01", "n02"))
 
 
+def test_lists_from_a_folder(tmp_path):
+    for split in ("train", "val"):
+        for number in range(12):
+            touch(tmp_path / "data", f"{split}/{number}/a.mp4")
+    assert run("folder", tmp_path / "data", "--out", tmp_path / "out") == 0
+    assert (tmp_path / "out" / "labels.txt").read_text().split() == [str(n) for n in range(12)]
+    assert load(name="folder", root=str(tmp_path / "out")).class_names == tuple(map(str, range(12)))
+    with pytest.raises(UserError, match="holds the data themselves"):
+        run("folder", tmp_path / "data", "--out", tmp_path / "data")
+
+
 def test_check_finds_every_bad_file(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     root = tmp_path / "data"
@@ -180,6 +192,21 @@ def test_check_finds_every_bad_file(tmp_path, capsys, monkeypatch):
     )
     assert run("list", root / "listed.csv", "--check", "--out", tmp_path / "out") == 1
     assert "listed gone.mp4: No such file" in capsys.readouterr().out
+    (root / "val" / "upp").mkdir()
+    clips.write_video(root / "val" / "upp" / "9.mp4", clips.pictures("up", 9))
+    assert run("folder", root, "--check", "--workers", 2) == 1
+    assert "val val/upp/9.mp4: unknown label 'upp'. Did you mean 'up'?" in capsys.readouterr().out
+
+    shutil.rmtree(root / "val" / "upp")
+    for path in (root / "train" / "up").iterdir():
+        if path.name in reasons:
+            path.unlink()
+    (root / "test").mkdir()
+    (root / "test" / "unlabelled.mp4").write_bytes(b"")
+    (root / "train.tar.gz").write_bytes(b"")
+    assert run("folder", root, "--check", "--workers", 2) == 0
+    assert not (tmp_path / "bad_files.txt").exists()  # the earlier check's is gone
+
     (root / "listed.csv").write_text("path,label\n")
     with pytest.raises(UserError, match="is empty"):
         run("list", root / "listed.csv", "--check")
@@ -214,6 +241,7 @@ def test_a_file_that_kills_the_decoder_is_found(tmp_path, capsys):
         (("list", "nowhere.csv", "--check"), "no list 'nowhere.csv'"),
         (("folder", "."), "nothing to do"),
         (("folder", ".", "--check"), "has no train, val or test"),
+        (("folder", ".", "--check", "--workers", "0"), "needs to be at least 1"),
         (("kinetics400", ".", ".", "--check"), "has no file train.csv or kinetics"),
     ],
 )

@@ -1,5 +1,9 @@
 """Frames of video files: every container that users have, chosen frames, damage."""
 
+import fractions
+import gc
+import os
+
 import av
 import clips
 import numpy as np
@@ -151,3 +155,69 @@ def test_images(tmp_path):
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(DecodeError):
         open_media(str(path)).frames([0])
+
+
+def test_a_size_that_changes_midway_is_damage(tmp_path):
+    both = b""
+    for number, frames in enumerate([FRAMES[:20], FRAMES[:20, :40, :48]]):
+        with av.open(str(tmp_path / "part.ts"), "w") as container:
+            stream = container.add_stream("libx264", rate=16)
+            stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+            for place, picture in enumerate(frames):
+                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+                frame.time_base, frame.pts = fractions.Fraction(1, 16), 40 * number + place
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+        both += (tmp_path / "part.ts").read_bytes()
+    (tmp_path / "both.ts").write_bytes(both)
+    video = VideoFile(str(tmp_path / "both.ts"))
+    with pytest.raises(DecodeError, match="its frames differ in size"):
+        video.frames(range(video.count))
+
+
+def test_files_are_closed_without_waiting_for_the_collector(folder, bad):
+    gc.disable()
+    try:
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(20):
+            VideoFile(str(folder / "h264.mp4")).close()
+            with pytest.raises(DecodeError):
+                VideoFile(str(folder / "h264.mp4"), 9.0, 10.0)
+            with pytest.raises(DecodeError):
+                VideoFile(str(bad[0] / "sound.mp4"))
+        assert len(os.listdir("/proc/self/fd")) <= before + 2
+    finally:
+        gc.enable()
+
+
+def test_a_last_picture_may_be_shown_for_long(tmp_path):
+    """Slides: whole, though the last time stamp lies far before the end."""
+    with av.open(str(tmp_path / "slides.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=16)
+        stream.height, stream.width, stream.pix_fmt = 50, 66, "yuv420p"
+        packets = []
+        for picture in FRAMES[:20]:
+            packets += stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24"))
+        packets += stream.encode()
+        last = max(packets, key=lambda packet: packet.pts)
+        last.duration *= 100
+        container.mux(packets)
+    video = VideoFile(str(tmp_path / "slides.mp4"))
+    assert (video.count, video.missing) == (20, 0)
+
+
+def test_a_film_that_starts_late_and_is_cut(tmp_path):
+    """Its duration is counted from its start."""
+    path = tmp_path / "late.mp4"
+    with av.open(str(path), "w", options={"movflags": "+faststart"}) as container:
+        stream = container.add_stream("libx264", rate=16, options={"g": "10"})
+        stream.height, stream.width, stream.pix_fmt = 50, 66, "yuv420p"
+        for number, picture in enumerate(FRAMES):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.time_base, frame.pts = fractions.Fraction(1, 16), 160 + number
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    assert (VideoFile(str(path)).count, VideoFile(str(path)).missing) == (60, 0)
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * 0.6)])
+    video = VideoFile(str(path))
+    assert abs(video.count - 60) <= 3 and video.missing > 10

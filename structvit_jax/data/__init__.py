@@ -126,6 +126,7 @@ def load(data: Mapping[str, Any], augment: Mapping[str, Any], seed: int = 0) -> 
       UserError: an unknown name, or data that are missing, empty or not understood.
     """
     options, policy = (types.SimpleNamespace(**dict(section.items())) for section in (data, augment))
+    options.root = os.path.expanduser(options.root)
     name, splits = options.name, (options.train_split, options.test_split)
     train: Source
     test: Source

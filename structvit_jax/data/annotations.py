@@ -8,15 +8,14 @@ shape; the full sets were not at hand.
 from __future__ import annotations
 
 import csv
-import fnmatch
 import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
-from structvit_jax.data.index import Entry
-from structvit_jax.data.media import IMAGES, VIDEOS
+from structvit_jax.data.index import Entry, walk
+from structvit_jax.data.media import IMAGES, VIDEOS, frame_names
 from structvit_jax.errors import UserError
 
 
@@ -45,7 +44,9 @@ def kinetics400(annotations: str, media: str) -> Prepared:
     result = Prepared({}, {}, ())
     labels: set[str] = set()
     for split, names in (("train", ("train.csv",)), ("val", ("val.csv", "validate.csv", "validation.csv"))):
-        path = _find(annotations, *names, *(f"kinetics*_{name}" for name in names))
+        path = _find(
+            annotations, *names, *(f"kinetics{mark}400_{name}" for mark in ("", "-", "_") for name in names)
+        )
         rows = list(csv.DictReader(_lines(path)))
         _need(rows, ("label", "youtube_id", "time_start", "time_end"), path)
         labels |= {row["label"] for row in rows}
@@ -80,7 +81,10 @@ def _something(annotations: str, media: str, version: str, files: dict[str, str]
             # Labels are templates without the brackets around their blanks.
             pairs = [(str(row["id"]), re.sub(r"[\[\]]", "", row["template"])) for row in rows]
         else:
-            pairs = [(row[0], row[1]) for row in csv.reader(_lines(path), delimiter=";") if len(row) == 2]
+            rows = [row for row in csv.reader(_lines(path), delimiter=";") if row]
+            if wrong := [row for row in rows if len(row) != 2]:
+                raise UserError(f"{path}: a line is not 'id;label': {';'.join(wrong[0])!r}")
+            pairs = [(row[0], row[1]) for row in rows]
         _split(split, ((name, Entry("", label)) for name, label in pairs), files, result)
     return result
 
@@ -102,6 +106,8 @@ def diving48(annotations: str, media: str) -> Prepared:
         path = _find(annotations, f"Diving48_V2_{name}.json")
         rows = _json(path)
         _need(rows, ("vid_name", "label"), path)
+        if beyond := [row for row in rows if not 0 <= int(row["label"]) < len(vocabulary)]:
+            raise UserError(f"{path}: {beyond[0]['vid_name']} has a label outside the vocabulary")
         pairs = ((row["vid_name"], Entry("", vocabulary[int(row["label"])])) for row in rows)
         _split(split, pairs, files, result)
     return result
@@ -118,7 +124,7 @@ def finegym(annotations: str, media: str, classes: int) -> Prepared:
     names = tuple(numbered[number] for number in sorted(numbered))
     if len(names) != classes:
         raise UserError(f"gym{classes}_categories.txt names {len(names)} classes")
-    events = _json(_find(annotations, "finegym_annotation_info_v1.1.json", "finegym_annotation_info*.json"))
+    events = _json(_find(annotations, "finegym_annotation_info_v1.1.json"))
     files, result = _media(media, VIDEOS), Prepared({}, {}, names)
     for split in ("train", "val"):
         stems = (f"gym{classes}_{split}_element_v1.1.txt", f"gym{classes}_{split}_element.txt")
@@ -131,12 +137,13 @@ def _finegym_clips(path: str, events: dict[str, Any], names: tuple[str, ...]) ->
     for number, line in enumerate(_lines(path), 1):
         match = re.fullmatch(r"(.+)_(E_\d+_\d+)_(A_\d+_\d+)\s+(\d+)\s*", line)
         try:
-            assert match is not None
+            if match is None:
+                raise ValueError(line)
             video, event, action, label = match.groups()
             begin = events[video][event]["timestamps"][0][0]
             inside = events[video][event]["segments"][action]["timestamps"]
             yield video, Entry("", names[int(label)], begin + inside[0][0], begin + inside[-1][1])
-        except (AssertionError, KeyError, IndexError, TypeError) as error:
+        except (ValueError, KeyError, IndexError, TypeError) as error:
             raise UserError(f"{path}:{number}: no clip of the annotations: {line.strip()!r}") from error
 
 
@@ -160,8 +167,10 @@ def imagenet(annotations: str, media: str) -> Prepared:
 def _class_folders(folder: str) -> Iterator[Entry]:
     for label in sorted(os.listdir(folder)):
         if os.path.isdir(os.path.join(folder, label)):
-            for path in _media(os.path.join(folder, label), IMAGES).values():
-                yield Entry(path, label)
+            for here, files in walk(os.path.abspath(os.path.join(folder, label))):
+                yield from (
+                    Entry(os.path.join(here, name), label) for name in files if name.lower().endswith(IMAGES)
+                )
 
 
 class DataSet(NamedTuple):
@@ -169,7 +178,6 @@ class DataSet(NamedTuple):
 
     read: Callable[[str, str], Prepared]
     published: dict[str, int]
-    images: bool = False
 
 
 DATA_SETS = {
@@ -179,23 +187,23 @@ DATA_SETS = {
     "diving48": DataSet(diving48, {"train": 15_027, "val": 1_970}),
     "finegym99": DataSet(lambda a, m: finegym(a, m, 99), {"train": 20_484, "val": 8_521}),
     "finegym288": DataSet(lambda a, m: finegym(a, m, 288), {}),
-    "imagenet": DataSet(imagenet, {"train": 1_281_167, "val": 50_000}, images=True),
+    "imagenet": DataSet(imagenet, {"train": 1_281_167, "val": 50_000}),
 }
 
 
-def _find(top: str, *patterns: str) -> str:
-    """The file below `top` with the first of these names, * standing for anything; the highest if several."""
+def _find(top: str, *names: str) -> str:
+    """The file below `top` with the first of these names; of several the highest."""
     if not os.path.isdir(top):
         raise UserError(f"no folder {top!r}")
     found = [
         (rank, here.count(os.sep), os.path.join(here, name))
-        for here, _, files in os.walk(top)
+        for here, files in walk(top)
         for name in files
-        for rank, pattern in enumerate(patterns)
-        if fnmatch.fnmatchcase(name, pattern)
+        for rank, wanted in enumerate(names)
+        if name == wanted
     ]
     if not found:
-        raise UserError(f"{top} has no file {' or '.join(patterns)}")
+        raise UserError(f"{top} has no file {' or '.join(names)}")
     return min(found)[2]
 
 
@@ -203,36 +211,36 @@ def _image_folder(top: str, name: str) -> str:
     """The folder of this name below `top` that has images in it; annotations have folders named alike."""
     if not os.path.isdir(top):
         raise UserError(f"no folder {top!r}")
-    for here, folders, _ in os.walk(top):
+    for here, _ in walk(top):
         folder = os.path.join(here, name)
-        if name in folders and any(_images_below(folder)):
+        if os.path.isdir(folder) and any(_images_below(folder)):
             return folder
     raise UserError(f"{top} has no folder {name!r} with images in it")
 
 
 def _images_below(folder: str) -> Iterator[str]:
-    return (name for _, _, files in os.walk(folder) for name in files if name.lower().endswith(IMAGES))
+    return (name for _, files in walk(folder) for name in files if name.lower().endswith(IMAGES))
 
 
 def _media(top: str, endings: tuple[str, ...]) -> dict[str, str]:
     """Name without its ending -> absolute path of every media file below `top`."""
     if not os.path.isdir(top):
         raise UserError(f"no folder {top!r}")
-    walk = ((here, name) for here, _, files in os.walk(os.path.abspath(top)) for name in sorted(files))
     return {
         os.path.splitext(name)[0]: os.path.join(here, name)
-        for here, name in walk
+        for here, files in walk(os.path.abspath(top))
+        for name in files
         if name.lower().endswith(endings)
     }
 
 
 def _folders(top: str) -> Iterator[tuple[str, str]]:
-    """Name and absolute path of every folder below `top` that holds no other."""
+    """Name and absolute path of every folder below `top` that holds images."""
     if not os.path.isdir(top):
         raise UserError(f"no folder {top!r}")
-    for here, folders, _ in os.walk(os.path.abspath(top)):
-        if not folders:
-            yield os.path.basename(here), here
+    return (
+        (os.path.basename(here), here) for here, files in walk(os.path.abspath(top)) if frame_names(files)
+    )
 
 
 def _lines(path: str) -> list[str]:

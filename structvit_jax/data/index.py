@@ -21,8 +21,7 @@ from structvit_jax.data.media import IMAGES, VIDEOS, Media, frame_names, open_me
 from structvit_jax.errors import DecodeError, UserError, did_you_mean
 
 LABELS = "labels.txt"
-_LISTS = (".jsonl", ".csv", ".txt")
-_NUMBERED = 100_000  # labels that are numbers below this are class numbers, others names
+LISTS = (".jsonl", ".csv", ".txt")
 
 
 class Entry(NamedTuple):
@@ -36,9 +35,12 @@ class Entry(NamedTuple):
     @property
     def id(self) -> str:
         """What reports and predictions call the example."""
+        # One line of plain text, whatever bytes the file system holds.
+        name = os.fsencode(self.path).decode("utf-8", "backslashreplace")
+        name = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
         if self.start is None and self.end is None:
-            return self.path
-        return f"{self.path}#{self.start or 0:g}-" + ("" if self.end is None else f"{self.end:g}")
+            return name
+        return f"{name}#{self.start or 0:g}-" + ("" if self.end is None else f"{self.end:g}")
 
 
 class Index:
@@ -109,10 +111,10 @@ def read_splits(root: str, train: str, test: str, *, video: bool) -> tuple[Index
     splits = {
         key: list(read_split(root, name, key, video)) for key, name in (("train", train), ("test", test))
     }
-    class_names = read_labels(root) or _classes_of(splits["train"])
+    class_names = class_names_of(root, splits["train"])
+    known = set(class_names)
     for key, entries in splits.items():
-        known = sum(entry.label in class_names for entry in entries)
-        if not known:
+        if not any(entry.label in known for entry in entries):
             name = {"train": train, "test": test}[key]
             labels = sorted({entry.label for entry in entries})[:3]
             raise UserError(
@@ -123,16 +125,19 @@ def read_splits(root: str, train: str, test: str, *, video: bool) -> tuple[Index
 
 
 def read_split(root: str, name: str, key: str, video: bool) -> Iterator[Entry]:
-    """The examples of a list or of class folders, unsorted; at least one."""
-    found = [n for n in (name, *(name + end for end in _LISTS)) if os.path.exists(os.path.join(root, n))]
+    """The examples of a list or of class folders, unsorted; at least one.
+
+    `key` is "train" or "test", for the advice where there is no split of this name.
+    """
+    found = [n for n in (name, *(name + end for end in LISTS)) if os.path.exists(os.path.join(root, n))]
     if not found:
         there = ", ".join(sorted(n for n in os.listdir(root) if not n.startswith("."))[:8]) or "nothing"
         raise UserError(
             f"{root} has neither a folder {name!r} nor a list {name}.csv or {name}.jsonl (there is: {there});"
-            f" name it with --config.data.{key}_split"
+            f" say which it is with {key}_split=NAME"
         )
     if len(found) > 1:
-        raise UserError(f"{root} has {' and '.join(found)}; choose one with --config.data.{key}_split=NAME")
+        raise UserError(f"{root} has {' and '.join(found)}; choose one with {key}_split=NAME")
     path = os.path.join(root, found[0])
     entries = _walk(root, found[0], video) if os.path.isdir(path) else read_list(path)
     empty = True
@@ -157,10 +162,17 @@ def read_labels(root: str) -> tuple[str, ...]:
     return names
 
 
-def _classes_of(entries: Sequence[Entry]) -> tuple[str, ...]:
-    labels = {entry.label for entry in entries}
-    if all(label.isdecimal() and int(label) < _NUMBERED for label in labels):  # as in SlowFast's lists
-        return tuple(str(number) for number in range(max(map(int, labels)) + 1))
+def class_names_of(root: str, train: Iterable[Entry]) -> tuple[str, ...]:
+    """The classes in their order: those of ROOT/labels.txt, or the sorted labels of the training split.
+
+    Labels that are plain numbers without large gaps are numbers of classes, as in SlowFast's lists.
+    """
+    if names := read_labels(root):
+        return names
+    labels = {entry.label for entry in train}
+    if all(label.isdecimal() and str(int(label)) == label for label in labels):
+        count = max(map(int, labels)) + 1
+        return tuple(map(str, range(count))) if count <= 2 * len(labels) else tuple(sorted(labels, key=int))
     return tuple(sorted(labels))
 
 
@@ -176,15 +188,33 @@ def _walk(root: str, split: str, video: bool) -> Iterator[Entry]:
                     f"{top}/{label} lies beside the class folders; move it into that of its class"
                 )
             continue
-        for folder, folders, files in os.walk(os.path.join(top, label), followlinks=True):
+        for folder, files in walk(os.path.join(top, label)):
             here = os.path.relpath(folder, root).replace(os.sep, "/")
-            if video and folder != os.path.join(top, label) and frame_names(files):
-                folders.clear()
+            wanted = [name for name in files if name.lower().endswith(VIDEOS if video else IMAGES)]
+            if video and not wanted and folder != os.path.join(top, label) and frame_names(files):
                 yield Entry(here, label)
-                continue
-            for name in files:
-                if name.lower().endswith(VIDEOS if video else IMAGES) and not name.startswith("."):
-                    yield Entry(f"{here}/{name}", label)
+            for name in wanted:
+                yield Entry(f"{here}/{name}", label)
+
+
+def walk(top: str) -> Iterator[tuple[str, list[str]]]:
+    """Every folder from `top` down, links followed once each, with its files; hidden ones left out.
+
+    Raises:
+      UserError: a folder that cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{error.filename} cannot be read: {error.strerror}") from error
+
+    seen: set[str] = set()
+    for folder, folders, files in os.walk(top, followlinks=True, onerror=refuse):
+        if (real := os.path.realpath(folder)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield folder, sorted(name for name in files if not name.startswith("."))
 
 
 def read_list(path: str) -> Iterator[Entry]:
@@ -193,20 +223,25 @@ def read_list(path: str) -> Iterator[Entry]:
     Raises:
       UserError: a line that cannot be understood; names it.
     """
-    with open(path, encoding="utf-8", newline="") as file:
-        for number, row in _json_rows(file) if path.endswith(".jsonl") else _csv_rows(file):
-            try:
-                times = (
-                    float(row[key]) if row.get(key) not in (None, "") else None for key in ("start", "end")
-                )
-                entry = Entry(str(row["path"]), str(row["label"]), *times)
-            except (KeyError, TypeError, ValueError) as error:
-                raise UserError(
-                    f"{path}:{number}: a line needs path and label, and may have start and end in seconds"
-                ) from error
-            if not entry.path or not entry.label:
-                raise UserError(f"{path}:{number}: a path or label is empty")
-            yield entry
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        rows = _json_rows(file) if path.endswith(".jsonl") else _csv_rows(file)
+        try:
+            for number, row in rows:
+                yield _entry(row, f"{path}:{number}")
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise UserError(f"{path} cannot be read as text: {error}; save it as UTF-8") from error
+
+
+def _entry(row: Any, where: str) -> Entry:
+    try:
+        path, label = row["path"], row["label"]
+        start, end = (None if row.get(key) in (None, "") else float(row[key]) for key in ("start", "end"))
+    except (KeyError, TypeError, ValueError) as error:
+        needs = "a line needs path and label, and may have start and end in seconds"
+        raise UserError(f"{where}: {needs}") from error
+    if path in (None, "") or label in (None, ""):
+        raise UserError(f"{where}: a path or label is empty")
+    return Entry(str(path), str(label), start, end)
 
 
 def _json_rows(file: Iterable[str]) -> Iterator[tuple[int, Any]]:
@@ -219,20 +254,24 @@ def _json_rows(file: Iterable[str]) -> Iterator[tuple[int, Any]]:
 
 
 def _csv_rows(file: Iterable[str]) -> Iterator[tuple[int, Any]]:
-    rows = csv.reader(file)
+    """Rows by column; None for one that has not as many cells as it should. A first row that names the
+    columns is the header; without one they are path, label, start and end."""
     header: list[str] | None = None
-    for number, row in enumerate(rows, 1):
+    for number, row in enumerate(csv.reader(file), 1):
         cells = [cell.strip() for cell in row]
         if not any(cells):
             continue
         if header is None:
-            named = {"path", "label"} <= set(cells)
-            header = cells if named else ["path", "label", "start", "end"]
-            if named:
+            names = [cell.lower() for cell in cells]
+            header = names if "label" in names else ["path", "label", "start", "end"]
+            if "label" in names:
+                if "path" not in names:
+                    raise UserError(f"the list's columns are {', '.join(cells)}; one has to be path")
                 continue
         if len(cells) == 1:  # SlowFast's lists: "path label"
             cells = cells[0].rsplit(None, 1)
-        yield number, dict(zip(header, cells, strict=False)) if len(cells) >= 2 else None
+        fits = 2 <= len(cells) <= len(header)
+        yield number, dict(zip(header, cells, strict=False)) if fits else None
 
 
 def write_list(path: str, entries: Iterable[Entry]) -> int:
@@ -240,6 +279,6 @@ def write_list(path: str, entries: Iterable[Entry]) -> int:
     rows = [{key: value for key, value in entry._asdict().items() if value is not None} for entry in entries]
     partial = path + ".tmp"
     with open(partial, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        file.writelines(json.dumps(row) + "\n" for row in rows)
     os.replace(partial, path)
     return len(rows)

@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageOps
 
-from structvit_jax.data.video import VideoFile, check_there
+from structvit_jax.data.video import VideoFile, check_there, stack
 from structvit_jax.errors import DecodeError, decoding
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm")
@@ -36,6 +36,10 @@ class Media(Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """Frees what it holds open."""
+        ...
+
 
 class Part:
     """Some of another's frames: `count` from `first` on, the last `missing` of them lost."""
@@ -46,6 +50,9 @@ class Part:
     def frames(self, wanted: Sequence[int], short_side: int = 0) -> np.ndarray:
         check_there(wanted, self.count, self.missing)
         return self._media.frames([self._first + index for index in wanted], short_side)
+
+    def close(self) -> None:
+        self._media.close()
 
 
 def open_media(path: str, start: float | None = None, end: float | None = None) -> Media:
@@ -83,9 +90,10 @@ class Pictures:
 
     def frames(self, wanted: Sequence[int], short_side: int = 0) -> np.ndarray:
         distinct = {int(index): _decode(self._files[index], short_side) for index in wanted}
-        if len({picture.shape for picture in distinct.values()}) > 1:
-            raise DecodeError("its frames differ in size")
-        return np.stack([distinct[int(index)] for index in wanted])
+        return stack([distinct[int(index)] for index in wanted])
+
+    def close(self) -> None:
+        """Files are open only while they are read."""
 
 
 class Decoded:
@@ -99,6 +107,9 @@ class Decoded:
     def frames(self, wanted: Sequence[int], short_side: int = 0) -> np.ndarray:
         del short_side  # they are small
         return self._pictures[list(wanted)]
+
+    def close(self) -> None:
+        """Nothing is open."""
 
 
 def _decode(file: str | bytes, short_side: int) -> np.ndarray:

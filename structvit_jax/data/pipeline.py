@@ -47,6 +47,8 @@ class Share(NamedTuple):
 
     def rows(self, batch: int, batch_size: int) -> range:
         """Positions of this host's rows, counted over all batches."""
+        if batch_size % self.hosts:
+            raise UserError(f"{self.hosts} processes cannot share a batch of {batch_size} equally")
         size = batch_size // self.hosts
         start = batch * batch_size + self.host * size
         return range(start, start + size)

@@ -27,7 +27,16 @@ from concurrent.futures.process import BrokenProcessPool
 from tqdm import tqdm
 
 from structvit_jax.data.annotations import DATA_SETS, Prepared
-from structvit_jax.data.index import LABELS, Entry, Index, read_labels, read_list, read_split, write_list
+from structvit_jax.data.index import (
+    LABELS,
+    LISTS,
+    Entry,
+    Index,
+    class_names_of,
+    read_list,
+    read_split,
+    write_list,
+)
 from structvit_jax.errors import DecodeError, UserError, did_you_mean, exit_in_one_line
 
 _SOURCES = ("folder", "list", *DATA_SETS)
@@ -48,6 +57,8 @@ def main(arguments: Sequence[str]) -> int:
         raise UserError(f"unknown source {chosen.source!r}.{did_you_mean(chosen.source, _SOURCES)}")
     if not (chosen.out or chosen.check):
         raise UserError("nothing to do: say --out=DIR for lists, --check to decode every file, or both")
+    if chosen.workers < 1:
+        raise UserError("--workers is how many processes decode; it needs to be at least 1")
     if chosen.source in DATA_SETS:
         indices = _from_annotations(chosen.source, chosen.paths, chosen.out)
     elif chosen.source == "folder":
@@ -55,6 +66,8 @@ def main(arguments: Sequence[str]) -> int:
     else:
         indices = _from_lists(chosen.paths)
     if chosen.source not in DATA_SETS and chosen.out:
+        if os.path.realpath(chosen.out) == os.path.realpath(next(iter(indices.values())).root):
+            raise UserError(f"{chosen.out} holds the data themselves; choose another folder for the lists")
         _write(chosen.out, {name: _absolute(index) for name, index in indices.items()}, _classes(indices))
     return check(indices, chosen.workers, chosen.out) if chosen.check else 0
 
@@ -86,11 +99,22 @@ def _from_folder(paths: Sequence[str], video: bool) -> dict[str, Index]:
     if len(paths) > 1 or not os.path.isdir(paths[0]):
         raise UserError(f"no folder {paths[0]!r}" if len(paths) == 1 else "folder takes one folder")
     root = paths[0]
-    known = sorted({name.partition(".")[0] for name in os.listdir(root)} & {"train", "val", "test"})
-    splits = {name: list(read_split(root, name, name, video)) for name in known}
+    splits = {name: list(read_split(root, name, name, video)) for name in _splits_in(root)}
     if not splits:
-        raise UserError(f"{root} has no train, val or test, neither as a folder nor as a list")
+        raise UserError(f"{root} has no train, val or test, neither as a folder of classes nor as a list")
     return _index(root, splits)
+
+
+def _splits_in(root: str) -> Iterator[str]:
+    """Those of train, val and test that are lists or have class folders; test splits may have no labels."""
+    for name in ("train", "val", "test"):
+        folder = os.path.join(root, name)
+        lists = [ending for ending in LISTS if os.path.isfile(folder + ending)]
+        classes = os.path.isdir(folder) and any(entry.is_dir() for entry in os.scandir(folder))
+        if lists or classes:
+            yield name
+        elif os.path.isdir(folder):
+            print(f"{folder}: no class folders in it, left out")
 
 
 def _from_lists(paths: Sequence[str]) -> dict[str, Index]:
@@ -107,8 +131,7 @@ def _from_lists(paths: Sequence[str]) -> dict[str, Index]:
 
 
 def _index(root: str, splits: dict[str, list[Entry]]) -> dict[str, Index]:
-    labels = {entry.label for entries in splits.values() for entry in entries}
-    names = read_labels(root) or tuple(sorted(labels))
+    names = class_names_of(root, next(iter(splits.values())))  # the first split is the one to train on
     return {name: Index(root, entries, names) for name, entries in splits.items()}
 
 
@@ -145,6 +168,8 @@ def check(indices: dict[str, Index], workers: int, out: str) -> int:
                     bad.append(f"{split}\t{index.id(number)}\t{reason}")
                     bar.write(f"{split} {index.id(number)}: {reason}", file=sys.stdout)
     path = os.path.join(out or ".", "bad_files.txt")
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(path)  # an earlier check's
     if bad:
         with open(path, "w", encoding="utf-8") as file:
             file.writelines(line + "\n" for line in bad)
@@ -204,9 +229,10 @@ def reason_of(index: Index, number: int) -> str:
     """Why an example cannot be read; "" if it can."""
     try:
         media, _ = index.open(number)
-        if media.missing:
-            return f"cut off: {media.missing} of {media.count} frames are missing"
-        media.frames(sorted({0, media.count // 2, media.count - 1}))
+        with contextlib.closing(media):
+            if media.missing:
+                return f"cut off: {media.missing} of {media.count} frames are missing"
+            media.frames(sorted({0, media.count // 2, media.count - 1}))
     except DecodeError as error:
         return str(error)
     return ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -72,17 +73,19 @@ class Reader:
           DecodeError: the example cannot be read.
         """
         media, label = self.source.open(index)
-        clip = self.decode(media, [self.frames(media.count, self.generator(1, epoch, index))])[0]
-        return [self.transform(clip, self.generator(2, epoch, index, copy)) for copy in copies], self._number[
-            label
-        ]
+        with contextlib.closing(media):
+            picked = self.frames(media.count, self.generator(1, epoch, index))
+            clip = self.decode(media, [picked])[0]
+        augmented = [self.transform(clip, self.generator(2, epoch, index, copy)) for copy in copies]
+        return augmented, self._number[label]
 
     def test(self, index: int) -> tuple[np.ndarray, int]:
         """All views of an example, clip by clip (uint8 [views, *shape]), and its label; errors as `train`."""
         media, label = self.source.open(index)
-        clips = range(self.data.test_clips)
-        picked = [self.frames(media.count, (clip, len(clips))) for clip in clips]
-        views = [self.crops(clip) for clip in self.decode(media, picked)]
+        with contextlib.closing(media):
+            clips = range(self.data.test_clips)
+            picked = [self.frames(media.count, (clip, len(clips))) for clip in clips]
+            views = [self.crops(clip) for clip in self.decode(media, picked)]
         return np.concatenate(views).reshape(self.views, *self.shape), self._number[label]
 
     def generator(self, *path: int) -> np.random.Generator:
@@ -101,13 +104,19 @@ class Reader:
         return [pictures[place] for place in places.reshape(len(clips), -1)]
 
     def transform(self, clip: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """The augmentation of one clip for training."""
-        if self._policy is not None:
-            fill = [round(255 * mean) for mean in self.data.mean] if self.is_image else (128, 128, 128)
-            clip = self._policy(clip, tuple(fill), rng)
+        """The augmentation of one clip for training: RandAugment on whole frames and then the crop, as
+        UniFormer; of an image the crop first, as timm."""
+        if self.is_image:
+            return self._alter(self._crop(clip, rng), rng).reshape(self.shape)
+        return self._crop(self._alter(clip, rng), rng)
+
+    def _alter(self, clip, rng):
+        fill = [round(255 * mean) for mean in self.data.mean] if self.is_image else (128, 128, 128)
+        return clip if self._policy is None else self._policy(clip, tuple(fill), rng)
+
+    def _crop(self, clip, rng):
         area, aspect, flip = self.augment.crop_area, self.augment.crop_aspect, self.augment.flip
-        clip = random_crop(clip, self.data.size, area, aspect, flip, rng, image=self.is_image)
-        return clip.reshape(self.shape)
+        return random_crop(clip, self.data.size, area, aspect, flip, rng, image=self.is_image)
 
     def crops(self, clip: np.ndarray) -> np.ndarray:
         """The crops of one clip for testing: [crops, time, size, size, 3]."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import shutil
@@ -25,7 +26,7 @@ class _Records:
     def __init__(self, builder: Any, split: str):
         self._builder_dir, self._split = os.fspath(builder.data_path), split
         self.class_names: tuple[str, ...] = tuple(builder.info.features["label"].names)
-        self._examples: int = builder.info.splits[split].num_examples
+        self._examples: int = _known_split(builder, split).num_examples
 
     def __len__(self) -> int:
         return self._examples
@@ -46,10 +47,10 @@ class Shards(_Records):
     def __init__(self, builder: Any, split: str):
         super().__init__(builder, split)
         with open(os.path.join(self._builder_dir, _ids_file(split)), encoding="utf-8") as file:
-            self._ids = np.array([os.fsencode(line.rstrip("\n")) for line in file])
+            self._ids = np.array([line.rstrip("\n").encode() for line in file])
 
     def id(self, index: int) -> str:
-        return os.fsdecode(self._ids[index])
+        return self._ids[index].decode()
 
     def open(self, index: int) -> tuple[Media, int]:
         record = self._records[index]
@@ -75,6 +76,8 @@ class Images(_Records):
 
     def open(self, index: int) -> tuple[Media, int]:
         record = self._records[index]
+        if record["label"] < 0:
+            raise DecodeError("has no label")
         return Pictures([record["image"]]), int(record["label"])
 
 
@@ -87,7 +90,7 @@ def find_shards(root: str) -> str | None:
 def open_shards(folder: str, train: str, test: str) -> tuple[Shards, Shards]:
     """The two splits of a folder of shards."""
     builder = tfds.builder_from_directory(folder)
-    return tuple(Shards(builder, _known_split(builder, split)) for split in (train, test))  # type: ignore
+    return tuple(Shards(builder, split) for split in (train, test))  # type: ignore
 
 
 def open_images(name: str, root: str, train: str, test: str) -> tuple[Images, Images]:
@@ -116,19 +119,22 @@ def open_images(name: str, root: str, train: str, test: str) -> tuple[Images, Im
             f"{name} is not prepared as ArrayRecord in {where}: run `{prepare}` once, which needs tensorflow"
             " (pip install tensorflow); training does not"
         )
-    if not {"image", "label"} <= set(builder.info.features):
-        raise UserError(f"{name} has no features image and label: {', '.join(builder.info.features)}")
-    return tuple(Images(builder, _known_split(builder, split)) for split in (train, test))  # type: ignore
+    features = dict(builder.info.features)
+    if "image" not in features or not hasattr(features.get("label"), "names"):
+        raise UserError(f"{name} is no image classification set; its features are {', '.join(features)}")
+    return tuple(Images(builder, split) for split in (train, test))  # type: ignore
 
 
-def _known_split(builder, split: str) -> str:
-    if split not in builder.info.splits:
+def _known_split(builder, split: str) -> Any:
+    """A split, or a part of one as TFDS writes it: "train[:75%]"."""
+    try:
+        return builder.info.splits[split]
+    except (KeyError, ValueError, AttributeError) as error:
         known = ", ".join(builder.info.splits)
         raise UserError(
             f"{builder.info.name} has no split {split!r} but {known}; name it with"
             " --config.data.train_split and --config.data.test_split"
-        )
-    return split
+        ) from error
 
 
 Record = dict[str, Any]
@@ -182,13 +188,14 @@ def record(index: Index, number: int) -> Record:
     path = os.path.join(index.root, entry.path)
     try:
         media, made["label"] = index.open(number)
-        if not isinstance(media, VideoFile):
-            made["kind"], made["files"] = "pictures", list(_encoded(path))
-        elif entry.start is None and entry.end is None:
-            made["files"] = [_read(path)]
-        else:
-            file, made["first"] = media.cut()
-            made |= {"files": [file], "count": media.count, "missing": media.missing}
+        with contextlib.closing(media):
+            if not isinstance(media, VideoFile):
+                made["kind"], made["files"] = "pictures", list(_encoded(path))
+            elif entry.start is None and entry.end is None:
+                made["files"] = [_read(path)]
+            else:
+                file, made["first"] = media.cut()
+                made |= {"files": [file], "count": media.count, "missing": media.missing}
     except (DecodeError, OSError) as error:
         made["problem"] = str(error)
     return made

@@ -6,8 +6,8 @@
 ROOT is a folder as `structvit_jax.data.index` describes it, such as `structvit_jax.data.prepare` writes; OUT
 becomes the config.data.root to train from. Parts of long files are cut out without decoding. Examples that
 cannot be read keep their place, with the reason, so that batches are the same as from ROOT. With a Beam
-runner records are made in parallel (pip install -c requirements.lock -e ".[beam]"). Shards are written to a
-local disk and then copied, if OUT is a bucket.
+runner records are made in parallel (pip install -c requirements.lock -e ".[beam]"). If OUT is a bucket,
+shards are written to a local disk and then copied; training reads them where the bucket is mounted.
 """
 
 from __future__ import annotations

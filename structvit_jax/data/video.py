@@ -37,17 +37,26 @@ class VideoFile:
     """
 
     def __init__(self, file: str | bytes, start: float | None = None, end: float | None = None):
-        self._container = _open(file)  # closed with its last reference
+        self._container = _open(file)
         self._stream = self._container.streams.video[0]
-        with decoding():
-            index = _demux(self._container, self._stream, start, end)
+        try:
+            with decoding():
+                index = _demux(self._container, self._stream, start, end)
+        except DecodeError:
+            self.close()
+            raise
         first, stop = (int(np.searchsorted(index.times, bound)) for bound in (index.start, index.end))
         self._times, self._keys = index.times[first:stop], index.keys
         self.count = stop - first
         self.missing = max(stop - max(first, index.present), 0)
         if not self.count:
+            self.close()
             part = "" if start is None and end is None else f" from {start or 0} s to {end or 'the end'} s"
             raise DecodeError("no video frames" + part)
+
+    def close(self) -> None:
+        """Frees the file and the decoder; waiting for garbage collection would hold many of them."""
+        self._container.close()
 
     def frames(self, wanted: Sequence[int], short_side: int = 0) -> np.ndarray:
         """uint8 [len(wanted), height, width, 3], upright, RGB.
@@ -69,7 +78,7 @@ class VideoFile:
                     pictures[frame.pts] = _picture(frame, convert, short_side)
         if lost := set(times) - pictures.keys():
             raise DecodeError(f"frame {self._times.index(min(lost))} of {self.count} cannot be decoded")
-        return np.stack([pictures[time] for time in times])
+        return stack([pictures[time] for time in times])
 
     def cut(self) -> tuple[bytes, int]:
         """A Matroska file of these frames alone, copied without decoding, and how many come before the first
@@ -107,6 +116,13 @@ def check_there(wanted: Sequence[int], count: int, missing: int) -> None:
     """Raises DecodeError if one of the wanted frames is among the last, missing ones."""
     if max(wanted) >= count - missing:
         raise DecodeError(f"cut off: {missing} of {count} frames are missing, frame {max(wanted)} among them")
+
+
+def stack(pictures: Sequence[np.ndarray]) -> np.ndarray:
+    """The frames of a clip as one array; raises DecodeError if they differ in size."""
+    if len({picture.shape for picture in pictures}) > 1:
+        raise DecodeError("its frames differ in size")
+    return np.stack(pictures)
 
 
 class _Packet(NamedTuple):
@@ -165,13 +181,14 @@ def _demux(container, stream, start: float | None, end: float | None) -> _Index:
     bases = {s.index: float(s.time_base) for s in streams}
     times: list[int] = []
     keys: list[_Packet] = []
-    last = 0.0
+    last = ended = 0.0
     with contextlib.suppress(av.FFmpegError):  # cut off in the middle of a packet
         for packet in container.demux(*streams):
             pts, dts = _stamps(packet)
             if pts is None:
                 continue
             last = max(last, pts * bases[packet.stream_index])
+            ended = max(ended, (pts + (packet.duration or 0)) * bases[packet.stream_index])
             if packet.stream_index != stream.index or not _shown(packet, hides):
                 continue
             if dts >= stop and container.format.name not in _UNINDEXED:
@@ -182,21 +199,24 @@ def _demux(container, stream, start: float | None, end: float | None) -> _Index:
     times = sorted(times)
     if times and container.format.name == "avi":  # counts from the first packet decoded, not shown
         first, stop = first + times[0] - origin, stop + times[0] - origin
-    return _Index(times + _lost(container, stream, times, last), len(times), sorted(keys), first, stop)
+    lost = _lost(container, stream, times, last, ended)
+    return _Index(times + lost, len(times), sorted(keys), first, stop)
 
 
-def _lost(container, stream, times: list[int], last: float) -> list[int]:
-    """Where pictures should be after the last packet of any stream, `last` seconds into the file, if that
-    is more than two frames before the announced end."""
-    announced = float(
-        stream.duration * stream.time_base if stream.duration else (container.duration or 0) / av.time_base
-    )
+def _lost(container, stream, times: list[int], last: float, ended: float) -> list[int]:
+    """Where pictures should be after the last packet of any stream, if that comes more than two frames
+    before the announced end. `last` and `ended` are its time and that plus its duration, in seconds."""
     if not times:
         return []
+    if stream.duration:
+        announced = float((stream.duration + (stream.start_time or 0)) * stream.time_base)
+    else:
+        announced = (container.duration or 0) / av.time_base
     base = float(stream.time_base)
     gaps = np.diff(times) if len(times) > 1 else [1 / (base * float(stream.average_rate or 25))]
     usual, mean = float(np.median(gaps)), float(np.mean(gaps))
-    if announced - last <= 2 * base * max(usual, mean):  # rates vary
+    spacing = base * max(usual, mean)  # rates vary, and a last picture may be shown for long
+    if announced - last <= 2 * spacing or announced - ended <= spacing:
         return []
     count = round((announced / base - times[-1]) / max(usual, 1)) - 1
     return [times[-1] + round(usual * (number + 1)) for number in range(count)]

@@ -1,4 +1,4 @@
-"""Evaluation: every example exactly once, all its views averaged, on any number of devices and processes."""
+"""Evaluation: every example exactly once, all its views averaged, on any number of devices."""
 
 from __future__ import annotations
 
@@ -89,10 +89,11 @@ class Evaluator:
                     results[-2] = jax.device_get(results[-2])
         names = ("index", "mask", "labels", "scores", "top1", "top5")
         whole = {name: np.concatenate([np.asarray(r[name]) for r in results]) for name in names}
-        whole = {name: values[whole["index"] >= 0] for name, values in whole.items()}  # no padding
+        order = np.argsort(whole["index"], kind="stable")[np.sum(whole["index"] < 0) :]  # without padding
+        whole = {name: values[order] for name, values in whole.items()}
         if not np.array_equal(whole["index"], np.arange(self._data.test_examples)):
             seen, examples = len(whole["index"]), self._data.test_examples
-            raise RuntimeError(f"evaluation saw {seen} examples of {examples}, or not in their order")
+            raise RuntimeError(f"evaluation saw {seen} examples of {examples}, or some twice")
         hits = {name: whole[name] for name in ("top1", "top5")}
         return Evaluation(
             self._data.test_ids,

@@ -21,6 +21,9 @@ from structvit_jax.training.run import Run, adopt_classes, as_json, differences,
 from structvit_jax.training.step import TrainState, make_train_step
 from structvit_jax.training.unreadable import Unreadable
 
+# Keys of the data that change no score.
+_INDIFFERENT = tuple(f"config.data.{key} " for key in ("batch_size", "workers", "max_bad_share"))
+
 
 def train(config: ml_collections.ConfigDict, workdir: epath.Path, data: Any) -> dict[str, Any]:
     """Trains, or goes on training, until the configured duration; evaluates; returns the result.
@@ -134,17 +137,20 @@ def evaluate_run(config: ml_collections.ConfigDict, workdir: epath.Path, data: A
         if step is None:
             raise UserError(f"no finished checkpoint in {workdir / FOLDER}: train first")
         advice = "configure the model that was saved"
-        weights = checkpoints.weights(step, split(run.model)[1], run.mesh, advice)
         card = checkpoints.card(step)
-    adopt_classes(data, card)
+        adopt_classes(data, card)
+        weights = checkpoints.weights(step, split(run.model)[1], run.mesh, advice)
     changed = differences(card["config"], as_json(config))
     say(f"evaluating step {step} of {workdir} on {describe_test(data)}")
     for line in changed:
         say(f"note: {line}")
     evaluation = Evaluator(run.model, config, run.mesh, data)(weights)
+    unreadable = Unreadable(workdir, data.train_examples, config.data.max_bad_share)
+    unreadable.note("test", evaluation.problems)
     result = make_result(evaluation.summary(), step, weights)
     say(describe(result))
-    own = not any(line.startswith(("config.data.", "config.eval.average")) for line in changed)
+    changed_data = [line for line in changed if line.startswith(("config.data.", "config.eval.average"))]
+    own = all(line.startswith(_INDIFFERENT) for line in changed_data)
     if not own:
         say(f"on other data than the run's: {workdir / 'result.json'} stays as it is; see result_other.json")
     write_result(workdir, result, evaluation, data, "" if own else "_other")

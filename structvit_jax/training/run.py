@@ -77,10 +77,10 @@ def starting_state(run: Run, checkpoints: Checkpoints) -> TrainState:
     latest, init_from = checkpoints.latest(), run.config.init_from
     if latest is not None:
         say(f"resuming from {checkpoints.path(latest)}")
-        advice = "choose another --workdir, or the model that was saved"
-        state = checkpoints.state(latest, state, run.mesh, advice)
         card = checkpoints.card(latest)
         adopt_classes(run.data, card)
+        advice = "choose another --workdir, or the model that was saved"
+        state = checkpoints.state(latest, state, run.mesh, advice)
         for line in differences(card["config"], as_json(run.config)):
             say(f"note: {line}")
     elif init_from:

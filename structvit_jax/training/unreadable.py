@@ -14,7 +14,8 @@ FILE = "unreadable.tsv"
 
 
 class Unreadable:
-    """The list WORKDIR/unreadable.tsv: split, example and reason, a line each. It outlives a restart."""
+    """The list WORKDIR/unreadable.tsv: split, example and reason, a line each. It outlives a restart; what
+    counts against the limit is what this process has met, since files may have been mended."""
 
     def __init__(self, workdir: epath.Path, train_examples: int, max_share: float):
         self._path = workdir / FILE
@@ -23,7 +24,8 @@ class Unreadable:
         whole = text[: text.rfind("\n") + 1]  # a kill may have cut the last line
         if whole != text:
             self._path.write_text(whole)
-        self._known = {tuple(line.split("\t")[:2]) for line in whole.splitlines()}
+        self._listed = {tuple(line.split("\t")[:2]) for line in whole.splitlines()}
+        self._met: set[str] = set()
 
     def note(self, split: str, problems: Iterable[Any]) -> None:
         """Takes what batches of a split say.
@@ -32,16 +34,16 @@ class Unreadable:
           UserError: more of the training examples than config.data.max_bad_share are unreadable.
         """
         for problem in problems:
-            if (split, problem.id) in self._known:
-                continue
-            self._known.add((split, problem.id))
             reason = " ".join(problem.reason.split())
-            with self._path.open("a") as file:
-                file.write(f"{split}\t{problem.id}\t{reason}\n")
-            say(f"warning: {split} example left out, {problem.id}: {reason}")
-        count = sum(known[0] == "train" for known in self._known)
-        if count > self._limit:
+            if split == "train":
+                self._met.add(problem.id)
+            if (split, problem.id) not in self._listed:
+                self._listed.add((split, problem.id))
+                with self._path.open("a") as file:
+                    file.write(f"{split}\t{problem.id}\t{reason}\n")
+                say(f"warning: {split} example left out, {problem.id}: {reason}")
+        if len(self._met) > self._limit:
             raise UserError(
-                f"{count} of {self._examples} training examples cannot be read, more than"
-                f" config.data.max_bad_share allows; {self._path} lists them"
+                f"{len(self._met)} of {self._examples} training examples cannot be read, more than"
+                f" config.data.max_bad_share allows; mend or remove those in {self._path}, or raise it"
             )
