@@ -177,7 +177,7 @@ def _demux(container, stream, start: float | None, end: float | None) -> _Index:
         container.seek(int(first), stream=stream)
     # Where the stream does not say how long it is, the container does, for all streams together.
     streams = [stream] if stream.duration else [s for s in container.streams if s.type in ("video", "audio")]
-    hides = stream.codec_context.name == "vp8"
+    number, hides = stream.index, stream.codec_context.name == "vp8"
     bases = {s.index: float(s.time_base) for s in streams}
     times: list[int] = []
     keys: list[_Packet] = []
@@ -189,7 +189,7 @@ def _demux(container, stream, start: float | None, end: float | None) -> _Index:
                 continue
             last = max(last, pts * bases[packet.stream_index])
             ended = max(ended, (pts + (packet.duration or 0)) * bases[packet.stream_index])
-            if packet.stream_index != stream.index or not _shown(packet, hides):
+            if packet.stream_index != number or not _shown(packet, hides):
                 continue
             if dts >= stop and container.format.name not in _UNINDEXED:
                 return _Index(sorted(times), len(times), sorted(keys), first, stop)
@@ -239,17 +239,17 @@ def _shown(packet, hides: bool) -> bool:
 
 def _decode(container, stream, key: _Packet, wanted: set[int]) -> Iterator[av.VideoFrame]:
     """The wanted frames after a key frame; others are decoded only where frames are predicted from them."""
-    codec, left = stream.codec_context, set(wanted)
+    codec, ahead = stream.codec_context, set(wanted)
     for packet in _packets_from(container, stream, key):
         pts = _stamps(packet)[0]
         if codec.name in _SKIPPING:
             codec.skip_frame = "DEFAULT" if pts is None or pts in wanted else "NONREF"
-        for frame in packet.decode():
-            if frame.pts in left:
-                left.discard(frame.pts)
-                yield frame
-        if not left:
-            return
+        yield from (frame for frame in packet.decode() if frame.pts in wanted)
+        ahead.discard(pts)
+        if not ahead:  # all have been given to the decoder, which may hold some back for reordering
+            break
+    if not ahead:
+        yield from (frame for frame in codec.decode(None) if frame.pts in wanted)
 
 
 def _packets_from(container, stream, key: _Packet) -> Iterator[Any]:
