@@ -73,6 +73,8 @@ def test_a_part_in_seconds(folder):
     assert VideoFile(str(folder / "h264.mp4"), end=0.5).count == 8
     with pytest.raises(DecodeError, match=r"no video frames from 9\.0 s to 10\.0 s"):
         VideoFile(str(folder / "h264.mp4"), 9.0, 10.0)
+    with pytest.raises(DecodeError, match="no video frames"):
+        VideoFile(str(folder / "h264.mp4"), 2.0, 1.0)
 
 
 def test_one_frame_and_odd_sizes(tmp_path):

@@ -20,7 +20,6 @@ from av.video.reformatter import VideoReformatter
 from structvit_jax.errors import DecodeError, decoding
 
 _SKIPPING = ("h264", "hevc", "mpeg4", "vp8", "vp9")  # decoders that may leave out single pictures
-
 _UNINDEXED = ("avi", "mpegts")  # containers whose times are only right when read from the beginning
 
 
@@ -49,7 +48,7 @@ class VideoFile:
         self._times, self._keys = index.times[first:stop], index.keys
         self.count = stop - first
         self.missing = max(stop - max(first, index.present), 0)
-        if not self.count:
+        if self.count < 1:
             self.close()
             part = "" if start is None and end is None else f" from {start or 0} s to {end or 'the end'} s"
             raise DecodeError("no video frames" + part)
@@ -87,10 +86,11 @@ class VideoFile:
         Raises:
           DecodeError: there is no key frame to begin at.
         """
+        check_there([0], self.count, self.missing)
         wanted = set(self._times[: self.count - self.missing])
         (key, _), *_ = self._groups({min(wanted)})
         target, before = io.BytesIO(), 0
-        with av.open(target, "w", format="matroska") as out, decoding():
+        with decoding(), av.open(target, "w", format="matroska") as out:
             copy = out.add_stream_from_template(self._stream)
             for packet in _packets_from(self._container, self._stream, key):
                 pts = _stamps(packet)[0]
