@@ -79,11 +79,10 @@ class Dataset:
             reader.adopt_classes(names)
         return True
 
-    # A share is (host, hosts): every process reads its own part of each batch.
-
     def train_batches(
         self, batch_size: int, *, start_step: int, share: tuple[int, int] = WHOLE
     ) -> Iterator[Batch]:
+        """Endless; `share` is (host, hosts), the part of each batch that this process reads."""
         return train_batches(
             self.train,
             batch_size,
@@ -109,9 +108,8 @@ def _open_folder(root: str, train: str, test: str, *, video: bool) -> tuple[Sour
 
 
 def _some(names: Sequence[str]) -> str:
-    return (
-        ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "") or "none"
-    )
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(map(repr, names[:3])) + more or "none"
 
 
 def load(data: Mapping[str, Any], augment: Mapping[str, Any], seed: int = 0) -> Dataset:
