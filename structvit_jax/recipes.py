@@ -46,8 +46,12 @@ def dense_video(model: str) -> ml_collections.ConfigDict:
 
 
 def segment_video(model: str) -> ml_collections.ConfigDict:
-    """Something-Something, Diving-48 and FineGym: one frame per segment, no mirroring, 60 epochs."""
+    """Something-Something, Diving-48 and FineGym: one frame per segment, no mirroring, 60 epochs; B with
+    random crops as its only augmentation."""
     config = _video(model)
+    if "_b_" in model:
+        config.augment.randaugment = ""
+        config.augment.erase = config.augment.mixup = config.augment.cutmix = 0.0
     config.data.sampling = "segment"
     config.data.test_crops = 3
     config.train.duration = "60 epochs"

@@ -10,7 +10,7 @@ import clips
 import pytest
 from conftest import ROOT
 
-from structvit_jax import data, show
+from structvit_jax import data, recipes, show
 from structvit_jax.config import check_config
 
 README = (ROOT / "README.md").read_text()
@@ -116,6 +116,16 @@ def test_configurations_build(name, own_clips):
         config.data.root = own_clips
     dataset = data.load(config.data, config.augment)
     assert "total" in show.describe(config, dataset)
+
+
+def test_recipes_of_segment_sampled_sets():
+    """Section 5 of the paper: MViT's augmentation without mirroring; for B random crops only."""
+    small, base = (recipes.segment_video(f"structvit_{size}_4_1_video") for size in "sb")
+    assert (small.data.frames, base.data.frames) == (16, 32)
+    assert small.augment.flip == base.augment.flip == 0
+    assert small.augment.randaugment and small.augment.mixup and small.augment.cutmix and small.augment.erase
+    assert not (base.augment.randaugment or base.augment.mixup or base.augment.cutmix or base.augment.erase)
+    assert base.augment.crop_area == (0.08, 1.0)
 
 
 def test_fidelity_names_exist():
