@@ -21,6 +21,7 @@ def default_config() -> ml_collections.ConfigDict:
     """
     config = ml_collections.ConfigDict()
     config.init_from = ""  # a checkpoint directory of ours to take weights from; "" starts fresh
+    config.profile = ""  # "START:STOP": steps whose profile is written to WORKDIR/profile
 
     config.model = model = ml_collections.ConfigDict()
     model.name = "structvit_tiny_4_1_video"  # see structvit_jax.list_models
@@ -63,6 +64,8 @@ def default_config() -> ml_collections.ConfigDict:
     train.duration = "100 steps"
     train.seed = 0  # of weights, training data made on the fly, order, augmentation, stochastic depth
     train.label_smoothing = 0.0
+    train.accumulate = 1  # parts that a batch is computed in, one after the other, to save memory
+    train.max_skipped = 10  # steps in a row whose loss or gradient is not finite, before the run stops
 
     config.optimizer = optimizer = ml_collections.ConfigDict()
     optimizer.lr = 1e-3  # peak learning rate of AdamW
@@ -84,11 +87,15 @@ def default_config() -> ml_collections.ConfigDict:
     config.checkpoint = ml_collections.ConfigDict()
     config.checkpoint.every = "1 epochs"
     config.checkpoint.keep = 2  # how many of the latest stay
+    config.checkpoint.keep_best = 0  # of the best on the way, by top1; evaluations are then saved
+    config.checkpoint.keep_every = ""  # those at multiples of this duration stay too
 
     config.mesh = ml_collections.ConfigDict()
     config.mesh.device = "auto"  # "auto" takes JAX's own choice, "cpu", "gpu" or "tpu" insist
     config.mesh.data = -1  # devices along the data axis; -1 takes all that fsdp leaves
     config.mesh.fsdp = 1  # devices over which parameters and optimizer state are split as well
+    config.mesh.heartbeat = 100  # seconds without a sign of life after which a process counts as lost
+    config.mesh.compilation_cache = "auto"  # folder of compiled programs; "auto": JAX's or ~/.cache; "" none
     return config.lock()
 
 
@@ -112,6 +119,7 @@ class Durations(NamedTuple):
     warmup: int
     eval_every: int
     save_every: int
+    keep_every: int
 
 
 def durations(config: ml_collections.ConfigDict, rows_per_epoch: int) -> Durations:
@@ -125,7 +133,7 @@ def durations(config: ml_collections.ConfigDict, rows_per_epoch: int) -> Duratio
         section, name = key.split(".")
         return steps_in(config[section][name], f"config.{key}", config.data.batch_size, rows_per_epoch)
 
-    keys = ("train.duration", "optimizer.warmup", "eval.every", "checkpoint.every")
+    keys = ("train.duration", "optimizer.warmup", "eval.every", "checkpoint.every", "checkpoint.keep_every")
     result = Durations(*map(steps, keys))
     if result.total < 1:
         raise UserError(f"config.train.duration is {config.train.duration!r}; a run needs a step at least")
@@ -163,9 +171,16 @@ def check_config(config: ml_collections.ConfigDict) -> None:
             raise UserError(f"config.{key} is {value!r}; it needs {needs}")
 
     counts = ("data.batch_size", "eval.batch_size", "data.stride", "data.size", "data.test_clips")
-    for key in (*counts, "augment.repeats", "checkpoint.keep", "mesh.fsdp"):
+    for key in (
+        *counts,
+        "augment.repeats",
+        "train.accumulate",
+        "train.max_skipped",
+        "checkpoint.keep",
+        "mesh.fsdp",
+    ):
         require(key, lambda n: n >= 1, "to be at least 1")
-    for key in ("data.frames", "data.short_side", "data.workers", "eval.max_missing"):
+    for key in ("data.frames", "data.short_side", "data.workers", "eval.max_missing", "checkpoint.keep_best"):
         require(key, lambda n: n >= 0, "to be 0 or more")
     choices = {
         "data.channels": ("rgb", "bgr"),

@@ -1,4 +1,4 @@
-"""The exceptions for a user's mistake and for a damaged file, and the words that help to mend them."""
+"""How things go wrong: exceptions, exit codes, and the words that help to mend a mistake."""
 
 from __future__ import annotations
 
@@ -7,9 +7,16 @@ import difflib
 import sys
 from collections.abc import Iterable, Iterator
 
+RESUMABLE = 75  # exit code (EX_TEMPFAIL): nothing needs mending, the same command goes on
+MISTAKE = 2  # exit code: a person has to change something first
+
 
 class UserError(ValueError):
     """Something the user wrote is wrong; the message is one line and names the way out."""
+
+
+class Stopped(Exception):  # noqa: N818 - nothing went wrong  # noqa: N818 - nothing went wrong
+    """The run was asked to stop, and has saved what it had; the message is one line."""
 
 
 class DecodeError(Exception):
@@ -30,12 +37,15 @@ def decoding() -> Iterator[None]:
 
 @contextlib.contextmanager
 def exit_in_one_line() -> Iterator[None]:
-    """For commands: a user's mistake becomes one line and exit code 2."""
+    """For commands: a user's mistake becomes one line and exit code 2, a run that stopped another."""
     try:
         yield
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(MISTAKE)
+    except Stopped as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(RESUMABLE)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

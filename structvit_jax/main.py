@@ -36,9 +36,12 @@ def main(argv: Sequence[str]) -> None:
     check_config(config)
     dataset = data.load(config.data, config.augment, config.train.seed)
     from structvit_jax import sheet, show  # imported here, so that a mistake in the flags is told at once
-    from structvit_jax.training import loop, mesh
+    from structvit_jax.training import loop, mesh, processes
 
+    if _MODE.value in ("train", "eval"):
+        processes.join(config.mesh.heartbeat)
     mesh.select_devices(config.mesh.device)
+    mesh.use_compilation_cache(config.mesh.compilation_cache)
     if _MODE.value == "show":
         print(show.describe(config, dataset))
         return

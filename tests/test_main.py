@@ -190,7 +190,7 @@ def refusal(process):
             "takes [batch, height, width, 3]; the input has shape",
         ),
         ([CONFIG, "--config.data.name=digts"], "'digits'"),
-        ([CONFIG, "--workdir=/proc/run"], "workdir /proc/run cannot be used"),
+        ([CONFIG, "--workdir=/proc/run"], "/proc/run cannot be used"),
         ([CONFIG, f"--workdir={ROOT / 'README.md'}"], "choose another --workdir"),
         ([CONFIG, "--mode=eval", "--workdir=no/such/run"], "no checkpoint in no/such/run"),
         ([CONFIG, "--config.init_from=no/such/run", "--workdir={tmp}"], "no checkpoint at no/such/run"),

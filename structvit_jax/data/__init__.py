@@ -55,6 +55,10 @@ class Dataset:
         """What the test examples are called, in their order."""
         return tuple(map(self.test.source.id, range(self.test_examples)))
 
+    def train_id(self, index: int) -> str:
+        """What a training example is called."""
+        return self.train.source.id(index)
+
     @property
     def views(self) -> int:
         """Of a test example."""

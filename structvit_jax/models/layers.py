@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.nn import initializers
+from jax.typing import ArrayLike
 
 from structvit_jax.models.ledger import declare
 from structvit_jax.ops import depthwise_conv
@@ -176,18 +177,17 @@ class Mlp(nnx.Module):
 class DropPath(nnx.Module):
     """Stochastic depth: drops a residual branch per example, survivors divided by the keep rate.
 
-    Active after `model.train()`; then the call needs a key.
+    Active after `model.train()`; then a rate that is not 0 needs a key.
     """
 
-    def __init__(self, rate: float):
-        self.rate = rate
+    def __init__(self):
         self.deterministic = True
 
-    def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
-        if self.deterministic or not self.rate:
+    def __call__(self, x: jax.Array, rate: ArrayLike | None, key: jax.Array | None) -> jax.Array:
+        if self.deterministic or rate is None or (isinstance(rate, float) and not rate):
             return x
         if key is None:
             raise ValueError("a model in training mode with drop_path > 0 needs a key: model(x, key=...)")
-        keep = 1.0 - self.rate
-        mask = jax.random.bernoulli(key, keep, (x.shape[0],) + (1,) * (x.ndim - 1))
+        keep = jnp.asarray(1.0 - rate, x.dtype)
+        mask = jax.random.bernoulli(key, 1.0 - rate, (x.shape[0],) + (1,) * (x.ndim - 1))
         return jnp.where(mask, x / keep, 0)

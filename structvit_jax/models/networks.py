@@ -7,11 +7,9 @@ the released PyTorch model; `structvit_jax.convert` holds the few exceptions.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,97 +17,9 @@ import numpy as np
 from flax import nnx
 
 from structvit_jax.errors import UserError
-from structvit_jax.models.attention import StructAttention
-from structvit_jax.models.layers import (
-    BatchNorm,
-    Conv,
-    DepthwiseConv,
-    DropPath,
-    HostRngs,
-    Linear,
-    Mlp,
-    Pointwise,
-    layer_norm,
-    linear_init,
-)
+from structvit_jax.models.blocks import Block, Place, run_blocks, split_key
+from structvit_jax.models.layers import BatchNorm, Conv, HostRngs, Linear, layer_norm, linear_init
 from structvit_jax.models.variants import Variant, get_variant
-
-
-class ConvMixer(nnx.Module):
-    """Local mixing without an activation: 1x1, depthwise, 1x1 (UniFormer's local relation aggregator)."""
-
-    def __init__(self, width: int, *, window: Sequence[int], dtype, rngs):
-        self.conv1 = Pointwise(width, width, dtype=dtype, rngs=rngs)
-        self.depthwise = DepthwiseConv(width, window=window, dtype=dtype, rngs=rngs)
-        self.conv2 = Pointwise(width, width, dtype=dtype, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.conv2(self.depthwise(self.conv1(x)))
-
-
-class Block(nnx.Module):
-    """x += position(x); x += mixer(norm(x)); x += mlp(norm(x)); the last two with layer scale and drop path.
-
-    Convolution blocks mix with a `ConvMixer` under BatchNorm, attention blocks with `StructAttention`
-    under LayerNorm (eps 1e-6). DeiT's blocks have no position term.
-    """
-
-    def __init__(self, v: Variant, stage: int, *, conv: bool, drop_path: float, rngs):
-        width, common = v.widths[stage], {"dtype": v.compute_dtype, "rngs": rngs}
-        norm = BatchNorm if conv else functools.partial(layer_norm, epsilon=1e-6)
-        has_position = v.network == "uniformer"
-        self.pos_embed = DepthwiseConv(width, window=(3,) * v.grid_axes, **common) if has_position else None
-        self.norm1 = norm(width, **common)
-        self.attn = _conv_mixer(v, width, rngs) if conv else _attention(v, width, rngs)
-        self.norm2 = norm(width, **common)
-        self.mlp = Mlp(width, layer=Pointwise if conv else Linear, **common)
-        self.gamma_1 = _layer_scale(v, width, conv)
-        self.gamma_2 = _layer_scale(v, width, conv)
-        self.drop_path = DropPath(drop_path)
-
-    def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
-        keys = _split(key, 2)
-        if self.pos_embed is not None:
-            x = x + self.pos_embed(x)
-        x = x + self.drop_path(_scale(self.gamma_1, self.attn(self.norm1(x))), keys[0])
-        return x + self.drop_path(_scale(self.gamma_2, self.mlp(self.norm2(x))), keys[1])
-
-
-def _conv_mixer(v: Variant, width: int, rngs) -> nnx.Module:
-    return ConvMixer(width, window=(v.mixer_window,) * v.grid_axes, dtype=v.compute_dtype, rngs=rngs)
-
-
-def _attention(v: Variant, width: int, rngs) -> nnx.Module:
-    return StructAttention(
-        width,
-        heads=width // v.head_width,
-        grid_axes=v.grid_axes,
-        structure_dim=v.structure_dim,
-        key_window=v.key_window,
-        value_window=v.value_window if v.aggregation == "context" else 1,
-        key_kernels=v.key_kernels,
-        value_kernels=v.value_kernels,
-        stride=v.stride,
-        method=v.attention,
-        kernel_init=v.kernel_init,
-        dtype=v.compute_dtype,
-        rngs=rngs,
-    )
-
-
-def _layer_scale(v: Variant, width: int, conv: bool) -> nnx.Param | None:
-    if not v.layer_scale or (conv and not v.conv_layer_scale):
-        return None
-    return nnx.Param(jnp.full(width, v.layer_scale, jnp.float32))
-
-
-def _scale(gamma: nnx.Param | None, x: jax.Array) -> jax.Array:
-    return x if gamma is None else gamma[...].astype(x.dtype) * x
-
-
-def _split(key: jax.Array | None, count: int) -> Any:
-    """`count` keys, or as many None where there is no key."""
-    return [None] * count if key is None else jax.random.split(key, count)
 
 
 class PatchEmbed(nnx.Module):
@@ -142,6 +52,10 @@ class ConvStem(nnx.Module):
         return x
 
 
+def _stay(x: jax.Array) -> jax.Array:
+    return x
+
+
 class Network(nnx.Module):
     """What both networks share: the input's check, stages, pooling and head.
 
@@ -150,20 +64,34 @@ class Network(nnx.Module):
 
     variant: Variant
 
-    def __call__(self, x: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, *, key: jax.Array | None = None, place: Place = _stay) -> jax.Array:
         """Logits [batch, num_classes], or pooled features [batch, width] where num_classes is 0.
 
         Args:
           x: [batch, height, width, 3] or, for video, [batch, time, height, width, 3].
           key: for stochastic depth, needed in training mode where the variant's drop_path is not 0.
+          place: applied to every block's input and output, as to pin them to devices.
         """
-        x = self.norm(self.features(x, key=key)[-1])
+        x = self.norm(self.features(x, key=key, place=place)[-1])
         x = x.mean(axis=tuple(range(1, x.ndim - 1)), dtype=jnp.promote_types(x.dtype, jnp.float32))
         return x if self.head is None else self.head(x)
 
-    def features(self, x: jax.Array, *, key: jax.Array | None = None) -> tuple[jax.Array, ...]:
+    def features(
+        self, x: jax.Array, *, key: jax.Array | None = None, place: Place = _stay
+    ) -> tuple[jax.Array, ...]:
         """The maps [batch, *grid, width] after the four stages (DeiT: after each quarter of its depth)."""
         raise NotImplementedError
+
+    @property
+    def drop_rates(self) -> list[float]:
+        """Of stochastic depth, for all blocks in order: from 0 up to the variant's drop_path."""
+        return np.linspace(0.0, self.variant.drop_path, sum(self.variant.depths)).tolist()
+
+    def _rows(self, lengths, key):
+        """(rates, keys) for rows of so many blocks each."""
+        rates, keys = self.drop_rates, split_key(key, sum(lengths))
+        ends = list(itertools.accumulate(lengths, initial=0))
+        return [(rates[start:end], keys[start:end]) for start, end in itertools.pairwise(ends)]
 
     def _finish(self, norm, num_classes, rngs):
         """The final norm, and the head, whose logits are float32 at least."""
@@ -188,22 +116,18 @@ class UniFormer(Network):
 
     def __init__(self, v: Variant, *, num_classes: int, rngs):
         self.variant = v
-        drop_path = np.linspace(0.0, v.drop_path, sum(v.depths)).tolist()
         for stage, depth in enumerate(v.depths):
-            rates, drop_path = drop_path[:depth], drop_path[depth:]
-            blocks = [Block(v, stage, conv=stage < 2, drop_path=rate, rngs=rngs) for rate in rates]
+            blocks = [Block(v, stage, conv=stage < 2, rngs=rngs) for _ in range(depth)]
             setattr(self, f"patch_embed{stage + 1}", _uniformer_embed(v, stage, rngs))
             setattr(self, f"blocks{stage + 1}", nnx.List(blocks))
         self._finish(BatchNorm(v.widths[-1], dtype=v.compute_dtype, rngs=rngs), num_classes, rngs)
 
-    def features(self, x: jax.Array, *, key: jax.Array | None = None) -> tuple[jax.Array, ...]:
+    def features(self, x, *, key=None, place=_stay) -> tuple[jax.Array, ...]:
         self._check(x)
-        keys = iter(_split(key, sum(self.variant.depths)))
-        maps = []
-        for stage in range(1, len(self.variant.depths) + 1):
-            x = getattr(self, f"patch_embed{stage}")(x)
-            for block in getattr(self, f"blocks{stage}"):
-                x = block(x, next(keys))
+        rows, maps = self._rows(self.variant.depths, key), []
+        for stage, (rates, keys) in enumerate(rows, start=1):
+            x = place(getattr(self, f"patch_embed{stage}")(x))
+            x = run_blocks(getattr(self, f"blocks{stage}"), x, rates, keys, self.variant, place)
             maps.append(x)
         return tuple(maps)
 
@@ -249,22 +173,24 @@ class DeiT(Network):
         size = (v.num_frames,) * v.video + (v.image_size,) * 2
         grid = [max(1, n // side) for n, side in zip(size, tubelet, strict=True)]
         self.pos_embed = nnx.Param(linear_init(rngs.params(), (*grid, width), jnp.float32))
-        rates = np.linspace(0.0, v.drop_path, depth).tolist()
-        self.blocks = nnx.List([Block(v, 0, conv=False, drop_path=rate, rngs=rngs) for rate in rates])
+        self.blocks = nnx.List([Block(v, 0, conv=False, rngs=rngs) for _ in range(depth)])
         self._finish(layer_norm(width, epsilon=1e-6, dtype=v.compute_dtype, rngs=rngs), num_classes, rngs)
 
-    def features(self, x: jax.Array, *, key: jax.Array | None = None) -> tuple[jax.Array, ...]:
+    def features(self, x, *, key=None, place=_stay) -> tuple[jax.Array, ...]:
         self._check(x)
         x = self.patch_embed(x)
         positions = self.pos_embed[...]
         if positions.shape != x.shape[1:]:
             positions = jax.image.resize(positions, x.shape[1:], method="cubic", antialias=False)
-        x = x + positions.astype(x.dtype)
+        x = place(x + positions.astype(x.dtype))
+        ends = [math.ceil(len(self.blocks) * quarter / 4) for quarter in range(5)]
+        quarters = [end - start for start, end in itertools.pairwise(ends)]
         maps = []
-        for block, block_key in zip(self.blocks, _split(key, len(self.blocks)), strict=True):
-            x = block(x, block_key)
+        for start, (rates, keys) in zip(ends, self._rows(quarters, key), strict=False):
+            row = self.blocks[start : start + len(rates)]
+            x = run_blocks(row, x, rates, keys, self.variant, place)
             maps.append(x)
-        return tuple(maps[math.ceil(len(maps) * quarter / 4) - 1] for quarter in (1, 2, 3, 4))
+        return tuple(maps)
 
 
 def create_model(name: str, *, num_classes: int, seed: int = 0, **overrides) -> Network:

@@ -38,6 +38,8 @@ class Variant:
     image_size: int = 224  # DeiT: side that its positions are learned for, pixels
     num_frames: int = 16  # DeiT video: frames that its positions are learned for
     tubelet: int = 2  # DeiT video: frames that one token covers
+    scan_blocks: bool = False  # compile a row of equal blocks once, as a loop
+    remat: str = "none"  # what the backward pass computes again: "none", "dots" or "full", see blocks.py
     dtype: str = "float32"  # of the computation, "float32" or "bfloat16"; parameters are float32
 
     @property
@@ -102,6 +104,7 @@ _CHOICES = {
     "aggregation": ("context", "element"),
     "attention": ("factored", "volume"),
     "kernel_init": ("normal", "delta"),
+    "remat": ("none", "dots", "full"),
     "dtype": ("float32", "bfloat16"),
 }
 

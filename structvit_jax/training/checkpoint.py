@@ -1,78 +1,149 @@
 """Checkpoints of a run: Orbax directories `checkpoints/STEP/` with weights, optimizer state and a card.
 
-The card is JSON and says what the weights are: class names, configuration, code version. A save that
-was interrupted leaves no checkpoint, and Orbax removes its remains when the run goes on.
+The card is JSON and says what the weights are: class names, configuration, code version. Every file has a
+digest, written before the save is committed and compared before anything is restored: a checkpoint without
+digests is unfinished, one whose files differ is damaged, and the newest one that is whole is used.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import asyncio
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import Mesh
+from orbax.checkpoint import checkpoint_managers
+from orbax.checkpoint.path import atomicity
 
 from structvit_jax.errors import UserError
 from structvit_jax.models.weights import Weights, mismatches
-from structvit_jax.training.mesh import state_sharding
+from structvit_jax.training import processes
+from structvit_jax.training.digests import damage, write_digests
+from structvit_jax.training.log import say
+from structvit_jax.training.placement import abstract
 from structvit_jax.training.step import TrainState
+from structvit_jax.training.storage import is_bucket, naming_failures
 
 FOLDER = "checkpoints"
+ASIDE = "damaged"  # where checkpoints that cannot be used are put
+_METRIC = "top1"  # what the best checkpoints are best in
+
+
+class Keep(NamedTuple):
+    """Which checkpoints stay."""
+
+    latest: int
+    best: int = 0  # of those that were evaluated, by top1
+    every: int = 0  # steps whose multiples stay; 0 is none
 
 
 class Checkpoints:
-    """The checkpoints below one folder. As a context, leaving it waits for the saves under way."""
+    """The checkpoints below one folder. As a context, leaving it waits for the saves under way.
 
-    def __init__(self, workdir: epath.PathLike, *, keep: int | None = None, read_only: bool = False):
+    Raises:
+      UserError: there are checkpoints, and all are damaged.
+    """
+
+    def __init__(self, workdir: epath.PathLike, keep: Keep | None = None):
+        """`keep` opens them for writing too."""
         self._folder = epath.Path(workdir) / FOLDER
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=not read_only, read_only=read_only)
+        self._latest = self._newest_whole(set_aside=keep is not None)
+        options = ocp.CheckpointManagerOptions(create=False, read_only=True)
+        if keep:
+            options = ocp.CheckpointManagerOptions(
+                preservation_policy=_policy(keep),
+                best_fn=_rank,
+                temporary_path_class=_InBucket if is_bucket(self._folder) else _OnDisk,
+            )
         self._manager = ocp.CheckpointManager(self._folder.resolve(), options=options)
 
     def __enter__(self) -> Checkpoints:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._manager.close()
+        with naming_failures(self._folder.parent):
+            self._manager.close()
 
     def latest(self) -> int | None:
-        """The newest finished step."""
-        return self._manager.latest_step()
+        """The newest step that was whole when this was opened."""
+        return self._latest
 
     def steps(self) -> list[int]:
-        """All finished steps."""
-        return sorted(self._manager.all_steps())
+        """All steps, newest first; they may be damaged."""
+        names = [path.name for path in self._folder.iterdir()] if self._folder.exists() else []
+        return sorted((int(name) for name in names if name.isdigit()), reverse=True)
 
     def path(self, step: int) -> epath.Path:
         return self._folder / str(step)
 
-    def save(self, state: TrainState, card: dict[str, Any]) -> None:
-        """Saves in the background, under the state's step."""
+    def save(self, state: TrainState, card: dict[str, Any], scores: dict[str, float] | None = None) -> None:
+        """Saves in the background, under the state's step, with the scores of its evaluation."""
         items = {
             "weights": ocp.args.StandardSave(state.weights),
             "optimizer": ocp.args.StandardSave(state.optimizer),
             "card": ocp.args.JsonSave(card),
         }
-        self._manager.save(int(state.step), args=ocp.args.Composite(**items))
+        with naming_failures(self._folder.parent):
+            self._manager.save(int(state.step), args=ocp.args.Composite(**items), metrics=scores)
+
+    def wait(self) -> None:
+        """Returns when all saves are done."""
+        with naming_failures(self._folder.parent):
+            self._manager.wait_until_finished()
 
     def card(self, step: int) -> dict[str, Any]:
         return self._restore(step, card=ocp.args.JsonRestore())["card"]
 
     def weights(self, step: int, like: Weights, mesh: Mesh, advice: str) -> Weights:
-        """The weights of a step, placed on the mesh.
+        """The weights of a step, placed on the mesh, whatever mesh they were saved from.
 
         Raises:
           UserError: they cannot be read, or do not fit `like`: names what differs, and gives `advice`.
         """
         self._check_fit(step, like, advice)
-        return self._restore(step, weights=ocp.args.StandardRestore(_target(like, mesh)))["weights"]
+        return self._restore(step, weights=ocp.args.StandardRestore(abstract(like, mesh)))["weights"]
 
     def state(self, step: int, like: TrainState, mesh: Mesh, advice: str) -> TrainState:
         """The whole state after a step; errors as for `weights`."""
         weights = self.weights(step, like.weights, mesh, advice)
-        optimizer = ocp.args.StandardRestore(_target(like.optimizer, mesh))
+        optimizer = ocp.args.StandardRestore(abstract(like.optimizer, mesh))
         optimizer = self._restore(step, optimizer=optimizer)["optimizer"]
         return TrainState(jax.device_put(jax.numpy.int32(step), like.step.sharding), weights, optimizer)
+
+    def check(self, step: int) -> None:
+        """Raises UserError if a step's files are not what was saved."""
+        if reason := processes.decide(functools.partial(damage, self.path(step))):
+            raise UserError(f"{self.path(step)} is damaged: {reason}")
+
+    def _newest_whole(self, set_aside: bool) -> int | None:
+        """The newest step without damage; puts the damaged ones before it out of the way, if it may."""
+        damaged: dict[int, str] = {}
+        for step in processes.decide(self.steps):
+            reason = processes.decide(functools.partial(damage, self.path(step)))
+            if reason:
+                damaged[step] = reason
+                continue
+            for other, reason in damaged.items():
+                where = processes.decide(functools.partial(self._set_aside, other)) if set_aside else ""
+                say(f"warning: {self.path(other)} is damaged ({reason}); step {step} is used{where}")
+            return step
+        if damaged:
+            step = max(damaged)
+            raise UserError(
+                f"{self.path(step)} is damaged ({damaged[step]}), and no other checkpoint in {self._folder}"
+                " is whole; move them away to start again"
+            )
+        return None
+
+    def _set_aside(self, step: int) -> str:
+        folder = self._folder.parent / ASIDE
+        folder.mkdir(exist_ok=True)
+        place = next(p for i in range(10**6) if not (p := folder / f"{step}{f'.{i}' * bool(i)}").exists())
+        self.path(step).rename(place)
+        return f", it is set aside as {place}"
 
     def _restore(self, step, **items):
         try:
@@ -103,11 +174,53 @@ class Checkpoints:
             )
 
 
-def _target(like, mesh):
-    """Shapes, types and places to restore into."""
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like, state_sharding(mesh, like)
-    )
+class _OnDisk(atomicity.AtomicRenameTemporaryPath):
+    """Gets its digests between Orbax's last write and the rename that commits."""
+
+    async def finalize(self) -> None:
+        final = self.get_final()
+        if not _is_checkpoint(final):
+            await super().finalize()
+            return
+        # still a temporary name to Orbax, which removes what a kill leaves of it
+        self._final_path = self._tmp_path.with_name(self._tmp_path.name + "-written")
+        await super().finalize()
+        await asyncio.to_thread(write_digests, self._final_path)
+        await asyncio.to_thread(self._final_path.rename, final)
+        self._final_path = final
+
+
+class _InBucket(atomicity.CommitFileTemporaryPath):
+    """A bucket cannot rename: its digests, written last, are the commit."""
+
+    async def finalize(self) -> None:
+        await super().finalize()
+        if _is_checkpoint(self.get_final()):
+            await asyncio.to_thread(write_digests, self.get_final())
+
+
+def _is_checkpoint(path: epath.Path) -> bool:
+    """Whether it is a whole checkpoint, and not one of the items inside."""
+    return path.parent.name == FOLDER
+
+
+def _rank(metrics: dict[str, float]) -> float:
+    return metrics[_METRIC]
+
+
+def _policy(keep: Keep):
+    policies = [checkpoint_managers.LatestN(keep.latest)]
+    if keep.every:
+        policies.append(checkpoint_managers.EveryNSteps(keep.every))
+    if keep.best:
+        policies.append(
+            checkpoint_managers.BestN(
+                get_metric_fn=_rank,
+                n=keep.best,
+                keep_checkpoints_without_metrics=False,
+            )
+        )
+    return checkpoint_managers.AnyPreservationPolicy(policies)
 
 
 def _locate(path: str) -> tuple[epath.Path, int | None]:
@@ -123,10 +236,12 @@ def load_weights(path: str, like: Weights, mesh: Mesh) -> Weights:
     run, step = _locate(path)
     if not (run / FOLDER).exists():
         raise UserError(f"no checkpoint at {path}: it should be RUN/checkpoints/STEP, or RUN for its latest")
-    with Checkpoints(run, read_only=True) as checkpoints:
-        step = checkpoints.latest() if step is None else step
+    with Checkpoints(run) as checkpoints:
+        named, step = step is not None, checkpoints.latest() if step is None else step
         if step is None or not checkpoints.path(step).exists():
             kept = ", ".join(map(str, checkpoints.steps())) or "none"
             raise UserError(f"no finished checkpoint at {path}; {run} holds these steps: {kept}")
+        if named:
+            checkpoints.check(step)
         advice = "config.init_from takes weights of the configured model"
         return checkpoints.weights(step, like, mesh, advice)

@@ -16,8 +16,10 @@ from jax.sharding import Mesh
 from structvit_jax.errors import UserError
 from structvit_jax.models import Network
 from structvit_jax.models.weights import Weights, split
-from structvit_jax.training.mesh import own_share, put_batch
+from structvit_jax.training import processes
+from structvit_jax.training.mesh import put_batch
 from structvit_jax.training.step import make_eval_step
+from structvit_jax.training.storage import write
 
 
 class Scores(NamedTuple):
@@ -64,9 +66,7 @@ class Evaluation(NamedTuple):
             scores=self.scores,
             class_names=np.array(class_names),
         )
-        partial = path.with_suffix(".tmp")
-        partial.write_bytes(buffer.getvalue())
-        partial.replace(path)
+        write(path, buffer.getvalue())
 
 
 class Evaluator:
@@ -80,7 +80,7 @@ class Evaluator:
     def __call__(self, weights: Weights) -> Evaluation:
         results: list[dict[str, Any]] = []
         problems: list[Any] = []
-        stream = self._data.test_batches(self._config.batch_size, share=own_share())
+        stream = self._data.test_batches(self._config.batch_size, share=processes.share())
         with contextlib.closing(stream) as batches:
             for batch in batches:
                 results.append(self._step(weights, put_batch(self._mesh, batch)))
@@ -100,6 +100,6 @@ class Evaluator:
             np.where(whole["mask"], whole["labels"], -1),
             whole["scores"],
             hits,
-            tuple(problems),
+            tuple(problem for mine in processes.gather(problems) for problem in mine),
             self._config.max_missing,
         )

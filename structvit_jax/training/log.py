@@ -1,10 +1,11 @@
-"""What a run says and writes: progress lines, metrics.jsonl, TensorBoard events, result.json."""
+"""What a run says and writes as it goes: progress lines, metrics.jsonl, skipped.jsonl, TensorBoard events."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+import tempfile
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -14,24 +15,19 @@ from etils import epath
 from tensorboardX import SummaryWriter
 
 from structvit_jax.errors import UserError
+from structvit_jax.training.goodput import Goodput
+from structvit_jax.training.processes import is_first
+from structvit_jax.training.storage import is_bucket, write
 
 _SECONDS_BETWEEN_LINES = 5.0
+_SHARE_OF_WRITING = 0.02  # of the time, at most: whole files are written, and they grow
 _STEPS_AHEAD = 2  # how many steps the host may run ahead of the devices
 
 
 def say(line: str) -> None:
-    print(line, flush=True)
-
-
-def write_json(path: epath.Path, value: Mapping[str, Any]) -> None:
-    _write_whole(path, json.dumps(value, indent=2) + "\n")
-
-
-def _write_whole(path: epath.Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    partial = path.with_suffix(".tmp")
-    partial.write_text(text)
-    partial.replace(path)
+    """Prints a line, in one process of a run."""
+    if is_first():
+        print(line, flush=True)
 
 
 class RunLog:
@@ -39,16 +35,30 @@ class RunLog:
 
     metrics.jsonl has one line per step, and one per evaluation; it holds nothing that depends on the
     clock, so that a resumed run ends with the same file as an uninterrupted one. Rates go to the
-    progress lines and to TensorBoard.
+    progress lines and to TensorBoard. skipped.jsonl names the examples of every step that was skipped
+    because its loss or gradient was not finite. Of several processes the first one writes.
     """
 
-    def __init__(self, workdir: epath.Path, start_step: int, total_steps: int, batch_size: int, unit: str):
-        self._path = workdir / "metrics.jsonl"
-        self._total, self._batch, self._unit = total_steps, batch_size, unit
+    def __init__(
+        self,
+        workdir: epath.Path,
+        start_step: int,
+        total_steps: int,
+        config: Any,
+        data: Any,
+        goodput: Goodput,
+    ):
+        self._total, self._batch, self._unit = total_steps, config.data.batch_size, data.unit
+        self._max_skipped, self._name_of = config.train.max_skipped, data.train_id
+        self._goodput = goodput
         self._pending: list[tuple[int, dict[str, jax.Array]]] = []
-        self._resumed_after = self._rewind(start_step)  # a final evaluation may have been written already
-        self._board = SummaryWriter(os.fspath(workdir / "tensorboard"), purge_step=start_step + 1)
-        self._since, self._waited = time.monotonic(), 0.0
+        self._metrics = _Lines(workdir / "metrics.jsonl", start_step)
+        self._skipped = _Lines(workdir / "skipped.jsonl", start_step)
+        last = self._metrics.last()
+        self._resumed_after = last  # a final evaluation may have been written already
+        self._in_row = self._metrics.skipped_at_the_end()
+        self._board = _Board(workdir / "tensorboard", start_step) if is_first() else None
+        self._since, self._waited, self._next_write = time.monotonic(), 0.0, 0.0
 
     def step(self, step: int, metrics: dict[str, jax.Array], waited: float) -> None:
         """Notes a step's metrics (still on their way) and the seconds spent waiting for its batch."""
@@ -58,48 +68,55 @@ class RunLog:
             jax.block_until_ready(self._pending[-1 - _STEPS_AHEAD][1])
         if time.monotonic() - self._since >= _SECONDS_BETWEEN_LINES:
             self.flush()
+            if time.monotonic() >= self._next_write:
+                self.write()
 
     def flush(self) -> None:
-        """Writes what is pending to the files and says where the run is.
+        """Takes in what is pending and says where the run is.
 
         Raises:
-          UserError: a loss or gradient that is not finite; what follows it is not worth saving.
+          UserError: more steps in a row than config.train.max_skipped were skipped.
         """
         if not self._pending:
             return
-        records = [{"step": step} | jax.tree.map(float, jax.device_get(m)) for step, m in self._pending]
-        for record in records:
-            if not math.isfinite(record["loss"] + record["grad_norm"]):
-                raise UserError(
-                    f"step {record['step']}: the loss is {record['loss']}, the gradient norm"
-                    f" {record['grad_norm']}; earlier checkpoints are kept. Lower config.optimizer.lr,"
-                    " or set config.optimizer.clip_norm"
-                )
+        records = [self._record(step, jax.device_get(metrics)) for step, metrics in self._pending]
         seconds = time.monotonic() - self._since
         rate = len(records) * self._batch / seconds
         speed = {f"{self._unit}_per_second": rate, "data_wait": self._waited / seconds}
-        self._append(records)
         for record in records:
+            self._metrics.append(record)
             self._scalars("train", record)
-        self._scalars("speed", {"step": records[-1]["step"], **speed})
         last = records[-1]
+        self._scalars("speed", {"step": last["step"], **speed})
         eta = (self._total - last["step"]) * seconds / len(records)
-        mean = {key: sum(r[key] for r in records) / len(records) for key in ("loss", "top1")}
         say(
-            f"step {last['step']}/{self._total}  loss {mean['loss']:.4f}  top1 {mean['top1']:.3f}"
-            f"  lr {last['lr']:.2e}  {rate:.1f} {self._unit}/s  data-wait {speed['data_wait']:.0%}"
-            f"  ETA {_clock(eta)}"
+            f"step {last['step']}/{self._total}  loss {_mean(records, 'loss'):.4f}"
+            f"  top1 {_mean(records, 'top1'):.3f}  lr {last['lr']:.2e}  {rate:.1f} {self._unit}/s"
+            f"  data-wait {speed['data_wait']:.0%}  ETA {_clock(eta)}"
         )
         self._pending.clear()
-        self._since, self._waited = time.monotonic(), 0.0
+        self.restart_clock()
+
+    def write(self) -> None:
+        """Writes the files, as they are to be if the run ended here."""
+        if self._board is None:
+            return
+        started = time.monotonic()
+        self._metrics.write()
+        self._skipped.write()
+        self._goodput.write()
+        self._board.write()
+        now = time.monotonic()
+        self._next_write = now + (now - started) / _SHARE_OF_WRITING
 
     def evaluation(self, step: int, scores: Mapping[str, float]) -> None:
         """Notes an evaluation after a step, once."""
         self.flush()
         record = {"step": step} | {f"eval_{key}": value for key, value in scores.items()}
         if json.dumps(record) != self._resumed_after:
-            self._append([record])
+            self._metrics.append(record)
             self._scalars("eval", {"step": step, **scores})
+        self.write()
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -112,31 +129,104 @@ class RunLog:
     def __exit__(self, kind: type | None, *exception: object) -> None:
         if kind is None:
             self.flush()
-        self._board.close()
+            self.write()
+        if self._board is not None:
+            self._board.close()
 
-    def _append(self, records):
-        with self._path.open("a") as file:
-            file.write("".join(json.dumps(record) + "\n" for record in records))
+    def _record(self, step, metrics):
+        """A step's line; of a skipped step the examples are noted, and too many in a row end the run."""
+        index, skipped = metrics.pop("index"), bool(metrics.pop("skipped"))
+        values = {key: float(value) for key, value in metrics.items()}
+        record = {"step": step} | {k: v if math.isfinite(v) else None for k, v in values.items()}
+        if not skipped:
+            self._in_row = 0
+            return record
+        self._in_row += 1
+        reason = f"loss {values['loss']}, gradient norm {values['grad_norm']}"
+        names = [self._name_of(int(i)) for i in index]
+        self._skipped.append({"step": step, "reason": reason, "examples": names})
+        say(f"warning: step {step} skipped, {reason}; its examples are in {self._skipped.path}")
+        if self._in_row >= self._max_skipped:
+            self.write()
+            raise UserError(
+                f"step {step}: the loss or the gradient was not finite in {self._in_row} steps in a row"
+                f" ({reason}); they changed no parameter, and earlier checkpoints are kept. Lower"
+                " config.optimizer.lr, set config.optimizer.clip_norm, or look at the examples in"
+                f" {self._skipped.path}"
+            )
+        return record | {"skipped": 1}
 
     def _scalars(self, group, record):
-        for key, value in record.items():
-            if key != "step":
-                self._board.add_scalar(f"{group}/{key}", value, record["step"])
+        if self._board is not None:
+            self._board.add(group, record)
 
-    def _rewind(self, step):
-        """Drops what a run that was killed wrote after the checkpoint it resumes from; returns the last
-        line that stays."""
-        if not self._path.exists():
-            return None
-        kept = []
-        for line in self._path.read_text().splitlines():
+
+class _Lines:
+    """A file of JSON lines in order of their steps; kept in memory, written whole."""
+
+    def __init__(self, path: epath.Path, step: int):
+        """Drops what a run that was killed wrote after the step that it resumes from."""
+        self.path, self._lines = path, list[str]()
+        text = path.read_text() if is_first() and path.exists() else ""
+        for line in text.splitlines():
             try:
                 if json.loads(line)["step"] <= step:
-                    kept.append(line)
-            except (ValueError, KeyError, TypeError):  # the line that the kill cut off
+                    self._lines.append(line)
+            except (ValueError, KeyError, TypeError):  # not of ours
                 continue
-        _write_whole(self._path, "".join(line + "\n" for line in kept))
-        return kept[-1] if kept else None
+        self._written = text
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        self._lines.append(json.dumps(record))
+
+    def last(self) -> str | None:
+        return self._lines[-1] if self._lines else None
+
+    def skipped_at_the_end(self) -> int:
+        """How many of the last steps were skipped in a row."""
+        count = 0
+        for line in reversed(self._lines):
+            record = json.loads(line)
+            if "skipped" not in record and "loss" in record:
+                break
+            count += "skipped" in record
+        return count
+
+    def write(self) -> None:
+        text = "".join(line + "\n" for line in self._lines)
+        if text != self._written:
+            write(self.path, text)
+            self._written = text
+
+
+class _Board:
+    """TensorBoard events; those for a bucket are written to a local folder and copied."""
+
+    def __init__(self, folder: epath.Path, start_step: int):
+        self._folder, self._local = folder, folder
+        if is_bucket(folder):
+            self._scratch = tempfile.TemporaryDirectory()
+            self._local = epath.Path(self._scratch.name)
+        self._events = SummaryWriter(os.fspath(self._local), purge_step=start_step + 1)
+
+    def add(self, group: str, record: Mapping[str, Any]) -> None:
+        for key, value in record.items():
+            if key != "step" and value is not None:
+                self._events.add_scalar(f"{group}/{key}", value, record["step"])
+
+    def write(self) -> None:
+        self._events.flush()
+        if self._local != self._folder:
+            for path in self._local.iterdir():
+                write(self._folder / path.name, path.read_bytes())
+
+    def close(self) -> None:
+        self._events.close()
+
+
+def _mean(records, key):
+    values = [record[key] for record in records if record[key] is not None]
+    return sum(values) / len(values) if values else math.nan
 
 
 def _clock(seconds: float) -> str:

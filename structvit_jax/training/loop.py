@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 import ml_collections
 from etils import epath
 
-from structvit_jax.errors import UserError
+from structvit_jax.errors import Stopped, UserError
 from structvit_jax.models.weights import Weights, sha256, split
+from structvit_jax.training import processes
 from structvit_jax.training.checkpoint import FOLDER, Checkpoints
 from structvit_jax.training.evaluation import Evaluation, Evaluator, Scores
-from structvit_jax.training.log import RunLog, say, write_json
-from structvit_jax.training.mesh import check_batch, own_share, put_batch
-from structvit_jax.training.run import Run, adopt_classes, as_json, differences, starting_state
-from structvit_jax.training.step import TrainState, make_train_step
+from structvit_jax.training.goodput import Goodput
+from structvit_jax.training.lock import WorkdirLock
+from structvit_jax.training.log import RunLog, say
+from structvit_jax.training.mesh import check_batch, put_batch
+from structvit_jax.training.profile import Profile
+from structvit_jax.training.program import compile_train_step
+from structvit_jax.training.run import Run, adopt_classes, as_json, differences, keep, starting_state
+from structvit_jax.training.step import TrainState
+from structvit_jax.training.storage import naming_failures, read_json, write_json
 from structvit_jax.training.unreadable import Unreadable
 
 # Keys of the data that change no score.
@@ -35,28 +41,75 @@ def train(config: ml_collections.ConfigDict, workdir: epath.Path, data: Any) -> 
 
     Raises:
       UserError: a configuration, checkpoint or workdir that does not fit.
+      Stopped: a signal asked for it; the state is saved.
     """
-    run = Run.prepare(config, data)
-    with open_workdir(workdir, keep=config.checkpoint.keep) as checkpoints:
-        state = starting_state(run, checkpoints)
-        unreadable = Unreadable(workdir, data.train_examples, config.data.max_bad_share)
-        start, total = int(state.step), run.durations.total
-        if start >= total:
-            say(f"the run is complete: step {start} of {total}; --config.train.duration sets more")
-            if result := read_result(workdir, start):
-                say(describe(result))
-                return result
-        else:
-            check_batch(run.mesh, "data.batch_size", config.data.batch_size)
+    started = time.monotonic()
+    with processes.ending_together(config.mesh.heartbeat), processes.StopSignal() as stop:
+        run = Run.prepare(config, data)
+        with open_workdir(run, workdir) as session:
+            return _train(session, stop, started)
+
+
+@dataclasses.dataclass(frozen=True)
+class Session:
+    """A run that has its workdir for itself."""
+
+    run: Run
+    workdir: epath.Path
+    lock: WorkdirLock
+    checkpoints: Checkpoints
+    unreadable: Unreadable
+
+
+@contextlib.contextmanager
+def open_workdir(run: Run, workdir: epath.Path) -> Iterator[Session]:
+    """Makes the workdir where there is none, locks it, and opens its checkpoints.
+
+    Raises:
+      UserError: it cannot be used, or another run uses it.
+    """
+    lock = WorkdirLock(workdir)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(naming_failures(workdir))
+        if processes.is_first():
+            (workdir / FOLDER).mkdir(parents=True, exist_ok=True)
+            stack.enter_context(lock)
+        processes.gather(None)  # the others look at it when it is there, and locked
+        checkpoints = stack.enter_context(Checkpoints(workdir, keep(run)))
+        unreadable = Unreadable(workdir, run.data.train_examples, run.config.data.max_bad_share)
+        yield Session(run, workdir, lock, checkpoints, unreadable)
+
+
+def _train(session: Session, stop: processes.StopSignal, started: float) -> dict[str, Any]:
+    run, workdir, data, config = session.run, session.workdir, session.run.data, session.run.config
+    goodput = Goodput(workdir, started)
+    goodput.switch("restore")
+    state = starting_state(run, session.checkpoints)
+    start, total = int(state.step), run.durations.total
+    goodput.resume(start)
+    if start >= total:
+        say(f"the run is complete: step {start} of {total}; --config.train.duration sets more")
+        if result := read_result(workdir, start):
+            say(describe(result))
+            return result
+    else:
+        check_batch(run.mesh, "data.batch_size", config.data.batch_size, config.train.accumulate)
+        if processes.is_first():
             write_json(workdir / "config.json", as_json(config))
-        evaluator = Evaluator(run.model, config, run.mesh, data)
-        with RunLog(workdir, start, total, config.data.batch_size, data.unit) as log:
-            state = take_steps(run, state, checkpoints, evaluator, log, unreadable)
+    evaluator = Evaluator(run.model, config, run.mesh, data)
+    with RunLog(workdir, start, total, config, data, goodput) as log:
+        try:
+            if start < total:
+                state = take_steps(session, state, stop, evaluator, log, goodput)
             say(f"evaluating {describe_test(data)}")
+            goodput.switch("evaluate")
             evaluation = evaluator(state.weights)
-            unreadable.note("test", evaluation.problems)
+            session.unreadable.note("test", evaluation.problems)
+            session.unreadable.exchange()
             scores = evaluation.summary()
             log.evaluation(int(state.step), scores._asdict())
+        finally:
+            say(goodput.describe())
     result = make_result(scores, int(state.step), state.weights)
     write_result(workdir, result, evaluation, data)
     say(describe(result))
@@ -64,63 +117,86 @@ def train(config: ml_collections.ConfigDict, workdir: epath.Path, data: Any) -> 
 
 
 def take_steps(
-    run: Run,
+    session: Session,
     state: TrainState,
-    checkpoints: Checkpoints,
+    stop: processes.StopSignal,
     evaluator: Evaluator,
     log: RunLog,
-    unreadable: Unreadable,
+    goodput: Goodput,
 ) -> TrainState:
     """All steps that are left.
 
-    The order is what makes resuming exact: step, log, evaluate, flush, save. A checkpoint of step n
+    The order is what makes resuming exact: step, log, evaluate, write, save. A checkpoint of step n
     implies that every line up to n is in metrics.jsonl, and what follows is dropped on resuming.
     """
-    start, (total, _, eval_every, save_every), card = int(state.step), run.durations, run.card()
-    step_fn: Callable | None = None
-    stream = run.data.train_batches(run.config.data.batch_size, start_step=start, share=own_share())
-    with contextlib.closing(stream) as batches:
+    run, start = session.run, int(state.step)
+    total, _, eval_every, save_every, _ = run.durations
+    goodput.switch("compile")
+    step_fn = compile_train_step(run, state)
+    log.restart_clock()
+    stream = run.data.train_batches(run.config.data.batch_size, start_step=start, share=processes.share())
+    with (
+        contextlib.closing(stream) as batches,
+        Profile(run.config.profile, session.workdir, start) as profile,
+    ):
+        saved = start
         for step in range(start + 1, total + 1):
+            if stop.before(step):
+                if saved < step - 1:
+                    save(session, state, log, goodput)
+                raise Stopped(
+                    f"stopped by a signal after step {step - 1} of {total}; the same command resumes"
+                )
+            goodput.switch("input")
             asked = time.monotonic()
             rows = next(batches)
-            unreadable.note("train", rows["problems"])
+            session.unreadable.note("train", rows["problems"])
             batch = put_batch(run.mesh, rows)
             waited = time.monotonic() - asked
-            if step_fn is None:
-                step_fn, waited = compiled_step(run, state, batch), 0.0
-                log.restart_clock()
+            goodput.switch("step")
+            profile.before(step)
             state, metrics = step_fn(state, batch)
             log.step(step, metrics, waited)
+            scores = None
             if eval_every and step % eval_every == 0 and step < total:
-                evaluate_on_the_way(step, evaluator(state.weights), log, unreadable)
-            if step == total or (save_every and step % save_every == 0):
-                log.flush()
-                checkpoints.save(state, card)
-                log.restart_clock()
+                goodput.switch("evaluate")
+                scores = evaluate_on_the_way(step, evaluator(state.weights), log, session.unreadable)
+            ranked = scores is not None and run.config.checkpoint.keep_best
+            if step == total or (save_every and step % save_every == 0) or ranked:
+                save(session, state, log, goodput, scores)
+                saved = step
     return state
 
 
-def evaluate_on_the_way(step: int, evaluation: Evaluation, log: RunLog, unreadable: Unreadable) -> None:
+def save(
+    session: Session, state: TrainState, log: RunLog, goodput: Goodput, scores: Scores | None = None
+) -> None:
+    """Starts saving the state, when all that was said of the steps up to it is written."""
+    session.unreadable.exchange()
+    log.flush()
+    goodput.switch("save")
+    session.lock.check()
+    goodput.saved(int(state.step))
+    log.write()
+    session.checkpoints.save(state, session.run.card(), scores._asdict() if scores else None)
+    log.restart_clock()
+
+
+def evaluate_on_the_way(
+    step: int, evaluation: Evaluation, log: RunLog, unreadable: Unreadable
+) -> Scores | None:
     """Tells an evaluation during training; one that has no score stops nothing."""
     unreadable.note("test", evaluation.problems)
+    unreadable.exchange()
     try:
         scores = evaluation.summary()
     except UserError as error:
         say(f"step {step}  evaluation: {error}")
         log.restart_clock()
-        return
+        return None
     log.evaluation(step, scores._asdict())
     say(f"step {step}  evaluation: top1 {scores.top1:.4f}  top5 {scores.top5:.4f}")
-
-
-def compiled_step(run: Run, state: TrainState, batch: dict[str, Any]) -> Callable:
-    """The train step, compiled ahead of its first call so that the wait has a name."""
-    say("compiling the train step ...")
-    started = time.monotonic()
-    step_fn = make_train_step(run.model, run.optimizer, run.schedule, run.config, run.mesh, state)
-    compiled = step_fn.lower(state, batch).compile()
-    say(f"compiled in {time.monotonic() - started:.1f} s")
-    return compiled
+    return scores
 
 
 def evaluate_run(config: ml_collections.ConfigDict, workdir: epath.Path, data: Any) -> dict[str, Any]:
@@ -129,10 +205,15 @@ def evaluate_run(config: ml_collections.ConfigDict, workdir: epath.Path, data: A
     Raises:
       UserError: no checkpoint, or one of another model.
     """
+    with processes.ending_together(config.mesh.heartbeat), naming_failures(workdir):
+        return _evaluate_run(config, workdir, data)
+
+
+def _evaluate_run(config, workdir, data):
     run = Run.prepare(config, data)
     if not (workdir / FOLDER).exists():
         raise UserError(f"no checkpoint in {workdir}: train first, or name the --workdir of a run")
-    with Checkpoints(workdir, read_only=True) as checkpoints:
+    with Checkpoints(workdir) as checkpoints:
         step = checkpoints.latest()
         if step is None:
             raise UserError(f"no finished checkpoint in {workdir / FOLDER}: train first")
@@ -147,6 +228,7 @@ def evaluate_run(config: ml_collections.ConfigDict, workdir: epath.Path, data: A
     evaluation = Evaluator(run.model, config, run.mesh, data)(weights)
     unreadable = Unreadable(workdir, data.train_examples, config.data.max_bad_share)
     unreadable.note("test", evaluation.problems)
+    unreadable.exchange()
     result = make_result(evaluation.summary(), step, weights)
     say(describe(result))
     changed_data = [line for line in changed if line.startswith(("config.data.", "config.eval.average"))]
@@ -157,16 +239,6 @@ def evaluate_run(config: ml_collections.ConfigDict, workdir: epath.Path, data: A
     return result
 
 
-def open_workdir(workdir: epath.Path, *, keep: int) -> Checkpoints:
-    """Makes the workdir where there is none, and opens its checkpoints."""
-    try:
-        (workdir / FOLDER).mkdir(parents=True, exist_ok=True)
-        return Checkpoints(workdir, keep=keep)
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"workdir {workdir} cannot be used: {reason}; choose another --workdir") from error
-
-
 def make_result(scores: Scores, step: int, weights: Weights) -> dict[str, Any]:
     return scores._asdict() | {"step": step, "params_sha256": sha256(weights)}
 
@@ -174,8 +246,9 @@ def make_result(scores: Scores, step: int, weights: Weights) -> dict[str, Any]:
 def write_result(
     workdir: epath.Path, result: dict[str, Any], evaluation: Evaluation, data: Any, suffix: str = ""
 ) -> None:
-    evaluation.save(workdir / f"predictions{suffix}.npz", data.class_names)
-    write_json(workdir / f"result{suffix}.json", result)
+    if processes.is_first():
+        evaluation.save(workdir / f"predictions{suffix}.npz", data.class_names)
+        write_json(workdir / f"result{suffix}.json", result)
 
 
 def describe_test(data: Any) -> str:
@@ -186,7 +259,7 @@ def describe_test(data: Any) -> str:
 def read_result(workdir: epath.Path, step: int) -> dict[str, Any] | None:
     """The run's result, if there is a whole one and it is that of `step`."""
     try:
-        result = json.loads((workdir / "result.json").read_text())
+        result = read_json(workdir / "result.json") or {}
         describe(result)
         return result if result["step"] == step else None
     except (OSError, ValueError, KeyError, TypeError):

@@ -1,8 +1,7 @@
-"""Devices: which are used, how they form a mesh, and what lies where."""
+"""Devices: which are used, how they form a mesh, and how a batch comes onto them."""
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 import subprocess
@@ -10,12 +9,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+import numpy as np
+from jax.sharding import AxisType, Mesh
 
 from structvit_jax.errors import UserError
+from structvit_jax.training.placement import batch_sharding
 
 AXES = ("data", "fsdp")
-_SMALLEST_SPLIT = 2**14  # arrays with fewer elements (64 kB of float32) stay whole on every device
 
 
 def select_devices(device: str) -> None:
@@ -52,9 +52,19 @@ def _nvidia_gpu() -> bool:
     return listing.returncode == 0 and "GPU" in listing.stdout
 
 
+def use_compilation_cache(folder: str) -> None:
+    """Applies config.mesh.compilation_cache: what was compiled once is read from there, by later runs too."""
+    if folder == "auto":
+        folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or "~/.cache/structvit_jax/compiled"
+    jax.config.update("jax_compilation_cache_dir", os.path.expanduser(folder) or None)
+
+
 def describe_devices() -> str:
-    devices = jax.devices()
-    return f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform}), jax {jax.__version__}"
+    devices, processes = jax.devices(), jax.process_count()
+    several = f" in {processes} processes" if processes > 1 else ""
+    return (
+        f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform}){several}, jax {jax.__version__}"
+    )
 
 
 def make_mesh(data: int, fsdp: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -68,40 +78,13 @@ def make_mesh(data: int, fsdp: int, devices: Sequence[jax.Device] | None = None)
     return jax.make_mesh((data, fsdp), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
 
 
-def check_batch(mesh: Mesh, key: str, batch_size: int) -> None:
-    if batch_size % mesh.size:
-        near = max(mesh.size, round(batch_size / mesh.size) * mesh.size)
-        raise UserError(
-            f"config.{key} is {batch_size}, which {mesh.size} devices cannot share equally; {near} would do"
-        )
-
-
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Examples are split over all devices."""
-    return NamedSharding(mesh, PartitionSpec(AXES))
-
-
-def replicated(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, PartitionSpec())
-
-
-def state_sharding(mesh: Mesh, shapes: Any) -> Any:
-    """For every array of parameters, statistics and optimizer state: large ones are split over fsdp
-    along their longest axis that divides, all others are replicated."""
-
-    def place(array):
-        axes = [axis for axis, n in enumerate(array.shape) if n % mesh.shape["fsdp"] == 0]
-        if mesh.shape["fsdp"] == 1 or not axes or math.prod(array.shape) < _SMALLEST_SPLIT:
-            return replicated(mesh)
-        longest = max(axes, key=lambda axis: array.shape[axis])
-        return NamedSharding(mesh, PartitionSpec(*[None] * longest, "fsdp"))
-
-    return jax.tree.map(place, shapes)
-
-
-def own_share() -> tuple[int, int]:
-    """This process's number and how many there are: the share of every batch that it reads."""
-    return jax.process_index(), jax.process_count()
+def check_batch(mesh: Mesh, key: str, batch_size: int, parts: int = 1) -> None:
+    """Raises UserError where devices, or `parts` of a batch on each device, would be unequal."""
+    least = mesh.size * parts
+    if batch_size % least:
+        near = max(least, round(batch_size / least) * least)
+        takers = f"{mesh.size} devices" + (f" in {parts} parts" if parts > 1 else "")
+        raise UserError(f"config.{key} is {batch_size}, which {takers} cannot share equally; {near} would do")
 
 
 def put_batch(mesh: Mesh, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
@@ -109,3 +92,13 @@ def put_batch(mesh: Mesh, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
     sharding = batch_sharding(mesh)
     keys = ("inputs", "labels", "mask", "index")
     return {key: jax.make_array_from_process_local_data(sharding, batch[key]) for key in keys}
+
+
+def put_whole(arrays: Any, shardings: Any) -> Any:
+    """Places arrays of which every process has the whole."""
+
+    def put(array, sharding):
+        value = np.asarray(array)
+        return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+
+    return jax.tree.map(put, arrays, shardings)

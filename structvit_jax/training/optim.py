@@ -26,16 +26,17 @@ def decays(name: str, array: jax.Array) -> bool:
     return array.ndim > 1 and name != "pos_embed"
 
 
-def make_optimizer(
-    config: ml_collections.ConfigDict, schedule: optax.Schedule
-) -> optax.GradientTransformation:
-    """AdamW, after clipping by global norm where `clip_norm` is set."""
-    adamw = optax.adamw(
-        schedule,
-        b1=config.b1,
-        b2=config.b2,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        mask=lambda params: {name: decays(name, array) for name, array in params.items()},
-    )
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw) if config.clip_norm else adamw
+def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
+    """AdamW's direction, after clipping by global norm where `clip_norm` is set.
+
+    The step takes it times minus the learning rate, which is a function of the step alone.
+    """
+    adamw = [
+        optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
+        optax.add_decayed_weights(
+            config.weight_decay,
+            mask=lambda params: {name: decays(name, array) for name, array in params.items()},
+        ),
+    ]
+    clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
+    return optax.chain(*clip, *adamw)

@@ -17,9 +17,10 @@ from structvit_jax.config import Durations, durations, model_arguments
 from structvit_jax.models import Network, create_model
 from structvit_jax.models.weights import split
 from structvit_jax.training import optim
-from structvit_jax.training.checkpoint import Checkpoints, load_weights
+from structvit_jax.training.checkpoint import Checkpoints, Keep, load_weights
 from structvit_jax.training.log import say
 from structvit_jax.training.mesh import check_batch, describe_devices, make_mesh
+from structvit_jax.training.profile import steps_to_profile
 from structvit_jax.training.step import TrainState, init_state, normalize
 
 
@@ -36,15 +37,21 @@ class Run:
     durations: Durations
 
     @classmethod
-    def prepare(cls, config: ml_collections.ConfigDict, data: Any) -> Run:
+    def prepare(cls, config: ml_collections.ConfigDict, data: Any, mesh: Mesh | None = None) -> Run:
         """Builds everything and checks that it fits together, before anything is compiled or written.
+
+        Args:
+          config, data: as for `train`.
+          mesh: of other devices than this machine's, to compile for them.
 
         Raises:
           UserError: a model that does not take the data's shape, or batches that devices cannot share.
         """
-        mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
-        check_batch(mesh, "eval.batch_size", config.eval.batch_size)
-        say(f"devices: {describe_devices()}; mesh {dict(mesh.shape)}")
+        steps_to_profile(config.profile)
+        if mesh is None:
+            mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
+            check_batch(mesh, "eval.batch_size", config.eval.batch_size)
+            say(f"devices: {describe_devices()}; mesh {dict(mesh.shape)}")
 
         classes = len(data.class_names)
         model = create_model(**model_arguments(config), num_classes=classes, seed=config.train.seed)
@@ -55,7 +62,7 @@ class Run:
 
         steps = durations(config, data.rows_per_epoch)
         schedule = optim.learning_rate(config.optimizer, steps)
-        optimizer = optim.make_optimizer(config.optimizer, schedule)
+        optimizer = optim.make_optimizer(config.optimizer)
         return cls(config, data, mesh, model, schedule, optimizer, steps)
 
     def card(self) -> dict[str, Any]:
@@ -65,6 +72,12 @@ class Run:
             "config": as_json(self.config),
             "version": structvit_jax.__version__,
         }
+
+
+def keep(run: Run) -> Keep:
+    """Which checkpoints of a run stay."""
+    options = run.config.checkpoint
+    return Keep(options.keep, options.keep_best, run.durations.keep_every)
 
 
 def starting_state(run: Run, checkpoints: Checkpoints) -> TrainState:

@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from structvit_jax.models.weights import Structure, Weights, batch_stats, split
 from structvit_jax.training import losses, mixing
-from structvit_jax.training.mesh import batch_sharding, replicated, state_sharding
+from structvit_jax.training.mesh import put_whole
+from structvit_jax.training.placement import batch_sharding, replicated, state_sharding
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -28,13 +29,14 @@ class TrainState(NamedTuple):
 
 
 def init_state(weights: Weights, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """The state before the first step, placed on the mesh."""
+    """The state before the first step, placed on the mesh; every process brings the same weights."""
 
     def init(weights):
         return TrainState(jnp.zeros((), jnp.int32), weights, optimizer.init(weights.params))
 
     shardings = state_sharding(mesh, jax.eval_shape(init, weights))
-    return jax.jit(init, out_shardings=shardings)(weights)
+    weights = put_whole(weights, shardings.weights)
+    return jax.jit(init, in_shardings=(shardings.weights,), out_shardings=shardings)(weights)
 
 
 def make_train_step(
@@ -48,41 +50,82 @@ def make_train_step(
     """One optimizer step, jitted: (state, batch) -> (state, metrics). The given state's buffers are reused.
 
     Every random number derives from config.train.seed and the step, so a resumed run draws what an
-    uninterrupted one would.
+    uninterrupted one would. A step whose loss or gradient is not finite changes nothing but the count of
+    steps, and is marked in its metrics.
     """
     model.train()
     structure, _ = split(model)
     model.eval()
+    shardings = state_sharding(mesh, state)
+    examples = batch_sharding(mesh)
 
-    def loss_fn(params, stats, batch, step):
+    def place(x):
+        return jax.lax.with_sharding_constraint(x, examples)
+
+    def loss_fn(params, stats, part, key):
+        """Sums over a part of the batch, as shares of the whole batch's means."""
         network = structure.model(Weights(params, stats))
+        logits = network(part["inputs"], key=key, place=place)
+        loss = losses.cross_entropy(logits, part["targets"], part["mask"])
+        top1 = losses.masked_mean(losses.in_top(logits, part["labels"], 1), part["mask"])
+        return loss * part["share"], (batch_stats(network), top1 * part["share"])
+
+    def gradients(weights, batch, step):
+        """Loss, top1, new statistics and gradients of a batch, in as many parts as configured."""
         drop_key, augment_key = step_keys(config, step)
-        inputs, targets = prepare_batch(augment_key, batch, params["head.bias"].size, config)
-        logits = network(inputs, key=drop_key)
-        loss = losses.cross_entropy(logits, targets, batch["mask"])
-        top1 = losses.masked_mean(losses.in_top(logits, batch["labels"], 1), batch["mask"])
-        return loss, (batch_stats(network), top1)
+        inputs, targets = prepare_batch(augment_key, batch, weights.params["head.bias"].size, config)
+        whole = {"inputs": inputs, "targets": targets, "labels": batch["labels"], "mask": batch["mask"]}
+        value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+        if config.train.accumulate == 1:
+            part = whole | {"share": jnp.float32(1)}
+            (loss, (stats, top1)), grads = value_and_grad(*weights, part, drop_key)
+            return loss, top1, stats, grads
+
+        def add(carry, part_and_key):
+            stats, *sums = carry
+            (loss, (stats, top1)), grads = value_and_grad(weights.params, stats, *part_and_key)
+            return (stats, *jax.tree.map(jnp.add, tuple(sums), (loss, top1, grads))), None
+
+        parts = split_batch(whole, config.train.accumulate, mesh)
+        zeros = jax.tree.map(jnp.zeros_like, weights.params)
+        start = (weights.batch_stats, jnp.float32(0), jnp.float32(0), zeros)
+        keys = jax.random.split(drop_key, config.train.accumulate)
+        with jax.named_scope(f"times{config.train.accumulate}"):
+            (stats, loss, top1, grads), _ = jax.lax.scan(add, start, (parts, keys))
+        return loss, top1, stats, grads
 
     def step_fn(state, batch):
-        value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
-        (loss, (stats, top1)), grads = value_and_grad(*state.weights, batch, state.step)
+        loss, top1, stats, grads = gradients(state.weights, batch, state.step)
+        grads = jax.lax.with_sharding_constraint(grads, shardings.weights.params)
+        lr, grad_norm = schedule(state.step), optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.optimizer, state.weights.params)
-        params = optax.apply_updates(state.weights.params, updates)
-        metrics = {
-            "loss": loss,
-            "top1": top1,
-            "grad_norm": optax.tree.norm(grads),
-            "lr": schedule(state.step),
-        }
-        return TrainState(state.step + 1, Weights(params, stats), opt_state), metrics
+        params = jax.tree.map(lambda param, update: param - lr * update, state.weights.params, updates)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        new, old = (Weights(params, stats), opt_state), (state.weights, state.optimizer)
+        weights, opt_state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+        metrics = {"loss": loss, "top1": top1, "grad_norm": grad_norm, "lr": lr, "skipped": ~finite}
+        return TrainState(state.step + 1, weights, opt_state), metrics | {"index": batch["index"]}
 
-    shardings = state_sharding(mesh, state)
     return jax.jit(
         step_fn,
-        in_shardings=(shardings, batch_sharding(mesh)),
+        in_shardings=(shardings, examples),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
     )
+
+
+def split_batch(batch: dict[str, jax.Array], parts: int, mesh: Mesh) -> dict[str, jax.Array]:
+    """[examples, ...] -> [parts, examples / parts, ...], every device's examples staying where they are;
+    and each part's share of the examples that count."""
+    sharding = NamedSharding(mesh, PartitionSpec(None, *batch_sharding(mesh).spec))
+
+    def cut(rows):
+        rows = jnp.swapaxes(rows.reshape(-1, parts, *rows.shape[1:]), 0, 1)
+        return jax.lax.with_sharding_constraint(rows, sharding)
+
+    cuts = jax.tree.map(cut, batch)
+    counts = cuts["mask"].sum(axis=1)
+    return cuts | {"share": counts / jnp.maximum(counts.sum(), 1)}
 
 
 def make_eval_step(

@@ -1,0 +1,142 @@
+"""The lock of a workdir, that two runs never write into at once.
+
+It is a small file that its owner writes anew every few seconds. Neither exclusive creation nor a common clock
+is taken for granted, since a bucket has neither: who wants the lock writes its own name, waits, and owns the
+lock if the name is still there. An owner that is gone stops renewing; one that sees another name stops its
+run.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+import uuid
+from typing import Any
+
+from etils import epath
+
+from structvit_jax.errors import UserError
+from structvit_jax.training.log import say
+from structvit_jax.training.storage import is_bucket, read_json, write_json
+
+FILE = "lock.json"
+_RENEW = 10.0  # seconds between signs of life
+_EXPIRY = 60.0  # seconds without one after which an owner that cannot be asked counts as gone
+_SETTLE = {True: 2.0, False: 0.1}  # seconds for a rival's write to arrive, in a bucket and on a disk
+
+
+class WorkdirLock:
+    """Held from entering the context to leaving it.
+
+    Raises:
+      UserError: on entering, another run holds it; on `check`, another run has taken it.
+    """
+
+    def __init__(self, workdir: epath.Path, *, expiry: float = _EXPIRY, renew: float = _RENEW):
+        self._path, self._expiry, self._renew = workdir / FILE, expiry, renew
+        self._owner = {"host": socket.gethostname(), "boot": _boot(), "pid": os.getpid(), "born": _born()}
+        self._token, self._beat = uuid.uuid4().hex, 0
+        self._lost = ""
+        self._renewed = time.monotonic()
+        self._closing = threading.Event()
+
+    def __enter__(self) -> WorkdirLock:
+        self._wait_until_free()
+        self._write()
+        time.sleep(_SETTLE[is_bucket(self._path)])
+        if (found := self._read()).get("token") != self._token:
+            raise UserError(self._taken(found))
+        self._thread = threading.Thread(target=self._keep, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._closing.set()
+        self._thread.join()
+        if not self._lost:
+            self._path.unlink(missing_ok=True)
+
+    def check(self) -> None:
+        """Raises UserError if the lock was lost; ask before writing."""
+        if self._lost:
+            raise UserError(self._lost)
+
+    def _wait_until_free(self):
+        """Returns when nobody holds the lock: an owner that is known to be gone is not waited for, one on
+        another machine until it has not renewed for the time of expiry."""
+        found = self._read()
+        if not found:
+            return
+        if self._same_machine(found):
+            if _is_alive(found):
+                raise UserError(self._taken(found))
+            return
+        say(f"the workdir was last used by {_describe(found)}; waiting {self._expiry:.0f} s for a sign of it")
+        deadline = time.monotonic() + self._expiry
+        while time.monotonic() < deadline:
+            time.sleep(min(1.0, self._renew / 2))
+            now = self._read()
+            if not now:
+                return
+            if now != found:
+                raise UserError(self._taken(now))
+
+    def _read(self):
+        """What the file says; empty without one, and for what a kill left of one."""
+        try:
+            return read_json(self._path) or {}
+        except FileNotFoundError:
+            return {}
+
+    def _same_machine(self, owner):
+        return all(owner.get(key) == self._owner[key] for key in ("host", "boot"))
+
+    def _taken(self, owner):
+        return (
+            f"{self._path.parent} is being written by another run ({_describe(owner)});"
+            " wait for its end, or choose another --workdir"
+        )
+
+    def _write(self):
+        self._beat += 1
+        write_json(self._path, {**self._owner, "token": self._token, "beat": self._beat})
+
+    def _keep(self):
+        while not self._closing.wait(self._renew):
+            try:
+                found = self._read()
+                if found and found.get("token") != self._token:
+                    self._lost = self._taken(found)
+                    return
+                self._write()
+                self._renewed = time.monotonic()
+            except OSError as error:
+                if time.monotonic() - self._renewed > self._expiry:
+                    self._lost = f"{self._path} could not be renewed for {self._expiry:.0f} s ({error})"
+                    return
+
+
+def _describe(owner: dict[str, Any]) -> str:
+    return f"host {owner.get('host', 'unknown')}, pid {owner.get('pid', 'unknown')}"
+
+
+def _boot() -> str:
+    """What tells one start of this machine from another."""
+    try:
+        return epath.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+def _born(pid: int | str = "self") -> str:
+    """When a process was started, in the kernel's ticks: pids are used again."""
+    try:
+        return epath.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
+    except (OSError, IndexError):
+        return ""
+
+
+def _is_alive(owner: dict[str, Any]) -> bool:
+    return bool(owner.get("born")) and _born(owner.get("pid", "")) == owner["born"]

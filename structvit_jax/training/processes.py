@@ -1,0 +1,207 @@
+"""The processes of one run: how they join, what they tell each other, and that they end together.
+
+JAX starts them and carries arrays between them. Here is the rest: one process writes and speaks, a signal to
+one stops all after the same step, and a process that fails or vanishes is named by the others, which would
+otherwise wait for it inside a collective operation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pickle
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from structvit_jax.errors import MISTAKE, RESUMABLE, Stopped, UserError
+
+_FAILED, _ALIVE, _DONE = "structvit_jax/failed/", "structvit_jax/alive/", "done"
+_GRACE = 3.0  # seconds in which the others read why a process fails, before it is gone
+
+
+def join(heartbeat: int) -> None:
+    """Joins the processes of this run, if there are several; call it before JAX opens a device.
+
+    On SLURM and on TPU pods JAX finds them by itself. Elsewhere the variables JAX_COORDINATOR_ADDRESS
+    (HOST:PORT of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID say who they are.
+
+    Args:
+      heartbeat: seconds without a sign of life after which a process counts as lost.
+    """
+    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    given = [name for name in names if os.environ.get(name)]
+    if given and len(given) < len(names):
+        raise UserError(f"{' and '.join(given)} given without {' and '.join(set(names) - set(given))}")
+    options: dict[str, Any] = {"heartbeat_timeout_seconds": 2 * heartbeat}  # the watch is to be first
+    if given:
+        address, count, number = (os.environ[name] for name in names)
+        if not (count.isdigit() and number.isdigit() and int(number) < int(count)):
+            raise UserError(f"JAX_PROCESS_ID={number} of JAX_NUM_PROCESSES={count} is none of 0 to N - 1")
+        options |= {"coordinator_address": address, "num_processes": int(count), "process_id": int(number)}
+    try:
+        jax.distributed.initialize(**options)
+    except ValueError as error:
+        if given or "should be defined" not in str(error):
+            raise UserError(f"the processes of the run do not find each other: {error}") from error
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes files and speaks."""
+    return jax.process_index() == 0
+
+
+def share() -> tuple[int, int]:
+    """This process's number and how many there are: the share of every batch that it reads."""
+    return jax.process_index(), jax.process_count()
+
+
+def gather(value: Any) -> list[Any]:
+    """Every process's value, on every process; all have to call it."""
+    if jax.process_count() == 1:
+        return [value]
+    raw = np.frombuffer(pickle.dumps(value), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(len(raw)))
+    rows = multihost_utils.process_allgather(np.pad(raw, (0, int(sizes.max()) - len(raw))))
+    return [pickle.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
+
+
+def decide(choose: Callable[[], Any]) -> Any:
+    """What the first process chooses, on every process; all have to call it."""
+    return gather(choose() if is_first() else None)[0]
+
+
+class StopSignal:
+    """Notices SIGTERM (a preemption, a time limit) and Ctrl-C; a second Ctrl-C ends at once.
+
+    Of several processes one that gets the signal is enough: JAX passes it on.
+    """
+
+    def __init__(self) -> None:
+        self._noticed = False
+
+    def __enter__(self) -> StopSignal:
+        # of several processes, JAX itself handles SIGTERM
+        numbers = [signal.SIGINT] + [signal.SIGTERM] * (jax.process_count() == 1)
+        self._old = {number: signal.signal(number, self._note) for number in numbers}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: object) -> None:
+        if self._noticed and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._noticed = True
+        if jax.process_count() > 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def before(self, step: int) -> bool:
+        """Whether to stop before a step: the same answer in all processes, which must ask for every step."""
+        if jax.process_count() == 1:
+            return self._noticed
+        return multihost_utils.reached_preemption_sync_point(step)
+
+
+@contextlib.contextmanager
+def ending_together(heartbeat: int) -> Iterator[None]:
+    """Tells the other processes what fails in this one, and ends this one when another fails."""
+    if jax.process_count() == 1:
+        yield
+        return
+    watch = _Watch(heartbeat)
+    try:
+        yield
+    except Stopped:
+        watch.close()
+        raise
+    except BaseException as error:
+        watch.end(error)
+    gather(None)  # none leaves before all have come so far
+    watch.close()
+
+
+class _Watch:
+    """A thread that shows this process's signs of life and looks for the others'."""
+
+    def __init__(self, heartbeat: int):
+        from jax._src import distributed  # the key-value store of jax.distributed has no public name
+
+        self._store: Any = distributed.global_state.client
+        self._patience = heartbeat
+        self._me, self._count = share()
+        self._name = f"process {self._me} of {self._count} (host {socket.gethostname()}, pid {os.getpid()})"
+        self._seen: dict[str, tuple[str, float]] = {}  # by key: the last sign of life, and when it was new
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Ends the watch of a process that has done its work."""
+        self._closing.set()
+        self._thread.join()
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            self._store.key_value_set(f"{_ALIVE}{self._me}", _DONE, allow_overwrite=True)
+
+    def end(self, error: BaseException) -> NoReturn:
+        """Ends this process for an error of its own, or for the one behind it."""
+        if isinstance(error, jax.errors.JaxRuntimeError):  # perhaps a peer is gone: the watch will know
+            self._thread.join(timeout=self._patience + _GRACE)
+        self._closing.set()
+        code = MISTAKE if isinstance(error, UserError) else 1
+        text = " ".join(str(error).split())
+        if code == 1:
+            sys.excepthook(type(error), error, error.__traceback__)
+            text = f"{type(error).__name__}: {text[:300]}"
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            self._store.key_value_set(f"{_FAILED}{self._me}", json.dumps([self._name, text, code]))
+        print(f"error: {text}", file=sys.stderr, flush=True)
+        if self._me == 0:  # the store goes with it
+            time.sleep(_GRACE)
+        os._exit(code)
+
+    def _run(self) -> None:
+        beat, pause = 0, min(1.0, self._patience / 10)
+        while not self._closing.wait(pause):
+            beat += 1
+            try:
+                self._store.key_value_set(f"{_ALIVE}{self._me}", f"{beat} {self._name}", allow_overwrite=True)
+                failures = self._store.key_value_dir_get(_FAILED)
+                signs = self._store.key_value_dir_get(_ALIVE)
+            except jax.errors.JaxRuntimeError:
+                continue  # process 0 is gone, or going: JAX ends this process
+            for key, value in failures:
+                if key != f"{_FAILED}{self._me}":
+                    name, text, code = json.loads(value)
+                    self._leave(f"{name} failed: {text}", code)
+            for name in self._lost(signs):
+                self._leave(f"{name} has given no sign of life for {self._patience} s; it is lost", RESUMABLE)
+
+    def _lost(self, signs):
+        """Names of processes that have been silent for too long."""
+        now = time.monotonic()
+        for key, sign in signs:
+            if sign == _DONE:
+                self._seen.pop(key, None)
+            elif self._seen.get(key, ("", 0.0))[0] != sign:
+                self._seen[key] = sign, now
+        own = f"{_ALIVE}{self._me}"
+        silent = [k for k, (_, since) in self._seen.items() if now - since > self._patience and k != own]
+        return [self._seen[key][0].split(" ", 1)[1] for key in silent]
+
+    def _leave(self, reason: str, code: int) -> NoReturn:
+        advice = "; the same command resumes" if code == RESUMABLE else ""
+        print(
+            f"error: {reason}; {self._name.split(' (')[0]} ends with it{advice}", file=sys.stderr, flush=True
+        )
+        os._exit(code)

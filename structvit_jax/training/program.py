@@ -1,0 +1,84 @@
+"""The train step as a compiled program: what it takes, and what it says when the device is too small."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from structvit_jax.errors import UserError
+from structvit_jax.training.log import say
+from structvit_jax.training.placement import abstract, batch_sharding
+from structvit_jax.training.run import Run
+from structvit_jax.training.step import TrainState, make_train_step
+
+
+def compile_train_step(run: Run, state: TrainState) -> Any:
+    """The train step, compiled ahead of its first call so that the wait has a name."""
+    say("compiling the train step ...")
+    started = time.monotonic()
+    with naming_memory(run.config):
+        compiled = lower_train_step(run, state).compile()
+    say(f"compiled in {time.monotonic() - started:.1f} s")
+    return compiled
+
+
+def lower_train_step(run: Run, state: Any) -> Any:
+    """The train step for the run's mesh, of which only shapes are needed: `state` may be abstract."""
+    step_fn = make_train_step(run.model, run.optimizer, run.schedule, run.config, run.mesh, state)
+    return step_fn.lower(abstract(state, run.mesh), abstract_batch(run))
+
+
+def abstract_batch(run: Run) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of what a step gets."""
+    rows, sharding = run.config.data.batch_size, batch_sharding(run.mesh)
+    shapes = {"inputs": (run.data.shape, jnp.uint8), "labels": ((), jnp.int32)}
+    shapes |= {"mask": ((), jnp.bool_), "index": ((), jnp.int32)}
+    return {
+        key: jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=sharding)
+        for key, (shape, dtype) in shapes.items()
+    }
+
+
+@contextlib.contextmanager
+def naming_memory(config: ml_collections.ConfigDict) -> Iterator[None]:
+    """Turns a device's lack of memory into one line that says what to change.
+
+    Raises:
+      UserError: says what was asked for, and what the device has.
+    """
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        text = " ".join(str(error).split())
+        if not re.search(r"RESOURCE_EXHAUSTED|[Oo]ut of memory", text):
+            raise
+        raise UserError(
+            f"out of memory: {_asked(text)}; {_device_has()}. Lower config.data.batch_size (now"
+            f" {config.data.batch_size}), raise config.train.accumulate (now {config.train.accumulate})"
+            f" or set config.model.remat (now {config.model.remat or 'none'}) to 'dots' or 'full';"
+            " --mode=plan --config.device_memory=SIZE says what fits"
+        ) from error
+
+
+def _asked(text: str) -> str:
+    """What a message of XLA says was asked for."""
+    for pattern in (
+        r"(?:allocat\w+|requires?|[Uu]sed|needs?) (?:a buffer of )?([\d.]+ ?(?:[KMGT]i?B?|bytes)\b)(?: of)?",
+        r"([\d.]+ ?[KMGT]i?B?)",
+    ):
+        if match := re.search(pattern, text):
+            return f"the program asked for {match[1]}"
+    return text[:200]
+
+
+def _device_has() -> str:
+    device = jax.local_devices()[0]
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    return f"a {device.device_kind} has " + (f"{limit / 2**30:.1f} GiB for it" if limit else "no more")

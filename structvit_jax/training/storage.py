@@ -1,0 +1,62 @@
+"""Files of a run, on a disk or in a bucket: always written whole, never appended to."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from etils import epath
+
+from structvit_jax.errors import UserError
+
+
+def is_bucket(path: epath.Path) -> bool:
+    return "://" in str(path)
+
+
+def write(path: epath.Path, content: str | bytes) -> None:
+    """Writes a file whole or not at all: an object of a bucket is, a file of a disk is renamed into place."""
+    content = content.encode() if isinstance(content, str) else content
+    if is_bucket(path):
+        path.write_bytes(content)
+        return
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_bytes(content)
+    partial.replace(path)
+
+
+def write_json(path: epath.Path, value: Mapping[str, Any]) -> None:
+    write(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: epath.Path) -> dict[str, Any] | None:
+    """The object that a file holds; None where it holds none.
+
+    Raises:
+      OSError: it is not there, or cannot be read.
+    """
+    try:
+        value = json.loads(path.read_text())
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+@contextlib.contextmanager
+def naming_failures(workdir: epath.Path) -> Iterator[None]:
+    """Turns what a disk or bucket refuses into one line.
+
+    Raises:
+      UserError: names the file and the reason; what was saved before stays as it was.
+    """
+    try:
+        yield
+    except OSError as error:
+        place = error.filename or workdir
+        reason = error.strerror or " ".join(str(error).split())
+        raise UserError(
+            f"{place} cannot be used: {reason}. What was saved before in {workdir} is as it was; mend that"
+            " and the same command goes on, or choose another --workdir"
+        ) from error
