@@ -34,7 +34,7 @@ parse() {
       --) shift && break ;;
       --processes=* | --cpu-devices=* | --restarts=* | --logs=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
       --processes | --cpu-devices | --restarts | --logs)
-        (($# > 1)) && [[ $2 ]] || fail "$1 needs a value"
+        (($# > 1)) && [[ $2 && $2 != -- ]] || fail "$1 needs a value"
         case $1 in
           --processes) processes=$2 ;;
           --cpu-devices) cpu_devices=$2 ;;

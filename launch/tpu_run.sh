@@ -24,6 +24,7 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 poll=${TPU_RUN_POLL_SECONDS:-30}
 tries=${TPU_RUN_TRIES:-40} # how often in a row something may fail while the TPU is there
+stop=${TPU_RUN_STOP_SECONDS:-60} # for the others to end by themselves after worker 0
 worker='bash structvit_run/code/launch/tpu_worker.sh'
 
 fail() {
@@ -47,7 +48,7 @@ parse() {
       --) shift && arguments=("$@") && break ;;
       --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
       --name | --zone | --type | --runtime | --project | --service-account | --create-flag | --setup | --restarts)
-        (($# > 1)) && [[ $2 ]] || fail "$1 needs a value"
+        (($# > 1)) && [[ $2 && $2 != -- ]] || fail "$1 needs a value"
         case $1 in
           --service-account) account=$2 ;;
           --create-flag) create_flags+=("$2") ;;
@@ -268,7 +269,7 @@ follow() {
     sleep "$poll"
   done
   # The others end soon after; what one of them says may be the reason.
-  answer=$(remote all "$worker stop 60") || true
+  answer=$(remote all "$worker stop $stop") || true
   codes=$(grep '^@ ' <<<"$last"$'\n'"$answer" | cut -d ' ' -f 2,3)
 }
 
@@ -290,8 +291,7 @@ attempt() {
   elif grep -qxE 'exited 75|lost.*|none.*' <<<"$codes"; then
     outcome=75
   else
-    outcome=$(grep -vx 'exited 0' <<<"$codes" | head -n 1)
-    outcome=${outcome#exited }
+    outcome=$(sed -n '/^exited 0$/!s/^exited //p' <<<"$codes" | head -n 1)
     outcome=${outcome:-0}
   fi
 }
@@ -304,7 +304,7 @@ show_plan() {
   install
   start
   remote 0 "$worker log 0"
-  remote all "$worker stop 60"
+  remote all "$worker stop $stop"
   [[ ! $delete_when_done ]] || remove
 }
 
