@@ -102,7 +102,8 @@ def play(tmp_path):
 def test_shellcheck():
     tool = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     assert tool, "shellcheck comes with the extra dev"
-    process = subprocess.run([tool, *SCRIPTS, DATA / "program.sh"], capture_output=True, text=True)
+    command = [tool, "--external-sources", *SCRIPTS, DATA / "program.sh"]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert process.returncode == 0, process.stdout
 
 
@@ -516,6 +517,7 @@ def test_tpu_takes_the_one_that_is_there_and_restarts_on_it(cloud):
     assert process.returncode == 0, process.stderr
     assert (cloud.count("create"), cloud.count("scp"), cloud.count("start")) == (1, 2, 4)
     assert "exit code 75" in process.stderr and "exit code 1" in process.stderr
+    assert process.stdout.count("process 0, start 2") == process.stdout.count("process 0, start 3") == 1
     assert cloud.count("delete") == 1
 
 

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Stands in for "python -m structvit_jax.main" and, as python3 on a worker, for uv. $PLAY holds for process I
-# the file exits-I (or exits): what each start does, one a line, the last again; an exit code, or "hang": until SIGTERM, then 75,
-# or "deaf": until SIGKILL, or "SIGNAL". It writes down its environment and its arguments in started-I.
+# the file exits-I (or exits): what each start does, one a line, the last again: an exit code, or "hang" until
+# SIGTERM and then 75, or "deaf" until SIGKILL, or the signal that kills it. It writes down its arguments and
+# its environment in started-I.
 set -euo pipefail
 
 if [[ $* == '-m uv venv'* ]]; then
