@@ -1,0 +1,224 @@
+#!/usr/bin/env bash
+# Runs structvit_jax on a Cloud TPU: makes the TPU or takes the one of that name, copies the commit that is
+# checked out, installs it, starts it on every worker, shows worker 0's output, and resumes when preempted.
+#
+#   launch/tpu_run.sh --name NAME --zone ZONE --type v5litepod-16 [options] -- --config=configs/NAME.py
+#       --workdir=gs://BUCKET/PATH [--config.a.b=v ...]
+#   launch/tpu_run.sh --name NAME --zone ZONE --status | --logs | --stop | --delete
+#
+#   --runtime VERSION      the TPU software version (by the type)
+#   --project P            the cloud project (gcloud's own)
+#   --spot                 a cheaper TPU that may be taken away at any time
+#   --service-account A    the account that the workers act as, for the bucket
+#   --create-flag FLAG     a further flag for "queued-resources create", as --reserved; may be repeated
+#   --setup COMMAND        what each worker runs after installing, as copying data from a bucket
+#   --restarts K           how often to resume after a preemption, an interruption or a crash (10)
+#   --keep                 keep the TPU, which goes on costing, when the run has ended (the default)
+#   --delete-when-done     delete it instead
+#   --dry-run              print the commands, run none
+#
+# The run does not need this command: Ctrl-C or a lost connection leaves it going, and the same command
+# follows it again. Exit code: 0 complete, 2 a person has to mend something, 75 out of restarts, else a failure.
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+poll=${TPU_RUN_POLL_SECONDS:-30}
+tries=${TPU_RUN_TRIES:-40} # how often in a row something may fail while the TPU is there
+stop=${TPU_RUN_STOP_SECONDS:-60} # for the others to end by themselves after worker 0
+worker='bash structvit_run/code/launch/tpu_worker.sh'
+
+fail() {
+  echo "error: $*" >&2
+  exit 2
+}
+
+say() { echo "tpu_run.sh: $*" >&2; }
+
+# shellcheck source=launch/tpu_cloud.sh
+source "$root/launch/tpu_cloud.sh"
+
+parse() {
+  name='' zone='' type='' runtime='' project='' account='' setup='' restarts=10 action=run
+  dry_run='' delete_when_done='' create_flags=() arguments=()
+  while (($#)); do
+    case $1 in
+      -h | --help) sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//p;}' "$0" && exit 0 ;;
+      --spot) create_flags+=(--spot) && shift ;;
+      --keep) delete_when_done='' && shift ;;
+      --delete-when-done) delete_when_done=yes && shift ;;
+      --dry-run) dry_run=yes && shift ;;
+      --status | --logs | --stop | --delete) action=${1#--} && shift ;;
+      --) shift && arguments=("$@") && break ;;
+      --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
+      --name | --zone | --type | --runtime | --project | --service-account | --create-flag | --setup | --restarts)
+        (($# > 1)) && [[ $2 && $2 != -- ]] || fail "$1 needs a value"
+        case $1 in
+          --service-account) account=$2 ;;
+          --create-flag) create_flags+=("$2") ;;
+          *) printf -v "${1#--}" %s "$2" ;;
+        esac
+        shift 2
+        ;;
+      *) fail "unknown option '$1'; what is meant for the program comes after --" ;;
+    esac
+  done
+  [[ $name =~ ^[a-z]([-a-z0-9]{0,61}[a-z0-9])?$ ]] ||
+    fail "--name is 1 to 63 small letters, digits and dashes, a letter first, not '$name'"
+  [[ $zone =~ ^[a-z]+-[a-z]+[0-9]+-[a-z]$ ]] || fail "--zone is a zone as us-west4-a, not '$zone'"
+  where=(--zone="$zone" ${project:+--project="$project"} --quiet)
+  [[ $dry_run ]] || command -v gcloud >/dev/null || fail "no gcloud on PATH; install the Google Cloud CLI"
+  [[ $action != run ]] || check_run
+}
+
+check_run() {
+  local word config='' workdir='' hosts
+  [[ $restarts =~ ^[0-9]+$ ]] || fail "--restarts is a whole number, not '$restarts'"
+  find_hosts
+  for word in ${arguments[@]+"${arguments[@]}"}; do
+    case $word in
+      --config=*) config=${word#*=} ;;
+      --workdir=*) workdir=${word#*=} ;;
+    esac
+  done
+  config=${config%%:*} # without an argument to the configuration
+  [[ $config ]] || fail "say which configuration: -- --config=configs/NAME.py --workdir=gs://BUCKET/PATH"
+  commit=$(git -C "$root" rev-parse --short HEAD) || fail "$root is no git checkout, of which to copy a commit"
+  git -C "$root" cat-file -e "HEAD:$config" 2>/dev/null || fail "$config is not in the commit to copy; commit it first"
+  git -C "$root" diff --quiet HEAD || say "warning: uncommitted changes are not copied; $commit runs without them"
+  if [[ $workdir != gs://* ]]; then
+    ((hosts == 1)) || fail "$type has $hosts hosts that share no disk: give --workdir=gs://BUCKET/PATH"
+    say "warning: without --workdir=gs://BUCKET/PATH the checkpoints are lost with the TPU"
+  fi
+}
+
+# How many hosts the type has, and the usual software. v2 to v4 and v5p count cores, two a chip.
+find_hosts() {
+  local usual size=${type##*-}
+  case $type in
+    v2-* | v3-* | v4-*) usual=tpu-ubuntu2204-base ;;
+    v5p-*) usual=v2-alpha-tpuv5 ;;
+    v5litepod-*) usual=v2-alpha-tpuv5-lite ;;
+    v6e-*) usual=v2-alpha-tpuv6e ;;
+    v5e-*) fail "--type $type is called v5litepod-$size" ;;
+    *) usual='' ;;
+  esac
+  [[ $usual && ${type%-*} != *-* && $size =~ ^[1-9][0-9]{0,4}$ ]] ||
+    fail "--type is v2-N, v3-N, v4-N, v5litepod-N, v5p-N or v6e-N, not '$type'"
+  case $type in
+    v5litepod-[14] | v6e-[14]) hosts=1 ;;
+    *) ((size % 8 == 0)) || fail "--type $type: N is a multiple of 8 (or 1 or 4 of v5litepod and v6e)" ;;&
+    v5litepod-* | v6e-*) hosts=$((size == 8 ? 1 : size / 4)) ;; # a host has 8 chips, or 4 of more
+    *) hosts=$((size / 8)) ;;
+  esac
+  runtime=${runtime:-$usual}
+}
+
+# The end of the run.
+finish() {
+  say "$2"
+  if [[ $delete_when_done ]]; then
+    remove
+  else
+    say "the TPU $name is kept and goes on costing; --delete deletes it"
+  fi
+  exit "$1"
+}
+
+# Shows worker 0's output to its end, then has the exit codes of all in $codes; fails if the TPU is gone.
+follow() {
+  local misses=0 answer last=''
+  while :; do
+    if answer=$(remote 0 "$worker log $from") && last=${answer##*$'\n'} && [[ $last == '@ '* ]]; then
+      misses=0
+      printf %s "${answer%"$last"}"
+      from=$((${last##* } + 1))
+      [[ $last == '@ running'* ]] || break
+    else
+      [[ $(tpu_state) != GONE ]] || return 1
+      ((++misses < tries)) || leave "worker 0 does not answer; the run may go on"
+    fi
+    sleep "$poll"
+  done
+  # The others end soon after; what one of them says may be the reason.
+  answer=$(remote all "$worker stop $stop") || true
+  codes=$(grep '^@ ' <<<"$last"$'\n'"$answer" | cut -d ' ' -f 2,3)
+}
+
+# Once from the TPU to the end of the program, in $outcome: gone, or an exit code.
+attempt() {
+  outcome=gone
+  ensure || return 0
+  insist look || return 0
+  # Not under the feet of a running program, and not for a restart on the same machines.
+  if ! grep -q '^@ running' "$tmp/look" && { [[ ! $deployed ]] || grep -q '^@ none' "$tmp/look"; }; then
+    insist copy || return 0
+    tries=3 insist install || return 0
+  fi
+  deployed=yes
+  insist start || return 0
+  follow || return 0
+  if grep -qx 'exited 2' <<<"$codes"; then
+    outcome=2
+  elif grep -qxE 'exited 75|lost.*|none.*' <<<"$codes"; then
+    outcome=75
+  else
+    outcome=$(sed -n '/^exited 0$/!s/^exited //p' <<<"$codes" | head -n 1)
+    outcome=${outcome:-0}
+  fi
+}
+
+show_plan() {
+  cloud queued-resources describe "$name" --format='value(state.state)'
+  create
+  cloud tpu-vm describe "$name" --format='value(state)'
+  copy
+  install
+  start
+  remote 0 "$worker log 0"
+  remote all "$worker stop $stop"
+  [[ ! $delete_when_done ]] || remove
+}
+
+run_to_the_end() {
+  local restart
+  deployed='' codes='' from=0
+  run git -C "$root" archive --format=tar.gz --output="$tmp/code.tar.gz" "$commit"
+  if [[ $dry_run ]]; then show_plan && return; fi
+  trap 'say "the run goes on without this command; the same command follows it again" && exit 130' INT TERM
+  for ((restart = 0; ; restart++)); do
+    attempt
+    case $outcome in
+      0) finish 0 "complete" ;;
+      2) finish 2 "a person has to mend something (see above); not tried again" ;;
+      gone) say "the TPU is gone" && deployed='' from=0 ;;
+      *) say "the program ended with exit code $outcome" ;;
+    esac
+    if ((restart >= restarts)); then
+      [[ $outcome != gone ]] || outcome=75
+      finish "$outcome" "no restarts left; the same command resumes"
+    fi
+    say "resuming ($((restart + 1)) of $restarts)"
+    sleep "$poll"
+  done
+}
+
+parse "$@"
+exec 3>&1
+tmp=$(mktemp -d)
+trap 'rm -rf "$tmp"' EXIT
+case $action in
+  run) run_to_the_end ;;
+  status)
+    echo "request: $(describe queued-resources state.state)"
+    echo "machines: $(describe tpu-vm state)"
+    [[ $(tpu_state) != READY ]] || remote all "$worker log 1000000000"
+    ;;
+  logs) remote 0 "tail -n 100 structvit_run/log" ;;
+  stop) remote all "$worker stop 0" ;;
+  delete)
+    if [[ $dry_run || $(tpu_state) == READY ]]; then
+      remote all "$worker stop 0" || say "the program could not be asked to save first"
+    fi
+    remove
+    ;;
+esac
