@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import gc
 import sys
 from collections.abc import Iterable, Iterator
 
@@ -40,12 +41,14 @@ def exit_in_one_line() -> Iterator[None]:
     """For commands: a user's mistake becomes one line and exit code 2, a run that stopped another."""
     try:
         yield
+        return
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(MISTAKE)
+        line, code = f"error: {error}", MISTAKE
     except Stopped as stop:
-        print(stop, file=sys.stderr)
-        sys.exit(RESUMABLE)
+        line, code = str(stop), RESUMABLE
+    print(line, file=sys.stderr)
+    gc.collect()  # what hung on the exception would complain if it were found when Python ends
+    sys.exit(code)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -100,7 +100,7 @@ def _last_line(error: BaseException) -> str:
 
 def run() -> None:
     """The command line: a user's mistake is one line and exit code 2."""
-    logging.set_verbosity(logging.ERROR)  # Orbax tells its whole life at lower levels
+    logging.set_verbosity(logging.FATAL)  # Orbax logs its whole life; what matters it raises
     try:
         with exit_in_one_line():
             app.run(main, flags_parser=_parse)

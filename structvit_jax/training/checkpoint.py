@@ -8,7 +8,10 @@ digests is unfinished, one whose files differ is damaged, and the newest one tha
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
+import re
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +28,7 @@ from structvit_jax.training.digests import damage, write_digests
 from structvit_jax.training.log import say
 from structvit_jax.training.placement import abstract
 from structvit_jax.training.step import TrainState
-from structvit_jax.training.storage import is_bucket, naming_failures
+from structvit_jax.training.storage import absolute, is_bucket, unusable
 
 FOLDER = "checkpoints"
 ASIDE = "damaged"  # where checkpoints that cannot be used are put
@@ -58,13 +61,13 @@ class Checkpoints:
                 best_fn=_rank,
                 temporary_path_class=_InBucket if is_bucket(self._folder) else _OnDisk,
             )
-        self._manager = ocp.CheckpointManager(self._folder.resolve(), options=options)
+        self._manager = ocp.CheckpointManager(absolute(self._folder), options=options)
 
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        with naming_failures(self._folder.parent):
+    def __exit__(self, kind: type | None, *exception: object) -> None:
+        with self._saving() if kind is None else contextlib.suppress(Exception):
             self._manager.close()
 
     def latest(self) -> int | None:
@@ -86,13 +89,8 @@ class Checkpoints:
             "optimizer": ocp.args.StandardSave(state.optimizer),
             "card": ocp.args.JsonSave(card),
         }
-        with naming_failures(self._folder.parent):
+        with self._saving():
             self._manager.save(int(state.step), args=ocp.args.Composite(**items), metrics=scores)
-
-    def wait(self) -> None:
-        """Returns when all saves are done."""
-        with naming_failures(self._folder.parent):
-            self._manager.wait_until_finished()
 
     def card(self, step: int) -> dict[str, Any]:
         return self._restore(step, card=ocp.args.JsonRestore())["card"]
@@ -112,6 +110,17 @@ class Checkpoints:
         optimizer = ocp.args.StandardRestore(abstract(like.optimizer, mesh))
         optimizer = self._restore(step, optimizer=optimizer)["optimizer"]
         return TrainState(jax.device_put(jax.numpy.int32(step), like.step.sharding), weights, optimizer)
+
+    @contextlib.contextmanager
+    def _saving(self) -> Iterator[None]:
+        """One line for whatever Orbax and its stores raise when they cannot write."""
+        try:
+            yield
+        except Exception as error:
+            text = str(error)
+            if known := re.findall(r"[^:]+: ([^:\[]+) \[os_error_code=", text):
+                text = known[-1]
+            raise unusable(self._folder, text, self._folder.parent) from error
 
     def check(self, step: int) -> None:
         """Raises UserError if a step's files are not what was saved."""
@@ -159,7 +168,7 @@ class Checkpoints:
 
     def _check_fit(self, step, like, advice):
         try:
-            saved = ocp.StandardCheckpointer().metadata((self.path(step) / "weights").resolve()).item_metadata
+            saved = ocp.StandardCheckpointer().metadata(absolute(self.path(step) / "weights")).item_metadata
             saved = saved["params"] | saved["batch_stats"]
         except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
             raise self._unreadable(step, error) from error

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import ml_collections
 from etils import epath
 
@@ -20,6 +21,7 @@ from structvit_jax.training.goodput import Goodput
 from structvit_jax.training.lock import WorkdirLock
 from structvit_jax.training.log import RunLog, say
 from structvit_jax.training.mesh import check_batch, put_batch
+from structvit_jax.training.placement import replicated
 from structvit_jax.training.profile import Profile
 from structvit_jax.training.program import compile_train_step
 from structvit_jax.training.run import Run, adopt_classes, as_json, differences, keep, starting_state
@@ -110,7 +112,7 @@ def _train(session: Session, stop: processes.StopSignal, started: float) -> dict
             log.evaluation(int(state.step), scores._asdict())
         finally:
             say(goodput.describe())
-    result = make_result(scores, int(state.step), state.weights)
+    result = make_result(run, scores, int(state.step), state.weights)
     write_result(workdir, result, evaluation, data)
     say(describe(result))
     return result
@@ -229,7 +231,7 @@ def _evaluate_run(config, workdir, data):
     unreadable = Unreadable(workdir, data.train_examples, config.data.max_bad_share)
     unreadable.note("test", evaluation.problems)
     unreadable.exchange()
-    result = make_result(evaluation.summary(), step, weights)
+    result = make_result(run, evaluation.summary(), step, weights)
     say(describe(result))
     changed_data = [line for line in changed if line.startswith(("config.data.", "config.eval.average"))]
     own = all(line.startswith(_INDIFFERENT) for line in changed_data)
@@ -239,8 +241,9 @@ def _evaluate_run(config, workdir, data):
     return result
 
 
-def make_result(scores: Scores, step: int, weights: Weights) -> dict[str, Any]:
-    return scores._asdict() | {"step": step, "params_sha256": sha256(weights)}
+def make_result(run: Run, scores: Scores, step: int, weights: Weights) -> dict[str, Any]:
+    whole = jax.jit(lambda x: x, out_shardings=replicated(run.mesh))(weights)
+    return scores._asdict() | {"step": step, "params_sha256": sha256(whole)}
 
 
 def write_result(

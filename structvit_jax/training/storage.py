@@ -16,6 +16,10 @@ def is_bucket(path: epath.Path) -> bool:
     return "://" in str(path)
 
 
+def absolute(path: epath.Path) -> epath.Path:
+    return path if is_bucket(path) else path.resolve()
+
+
 def write(path: epath.Path, content: str | bytes) -> None:
     """Writes a file whole or not at all: an object of a bucket is, a file of a disk is renamed into place."""
     content = content.encode() if isinstance(content, str) else content
@@ -23,8 +27,13 @@ def write(path: epath.Path, content: str | bytes) -> None:
         path.write_bytes(content)
         return
     partial = path.with_name(path.name + ".tmp")
-    partial.write_bytes(content)
-    partial.replace(path)
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
 
 
 def write_json(path: epath.Path, value: Mapping[str, Any]) -> None:
@@ -54,9 +63,11 @@ def naming_failures(workdir: epath.Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        place = error.filename or workdir
-        reason = error.strerror or " ".join(str(error).split())
-        raise UserError(
-            f"{place} cannot be used: {reason}. What was saved before in {workdir} is as it was; mend that"
-            " and the same command goes on, or choose another --workdir"
-        ) from error
+        raise unusable(error.filename or workdir, error.strerror or str(error), workdir) from error
+
+
+def unusable(place: Any, reason: str, workdir: epath.Path) -> UserError:
+    return UserError(
+        f"{place} cannot be used: {' '.join(reason.split())[:300]}. What was saved before in {workdir} is as it"
+        " was; mend that and the same command goes on, or choose another --workdir"
+    )
