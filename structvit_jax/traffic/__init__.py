@@ -22,7 +22,6 @@ collective-permute or a broadcast. Of a conditional's branches the one that move
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
@@ -30,7 +29,7 @@ from structvit_jax.errors import UserError
 from structvit_jax.traffic import kernels, loops
 from structvit_jax.traffic.collectives import COLLECTIVES, sent, sent_within
 from structvit_jax.traffic.names import op_names, part_of
-from structvit_jax.traffic.program import Array, Computation, Instruction, Program, leaves, parse
+from structvit_jax.traffic.program import Array, Computation, Instruction, Program, begun, leaves, parse
 from structvit_jax.traffic.touched import SOURCES, touched
 
 
@@ -71,8 +70,8 @@ def count(text: str, *, trips: Mapping[str, int] | None = None, depth: int = 1) 
     program = parse(text)
     counter = _Counter(program, dict(trips or {}), depth)
     parts = counter.walk(program.entry, [None] * len(program.entry.parameters), "")
-    if counter.trips:
-        raise UserError(f"the program has no loop named {' or '.join(map(repr, counter.trips))}")
+    if unknown := counter.trips.keys() - counter.loops:
+        raise UserError(f"the program has no loop named {' or '.join(map(repr, sorted(unknown)))}")
     largest = sorted(parts.items(), key=lambda item: -(item[1].read + item[1].written))
     totals = _total(parts.values())
     return Traffic(*totals, dict(largest))
@@ -85,7 +84,9 @@ def _total(all_moved: Iterable[Moved]) -> Moved:
 Parts = dict[str, Moved]
 
 # Nothing moves in these; what they name is counted where it is made and used.
-_FREE = frozenset((*SOURCES, "add-dependency", "bitcast", "domain", "get-tuple-element", "opt-barrier", "tuple"))
+_FREE = frozenset(
+    (*SOURCES, "add-dependency", "bitcast", "domain", "get-tuple-element", "opt-barrier", "tuple")
+)
 _FREE_CALLS = ("AllocateBuffer", "ConcatBitcast")
 
 
@@ -94,6 +95,7 @@ class _Counter:
 
     def __init__(self, program: Program, trips: dict[str, int], depth: int):
         self.program, self.trips, self.depth = program, trips, depth
+        self.loops: set[str] = set()  # those met
 
     def walk(self, computation: Computation, arguments: list, outer: str) -> Parts:
         """What one run of a computation moves.
@@ -122,14 +124,15 @@ class _Counter:
             return max(branches, key=lambda parts: sum(_total(parts.values())))
         if kind in ("call", "async-start"):
             return self._call(op.called("to_apply", "calls")[0], name)
-        return {part_of(name, self.depth): self._moved(_begun(op), computation.sources(op))}
+        return {part_of(name, self.depth): self._moved(begun(op), computation.sources(op))}
 
     def _call(self, called: str, name: str, arguments: list | None = None) -> Parts:
         computation = self.program.computations[called]
         return self.walk(computation, arguments or [None] * len(computation.parameters), name)
 
     def _loop(self, op: Instruction, scalars: loops.Scalars, name: str) -> Parts:
-        count = self.trips.pop(op.name, None)
+        self.loops.add(op.name)
+        count = self.trips.get(op.name)
         count = loops.trips(op, scalars) if count is None else count
         if count is None:
             raise UserError(
@@ -166,22 +169,11 @@ class _Counter:
     def _kernel(self, op: Instruction, operands: list[Instruction]) -> Moved:
         arrays = [array for operand in operands for array in leaves(operand.type)]
         moved = kernels.kernel_traffic(op, arrays)
-        sums = (
-            sum(size for size, array in zip(sizes, ends, strict=True) if self.program.in_hbm(array))
-            for sizes, ends in ((moved.read, arrays), (moved.written, leaves(op.type)))
-        )
-        return Moved(*sums, moved.sent)
+        results = list(leaves(op.type))
+        return Moved(self._in_hbm(moved.read, arrays), self._in_hbm(moved.written, results), moved.sent)
 
-
-def _begun(op: Instruction) -> Instruction:
-    """The operation that an asynchronous start begins, with its result alone: starts of most kinds yield
-    (operands, result, semaphores), those of a copy (result, operand, semaphore)."""
-    if not op.opcode.endswith("-start"):
-        return op if op.opcode not in ("send", "recv") else dataclasses.replace(op, type=())
-    kind = op.opcode.removesuffix("-start")
-    place = {"copy": 0, "all-reduce": None}.get(kind, 1)
-    result = op.type if place is None or isinstance(op.type, Array) else op.type[place]
-    return dataclasses.replace(op, opcode=kind, type=result)
+    def _in_hbm(self, sizes: list[float], arrays: list[Array]) -> float:
+        return sum(size for size, array in zip(sizes, arrays, strict=True) if self.program.in_hbm(array))
 
 
 __all__ = ["Moved", "Traffic", "count"]

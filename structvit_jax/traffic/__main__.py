@@ -25,7 +25,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--parts", type=int, default=20, help="how many parts to print, the largest first")
     parser.add_argument("--depth", type=int, default=1, help="how many name scopes make a part")
     parser.add_argument(
-        "--trips", action="append", default=[], metavar="LOOP=N", help="how often a loop runs; may be repeated"
+        "--trips",
+        action="append",
+        default=[],
+        metavar="LOOP=N",
+        help="how often a loop runs; may be repeated",
     )
     args = parser.parse_args(argv)
     with exit_in_one_line():
@@ -37,7 +41,9 @@ def _read(path: str) -> str:
     try:
         return Path(path).read_text()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or 'it is no text'}") from error
+        raise UserError(
+            f"cannot read {path}: {getattr(error, 'strerror', None) or 'it is no text'}"
+        ) from error
 
 
 def _trip(text: str) -> tuple[str, int]:
@@ -49,12 +55,13 @@ def _trip(text: str) -> tuple[str, int]:
 
 def table(traffic: Traffic, parts: int) -> str:
     """The totals and the largest parts, in MB (10^6 bytes)."""
-    rows = [("part", "read MB", "written MB", "sent MB")]
+    rows: list[tuple[str, ...]] = [("part", "read MB", "written MB", "sent MB")]
     shown = [*list(traffic.by_part.items())[:parts], ("total", traffic[:3])]
     rows += [(name, *(f"{size / 1e6:,.3f}" for size in moved)) for name, moved in shown]
     wide = [max(len(row[column]) for row in rows) for column in range(4)]
     return "\n".join(
-        f"{name:<{wide[0]}}" + "".join(f"  {cell:>{width}}" for cell, width in zip(cells, wide[1:], strict=True))
+        f"{name:<{wide[0]}}"
+        + "".join(f"  {cell:>{width}}" for cell, width in zip(cells, wide[1:], strict=True))
         for name, *cells in rows
     )
 

@@ -8,15 +8,17 @@ import re
 from collections.abc import Sequence
 
 from structvit_jax.errors import UserError
-from structvit_jax.traffic.program import Computation, Instruction, Program, leaves
+from structvit_jax.traffic.program import Computation, Instruction, Program, leaves, words
 
-COLLECTIVES = frozenset(
+COLLECTIVES = words(
     "all-gather all-reduce all-to-all collective-broadcast collective-permute ragged-all-to-all"
-    " reduce-scatter".split()
+    " reduce-scatter"
 )
 
 
-def sent(program: Program, op: Instruction, operands: Sequence[Instruction], scattered: bool = False) -> float:
+def sent(
+    program: Program, op: Instruction, operands: Sequence[Instruction], scattered: bool = False
+) -> float:
     """The bytes that a device sends in a collective: those of a ring, see `structvit_jax.traffic`.
 
     Args:

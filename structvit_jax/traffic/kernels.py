@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from structvit_jax.errors import UserError
+from structvit_jax.traffic.loops import quotient
 from structvit_jax.traffic.program import Array, Instruction, leaves
 
 TARGET = '"tpu_custom_call"'
@@ -27,10 +28,10 @@ _BINARY: dict[str, Callable] = {
     "arith.andi": operator.and_,
     "arith.ori": operator.or_,
     "arith.xori": operator.xor,
-    "arith.divsi": lambda a, b: int(a / b),
+    "arith.divsi": quotient,
     "arith.divui": operator.floordiv,
     "arith.floordivsi": operator.floordiv,
-    "arith.remsi": lambda a, b: a - b * int(a / b),
+    "arith.remsi": lambda a, b: a - b * quotient(a, b),
     "arith.remui": operator.mod,
     "arith.minsi": min,
     "arith.maxsi": max,
@@ -38,8 +39,6 @@ _BINARY: dict[str, Callable] = {
 }
 _SAME = ("arith.index_cast", "arith.extui", "arith.extsi", "arith.trunci")
 _COMPARE = (operator.eq, operator.ne, *[operator.lt, operator.le, operator.gt, operator.ge] * 2)
-
-
 
 
 class Moved(NamedTuple):
@@ -83,7 +82,9 @@ def kernel_traffic(op: Instruction, operands: Sequence[Array]) -> Moved:
                 map_name = ir.FlatSymbolRefAttr(window["transform_indices"]).value
                 where = functions[map_name].regions[0].blocks[0]
                 indices = [walk.run(where, [*step, *[None] * first]) for step in steps]
-                moved.append(_blocks(indices, _integers(window, "window_bounds"), "window_kind" in window, array))
+                moved.append(
+                    _blocks(indices, _integers(window, "window_bounds"), "window_kind" in window, array)
+                )
             elif _in_hbm(body.arguments[len(grid) + first + place]):
                 moved.append(walk.moved.get(first + place, 0.0))
             else:
@@ -166,7 +167,7 @@ class _Walk:
             return self._if(op, operands) if op.name == "scf.if" else self._for(op, operands)
         if op.name == "tpu.enqueue_dma":
             self._copy(op, operands)
-        elif len(op.regions) and "tpu.enqueue" in str(op) or op.name.startswith("tpu.enqueue"):
+        elif (len(op.regions) and "tpu.enqueue" in str(op)) or op.name.startswith("tpu.enqueue"):
             raise UserError(f"the kernel %{self.kernel} copies within {op.name}, which cannot be counted")
         if operands and isinstance(operands[0], _Reference):
             return [operands[0]] * len(op.results)  # a view, if a memref at all
@@ -197,7 +198,9 @@ class _Walk:
 
     def _refuse_copies(self, op: Any) -> None:
         if "tpu.enqueue" in str(op):
-            raise UserError(f"what the kernel %{self.kernel} copies depends on what it reads; it cannot be counted")
+            raise UserError(
+                f"what the kernel %{self.kernel} copies depends on what it reads; it cannot be counted"
+            )
 
     def _copy(self, op: Any, operands: list) -> None:
         """Adds a copy (DMA) between HBM and the chip, or to another device."""

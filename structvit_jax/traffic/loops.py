@@ -19,6 +19,15 @@ _COMPARE = {
     "GT": operator.gt,
     "GE": operator.ge,
 }
+
+
+def quotient(a: int, b: int) -> int:
+    """a / b without its fraction; -1 where b is 0, as XLA has it."""
+    if not b:
+        return -1
+    return abs(a) // abs(b) * (1 if (a < 0) == (b < 0) else -1)
+
+
 _ARITHMETIC: dict[str, Callable] = {
     "add": operator.add,
     "subtract": operator.sub,
@@ -29,8 +38,8 @@ _ARITHMETIC: dict[str, Callable] = {
     "or": operator.or_,
     "xor": operator.xor,
     "negate": operator.neg,
-    "divide": lambda a, b: int(a / b) if b else None,
-    "remainder": lambda a, b: a - b * int(a / b) if b else None,
+    "divide": quotient,
+    "remainder": lambda a, b: a - b * quotient(a, b),
     "clamp": lambda low, x, high: min(max(low, x), high),
     "select": lambda which, a, b: a if which else b,
 }
@@ -63,12 +72,14 @@ class Scalars:
             return whole[int(op.attribute("index"))] if whole else None
         if isinstance(op.type, Array) and (op.type.elements != 1 or op.type.dtype[0] not in "sup"):
             return None
-        if kind == "constant":
-            text = op.arguments.strip("{} ")
-            return {"true": 1, "false": 0}.get(text, int(text) if re.fullmatch(r"-?\d+", text) else None)
         if kind in ("fusion", "call"):
             inner = self.program.computations[op.called("calls", "to_apply")[0]]
             return Scalars(self.program, inner, self._values(op)).value(inner.root)
+        if not isinstance(op.type, Array):
+            return None
+        if kind == "constant":
+            text = op.arguments.strip("{} ")
+            return {"true": 1, "false": 0}.get(text, int(text) if re.fullmatch(r"-?\d+", text) else None)
         if kind in _SAME and op.type.dtype != "pred":
             return self.value(op.operands[0])
         work = _COMPARE[op.attribute("direction")] if kind == "compare" else _ARITHMETIC.get(kind)
@@ -115,15 +126,11 @@ def kept(loop: Instruction, scalars: Scalars) -> list:
     root = body.instructions[body.root]
     if not isinstance(state, list) or root.opcode != "tuple":
         return [None]
-    return [
-        [
-            value
-            if op.opcode == "get-tuple-element" and op.attribute("index") == str(place) and _is_argument(op, body)
-            else None
-            for place, (value, op) in enumerate(zip(state, body.sources(root), strict=True))
-        ]
+    argument = body.parameters[0].name
+    same = [
+        op.opcode == "get-tuple-element"
+        and op.operands[0] == argument
+        and op.attribute("index") == str(place)
+        for place, op in enumerate(body.sources(root))
     ]
-
-
-def _is_argument(op: Instruction, body: Computation) -> bool:
-    return body.sources(op)[0].opcode == "parameter"
+    return [[value if unchanged else None for value, unchanged in zip(state, same, strict=True)]]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 
-from structvit_jax.traffic.program import Computation, Instruction, Program, leaves
+from structvit_jax.traffic.program import Computation, Instruction, Program, begun, leaves
 
 # What JAX adds to the scopes that the program names, transforms such as jvp(scope) aside.
 _ADDED = re.compile(
     r"|while|body|cond|scan|times\d+|branch_\d+_fun|closed_call|core_call|checkpoint|remat\d?|shard_map|pmap"
-    r"|rematted_computation|custom_[jv][vj]p_call\w*|p?jit(\(.*\))?|pallas_call"
+    r"|rematted_computation|custom_[jv][vj]p_call\w*|p?jit(\(.*\))?|pallas_call|.*->.*"
 )
 
 
@@ -43,7 +43,7 @@ def op_names(program: Program, computation: Computation, outer: str) -> dict[str
         by_user.setdefault(op.name, next(known, ""))
 
     def name_of(op: Instruction) -> str:
-        result = next(leaves(op.type), None)
+        result = next(leaves(begun(op).type), None)
         inward = result is not None and not program.in_hbm(result)
         first, second = (by_user, by_source) if inward else (by_source, by_user)
         return first[op.name] or second[op.name] or outer

@@ -48,6 +48,10 @@ class Array(NamedTuple):
 Type = Array | tuple["Type", ...]  # a tuple type holds the types of its elements
 
 
+def words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 def leaves(kind: Type) -> Iterator[Array]:
     if isinstance(kind, Array):
         yield kind
@@ -133,6 +137,17 @@ class Program:
     def hbm(self, kind: Type) -> float:
         """The bytes in HBM of an array or of all arrays of a tuple."""
         return sum(array.bytes for array in leaves(kind) if self.in_hbm(array))
+
+
+def begun(op: Instruction) -> Instruction:
+    """The operation that an asynchronous start begins, with its result alone: starts yield (operands, result,
+    semaphores), those of a copy (result, operand, semaphore)."""
+    kind = op.opcode.removesuffix("-start")
+    if kind == op.opcode or kind == "async":
+        return op
+    place = {"copy": 0, "all-reduce": None}.get(kind, 1)
+    result = op.type if place is None or isinstance(op.type, Array) else op.type[place]
+    return dataclasses.replace(op, opcode=kind, type=result)
 
 
 def parse(text: str) -> Program:

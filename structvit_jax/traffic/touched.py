@@ -14,30 +14,30 @@ from typing import Any
 
 from structvit_jax.errors import UserError
 from structvit_jax.traffic.collectives import COLLECTIVES, asynchronous, starts
-from structvit_jax.traffic.program import Array, Computation, Instruction, Program, Type, leaves
+from structvit_jax.traffic.program import Array, Computation, Instruction, Program, Type, leaves, words
 
 Demand = dict[Any, float]  # region -> elements
 WHOLE: Demand = {None: math.inf}
 
 # Every element of the result takes the elements of the same place, in the result or in the operand.
-ELEMENTWISE = frozenset(
-    "abs acos acosh add and asin asinh atan atan2 atanh bitcast bitcast-convert cbrt ceil clamp compare complex"
-    " convert copy cosh cosine count-leading-zeros divide erf exponential exponential-minus-one floor imag"
-    " is-finite log log-plus-one logistic map maximum minimum multiply negate not opt-barrier or popcnt power"
-    " real reduce-precision remainder reshape reverse round-nearest-afz round-nearest-even rsqrt select"
-    " shift-left shift-right-arithmetic shift-right-logical sign sine sinh sqrt stochastic-convert subtract"
-    " tan tanh transpose tuple get-tuple-element xor".split()
+ELEMENTWISE = words(
+    "abs acos acosh add and asin asinh atan atan2 atanh bitcast bitcast-convert cbrt ceil clamp compare"
+    " complex convert copy cosh cosine count-leading-zeros divide erf exponential exponential-minus-one"
+    " floor imag is-finite log log-plus-one logistic map maximum minimum multiply negate not opt-barrier"
+    " or popcnt power real reduce-precision remainder reshape reverse round-nearest-afz round-nearest-even"
+    " rsqrt select shift-left shift-right-arithmetic shift-right-logical sign sine sinh sqrt stochastic-"
+    " convert subtract tan tanh transpose tuple get-tuple-element xor"
 )
 # Any element of the result may take all of every operand.
-MIXING = frozenset(
+MIXING = words(
     "batch-norm-grad batch-norm-inference batch-norm-training broadcast cholesky concatenate convolution"
     " custom-call dot fft get-dimension-size pad ragged-dot reduce reduce-window rng rng-bit-generator"
     " rng-get-and-update-state scaled-dot select-and-scatter set-dimension-size sort topk triangular-solve"
-    " infeed outfeed send".split()
+    " infeed iota outfeed recv send"
 )
 SLICING = ("slice", "dynamic-slice", "gather")
 UPDATING = ("dynamic-update-slice", "scatter")
-SOURCES = ("parameter", "constant", "iota", "partition-id", "replica-id", "after-all")
+SOURCES = ("parameter", "constant", "partition-id", "replica-id", "after-all")
 
 
 def touched(program: Program, op: Instruction, operands: Sequence[Instruction]) -> tuple[float, float]:
