@@ -120,8 +120,8 @@ def multiply(x, y, cost=None):
 
 
 def copying(order, x):
-    """A kernel that copies blocks of x itself, all but the first twice, and has x as a window too, whose
-    blocks change with every second step and depend on nothing read; those of the last depend on `order`."""
+    """A kernel that copies blocks of x itself, two in every step but the first, and has x in two windows
+    too: the blocks of one change with every second step, those of the other as `order` says."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import tpu as pltpu
 
@@ -134,7 +134,14 @@ def copying(order, x):
             copy.wait()
             return _
 
-        jax.lax.fori_loop(0, jnp.where(step == 0, 1, 2), fetch, 0)
+        @pl.when(step == 0)
+        def _():
+            fetch(0, None)
+
+        @pl.when(step > 0)
+        def _():
+            jax.lax.fori_loop(0, 2, fetch, None)
+
         out_ref[...] = block[...] + half_ref[...] + any_ref[...]
 
     spec = partial(pl.BlockSpec, (128, x.shape[1]))
@@ -154,6 +161,18 @@ def copying(order, x):
         out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
         name="copying",
     )(order, x, x, x)
+
+
+def doubling(x):
+    """A kernel whose last blocks reach beyond x."""
+    from jax.experimental import pallas as pl
+
+    def kernel(x_ref, out_ref):
+        out_ref[...] = x_ref[...] * 2
+
+    spec = pl.BlockSpec((256, 256), lambda i, j: (i, j))
+    shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return pl.pallas_call(kernel, grid=(4, 2), in_specs=[spec], out_specs=spec, out_shape=shape)(x)
 
 
 def collectives(x):
@@ -197,6 +216,7 @@ PROGRAMS = {
     "trained": (trained, (BF16(65536, 1024), BF16(4, 1024, 1024)), ()),
     "kernel": (multiply, FACTORS, ()),
     "kernel_lies": (partial(multiply, cost=7), FACTORS, ()),
+    "kernel_edges": (doubling, (array(1000, 512),), ()),
     "kernel_copies": (copying, (INT(8), array(1024, 512)), ()),
 }
 # Programs for eight chips, 2 x 4: function, arguments, how these are split.
