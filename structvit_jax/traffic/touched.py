@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from structvit_jax.errors import UserError
-from structvit_jax.traffic.collectives import COLLECTIVES, asynchronous, starts
-from structvit_jax.traffic.program import Array, Computation, Instruction, Program, Type, leaves, words
+from structvit_jax.traffic.collectives import COLLECTIVES, asynchronous
+from structvit_jax.traffic.program import Array, Computation, Instruction, Program, leaves, words
 
 Demand = dict[Any, float]  # region -> elements
 WHOLE: Demand = {None: math.inf}
@@ -50,18 +50,22 @@ def touched(program: Program, op: Instruction, operands: Sequence[Instruction]) 
       UserError: an operation that is not known.
     """
     results = list(leaves(op.type))
-    sizes: Sequence[float | None]
+    names = [f"%{operand.name}" for operand in operands]
     if op.opcode == "fusion":
         fused = program.computations[op.called("calls")[0]]
-        sizes = [_updated(program, fused, root, result) for root, result in _roots(fused, results)]
+        made = _made(fused, len(results))
+        updates = [_updates(program, fused, *pair) for pair in zip(made, results, strict=True)]
+        sizes = [_size(fused, updated) for updated in updates]
+        wanted = [WHOLE] * len(results)
         if any(map(asynchronous, fused.instructions.values())):
-            shared = _aliased(op)  # buffers that the collective hands on until it is done
-            sizes = [0.0 if place in shared else size for place, size in enumerate(sizes)]
-        wants = _demands(program, fused, [WHOLE] * len(results), results, [f"%{x.name}" for x in operands])
+            for place in _aliased(op):  # buffers that a collective hands on until it is done
+                sizes[place], wanted[place] = 0.0, {}
+        in_place = {update.name for updated in updates for update in updated}
+        wants = _demands(program, fused, zip(made, wanted, strict=True), in_place, names)
     else:
-        in_place = op.opcode in UPDATING and _same_space(operands[0].type, results[0])
-        sizes = [_update_elements(op, operands)] if in_place else [None] * len(results)
-        wants = _passed_on(op, WHOLE, operands, in_place, [f"%{x.name}" for x in operands])
+        is_update = op.opcode in UPDATING and _same_space(operands[0], results[0])
+        sizes = [_update_elements(op, operands)] if is_update else [None] * len(results)
+        wants = _passed_on(op, WHOLE, operands, is_update, names)
     read = sum(
         array.part(sum(want.values()))
         for operand, want in zip(operands, wants, strict=True)
@@ -82,18 +86,17 @@ def _aliased(op: Instruction) -> set[int]:
     return {int(place or 0) for place in re.findall(r"\{(\d*)\}: \(", pairs)}
 
 
-def _roots(fused: Computation, results: Sequence[Array]) -> list[tuple[Instruction, Array]]:
-    """The instructions that make the results."""
+def _made(fused: Computation, results: int) -> list[Instruction]:
+    """The instructions that make a fusion's results."""
     root = fused.instructions[fused.root]
-    made = fused.sources(root) if root.opcode == "tuple" else [root] * len(results)
-    return list(zip(made, results, strict=True))
+    return fused.sources(root) if root.opcode == "tuple" else [root] * results
 
 
-def _same_space(kind: Type, result: Array) -> bool:
-    return next(leaves(kind)).space == result.space
+def _same_space(op: Instruction, result: Array) -> bool:
+    return next(leaves(op.type)).space == result.space
 
 
-def origin(program: Program, fused: Computation, op: Instruction) -> Instruction:
+def _origin(program: Program, fused: Computation, op: Instruction) -> Instruction:
     """The instruction whose bytes `op` yields, behind bitcasts and fusions of nothing but a bitcast."""
     while op.opcode == "bitcast" or (op.opcode == "fusion" and _only_bitcasts(program, op)):
         op = fused.sources(op)[0]
@@ -105,16 +108,18 @@ def _only_bitcasts(program: Program, op: Instruction) -> bool:
     return len(op.operands) == 1 and all(x.opcode in ("parameter", "bitcast") for x in inner)
 
 
-def _updated(program: Program, fused: Computation, op: Instruction, result: Array) -> float | None:
-    """How many elements a result's updates write into the parameter that it shares its buffer with; None
-    where the whole result is written."""
-    op = origin(program, fused, op)
-    if op.opcode == "parameter":
-        return 0.0 if _same_space(op.type, result) else None
-    if op.opcode not in UPDATING:
-        return None
-    below = _updated(program, fused, fused.sources(op)[0], result)
-    return None if below is None else below + _update_elements(op, fused.sources(op))
+def _updates(program: Program, fused: Computation, op: Instruction, result: Array) -> list[Instruction]:
+    """The updates that make a result out of a parameter with which it then shares its buffer."""
+    found = []
+    while (op := _origin(program, fused, op)).opcode in UPDATING:
+        found.append(op)
+        op = fused.sources(op)[0]
+    return found if op.opcode == "parameter" and _same_space(op, result) else []
+
+
+def _size(fused: Computation, updates: list[Instruction]) -> float | None:
+    """The elements that updates write; None, where there are none, is the whole result."""
+    return sum(_update_elements(op, fused.sources(op)) for op in updates) if updates else None
 
 
 def _update_elements(op: Instruction, operands: Sequence[Instruction]) -> float:
@@ -123,39 +128,41 @@ def _update_elements(op: Instruction, operands: Sequence[Instruction]) -> float:
     return next(leaves(operands[position].type)).elements
 
 
-def _demands(program: Program, fused: Computation, wanted, results, names: Sequence[str]) -> list[Demand]:
-    """What the demands `wanted` of a fused computation's results want of its parameters.
+def _demands(
+    program: Program,
+    fused: Computation,
+    wanted: Iterable[tuple[Instruction, Demand]],
+    in_place: Collection[str],
+    names: Sequence[str],
+) -> list[Demand]:
+    """What a fused computation wants of its parameters.
 
     Args:
-      names: of the caller's operands, in which the regions of slices are told apart.
+      wanted: the instructions that make its results, and what is wanted of them.
+      in_place: the updates that write to a parameter's own buffer.
+      names: of the operands, by which the regions of slices are told apart.
     """
-    roots = _roots(fused, results)
-    in_place = set()
-    for root, result in roots:
-        if _updated(program, fused, root, result) is not None:
-            while (root := origin(program, fused, root)).opcode in UPDATING:
-                in_place.add(root.name)
-                root = fused.sources(root)[0]
     wants: dict[str, list[Demand]] = {name: [] for name in fused.instructions}
-    for (root, result), want in zip(roots, wanted, strict=True):
-        if root.opcode != "parameter" or not _same_space(root.type, result):  # else it is handed through
-            wants[root.name].append(want)
+    for op, want in wanted:
+        wants[op.name].append(want)
     named = {op.name: names[int(op.arguments)] for op in fused.parameters}
 
     def name_of(op):
-        op = origin(program, fused, op)
-        return op.arguments if op.opcode == "constant" else named.get(op.name, f"{fused.name}%{op.name}")
+        op = _origin(program, fused, op)
+        if op.opcode == "constant":
+            return op.arguments
+        return named.get(op.name) or f"{fused.name}({','.join(names)})%{op.name}"
 
     for op in reversed(fused.instructions.values()):
         want = {region: size for part in wants[op.name] for region, size in part.items()}
-        handed_on = asynchronous(op) and not starts(fused)
-        if not want or handed_on or op.opcode in SOURCES or (op.name == fused.root and op.opcode == "tuple"):
+        if not want or op.opcode in SOURCES:
             continue
         sources = fused.sources(op)
         labels = [name_of(x) for x in sources]
         if op.opcode == "fusion":
-            inner, arrays = program.computations[op.called("calls")[0]], list(leaves(op.type))
-            parts = _demands(program, inner, [want] * len(arrays), arrays, labels)
+            inner = program.computations[op.called("calls")[0]]
+            made = _made(inner, 1)
+            parts = _demands(program, inner, [(part, want) for part in made], (), labels)
         else:
             parts = _passed_on(op, want, sources, op.name in in_place, labels)
         for source, part in zip(sources, parts, strict=True):
