@@ -93,6 +93,14 @@ CALLED = """
   %a6 = f32[512,1024]{1,0:T(8,128)} fusion(%p12, %p13, %p14), kind=kLoop, calls=%put
   ROOT %a7 = f32[512,1024]{1,0:T(8,128)} negate(%a6)
 }
+
+%fresh (p15: f32[8,1024], p16: s32[]) -> f32[512,1024] {
+  %p15 = f32[8,1024]{1,0:T(8,128)} parameter(0)
+  %p16 = s32[] parameter(1)
+  %b0 = f32[] constant(0)
+  %b1 = f32[512,1024]{1,0:T(8,128)} broadcast(%b0), dimensions={}
+  ROOT %b2 = f32[512,1024]{1,0:T(8,128)} dynamic-update-slice(%b1, %p15, %p16, %p16)
+}
 """.replace("\\\n", "")
 
 
@@ -165,6 +173,7 @@ RESULT = "ROOT %y = f32[{},1024]{{1,0:T(8,128)}} "
         (RESULT.format(8) + "fusion(%t, %i, %j), calls=%parts", 2 * FEW, FEW),  # equal slices are read once
         (RESULT.format(512) + "fusion(%t, %u, %i), calls=%put", FEW, FEW),
         (RESULT.format(512) + "fusion(%t, %u, %i), calls=%puts", ALL + FEW, ALL),  # negates what it puts
+        (RESULT.format(512) + "fusion(%u, %i), calls=%fresh", FEW, ALL),
         (RESULT.format(512).replace("}", "S(1)}") + "fusion(%t, %u, %i), calls=%put", ALL + FEW, 0),
     ],
 )
