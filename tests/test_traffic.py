@@ -138,6 +138,8 @@ def test_the_command_prints_a_table(capsys, tmp_path):
         assert capsys.readouterr().err.startswith("error: ")
 
 
-def test_a_kernel_that_cannot_be_read_is_refused():
+def test_a_kernel_that_cannot_be_counted_is_refused():
     with pytest.raises(UserError, match=r"this jaxlib cannot read the kernel %multiply"):
         count(stored("kernel").replace('"body":"T', '"body":"U'))
+    with pytest.raises(UserError, match=r"what the kernel %choosing.* copies depends on what it reads"):
+        count(stored("kernel_chooses"))

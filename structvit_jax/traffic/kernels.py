@@ -169,8 +169,9 @@ class _Walk:
             self._copy(op, operands)
         elif (len(op.regions) and "tpu.enqueue" in str(op)) or op.name.startswith("tpu.enqueue"):
             raise UserError(f"the kernel %{self.kernel} copies within {op.name}, which cannot be counted")
-        if operands and isinstance(operands[0], _Reference):
-            return [operands[0]] * len(op.results)  # a view, if a memref at all
+        if any(isinstance(known, _Reference) for known in operands):
+            views = [str(result.type).startswith("memref") for result in op.results]
+            return [operands[0] if view else None for view in views]  # else what it reads from memory
         if None in operands or op.name not in (*_BINARY, *_SAME, "arith.cmpi"):
             return unknown
         if op.name in _SAME:
