@@ -36,5 +36,5 @@ $(STAMP): requirements.txt requirements.lock pyproject.toml
 
 lock: requirements.txt pyproject.toml
 	uv pip compile --quiet --universal --upgrade --python-version 3.11 pyproject.toml \
-		--extra dev --extra beam --extra cuda12 --extra cuda13 --extra tpu \
+		--extra dev --extra beam --extra gcs --extra cuda12 --extra cuda13 --extra tpu \
 		--custom-compile-command "make lock" -o requirements.lock

@@ -11,6 +11,8 @@ from etils import epath
 
 from structvit_jax.errors import UserError
 
+_CLIENTS = ("gcsfs", "aiohttp", "google")  # whose exceptions are a bucket's failures
+
 
 def is_bucket(path: epath.Path) -> bool:
     return "://" in str(path)
@@ -64,10 +66,14 @@ def naming_failures(workdir: epath.Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise unusable(error.filename or workdir, error.strerror or str(error), workdir) from error
+    except Exception as error:
+        if type(error).__module__.split(".")[0] not in _CLIENTS:
+            raise
+        raise unusable(workdir, str(error) or type(error).__name__, workdir) from error
 
 
 def unusable(place: Any, reason: str, workdir: epath.Path) -> UserError:
     return UserError(
-        f"{place} cannot be used: {' '.join(reason.split())[:300]}. What was saved before in {workdir} is as it"
-        " was; mend that and the same command goes on, or choose another --workdir"
+        f"{place} cannot be used: {' '.join(reason.split())[:300]}. What was saved before in {workdir} is as"
+        " it was; mend that and the same command goes on, or choose another --workdir"
     )
