@@ -21,6 +21,9 @@ def default_config() -> ml_collections.ConfigDict:
     """
     config = ml_collections.ConfigDict()
     config.init_from = ""  # a checkpoint directory of ours to take weights from; "" starts fresh
+    config.topologies = ()  # for --mode=plan: TPUs to plan for, as "v5e:2x4"; none is this machine
+    config.device_batch = 0  # for --mode=plan: examples a device, in place of data.batch_size
+    config.device_memory = ""  # for --mode=plan: of a device, as "24GB"; finds the largest batch that fits
     config.profile = ""  # "START:STOP": steps whose profile is written to WORKDIR/profile
 
     config.model = model = ml_collections.ConfigDict()

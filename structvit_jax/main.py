@@ -1,6 +1,6 @@
-"""Trains, evaluates or shows a configuration, or draws its data.
+"""Trains, evaluates, shows or plans a configuration, or draws its data.
 
-    python -m structvit_jax.main --config=configs/moving_digits.py [--mode=train|eval|show|data]
+    python -m structvit_jax.main --config=configs/moving_digits.py [--mode=train|eval|show|plan|data]
         [--workdir=DIR] [--config.section.key=value ...]
 
 The same command resumes a run that was interrupted.
@@ -24,7 +24,7 @@ from structvit_jax.errors import UserError, did_you_mean, exit_in_one_line
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file, as configs/moving_digits.py.")
 _MODE = flags.DEFINE_enum(
-    "mode", "train", ["train", "eval", "show", "data"], "What to do with the configuration."
+    "mode", "train", ["train", "eval", "show", "plan", "data"], "What to do with the configuration."
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; by default runs/NAME.")
 
@@ -35,17 +35,26 @@ def main(argv: Sequence[str]) -> None:
     config = _CONFIG.value
     check_config(config)
     dataset = data.load(config.data, config.augment, config.train.seed)
-    from structvit_jax import sheet, show  # imported here, so that a mistake in the flags is told at once
+    from structvit_jax import (  # imported here, so that a mistake in the flags is told at once
+        plan,
+        sheet,
+        show,
+    )
     from structvit_jax.training import loop, mesh, processes
 
     if _MODE.value in ("train", "eval"):
         processes.join(config.mesh.heartbeat)
+    if _MODE.value == "plan":
+        plan.pretend_devices(config)
     mesh.select_devices(config.mesh.device)
     mesh.use_compilation_cache(config.mesh.compilation_cache)
     if _MODE.value == "show":
         print(show.describe(config, dataset))
         return
     workdir = epath.Path(_WORKDIR.value or os.path.join("runs", _config_path(sys.argv).stem))
+    if _MODE.value == "plan":
+        print(plan.describe(config, dataset, workdir))
+        return
     if _MODE.value == "data":
         path = workdir / "batch.png"
         print(f"{path}: {sheet.write(config, dataset, path)} rows of the first batch, as the model gets them")

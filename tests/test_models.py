@@ -201,6 +201,8 @@ def test_scanned_and_rematerialised_blocks_are_the_same_model(name, depths):
         return jax.jit(gradient)(*arrays, jax.random.key(0)), program
 
     plain, program = train()
+    model = create_model(name, num_classes=4, depths=depths, scan_blocks=True)
+    assert jax.jit(lambda x: model(x))(x).shape == (3, 4)  # weights that the program closes over
     for overrides in ({"scan_blocks": True}, {"remat": "dots"}, {"scan_blocks": True, "remat": "full"}):
         other, its_program = train(**overrides)
         if overrides == {"scan_blocks": True}:

@@ -9,12 +9,13 @@ from typing import Any
 
 from structvit_jax.data.digits import Digits, MovingDigits
 from structvit_jax.data.index import read_splits
+from structvit_jax.data.noise import Noise
 from structvit_jax.data.pipeline import WHOLE, Batch, Problem, Share, test_batches, train_batches
 from structvit_jax.data.reader import Reader, Source
 from structvit_jax.errors import UserError, did_you_mean
 
 BUILT_IN: dict[str, Callable[[str, int, int], Source]] = {"moving_digits": MovingDigits, "digits": Digits}
-SOURCES = (*BUILT_IN, "folder", "tfds:NAME")
+SOURCES = (*BUILT_IN, "folder", "tfds:NAME", "noise:CLASSES")
 
 
 class Dataset:
@@ -137,6 +138,8 @@ def load(data: Mapping[str, Any], augment: Mapping[str, Any], seed: int = 0) -> 
         train, test = make("train", options.train_examples, seed), make("test", options.test_examples, seed)
     elif name == "folder":
         train, test = _open_folder(options.root, *splits, video=options.frames > 0)
+    elif name.startswith("noise:"):
+        train, test = (Noise(name, split, options, seed) for split in ("train", "test"))
     elif name.startswith("tfds:"):
         from structvit_jax.data import records  # imported here: TFDS takes seconds
 

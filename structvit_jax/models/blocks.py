@@ -122,7 +122,8 @@ def run_blocks(
 
     Scanned, they are compiled once whatever their number; `place` is applied to what each returns.
     """
-    if v.remat == "none" and not (v.scan_blocks and len(blocks) > 1):
+    scanned = v.scan_blocks and len(blocks) > 1
+    if v.remat == "none" and not scanned:
         for block, rate, key in zip(blocks, rates, keys, strict=True):
             x = place(block(x, rate, key))
         return x
@@ -135,8 +136,8 @@ def run_blocks(
         return place(block(x, rate, key)), nnx.state(block, nnx.BatchStat)
 
     if v.remat != "none":
-        apply = jax.checkpoint(apply, policy=REMAT_POLICIES[v.remat], prevent_cse=not v.scan_blocks)
-    if v.scan_blocks and len(blocks) > 1:
+        apply = jax.checkpoint(apply, policy=REMAT_POLICIES[v.remat], prevent_cse=not scanned)
+    if scanned:
         stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *states)
         rows = jnp.array(rates, jnp.float32) if any(rates) else None, None if keys[0] is None else keys
         with jax.named_scope(f"times{len(blocks)}"):
@@ -147,6 +148,7 @@ def run_blocks(
         for state, rate, key in zip(states, rates, keys, strict=True):
             x, new = apply(x, state, rate, key)
             stats.append(new)
-    for block, new in zip(blocks, stats, strict=True):
-        nnx.update(block, new)
+    if not blocks[0].drop_path.deterministic:  # in evaluation no statistics change
+        for block, new in zip(blocks, stats, strict=True):
+            nnx.update(block, new)
     return x

@@ -126,8 +126,9 @@ class UniFormer(Network):
         self._check(x)
         rows, maps = self._rows(self.variant.depths, key), []
         for stage, (rates, keys) in enumerate(rows, start=1):
-            x = place(getattr(self, f"patch_embed{stage}")(x))
-            x = run_blocks(getattr(self, f"blocks{stage}"), x, rates, keys, self.variant, place)
+            with jax.named_scope(f"stage{stage}"):
+                x = place(getattr(self, f"patch_embed{stage}")(x))
+                x = run_blocks(getattr(self, f"blocks{stage}"), x, rates, keys, self.variant, place)
             maps.append(x)
         return tuple(maps)
 
@@ -186,9 +187,10 @@ class DeiT(Network):
         ends = [math.ceil(len(self.blocks) * quarter / 4) for quarter in range(5)]
         quarters = [end - start for start, end in itertools.pairwise(ends)]
         maps = []
-        for start, (rates, keys) in zip(ends, self._rows(quarters, key), strict=False):
-            row = self.blocks[start : start + len(rates)]
-            x = run_blocks(row, x, rates, keys, self.variant, place)
+        for quarter, (rates, keys) in enumerate(self._rows(quarters, key)):
+            row = self.blocks[ends[quarter] : ends[quarter + 1]]
+            with jax.named_scope(f"quarter{quarter + 1}"):
+                x = run_blocks(row, x, rates, keys, self.variant, place)
             maps.append(x)
         return tuple(maps)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 import time
 from collections.abc import Iterator
@@ -13,10 +14,12 @@ import jax.numpy as jnp
 import ml_collections
 
 from structvit_jax.errors import UserError
+from structvit_jax.models.operations import operations
+from structvit_jax.models.weights import split
 from structvit_jax.training.log import say
 from structvit_jax.training.placement import abstract, batch_sharding
 from structvit_jax.training.run import Run
-from structvit_jax.training.step import TrainState, make_train_step
+from structvit_jax.training.step import TrainState, fresh_state, make_train_step
 
 
 def compile_train_step(run: Run, state: TrainState) -> Any:
@@ -33,6 +36,19 @@ def lower_train_step(run: Run, state: Any) -> Any:
     """The train step for the run's mesh, of which only shapes are needed: `state` may be abstract."""
     step_fn = make_train_step(run.model, run.optimizer, run.schedule, run.config, run.mesh, state)
     return step_fn.lower(abstract(state, run.mesh), abstract_batch(run))
+
+
+def traced_operations(run: Run) -> float:
+    """Operations of a train step on all devices, see `models.operations`."""
+    state = abstract_state(run)
+    step_fn = make_train_step(run.model, run.optimizer, run.schedule, run.config, run.mesh, state)
+    return operations(step_fn, state, abstract_batch(run))
+
+
+def abstract_state(run: Run) -> TrainState:
+    """Shapes and places of the state of a run, of which nothing is computed."""
+    weights = split(run.model)[1]
+    return abstract(jax.eval_shape(functools.partial(fresh_state, run.optimizer), weights), run.mesh)
 
 
 def abstract_batch(run: Run) -> dict[str, jax.ShapeDtypeStruct]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -31,12 +32,14 @@ class TrainState(NamedTuple):
 def init_state(weights: Weights, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """The state before the first step, placed on the mesh; every process brings the same weights."""
 
-    def init(weights):
-        return TrainState(jnp.zeros((), jnp.int32), weights, optimizer.init(weights.params))
-
+    init = functools.partial(fresh_state, optimizer)
     shardings = state_sharding(mesh, jax.eval_shape(init, weights))
     weights = put_whole(weights, shardings.weights)
     return jax.jit(init, in_shardings=(shardings.weights,), out_shardings=shardings)(weights)
+
+
+def fresh_state(optimizer: optax.GradientTransformation, weights: Weights) -> TrainState:
+    return TrainState(jnp.zeros((), jnp.int32), weights, optimizer.init(weights.params))
 
 
 def make_train_step(
@@ -73,7 +76,8 @@ def make_train_step(
     def gradients(weights, batch, step):
         """Loss, top1, new statistics and gradients of a batch, in as many parts as configured."""
         drop_key, augment_key = step_keys(config, step)
-        inputs, targets = prepare_batch(augment_key, batch, weights.params["head.bias"].size, config)
+        with jax.named_scope("augment"):
+            inputs, targets = prepare_batch(augment_key, batch, weights.params["head.bias"].size, config)
         whole = {"inputs": inputs, "targets": targets, "labels": batch["labels"], "mask": batch["mask"]}
         value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
         if config.train.accumulate == 1:
@@ -98,7 +102,8 @@ def make_train_step(
         loss, top1, stats, grads = gradients(state.weights, batch, state.step)
         grads = jax.lax.with_sharding_constraint(grads, shardings.weights.params)
         lr, grad_norm = schedule(state.step), optax.tree.norm(grads)
-        updates, opt_state = optimizer.update(grads, state.optimizer, state.weights.params)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state.optimizer, state.weights.params)
         params = jax.tree.map(lambda param, update: param - lr * update, state.weights.params, updates)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         new, old = (Weights(params, stats), opt_state), (state.weights, state.optimizer)

@@ -1,0 +1,41 @@
+"""Noise in the shape of a data set that is not here: to plan for it, and to time steps without reading."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from structvit_jax.data.media import Decoded
+from structvit_jax.errors import UserError
+
+
+class Noise:
+    """Clips or images of random pixels, labels in turn. There is nothing to learn in them.
+
+    The name is "noise:CLASSES"; every example has just the frames and pixels that the configuration takes.
+    """
+
+    def __init__(self, name: str, split: str, data: Any, seed: int):
+        classes, examples = name.removeprefix("noise:"), data.train_examples
+        if split == "test":
+            examples = data.test_examples
+        if not classes.isdigit() or not int(classes):
+            raise UserError(f"config.data.name is {name!r}; write noise:CLASSES, as noise:400")
+        if examples < 1:
+            raise UserError(f"noise is made on the fly: config.data.{split}_examples says how much")
+        self.class_names = tuple(f"class {number}" for number in range(int(classes)))
+        side = max(data.size, data.short_side)
+        self._shape = (max(data.frames, 1) * data.stride, side, side, 3)
+        self._split, self._examples = split, examples
+        self._entropy = (seed, split == "test")
+
+    def __len__(self) -> int:
+        return self._examples
+
+    def id(self, index: int) -> str:
+        return f"noise/{self._split}/{index}"
+
+    def open(self, index: int) -> tuple[Decoded, int]:
+        pixels = np.random.default_rng((*self._entropy, index)).integers(0, 256, self._shape, np.uint8)
+        return Decoded(pixels), index % len(self.class_names)

@@ -1,0 +1,256 @@
+"""What a configuration will take, before it is paid for: the text of `--mode=plan`.
+
+The real train step is compiled, for this machine's devices or ahead of time for TPUs that are not there,
+and its program is asked for memory and traffic. Times follow from data sheets alone: the largest of
+arithmetic, memory traffic and traffic between chips, as if each ran at its full rate beside the others. So
+the efficiency that is printed is an upper bound, and no measurement.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+import math
+import os
+import re
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import ml_collections
+from etils import epath
+from jax.experimental import topologies
+
+from structvit_jax import traffic
+from structvit_jax.config import model_arguments
+from structvit_jax.errors import UserError, did_you_mean
+from structvit_jax.models import cost
+from structvit_jax.training.log import say
+from structvit_jax.training.mesh import check_batch, make_mesh
+from structvit_jax.training.program import abstract_state, lower_train_step, traced_operations
+from structvit_jax.training.run import Run
+
+_FOLDER = "plan"  # of the workdir: the compiled programs' texts
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What the data sheet says of one chip (cloud.google.com/tpu/docs, November 2026)."""
+
+    flops: float  # bfloat16 operations a second
+    memory: float  # bytes
+    bandwidth: float  # bytes a second between memory and chip
+    links: float  # bytes a second that it sends to other chips, over all its links
+
+
+CHIPS = {
+    "v5e": Chip(197e12, 16e9, 819e9, 200e9),
+    "v5p": Chip(459e12, 95e9, 2765e9, 600e9),
+}
+# Of the topologies of the data sheets, those with 1, 8, 64 and 256 chips; any other shape works too.
+EXAMPLES = ("v5e:1x1", "v5e:2x4", "v5e:8x8", "v5e:16x16", "v5p:1x1x1", "v5p:2x2x2", "v5p:4x4x4", "v5p:4x8x8")
+
+
+@dataclasses.dataclass(frozen=True)
+class Figures:
+    """Of one device in one step; bytes and operations."""
+
+    batch: int  # examples on all devices
+    memory: float  # that the program needs: weights, state, batch and temporaries
+    operations: float  # those of matrix products and convolutions, recomputation included
+    useful: float  # three times the forward pass's, by `cost`
+    hbm: float
+    sent: float
+
+
+def describe(config: ml_collections.ConfigDict, data: Any, workdir: epath.Path) -> str:
+    """The text of `--mode=plan`, and the programs' texts in WORKDIR/plan.
+
+    Raises:
+      UserError: an unknown topology, or a configuration that does not fit its devices.
+    """
+    lines = [_plan(config, data, workdir, target) for target in list(config.topologies) or ["here"]]
+    return "\n".join(lines)
+
+
+def _plan(config: ml_collections.ConfigDict, data: Any, workdir: epath.Path, target: str) -> str:
+    devices, note = _devices(target)
+    chip = None if note else CHIPS.get(target.split(":")[0])
+    path = workdir / _FOLDER / f"{target.replace(':', '_')}.txt"
+    measure = functools.cache(functools.partial(_measure, config, data, devices, path))
+    lines = [f"{target}: {len(devices)} x {devices[0].device_kind}{note}"]
+    batch = config.device_batch * len(devices) or config.data.batch_size
+    if config.device_memory:
+        memory, least = read_size(config.device_memory), len(devices) * config.train.accumulate
+        batch = largest_batch(lambda size: measure(size).memory, memory, least, first=batch)
+        lines.append(_advice(config, batch, memory))
+    return "\n  ".join([*lines, *_tell(measure(batch), len(devices), chip)])
+
+
+def _devices(target: str) -> tuple[list, str]:
+    """The devices of a topology, and what they are not."""
+    if target == "here":
+        return jax.devices(), ""
+    generation, _, shape = target.partition(":")
+    if generation not in CHIPS or not re.fullmatch(r"\d+(x\d+)*", shape):
+        raise UserError(f"unknown topology {target!r}.{did_you_mean(target, EXAMPLES)}")
+    chips = math.prod(map(int, shape.split("x")))
+    if importlib.util.find_spec("libtpu") is None:
+        if len(jax.devices("cpu")) < chips:
+            raise UserError(f"{target}: needs libtpu (pip install 'jax[tpu]')")
+        return jax.devices("cpu")[:chips], " in the place of TPUs: libtpu is not installed ('jax[tpu]')"
+    for name, value in _WITHOUT_TPU.items():
+        os.environ.setdefault(name, value)
+    options = {"chips_per_host_bounds": (1, 1, 1)} if chips == 1 else {}
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=target, **options).devices), ""
+    except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
+        hint = did_you_mean(target, EXAMPLES)
+        raise UserError(f"libtpu has no topology {target!r} ({error}).{hint}") from error
+
+
+# What lets libtpu compile on a machine that has no TPU.
+_WITHOUT_TPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
+def pretend_devices(config: ml_collections.ConfigDict) -> None:
+    """Before JAX opens a device: as many fake ones as the largest topology has, where libtpu is missing."""
+    if config.topologies and importlib.util.find_spec("libtpu") is None:
+        sizes = [math.prod(map(int, re.findall(r"\d+", t.partition(":")[2]))) for t in config.topologies]
+        jax.config.update("jax_num_cpu_devices", max(sizes))
+
+
+def _measure(
+    config: ml_collections.ConfigDict, data: Any, devices: list, path: epath.Path, batch: int
+) -> Figures:
+    """Compiles the train step for these devices and takes its program apart."""
+    config = config.copy_and_resolve_references()
+    config.data.batch_size = batch
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, devices)
+    check_batch(mesh, "data.batch_size", batch, config.train.accumulate)
+    run = Run.prepare(config, data, mesh)
+    say(f"compiling the train step for {len(devices)} x {devices[0].device_kind}, {batch} examples ...")
+    started = time.monotonic()
+    lowered, made = lower_train_step(run, abstract_state(run)), traced_operations(run)
+    arguments = model_arguments(config)
+    forward = cost(arguments.pop("name"), data.shape, len(data.class_names), **arguments).macs
+    useful = 3 * 2 * forward * batch / len(devices)
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        used = re.search(r"Used ([\d.]+)([KMGT])", str(error))
+        if "RESOURCE_EXHAUSTED" not in str(error) or not used:
+            raise
+        memory = float(used[1]) * 1024 ** (1 + "KMGT".index(used[2]))
+        return Figures(batch, memory, made / len(devices), useful, math.nan, math.nan)
+    say(f"compiled in {time.monotonic() - started:.0f} s")
+    text, sizes = compiled.as_text(), compiled.memory_analysis()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    memory = (
+        sizes.argument_size_in_bytes
+        + sizes.output_size_in_bytes
+        - sizes.alias_size_in_bytes
+        + sizes.temp_size_in_bytes
+        + sizes.generated_code_size_in_bytes
+    )
+    moved = traffic.count(text)
+    return Figures(batch, memory, made / len(devices), useful, moved.hbm, moved.sent)
+
+
+def _tell(figures: Figures, devices: int, chip: Chip | None) -> list[str]:
+    """A device's figures in words; with a data sheet also the times that they imply."""
+    per = figures.batch / devices
+    capacity = f" of {chip.memory / 1e9:.0f} GB" if chip else ""
+    fits = " DOES NOT FIT" if chip and figures.memory > chip.memory else ""
+    lines = [
+        f"batch {figures.batch}, {per:g} a device",
+        f"memory {figures.memory / 1e9:.2f} GB{capacity}{fits}",
+        f"operations {figures.operations / 1e12:.3f} T ({figures.useful / 1e12:.3f} T without recomputation),"
+        f" {figures.operations / per / 1e9:.1f} G an example",
+    ]
+    if math.isnan(figures.hbm):
+        return lines
+    lines += [
+        f"memory traffic {figures.hbm / 1e9:.3f} GB, {figures.hbm / per / 1e6:.0f} MB an example",
+        f"sent to other devices {figures.sent / 1e6:.1f} MB",
+    ]
+    if chip:
+        times = {
+            "arithmetic": figures.operations / chip.flops,
+            "memory": figures.hbm / chip.bandwidth,
+            "links": figures.sent / chip.links,
+        }
+        bound = max(times, key=times.__getitem__)
+        by = ", ".join(f"{name} {1e3 * seconds:.2f} ms" for name, seconds in times.items())
+        share = figures.useful / chip.flops / times[bound]
+        lines += [
+            f"time by data sheet: {by}: bound by {bound}",
+            f"at most {figures.batch / times[bound]:.0f} examples/s on all, {share:.1%} of peak arithmetic",
+        ]
+    return lines
+
+
+def read_size(text: str) -> float:
+    """Bytes in "24GB" or "16GiB".
+
+    Raises:
+      UserError: it is neither.
+    """
+    match = re.fullmatch(r"\s*([\d.]+)\s*([KMGT])(i?)B?\s*", text)
+    if not match:
+        raise UserError(f"config.device_memory is {text!r}; write 24GB, or 16GiB")
+    return float(match[1]) * (1024 if match[3] else 1000) ** (1 + "KMGT".index(match[2]))
+
+
+def largest_batch(needs: Callable[[int], float], memory: float, least: int, *, first: int) -> int:
+    """The largest multiple of `least` whose program needs no more than `memory` bytes.
+
+    Memory grows about linearly, so two programs tell where to look; neighbours are compiled until one fits
+    and the next does not.
+
+    Raises:
+      UserError: not even `least` fits.
+    """
+    known: dict[int, bool] = {}
+    points: dict[int, float] = {}
+
+    def fits(units: int) -> bool:
+        if units not in known:
+            points[units] = needs(units * least)
+            known[units] = points[units] <= memory
+        return known[units]
+
+    units = max(1, first // least)
+    fits(units)
+    if len(points) == 1:
+        fits(max(1, units // 2) if units > 1 else 2)
+    (a, at_a), (b, at_b) = sorted(points.items())[:2]
+    slope = (at_b - at_a) / (b - a)
+    guess = int((memory - at_a) / slope) + a if slope > 0 else b
+    guess = max(1, guess)
+    while not fits(guess):
+        if guess == 1:
+            raise UserError(
+                f"not even {least} examples fit into {memory / 1e9:.1f} GB: they need"
+                f" {points[1] / 1e9:.1f} GB; set config.model.remat"
+            )
+        guess = min(guess - 1, int(guess * memory / points[guess])) or 1
+    while known.get(guess + 1) is not False and fits(guess + 1):
+        guess += 1
+    return guess * least
+
+
+def _advice(config: ml_collections.ConfigDict, batch: int, memory: float) -> str:
+    lr = config.optimizer.lr * batch / config.data.batch_size
+    return (
+        f"largest batch in {memory / 1e9:.1f} GB a device: --config.data.batch_size={batch}"
+        f" --config.optimizer.lr={lr:.3g} (the linear scaling rule: in proportion to the batch)"
+    )
