@@ -94,7 +94,7 @@ def _devices(target: str) -> tuple[list, str]:
     if target == "here":
         return jax.devices(), ""
     generation, _, shape = target.partition(":")
-    if generation not in CHIPS or not re.fullmatch(r"\d+(x\d+)*", shape):
+    if generation not in CHIPS or not re.fullmatch(r"\d+x\d+(x\d+)?", shape):
         raise UserError(f"unknown topology {target!r}.{did_you_mean(target, EXAMPLES)}")
     chips = math.prod(map(int, shape.split("x")))
     if importlib.util.find_spec("libtpu") is None:
@@ -213,39 +213,31 @@ def read_size(text: str) -> float:
 def largest_batch(needs: Callable[[int], float], memory: float, least: int, *, first: int) -> int:
     """The largest multiple of `least` whose program needs no more than `memory` bytes.
 
-    Memory grows about linearly, so two programs tell where to look; neighbours are compiled until one fits
-    and the next does not.
+    Memory grows about linearly, so the two programs nearest to the limit tell where to look next.
 
     Raises:
       UserError: not even `least` fits.
     """
-    known: dict[int, bool] = {}
-    points: dict[int, float] = {}
-
-    def fits(units: int) -> bool:
-        if units not in known:
-            points[units] = needs(units * least)
-            known[units] = points[units] <= memory
-        return known[units]
-
-    units = max(1, first // least)
-    fits(units)
-    if len(points) == 1:
-        fits(max(1, units // 2) if units > 1 else 2)
-    (a, at_a), (b, at_b) = sorted(points.items())[:2]
-    slope = (at_b - at_a) / (b - a)
-    guess = int((memory - at_a) / slope) + a if slope > 0 else b
-    guess = max(1, guess)
-    while not fits(guess):
-        if guess == 1:
+    known: dict[int, float] = {}  # by multiples of `least`: what a program needs
+    low, high, guess = 0, math.inf, max(1, first // least)
+    while high - low > 1:
+        known[guess] = needs(guess * least)
+        low, high = (guess, high) if known[guess] <= memory else (low, guess)
+        if high == 1:
             raise UserError(
                 f"not even {least} examples fit into {memory / 1e9:.1f} GB: they need"
-                f" {points[1] / 1e9:.1f} GB; set config.model.remat"
+                f" {known[1] / 1e9:.1f} GB; set config.model.remat"
             )
-        guess = min(guess - 1, int(guess * memory / points[guess])) or 1
-    while known.get(guess + 1) is not False and fits(guess + 1):
-        guess += 1
-    return guess * least
+        if len(known) == 1:
+            guess = 2 * guess if low else max(1, guess // 2)
+            continue
+        near = sorted(known, key=lambda units: abs(known[units] - memory))[:2]
+        slope = (known[near[0]] - known[near[1]]) / (near[0] - near[1])
+        guess = near[0] + math.floor((memory - known[near[0]]) / slope) if slope > 0 else 2 * max(known)
+        if math.isfinite(high) and len(known) % 3 == 0:  # where growth is uneven
+            guess = (low + int(high)) // 2
+        guess = int(min(max(guess, low + 1), high - 1))
+    return low * least
 
 
 def _advice(config: ml_collections.ConfigDict, batch: int, memory: float) -> str:

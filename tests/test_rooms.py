@@ -36,7 +36,11 @@ ROOMS = {
         {"training", "models", "config", "errors", ""},
     ),
     "show": ({"ml_collections"}, {"models", "config"}),
-    "main": ({"absl", "etils", "ml_collections"}, {"data", "config", "errors", "training", "show", "sheet"}),
+    "plan": ({"jax", "etils", "ml_collections"}, {"training", "models", "config", "traffic", "errors"}),
+    "main": (
+        {"absl", "etils", "ml_collections"},
+        {"data", "config", "errors", "training", "show", "plan", "sheet"},
+    ),
     "traffic": ({"jaxlib"}, {"traffic", "errors"}),
     "errors": (set(), set()),
     "__init__": (set(), set()),

@@ -1,0 +1,140 @@
+"""Planning: operations as traced, memory and traffic of compiled programs, the largest batch."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import pytest
+from conftest import ROOT
+
+from structvit_jax import cost, data, plan, traffic
+from structvit_jax.config import default_config, model_arguments
+from structvit_jax.errors import UserError
+from structvit_jax.models.operations import operations
+from structvit_jax.training.mesh import make_mesh
+from structvit_jax.training.program import abstract_state, lower_train_step, traced_operations
+from structvit_jax.training.run import Run
+
+QUICK = [
+    "--config=configs/moving_digits.py",
+    "--config.model.name=deit_tiny_struct_1_video",
+    "--config.model.widths=(16,)",
+    "--config.data.batch_size=16",
+    "--mode=plan",
+]
+
+
+def test_operations_by_hand():
+    a, b = jnp.zeros((3, 4, 5)), jnp.zeros((3, 5, 6))
+    assert operations(jnp.matmul, a, b) == 2 * 3 * 4 * 5 * 6
+    loop = lambda x: jax.lax.scan(lambda c, _: (c @ c, None), x, length=7)[0]  # noqa: E731
+    assert operations(loop, jnp.zeros((5, 5))) == 7 * 2 * 5**3
+    again = jax.grad(lambda x: jax.checkpoint(lambda x: jnp.sin(x @ x) @ x)(x).sum())
+    assert operations(again, jnp.zeros((5, 5))) == (2 + 1 + 4) * 2 * 5**3  # the product inside sin, twice
+    choice = lambda p, x: jax.lax.cond(p, lambda x: x @ x, lambda x: x, x)  # noqa: E731
+    assert operations(choice, True, jnp.zeros((5, 5))) == 2 * 5**3
+
+
+@pytest.mark.parametrize(
+    ("stride", "padding", "pairs"), [(1, 1, 3 * 8 - 2), (2, 1, 3 * 4 - 1), (2, 0, 3 * 3)]
+)
+def test_operations_of_convolutions_leave_zeros_out(stride, padding, pairs):
+    """By hand along one axis of 8; and each gradient multiplies what the forward pass does."""
+    x, kernel = jnp.zeros((2, 8, 1, 6)), jnp.zeros((3, 1, 3, 10))
+
+    def convolve(x, kernel):
+        return jax.lax.conv_general_dilated(
+            x, kernel, (stride, 1), [(padding, padding), (0, 0)],
+            dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=2,
+        )  # fmt: skip
+
+    forward = 2 * pairs * 2 * 3 * 10
+    assert operations(convolve, x, kernel) == forward
+    for argument in (0, 1):
+        gradient = jax.grad(lambda *args: convolve(*args).sum(), argument)
+        assert operations(gradient, x, kernel) == pytest.approx(2 * forward)
+
+
+def a_run(name, shape, classes, **model):
+    """A run on one device for data that are not there."""
+    config = default_config()
+    config.model.name, config.data.batch_size = name, 8
+    config.model.update(model)
+    source = types.SimpleNamespace(
+        shape=shape, class_names=[str(i) for i in range(classes)], rows_per_epoch=800
+    )
+    return Run.prepare(config, source, make_mesh(1, 1, jax.devices()[:1]))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [("structvit_s_4_1", (224, 224, 3)), ("structvit_s_4_1_video", (16, 224, 224, 3))]
+)
+def test_a_step_takes_three_times_the_forward_pass(name, shape):
+    run = a_run(name, shape, 400, scan_blocks=True)
+    arguments = model_arguments(run.config)
+    forward = 2 * 8 * cost(arguments.pop("name"), shape, 400, **arguments).macs
+    assert traced_operations(run) == pytest.approx(3 * forward, rel=0.02)
+    again = traced_operations(a_run(name, shape, 400, scan_blocks=True, remat="full"))
+    assert 3.5 * forward < again < 4 * forward
+
+
+def test_read_size():
+    assert plan.read_size("24GB") == 24e9 and plan.read_size(" 1.5 GiB ") == 1.5 * 2**30
+    with pytest.raises(UserError, match=r"config\.device_memory is '24'; write 24GB"):
+        plan.read_size("24")
+
+
+@pytest.mark.parametrize("first", [1, 8, 64, 5000])
+def test_the_largest_batch(first):
+    """It fits and the next does not, for memory that grows unevenly, with few programs compiled."""
+    asked = []
+
+    def needs(batch):
+        asked.append(batch)
+        return 1000 + 17 * batch + 50 * (batch // 64)
+
+    for least in (1, 8):
+        asked.clear()
+        best = plan.largest_batch(needs, 9000, least, first=first)
+        assert best % least == 0 and needs(best) <= 9000 < needs(best + least)
+        assert len(asked) <= 10
+    with pytest.raises(UserError, match="not even 8 examples fit"):
+        plan.largest_batch(needs, 1100, 8, first=first)
+
+
+def test_the_command_finds_the_largest_batch(command, tmp_path):
+    process = command(*QUICK, "--config.device_memory=20MB", f"--workdir={tmp_path}")
+    assert process.returncode == 0, process.stderr
+    (line,) = [line for line in process.stdout.splitlines() if "largest batch" in line]
+    batch = int(line.split("--config.data.batch_size=")[1].split()[0])
+    assert f"--config.optimizer.lr={3e-3 * batch / 16:.3g} " in line
+    sizes = [line for line in process.stdout.splitlines() if line.strip().startswith("memory ")]
+    assert 10 < 1000 * float(sizes[0].split()[1]) <= 20
+    assert (tmp_path / "plan" / "here.txt").read_text().startswith("HloModule")
+
+
+def test_topologies(command, tmp_path):
+    """TPUs that are not there; without libtpu the program is one for fake devices, and that is said."""
+    process = command(*QUICK, "--config.topologies=('v5e:2x4',)", f"--workdir={tmp_path}")
+    assert process.returncode == 0, process.stderr
+    assert "v5e:2x4: 8 x" in process.stdout and "batch 16, 2 a device" in process.stdout
+    try:
+        import libtpu  # noqa: F401
+
+        assert "at most" in process.stdout
+    except ImportError:
+        assert "libtpu is not installed" in process.stdout and "at most" not in process.stdout
+    wrong = command(*QUICK, "--config.topologies=('v5e:2by4',)", f"--workdir={tmp_path}")
+    assert wrong.returncode == 2 and "unknown topology 'v5e:2by4'. Did you mean 'v5e:2x4'" in wrong.stderr
+
+
+def test_traffic_of_the_default_model_stays_in_its_band():
+    """The program for CPUs, of the default train step: a figure without noise. A change that moves it
+    should move it down, and this band with it."""
+    namespace: dict = {}
+    exec((ROOT / "configs" / "moving_digits.py").read_text(), namespace)
+    config = namespace["get_config"]()
+    run = Run.prepare(config, data.load(config.data, config.augment), make_mesh(1, 1, jax.devices()[:1]))
+    moved = traffic.count(lower_train_step(run, abstract_state(run)).compile().as_text())
+    print(f"{moved.hbm / 64 / 1e6:.2f} MB an example")
+    assert 28 < moved.hbm / 64 / 1e6 < 36
