@@ -55,23 +55,26 @@ class Traffic(NamedTuple):
         return self.read + self.written
 
 
-def count(text: str, *, trips: Mapping[str, int] | None = None, depth: int = 1) -> Traffic:
+def count(
+    text: str, *, trips: Mapping[str, int] | None = None, unknown: int | None = None, depth: int = 1
+) -> Traffic:
     """Counts a compiled program.
 
     Args:
       text: what `compiled.as_text()` returns.
       trips: how often loops run, by the name of their while instruction; for those where the text does
         not say (an optimisation that ends on a tolerance, say).
+      unknown: how often such loops run that `trips` does not name; without it they are an error.
       depth: how many name scopes make a part.
 
     Raises:
       UserError: text that is no such program, a loop without a count, or an operation that is not known.
     """
     program = parse(text)
-    counter = _Counter(program, dict(trips or {}), depth)
+    counter = _Counter(program, dict(trips or {}), unknown, depth)
     parts = counter.walk(program.entry, [None] * len(program.entry.parameters), "")
-    if unknown := counter.trips.keys() - counter.loops:
-        raise UserError(f"the program has no loop named {' or '.join(map(repr, sorted(unknown)))}")
+    if strange := counter.trips.keys() - counter.loops:
+        raise UserError(f"the program has no loop named {' or '.join(map(repr, sorted(strange)))}")
     largest = sorted(parts.items(), key=lambda item: -(item[1].read + item[1].written))
     totals = _total(parts.values())
     return Traffic(*totals, dict(largest))
@@ -93,8 +96,8 @@ _FREE_CALLS = ("AllocateBuffer", "ConcatBitcast")
 class _Counter:
     """Walks the computations that are run one by one, and adds up what their instructions move."""
 
-    def __init__(self, program: Program, trips: dict[str, int], depth: int):
-        self.program, self.trips, self.depth = program, trips, depth
+    def __init__(self, program: Program, trips: dict[str, int], unknown: int | None, depth: int):
+        self.program, self.trips, self.unknown, self.depth = program, trips, unknown, depth
         self.loops: set[str] = set()  # those met
 
     def walk(self, computation: Computation, arguments: list, outer: str) -> Parts:
@@ -134,6 +137,7 @@ class _Counter:
         self.loops.add(op.name)
         count = self.trips.get(op.name)
         count = loops.trips(op, scalars) if count is None else count
+        count = self.unknown if count is None else count
         if count is None:
             raise UserError(
                 f"the text does not say how often the loop %{op.name} ({op.op_name or 'no name'}) runs:"

@@ -1,6 +1,6 @@
 """Prints what a compiled program moves, from its text.
 
-python -m structvit_jax.traffic PROGRAM.txt [--parts N] [--depth N] [--trips LOOP=N ...]
+python -m structvit_jax.traffic PROGRAM.txt [--parts N] [--depth N] [--trips LOOP=N ...] [--unknown N]
 
 PROGRAM.txt is what compiled.as_text() returns.
 """
@@ -31,10 +31,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         metavar="LOOP=N",
         help="how often a loop runs; may be repeated",
     )
+    parser.add_argument("--unknown", type=int, metavar="N", help="how often other loops run that do not say")
     args = parser.parse_args(argv)
     with exit_in_one_line():
         trips = dict(map(_trip, args.trips))
-        print(table(count(_read(args.program), trips=trips, depth=args.depth), args.parts))
+        traffic = count(_read(args.program), trips=trips, unknown=args.unknown, depth=args.depth)
+        print(table(traffic, args.parts))
 
 
 def _read(path: str) -> str:
