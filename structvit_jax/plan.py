@@ -150,8 +150,8 @@ def _measure(
             raise
         memory = float(used[1]) * 1024 ** (1 + "KMGT".index(used[2]))
         return Figures(batch, memory, made / len(devices), useful, math.nan, math.nan)
-    say(f"compiled in {time.monotonic() - started:.0f} s")
     text, sizes = compiled.as_text(), compiled.memory_analysis()
+    say(f"compiled in {time.monotonic() - started:.0f} s, a program of {text.count(chr(10)):,} lines")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
     memory = (
