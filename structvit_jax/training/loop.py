@@ -23,7 +23,7 @@ from structvit_jax.training.log import RunLog, say
 from structvit_jax.training.mesh import check_batch, put_batch
 from structvit_jax.training.placement import replicated
 from structvit_jax.training.profile import Profile
-from structvit_jax.training.program import compile_train_step
+from structvit_jax.training.program import compile_train_step, naming_memory
 from structvit_jax.training.run import Run, adopt_classes, as_json, differences, keep, starting_state
 from structvit_jax.training.step import TrainState
 from structvit_jax.training.storage import naming_failures, read_json, write_json
@@ -48,7 +48,7 @@ def train(config: ml_collections.ConfigDict, workdir: epath.Path, data: Any) -> 
     started = time.monotonic()
     with processes.ending_together(config.mesh.heartbeat), processes.StopSignal() as stop:
         run = Run.prepare(config, data)
-        with open_workdir(run, workdir) as session:
+        with open_workdir(run, workdir) as session, naming_memory(config):
             return _train(session, stop, started)
 
 
@@ -207,7 +207,7 @@ def evaluate_run(config: ml_collections.ConfigDict, workdir: epath.Path, data: A
     Raises:
       UserError: no checkpoint, or one of another model.
     """
-    with processes.ending_together(config.mesh.heartbeat), naming_failures(workdir):
+    with processes.ending_together(config.mesh.heartbeat), naming_failures(workdir), naming_memory(config):
         return _evaluate_run(config, workdir, data)
 
 

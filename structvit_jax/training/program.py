@@ -26,8 +26,7 @@ def compile_train_step(run: Run, state: TrainState) -> Any:
     """The train step, compiled ahead of its first call so that the wait has a name."""
     say("compiling the train step ...")
     started = time.monotonic()
-    with naming_memory(run.config):
-        compiled = lower_train_step(run, state).compile()
+    compiled = lower_train_step(run, state).compile()
     say(f"compiled in {time.monotonic() - started:.1f} s")
     return compiled
 
@@ -78,7 +77,8 @@ def naming_memory(config: ml_collections.ConfigDict) -> Iterator[None]:
         raise UserError(
             f"out of memory: {_asked(text)}; {_device_has()}. Lower config.data.batch_size (now"
             f" {config.data.batch_size}), raise config.train.accumulate (now {config.train.accumulate})"
-            f" or set config.model.remat (now {config.model.remat or 'none'}) to 'dots' or 'full';"
+            f" or set config.model.remat (now {config.model.remat or 'none'}) to 'dots' or 'full', in evaluation"
+            f" lower config.eval.batch_size (now {config.eval.batch_size});"
             " --mode=plan --config.device_memory=SIZE says what fits"
         ) from error
 
