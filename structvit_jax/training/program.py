@@ -77,8 +77,8 @@ def naming_memory(config: ml_collections.ConfigDict) -> Iterator[None]:
         raise UserError(
             f"out of memory: {_asked(text)}; {_device_has()}. Lower config.data.batch_size (now"
             f" {config.data.batch_size}), raise config.train.accumulate (now {config.train.accumulate})"
-            f" or set config.model.remat (now {config.model.remat or 'none'}) to 'dots' or 'full', in evaluation"
-            f" lower config.eval.batch_size (now {config.eval.batch_size});"
+            f" or set config.model.remat (now {config.model.remat or 'none'}) to 'dots' or 'full';"
+            f" in evaluation lower config.eval.batch_size (now {config.eval.batch_size});"
             " --mode=plan --config.device_memory=SIZE says what fits"
         ) from error
 
