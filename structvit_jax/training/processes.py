@@ -166,9 +166,7 @@ class _Watch:
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             self._store.key_value_set(f"{_FAILED}{self._me}", json.dumps([self._name, text, code]))
         print(f"error: {text}", file=sys.stderr, flush=True)
-        if self._me == 0:  # the store goes with it
-            time.sleep(_GRACE)
-        os._exit(code)
+        self._exit(code)
 
     def _run(self) -> None:
         beat, pause = 0, min(1.0, self._patience / 10)
@@ -201,7 +199,12 @@ class _Watch:
 
     def _leave(self, reason: str, code: int) -> NoReturn:
         advice = "; the same command resumes" if code == RESUMABLE else ""
-        print(
-            f"error: {reason}; {self._name.split(' (')[0]} ends with it{advice}", file=sys.stderr, flush=True
-        )
+        me = f"process {self._me} of {self._count}"
+        print(f"error: {reason}; {me} ends with it{advice}", file=sys.stderr, flush=True)
+        self._exit(code)
+
+    def _exit(self, code: int) -> NoReturn:
+        """Without Python's own end, which would wait for the others."""
+        if self._me == 0:  # the store goes with it
+            time.sleep(_GRACE)
         os._exit(code)
