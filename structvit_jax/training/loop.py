@@ -23,7 +23,7 @@ from structvit_jax.training.log import RunLog, say
 from structvit_jax.training.mesh import check_batch, put_batch
 from structvit_jax.training.placement import replicated
 from structvit_jax.training.profile import Profile
-from structvit_jax.training.program import compile_train_step
+from structvit_jax.training.program import compile_train_step, naming_memory
 from structvit_jax.training.run import Run, adopt_classes, as_json, differences, keep, starting_state
 from structvit_jax.training.step import TrainState
 from structvit_jax.training.storage import naming_failures, read_json, write_json
@@ -138,6 +138,7 @@ def take_steps(
     log.restart_clock()
     stream = run.data.train_batches(run.config.data.batch_size, start_step=start, share=processes.share())
     with (
+        naming_memory(run.config),
         contextlib.closing(stream) as batches,
         Profile(run.config.profile, session.workdir, start) as profile,
     ):
