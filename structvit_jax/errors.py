@@ -16,7 +16,7 @@ class UserError(ValueError):
     """Something the user wrote is wrong; the message is one line and names the way out."""
 
 
-class Stopped(Exception):  # noqa: N818 - nothing went wrong  # noqa: N818 - nothing went wrong
+class Stopped(Exception):  # noqa: N818 - nothing went wrong
     """The run was asked to stop, and has saved what it had; the message is one line."""
 
 

@@ -1,9 +1,11 @@
 """Tests run on the CPU, as eight fake devices of which most use one."""
 
+import json
 import multiprocessing
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -13,6 +15,21 @@ import jax
 import pytest
 
 ROOT = Path(__file__).parent.parent
+CONFIG = "--config=configs/moving_digits.py"
+# Seconds instead of minutes: a two-block DeiT on few clips.
+QUICK = [
+    CONFIG,
+    "--config.model.name=deit_tiny_struct_1_video",
+    "--config.model.widths=(16,)",
+    "--config.model.drop_path=0.1",
+    "--config.data.batch_size=8",
+    "--config.data.train_examples=40",
+    "--config.data.test_examples=20",
+    "--config.eval.batch_size=16",
+    "--config.train.duration=12 steps",
+    "--config.checkpoint.every=3 steps",
+    "--config.eval.every=6 steps",
+]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -43,28 +60,55 @@ def run(*arguments, **environment):
 
 
 class Command:
-    """The same command in a fork of a process that has done its imports: a second instead of five."""
+    """The same command in a fork of a process that has done its imports: a second instead of five.
+
+    Its environment may be changed, and `first` is called in it before all else.
+    """
 
     _server = multiprocessing.get_context("forkserver")
     _server.set_forkserver_preload(["structvit_jax.main", "structvit_jax.training.loop", "sklearn.datasets"])
 
-    def __init__(self, folder, *arguments):
+    def __init__(self, folder, *arguments, first=None, **environment):
         folder.mkdir(parents=True, exist_ok=True)
-        self._files = folder / "stdout", folder / "stderr"
-        self.process = self._server.Process(target=_command, args=(list(map(str, arguments)), *self._files))
+        self._out, self._err = folder / "stdout", folder / "stderr"
+        given = list(map(str, arguments)), self._out, self._err, first, environment
+        self.process = self._server.Process(target=_command, args=given)
         self.process.start()
+
+    @property
+    def stdout(self):
+        """What it has printed so far."""
+        return self._out.read_text() if self._out.exists() else ""
+
+    @property
+    def stderr(self):
+        return self._err.read_text() if self._err.exists() else ""
+
+    @property
+    def returncode(self):
+        return self.process.exitcode
 
     def wait(self):
         self.process.join(300)
-        self.returncode = self.process.exitcode
-        self.stdout, self.stderr = (path.read_text() for path in self._files)
         return self
 
+    def signal(self, number):
+        """Sends a signal; the command has to be running still."""
+        assert self.process.is_alive(), self.stdout + self.stderr
+        os.kill(self.process.pid, number)
 
-def _command(arguments, out, err):
+    def when(self, happens, seconds=120):
+        """Waits for `happens()` while the command runs."""
+        deadline = time.monotonic() + seconds
+        while not happens():
+            assert self.process.is_alive() and time.monotonic() < deadline, self.stdout + self.stderr
+            time.sleep(0.002)
+
+
+def _command(arguments, out, err, first, environment):
     """The body of the forked process."""
     os.chdir(ROOT)
-    os.environ["XLA_FLAGS"] = ""
+    os.environ.update({"XLA_FLAGS": ""} | environment)
     for stream, path in ((sys.stdout, out), (sys.stderr, err)):
         stream.flush()
         with path.open("w") as file:
@@ -72,6 +116,8 @@ def _command(arguments, out, err):
     sys.argv = ["main.py", *arguments]
     from structvit_jax import main
 
+    if first:
+        first()
     main.run()
 
 
@@ -79,7 +125,41 @@ def _command(arguments, out, err):
 def command(tmp_path_factory):
     """Runs the command to its end."""
 
-    def run_to_end(*arguments):
-        return Command(tmp_path_factory.mktemp("command"), *arguments).wait()
+    def run_to_end(*arguments, **options):
+        return Command(tmp_path_factory.mktemp("command"), *arguments, **options).wait()
 
     return run_to_end
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """A complete run: its workdir and what it printed."""
+    workdir = tmp_path_factory.mktemp("finished")
+    process = Command(workdir.parent / "output", *QUICK, f"--workdir={workdir}").wait()
+    assert process.returncode == 0, process.stderr
+    return workdir, process.stdout
+
+
+def records(workdir):
+    """The lines of metrics.jsonl, as strict JSON."""
+
+    def refuse(constant):
+        raise ValueError(f"{constant} is no JSON")
+
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line, parse_constant=refuse) for line in lines]
+
+
+def refusal(process):
+    """The one line with which a command refused, or failed."""
+    assert process.returncode == 2, process.stdout + process.stderr
+    assert "Traceback" not in process.stderr
+    (line,) = process.stderr.strip().splitlines()
+    assert line.startswith("error: ") and len(line) < 600
+    return line
+
+
+@pytest.fixture
+def refused(command):
+    """Runs a command that is to be refused; returns the line."""
+    return lambda *arguments, **options: refusal(command(*arguments, **options))

@@ -2,7 +2,7 @@
 
 The card is JSON and says what the weights are: class names, configuration, code version. Every file has a
 digest, written before the save is committed and compared before anything is restored: a checkpoint without
-digests is unfinished, one whose files differ is damaged, and the newest one that is whole is used.
+digests was not finished, one whose files differ is damaged, and the newest one that is whole is used.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from orbax.checkpoint.path import atomicity
 from structvit_jax.errors import UserError
 from structvit_jax.models.weights import Weights, mismatches
 from structvit_jax.training import processes
-from structvit_jax.training.digests import damage, write_digests
+from structvit_jax.training.digests import FILE, damage, write_digests
 from structvit_jax.training.log import say
 from structvit_jax.training.placement import abstract
 from structvit_jax.training.step import TrainState
@@ -53,6 +53,8 @@ class Checkpoints:
     def __init__(self, workdir: epath.PathLike, keep: Keep | None = None):
         """`keep` opens them for writing too."""
         self._folder = epath.Path(workdir) / FOLDER
+        if keep:
+            processes.decide(self._remove_unfinished)
         self._latest = self._newest_whole(set_aside=keep is not None)
         options = ocp.CheckpointManagerOptions(create=False, read_only=True)
         if keep:
@@ -75,9 +77,9 @@ class Checkpoints:
         return self._latest
 
     def steps(self) -> list[int]:
-        """All steps, newest first; they may be damaged."""
-        names = [path.name for path in self._folder.iterdir()] if self._folder.exists() else []
-        return sorted((int(name) for name in names if name.isdigit()), reverse=True)
+        """All steps whose save was finished, newest first; they may be damaged."""
+        paths = [path for path in self._paths() if path.name.isdigit() and not _is_unfinished(path)]
+        return sorted((int(path.name) for path in paths), reverse=True)
 
     def path(self, step: int) -> epath.Path:
         return self._folder / str(step)
@@ -126,6 +128,15 @@ class Checkpoints:
         """Raises UserError if a step's files are not what was saved."""
         if reason := processes.decide(functools.partial(damage, self.path(step))):
             raise UserError(f"{self.path(step)} is damaged: {reason}")
+
+    def _paths(self) -> list[epath.Path]:
+        return list(self._folder.iterdir()) if self._folder.exists() else []
+
+    def _remove_unfinished(self) -> None:
+        """Removes what kills left of saves."""
+        for path in self._paths():
+            if _is_unfinished(path):
+                path.rmtree()
 
     def _newest_whole(self, set_aside: bool) -> int | None:
         """The newest step without damage; puts the damaged ones before it out of the way, if it may."""
@@ -191,7 +202,7 @@ class _OnDisk(atomicity.AtomicRenameTemporaryPath):
         if not _is_checkpoint(final):
             await super().finalize()
             return
-        # still a temporary name to Orbax, which removes what a kill leaves of it
+        # still a temporary name: what a kill leaves of it is removed
         self._final_path = self._tmp_path.with_name(self._tmp_path.name + "-written")
         await super().finalize()
         await asyncio.to_thread(write_digests, self._final_path)
@@ -211,6 +222,14 @@ class _InBucket(atomicity.CommitFileTemporaryPath):
 def _is_checkpoint(path: epath.Path) -> bool:
     """Whether it is a whole checkpoint, and not one of the items inside."""
     return path.parent.name == FOLDER
+
+
+def _is_unfinished(path: epath.Path) -> bool:
+    """Whether a save never came to its end: on a disk it has a temporary name, in a bucket no mark of it."""
+    if is_bucket(path):
+        marks = (atomicity.COMMIT_SUCCESS_FILE, FILE)
+        return path.name.isdigit() and not any((path / mark).exists() for mark in marks)
+    return atomicity.TMP_DIR_SUFFIX in path.name
 
 
 def _rank(metrics: dict[str, float]) -> float:

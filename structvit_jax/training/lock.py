@@ -131,10 +131,12 @@ def _boot() -> str:
 
 
 def _born(pid: int | str = "self") -> str:
-    """When a process was started, in the kernel's ticks: pids are used again."""
+    """When a process was started, in the kernel's ticks: pids are used again. "" of one that has ended, even
+    if its parent has not asked for its exit code."""
     try:
-        return epath.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
-    except (OSError, IndexError):
+        state, *words = epath.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+        return "" if state in "ZX" else words[18]
+    except (OSError, IndexError, ValueError):
         return ""
 
 

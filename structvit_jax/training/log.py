@@ -12,7 +12,8 @@ from typing import Any
 
 import jax
 from etils import epath
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from structvit_jax.errors import UserError
 from structvit_jax.training.goodput import Goodput
@@ -75,7 +76,7 @@ class RunLog:
         """Takes in what is pending and says where the run is.
 
         Raises:
-          UserError: more steps in a row than config.train.max_skipped were skipped.
+          UserError: as many steps in a row as config.train.max_skipped were skipped.
         """
         if not self._pending:
             return
@@ -83,9 +84,6 @@ class RunLog:
         seconds = time.monotonic() - self._since
         rate = len(records) * self._batch / seconds
         speed = {f"{self._unit}_per_second": rate, "data_wait": self._waited / seconds}
-        for record in records:
-            self._metrics.append(record)
-            self._scalars("train", record)
         last = records[-1]
         self._scalars("speed", {"step": last["step"], **speed})
         eta = (self._total - last["step"]) * seconds / len(records)
@@ -134,14 +132,16 @@ class RunLog:
             self._board.close()
 
     def _record(self, step, metrics):
-        """A step's line; of a skipped step the examples are noted, and too many in a row end the run."""
+        """Notes a step, and of a skipped one the examples; too many of these in a row end the run."""
         index, skipped = metrics.pop("index"), bool(metrics.pop("skipped"))
         values = {key: float(value) for key, value in metrics.items()}
         record = {"step": step} | {k: v if math.isfinite(v) else None for k, v in values.items()}
+        record |= {"skipped": 1} if skipped else {}
+        self._metrics.append(record)
+        self._scalars("train", record)
+        self._in_row = self._in_row + 1 if skipped else 0
         if not skipped:
-            self._in_row = 0
             return record
-        self._in_row += 1
         reason = f"loss {values['loss']}, gradient norm {values['grad_norm']}"
         names = [self._name_of(int(i)) for i in index]
         self._skipped.append({"step": step, "reason": reason, "examples": names})
@@ -154,7 +154,7 @@ class RunLog:
                 " config.optimizer.lr, set config.optimizer.clip_norm, or look at the examples in"
                 f" {self._skipped.path}"
             )
-        return record | {"skipped": 1}
+        return record
 
     def _scalars(self, group, record):
         if self._board is not None:
@@ -207,12 +207,19 @@ class _Board:
         if is_bucket(folder):
             self._scratch = tempfile.TemporaryDirectory()
             self._local = epath.Path(self._scratch.name)
-        self._events = SummaryWriter(os.fspath(self._local), purge_step=start_step + 1)
+        # not a SummaryWriter: its thread would die of a full disk, and the run wait for it for ever
+        self._local.mkdir(parents=True, exist_ok=True)
+        self._events = EventsWriter(os.fspath(self._local / "events"))
+        self._events.write_event(Event(step=start_step + 1, file_version="brain.Event:2"))
+        restart = SessionLog(status=SessionLog.START)  # hides what was written of later steps
+        self._events.write_event(Event(step=start_step + 1, session_log=restart))
 
     def add(self, group: str, record: Mapping[str, Any]) -> None:
         for key, value in record.items():
             if key != "step" and value is not None:
-                self._events.add_scalar(f"{group}/{key}", value, record["step"])
+                event = Event(step=record["step"], wall_time=time.time())
+                event.summary.value.add(tag=f"{group}/{key}", simple_value=value)
+                self._events.write_event(event)
 
     def write(self) -> None:
         self._events.flush()

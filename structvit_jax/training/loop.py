@@ -138,6 +138,7 @@ def take_steps(
     log.restart_clock()
     stream = run.data.train_batches(run.config.data.batch_size, start_step=start, share=processes.share())
     with (
+        naming_memory(run.config),
         contextlib.closing(stream) as batches,
         Profile(run.config.profile, session.workdir, start) as profile,
     ):

@@ -72,7 +72,7 @@ def naming_memory(config: ml_collections.ConfigDict) -> Iterator[None]:
         yield
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
         text = " ".join(str(error).split())
-        if not re.search(r"RESOURCE_EXHAUSTED|[Oo]ut of memory", text):
+        if not (isinstance(error, MemoryError) or re.search(r"RESOURCE_EXHAUSTED|[Oo]ut of memory", text)):
             raise
         raise UserError(
             f"out of memory: {_asked(text)}; {_device_has()}. Lower config.data.batch_size (now"
@@ -85,13 +85,15 @@ def naming_memory(config: ml_collections.ConfigDict) -> Iterator[None]:
 
 def _asked(text: str) -> str:
     """What a message of XLA says was asked for."""
-    for pattern in (
-        r"(?:allocat\w+|requires?|[Uu]sed|needs?) (?:a buffer of )?([\d.]+ ?(?:[KMGT]i?B?|bytes)\b)(?: of)?",
-        r"([\d.]+ ?[KMGT]i?B?)",
-    ):
-        if match := re.search(pattern, text):
-            return f"the program asked for {match[1]}"
-    return text[:200]
+    amount = r"([\d.]+) ?([KMGT]i?B?|bytes)\b"
+    verb = r"(?:allocat\w+|requires?|[Uu]sed|needs?) (?:a buffer of )?"
+    match = re.search(verb + amount, text) or re.search(amount, text)
+    if not match:
+        return text[:200]
+    number, unit = match.groups()
+    if unit == "bytes":
+        number, unit = f"{float(number) / 2**30:.1f}", " GiB"
+    return f"the program asked for {number}{unit}"
 
 
 def _device_has() -> str:
