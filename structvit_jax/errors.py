@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import gc
 import sys
 from collections.abc import Iterable, Iterator
 
@@ -47,7 +46,6 @@ def exit_in_one_line() -> Iterator[None]:
     except Stopped as stop:
         line, code = str(stop), RESUMABLE
     print(line, file=sys.stderr)
-    gc.collect()  # what hung on the exception would complain if it were found when Python ends
     sys.exit(code)
 
 

@@ -20,7 +20,7 @@ from ml_collections import config_flags
 
 from structvit_jax import data
 from structvit_jax.config import check_config
-from structvit_jax.errors import UserError, did_you_mean, exit_in_one_line
+from structvit_jax.errors import MISTAKE, UserError, did_you_mean, exit_in_one_line
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file, as configs/moving_digits.py.")
 _MODE = flags.DEFINE_enum(
@@ -113,6 +113,11 @@ def run() -> None:
     try:
         with exit_in_one_line():
             app.run(main, flags_parser=_parse)
+    except SystemExit as end:
+        if end.code != MISTAKE:
+            raise
+        sys.stdout.flush()
+        os._exit(MISTAKE)  # Python's own end would let the threads of failed saves complain
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)

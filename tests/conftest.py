@@ -153,7 +153,7 @@ def records(workdir):
 def refusal(process):
     """The one line with which a command refused, or failed."""
     assert process.returncode == 2, process.stdout + process.stderr
-    assert "Traceback" not in process.stderr
+    assert "Traceback" not in process.stderr, process.stderr
     (line,) = process.stderr.strip().splitlines()
     assert line.startswith("error: ") and len(line) < 600
     return line

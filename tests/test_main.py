@@ -129,7 +129,7 @@ def test_a_killed_run_resumes_to_the_same_numbers(finished, command, tmp_path, k
         ([*QUICK, "--config.optimizer.lr=1e30", "--workdir={tmp}/nan"], "Lower config.optimizer.lr"),
         ([CONFIG, "--config.optimizer.lr=fast"], "--config.optimizer.lr=fast"),
         ([CONFIG, "--config.optimizer.lr=0.0"], "config.optimizer.lr is 0.0"),
-        ([CONFIG, "--mode=evaluate"], "train|eval|show|data"),
+        ([CONFIG, "--mode=evaluate"], "train|eval|show|plan|data"),
         ([CONFIG, "--config.model.name=structvit_tiny_4_1_vdeo", "--mode=show"], "structvit_tiny_4_1_video"),
         (
             [CONFIG, "--config.model.name=structvit_tiny_4_1"],
