@@ -1,5 +1,6 @@
 # make run    set up and train the default model      make test   set up, lint and test
 # make lint   ruff and mypy alone                     make lock   resolve requirements.lock anew
+# make kills  kill runs at random moments, 40 minutes (ARGS="--layouts": compare layouts instead)
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -15,7 +16,7 @@ ACCELERATOR ?= $(shell \
 EXTRAS := $(if $(filter cpu,$(ACCELERATOR)),dev,dev,$(ACCELERATOR))
 STAMP := $(VENV)/.installed-$(ACCELERATOR)
 
-.PHONY: run test lint lock
+.PHONY: run test lint lock kills
 
 run: $(STAMP)
 	$(BIN)/python -m structvit_jax.main --config=configs/moving_digits.py $(ARGS)
@@ -27,6 +28,9 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+kills: $(STAMP)
+	$(BIN)/python tests/kills.py $(ARGS)
 
 $(STAMP): requirements.txt requirements.lock pyproject.toml
 	@echo "installing structvit_jax and its requirements for: $(ACCELERATOR)"
