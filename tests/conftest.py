@@ -1,8 +1,10 @@
 """Tests run on the CPU, as eight fake devices of which most use one."""
 
+import contextlib
 import json
 import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -13,6 +15,8 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
 import jax
 import pytest
+
+from structvit_jax import data
 
 ROOT = Path(__file__).parent.parent
 CONFIG = "--config=configs/moving_digits.py"
@@ -105,6 +109,23 @@ class Command:
             time.sleep(0.002)
 
 
+def devices(count):
+    """The environment of a command on so many fake devices."""
+    return {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count}"}
+
+
+def processes(folder, *arguments, first=(None, None), more=((), ())):
+    """The commands of one run's two processes, of four devices each; `more` are arguments for one alone."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = "{}:{}".format(*free.getsockname())
+    variables = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"} | devices(4)
+    return [
+        Command(folder / str(i), *arguments, *more[i], first=first[i], **variables, JAX_PROCESS_ID=str(i))
+        for i in range(2)
+    ]
+
+
 def _command(arguments, out, err, first, environment):
     """The body of the forked process."""
     os.chdir(ROOT)
@@ -133,11 +154,30 @@ def command(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
-    """A complete run: its workdir and what it printed."""
-    workdir = tmp_path_factory.mktemp("finished")
-    process = Command(workdir.parent / "output", *QUICK, f"--workdir={workdir}").wait()
-    assert process.returncode == 0, process.stderr
-    return workdir, process.stdout
+    """A complete run, one for all workers of pytest: its workdir and what it printed."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "finished"
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir()
+        process = Command(folder, *QUICK, f"--workdir={folder / 'run'}").wait()
+        (folder / "exit").write_text(process.stderr or "0")
+    deadline = time.monotonic() + 300
+    while not (folder / "exit").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert (folder / "exit").read_text() == "0"
+    return folder / "run", (folder / "stdout").read_text()
+
+
+def slowly(seconds):
+    """In a command: every batch takes this long."""
+    batches = data.Dataset.train_batches
+
+    def slow(self, *arguments, **options):
+        for batch in batches(self, *arguments, **options):
+            time.sleep(seconds)
+            yield batch
+
+    data.Dataset.train_batches = slow
 
 
 def records(workdir):

@@ -1,186 +1,247 @@
-"""Kills training runs at random moments, and checks that each ends as if nothing had been.
+"""Kills runs, again and again, and compares how they end with runs that nobody killed.
 
     python tests/kills.py [--kills 50] [--minutes 40] [--seed 0] [--layouts]
 
-Every run is started again with the same command until it is complete; then its parameters, metrics and
-result have to be those of the uninterrupted run on the same layout, byte for byte. Moments are random, some
-of them while a checkpoint is being saved; a third of the runs has two processes, of which either is killed.
---layouts compares two processes of four fake devices with one of eight instead, for all of data x fsdp.
+SIGKILL and SIGTERM, at random moments and during saves, in runs of one process and in either process of
+runs of two. Every run is started again with the same command until it is complete, and has to end with the
+result.json (params_sha256 included) and the metrics.jsonl of an uninterrupted run. With --layouts runs of two
+processes are compared with one process, for every way to lay out eight devices, in their losses and, trained
+to the end, in their accuracy. Exits with 1 on any difference.
 """
 
 import argparse
 import collections
+import functools
 import json
 import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+import numpy as np
+from conftest import CONFIG, Command, devices, processes, records, slowly
+
+# BatchNorm, stochastic depth, and a save every few steps.
 RUN = [
-    "--config=configs/moving_digits.py",
+    CONFIG,
     "--config.model.name=structvit_tiny_2_1_video",
+    "--config.model.widths=(8,8,16,16)",
+    "--config.model.head_width=8",
     "--config.model.depths=(1,1,1,1)",
-    "--config.model.widths=(8,16,16,16)",
     "--config.model.drop_path=0.2",
-    "--config.data.batch_size=16",
-    "--config.data.train_examples=160",
-    "--config.data.test_examples=32",
-    "--config.eval.batch_size=32",
-    "--config.eval.every=20 steps",
-    "--config.train.duration=60 steps",
+    "--config.data.batch_size=8",
+    "--config.data.train_examples=40",
+    "--config.data.test_examples=20",
+    "--config.eval.batch_size=16",
+    "--config.eval.every=15 steps",
+    "--config.train.duration=40 steps",
     "--config.checkpoint.every=4 steps",
     "--config.mesh.heartbeat=5",
 ]
-FILES = ("result.json", "metrics.jsonl")
+FULL = ["--config=configs/digits.py", "--config.train.duration=12 epochs", "--config.eval.every="]
+LAYOUTS = (8, 1), (4, 2), (2, 4), (1, 8)
+PATIENCE = 90  # seconds for a process to end after another was killed, or itself was told to
+KINDS = [  # processes, signal, when; the more often a kind is listed, the more of it
+    (1, signal.SIGKILL, "at random"),
+    (1, signal.SIGKILL, "at random"),
+    (1, signal.SIGKILL, "in a save"),
+    (1, signal.SIGKILL, "in a save"),
+    (1, signal.SIGTERM, "at random"),
+    (1, signal.SIGTERM, "in a save"),
+    (2, signal.SIGKILL, "at random"),
+    (2, signal.SIGKILL, "in a save"),
+    (2, signal.SIGTERM, "at random"),
+]
+SLOWLY = functools.partial(slowly, 0.05)
 
 
-def start(workdir, log, processes, *options):
-    """One process, or several under launch/local.sh."""
-    arguments = [*RUN, f"--workdir={workdir}", *options]
-    command = [sys.executable, "-m", "structvit_jax.main"]
-    if processes > 1:
-        command = ["launch/local.sh", f"--processes={processes}", "--cpu-devices=2", f"--logs={log}.d", "--"]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHON": sys.executable, "LOCAL_POLL_SECONDS": "0.2"}
-    with open(log, "a") as file:
-        streams = {"stdout": file, "stderr": file}
-        return subprocess.Popen([*command, *arguments], cwd=ROOT, env=environment, **streams)
+def start(folder, count, workdir, arguments=RUN, first=SLOWLY, layout=()):
+    """The processes of a run; `count` of them share eight devices, or one has one."""
+    arguments = [*arguments, *layout, f"--workdir={workdir}"]
+    if count == 2:
+        return processes(folder, *arguments, first=(first, first))
+    return [Command(folder / "0", *arguments, first=first, **devices(8 if layout else 1))]
 
 
-def members(workdir):
-    """The program's processes in this workdir, by their numbers."""
-    found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (folder / "cmdline").read_bytes().split(b"\0")
-            variables = (folder / "environ").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if f"--workdir={workdir}".encode() in words and b"structvit_jax.main" in words:
-            number = next((v for v in variables if v.startswith(b"JAX_PROCESS_ID=")), b"=0").split(b"=")[1]
-            found[int(number)] = int(folder.name)
-    return found
+def wait(run, seconds=None):
+    """Exit codes; None of a process that did not end and was killed for that."""
+    deadline = time.monotonic() + (seconds or 1200)
+    for command in run:
+        command.process.join(max(0.0, deadline - time.monotonic()))
+    codes = [command.returncode for command in run]
+    for command in run:
+        command.process.kill()
+        command.process.join()
+    return codes
 
 
-def kill_once(rng, workdir, process, processes, span, counts):
-    """Waits for a random moment, or for a save, and kills; returns whether it came in time."""
-    number, during_save = rng.choice((signal.SIGKILL, signal.SIGTERM)), rng.random() < 0.4
-    victim = rng.randrange(processes)
-    deadline = time.monotonic() + rng.uniform(0, span)
-    checkpoints = workdir / "checkpoints"
-    while process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    if during_save:
-        while process.poll() is None and not list(checkpoints.glob("*orbax-checkpoint-tmp*")):
-            time.sleep(0.001)
-    pids = members(workdir)
-    if process.poll() is not None or victim not in pids:
-        return False
-    saving = bool(list(checkpoints.glob("*orbax-checkpoint-tmp*")))
-    try:
-        os.kill(pids[victim], number)
-    except ProcessLookupError:
-        return False
-    of = f" of process {victim} of {processes}" if processes > 1 else ""
-    counts[f"{number.name}{of}{', while saving' if saving else ''}"] += 1
-    process.wait(timeout=120)
-    return True
+def kill(run, workdir, number, when, chance):
+    """Sends a signal to one of a run's processes; returns which, or None if the run was complete before."""
+    victim = chance.randrange(len(run))
+    phase, delay = chance.choice(("devices:", "compiled in", "compiled in")), chance.uniform(0, 2.5)
+
+    def saving():
+        return list(workdir.glob("checkpoints/*.orbax-checkpoint-tmp*"))
+
+    def happens():
+        return saving() if when == "in a save" else phase in run[0].stdout
+
+    while not happens():
+        if not all(command.process.is_alive() for command in run):
+            return None
+        time.sleep(0.001)
+    time.sleep(delay if when == "at random" else chance.uniform(0, 0.05))
+    if not all(command.process.is_alive() for command in run):
+        return None
+    os.kill(run[victim].process.pid, number)
+    return victim
 
 
-def finish(process, log):
-    code = process.wait(timeout=300)
-    if code != 0:
-        raise SystemExit(f"a run that nobody killed ended with {code}:\n{log.read_text()[-3000:]}")
+def outcome(workdir):
+    """What has to be equal, by file."""
+    return {name: (workdir / name).read_bytes() for name in ("result.json", "metrics.jsonl")}
 
 
-def kills(arguments, folder):
-    """The harness; returns the exit code."""
-    rng, counts, started = random.Random(arguments.seed), collections.Counter(), time.monotonic()
-    reference, span = {}, {}
-    for processes in (1, 2):
-        workdir, log = folder / f"whole_{processes}", folder / f"whole_{processes}.log"
-        for _ in range(2):  # the second time without compiling
-            shutil.rmtree(workdir, ignore_errors=True)
-            since = time.monotonic()
-            finish(start(workdir, log, processes), log)
-        span[processes] = time.monotonic() - since
-        reference[processes] = [(workdir / name).read_bytes() for name in FILES]
-        print(f"uninterrupted, processes: {processes}, {span[processes]:.0f} s", flush=True)
-    different = runs = 0
-    while sum(counts.values()) < arguments.kills and time.monotonic() - started < 60 * arguments.minutes:
-        processes = 2 if runs % 3 == 2 else 1
-        workdir, log = folder / f"run_{runs}", folder / f"run_{runs}.log"
-        for _ in range(rng.randint(1, 4)):
-            process = start(workdir, log, processes)
-            if not kill_once(rng, workdir, process, processes, span[processes], counts):
-                process.wait(timeout=300)
+def expected(codes, number, victim):
+    """Whether the processes ended as they should: a run may also have been complete, or not yet listening."""
+    if number == signal.SIGTERM:
+        return set(codes) in ({75}, {0}, {-signal.SIGTERM})
+    return all(code == -number if i == victim else code not in (None, 2) for i, code in enumerate(codes))
+
+
+class Harness:
+    def __init__(self, folder, kills, minutes, seed):
+        self.folder, self.kills, self.chance = folder, kills, random.Random(seed)
+        self.deadline = time.monotonic() + 60 * minutes
+        self.counts = collections.defaultdict(collections.Counter)
+        self.problems = []
+        self.references = {}
+
+    def problem(self, text):
+        self.problems.append(text)
+        print(f"PROBLEM: {text}", flush=True)
+
+    def reference(self, count):
+        """How an uninterrupted run of so many processes ends."""
+        if count not in self.references:
+            workdir = self.folder / f"reference-{count}"
+            run = start(self.folder / "output", count, workdir)
+            if any(wait(run)):
+                sys.exit(f"the uninterrupted run failed: {run[0].stdout}{run[0].stderr}")
+            self.references[count] = outcome(workdir)
+        return self.references[count]
+
+    def done(self):
+        return sum(counter["kills"] for counter in self.counts.values())
+
+    def run(self):
+        number = 0
+        while self.done() < self.kills and time.monotonic() < self.deadline:
+            number += 1
+            self.one_run(number)
+            shutil.rmtree(self.folder / f"run-{number}")
+        self.report(number)
+
+    def one_run(self, number):
+        """One run from nothing to its end, killed a few times on the way."""
+        count = self.chance.choice(KINDS)[0]
+        kinds = [kind for kind in KINDS if kind[0] == count]
+        same, workdir = self.reference(count), self.folder / f"run-{number}"
+        for _ in range(self.chance.randint(2, 6)):
+            _, sent, when = kind = self.chance.choice(kinds)
+            run = start(self.folder / "output", count, workdir)
+            victim = kill(run, workdir, sent, when, self.chance)
+            codes = wait(run, PATIENCE)
+            if victim is None:
+                self.counts[kind]["too late"] += 1
+                if any(codes):
+                    self.problem(f"run {number}: {codes} by itself: {run[0].stderr[-500:]}")
                 break
-        finish(start(workdir, log, processes), log)
-        same = [(workdir / name).read_bytes() for name in FILES] == reference[processes]
-        different += not same
-        digest = json.loads((workdir / "result.json").read_text())["params_sha256"][:12]
-        print(
-            f"run {runs}: {digest} {'as uninterrupted' if same else 'DIFFERENT, see ' + str(workdir)};"
-            f" {sum(counts.values())} kills in all, {time.monotonic() - started:.0f} s",
-            flush=True,
-        )
-        runs += 1
-    print(f"\n{runs} runs, {sum(counts.values())} kills, {different} runs that ended otherwise")
-    for kind, count in sorted(counts.items()):
-        print(f"  {count:3}  {kind}")
-    return int(different > 0 or sum(counts.values()) < arguments.kills)
+            self.counts[kind]["kills"] += 1
+            self.counts[kind][f"of process {victim}"] += 1
+            print(
+                f"run {number}: {describe(kind)}, process {victim}: exit codes {codes}, "
+                f"{self.done()} of {self.kills}",
+                flush=True,
+            )
+            if not expected(codes, sent, victim):
+                errors = "".join(command.stderr[-500:] for command in run)
+                self.problem(f"run {number}: {describe(kind)}: exit codes {codes}: {errors}")
+        run = start(self.folder / "output", count, workdir)
+        codes = wait(run)
+        if any(codes):
+            self.problem(f"run {number}: could not be completed: {codes}: {run[0].stderr[-1000:]}")
+            return
+        for name, content in outcome(workdir).items():
+            if content != same[name]:
+                self.problem(f"run {number}: {name} differs from the uninterrupted run's")
+        names = sorted(path.name for path in (workdir / "checkpoints").iterdir())
+        if names != ["36", "40"]:
+            self.problem(f"run {number}: checkpoints {names} are left")
+
+    def report(self, runs):
+        print(f"\n{'processes, signal, when':36} kills  of process 0  of process 1  too late")
+        for kind in sorted(self.counts, key=describe):
+            counter = self.counts[kind]
+            columns = (counter[name] for name in ("kills", "of process 0", "of process 1", "too late"))
+            print("{:36} {:5} {:13} {:13} {:9}".format(describe(kind), *columns))
+        print(f"{'all':36} {self.done():5}\n\n{runs} runs, {len(self.problems)} problems")
+        if self.done() < self.kills:
+            self.problem(f"only {self.done()} of {self.kills} kills in the time given")
 
 
-def layouts(folder):
-    """Two processes of four devices against one of eight, for all of data x fsdp."""
-    failed = 0
-    long = ["--config.train.duration=400 steps", "--config.checkpoint.every=", "--config.eval.every="]
-    long += ["--config.data.train_examples=6400", "--config.data.test_examples=512"]
-    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
-    alone = folder / "alone"
-    finish(start(alone, folder / "alone.log", 1, *long), folder / "alone.log")
-    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
-    for fsdp in (1, 2, 4, 8):
-        workdir, log = folder / f"fsdp_{fsdp}", folder / f"fsdp_{fsdp}.log"
-        command = ["launch/local.sh", "--processes=2", "--cpu-devices=4", f"--logs={log}.d", "--"]
-        command += [*RUN, *long, f"--workdir={workdir}", f"--config.mesh.fsdp={fsdp}"]
-        environment = os.environ | {"PYTHON": sys.executable, "XLA_FLAGS": ""}
-        with open(log, "w") as file:
-            subprocess.run(command, cwd=ROOT, env=environment, stdout=file, stderr=file, check=True)
-        both = [
-            [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-            for path in (alone, workdir)
-        ]
-        first = max(abs(a["loss"] / b["loss"] - 1) for a, b in zip(both[0][:10], both[1][:10], strict=True))
-        tops = [json.loads((path / "result.json").read_text())["top1"] for path in (alone, workdir)]
-        good = first < 1e-5 and abs(tops[0] - tops[1]) <= 0.01
-        failed += not good
-        verdict = "" if good else "  NOT WITHIN 1e-5 AND 0.01"
+def describe(kind):
+    count, number, when = kind
+    return f"{count} x {signal.Signals(number).name} {when}"
+
+
+def compare_layouts(folder):
+    """What differs between one process and two, a line each."""
+    problems = []
+    for data, fsdp in LAYOUTS:
+        layout = [f"--config.mesh.data={data}", f"--config.mesh.fsdp={fsdp}"]
+        ends = []
+        for count in (1, 2):
+            workdir = folder / f"layout-{data}-{fsdp}-{count}"
+            run = start(folder / "output", count, workdir, FULL, None, layout)
+            if any(wait(run)):
+                sys.exit(f"{layout}, {count} processes: {run[0].stdout}{run[0].stderr}")
+            losses = [line["loss"] for line in records(workdir) if "loss" in line]
+            ends.append((np.array(losses[:10]), json.loads((workdir / "result.json").read_text())["top1"]))
+        (one, top1), (two, other) = ends
+        difference = float(np.max(np.abs(two / one - 1)))
         print(
-            f"data {8 // fsdp} x fsdp {fsdp}: losses of 10 steps within {first:.1e},"
-            f" top1 {tops[1]:.4f} against {tops[0]:.4f}{verdict}",
+            f"data {data} x fsdp {fsdp}: losses of 10 steps within {difference:.1e}, top1 {top1:.4f} in one"
+            f" process and {other:.4f} in two",
             flush=True,
         )
-    return int(failed > 0)
+        if difference > 1e-5 or abs(top1 - other) > 0.01:
+            problems.append(f"data {data} x fsdp {fsdp} differs")
+    return problems
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--minutes", type=float, default=40)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--layouts", action="store_true")
-    arguments = parser.parse_args()
-    folder = Path(tempfile.mkdtemp(prefix="structvit_jax_kills_"))
-    print(f"logs and workdirs: {folder}", flush=True)
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder / "compiled"))
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
-    sys.exit(layouts(folder) if arguments.layouts else kills(arguments, folder))
+    parser.add_argument("--layouts", action="store_true", help="compare one process with two as well")
+    options = parser.parse_args()
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{folder}/compiled"
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+        print(f"seed {options.seed}", flush=True)
+        harness = Harness(Path(folder), options.kills, options.minutes, options.seed)
+        harness.run()
+        problems = harness.problems + (compare_layouts(Path(folder)) if options.layouts else [])
+    print(f"{(time.monotonic() - started) / 60:.1f} minutes")
+    print("\n".join(problems))
+    sys.exit(bool(problems))
 
 
 if __name__ == "__main__":

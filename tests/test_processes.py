@@ -1,128 +1,91 @@
-"""Several processes of one run: they train as one does, one of them writes, and they end together."""
+"""Runs of two processes, four fake devices each, against one process with eight."""
 
+import functools
 import json
 import os
+import re
 import signal
-import subprocess
-import sys
 import time
 
-import jax
 import numpy as np
-from conftest import QUICK, ROOT, records
+from conftest import QUICK, Command, devices, processes, records, refusal, slowly
 
 from structvit_jax import data
-from structvit_jax.config import default_config
-from structvit_jax.training import mesh
-from structvit_jax.training.checkpoint import Checkpoints
-from structvit_jax.training.run import Run, starting_state
+from structvit_jax.errors import RESUMABLE
 
-OPTIONS = [*QUICK, "--config.mesh.heartbeat=5", "--config.mesh.fsdp=4", "--config.data.batch_size=16"]
-
-
-class Pair:
-    """Two processes of four fake devices each, started by launch/local.sh."""
-
-    def __init__(self, folder, *arguments):
-        self._logs = folder / "logs"
-        command = ["launch/local.sh", "--processes=2", "--cpu-devices=4", f"--logs={self._logs}", "--"]
-        environment = os.environ | {"XLA_FLAGS": "", "PYTHON": sys.executable, "LOCAL_POLL_SECONDS": "0.1"}
-        folder.mkdir(parents=True, exist_ok=True)
-        self.out = (folder / "out").open("w+")
-        self._process = subprocess.Popen(
-            [*command, *map(str, arguments)], cwd=ROOT, env=environment, stdout=self.out, stderr=self.out
-        )
-        self.workdir = next(str(a).split("=", 1)[1] for a in arguments if str(a).startswith("--workdir="))
-
-    def pid(self, number):
-        """Of one of the two, by what it was started with."""
-        for folder in os.listdir("/proc"):
-            try:
-                with open(f"/proc/{folder}/environ") as file:
-                    mine = f"JAX_PROCESS_ID={number}\0" in file.read()
-                with open(f"/proc/{folder}/cmdline") as file:
-                    mine = mine and f"--workdir={self.workdir}\0" in file.read()
-            except (OSError, ValueError):
-                continue
-            if mine:
-                return int(folder)
-        raise AssertionError(self.said())
-
-    def when(self, happens, seconds=120):
-        deadline = time.monotonic() + seconds
-        while not happens():
-            assert self._process.poll() is None and time.monotonic() < deadline, self.said()
-            time.sleep(0.01)
-        return self
-
-    def wait(self):
-        self._process.wait(200)
-        return self
-
-    @property
-    def returncode(self):
-        return self._process.returncode
-
-    def said(self):
-        """By the script and process 0; by process 1."""
-        log = self._logs / "process-1.log"
-        self.out.seek(0)
-        return self.out.read(), log.read_text() if log.exists() else ""
+# Wide enough for parameters to be split over fsdp.
+WIDE = [argument.replace("(16,)", "(128,)") for argument in QUICK] + ["--config.mesh.heartbeat=5"]
+LAYOUT = ["--config.mesh.data=4", "--config.mesh.fsdp=2"]
+SLOWLY = functools.partial(slowly, 0.3)
 
 
-def test_two_processes(command, tmp_path):
-    """One story, since each start takes ten seconds: a whole run, and one with a signal and a kill."""
-    whole, run = tmp_path / "whole", tmp_path / "run"
-    pair = Pair(tmp_path / "a", *OPTIONS, f"--workdir={whole}").wait()
-    assert pair.returncode == 0, pair.said()
-    one_process_writes_and_speaks(pair, whole)
-    what_was_saved_is_restored_on_one_process(whole)
+def unreadable():
+    """In a command: it meets an example that cannot be read."""
+    batches = data.Dataset.train_batches
 
-    devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    alone = command(*OPTIONS, "--config.mesh.fsdp=1", f"--workdir={tmp_path / 'alone'}", **devices)
-    assert alone.returncode == 0 and "devices: 8 x" in alone.stdout, alone.stderr
-    paths = whole, tmp_path / "alone"
-    losses = [[line["loss"] for line in records(path) if "loss" in line] for path in paths]
-    assert len(losses[0]) == 12
-    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+    def torn(self, *arguments, **options):
+        for batch in batches(self, *arguments, **options):
+            yield batch | {"problems": (data.Problem("7", "torn"),)}
 
-    pair = Pair(tmp_path / "b", *OPTIONS, f"--workdir={run}")
-    pair.when(lambda: (run / "checkpoints" / "3").exists())
-    os.kill(pair.pid(1), signal.SIGTERM)
-    pair.wait()
-    assert pair.returncode == 75 and "stopped by a signal after step" in pair.said()[0], pair.said()
-
-    pair = Pair(tmp_path / "c", *OPTIONS, f"--workdir={run}")
-    pair.when(lambda: "compiled in" in pair.said()[0])
-    pid = pair.pid(1)
-    os.kill(pid, signal.SIGKILL)
-    pair.wait()
-    assert pair.returncode == 75, pair.said()
-    assert f"process 1 of 2 (host {os.uname().nodename}, pid {pid})" in pair.said()[0], pair.said()
-
-    pair = Pair(tmp_path / "d", *OPTIONS, f"--workdir={run}").wait()
-    assert pair.returncode == 0, pair.said()
-    for name in ("result.json", "metrics.jsonl"):
-        assert (run / name).read_bytes() == (whole / name).read_bytes()
+    data.Dataset.train_batches = torn
 
 
-def one_process_writes_and_speaks(pair, workdir):
-    first, second = pair.said()
-    assert "devices: 8 x cpu" in first and "in 2 processes" in first and "result: top1" in first
-    assert "step" not in second and "result" not in second
-    assert [line["step"] for line in records(workdir) if "loss" in line] == list(range(1, 13))
-    assert len(list((workdir / "tensorboard").iterdir())) == 1
+def said(process):
+    """What it has printed, without the lines of JAX's own transport."""
+    return [line for line in process.stdout.splitlines() if line and "Gloo" not in line]
 
 
-def what_was_saved_is_restored_on_one_process(workdir):
-    """On one device, two and four: equal bit for bit."""
-    config = default_config()
-    config.update(json.loads((workdir / "config.json").read_text()))
-    restored = []
-    for devices, config.mesh.fsdp in ((1, 1), (2, 2), (4, 2)):
-        grid = mesh.make_mesh(-1, config.mesh.fsdp, jax.devices()[:devices])
-        run = Run.prepare(config, data.load(config.data, config.augment), grid)
-        with Checkpoints(workdir) as checkpoints:
-            restored.append(jax.device_get(starting_state(run, checkpoints)))
-    for other in restored[1:]:
-        assert jax.tree.all(jax.tree.map(np.array_equal, restored[0], other))
+def named(process, number):
+    return f"process {number} of 2 (host {os.uname().nodename}, pid {process.process.pid})"
+
+
+def test_two_processes_are_stopped_killed_and_end_like_one(tmp_path):
+    """A signal to one saves in both; a killed one is named; resumed, they end where one process does."""
+    arguments = [*WIDE, *LAYOUT, f"--workdir={tmp_path / 'two'}"]
+    steps = tmp_path / "two" / "checkpoints"
+    both = processes(tmp_path / "a", *arguments, first=(SLOWLY, SLOWLY))
+    both[0].when(lambda: "compiled in" in both[0].stdout)
+    time.sleep(1.5)
+    both[1].signal(signal.SIGTERM)
+    assert [process.wait().returncode for process in both] == [RESUMABLE] * 2, both[0].stderr
+    lines = [re.findall(r"stopped by a signal after step (\d+)", process.stderr) for process in both]
+    ((stopped,), other) = lines
+    assert other == [stopped] and (steps / stopped).exists() and not said(both[1])
+
+    both = processes(tmp_path / "b", *arguments, first=(SLOWLY, SLOWLY))
+    both[0].when(lambda: "compiled in" in both[0].stdout)
+    assert f"resuming from {steps}/{stopped}" in both[0].stdout
+    both[1].signal(signal.SIGKILL)
+    killed = time.monotonic()
+    assert both[0].wait().returncode == RESUMABLE, both[0].stderr
+    assert time.monotonic() - killed < 5 + 5
+    lines = [line for line in both[0].stderr.splitlines() if line.startswith("error:")]
+    assert lines == [
+        f"error: {named(both[1], 1)} has given no sign of life for 5 s; it is lost; process 0 of 2 ends with"
+        " it; the same command resumes"
+    ]
+
+    both = processes(tmp_path / "c", *arguments, first=(None, unreadable))
+    one = Command(tmp_path / "d", *WIDE, *LAYOUT, f"--workdir={tmp_path / 'one'}", **devices(8))
+    assert [process.wait().returncode for process in (*both, one)] == [0, 0, 0], both[0].stderr
+    assert not said(both[1]) and len(set(said(both[0]))) == len(said(both[0]))
+    assert (tmp_path / "two" / "unreadable.tsv").read_text() == "train\t7\ttorn\n"
+    two, single = (records(tmp_path / name) for name in ("two", "one"))
+    assert [r.keys() for r in two] == [r.keys() for r in single] and len(two) == 14
+    losses = [[r["loss"] for r in lines if "loss" in r] for lines in (two, single)]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+    assert [r["step"] for r in two if "loss" in r] == list(range(1, 13))
+
+    both = processes(tmp_path / "e", *WIDE, *LAYOUT, f"--workdir={tmp_path / 'one'}", "--mode=eval")
+    assert [process.wait().returncode for process in both] == [0, 0], both[0].stderr
+    result = json.loads((tmp_path / "one" / "result.json").read_text())
+    assert f"params_sha256 {result['params_sha256'][:12]}" in one.stdout
+
+
+def test_a_mistake_of_one_process_ends_both(tmp_path):
+    """In a line each, with the exit code of a mistake."""
+    wrong = "--config.eval.batch_size=12"
+    both = processes(tmp_path / "a", *WIDE, f"--workdir={tmp_path / 'run'}", more=((), (wrong,)))
+    lines = [refusal(process.wait()) for process in both]
+    assert lines[1].startswith("error: config.eval.batch_size is 12, which 8 devices")
+    assert f"{named(both[1], 1)} failed: config.eval.batch_size is 12" in lines[0]

@@ -19,7 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from bucket import Bucket
-from conftest import QUICK, Command, records, refusal
+from conftest import QUICK, Command, records, refusal, slowly
 from etils import epath
 from test_training import setup, small_config
 
@@ -34,18 +34,6 @@ from structvit_jax.training.lock import WorkdirLock
 from structvit_jax.training.step import init_state
 
 SAME = ("result.json", "metrics.jsonl")
-
-
-def slowly(seconds):
-    """In a command: every batch takes this long."""
-    batches = data.Dataset.train_batches
-
-    def slow(self, *arguments, **options):
-        for batch in batches(self, *arguments, **options):
-            time.sleep(seconds)
-            yield batch
-
-    data.Dataset.train_batches = slow
 
 
 def poisoned(steps):
@@ -111,14 +99,13 @@ def test_every_damage_to_every_file_is_found(copy):
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("weights/*/d/*", "flipped"), ("weights/_METADATA", "truncated"), ("optimizer", "removed"),
-     ("sha256.json", "removed")],
-)  # fmt: skip
+    [("weights/*/d/*", "flipped"), ("optimizer/_METADATA", "truncated"), ("sha256.json", "removed")],
+)
 def test_the_checkpoint_before_a_damaged_one_is_used(finished, copy, command, name, kind):
     """Said in a line; the damaged one is set aside, and the run ends as if nothing had happened."""
     folder = copy / "checkpoints" / "12"
     path = max(folder.glob(name), key=lambda path: path.stat().st_size)
-    shutil.rmtree(path) if path.is_dir() else DAMAGES[kind](path)
+    DAMAGES[kind](path)
     left = len(contents(folder))
     process = command(*QUICK, f"--workdir={copy}")
     assert process.returncode == 0, process.stderr
@@ -348,15 +335,12 @@ def test_an_owner_that_lost_the_lock_stops(place, monkeypatch):
 # Disks that refuse
 
 
-def test_a_full_disk_ends_in_one_line_and_loses_nothing(finished, copy, command):
-    """One of ours, that is, and the last: threads of the failed save may complain before it."""
+def test_a_full_disk_ends_in_one_line_and_loses_nothing(finished, copy, command, refused):
     shutil.rmtree(copy / "checkpoints" / "12")
     before = contents(copy / "checkpoints")
     largest = max(map(len, before.values()))
     limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (largest // 2, largest // 2))
-    process = command(*QUICK, f"--workdir={copy}", first=limit)
-    line = process.stderr.splitlines()[-1]
-    assert process.returncode == 2 and line.startswith("error: ")
+    line = refused(*QUICK, f"--workdir={copy}", first=limit)
     assert "File too large" in line and "cannot be used" in line
     assert before.items() <= contents(copy / "checkpoints").items()
     resumed = command(*QUICK, f"--workdir={copy}")
@@ -393,17 +377,19 @@ def test_a_workdir_that_vanishes(finished, command, tmp_path):
 # Numbers that are none
 
 
-def test_a_step_without_a_number_changes_nothing(command, refused, tmp_path):
+def test_a_step_without_a_number_changes_nothing(refused, tmp_path):
     """It is marked, its examples are named, the run goes on; too many in a row end it, restarts included."""
     options = [*QUICK, f"--workdir={tmp_path}", "--config.checkpoint.every=1 steps"]
-    options += ["--config.train.max_skipped=3", "--config.checkpoint.keep=20"]
-    poison = functools.partial(poisoned, {3, 5, 6, 7, 8})
-    process = command(*options, "--config.train.duration=6 steps", first=poison)
-    assert process.returncode == 0, process.stderr
+    options += ["--config.train.max_skipped=3", "--config.checkpoint.keep=20", "--config.model.depths=(1,)"]
+    poison = functools.partial(poisoned, {3, 5, 6, 7})
+    for _ in range(2):  # by itself, step 7 would not end the second
+        line = refused(*options, first=poison)
+        assert "step 7: " in line and "in 3 steps in a row" in line
+        assert "config.optimizer.lr" in line and f"{tmp_path}/skipped.jsonl" in line
     losses = {r["step"]: (r["loss"] is None, r.get("skipped")) for r in records(tmp_path) if "loss" in r}
-    assert losses == {n: (True, 1) if n in (3, 5, 6) else (False, None) for n in range(1, 7)}
+    assert losses == {n: (True, 1) if n in (3, 5, 6, 7) else (False, None) for n in range(1, 8)}
     skipped = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in skipped] == [3, 5, 6]
+    assert [line["step"] for line in skipped] == [3, 5, 6, 7]
     config = default_config()
     config.data.train_examples, config.data.test_examples = 40, 20
     ids = {data.load(config.data, config.augment).train_id(i) for i in range(40)}
@@ -419,17 +405,12 @@ def test_a_step_without_a_number_changes_nothing(command, refused, tmp_path):
     with pytest.raises(AssertionError):
         chex.assert_trees_all_equal(files(4), files(3))
 
-    line = refused(*options, first=poison)
-    assert "step 7: " in line and "in 3 steps in a row" in line
-    assert "config.optimizer.lr" in line and f"{tmp_path}/skipped.jsonl" in line
-    assert [r["step"] for r in records(tmp_path) if "skipped" in r] == [3, 5, 6, 7]
-
 
 # Buckets
 
 
 def test_a_run_in_a_bucket(finished, tmp_path):
-    """Killed in its first save and after one, broken, mended: it ends as on a disk."""
+    """Killed in its first save and in another, broken, mended: it ends as on a disk."""
     with Bucket() as bucket:
 
         def start(**options):
@@ -442,7 +423,7 @@ def test_a_run_in_a_bucket(finished, tmp_path):
         def saved(number):
             return f"runs/a/checkpoints/{number}/sha256.json" in bucket.objects
 
-        for happens in (lambda: saving(3), lambda: saved(3), lambda: saving(6)):
+        for happens in (lambda: saving(3), lambda: saving(6)):
             process = start(first=SLOWLY)
             process.when(happens)
             process.signal(signal.SIGKILL)
@@ -450,8 +431,9 @@ def test_a_run_in_a_bucket(finished, tmp_path):
         process = start(first=SLOWLY)
         process.when(lambda: saved(9))
         bucket.broken = True
-        assert process.wait().returncode == 2
-        assert "error: gs://bucket/runs/a" in process.stderr  # tensorstore may complain too
+        assert process.wait().returncode == 2, process.stderr
+        (line,) = [line for line in process.stderr.splitlines() if "AUTH_TOKEN_FOR_TESTING" not in line]
+        assert line.startswith("error: gs://bucket/runs/a") and "the bucket is out of order" in line
         bucket.broken = False
         process = start().wait()
         assert process.returncode == 0, process.stderr
@@ -533,21 +515,20 @@ def test_accumulated_parts_are_the_whole_batch():
     results = {}
     for config.train.accumulate in (1, 4):
         grid, _, state, step_fn = setup(config, 4, 2)
+        compiled = step_fn.lower(state, mesh.put_batch(grid, batches[0])).compile()
         losses = []
         for batch in batches:
-            state, metrics = step_fn(state, mesh.put_batch(grid, batch))
+            state, metrics = compiled(state, mesh.put_batch(grid, batch))
             losses.append([float(metrics[key]) for key in ("loss", "top1", "grad_norm")])
         results[config.train.accumulate] = losses, jax.device_get(state.weights.params)
     np.testing.assert_allclose(results[4][0], results[1][0], rtol=1e-5)
     chex.assert_trees_all_close(results[4][1], results[1][1], rtol=1e-5, atol=1e-5)
-    text = step_fn.lower(state, mesh.put_batch(grid, batches[0])).compile().as_text()
+    text = compiled.as_text()
     assert "while" in text and "all-to-all" not in text and "collective-permute" not in text
 
 
 def test_a_profile_of_some_steps(command, tmp_path):
-    process = command(
-        *QUICK, f"--workdir={tmp_path}", "--config.profile=3:5", "--config.train.duration=6 steps"
-    )
+    process = command(*QUICK, f"--workdir={tmp_path}", "--config.profile=3:5")
     assert process.returncode == 0, process.stderr
     assert f"profile of steps 3 to 4: {tmp_path}/profile" in process.stdout
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import functools
 import re
+import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -55,6 +56,7 @@ class Checkpoints:
         self._folder = epath.Path(workdir) / FOLDER
         if keep:
             processes.decide(self._remove_unfinished)
+            sys.unraisablehook = _leave_out_closed_loops
         self._latest = self._newest_whole(set_aside=keep is not None)
         options = ocp.CheckpointManagerOptions(create=False, read_only=True)
         if keep:
@@ -230,6 +232,12 @@ def _is_unfinished(path: epath.Path) -> bool:
         marks = (atomicity.COMMIT_SUCCESS_FILE, FILE)
         return path.name.isdigit() and not any((path / mark).exists() for mark in marks)
     return atomicity.TMP_DIR_SUFFIX in path.name
+
+
+def _leave_out_closed_loops(unraisable: Any) -> None:
+    """When Orbax gives up a save, every write that is still under way would print a traceback."""
+    if "Event loop is closed" not in str(unraisable.exc_value):
+        sys.__unraisablehook__(unraisable)
 
 
 def _rank(metrics: dict[str, float]) -> float:

@@ -141,7 +141,9 @@ class _Watch:
         self._patience = heartbeat
         self._me, self._count = share()
         self._name = f"process {self._me} of {self._count} (host {socket.gethostname()}, pid {os.getpid()})"
-        self._seen: dict[str, tuple[str, float]] = {}  # by key: the last sign of life, and when it was new
+        # by key: the last sign of life, and when it was new; one that never gives any is lost too
+        now, count = time.monotonic(), self._count
+        self._seen = {f"{_ALIVE}{i}": (f"0 process {i} of {count}", now) for i in range(count)}
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
