@@ -75,6 +75,8 @@ class Command:
     def __init__(self, folder, *arguments, first=None, **environment):
         folder.mkdir(parents=True, exist_ok=True)
         self._out, self._err = folder / "stdout", folder / "stderr"
+        for path in (self._out, self._err):  # of a command before
+            path.unlink(missing_ok=True)
         given = list(map(str, arguments)), self._out, self._err, first, environment
         self.process = self._server.Process(target=_command, args=given)
         self.process.start()

@@ -84,8 +84,9 @@ def kill(run, workdir, number, when, chance):
     victim = chance.randrange(len(run))
     phase, delay = chance.choice(("devices:", "compiled in", "compiled in")), chance.uniform(0, 2.5)
 
-    def saving():
-        return list(workdir.glob("checkpoints/*.orbax-checkpoint-tmp*"))
+    def saving():  # what an earlier kill left is gone when this run compiles
+        saves = workdir.glob("checkpoints/*.orbax-checkpoint-tmp*")
+        return "compiled in" in run[0].stdout and any(saves)
 
     def happens():
         return saving() if when == "in a save" else phase in run[0].stdout

@@ -42,7 +42,7 @@ def join(heartbeat: int) -> None:
     given = [name for name in names if os.environ.get(name)]
     if given and len(given) < len(names):
         raise UserError(f"{' and '.join(given)} given without {' and '.join(set(names) - set(given))}")
-    options: dict[str, Any] = {"heartbeat_timeout_seconds": 2 * heartbeat}  # the watch is to be first
+    options: dict[str, Any] = {"heartbeat_timeout_seconds": 2 * heartbeat + 20}  # the watch is to be first
     if given:
         address, count, number = (os.environ[name] for name in names)
         if not (count.isdigit() and number.isdigit() and int(number) < int(count)):
@@ -119,16 +119,17 @@ def ending_together(heartbeat: int) -> Iterator[None]:
     if jax.process_count() == 1:
         yield
         return
-    watch = _Watch(heartbeat)
+    watch, stopped = _Watch(heartbeat), None
     try:
         yield
-    except Stopped:
-        watch.close()
-        raise
+    except Stopped as stop:
+        stopped = stop
     except BaseException as error:
         watch.end(error)
-    gather(None)  # none leaves before all have come so far
+    gather(None)  # none leaves before all have come so far: without the first, JAX ends the others
     watch.close()
+    if stopped:
+        raise stopped
 
 
 class _Watch:
