@@ -112,7 +112,7 @@ class WorkdirLock:
                     return
                 self._write()
                 self._renewed = time.monotonic()
-            except OSError as error:
+            except Exception as error:  # a disk's or, of whatever type, a bucket's: it may pass
                 if time.monotonic() - self._renewed > self._expiry:
                     self._lost = f"{self._path} could not be renewed for {self._expiry:.0f} s ({error})"
                     return

@@ -137,11 +137,8 @@ def take_steps(
     step_fn = compile_train_step(run, state)
     log.restart_clock()
     stream = run.data.train_batches(run.config.data.batch_size, start_step=start, share=processes.share())
-    with (
-        naming_memory(run.config),
-        contextlib.closing(stream) as batches,
-        Profile(run.config.profile, session.workdir, start) as profile,
-    ):
+    profile = Profile(run.config.profile, session.workdir, start)
+    with contextlib.closing(stream) as batches, profile:
         saved = start
         for step in range(start + 1, total + 1):
             if stop.before(step):
