@@ -132,10 +132,11 @@ def _command(arguments, out, err, first, environment):
     """The body of the forked process."""
     os.chdir(ROOT)
     os.environ.update({"XLA_FLAGS": ""} | environment)
-    for stream, path in ((sys.stdout, out), (sys.stderr, err)):
+    for stream, path in ((sys.stdout, os.devnull), (sys.stderr, err)):
         stream.flush()
-        with path.open("w") as file:
+        with open(path, "w") as file:
             os.dup2(file.fileno(), stream.fileno())
+    sys.stdout = out.open("w")  # what JAX's own transport prints, from many threads at once, stays out of it
     sys.argv = ["main.py", *arguments]
     from structvit_jax import main
 

@@ -110,10 +110,10 @@ def _splits_in(root: str) -> Iterator[str]:
     for name in ("train", "val", "test"):
         folder = os.path.join(root, name)
         lists = [ending for ending in LISTS if os.path.isfile(folder + ending)]
-        classes = os.path.isdir(folder) and any(entry.is_dir() for entry in os.scandir(folder))
-        if lists or classes:
+        is_folder = os.path.isdir(folder)
+        if lists or (is_folder and any(os.path.isdir(os.path.join(folder, n)) for n in os.listdir(folder))):
             yield name
-        elif os.path.isdir(folder):
+        elif is_folder:
             print(f"{folder}: no class folders in it, left out")
 
 
