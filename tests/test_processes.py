@@ -12,6 +12,7 @@ from conftest import QUICK, Command, devices, processes, records, refusal, slowl
 
 from structvit_jax import data
 from structvit_jax.errors import RESUMABLE
+from structvit_jax.training import processes as run_processes
 
 # Wide enough for parameters to be split over fsdp.
 WIDE = [argument.replace("(16,)", "(128,)") for argument in QUICK] + ["--config.mesh.heartbeat=5"]
@@ -78,6 +79,16 @@ def test_two_processes_are_stopped_killed_and_end_like_one(tmp_path):
     assert f"params_sha256 {result['params_sha256'][:12]}" in one.stdout
 
 
+def test_process_0_is_named_as_well(tmp_path):
+    """JAX would abort the others, in its own words."""
+    both = processes(tmp_path / "a", *WIDE, f"--workdir={tmp_path / 'run'}")
+    both[0].when(lambda: "compiling" in both[0].stdout)
+    both[0].signal(signal.SIGKILL)
+    assert both[1].wait().returncode == RESUMABLE, both[1].stderr
+    line = f"error: {named(both[0], 0)} is gone; process 1 of 2 ends with it; the same command resumes"
+    assert both[1].stderr.splitlines()[-1] == line
+
+
 def test_a_mistake_of_one_process_ends_both(tmp_path):
     """In a line each, with the exit code of a mistake."""
     wrong = "--config.eval.batch_size=12"
@@ -85,3 +96,21 @@ def test_a_mistake_of_one_process_ends_both(tmp_path):
     lines = [refusal(process.wait()) for process in both]
     assert lines[1].startswith("error: config.eval.batch_size is 12, which 8 devices")
     assert f"{named(both[1], 1)} failed: config.eval.batch_size is 12" in lines[0]
+
+
+def impatient():
+    run_processes._JOINING = 2
+
+
+def absent():
+    os._exit(0)
+
+
+def test_a_process_that_waits_for_one_that_never_comes(tmp_path):
+    """It gives up in a line, instead of JAX's stack trace."""
+    for first in ((impatient, absent), (absent, impatient)):
+        waiting = processes(tmp_path / "a", *QUICK, f"--workdir={tmp_path / 'run'}", first=first)
+        process = waiting[first.index(impatient)].wait()
+        assert process.returncode == 1, process.stderr
+        (line,) = [line for line in process.stderr.splitlines() if line]
+        assert line.startswith("error: not all processes of the run have come together in 2 s at 127.0.0.1:")

@@ -409,6 +409,30 @@ def test_a_step_without_a_number_changes_nothing(refused, tmp_path):
 # Buckets
 
 
+@pytest.mark.parametrize("place", ["bucket"], indirect=True)
+@pytest.mark.parametrize(
+    ("files", "unfinished"),
+    [
+        ({"weights/a": "1"}, True),
+        ({"weights/a": "1", "sha256.json": "{}"}, True),
+        ({"weights/a": "1", "sha256.json": "{}", "commit_success.txt": "yes"}, True),
+        ({"weights/a": "1", "commit_success.txt": "yes"}, False),
+        ({"weights/a": "1", "sha256.json": ""}, False),
+    ],
+)
+def test_a_save_in_a_bucket_is_finished_by_its_digests(place, files, unfinished):
+    """What a kill left is removed; what only damage can have done stays, and is said."""
+    folder = place / "checkpoints" / "3"
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    if unfinished:
+        assert Checkpoints(place, Keep(1)).latest() is None
+    else:
+        with pytest.raises(UserError, match=r"is damaged \(.*sha256\.json"):
+            Checkpoints(place, Keep(1))
+    assert folder.exists() != unfinished
+
+
 def test_a_run_in_a_bucket(finished, tmp_path):
     """Killed in its first save and in another, broken, mended: it ends as on a disk."""
     with Bucket() as bucket:
@@ -421,7 +445,7 @@ def test_a_run_in_a_bucket(finished, tmp_path):
             return any(name.startswith(f"runs/a/checkpoints/{number}/") for name in list(bucket.objects))
 
         def saved(number):
-            return f"runs/a/checkpoints/{number}/sha256.json" in bucket.objects
+            return b"weights" in bucket.objects.get(f"runs/a/checkpoints/{number}/sha256.json", b"")
 
         for happens in (lambda: saving(3), lambda: saving(6)):
             process = start(first=SLOWLY)

@@ -29,7 +29,7 @@ from structvit_jax.training.digests import FILE, damage, write_digests
 from structvit_jax.training.log import say
 from structvit_jax.training.placement import abstract
 from structvit_jax.training.step import TrainState
-from structvit_jax.training.storage import absolute, is_bucket, unusable
+from structvit_jax.training.storage import absolute, is_bucket, read_json, unusable, write_json
 
 FOLDER = "checkpoints"
 ASIDE = "damaged"  # where checkpoints that cannot be used are put
@@ -120,6 +120,8 @@ class Checkpoints:
         """One line for whatever Orbax and its stores raise when they cannot write."""
         try:
             yield
+        except jax.errors.JaxRuntimeError:  # of another process's making
+            raise
         except Exception as error:
             text = str(error)
             if known := re.findall(r"[^:]+: ([^:\[]+) \[os_error_code=", text):
@@ -213,7 +215,13 @@ class _OnDisk(atomicity.AtomicRenameTemporaryPath):
 
 
 class _InBucket(atomicity.CommitFileTemporaryPath):
-    """A bucket cannot rename: its digests, written last, are the commit."""
+    """A bucket cannot rename: there are no digests in the file of them until the save is finished."""
+
+    async def create(self) -> epath.Path:
+        path = await super().create()
+        if _is_checkpoint(path):
+            await asyncio.to_thread(write_json, path / FILE, {})
+        return path
 
     async def finalize(self) -> None:
         await super().finalize()
@@ -227,11 +235,15 @@ def _is_checkpoint(path: epath.Path) -> bool:
 
 
 def _is_unfinished(path: epath.Path) -> bool:
-    """Whether a save never came to its end: on a disk it has a temporary name, in a bucket no mark of it."""
-    if is_bucket(path):
-        marks = (atomicity.COMMIT_SUCCESS_FILE, FILE)
-        return path.name.isdigit() and not any((path / mark).exists() for mark in marks)
-    return atomicity.TMP_DIR_SUFFIX in path.name
+    """Whether a save never came to its end: on a disk it has a temporary name, in a bucket no digests yet.
+
+    Where that file is missing from a save that was committed, or holds anything else, it was damaged.
+    """
+    if not is_bucket(path):
+        return atomicity.TMP_DIR_SUFFIX in path.name
+    if (path / FILE).exists():
+        return read_json(path / FILE) == {}
+    return path.name.isdigit() and not (path / atomicity.COMMIT_SUCCESS_FILE).exists()
 
 
 def _leave_out_closed_loops(unraisable: Any) -> None:

@@ -75,7 +75,14 @@ class Evaluator:
     def __init__(self, model: Network, config: ml_collections.ConfigDict, mesh: Mesh, data: Any):
         structure, weights = split(model)
         self._step = make_eval_step(structure, config, mesh, weights)
+        self._compiled: Any = None
         self._mesh, self._data, self._config = mesh, data, config.eval
+
+    def _scores(self, weights: Weights, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        if not self._compiled:
+            self._compiled = self._step.lower(weights, batch).compile()
+            processes.meet()
+        return self._compiled(weights, batch)
 
     def __call__(self, weights: Weights) -> Evaluation:
         results: list[dict[str, Any]] = []
@@ -83,7 +90,7 @@ class Evaluator:
         stream = self._data.test_batches(self._config.batch_size, share=processes.share())
         with contextlib.closing(stream) as batches:
             for batch in batches:
-                results.append(self._step(weights, put_batch(self._mesh, batch)))
+                results.append(self._scores(weights, put_batch(self._mesh, batch)))
                 problems.extend(batch["problems"])
                 if len(results) > 1:  # one batch in flight, not all of them
                     results[-2] = jax.device_get(results[-2])

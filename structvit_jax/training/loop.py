@@ -76,7 +76,7 @@ def open_workdir(run: Run, workdir: epath.Path) -> Iterator[Session]:
         if processes.is_first():
             (workdir / FOLDER).mkdir(parents=True, exist_ok=True)
             stack.enter_context(lock)
-        processes.gather(None)  # the others look at it when it is there, and locked
+        processes.meet()  # the others look at it when it is there, and locked
         checkpoints = stack.enter_context(Checkpoints(workdir, keep(run)))
         unreadable = Unreadable(workdir, run.data.train_examples, run.config.data.max_bad_share)
         yield Session(run, workdir, lock, checkpoints, unreadable)

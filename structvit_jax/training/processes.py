@@ -8,6 +8,9 @@ otherwise wait for it inside a collective operation.
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import faulthandler
+import itertools
 import json
 import os
 import pickle
@@ -27,6 +30,9 @@ from structvit_jax.errors import MISTAKE, RESUMABLE, Stopped, UserError
 
 _FAILED, _ALIVE, _DONE = "structvit_jax/failed/", "structvit_jax/alive/", "done"
 _GRACE = 3.0  # seconds in which the others read why a process fails, before it is gone
+_JOINING = 300  # seconds in which all have to have started
+_LONG = 7 * 24 * 3600  # seconds: who does not come is noticed otherwise
+_meetings = itertools.count()
 
 
 def join(heartbeat: int) -> None:
@@ -42,17 +48,36 @@ def join(heartbeat: int) -> None:
     given = [name for name in names if os.environ.get(name)]
     if given and len(given) < len(names):
         raise UserError(f"{' and '.join(given)} given without {' and '.join(set(names) - set(given))}")
-    options: dict[str, Any] = {"heartbeat_timeout_seconds": 2 * heartbeat + 20}  # the watch is to be first
+    options: dict[str, Any] = {  # JAX's own limits would abort with a stack trace: they come later
+        "heartbeat_timeout_seconds": 2 * heartbeat + 20,
+        "initialization_timeout": 2 * _JOINING,
+    }
     if given:
         address, count, number = (os.environ[name] for name in names)
         if not (count.isdigit() and number.isdigit() and int(number) < int(count)):
             raise UserError(f"JAX_PROCESS_ID={number} of JAX_NUM_PROCESSES={count} is none of 0 to N - 1")
         options |= {"coordinator_address": address, "num_processes": int(count), "process_id": int(number)}
+    place = f" at {options['coordinator_address']}" if given else ""
+    late = threading.Timer(_JOINING, _give_up, [f"{_JOINING} s{place}"])
+    late.daemon = True
+    late.start()
     try:
         jax.distributed.initialize(**options)
     except ValueError as error:
         if given or "should be defined" not in str(error):
             raise UserError(f"the processes of the run do not find each other: {error}") from error
+    finally:
+        late.cancel()
+
+
+def _give_up(waited: str) -> NoReturn:
+    print(
+        f"error: not all processes of the run have come together in {waited}: each has to be started, and to"
+        " reach process 0 there",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(1)
 
 
 def is_first() -> bool:
@@ -65,10 +90,18 @@ def share() -> tuple[int, int]:
     return jax.process_index(), jax.process_count()
 
 
+def meet() -> None:
+    """Waits until all processes have come here. CPUs that meet in a computation give up after 30 s."""
+    if jax.process_count() > 1:
+        name = f"structvit_jax/meeting/{next(_meetings)}"
+        _distributed().client.wait_at_barrier(name, timeout_in_ms=1000 * _LONG)
+
+
 def gather(value: Any) -> list[Any]:
     """Every process's value, on every process; all have to call it."""
     if jax.process_count() == 1:
         return [value]
+    meet()
     raw = np.frombuffer(pickle.dumps(value), np.uint8)
     sizes = multihost_utils.process_allgather(np.int32(len(raw)))
     rows = multihost_utils.process_allgather(np.pad(raw, (0, int(sizes.max()) - len(raw))))
@@ -121,24 +154,31 @@ def ending_together(heartbeat: int) -> Iterator[None]:
         return
     watch, stopped = _Watch(heartbeat), None
     try:
-        yield
-    except Stopped as stop:
-        stopped = stop
+        try:
+            yield
+        except Stopped as stop:
+            stopped = stop
+        meet()  # all have done their work
     except BaseException as error:
         watch.end(error)
-    gather(None)  # none leaves before all have come so far: without the first, JAX ends the others
     watch.close()
+    jax.distributed.shutdown()  # the others with it: none is ended by JAX because the first is gone
     if stopped:
         raise stopped
+
+
+def _distributed() -> Any:
+    """The state of jax.distributed, whose barriers and key-value store have no public names."""
+    from jax._src import distributed
+
+    return distributed.global_state
 
 
 class _Watch:
     """A thread that shows this process's signs of life and looks for the others'."""
 
     def __init__(self, heartbeat: int):
-        from jax._src import distributed  # the key-value store of jax.distributed has no public name
-
-        self._store: Any = distributed.global_state.client
+        self._store: Any = _distributed().client
         self._patience = heartbeat
         self._me, self._count = share()
         self._name = f"process {self._me} of {self._count} (host {socket.gethostname()}, pid {os.getpid()})"
@@ -148,6 +188,11 @@ class _Watch:
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
+        if self._me:
+            # JAX aborts when process 0 is gone, and has no hook for it: what is left is the signal itself
+            self._address = _distributed().coordinator_address
+            self._on_abort = ctypes.CFUNCTYPE(None, ctypes.c_int)(self._aborted)
+            ctypes.CDLL(None).signal(signal.SIGABRT, self._on_abort)
 
     def close(self) -> None:
         """Ends the watch of a process that has done its work."""
@@ -187,6 +232,16 @@ class _Watch:
                     self._leave(f"{name} failed: {text}", code)
             for name in self._lost(signs):
                 self._leave(f"{name} has given no sign of life for {self._patience} s; it is lost", RESUMABLE)
+
+    def _aborted(self, number: int) -> None:
+        """Called in place of an abort: names process 0, if it cannot be reached."""
+        host, _, port = self._address.rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
+        except OSError:
+            name = self._seen[f"{_ALIVE}0"][0].split(" ", 1)[1]
+            self._leave(f"{name} is gone", RESUMABLE)
+        faulthandler.dump_traceback()  # another reason; returning from here ends the process
 
     def _lost(self, signs):
         """Names of processes that have been silent for too long."""

@@ -16,6 +16,7 @@ import ml_collections
 from structvit_jax.errors import UserError
 from structvit_jax.models.operations import operations
 from structvit_jax.models.weights import split
+from structvit_jax.training import processes
 from structvit_jax.training.log import say
 from structvit_jax.training.placement import abstract, batch_sharding
 from structvit_jax.training.run import Run
@@ -28,6 +29,7 @@ def compile_train_step(run: Run, state: TrainState) -> Any:
     started = time.monotonic()
     compiled = lower_train_step(run, state).compile()
     say(f"compiled in {time.monotonic() - started:.1f} s")
+    processes.meet()  # not all may have found it in the compilation cache
     return compiled
 
 

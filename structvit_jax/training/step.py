@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -135,9 +134,10 @@ def split_batch(batch: dict[str, jax.Array], parts: int, mesh: Mesh) -> dict[str
 
 def make_eval_step(
     structure: Structure, config: ml_collections.ConfigDict, mesh: Mesh, weights: Weights
-) -> Callable[[Weights, Batch], Metrics]:
-    """Scores of examples with all their views: float32 [rows, classes], the mean over views, with labels,
-    mask and index, and whether the label is among the first one and five; whole on every process."""
+) -> Any:
+    """(weights, batch) -> scores of examples with all their views, jitted: float32 [rows, classes], the mean
+    over views, with labels, mask and index, and whether the label is among the first one and five; whole on
+    every process."""
 
     def step_fn(weights, batch):
         network = structure.model(weights)
