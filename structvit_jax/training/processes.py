@@ -28,7 +28,8 @@ from jax.experimental import multihost_utils
 
 from structvit_jax.errors import MISTAKE, RESUMABLE, Stopped, UserError
 
-_FAILED, _ALIVE, _DONE = "structvit_jax/failed/", "structvit_jax/alive/", "done"
+_NAME, _FAILED, _ALIVE = (f"structvit_jax/{what}/" for what in ("name", "failed", "alive"))
+_DONE = "done"
 _GRACE = 3.0  # seconds in which the others read why a process fails, before it is gone
 _JOINING = 300  # seconds in which all have to have started
 _LONG = 7 * 24 * 3600  # seconds: who does not come is noticed otherwise
@@ -181,10 +182,13 @@ class _Watch:
         self._store: Any = _distributed().client
         self._patience = heartbeat
         self._me, self._count = share()
-        self._name = f"process {self._me} of {self._count} (host {socket.gethostname()}, pid {os.getpid()})"
+        name = f"process {self._me} of {self._count} (host {socket.gethostname()}, pid {os.getpid()})"
+        self._store.key_value_set(f"{_NAME}{self._me}", name)
+        self._names = [
+            self._store.blocking_key_value_get(f"{_NAME}{i}", 1000 * _JOINING) for i in range(self._count)
+        ]
         # by key: the last sign of life, and when it was new; one that never gives any is lost too
-        now, count = time.monotonic(), self._count
-        self._seen = {f"{_ALIVE}{i}": (f"0 process {i} of {count}", now) for i in range(count)}
+        self._seen = {f"{_ALIVE}{i}": ("", time.monotonic()) for i in range(self._count)}
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -212,7 +216,7 @@ class _Watch:
             sys.excepthook(type(error), error, error.__traceback__)
             text = f"{type(error).__name__}: {text[:300]}"
         with contextlib.suppress(jax.errors.JaxRuntimeError):
-            self._store.key_value_set(f"{_FAILED}{self._me}", json.dumps([self._name, text, code]))
+            self._store.key_value_set(f"{_FAILED}{self._me}", json.dumps([text, code]))
         print(f"error: {text}", file=sys.stderr, flush=True)
         self._exit(code)
 
@@ -221,15 +225,15 @@ class _Watch:
         while not self._closing.wait(pause):
             beat += 1
             try:
-                self._store.key_value_set(f"{_ALIVE}{self._me}", f"{beat} {self._name}", allow_overwrite=True)
+                self._store.key_value_set(f"{_ALIVE}{self._me}", str(beat), allow_overwrite=True)
                 failures = self._store.key_value_dir_get(_FAILED)
                 signs = self._store.key_value_dir_get(_ALIVE)
             except jax.errors.JaxRuntimeError:
                 continue  # process 0 is gone, or going: JAX ends this process
             for key, value in failures:
                 if key != f"{_FAILED}{self._me}":
-                    name, text, code = json.loads(value)
-                    self._leave(f"{name} failed: {text}", code)
+                    text, code = json.loads(value)
+                    self._leave(f"{self._names[int(key.removeprefix(_FAILED))]} failed: {text}", code)
             for name in self._lost(signs):
                 self._leave(f"{name} has given no sign of life for {self._patience} s; it is lost", RESUMABLE)
 
@@ -239,8 +243,7 @@ class _Watch:
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
         except OSError:
-            name = self._seen[f"{_ALIVE}0"][0].split(" ", 1)[1]
-            self._leave(f"{name} is gone", RESUMABLE)
+            self._leave(f"{self._names[0]} is gone", RESUMABLE)
         faulthandler.dump_traceback()  # another reason; returning from here ends the process
 
     def _lost(self, signs):
@@ -253,7 +256,7 @@ class _Watch:
                 self._seen[key] = sign, now
         own = f"{_ALIVE}{self._me}"
         silent = [k for k, (_, since) in self._seen.items() if now - since > self._patience and k != own]
-        return [self._seen[key][0].split(" ", 1)[1] for key in silent]
+        return [self._names[int(key.removeprefix(_ALIVE))] for key in silent]
 
     def _leave(self, reason: str, code: int) -> NoReturn:
         advice = "; the same command resumes" if code == RESUMABLE else ""
