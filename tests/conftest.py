@@ -4,6 +4,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -13,13 +14,18 @@ from pathlib import Path
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
+import fsspec
 import jax
 import pytest
+from bucket import Bucket
+from etils import epath
 
 from structvit_jax import data
+from structvit_jax.training import lock
 
 ROOT = Path(__file__).parent.parent
 CONFIG = "--config=configs/moving_digits.py"
+SAME = ("result.json", "metrics.jsonl")  # files that a kill may not change
 # Seconds instead of minutes: a two-block DeiT on few clips.
 QUICK = [
     CONFIG,
@@ -171,6 +177,32 @@ def finished(tmp_path_factory):
     return folder / "run", (folder / "stdout").read_text()
 
 
+@pytest.fixture
+def copy(finished, tmp_path):
+    """A copy of the complete run."""
+    return shutil.copytree(finished[0], tmp_path / "run")
+
+
+def same_as(finished, workdir):
+    """Whether a run has ended as the complete one did."""
+    return all((workdir / name).read_bytes() == (finished[0] / name).read_bytes() for name in SAME)
+
+
+@pytest.fixture(params=["disk", "bucket"])
+def place(request, tmp_path, monkeypatch):
+    """A workdir on a disk, and one in a bucket, for this process."""
+    if request.param == "disk":
+        yield epath.Path(tmp_path)
+        return
+    fsspec.get_filesystem_class("gs").clear_instance_cache()
+    with Bucket() as bucket:
+        for name, value in bucket.environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(lock, "_SETTLE", dict.fromkeys((True, False), 0.1))
+        yield epath.Path("gs://bucket/run")
+        fsspec.get_filesystem_class("gs").clear_instance_cache()
+
+
 def slowly(seconds):
     """In a command: every batch takes this long."""
     batches = data.Dataset.train_batches
@@ -181,6 +213,11 @@ def slowly(seconds):
             yield batch
 
     data.Dataset.train_batches = slow
+
+
+def contents(folder):
+    """Every file below a folder."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def records(workdir):

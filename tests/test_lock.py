@@ -1,0 +1,80 @@
+"""The lock of a workdir, which two runs never write at once."""
+
+import functools
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import QUICK, Command, same_as, slowly
+
+from structvit_jax.errors import UserError
+from structvit_jax.training import lock
+from structvit_jax.training.lock import WorkdirLock
+
+SLOWLY = functools.partial(slowly, 0.15)
+
+
+def test_a_second_run_is_refused_and_the_first_goes_on(finished, refused, tmp_path):
+    first = Command(tmp_path / "output", *QUICK, f"--workdir={tmp_path / 'run'}", first=SLOWLY)
+    first.when((tmp_path / "run" / "lock.json").exists)
+    line = refused(*QUICK, f"--workdir={tmp_path / 'run'}")
+    assert f"is being written by another run (host {os.uname().nodename}, pid {first.process.pid});" in line
+    assert first.wait().returncode == 0, first.stderr
+    assert same_as(finished, tmp_path / "run") and not (tmp_path / "run" / "lock.json").exists()
+
+
+HELD = "import sys, time; from etils import epath; from structvit_jax.training.lock import WorkdirLock;"
+HELD += "WorkdirLock(epath.Path(sys.argv[1])).__enter__(); print('held', flush=True); time.sleep(100)"
+
+
+def test_a_killed_owner_is_not_waited_for(place):
+    """Though nobody has asked for its exit code: it is a zombie then."""
+    owner = subprocess.Popen([sys.executable, "-c", HELD, str(place)], stdout=subprocess.PIPE, text=True)
+    assert owner.stdout.readline() == "held\n"
+    with pytest.raises(UserError, match=f"another run .*pid {owner.pid}"):
+        WorkdirLock(place).__enter__()
+    owner.kill()
+    os.waitid(os.P_PID, owner.pid, os.WEXITED | os.WNOWAIT)
+    started = time.monotonic()
+    with WorkdirLock(place) as mine:
+        assert time.monotonic() - started < 2
+        mine.check()
+    owner.wait()
+    owner.stdout.close()
+    assert not (place / lock.FILE).exists()
+
+
+def elsewhere(place, monkeypatch, **options):
+    """A lock taken by another machine."""
+    with monkeypatch.context() as patch:
+        patch.setattr(lock, "_boot", lambda: "another")
+        return WorkdirLock(place, **options)
+
+
+def test_an_owner_on_another_machine_is_waited_for(place, monkeypatch):
+    """As long as it may take to renew: refused if it does, taken over if it does not."""
+    owner = elsewhere(place, monkeypatch, renew=0.2)
+    with owner, pytest.raises(UserError, match="another run"):
+        WorkdirLock(place, expiry=30).__enter__()
+    silent = elsewhere(place, monkeypatch, renew=1000)
+    with silent:
+        started = time.monotonic()
+        with WorkdirLock(place, expiry=1, renew=0.2) as mine:
+            assert time.monotonic() - started > 1
+            mine.check()
+            silent._renew = 0.1
+    assert not (place / lock.FILE).exists()
+
+
+def test_an_owner_that_lost_the_lock_stops(place, monkeypatch):
+    """And leaves the lock to the one that has it."""
+    with WorkdirLock(place, renew=0.1) as mine:
+        mine.check()
+        theirs = elsewhere(place, monkeypatch)
+        theirs._write()
+        mine._thread.join(10)
+        with pytest.raises(UserError, match="is being written by another run"):
+            mine.check()
+    assert (place / lock.FILE).exists()
