@@ -1,6 +1,6 @@
 # make run    set up and train the default model      make test   set up, lint and test
 # make lint   ruff and mypy alone                     make lock   resolve requirements.lock anew
-# make kills  kill runs at random moments, 40 minutes (ARGS="--layouts": compare layouts instead)
+# make kills  kill runs at random moments, 40 minutes (ARGS="--kills 0 --layouts": compare layouts instead)
 
 PYTHON ?= python3
 VENV ?= .venv

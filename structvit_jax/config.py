@@ -181,9 +181,11 @@ def check_config(config: ml_collections.ConfigDict) -> None:
         "train.max_skipped",
         "checkpoint.keep",
         "mesh.fsdp",
+        "mesh.heartbeat",
     ):
         require(key, lambda n: n >= 1, "to be at least 1")
-    for key in ("data.frames", "data.short_side", "data.workers", "eval.max_missing", "checkpoint.keep_best"):
+    none = ("data.frames", "data.short_side", "data.workers", "eval.max_missing", "checkpoint.keep_best")
+    for key in (*none, "device_batch"):
         require(key, lambda n: n >= 0, "to be 0 or more")
     choices = {
         "data.channels": ("rgb", "bgr"),

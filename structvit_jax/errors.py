@@ -14,6 +14,14 @@ MISTAKE = 2  # exit code: a person has to change something first
 class UserError(ValueError):
     """Something the user wrote is wrong; the message is one line and names the way out."""
 
+    exit_code = MISTAKE
+
+
+class UnreachableError(UserError):
+    """A place does not answer, which may pass by itself."""
+
+    exit_code = RESUMABLE
+
 
 class Stopped(Exception):  # noqa: N818 - nothing went wrong
     """The run was asked to stop, and has saved what it had; the message is one line."""
@@ -37,16 +45,15 @@ def decoding() -> Iterator[None]:
 
 @contextlib.contextmanager
 def exit_in_one_line() -> Iterator[None]:
-    """For commands: a user's mistake becomes one line and exit code 2, a run that stopped another."""
+    """For commands: a user's mistake becomes one line and its exit code, a run that stopped another."""
     try:
         yield
-        return
     except UserError as error:
-        line, code = f"error: {error}", MISTAKE
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from error
     except Stopped as stop:
-        line, code = str(stop), RESUMABLE
-    print(line, file=sys.stderr)
-    sys.exit(code)
+        print(stop, file=sys.stderr)
+        raise SystemExit(RESUMABLE) from stop
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -14,13 +14,14 @@ import re
 import sys
 from collections.abc import Sequence
 
+import ml_collections
 from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
 from structvit_jax import data
 from structvit_jax.config import check_config
-from structvit_jax.errors import MISTAKE, UserError, did_you_mean, exit_in_one_line
+from structvit_jax.errors import UserError, did_you_mean, exit_in_one_line
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file, as configs/moving_digits.py.")
 _MODE = flags.DEFINE_enum(
@@ -34,16 +35,21 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"unexpected argument {argv[1]!r}; options start with --")
     config = _CONFIG.value
     check_config(config)
-    dataset = data.load(config.data, config.augment, config.train.seed)
-    from structvit_jax import (  # imported here, so that a mistake in the flags is told at once
-        plan,
-        sheet,
-        show,
-    )
-    from structvit_jax.training import loop, mesh, processes
+    from structvit_jax.training import processes, watch  # here, so that a mistake in flags is told at once
 
     if _MODE.value in ("train", "eval"):
-        processes.join(config.mesh.heartbeat)
+        processes.join(config.mesh.heartbeat, stoppable=_MODE.value == "train")
+    with watch.ending_together(config.mesh.heartbeat):
+        _act(config)
+    gc.collect()  # shared memory of workers may hang in cycles, and Python would complain of it at exit
+
+
+def _act(config: ml_collections.ConfigDict) -> None:
+    """What --mode says."""
+    dataset = data.load(config.data, config.augment, config.train.seed)
+    from structvit_jax import plan, sheet, show  # a mistake in the data is told before these are imported
+    from structvit_jax.training import loop, mesh
+
     if _MODE.value == "plan":
         plan.pretend_devices(config)
     mesh.select_devices(config.mesh.device)
@@ -60,7 +66,6 @@ def main(argv: Sequence[str]) -> None:
         print(f"{path}: {sheet.write(config, dataset, path)} rows of the first batch, as the model gets them")
         return
     {"train": loop.train, "eval": loop.evaluate_run}[_MODE.value](config, workdir, dataset)
-    gc.collect()  # shared memory of workers may hang in cycles, and Python would complain of it at exit
 
 
 def _config_path(argv: Sequence[str]) -> epath.Path:
@@ -114,13 +119,17 @@ def run() -> None:
         with exit_in_one_line():
             app.run(main, flags_parser=_parse)
     except SystemExit as end:
-        if end.code != MISTAKE:
+        if not isinstance(end.__cause__, UserError):
             raise
         sys.stdout.flush()
-        os._exit(MISTAKE)  # Python's own end would let the threads of failed saves complain
+        os._exit(end.__cause__.exit_code)  # Python's own end would let the threads of failed saves complain
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        trains = flags.FLAGS.is_parsed() and _MODE.value == "train"
+        then = "; the same command goes on from the last checkpoint" if trains else ""
+        print(f"interrupted{then}", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # what read the output has ended
+        os._exit(1)
 
 
 if __name__ == "__main__":

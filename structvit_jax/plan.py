@@ -27,10 +27,10 @@ from structvit_jax import traffic
 from structvit_jax.config import model_arguments
 from structvit_jax.errors import UserError, did_you_mean
 from structvit_jax.models import cost
-from structvit_jax.training.log import say
 from structvit_jax.training.mesh import check_batch, make_mesh
-from structvit_jax.training.program import abstract_state, lower_train_step, traced_operations
-from structvit_jax.training.run import Run
+from structvit_jax.training.processes import say
+from structvit_jax.training.program import lower_train_step, traced_operations
+from structvit_jax.training.run import Run, abstract_state
 
 _FOLDER = "plan"  # of the workdir: the compiled programs' texts
 
@@ -63,6 +63,7 @@ class Figures:
     useful: float  # three times the forward pass's, by `cost`
     hbm: float
     sent: float
+    guessed: tuple[str, ...] = ()  # loops of unknown length, whose traffic counts once
 
 
 def describe(config: ml_collections.ConfigDict, data: Any, workdir: epath.Path) -> str:
@@ -146,8 +147,10 @@ def _measure(
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         used = re.search(r"Used ([\d.]+)([KMGT])", str(error))
-        if "RESOURCE_EXHAUSTED" not in str(error) or not used:
+        if "RESOURCE_EXHAUSTED" not in str(error):
             raise
+        if not used:
+            raise UserError(f"{batch} examples do not fit: {' '.join(str(error).split())[:300]}") from error
         memory = float(used[1]) * 1024 ** (1 + "KMGT".index(used[2]))
         return Figures(batch, memory, made / len(devices), useful, math.nan, math.nan)
     text, sizes = compiled.as_text(), compiled.memory_analysis()
@@ -161,8 +164,9 @@ def _measure(
         + sizes.temp_size_in_bytes
         + sizes.generated_code_size_in_bytes
     )
-    moved = traffic.count(text, unknown=1)  # drawing mixup's share tries until it succeeds, on scalars
-    return Figures(batch, memory, made / len(devices), useful, moved.hbm, moved.sent)
+    moved = traffic.count(text, unknown=1)
+    guessed = [name for name in moved.guessed if "augment" not in name]  # mixup's draw: a few scalars
+    return Figures(batch, memory, made / len(devices), useful, moved.hbm, moved.sent, tuple(guessed))
 
 
 def _tell(figures: Figures, devices: int, chip: Chip | None) -> list[str]:
@@ -182,6 +186,7 @@ def _tell(figures: Figures, devices: int, chip: Chip | None) -> list[str]:
         f"memory traffic {figures.hbm / 1e9:.3f} GB, {figures.hbm / per / 1e6:.0f} MB an example",
         f"sent to other devices {figures.sent / 1e6:.1f} MB",
     ]
+    lines += [f"NOTE: the traffic of this loop, of unknown length, counts once: {x}" for x in figures.guessed]
     if chip:
         times = {
             "arithmetic": figures.operations / chip.flops,
@@ -204,7 +209,7 @@ def read_size(text: str) -> float:
     Raises:
       UserError: it is neither.
     """
-    match = re.fullmatch(r"\s*([\d.]+)\s*([KMGT])(i?)B?\s*", text)
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([KMGT])(i?)B?\s*", text)
     if not match:
         raise UserError(f"config.device_memory is {text!r}; write 24GB, or 16GiB")
     return float(match[1]) * (1024 if match[3] else 1000) ** (1 + "KMGT".index(match[2]))

@@ -14,6 +14,7 @@ import urllib.parse
 
 _OBJECT = r"(?:/download)?/storage/v1/b/[^/]+/o/([^/]+)"
 _COPY = r"/storage/v1/b/[^/]+/o/([^/]+)/(?:rewriteTo|copyTo)/b/[^/]+/o/([^/]+)"
+_MOVE = r"/storage/v1/b/[^/]+/o/([^/]+)/moveTo/o/([^/]+)"
 _WHEN = "2026-01-01T00:00:00Z"
 
 
@@ -111,6 +112,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self._delete_many(body)
         elif match := re.fullmatch(_COPY, url.path):
             self._copy(*map(urllib.parse.unquote, match.groups()))
+        elif match := re.fullmatch(_MOVE, url.path):
+            source, target = map(urllib.parse.unquote, match.groups())
+            self._copy(source, target)
+            self.bucket.objects.pop(source, None)
         elif match := re.fullmatch(_OBJECT, url.path):
             self._object(urllib.parse.unquote(match[1]), query)
         elif re.fullmatch(r"/storage/v1/b/[^/]+/o/?", url.path):

@@ -12,7 +12,7 @@ from conftest import QUICK, contents, records, same_as
 from etils import epath
 
 from structvit_jax.config import default_config
-from structvit_jax.errors import UserError
+from structvit_jax.errors import Stopped, UserError
 from structvit_jax.models.weights import Weights
 from structvit_jax.training import digests, mesh, optim
 from structvit_jax.training.checkpoint import Checkpoints, Keep
@@ -126,13 +126,13 @@ def test_which_checkpoints_stay(tmp_path, keep, kept):
 def test_a_run_keeps_the_best_of_its_evaluations(finished, command, tmp_path):
     """What is saved for being evaluated changes no number of the run."""
     options = ["--config.eval.every=2 steps", "--config.checkpoint.keep=1"]
-    options += ["--config.checkpoint.keep_best=1", "--config.checkpoint.keep_every=9 steps"]
+    options += ["--config.checkpoint.keep_best=1", "--config.checkpoint.keep_every=5 steps"]
     process = command(*QUICK, *options, f"--workdir={tmp_path}")
     assert process.returncode == 0, process.stderr
     top1 = {r["step"]: r["eval_top1"] for r in records(tmp_path) if "eval_top1" in r and r["step"] < 12}
     assert list(top1) == [2, 4, 6, 8, 10]
     steps = {int(path.name) for path in (tmp_path / "checkpoints").iterdir()}
-    (best,) = steps - {9, 12}
+    (best,) = steps - {5, 10, 12}  # though 3 steps, the interval of saves, divides none of the multiples
     assert top1[best] == max(top1.values())
     assert (tmp_path / "result.json").read_bytes() == (finished[0] / "result.json").read_bytes()
 
@@ -150,6 +150,28 @@ def test_eight_devices_save_and_others_restore(tmp_path):
             restored = checkpoints.state(3, tiny_state(0, grid), grid, "")
             assert restored.weights.params["fc.kernel"].sharding.is_fully_replicated == (ways[1] == 1)
             chex.assert_trees_all_equal(jax.device_get(restored), jax.device_get(state))
+
+
+def test_a_failing_save_is_told_when_a_signal_stops_the_run(tmp_path, monkeypatch):
+    """The last save runs in the background until the checkpoints are closed."""
+    checkpoints = Checkpoints(tmp_path, Keep(1))
+    monkeypatch.setattr(checkpoints._manager, "close", lambda: os.write(-1, b"x"))
+    with pytest.raises(UserError, match="Bad file descriptor"), checkpoints:
+        raise Stopped("stopped")
+
+
+def test_damage_is_set_aside_in_a_bucket_and_on_a_disk(place):
+    """Also that of an older checkpoint's scores, which Orbax reads."""
+    with Checkpoints(place, Keep(3, best=1)) as checkpoints:
+        for number in (1, 2, 3):
+            checkpoints.save(tiny_state(number), {}, {"top1": 0.5})
+    folder = place / "checkpoints"
+    (folder / "3" / "_CHECKPOINT_METADATA").write_text("{}")
+    (folder / "1" / "metrics" / "metrics").write_text("{")
+    with Checkpoints(place, Keep(3, best=1)) as checkpoints:
+        assert checkpoints.latest() == 2 and checkpoints.steps() == [2]
+    assert {path.name for path in (place / "damaged").iterdir()} == {"1", "1.txt", "3", "3.txt"}
+    assert (place / "damaged" / "3.txt").read_text() == "_CHECKPOINT_METADATA is not what was saved\n"
 
 
 def test_leftovers_of_killed_saves_are_removed(tmp_path):

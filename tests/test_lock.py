@@ -8,6 +8,7 @@ import time
 
 import pytest
 from conftest import QUICK, Command, same_as, slowly
+from etils import epath
 
 from structvit_jax.errors import UserError
 from structvit_jax.training import lock
@@ -78,3 +79,19 @@ def test_an_owner_that_lost_the_lock_stops(place, monkeypatch):
         with pytest.raises(UserError, match="is being written by another run"):
             mine.check()
     assert (place / lock.FILE).exists()
+
+
+def test_an_outage_that_passes_costs_no_lock(tmp_path, monkeypatch):
+    with WorkdirLock(epath.Path(tmp_path), renew=0.05) as mine:
+        write = mine._write
+        monkeypatch.setattr(mine, "_write", lambda: os.write(-1, b"x"))
+        time.sleep(0.3)
+        mine.check()
+        monkeypatch.setattr(mine, "_write", write)
+        before = lock.read_json(tmp_path / lock.FILE)["beat"]
+        time.sleep(0.3)
+        assert lock.read_json(tmp_path / lock.FILE)["beat"] > before
+        (tmp_path / lock.FILE).unlink()
+        mine._thread.join(10)
+        with pytest.raises(UserError, match="is gone"):
+            mine.check()

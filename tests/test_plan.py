@@ -12,8 +12,8 @@ from structvit_jax.config import default_config, model_arguments
 from structvit_jax.errors import UserError
 from structvit_jax.models.operations import operations
 from structvit_jax.training.mesh import make_mesh
-from structvit_jax.training.program import abstract_state, lower_train_step, traced_operations
-from structvit_jax.training.run import Run
+from structvit_jax.training.program import lower_train_step, traced_operations
+from structvit_jax.training.run import Run, abstract_state
 
 QUICK = [
     "--config=configs/moving_digits.py",

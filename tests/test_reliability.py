@@ -16,12 +16,14 @@ import pytest
 from bucket import Bucket
 from conftest import QUICK, SAME, Command, contents, records, refusal, same_as, slowly
 from etils import epath
+from gcsfs.retry import HttpError
 
 from structvit_jax import data
 from structvit_jax.config import default_config
-from structvit_jax.errors import RESUMABLE
+from structvit_jax.errors import RESUMABLE, UserError
 from structvit_jax.training import log, step
 from structvit_jax.training.checkpoint import Checkpoints
+from structvit_jax.training.storage import naming_failures
 
 SLOWLY = functools.partial(slowly, 0.15)
 
@@ -62,6 +64,34 @@ def test_a_signal_saves_and_the_same_command_goes_on(finished, command, tmp_path
     assert same_as(finished, tmp_path / "run")
 
 
+def slow_test():
+    """In a command: a test batch takes its time."""
+    batches = data.Dataset.test_batches
+
+    def slow(self, *arguments, **options):
+        for batch in batches(self, *arguments, **options):
+            time.sleep(1)
+            yield batch
+
+    data.Dataset.test_batches = slow
+
+
+def test_a_signal_in_the_last_evaluation_ends_it(finished, copy, command, tmp_path):
+    """All is saved by then: nothing is waited for, and the same command evaluates again."""
+    result = (copy / "result.json").read_bytes()
+    (copy / "result.json").unlink()
+    arguments = [*QUICK, f"--workdir={copy}", "--config.eval.batch_size=4"]
+    process = Command(tmp_path / "output", *arguments, first=slow_test)
+    process.when(lambda: "evaluating" in process.stdout)
+    process.signal(signal.SIGTERM)
+    assert process.wait().returncode == RESUMABLE, process.stderr
+    assert process.stderr == (
+        "stopped by a signal in the evaluation after step 12; the same command evaluates again\n"
+    )
+    assert command(*arguments).returncode == 0
+    assert (copy / "result.json").read_bytes() == result
+
+
 def test_a_second_ctrl_c_ends_at_once(tmp_path):
     process = Command(tmp_path, *QUICK, f"--workdir={tmp_path / 'run'}", first=functools.partial(slowly, 60))
     process.when(lambda: "compiled in" in process.stdout)
@@ -76,6 +106,21 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path):
 
 
 # Disks that refuse
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (OSError(28, "No space left on device"), 2),
+        (TimeoutError("no answer"), RESUMABLE),
+        (HttpError({"code": 503, "message": "busy"}), RESUMABLE),
+        (HttpError({"code": 403, "message": "forbidden"}), 2),
+    ],
+)
+def test_what_passes_by_itself_is_no_mistake(error, code):
+    with pytest.raises(UserError, match="cannot be used") as caught, naming_failures(epath.Path("gs://b/x")):
+        raise error
+    assert caught.value.exit_code == code
 
 
 def test_a_full_disk_ends_in_one_line_and_loses_nothing(finished, copy, command, refused):

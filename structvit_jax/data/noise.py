@@ -28,7 +28,7 @@ class Noise:
         side = max(data.size, data.short_side)
         self._shape = (max(data.frames, 1) * data.stride, side, side, 3)
         self._split, self._examples = split, examples
-        self._entropy = (seed, split == "test")
+        self._entropy = (0, 1) if split == "test" else (seed, 0)  # test data are the same for every seed
 
     def __len__(self) -> int:
         return self._examples

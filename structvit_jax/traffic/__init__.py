@@ -48,6 +48,7 @@ class Traffic(NamedTuple):
     written: float  # to HBM
     sent: float  # to other devices
     by_part: dict[str, Moved]  # by phase and name scope, see `names.part_of`; the largest first
+    guessed: tuple[str, ...] = ()  # names of the loops for which `unknown` was taken
 
     @property
     def hbm(self) -> float:
@@ -77,7 +78,7 @@ def count(
         raise UserError(f"the program has no loop named {' or '.join(map(repr, sorted(strange)))}")
     largest = sorted(parts.items(), key=lambda item: -(item[1].read + item[1].written))
     totals = _total(parts.values())
-    return Traffic(*totals, dict(largest))
+    return Traffic(*totals, dict(largest), tuple(sorted(counter.guessed)))
 
 
 def _total(all_moved: Iterable[Moved]) -> Moved:
@@ -99,6 +100,7 @@ class _Counter:
     def __init__(self, program: Program, trips: dict[str, int], unknown: int | None, depth: int):
         self.program, self.trips, self.unknown, self.depth = program, trips, unknown, depth
         self.loops: set[str] = set()  # those met
+        self.guessed: set[str] = set()  # names of those of unknown length
 
     def walk(self, computation: Computation, arguments: list, outer: str) -> Parts:
         """What one run of a computation moves.
@@ -137,7 +139,9 @@ class _Counter:
         self.loops.add(op.name)
         count = self.trips.get(op.name)
         count = loops.trips(op, scalars) if count is None else count
-        count = self.unknown if count is None else count
+        if count is None:
+            self.guessed.add(op.op_name or op.name)
+            count = self.unknown
         if count is None:
             raise UserError(
                 f"the text does not say how often the loop %{op.name} ({op.op_name or 'no name'}) runs:"

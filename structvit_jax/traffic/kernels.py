@@ -41,7 +41,7 @@ _SAME = ("arith.index_cast", "arith.extui", "arith.extsi", "arith.trunci")
 _COMPARE = (operator.eq, operator.ne, *[operator.lt, operator.le, operator.gt, operator.ge] * 2)
 
 
-class Moved(NamedTuple):
+class KernelTraffic(NamedTuple):
     read: list[float]  # bytes of each operand
     written: list[float]  # bytes of each result
     sent: float  # bytes to other devices
@@ -53,7 +53,7 @@ class _Reference(NamedTuple):
     argument: int
 
 
-def kernel_traffic(op: Instruction, operands: Sequence[Array]) -> Moved:
+def kernel_traffic(op: Instruction, operands: Sequence[Array]) -> KernelTraffic:
     """What a call of a kernel moves, were all operands and results in HBM.
 
     Raises:
@@ -89,7 +89,7 @@ def kernel_traffic(op: Instruction, operands: Sequence[Array]) -> Moved:
                 moved.append(walk.moved.get(first + place, 0.0))
             else:
                 moved.append(array.bytes)  # whole, to vector memory
-    return Moved(moved[: len(operands)], moved[len(operands) :], walk.sent)
+    return KernelTraffic(moved[: len(operands)], moved[len(operands) :], walk.sent)
 
 
 def _module(op: Instruction, context: Any) -> Any:

@@ -22,14 +22,14 @@ from jax.sharding import Mesh
 from orbax.checkpoint import checkpoint_managers
 from orbax.checkpoint.path import atomicity
 
-from structvit_jax.errors import UserError
+from structvit_jax.errors import Stopped, UserError
 from structvit_jax.models.weights import Weights, mismatches
 from structvit_jax.training import processes
 from structvit_jax.training.digests import FILE, damage, write_digests
-from structvit_jax.training.log import say
 from structvit_jax.training.placement import abstract
+from structvit_jax.training.processes import say
 from structvit_jax.training.step import TrainState
-from structvit_jax.training.storage import absolute, is_bucket, read_json, unusable, write_json
+from structvit_jax.training.storage import absolute, is_bucket, read_json, unusable, write, write_json
 
 FOLDER = "checkpoints"
 ASIDE = "damaged"  # where checkpoints that cannot be used are put
@@ -71,7 +71,8 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type | None, *exception: object) -> None:
-        with self._saving() if kind is None else contextlib.suppress(Exception):
+        done = kind is None or issubclass(kind, Stopped)
+        with self._saving() if done else contextlib.suppress(Exception):
             self._manager.close()
 
     def latest(self) -> int | None:
@@ -126,7 +127,7 @@ class Checkpoints:
             text = str(error)
             if known := re.findall(r"[^:]+: ([^:\[]+) \[os_error_code=", text):
                 text = known[-1]
-            raise unusable(self._folder, text, self._folder.parent) from error
+            raise unusable(self._folder, text, self._folder.parent, error) from error
 
     def check(self, step: int) -> None:
         """Raises UserError if a step's files are not what was saved."""
@@ -145,15 +146,20 @@ class Checkpoints:
     def _newest_whole(self, set_aside: bool) -> int | None:
         """The newest step without damage; puts the damaged ones before it out of the way, if it may."""
         damaged: dict[int, str] = {}
+        newest = None
         for step in processes.decide(self.steps):
-            reason = processes.decide(functools.partial(damage, self.path(step)))
-            if reason:
+            # Of older ones Orbax reads the scores, to tell the best.
+            part = "" if newest is None else "metrics/"
+            if reason := processes.decide(functools.partial(damage, self.path(step), part)):
                 damaged[step] = reason
-                continue
-            for other, reason in damaged.items():
-                where = processes.decide(functools.partial(self._set_aside, other)) if set_aside else ""
-                say(f"warning: {self.path(other)} is damaged ({reason}); step {step} is used{where}")
-            return step
+            elif newest is None:
+                newest = step
+        if newest is not None:
+            for step, reason in damaged.items():
+                moved = functools.partial(self._set_aside, step, reason)
+                where = processes.decide(moved) if set_aside else ""
+                say(f"warning: {self.path(step)} is damaged ({reason}); step {newest} is used{where}")
+            return newest
         if damaged:
             step = max(damaged)
             raise UserError(
@@ -162,10 +168,11 @@ class Checkpoints:
             )
         return None
 
-    def _set_aside(self, step: int) -> str:
+    def _set_aside(self, step: int, reason: str) -> str:
         folder = self._folder.parent / ASIDE
         folder.mkdir(exist_ok=True)
         place = next(p for i in range(10**6) if not (p := folder / f"{step}{f'.{i}' * bool(i)}").exists())
+        write(folder / f"{place.name}.txt", reason + "\n")  # without an object a bucket has no such folder
         self.path(step).rename(place)
         return f", it is set aside as {place}"
 

@@ -19,8 +19,9 @@ def write_digests(folder: epath.Path) -> None:
     write_json(folder / FILE, _digests(folder, sorted(_files(folder, ""))))
 
 
-def damage(folder: epath.Path) -> str:
-    """What is wrong with the files of a folder that has digests; "" if nothing is."""
+def damage(folder: epath.Path, part: str = "") -> str:
+    """What is wrong with the files of a folder that has digests, or with those whose names begin with `part`;
+    "" if nothing is."""
     try:
         written = read_json(folder / FILE)
     except FileNotFoundError:
@@ -29,6 +30,7 @@ def damage(folder: epath.Path) -> str:
         return f"{FILE} cannot be read ({error.strerror or error})"
     if not written:
         return f"{FILE} is damaged"
+    written = {name: digest for name, digest in written.items() if name.startswith(part)}
     missing = sorted(written.keys() - set(_files(folder, "")))
     if missing:
         return f"{missing[0]} is missing"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -84,12 +84,15 @@ class Evaluator:
             processes.meet()
         return self._compiled(weights, batch)
 
-    def __call__(self, weights: Weights) -> Evaluation:
+    def __call__(self, weights: Weights, before: Callable[[int], None] | None = None) -> Evaluation:
+        """`before` is called with the number of every batch; it may end the evaluation by raising."""
         results: list[dict[str, Any]] = []
         problems: list[Any] = []
         stream = self._data.test_batches(self._config.batch_size, share=processes.share())
         with contextlib.closing(stream) as batches:
-            for batch in batches:
+            for number, batch in enumerate(batches):
+                if before:
+                    before(number)
                 results.append(self._scores(weights, put_batch(self._mesh, batch)))
                 problems.extend(batch["problems"])
                 if len(results) > 1:  # one batch in flight, not all of them

@@ -8,6 +8,7 @@ run.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import threading
@@ -18,7 +19,7 @@ from typing import Any
 from etils import epath
 
 from structvit_jax.errors import UserError
-from structvit_jax.training.log import say
+from structvit_jax.training.processes import say
 from structvit_jax.training.storage import is_bucket, read_json, write_json
 
 FILE = "lock.json"
@@ -36,10 +37,15 @@ class WorkdirLock:
 
     def __init__(self, workdir: epath.Path, *, expiry: float = _EXPIRY, renew: float = _RENEW):
         self._path, self._expiry, self._renew = workdir / FILE, expiry, renew
-        self._owner = {"host": socket.gethostname(), "boot": _boot(), "pid": os.getpid(), "born": _born()}
+        self._owner: dict[str, Any] = {
+            "host": socket.gethostname(),
+            "boot": _boot(),
+            "namespace": _pid_namespace(),
+            "pid": os.getpid(),
+            "born": _born(),
+        }
         self._token, self._beat = uuid.uuid4().hex, 0
         self._lost = ""
-        self._renewed = time.monotonic()
         self._closing = threading.Event()
 
     def __enter__(self) -> WorkdirLock:
@@ -55,8 +61,8 @@ class WorkdirLock:
     def __exit__(self, *exception: object) -> None:
         self._closing.set()
         self._thread.join()
-        if not self._lost:
-            self._path.unlink(missing_ok=True)
+        if self._read().get("token") == self._token:
+            self._path.unlink()
 
     def check(self) -> None:
         """Raises UserError if the lock was lost; ask before writing."""
@@ -91,12 +97,18 @@ class WorkdirLock:
             return {}
 
     def _same_machine(self, owner):
-        return all(owner.get(key) == self._owner[key] for key in ("host", "boot"))
+        return all(owner.get(key) == self._owner[key] for key in ("host", "boot", "namespace"))
 
     def _taken(self, owner):
         return (
             f"{self._path.parent} is being written by another run ({_describe(owner)});"
             " wait for its end, or choose another --workdir"
+        )
+
+    def _gone(self):
+        return (
+            f"{self._path} is gone: it was removed, or another run has come and ended while this one could"
+            " not renew it; the same command goes on"
         )
 
     def _write(self):
@@ -105,17 +117,12 @@ class WorkdirLock:
 
     def _keep(self):
         while not self._closing.wait(self._renew):
-            try:
+            with contextlib.suppress(Exception):  # a disk's or, of whatever type, a bucket's: it may pass
                 found = self._read()
-                if found and found.get("token") != self._token:
-                    self._lost = self._taken(found)
+                if found.get("token") != self._token:
+                    self._lost = self._taken(found) if found else self._gone()
                     return
                 self._write()
-                self._renewed = time.monotonic()
-            except Exception as error:  # a disk's or, of whatever type, a bucket's: it may pass
-                if time.monotonic() - self._renewed > self._expiry:
-                    self._lost = f"{self._path} could not be renewed for {self._expiry:.0f} s ({error})"
-                    return
 
 
 def _describe(owner: dict[str, Any]) -> str:
@@ -126,6 +133,14 @@ def _boot() -> str:
     """What tells one start of this machine from another."""
     try:
         return epath.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+def _pid_namespace() -> str:
+    """What tells the process numbers of one container from another's."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
     except OSError:
         return ""
 

@@ -7,7 +7,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -17,18 +17,12 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from structvit_jax.errors import UserError
 from structvit_jax.training.goodput import Goodput
-from structvit_jax.training.processes import is_first
+from structvit_jax.training.processes import is_first, say
 from structvit_jax.training.storage import is_bucket, write
 
 _SECONDS_BETWEEN_LINES = 5.0
 _SHARE_OF_WRITING = 0.02  # of the time, at most: whole files are written, and they grow
 _STEPS_AHEAD = 2  # how many steps the host may run ahead of the devices
-
-
-def say(line: str) -> None:
-    """Prints a line, in one process of a run."""
-    if is_first():
-        print(line, flush=True)
 
 
 class RunLog:
@@ -48,7 +42,10 @@ class RunLog:
         config: Any,
         data: Any,
         goodput: Goodput,
+        may_write: Callable[[], None],
     ):
+        """`may_write` raises if the workdir is not ours any more."""
+        self._may_write = may_write
         self._total, self._batch, self._unit = total_steps, config.data.batch_size, data.unit
         self._max_skipped, self._name_of = config.train.max_skipped, data.train_id
         self._goodput = goodput
@@ -99,6 +96,7 @@ class RunLog:
         """Writes the files, as they are to be if the run ended here."""
         if self._board is None:
             return
+        self._may_write()
         started = time.monotonic()
         self._metrics.write()
         self._skipped.write()
@@ -146,7 +144,7 @@ class RunLog:
         names = [self._name_of(int(i)) for i in index]
         self._skipped.append({"step": step, "reason": reason, "examples": names})
         say(f"warning: step {step} skipped, {reason}; its examples are in {self._skipped.path}")
-        if self._in_row >= self._max_skipped:
+        if self._in_row >= self._max_skipped and is_first():  # the others may not know of earlier ones
             self.write()
             raise UserError(
                 f"step {step}: the loss or the gradient was not finite in {self._in_row} steps in a row"

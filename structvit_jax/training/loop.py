@@ -19,9 +19,10 @@ from structvit_jax.training.checkpoint import FOLDER, Checkpoints
 from structvit_jax.training.evaluation import Evaluation, Evaluator, Scores
 from structvit_jax.training.goodput import Goodput
 from structvit_jax.training.lock import WorkdirLock
-from structvit_jax.training.log import RunLog, say
+from structvit_jax.training.log import RunLog
 from structvit_jax.training.mesh import check_batch, put_batch
 from structvit_jax.training.placement import replicated
+from structvit_jax.training.processes import say
 from structvit_jax.training.profile import Profile
 from structvit_jax.training.program import compile_train_step, naming_memory
 from structvit_jax.training.run import Run, adopt_classes, as_json, differences, keep, starting_state
@@ -46,9 +47,9 @@ def train(config: ml_collections.ConfigDict, workdir: epath.Path, data: Any) -> 
       Stopped: a signal asked for it; the state is saved.
     """
     started = time.monotonic()
-    with processes.ending_together(config.mesh.heartbeat), processes.StopSignal() as stop:
+    with processes.StopSignal() as stop, naming_memory(config):
         run = Run.prepare(config, data)
-        with open_workdir(run, workdir) as session, naming_memory(config):
+        with open_workdir(run, workdir) as session:
             return _train(session, stop, started)
 
 
@@ -91,7 +92,7 @@ def _train(session: Session, stop: processes.StopSignal, started: float) -> dict
     goodput.resume(start)
     if start >= total:
         say(f"the run is complete: step {start} of {total}; --config.train.duration sets more")
-        if result := read_result(workdir, start):
+        if result := processes.decide(lambda: read_result(workdir, start)):
             say(describe(result))
             return result
     else:
@@ -99,13 +100,13 @@ def _train(session: Session, stop: processes.StopSignal, started: float) -> dict
         if processes.is_first():
             write_json(workdir / "config.json", as_json(config))
     evaluator = Evaluator(run.model, config, run.mesh, data)
-    with RunLog(workdir, start, total, config, data, goodput) as log:
+    with RunLog(workdir, start, total, config, data, goodput, session.lock.check) as log:
         try:
             if start < total:
                 state = take_steps(session, state, stop, evaluator, log, goodput)
             say(f"evaluating {describe_test(data)}")
             goodput.switch("evaluate")
-            evaluation = evaluator(state.weights)
+            evaluation = evaluator(state.weights, lambda batch: _stop_in_the_end(stop, total, batch))
             session.unreadable.note("test", evaluation.problems)
             session.unreadable.exchange()
             scores = evaluation.summary()
@@ -113,9 +114,18 @@ def _train(session: Session, stop: processes.StopSignal, started: float) -> dict
         finally:
             say(goodput.describe())
     result = make_result(run, scores, int(state.step), state.weights)
+    session.lock.check()
     write_result(workdir, result, evaluation, data)
     say(describe(result))
     return result
+
+
+def _stop_in_the_end(stop: processes.StopSignal, total: int, batch: int) -> None:
+    """Ends the last evaluation on a signal: all that was trained is saved."""
+    if stop.before(total + 1 + batch):
+        raise Stopped(
+            f"stopped by a signal in the evaluation after step {total}; the same command evaluates again"
+        )
 
 
 def take_steps(
@@ -132,7 +142,7 @@ def take_steps(
     implies that every line up to n is in metrics.jsonl, and what follows is dropped on resuming.
     """
     run, start = session.run, int(state.step)
-    total, _, eval_every, save_every, _ = run.durations
+    total, _, eval_every, *save_every = run.durations
     goodput.switch("compile")
     step_fn = compile_train_step(run, state)
     log.restart_clock()
@@ -154,15 +164,17 @@ def take_steps(
             batch = put_batch(run.mesh, rows)
             waited = time.monotonic() - asked
             goodput.switch("step")
-            profile.before(step)
+            profile.before(step, state)
             state, metrics = step_fn(state, batch)
             log.step(step, metrics, waited)
             scores = None
             if eval_every and step % eval_every == 0 and step < total:
+                log.flush()
                 goodput.switch("evaluate")
                 scores = evaluate_on_the_way(step, evaluator(state.weights), log, session.unreadable)
+            due = any(every and step % every == 0 for every in save_every)
             ranked = scores is not None and run.config.checkpoint.keep_best
-            if step == total or (save_every and step % save_every == 0) or ranked:
+            if step == total or due or ranked:
                 save(session, state, log, goodput, scores)
                 saved = step
     return state
@@ -172,10 +184,10 @@ def save(
     session: Session, state: TrainState, log: RunLog, goodput: Goodput, scores: Scores | None = None
 ) -> None:
     """Starts saving the state, when all that was said of the steps up to it is written."""
+    session.lock.check()
     session.unreadable.exchange()
     log.flush()
     goodput.switch("save")
-    session.lock.check()
     goodput.saved(int(state.step))
     log.write()
     session.checkpoints.save(state, session.run.card(), scores._asdict() if scores else None)
@@ -205,7 +217,7 @@ def evaluate_run(config: ml_collections.ConfigDict, workdir: epath.Path, data: A
     Raises:
       UserError: no checkpoint, or one of another model.
     """
-    with processes.ending_together(config.mesh.heartbeat), naming_failures(workdir), naming_memory(config):
+    with naming_failures(workdir), naming_memory(config):
         return _evaluate_run(config, workdir, data)
 
 

@@ -15,7 +15,7 @@ from jax.sharding import AxisType, Mesh
 from structvit_jax.errors import UserError
 from structvit_jax.training.placement import batch_sharding
 
-AXES = ("data", "fsdp")
+MESH_AXES = ("data", "fsdp")
 
 
 def select_devices(device: str) -> None:
@@ -75,7 +75,7 @@ def make_mesh(data: int, fsdp: int, devices: Sequence[jax.Device] | None = None)
     data = len(devices) // fsdp if data == -1 else data
     if data * fsdp != len(devices):
         raise UserError(f"config.mesh asks for data={data} x fsdp={fsdp} devices; there are {len(devices)}")
-    return jax.make_mesh((data, fsdp), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+    return jax.make_mesh((data, fsdp), MESH_AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
 
 
 def check_batch(mesh: Mesh, key: str, batch_size: int, parts: int = 1) -> None:

@@ -1,42 +1,32 @@
-"""The processes of one run: how they join, what they tell each other, and that they end together.
+"""The processes of one run: how they join and what they tell each other.
 
-JAX starts them and carries arrays between them. Here is the rest: one process writes and speaks, a signal to
-one stops all after the same step, and a process that fails or vanishes is named by the others, which would
-otherwise wait for it inside a collective operation.
+JAX starts them and carries arrays between them. Here is the rest: one process writes and speaks, all decide
+alike, and a signal to one stops all after the same step.
 """
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import faulthandler
 import itertools
-import json
 import os
 import pickle
 import signal
-import socket
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from structvit_jax.errors import MISTAKE, RESUMABLE, Stopped, UserError
+from structvit_jax.errors import RESUMABLE, UserError
 
-_NAME, _FAILED, _ALIVE = (f"structvit_jax/{what}/" for what in ("name", "failed", "alive"))
-_DONE = "done"
-_GRACE = 3.0  # seconds in which the others read why a process fails, before it is gone
-_JOINING = 300  # seconds in which all have to have started
+JOINING = 300  # seconds in which all have to have started
 _LONG = 7 * 24 * 3600  # seconds: who does not come is noticed otherwise
 _meetings = itertools.count()
 
 
-def join(heartbeat: int) -> None:
+def join(heartbeat: int, stoppable: bool) -> None:
     """Joins the processes of this run, if there are several; call it before JAX opens a device.
 
     On SLURM and on TPU pods JAX finds them by itself. Elsewhere the variables JAX_COORDINATOR_ADDRESS
@@ -44,14 +34,16 @@ def join(heartbeat: int) -> None:
 
     Args:
       heartbeat: seconds without a sign of life after which a process counts as lost.
+      stoppable: whether a `StopSignal` will ask for SIGTERM; it ends the process otherwise.
     """
+    jax.config.update("jax_enable_preemption_service", stoppable)
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     given = [name for name in names if os.environ.get(name)]
     if given and len(given) < len(names):
         raise UserError(f"{' and '.join(given)} given without {' and '.join(set(names) - set(given))}")
     options: dict[str, Any] = {  # JAX's own limits would abort with a stack trace: they come later
         "heartbeat_timeout_seconds": 2 * heartbeat + 20,
-        "initialization_timeout": 2 * _JOINING,
+        "initialization_timeout": 2 * JOINING,
     }
     if given:
         address, count, number = (os.environ[name] for name in names)
@@ -59,7 +51,7 @@ def join(heartbeat: int) -> None:
             raise UserError(f"JAX_PROCESS_ID={number} of JAX_NUM_PROCESSES={count} is none of 0 to N - 1")
         options |= {"coordinator_address": address, "num_processes": int(count), "process_id": int(number)}
     place = f" at {options['coordinator_address']}" if given else ""
-    late = threading.Timer(_JOINING, _give_up, [f"{_JOINING} s{place}"])
+    late = threading.Timer(JOINING, give_up, [f"{JOINING} s{place}"])
     late.daemon = True
     late.start()
     try:
@@ -71,19 +63,26 @@ def join(heartbeat: int) -> None:
         late.cancel()
 
 
-def _give_up(waited: str) -> NoReturn:
+def give_up(waited: str) -> NoReturn:
+    """Ends a process that waits for others that do not come."""
     print(
         f"error: not all processes of the run have come together in {waited}: each has to be started, and to"
-        " reach process 0 there",
+        " reach process 0 there; the same command tries again",
         file=sys.stderr,
         flush=True,
     )
-    os._exit(1)
+    os._exit(RESUMABLE)
 
 
 def is_first() -> bool:
     """Whether this process is the one that writes files and speaks."""
     return jax.process_index() == 0
+
+
+def say(line: str) -> None:
+    """Prints a line, in one process of a run."""
+    if is_first():
+        print(line, flush=True)
 
 
 def share() -> tuple[int, int]:
@@ -93,9 +92,9 @@ def share() -> tuple[int, int]:
 
 def meet() -> None:
     """Waits until all processes have come here. CPUs that meet in a computation give up after 30 s."""
-    if jax.process_count() > 1:
+    if distributed().num_processes and distributed().num_processes > 1:
         name = f"structvit_jax/meeting/{next(_meetings)}"
-        _distributed().client.wait_at_barrier(name, timeout_in_ms=1000 * _LONG)
+        distributed().client.wait_at_barrier(name, timeout_in_ms=1000 * _LONG)
 
 
 def gather(value: Any) -> list[Any]:
@@ -121,7 +120,7 @@ class StopSignal:
     """
 
     def __init__(self) -> None:
-        self._noticed = False
+        self._noticed, self._asked = False, 0
 
     def __enter__(self) -> StopSignal:
         # of several processes, JAX itself handles SIGTERM
@@ -141,131 +140,19 @@ class StopSignal:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def before(self, step: int) -> bool:
-        """Whether to stop before a step: the same answer in all processes, which must ask for every step."""
+        """Whether to stop before a step: the same answer in all processes, which must ask in the same order.
+
+        JAX answers yes for one number, the first that no process had asked for when the signal came. So
+        a run that is resumed asks for all earlier steps too.
+        """
         if jax.process_count() == 1:
             return self._noticed
-        return multihost_utils.reached_preemption_sync_point(step)
+        first, self._asked = self._asked + 1, step
+        return any(multihost_utils.reached_preemption_sync_point(i) for i in range(first, step + 1))
 
 
-@contextlib.contextmanager
-def ending_together(heartbeat: int) -> Iterator[None]:
-    """Tells the other processes what fails in this one, and ends this one when another fails."""
-    if jax.process_count() == 1:
-        yield
-        return
-    watch, stopped = _Watch(heartbeat), None
-    try:
-        try:
-            yield
-        except Stopped as stop:
-            stopped = stop
-        meet()  # all have done their work
-    except BaseException as error:
-        watch.end(error)
-    watch.close()
-    jax.distributed.shutdown()  # the others with it: none is ended by JAX because the first is gone
-    if stopped:
-        raise stopped
-
-
-def _distributed() -> Any:
+def distributed() -> Any:
     """The state of jax.distributed, whose barriers and key-value store have no public names."""
     from jax._src import distributed
 
     return distributed.global_state
-
-
-class _Watch:
-    """A thread that shows this process's signs of life and looks for the others'."""
-
-    def __init__(self, heartbeat: int):
-        self._store: Any = _distributed().client
-        self._patience = heartbeat
-        self._me, self._count = share()
-        name = f"process {self._me} of {self._count} (host {socket.gethostname()}, pid {os.getpid()})"
-        self._store.key_value_set(f"{_NAME}{self._me}", name)
-        self._names = [
-            self._store.blocking_key_value_get(f"{_NAME}{i}", 1000 * _JOINING) for i in range(self._count)
-        ]
-        # by key: the last sign of life, and when it was new; one that never gives any is lost too
-        self._seen = {f"{_ALIVE}{i}": ("", time.monotonic()) for i in range(self._count)}
-        self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-        if self._me:
-            # JAX aborts when process 0 is gone, and has no hook for it: what is left is the signal itself
-            self._address = _distributed().coordinator_address
-            self._on_abort = ctypes.CFUNCTYPE(None, ctypes.c_int)(self._aborted)
-            ctypes.CDLL(None).signal(signal.SIGABRT, self._on_abort)
-
-    def close(self) -> None:
-        """Ends the watch of a process that has done its work."""
-        self._closing.set()
-        self._thread.join()
-        with contextlib.suppress(jax.errors.JaxRuntimeError):
-            self._store.key_value_set(f"{_ALIVE}{self._me}", _DONE, allow_overwrite=True)
-
-    def end(self, error: BaseException) -> NoReturn:
-        """Ends this process for an error of its own, or for the one behind it."""
-        if isinstance(error, jax.errors.JaxRuntimeError):  # perhaps a peer is gone: the watch will know
-            self._thread.join(timeout=self._patience + _GRACE)
-        self._closing.set()
-        code = MISTAKE if isinstance(error, UserError) else 1
-        text = " ".join(str(error).split())
-        if code == 1:
-            sys.excepthook(type(error), error, error.__traceback__)
-            text = f"{type(error).__name__}: {text[:300]}"
-        with contextlib.suppress(jax.errors.JaxRuntimeError):
-            self._store.key_value_set(f"{_FAILED}{self._me}", json.dumps([text, code]))
-        print(f"error: {text}", file=sys.stderr, flush=True)
-        self._exit(code)
-
-    def _run(self) -> None:
-        beat, pause = 0, min(1.0, self._patience / 10)
-        while not self._closing.wait(pause):
-            beat += 1
-            try:
-                self._store.key_value_set(f"{_ALIVE}{self._me}", str(beat), allow_overwrite=True)
-                failures = self._store.key_value_dir_get(_FAILED)
-                signs = self._store.key_value_dir_get(_ALIVE)
-            except jax.errors.JaxRuntimeError:
-                continue  # process 0 is gone, or going: JAX ends this process
-            for key, value in failures:
-                if key != f"{_FAILED}{self._me}":
-                    text, code = json.loads(value)
-                    self._leave(f"{self._names[int(key.removeprefix(_FAILED))]} failed: {text}", code)
-            for name in self._lost(signs):
-                self._leave(f"{name} has given no sign of life for {self._patience} s; it is lost", RESUMABLE)
-
-    def _aborted(self, number: int) -> None:
-        """Called in place of an abort: names process 0, if it cannot be reached."""
-        host, _, port = self._address.rpartition(":")
-        try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
-        except OSError:
-            self._leave(f"{self._names[0]} is gone", RESUMABLE)
-        faulthandler.dump_traceback()  # another reason; returning from here ends the process
-
-    def _lost(self, signs):
-        """Names of processes that have been silent for too long."""
-        now = time.monotonic()
-        for key, sign in signs:
-            if sign == _DONE:
-                self._seen.pop(key, None)
-            elif self._seen.get(key, ("", 0.0))[0] != sign:
-                self._seen[key] = sign, now
-        own = f"{_ALIVE}{self._me}"
-        silent = [k for k, (_, since) in self._seen.items() if now - since > self._patience and k != own]
-        return [self._names[int(key.removeprefix(_ALIVE))] for key in silent]
-
-    def _leave(self, reason: str, code: int) -> NoReturn:
-        advice = "; the same command resumes" if code == RESUMABLE else ""
-        me = f"process {self._me} of {self._count}"
-        print(f"error: {reason}; {me} ends with it{advice}", file=sys.stderr, flush=True)
-        self._exit(code)
-
-    def _exit(self, code: int) -> NoReturn:
-        """Without Python's own end, which would wait for the others."""
-        if self._me == 0:  # the store goes with it
-            time.sleep(_GRACE)
-        os._exit(code)

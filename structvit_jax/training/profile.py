@@ -10,8 +10,7 @@ import jax
 from etils import epath
 
 from structvit_jax.errors import UserError
-from structvit_jax.training.log import say
-from structvit_jax.training.processes import is_first
+from structvit_jax.training.processes import is_first, say, share
 from structvit_jax.training.storage import is_bucket, write
 
 FOLDER = "profile"
@@ -36,7 +35,8 @@ class Profile:
 
     def __init__(self, steps: str, workdir: epath.Path, start: int):
         self._steps = [step for step in steps_to_profile(steps) if step > start]
-        self._folder = workdir / FOLDER
+        number, count = share()
+        self._folder = workdir / FOLDER / f"process-{number}" if count > 1 else workdir / FOLDER
         self._running = False
 
     def __enter__(self) -> Profile:
@@ -46,10 +46,15 @@ class Profile:
         if self._running:
             self._stop()
 
-    def before(self, step: int) -> None:
-        if self._running and step not in self._steps:
+    def before(self, step: int, state: Any) -> None:
+        """Starts or stops, so that whole steps are in the profile; `state` is what the last one left."""
+        starts = not self._running and step in self._steps
+        stops = self._running and step not in self._steps
+        if starts or stops:
+            jax.block_until_ready(state)
+        if stops:
             self._stop()
-        if not self._running and step in self._steps:
+        if starts:
             self._running = True
             self._local: Any = tempfile.TemporaryDirectory() if is_bucket(self._folder) else None
             jax.profiler.start_trace(self._local.name if self._local else str(self._folder))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import re
 import time
 from collections.abc import Iterator
@@ -15,12 +14,11 @@ import ml_collections
 
 from structvit_jax.errors import UserError
 from structvit_jax.models.operations import operations
-from structvit_jax.models.weights import split
 from structvit_jax.training import processes
-from structvit_jax.training.log import say
 from structvit_jax.training.placement import abstract, batch_sharding
-from structvit_jax.training.run import Run
-from structvit_jax.training.step import TrainState, fresh_state, make_train_step
+from structvit_jax.training.processes import say
+from structvit_jax.training.run import Run, abstract_state
+from structvit_jax.training.step import TrainState, make_train_step
 
 
 def compile_train_step(run: Run, state: TrainState) -> Any:
@@ -44,12 +42,6 @@ def traced_operations(run: Run) -> float:
     state = abstract_state(run)
     step_fn = make_train_step(run.model, run.optimizer, run.schedule, run.config, run.mesh, state)
     return operations(step_fn, state, abstract_batch(run))
-
-
-def abstract_state(run: Run) -> TrainState:
-    """Shapes and places of the state of a run, of which nothing is computed."""
-    weights = split(run.model)[1]
-    return abstract(jax.eval_shape(functools.partial(fresh_state, run.optimizer), weights), run.mesh)
 
 
 def abstract_batch(run: Run) -> dict[str, jax.ShapeDtypeStruct]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from typing import Any
 
@@ -18,10 +19,11 @@ from structvit_jax.models import Network, create_model
 from structvit_jax.models.weights import split
 from structvit_jax.training import optim
 from structvit_jax.training.checkpoint import Checkpoints, Keep, load_weights
-from structvit_jax.training.log import say
 from structvit_jax.training.mesh import check_batch, describe_devices, make_mesh
+from structvit_jax.training.placement import abstract
+from structvit_jax.training.processes import say
 from structvit_jax.training.profile import steps_to_profile
-from structvit_jax.training.step import TrainState, init_state, normalize
+from structvit_jax.training.step import TrainState, fresh_state, init_state, normalize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,27 +82,33 @@ def keep(run: Run) -> Keep:
     return Keep(options.keep, options.keep_best, run.durations.keep_every)
 
 
+def abstract_state(run: Run) -> TrainState:
+    """Shapes and places of the state of a run, of which nothing is computed."""
+    weights = split(run.model)[1]
+    return abstract(jax.eval_shape(functools.partial(fresh_state, run.optimizer), weights), run.mesh)
+
+
 def starting_state(run: Run, checkpoints: Checkpoints) -> TrainState:
     """The latest checkpoint's state; without one, fresh or taken from config.init_from.
 
     Raises:
       UserError: a checkpoint of another model, or none where init_from points.
     """
-    state = init_state(split(run.model)[1], run.optimizer, run.mesh)
     latest, init_from = checkpoints.latest(), run.config.init_from
     if latest is not None:
         say(f"resuming from {checkpoints.path(latest)}")
         card = checkpoints.card(latest)
         adopt_classes(run.data, card)
         advice = "choose another --workdir, or the model that was saved"
-        state = checkpoints.state(latest, state, run.mesh, advice)
+        state = checkpoints.state(latest, abstract_state(run), run.mesh, advice)
         for line in differences(card["config"], as_json(run.config)):
             say(f"note: {line}")
-    elif init_from:
+        return state
+    state = init_state(split(run.model)[1], run.optimizer, run.mesh)
+    if init_from:
         say(f"starting from the weights of {init_from}")
-        state = state._replace(weights=load_weights(init_from, state.weights, run.mesh))
-    else:
-        say("starting from scratch")
+        return state._replace(weights=load_weights(init_from, state.weights, run.mesh))
+    say("starting from scratch")
     return state
 
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from etils import epath
 
-from structvit_jax.errors import UserError
+from structvit_jax.errors import UnreachableError, UserError
 
 _CLIENTS = ("gcsfs", "aiohttp", "google")  # whose exceptions are a bucket's failures
+# What passes by itself: no answer, or one of the server's own troubles.
+_PASSING = r"\b(?:UNAVAILABLE|DEADLINE_EXCEEDED)\b|\b(?:429|50[0-4])\b"
 
 
 def is_bucket(path: epath.Path) -> bool:
@@ -28,9 +32,12 @@ def write(path: epath.Path, content: str | bytes) -> None:
     if is_bucket(path):
         path.write_bytes(content)
         return
-    partial = path.with_name(path.name + ".tmp")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        partial.write_bytes(content)
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # else a machine that loses power may keep the name and not the content
         partial.replace(path)
     except OSError:
         with contextlib.suppress(OSError):
@@ -61,19 +68,25 @@ def naming_failures(workdir: epath.Path) -> Iterator[None]:
 
     Raises:
       UserError: names the file and the reason; what was saved before stays as it was.
+      UnreachableError: a bucket does not answer.
     """
     try:
         yield
+    except BrokenPipeError:  # of standard output
+        raise
     except OSError as error:
-        raise unusable(error.filename or workdir, error.strerror or str(error), workdir) from error
+        raise unusable(error.filename or workdir, error.strerror or str(error), workdir, error) from error
     except Exception as error:
         if type(error).__module__.split(".")[0] not in _CLIENTS:
             raise
-        raise unusable(workdir, str(error) or type(error).__name__, workdir) from error
+        raise unusable(workdir, str(error) or type(error).__name__, workdir, error) from error
 
 
-def unusable(place: Any, reason: str, workdir: epath.Path) -> UserError:
-    return UserError(
-        f"{place} cannot be used: {' '.join(reason.split())[:300]}. What was saved before in {workdir} is as"
-        " it was; mend that and the same command goes on, or choose another --workdir"
-    )
+def unusable(place: Any, reason: str, workdir: epath.Path, error: Exception) -> UserError:
+    """What to raise for a file that cannot be read or written: a mistake, unless it may pass by itself."""
+    reason = f"{place} cannot be used: {' '.join(reason.split())[:300]}"
+    kept = f"What was saved before in {workdir} is as it was"
+    code = getattr(error, "code", getattr(error, "status", reason if is_bucket(workdir) else ""))
+    if isinstance(error, TimeoutError | ConnectionError) or re.search(_PASSING, str(code)):
+        return UnreachableError(f"{reason}. {kept}; the same command resumes")
+    return UserError(f"{reason}. {kept}; mend that and the same command goes on, or choose another --workdir")

@@ -9,7 +9,7 @@ from etils import epath
 
 from structvit_jax.errors import UserError
 from structvit_jax.training import processes
-from structvit_jax.training.log import say
+from structvit_jax.training.processes import say
 from structvit_jax.training.storage import write
 
 FILE = "unreadable.tsv"
@@ -25,7 +25,7 @@ class Unreadable:
         self._text = processes.decide(lambda: self._path.read_text() if self._path.exists() else "")
         self._listed = {tuple(line.split("\t")[:2]) for line in self._text.splitlines()}
         self._pending: list[tuple[str, str, str]] = []  # met by this process, not known to the others
-        self._met: set[str] = set()
+        self._met: dict[str, str] = {}  # training examples that count, with reasons
 
     def note(self, split: str, problems: Iterable[Any]) -> None:
         """Takes what batches of a split say; with several processes it is told at the next `exchange`.
@@ -58,11 +58,13 @@ class Unreadable:
         self._judge()
 
     def _count(self, problems):
-        self._met |= {name for split, name, _ in problems if split == "train"}
+        self._met |= {name: reason for split, name, reason in problems if split == "train"}
 
     def _judge(self):
         if len(self._met) > self._limit:
+            some = "; ".join(f"{name}: {reason}" for name, reason in list(self._met.items())[:3])
             raise UserError(
                 f"{len(self._met)} of {self._examples} training examples cannot be read, more than"
-                f" config.data.max_bad_share allows; mend or remove those in {self._path}, or raise it"
+                f" config.data.max_bad_share allows ({some}); mend or remove those in {self._path}, or raise"
+                " it"
             )
