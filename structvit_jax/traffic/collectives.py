@@ -66,6 +66,7 @@ def asynchronous(op: Instruction) -> bool:
 
 
 def starts(fused: Computation) -> bool:
+    """Whether a fusion begins a collective that runs beside other work."""
     return any('"AsyncCollectiveStart"' in op.rest for op in fused.instructions.values())
 
 

@@ -42,6 +42,8 @@ _COMPARE = (operator.eq, operator.ne, *[operator.lt, operator.le, operator.gt, o
 
 
 class KernelTraffic(NamedTuple):
+    """What a call of a kernel moves."""
+
     read: list[float]  # bytes of each operand
     written: list[float]  # bytes of each result
     sent: float  # bytes to other devices

@@ -49,10 +49,12 @@ Type = Array | tuple["Type", ...]  # a tuple type holds the types of its element
 
 
 def words(text: str) -> frozenset[str]:
+    """A set of the words of a text."""
     return frozenset(text.split())
 
 
 def leaves(kind: Type) -> Iterator[Array]:
+    """The arrays of a type, in order."""
     if isinstance(kind, Array):
         yield kind
     else:
@@ -98,6 +100,8 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Computation:
+    """A computation: instructions that end in a root."""
+
     name: str
     instructions: dict[str, Instruction]  # operands come before their users
     root: str
@@ -121,6 +125,8 @@ class Computation:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
+    """A compiled program as its text shows it."""
+
     computations: dict[str, Computation]
     entry: Computation
     devices: int  # partitions x replicas

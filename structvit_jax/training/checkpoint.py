@@ -85,6 +85,7 @@ class Checkpoints:
         return sorted((int(path.name) for path in paths), reverse=True)
 
     def path(self, step: int) -> epath.Path:
+        """The folder of a step."""
         return self._folder / str(step)
 
     def save(self, state: TrainState, card: dict[str, Any], scores: dict[str, float] | None = None) -> None:
@@ -98,6 +99,7 @@ class Checkpoints:
             self._manager.save(int(state.step), args=ocp.args.Composite(**items), metrics=scores)
 
     def card(self, step: int) -> dict[str, Any]:
+        """What the checkpoint of a step says of itself, see `Run.card`."""
         return self._restore(step, card=ocp.args.JsonRestore())["card"]
 
     def weights(self, step: int, like: Weights, mesh: Mesh, advice: str) -> Weights:

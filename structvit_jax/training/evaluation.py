@@ -23,6 +23,8 @@ from structvit_jax.training.storage import write
 
 
 class Scores(NamedTuple):
+    """What an evaluation comes to, over the examples that could be read."""
+
     top1: float  # fraction of examples whose label has the highest score
     top5: float  # ... one of the five highest
     mean_class: float  # top1 of each class that has examples, averaged over these classes

@@ -52,6 +52,7 @@ class Goodput:
         self._at_save = dict(list(self._at_save.items())[-_REMEMBERED:])
 
     def write(self) -> None:
+        """Writes the seconds so far, for the next session."""
         self.switch(self._activity)
         value = {"seconds": self._seconds, "sessions": self._sessions, "at_save": self._at_save}
         write_json(self._path, value)

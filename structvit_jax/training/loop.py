@@ -252,6 +252,7 @@ def _evaluate_run(config, workdir, data):
 
 
 def make_result(run: Run, scores: Scores, step: int, weights: Weights) -> dict[str, Any]:
+    """What result.json holds."""
     whole = jax.jit(lambda x: x, out_shardings=replicated(run.mesh))(weights)
     return scores._asdict() | {"step": step, "params_sha256": sha256(whole)}
 
@@ -259,12 +260,14 @@ def make_result(run: Run, scores: Scores, step: int, weights: Weights) -> dict[s
 def write_result(
     workdir: epath.Path, result: dict[str, Any], evaluation: Evaluation, data: Any, suffix: str = ""
 ) -> None:
+    """Writes result.json and predictions.npz, in one process."""
     if processes.is_first():
         evaluation.save(workdir / f"predictions{suffix}.npz", data.class_names)
         write_json(workdir / f"result{suffix}.json", result)
 
 
 def describe_test(data: Any) -> str:
+    """The test split in words."""
     views = f", {data.views} views each" if data.views > 1 else ""
     return f"{data.test_examples} {data.unit}{views}"
 
@@ -280,6 +283,7 @@ def read_result(workdir: epath.Path, step: int) -> dict[str, Any] | None:
 
 
 def describe(result: dict[str, Any]) -> str:
+    """A result in one line."""
     return (
         f"result: top1 {result['top1']:.4f}  top5 {result['top5']:.4f}  mean_class {result['mean_class']:.4f}"
         f"  on {result['examples']} examples"

@@ -60,6 +60,7 @@ def use_compilation_cache(folder: str) -> None:
 
 
 def describe_devices() -> str:
+    """How many devices of which kind, in how many processes."""
     devices, processes = jax.devices(), jax.process_count()
     several = f" in {processes} processes" if processes > 1 else ""
     return (

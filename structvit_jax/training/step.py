@@ -38,6 +38,7 @@ def init_state(weights: Weights, optimizer: optax.GradientTransformation, mesh: 
 
 
 def fresh_state(optimizer: optax.GradientTransformation, weights: Weights) -> TrainState:
+    """The state before the first step."""
     return TrainState(jnp.zeros((), jnp.int32), weights, optimizer.init(weights.params))
 
 

@@ -19,10 +19,12 @@ _PASSING = r"\b(?:UNAVAILABLE|DEADLINE_EXCEEDED)\b|\b(?:429|50[0-4])\b"
 
 
 def is_bucket(path: epath.Path) -> bool:
+    """Whether a path is a URL, as gs://BUCKET/PATH."""
     return "://" in str(path)
 
 
 def absolute(path: epath.Path) -> epath.Path:
+    """The path that Orbax takes."""
     return path if is_bucket(path) else path.resolve()
 
 
@@ -46,6 +48,7 @@ def write(path: epath.Path, content: str | bytes) -> None:
 
 
 def write_json(path: epath.Path, value: Mapping[str, Any]) -> None:
+    """Writes a value as indented JSON, see `write`."""
     write(path, json.dumps(value, indent=2) + "\n")
 
 
