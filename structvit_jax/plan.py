@@ -172,19 +172,19 @@ def _measure(
 def _tell(figures: Figures, devices: int, chip: Chip | None) -> list[str]:
     """A device's figures in words; with a data sheet also the times that they imply."""
     per = figures.batch / devices
-    capacity = f" of {chip.memory / 1e9:.0f} GB" if chip else ""
+    capacity = f" of {_si(chip.memory, 'B')}" if chip else ""
     fits = " DOES NOT FIT" if chip and figures.memory > chip.memory else ""
     lines = [
         f"batch {figures.batch}, {per:g} a device",
-        f"memory {figures.memory / 1e9:.2f} GB{capacity}{fits}",
-        f"operations {figures.operations / 1e12:.3f} T ({figures.useful / 1e12:.3f} T without recomputation),"
-        f" {figures.operations / per / 1e9:.1f} G an example",
+        f"memory {_si(figures.memory, 'B')}{capacity}{fits}",
+        f"operations {_si(figures.operations)} ({_si(figures.useful)} without recomputation),"
+        f" {_si(figures.operations / per)} an example",
     ]
     if math.isnan(figures.hbm):
         return lines
     lines += [
-        f"memory traffic {figures.hbm / 1e9:.3f} GB, {figures.hbm / per / 1e6:.0f} MB an example",
-        f"sent to other devices {figures.sent / 1e6:.1f} MB",
+        f"memory traffic {_si(figures.hbm, 'B')}, {_si(figures.hbm / per, 'B')} an example",
+        f"sent to other devices {_si(figures.sent, 'B')}",
     ]
     lines += [f"NOTE: the traffic of this loop, of unknown length, counts once: {x}" for x in figures.guessed]
     if chip:
@@ -201,6 +201,11 @@ def _tell(figures: Figures, devices: int, chip: Chip | None) -> list[str]:
             f"at most {figures.batch / times[bound]:.0f} examples/s on all, {share:.1%} of peak arithmetic",
         ]
     return lines
+
+
+def _si(value: float, unit: str = "") -> str:
+    power = sum(value >= 1000.0**n for n in (1, 2, 3, 4))
+    return f"{value / 1000**power:.4g} {('', 'k', 'M', 'G', 'T')[power]}{unit}".rstrip()
 
 
 def read_size(text: str) -> float:
@@ -230,8 +235,8 @@ def largest_batch(needs: Callable[[int], float], memory: float, least: int, *, f
         low, high = (guess, high) if known[guess] <= memory else (low, guess)
         if high == 1:
             raise UserError(
-                f"not even {least} examples fit into {memory / 1e9:.1f} GB: they need"
-                f" {known[1] / 1e9:.1f} GB; set config.model.remat"
+                f"not even {least} examples fit into {_si(memory, 'B')}: they need {_si(known[1], 'B')};"
+                " set config.model.remat"
             )
         if len(known) == 1:
             guess = 2 * guess if low else max(1, guess // 2)
@@ -248,6 +253,6 @@ def largest_batch(needs: Callable[[int], float], memory: float, least: int, *, f
 def _advice(config: ml_collections.ConfigDict, batch: int, memory: float) -> str:
     lr = config.optimizer.lr * batch / config.data.batch_size
     return (
-        f"largest batch in {memory / 1e9:.1f} GB a device: --config.data.batch_size={batch}"
+        f"largest batch in {_si(memory, 'B')} a device: --config.data.batch_size={batch}"
         f" --config.optimizer.lr={lr:.3g} (the linear scaling rule: in proportion to the batch)"
     )
