@@ -27,9 +27,10 @@ from structvit_jax import traffic
 from structvit_jax.config import model_arguments
 from structvit_jax.errors import UserError, did_you_mean
 from structvit_jax.models import cost
+from structvit_jax.models.operations import operations
 from structvit_jax.training.mesh import check_batch, make_mesh
 from structvit_jax.training.processes import say
-from structvit_jax.training.program import lower_train_step, traced_operations
+from structvit_jax.training.program import trace_train_step
 from structvit_jax.training.run import Run, abstract_state
 
 _FOLDER = "plan"  # of the workdir: the compiled programs' texts
@@ -139,12 +140,13 @@ def _measure(
     run = Run.prepare(config, data, mesh)
     say(f"compiling the train step for {len(devices)} x {devices[0].device_kind}, {batch} examples ...")
     started = time.monotonic()
-    lowered, made = lower_train_step(run, abstract_state(run)), traced_operations(run)
+    traced = trace_train_step(run, abstract_state(run))
+    made = operations(traced.jaxpr)
     arguments = model_arguments(config)
     forward = cost(arguments.pop("name"), data.shape, len(data.class_names), **arguments).macs
     useful = 3 * 2 * forward * batch / len(devices)
     try:
-        compiled = lowered.compile()
+        compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
         used = re.search(r"Used ([\d.]+)([KMGT])", str(error))
         if "RESOURCE_EXHAUSTED" not in str(error):

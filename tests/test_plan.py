@@ -10,9 +10,9 @@ from conftest import ROOT
 from structvit_jax import cost, data, plan, traffic
 from structvit_jax.config import default_config, model_arguments
 from structvit_jax.errors import UserError
-from structvit_jax.models.operations import operations
+from structvit_jax.models.operations import operations as operations_of
 from structvit_jax.training.mesh import make_mesh
-from structvit_jax.training.program import lower_train_step, traced_operations
+from structvit_jax.training.program import trace_train_step
 from structvit_jax.training.run import Run, abstract_state
 
 QUICK = [
@@ -23,6 +23,14 @@ QUICK = [
     "--config.data.batch_size=16",
     "--mode=plan",
 ]
+
+
+def operations(function, *args):
+    return operations_of(jax.make_jaxpr(function)(*args))
+
+
+def of_a_step(run):
+    return operations_of(trace_train_step(run, abstract_state(run)).jaxpr)
 
 
 def test_operations_by_hand():
@@ -74,8 +82,8 @@ def test_a_step_takes_three_times_the_forward_pass(name, shape):
     run = a_run(name, shape, 400, scan_blocks=True)
     arguments = model_arguments(run.config)
     forward = 2 * 8 * cost(arguments.pop("name"), shape, 400, **arguments).macs
-    assert traced_operations(run) == pytest.approx(3 * forward, rel=0.02)
-    again = traced_operations(a_run(name, shape, 400, scan_blocks=True, remat="full"))
+    assert of_a_step(run) == pytest.approx(3 * forward, rel=0.02)
+    again = of_a_step(a_run(name, shape, 400, scan_blocks=True, remat="full"))
     assert 3.5 * forward < again < 4 * forward
 
 
@@ -138,6 +146,6 @@ def test_traffic_of_the_default_model_stays_in_its_band():
     exec((ROOT / "configs" / "moving_digits.py").read_text(), namespace)
     config = namespace["get_config"]()
     run = Run.prepare(config, data.load(config.data, config.augment), make_mesh(1, 1, jax.devices()[:1]))
-    moved = traffic.count(lower_train_step(run, abstract_state(run)).compile().as_text())
+    moved = traffic.count(trace_train_step(run, abstract_state(run)).lower().compile().as_text())
     print(f"{moved.hbm / 64 / 1e6:.2f} MB an example")
     assert 28 < moved.hbm / 64 / 1e6 < 36

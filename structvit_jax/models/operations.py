@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
 
 
-def operations(function: Callable, *args: Any) -> float:
-    """Multiplications and additions of `function`'s matrix products and convolutions, for these arguments.
+def operations(program: Any) -> float:
+    """Multiplications and additions of the matrix products and convolutions of a ClosedJaxpr, as
+    `jax.make_jaxpr` and `.trace(...).jaxpr` give it.
 
     Loops count as often as they run, what is computed again for the backward pass counts again, and of a
     choice (by platform, say) the largest branch counts. Zeros that a convolution pads or dilates with are
     not multiplied. All else is left out, as `cost` does.
     """
-    return _count(jax.make_jaxpr(function)(*args).jaxpr)
+    return _count(program.jaxpr)
 
 
 def _count(jaxpr: Any) -> float:

@@ -13,11 +13,10 @@ import jax.numpy as jnp
 import ml_collections
 
 from structvit_jax.errors import UserError
-from structvit_jax.models.operations import operations
 from structvit_jax.training import processes
 from structvit_jax.training.placement import abstract, batch_sharding
 from structvit_jax.training.processes import say
-from structvit_jax.training.run import Run, abstract_state
+from structvit_jax.training.run import Run
 from structvit_jax.training.step import TrainState, make_train_step
 
 
@@ -25,23 +24,17 @@ def compile_train_step(run: Run, state: TrainState) -> Any:
     """The train step, compiled ahead of its first call so that the wait has a name."""
     say("compiling the train step ...")
     started = time.monotonic()
-    compiled = lower_train_step(run, state).compile()
+    compiled = trace_train_step(run, state).lower().compile()
     say(f"compiled in {time.monotonic() - started:.1f} s")
     processes.meet()  # not all may have found it in the compilation cache
     return compiled
 
 
-def lower_train_step(run: Run, state: Any) -> Any:
-    """The train step for the run's mesh, of which only shapes are needed: `state` may be abstract."""
+def trace_train_step(run: Run, state: Any) -> Any:
+    """The train step for the run's mesh, as `jax.jit` traces it: with a `.jaxpr`, and `.lower()` to compile.
+    Only the shapes of `state` are needed."""
     step_fn = make_train_step(run.model, run.optimizer, run.schedule, run.config, run.mesh, state)
-    return step_fn.lower(abstract(state, run.mesh), abstract_batch(run))
-
-
-def traced_operations(run: Run) -> float:
-    """Operations of a train step on all devices, see `models.operations`."""
-    state = abstract_state(run)
-    step_fn = make_train_step(run.model, run.optimizer, run.schedule, run.config, run.mesh, state)
-    return operations(step_fn, state, abstract_batch(run))
+    return step_fn.trace(abstract(state, run.mesh), abstract_batch(run))
 
 
 def abstract_batch(run: Run) -> dict[str, jax.ShapeDtypeStruct]:
