@@ -25,6 +25,12 @@ SHORT = [
     "--config.data.train_examples=64",
     "--config.data.test_examples=64",
 ]
+# And a structvit_tiny quick to compile.
+SMALL = [
+    "--config.model.depths=(1,1,1,1)",
+    "--config.model.widths=(8,8,16,16)",
+    "--config.model.head_width=8",
+]
 
 
 def commands():
@@ -38,7 +44,7 @@ def test_the_first_block_is_make():
 
 def test_make_run(tmp_path):
     """In the environment that runs the tests, with the installing step taken as done."""
-    arguments = shlex.join([*SHORT, f"--workdir={tmp_path}"])
+    arguments = shlex.join([*SHORT, *SMALL, f"--workdir={tmp_path}"])
     make = ["make", f"--assume-old={sys.prefix}/.installed-cpu", "run", f"VENV={sys.prefix}"]
     process = subprocess.run(
         [*make, "ACCELERATOR=cpu", f"ARGS={arguments}"], cwd=ROOT, capture_output=True, text=True
@@ -54,7 +60,8 @@ def test_the_commands(command, tmp_path):
         assert line.startswith("python -m structvit_jax.main")
         arguments = [word for word in shlex.split(line)[3:] if not word.startswith("--workdir")]
         name = re.search(r"configs/(\w+)", line)[1]
-        process = command(*arguments, *SHORT, f"--workdir={tmp_path / name}")
+        small = [] if "deit" in line else SMALL
+        process = command(*arguments, *SHORT, *small, f"--workdir={tmp_path / name}")
         assert process.returncode == 0, process.stderr
         ran += 1
     assert ran >= 4
@@ -70,7 +77,7 @@ def test_the_commands_for_own_videos(command, tmp_path, monkeypatch, capsys):
         module, *arguments = shlex.split(line.replace("DIR", str(root)))[2:]
         ran.append(module)
         if module == "structvit_jax.main":
-            arguments += [*SHORT, "--config.eval.every=", f"--workdir={tmp_path / 'run'}"]
+            arguments += [*SHORT, *SMALL, "--config.eval.every=", f"--workdir={tmp_path / 'run'}"]
             process = command(*arguments)
             assert process.returncode == 0, process.stderr
         else:
