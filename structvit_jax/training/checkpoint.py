@@ -54,12 +54,12 @@ class Checkpoints:
     def __init__(self, workdir: epath.PathLike, keep: Keep | None = None):
         """`keep` opens them for writing too."""
         self._folder = epath.Path(workdir) / FOLDER
+        self._writes = keep is not None
+        options = ocp.CheckpointManagerOptions(create=False, read_only=True)
         if keep:
             processes.decide(self._remove_unfinished)
             sys.unraisablehook = _leave_out_closed_loops
-        self._latest = self._newest_whole(set_aside=keep is not None)
-        options = ocp.CheckpointManagerOptions(create=False, read_only=True)
-        if keep:
+            self.latest()  # what is damaged is out of the way before Orbax looks
             options = ocp.CheckpointManagerOptions(
                 preservation_policy=_policy(keep),
                 best_fn=_rank,
@@ -76,8 +76,12 @@ class Checkpoints:
             self._manager.close()
 
     def latest(self) -> int | None:
-        """The newest step that was whole when this was opened."""
-        return self._latest
+        """The newest step that was whole when this was first asked; all processes have to ask.
+
+        Raises:
+          UserError: there are checkpoints, and all are damaged.
+        """
+        return self._newest_whole
 
     def steps(self) -> list[int]:
         """All steps whose save was finished, newest first; they may be damaged."""
@@ -145,8 +149,9 @@ class Checkpoints:
             if _is_unfinished(path):
                 path.rmtree()
 
-    def _newest_whole(self, set_aside: bool) -> int | None:
-        """The newest step without damage; puts the damaged ones before it out of the way, if it may."""
+    @functools.cached_property
+    def _newest_whole(self) -> int | None:
+        """The newest step without damage; puts the damaged ones out of the way, if it may."""
         damaged: dict[int, str] = {}
         newest = None
         for step in processes.decide(self.steps):
@@ -159,7 +164,7 @@ class Checkpoints:
         if newest is not None:
             for step, reason in damaged.items():
                 moved = functools.partial(self._set_aside, step, reason)
-                where = processes.decide(moved) if set_aside else ""
+                where = processes.decide(moved) if self._writes else ""
                 say(f"warning: {self.path(step)} is damaged ({reason}); step {newest} is used{where}")
             return newest
         if damaged:
