@@ -148,7 +148,7 @@ def _measure(
     try:
         compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
-        used = re.search(r"Used ([\d.]+)([KMGT])", str(error))
+        used = re.search(r"(?:Used |HLO temporaries \()([\d.]+)([KMGT])", str(error))
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         if not used:
