@@ -90,16 +90,21 @@ def share() -> tuple[int, int]:
     return jax.process_index(), jax.process_count()
 
 
+def several() -> bool:
+    """Whether the run has more than one process; this opens no device."""
+    return (distributed().num_processes or 1) > 1
+
+
 def meet() -> None:
     """Waits until all processes have come here. CPUs that meet in a computation give up after 30 s."""
-    if distributed().num_processes and distributed().num_processes > 1:
+    if several():
         name = f"structvit_jax/meeting/{next(_meetings)}"
         distributed().client.wait_at_barrier(name, timeout_in_ms=1000 * _LONG)
 
 
 def gather(value: Any) -> list[Any]:
     """Every process's value, on every process; all have to call it."""
-    if jax.process_count() == 1:
+    if not several():
         return [value]
     meet()
     raw = np.frombuffer(pickle.dumps(value), np.uint8)
@@ -124,7 +129,7 @@ class StopSignal:
 
     def __enter__(self) -> StopSignal:
         # of several processes, JAX itself handles SIGTERM
-        numbers = [signal.SIGINT] + [signal.SIGTERM] * (jax.process_count() == 1)
+        numbers = [signal.SIGINT] + [signal.SIGTERM] * (not several())
         self._old = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
@@ -136,7 +141,7 @@ class StopSignal:
         if self._noticed and number == signal.SIGINT:
             raise KeyboardInterrupt
         self._noticed = True
-        if jax.process_count() > 1:
+        if several():
             os.kill(os.getpid(), signal.SIGTERM)
 
     def before(self, step: int) -> bool:
@@ -145,7 +150,7 @@ class StopSignal:
         JAX answers yes for one number, the first that no process had asked for when the signal came. So
         a run that is resumed asks for all earlier steps too.
         """
-        if jax.process_count() == 1:
+        if not several():
             return self._noticed
         first, self._asked = self._asked + 1, step
         return any(multihost_utils.reached_preemption_sync_point(i) for i in range(first, step + 1))

@@ -32,7 +32,7 @@ def ending_together(heartbeat: int) -> Iterator[None]:
 
     Enter it after `processes.join`; with one process it does nothing.
     """
-    if (processes.distributed().num_processes or 1) == 1:
+    if not processes.several():
         yield
         return
     watch, stopped = _Watch(heartbeat), None
