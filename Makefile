@@ -15,13 +15,15 @@ ACCELERATOR ?= $(shell \
 	else echo cpu; fi)
 EXTRAS := $(if $(filter cpu,$(ACCELERATOR)),dev,dev,$(ACCELERATOR))
 STAMP := $(VENV)/.installed-$(ACCELERATOR)
+# To test the reading of its files: the build for CPUs, since PyPI's brings CUDA libraries unlike JAX's.
+TORCH ?= torch==2.13.0+cpu
 
 .PHONY: run test lint lock kills
 
 run: $(STAMP)
 	$(BIN)/python -m structvit_jax.main --config=configs/moving_digits.py $(ARGS)
 
-test: lint
+test: lint $(VENV)/.torch
 	$(BIN)/python -m pytest $(ARGS)
 
 lint: $(STAMP)
@@ -36,6 +38,11 @@ $(STAMP): requirements.txt requirements.lock pyproject.toml
 	@echo "installing structvit_jax and its requirements for: $(ACCELERATOR)"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock -e ".[$(EXTRAS)]"
+	@touch $@
+
+$(VENV)/.torch: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock --retries 1 \
+		--extra-index-url https://download.pytorch.org/whl/cpu $(TORCH)
 	@touch $@
 
 lock: requirements.txt pyproject.toml

@@ -5,7 +5,7 @@
 
 Needs Diving48_V2_train.json, Diving48_V2_test.json, Diving48_vocab.json and the videos (15,027 and 1,970).
 The paper's top-1: 88.3 (structvit_b_4_1_video); its test views are not stated, 3 crops here.
-Not run here. The paper starts from Kinetics-400 weights; without config.init_from this starts from scratch.
+Not run here. Starts from Kinetics-400 weights, as the paper: --config.init_from=RUN_OR_FILE.
 """
 
 import ml_collections

@@ -7,7 +7,7 @@ Needs the annotations v1.1, the category and element lists, and the whole videos
 their times (20,484 and 8,521 in Gym99). `structvit_jax.data.shards` copies the parts out, which reads faster.
 The paper's mean per-class top-1 (mean_class in result.json): 89.5 on Gym99, 54.2 on Gym288
 (structvit_b_4_1_video); its test views are not stated, 3 crops here.
-Not run here. The paper starts from Kinetics-400 weights; without config.init_from this starts from scratch.
+Not run here. Starts from Kinetics-400 weights, as the paper: --config.init_from=RUN_OR_FILE.
 """
 
 import ml_collections

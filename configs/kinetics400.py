@@ -6,8 +6,8 @@
 Needs the official csv files and the trimmed videos (mmaction2's copy has 240,436 and 19,796).
 The paper's top-1 with 4 clips: 81.4 (structvit_s_4_1_video, 16 frames) and 83.3
 (structvit_b_4_1_video, 32 frames).
-Not run here. The paper starts from ImageNet weights inflated in time; without config.init_from this starts
-from scratch.
+Not run here. Starts from ImageNet weights inflated in time, as the paper: --config.init_from=RUN_OR_FILE, a
+run of configs/imagenet.py or UniFormer's released file.
 """
 
 import ml_collections

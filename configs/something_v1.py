@@ -6,7 +6,7 @@
 Needs the csv files and the folders of frames (86,017 and 11,522).
 The paper's top-1 with 3 crops: 58.0 (structvit_s_4_1_video, 16 frames) and 61.3
 (structvit_b_4_1_video, 32 frames).
-Not run here. The paper starts from Kinetics-400 weights; without config.init_from this starts from scratch.
+Not run here. Starts from Kinetics-400 weights, as the paper: --config.init_from=RUN_OR_FILE.
 """
 
 import ml_collections

@@ -6,7 +6,7 @@
 Needs the json files and the webm videos (168,913 and 24,777).
 The paper's top-1 with 3 crops: 68.8 (structvit_s_4_1_video, 16 frames) and 71.5
 (structvit_b_4_1_video, 32 frames).
-Not run here. The paper starts from Kinetics-400 weights; without config.init_from this starts from scratch.
+Not run here. Starts from Kinetics-400 weights, as the paper: --config.init_from=RUN_OR_FILE.
 """
 
 import ml_collections

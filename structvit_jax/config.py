@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import ml_collections
 from ml_collections import config_dict
@@ -20,11 +21,17 @@ def default_config() -> ml_collections.ConfigDict:
     Durations are "N steps", "N epochs" or "N examples"; fractions are allowed.
     """
     config = ml_collections.ConfigDict()
-    config.init_from = ""  # a checkpoint directory of ours to take weights from; "" starts fresh
+    # Weights to start from: RUN or RUN/checkpoints/STEP of ours, or a released .pth or .safetensors file.
+    config.init_from = ""  # "" starts from scratch
     config.topologies = ()  # for --mode=plan: TPUs to plan for, as "v5e:2x4"; none is this machine
     config.device_batch = 0  # for --mode=plan: examples a device, in place of data.batch_size
     config.device_memory = ""  # for --mode=plan: of a device, as "24GB"; finds the largest batch that fits
     config.profile = ""  # "START:STOP": steps whose profile is written to WORKDIR/profile
+
+    config.init = ml_collections.ConfigDict()  # how weights of init_from are fitted to the model
+    config.init.inflate = "average"  # over time, of image weights: "average" (UniFormer's) or "centre"
+    config.init.kernels = "delta"  # of StructSA, from plain attention: "delta" keeps the function, or "fresh"
+    config.init.noise = 0.1  # that tells equal patterns apart and leaves their sum; 0 leaves them equal
 
     config.model = model = ml_collections.ConfigDict()
     model.name = "structvit_tiny_4_1_video"  # see structvit_jax.list_models
@@ -39,9 +46,10 @@ def default_config() -> ml_collections.ConfigDict:
     data.batch_size = 64  # clips or images per step, over all devices, repeats included
     data.train_examples = 0  # for data made on the fly: how many examples an epoch has
     data.test_examples = 0  # the same for the test split
-    data.mean = (0.5, 0.5, 0.5)  # subtracted from channels scaled to 0..1
-    data.std = (0.5, 0.5, 0.5)  # then divided by
-    data.channels = "rgb"  # "bgr" is what UniFormer's Something-Something weights were trained on
+    # None follows the weights that the run starts from, without any INPUTS.
+    data.mean = config_dict.placeholder(tuple)  # subtracted from channels scaled to 0..1
+    data.std = config_dict.placeholder(tuple)  # then divided by
+    data.channels = config_dict.placeholder(str)  # "rgb" or "bgr"
     data.frames = 8  # of a clip; 0 means images
     data.stride = 1  # a clip spans frames x stride frames of its video
     data.sampling = "dense"  # "dense", "strided" or "segment": see structvit_jax.data.sampling
@@ -50,6 +58,7 @@ def default_config() -> ml_collections.ConfigDict:
     data.crop_fraction = 1.0  # in testing, of the short side that the crop takes
     data.test_clips = 1  # views of a test example: clips x crops, their scores averaged
     data.test_crops = 1  # 1 is the middle; 3 are left, middle and right
+    data.label_maps = ""  # a folder of them, for token labelling: see structvit_jax.label_maps
     data.workers = 0  # processes that decode; 0 reads in threads
     data.max_bad_share = 0.05  # of the training examples that may turn out unreadable before the run stops
 
@@ -57,16 +66,19 @@ def default_config() -> ml_collections.ConfigDict:
     augment.crop_area = (1.0, 1.0)  # random crops: their share of the frame, drawn uniformly
     augment.crop_aspect = (1.0, 1.0)  # ... and their width by height, log-uniformly
     augment.flip = 0.0  # probability of mirroring
+    augment.color_jitter = 0.0  # brightness, contrast and saturation, each by a factor within 1 +- this
     augment.randaugment = ""  # a policy such as "rand-m7-n4-mstd0.5-inc1"
     augment.repeats = 1  # copies of every example in a batch, augmented each in its own way
     augment.erase = 0.0  # probability of random erasing
     augment.mixup = 0.0  # alpha of mixup; 0 is off
     augment.cutmix = 0.0  # alpha of cutmix; where both are on, each takes half of the steps
+    augment.mix_token = 0.0  # alpha of MixToken, with model.token_labels; 0 is off
 
     config.train = train = ml_collections.ConfigDict()
     train.duration = "100 steps"
     train.seed = 0  # of weights, training data made on the fly, order, augmentation, stochastic depth
     train.label_smoothing = 0.0
+    train.dense_weight = 1.0  # of the dense head's loss, with model.token_labels
     train.accumulate = 1  # parts that a batch is computed in, one after the other, to save memory
     train.max_skipped = 10  # steps in a row whose loss or gradient is not finite, before the run stops
 
@@ -75,16 +87,24 @@ def default_config() -> ml_collections.ConfigDict:
     optimizer.warmup = "0 steps"  # linear, from warmup_lr
     optimizer.warmup_lr = 1e-6
     optimizer.end_lr = 1e-6  # of the cosine, where the step after the last would be
+    optimizer.cooldown = "0 steps"  # at end_lr, after the cosine; part of train.duration
+    optimizer.cosine_from = "warmup"  # where the cosine starts: at the end of the "warmup", or at the "start"
+    optimizer.stair = ""  # the rate changes at this interval only; "" at every step
+    optimizer.lag = 0  # stairs by which it comes late
     optimizer.weight_decay = 0.05  # not on vectors (biases, norms, layer scales) and position tables
     optimizer.b1 = 0.9
     optimizer.b2 = 0.999
     optimizer.eps = 1e-8
     optimizer.clip_norm = 0.0  # global gradient norm; 0 is off
+    optimizer.freeze = ""  # weights that stay, as "patch_embed*,blocks1.*"; "*,!head.*" is a linear probe
+    optimizer.layer_decay = 1.0  # factor on the learning rate for each layer further from the head
+    optimizer.ema = 0.0  # decay of the weights' moving average, as 0.9999; 0 is off
 
     config.eval = ml_collections.ConfigDict()
     config.eval.every = ""  # evaluate at this interval; "" at the end only
     config.eval.batch_size = 256  # examples at a time, each with all its views
     config.eval.average = "logits"  # over views: of "logits" or of "softmax"
+    config.eval.ema = True  # scores the moving average, where there is one, and not the weights themselves
     config.eval.max_missing = 0  # unreadable test examples that are tolerated; more, and no score is given
 
     config.checkpoint = ml_collections.ConfigDict()
@@ -102,12 +122,31 @@ def default_config() -> ml_collections.ConfigDict:
     return config.lock()
 
 
+# What weights expect of their inputs, by key of the section `data`, where neither weights nor user say it.
+INPUTS = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "channels": "rgb"}
+
+
 def _override_types() -> dict[str, type]:
     kinds = {"str": str, "bool": bool, "int": int, "float": float, "float | None": float}
     kinds |= {"tuple[int, ...]": tuple, "int | tuple[int, ...]": object}
     return {
         field.name: kinds[str(field.type)] for field in dataclasses.fields(Variant) if field.name in OVERRIDES
     }
+
+
+def from_card(saved: Mapping[str, Any]) -> ml_collections.ConfigDict:
+    """The configuration that a checkpoint's card holds; keys that are no more are left out."""
+    config = default_config()
+
+    def fill(section, values):
+        for key in section.keys() & values.keys():
+            if isinstance(section[key], ml_collections.ConfigDict):
+                fill(section[key], values[key])
+            else:
+                section[key] = tuple(values[key]) if isinstance(values[key], list) else values[key]
+
+    fill(config, saved)
+    return config
 
 
 def model_arguments(config: ml_collections.ConfigDict) -> dict:
@@ -119,10 +158,12 @@ class Durations(NamedTuple):
     """The configured durations in steps; 0 is never."""
 
     total: int
-    warmup: int
-    eval_every: int
-    save_every: int
-    keep_every: int
+    warmup: int = 0
+    eval_every: int = 0
+    save_every: int = 0
+    keep_every: int = 0
+    cooldown: int = 0
+    stair: int = 0
 
 
 def durations(config: ml_collections.ConfigDict, rows_per_epoch: int) -> Durations:
@@ -137,13 +178,14 @@ def durations(config: ml_collections.ConfigDict, rows_per_epoch: int) -> Duratio
         return steps_in(config[section][name], f"config.{key}", config.data.batch_size, rows_per_epoch)
 
     keys = ("train.duration", "optimizer.warmup", "eval.every", "checkpoint.every", "checkpoint.keep_every")
-    result = Durations(*map(steps, keys))
+    result = Durations(*map(steps, (*keys, "optimizer.cooldown", "optimizer.stair")))
     if result.total < 1:
         raise UserError(f"config.train.duration is {config.train.duration!r}; a run needs a step at least")
-    if result.warmup > result.total:
+    if result.warmup + result.cooldown > result.total:
+        key, part = ("cooldown", result.cooldown) if result.cooldown else ("warmup", result.warmup)
         raise UserError(
-            f"config.optimizer.warmup is {result.warmup} steps, longer than the run of {result.total};"
-            " shorten it with --config.optimizer.warmup='N steps'"
+            f"config.optimizer.{key} is {part} steps, longer than the run of {result.total} has room for;"
+            f" shorten it with --config.optimizer.{key}='N steps'"
         )
     return result
 
@@ -161,6 +203,9 @@ def steps_in(duration: str, key: str, batch_size: int, rows_per_epoch: int) -> i
     number, unit = float(match[1]), match[2].rstrip("s")
     per_unit = {"step": 1.0, "epoch": rows_per_epoch / batch_size, "example": 1 / batch_size}[unit]
     return max(round(number * per_unit), 1 if number else 0)
+
+
+_ALPHAS = ("augment.color_jitter", "augment.mixup", "augment.cutmix", "augment.mix_token")
 
 
 def check_config(config: ml_collections.ConfigDict) -> None:
@@ -184,11 +229,21 @@ def check_config(config: ml_collections.ConfigDict) -> None:
         "mesh.heartbeat",
     ):
         require(key, lambda n: n >= 1, "to be at least 1")
-    none = ("data.frames", "data.short_side", "data.workers", "eval.max_missing", "checkpoint.keep_best")
+    none = (
+        "optimizer.lag",
+        "data.frames",
+        "data.short_side",
+        "data.workers",
+        "eval.max_missing",
+        "checkpoint.keep_best",
+    )
     for key in (*none, "device_batch"):
         require(key, lambda n: n >= 0, "to be 0 or more")
     choices = {
-        "data.channels": ("rgb", "bgr"),
+        "data.channels": (None, "rgb", "bgr"),
+        "optimizer.cosine_from": ("warmup", "start"),
+        "init.inflate": ("average", "centre"),
+        "init.kernels": ("delta", "fresh"),
         "eval.average": ("logits", "softmax"),
         "data.test_crops": (1, 3),
     }
@@ -196,7 +251,8 @@ def check_config(config: ml_collections.ConfigDict) -> None:
         require(key, lambda value, known=known: value in known, "to be " + " or ".join(map(str, known)))
     for key in ("augment.flip", "augment.erase", "data.max_bad_share"):
         require(key, lambda p: 0 <= p <= 1, "to lie from 0 to 1")
-    require("data.crop_fraction", lambda x: 0 < x <= 1, "to lie above 0, up to 1")
+    for key in ("data.crop_fraction", "optimizer.layer_decay"):
+        require(key, lambda x: 0 < x <= 1, "to lie above 0, up to 1")
     for key, most in (("augment.crop_area", 1), ("augment.crop_aspect", math.inf)):
         require(
             key,
@@ -211,9 +267,9 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     for key in ("optimizer.lr", "optimizer.eps"):
         require(key, lambda x: 0 < x < math.inf, "to be positive and finite")
     rates = ("weight_decay", "clip_norm", "warmup_lr", "end_lr")
-    for key in (*(f"optimizer.{name}" for name in rates), "augment.mixup", "augment.cutmix"):
+    for key in (*(f"optimizer.{name}" for name in rates), *_ALPHAS, "init.noise"):
         require(key, lambda x: 0 <= x < math.inf, "to be finite and not negative")
-    for key in ("optimizer.b1", "optimizer.b2", "train.label_smoothing"):
+    for key in ("optimizer.b1", "optimizer.b2", "optimizer.ema", "train.label_smoothing"):
         require(key, lambda x: 0 <= x < 1, "to lie from 0 to below 1")
     require("train.seed", lambda n: 0 <= n < 2**31, "to lie from 0 to below 2**31")
     require("mesh.data", lambda n: n == -1 or n >= 1, "to be -1 or at least 1")
@@ -222,7 +278,8 @@ def check_config(config: ml_collections.ConfigDict) -> None:
         require(
             key,
             lambda xs, least=least: (
-                len(xs) == 3 and all(isinstance(x, (int, float)) and least < x < math.inf for x in xs)
+                xs is None
+                or (len(xs) == 3 and all(isinstance(x, (int, float)) and least < x < math.inf for x in xs))
             ),
             "three finite numbers, one per channel" + (", positive" if least == 0 else ""),
         )

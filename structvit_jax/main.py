@@ -20,6 +20,7 @@ from etils import epath
 from ml_collections import config_flags
 
 from structvit_jax import data
+from structvit_jax.command import naming_flags
 from structvit_jax.config import check_config
 from structvit_jax.errors import UserError, did_you_mean, exit_in_one_line
 
@@ -46,6 +47,10 @@ def main(argv: Sequence[str]) -> None:
 
 def _act(config: ml_collections.ConfigDict) -> None:
     """What --mode says."""
+    from structvit_jax.training import start
+
+    workdir = epath.Path(_WORKDIR.value or os.path.join("runs", _config_path(sys.argv).stem))
+    config = start.settle_inputs(config, workdir)
     dataset = data.load(config.data, config.augment, config.train.seed)
     from structvit_jax import plan, sheet, show  # a mistake in the data is told before these are imported
     from structvit_jax.training import loop, mesh
@@ -57,7 +62,6 @@ def _act(config: ml_collections.ConfigDict) -> None:
     if _MODE.value == "show":
         print(show.describe(config, dataset))
         return
-    workdir = epath.Path(_WORKDIR.value or os.path.join("runs", _config_path(sys.argv).stem))
     if _MODE.value == "plan":
         print(plan.describe(config, dataset, workdir))
         return
@@ -65,7 +69,10 @@ def _act(config: ml_collections.ConfigDict) -> None:
         path = workdir / "batch.png"
         print(f"{path}: {sheet.write(config, dataset, path)} rows of the first batch, as the model gets them")
         return
-    {"train": loop.train, "eval": loop.evaluate_run}[_MODE.value](config, workdir, dataset)
+    if _MODE.value == "eval":
+        loop.evaluate(config, workdir, workdir, dataset)
+        return
+    loop.train(config, workdir, dataset)
 
 
 def _config_path(argv: Sequence[str]) -> epath.Path:
@@ -88,28 +95,8 @@ def _parse(argv: Sequence[str]) -> list[str]:
         known = [str(file) for file in folder.glob("*.py")] if folder.is_dir() else []
         hint = did_you_mean(str(path), known) if known else ""
         raise UserError(f"no configuration file (.py) at {str(path)!r}.{hint}")
-    try:
+    with naming_flags():
         return flags.FLAGS(list(argv))
-    except (KeyError, AttributeError) as error:
-        raise UserError(_unknown_key(str(error))) from error
-    except SyntaxError as error:
-        raise UserError(f"{error.filename}:{error.lineno}: {error.msg}") from error
-    except (flags.Error, TypeError) as error:
-        raise UserError(_last_line(error)) from error
-
-
-def _unknown_key(message: str) -> str:
-    """One line from what ml_collections says of a key that a locked configuration does not have."""
-    if near := re.search(r'Did you mean "(\w+)" instead of "(\w+)"', message):
-        return f"the configuration has no key {near[2]!r}. Did you mean {near[1]!r}?"
-    key = re.sub(r"^\W*(?:Key\W+)?(\w+).*", r"\1", message, flags=re.DOTALL)
-    known = re.findall(r"'(\w+)\\?':", message)
-    return f"the configuration has no key {key!r}.{did_you_mean(key, known) if known else ''}"
-
-
-def _last_line(error: BaseException) -> str:
-    """What an error says, without the traceback that ml_collections puts before it."""
-    return [line for line in str(error).splitlines() if line.strip()][-1].strip()
 
 
 def run() -> None:

@@ -29,7 +29,8 @@ def write(config: ml_collections.ConfigDict, data: Any, path: epath.Path) -> int
         batch = next(batches)
     arrays: dict[str, Any] = {key: np.asarray(batch[key]) for key in ("inputs", "labels", "mask")}
     _, key = step_keys(config, 0)
-    inputs, targets = prepare_batch(key, arrays, len(data.class_names), config)
+    prepared = prepare_batch(key, arrays, len(data.class_names), config)
+    inputs, targets = prepared["inputs"], prepared["targets"]
     pixels = np.asarray(inputs) * np.array(config.data.std) + np.array(config.data.mean)
     pixels = (np.clip(pixels, 0, 1) * 255 + 0.5).astype(np.uint8)
     names = {problem.id: problem.reason for problem in batch["problems"]}

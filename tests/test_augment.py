@@ -68,7 +68,7 @@ def test_the_policy():
     clip = np.stack([PICTURE] * 3)
     policy, unchanged = RandAugment(9.0, 1, 0.5), 0
     for seed in range(400):
-        out = policy(clip, FILL, np.random.default_rng(seed))
+        out, _ = policy(clip, FILL, np.random.default_rng(seed))
         assert (out[0] == out[1]).all() and (out[0] == out[2]).all()  # all frames alike
         unchanged += bool((out == clip).all())
     assert 160 < unchanged < 260  # one operation, applied half of the time; some change nothing
@@ -142,8 +142,8 @@ def test_flips():
     clip = PICTURE[None]
     whole = ((1.0, 1.0), (1.5, 1.5))
     crops = (np.random.default_rng(seed) for seed in range(400))
-    outs = [augment.random_crop(clip, 24, *whole, 0.25, rng, image=False) for rng in crops]
-    plain = augment.random_crop(clip, 24, *whole, 0.0, np.random.default_rng(0), image=False)
+    outs = [augment.random_crop(clip, 24, *whole, 0.25, rng, image=False)[0] for rng in crops]
+    plain, _ = augment.random_crop(clip, 24, *whole, 0.0, np.random.default_rng(0), image=False)
     flipped = sum((out == plain[:, :, ::-1]).all() for out in outs)
     assert sum((out == plain).all() for out in outs) == 400 - flipped and 70 < flipped < 130
 

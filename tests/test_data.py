@@ -140,8 +140,8 @@ def test_images_are_cropped_before_the_policy_and_clips_after_it():
     for frames, expected in ((0, (1, 24, 24, 3)), (2, (2, 40, 60, 3))):
         reader = load(**{**DIGITS, "frames": frames, "size": 24}, augment__randaugment="rand-m9-inc1").train
         seen = []
-        reader._policy = lambda clip, fill, rng, seen=seen: seen.append((clip.shape, fill)) or clip
-        out = reader.transform(np.zeros((max(frames, 1), 40, 60, 3), np.uint8), np.random.default_rng(0))
+        reader._policy = lambda clip, fill, _, seen=seen: seen.append((clip.shape, fill)) or (clip, np.eye(3))
+        out, _ = reader.transform(np.zeros((max(frames, 1), 40, 60, 3), np.uint8), np.random.default_rng(0))
         assert out.shape == reader.shape
         assert seen == [(expected, (128, 128, 128))]  # for images the mean, 0.5
 

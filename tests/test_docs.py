@@ -1,17 +1,21 @@
 """The documents are true: README blocks run, configurations build, names in FIDELITY.md exist."""
 
 import importlib
+import os
 import re
 import shlex
 import subprocess
 import sys
 
 import clips
+import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 
-from structvit_jax import data, recipes, show
+from structvit_jax import convert, create_model, data, recipes, show
 from structvit_jax.config import check_config
+from structvit_jax.models import weights
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w+) ?(\w*)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
@@ -67,6 +71,37 @@ def test_the_commands(command, tmp_path):
     assert ran >= 4
 
 
+def test_the_commands_that_fine_tune(command, tmp_path, monkeypatch):
+    """With a file of the released shape in the place of the released one, and a tiny model."""
+    root = tmp_path / "clips"
+    clips.write_folder(root, {"train": 3, "val": 2})
+    (body,) = [body for _, kind, body in BLOCKS if kind == "finetune"]
+    download, train, evaluate = body.replace("DIR", str(root)).replace("\\\n", "").splitlines()
+    assert download.startswith("curl -LO https://huggingface.co/Sense-X/uniformer_video/resolve/main/")
+    released = tmp_path / download.rpartition("/")[2]
+    arrays = weights.split(create_model("uniformer_tiny_video", num_classes=400))[1]
+    state_dict = convert.to_torch(arrays.params | arrays.batch_stats)
+    torch.save({key: torch.from_numpy(np.array(array)) for key, array in state_dict.items()}, released)
+    assert f"--config.init_from={released.name}" in train
+    train = train.replace(released.name, str(released)).replace(
+        "structvit_s_4_1_video", "structvit_tiny_4_1_video"
+    )
+    tiny = [
+        "--config.data.size=24",
+        "--config.data.frames=4",
+        "--config.eval.every=",
+        "--config.train.accumulate=1",
+    ]
+    done = command(*shlex.split(train)[3:], *SHORT, *tiny, f"--workdir={tmp_path / 'runs' / 'folder'}")
+    assert done.returncode == 0, done.stderr
+    assert "as plain attention: 6 arrays" in done.stdout and "made new, for " in done.stdout
+    monkeypatch.chdir(tmp_path)
+    words = [sys.executable, *shlex.split(evaluate)[1:]]
+    done = subprocess.run(words, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    assert "result: top1" in done.stdout
+
+
 def test_the_commands_for_own_videos(command, tmp_path, monkeypatch, capsys):
     root = tmp_path / "clips"
     clips.write_folder(root, {"train": 3, "val": 2})
@@ -97,6 +132,7 @@ def test_no_block_is_left_unchecked():
     assert {(language, kind) for language, kind, _ in BLOCKS} == {
         ("bash", "run"),
         ("bash", "clips"),
+        ("bash", "finetune"),
         ("python", "run"),
         ("python", "config"),
     }
@@ -175,4 +211,4 @@ def test_the_rooms_of_contributing_are_those_that_are_tested():
     from test_rooms import ROOMS
 
     listed = re.findall(r"^\| `structvit_jax/(\w+)", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
-    assert sorted(listed) == sorted(room for room in ROOMS if room != "__init__")
+    assert sorted(listed) == sorted(room for room in ROOMS if "__" not in room)

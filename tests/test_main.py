@@ -14,7 +14,8 @@ from structvit_jax import data
 from structvit_jax.config import default_config
 from structvit_jax.models.weights import sha256
 from structvit_jax.training.checkpoint import Checkpoints
-from structvit_jax.training.run import Run, starting_state
+from structvit_jax.training.run import Run
+from structvit_jax.training.start import starting_state
 
 
 def test_a_run_says_what_it_does_and_leaves_its_files(finished):
@@ -57,7 +58,7 @@ def test_a_complete_run_says_so_and_a_longer_one_goes_on(finished, command, tmp_
     result = (workdir / "result.json").read_bytes()
     other = command(*QUICK, f"--workdir={workdir}", "--mode=eval", "--config.data.test_examples=10")
     assert other.returncode == 0, other.stderr
-    assert "on 10 examples" in other.stdout and "stays as it is" in other.stdout
+    assert "on 10 examples" in other.stdout and "result.json stays" in other.stdout
     assert (workdir / "result.json").read_bytes() == result
     (workdir / "result.json").write_text('{"top1": 0.')  # damaged: evaluated anew
     evaluated = command(*QUICK, f"--workdir={workdir}")

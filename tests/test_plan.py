@@ -4,6 +4,7 @@ import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from conftest import ROOT
 
@@ -70,7 +71,10 @@ def a_run(name, shape, classes, **model):
     config.model.name, config.data.batch_size = name, 8
     config.model.update(model)
     source = types.SimpleNamespace(
-        shape=shape, class_names=[str(i) for i in range(classes)], rows_per_epoch=800
+        shape=shape,
+        arrays={"inputs": (shape, np.uint8), "labels": ((), np.int32)},
+        class_names=[str(i) for i in range(classes)],
+        rows_per_epoch=800,
     )
     return Run.prepare(config, source, make_mesh(1, 1, jax.devices()[:1]))
 

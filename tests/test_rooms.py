@@ -11,7 +11,11 @@ PACKAGE = ROOT / "structvit_jax"
 ROOMS = {
     "ops": ({"jax", "numpy"}, {"ops"}),
     "models": ({"jax", "numpy", "flax"}, {"ops", "models", "errors"}),
-    "convert": ({"jax", "numpy", "flax"}, {"models", "errors"}),
+    "convert": ({"jax", "numpy", "safetensors", "torch"}, {"convert", "models", "errors"}),
+    "convert/__main__": (
+        {"jax", "numpy", "etils", "ml_collections"},
+        {"convert", "models", "training", "recipes", "errors"},
+    ),
     "data": (
         {
             "numpy",
@@ -29,17 +33,23 @@ ROOMS = {
         {"data", "errors"},
     ),
     "config": ({"ml_collections"}, {"models", "errors"}),
-    "recipes": ({"ml_collections"}, {"config"}),
+    "recipes": ({"ml_collections"}, {"config", "errors"}),
+    "command": ({"absl", "ml_collections"}, {"config", "training", "errors"}),
+    "evaluate": ({"absl", "etils"}, {"command", "data", "training", "errors"}),
+    "label_maps": (
+        {"absl", "jax", "numpy", "ml_collections", "tqdm"},
+        {"command", "data", "models", "training", "errors"},
+    ),
     "sheet": ({"jax", "numpy", "PIL", "etils", "ml_collections"}, {"training"}),
     "training": (
         {"jax", "numpy", "optax", "orbax", "etils", "ml_collections", "tensorboardX"},
-        {"training", "models", "config", "errors", ""},
+        {"training", "convert", "models", "config", "errors", ""},
     ),
     "show": ({"ml_collections"}, {"models", "config"}),
     "plan": ({"jax", "etils", "ml_collections"}, {"training", "models", "config", "traffic", "errors"}),
     "main": (
         {"absl", "etils", "ml_collections"},
-        {"data", "config", "errors", "training", "show", "plan", "sheet"},
+        {"command", "data", "config", "errors", "training", "show", "plan", "sheet"},
     ),
     "traffic": ({"jaxlib"}, {"traffic", "errors"}),
     "errors": (set(), set()),
@@ -64,7 +74,8 @@ def imports(path):
 def test_imports_stay_within_the_room(path: Path):
     import sys
 
-    room = path.relative_to(PACKAGE).with_suffix("").parts[0]
+    room = str(path.relative_to(PACKAGE).with_suffix(""))
+    room = room if room in ROOMS else room.split("/")[0]
     libraries, rooms = ROOMS[room]
     for line, module in imports(path):
         top, _, rest = module.partition(".")
@@ -80,5 +91,5 @@ def test_imports_stay_within_the_room(path: Path):
 def test_the_house_stays_small():
     """Places to look at when this fails, not a score: split by subject, not by size."""
     lengths = {path: len(path.read_text().splitlines()) for path in FILES}
-    assert len(lengths) <= 70
+    assert len(lengths) <= 80
     assert max(lengths.values()) <= 400, max(lengths, key=lengths.__getitem__)

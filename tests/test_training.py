@@ -1,5 +1,6 @@
 """The parts of training: schedule, decay, losses, placement, steps on several devices."""
 
+import contextlib
 import types
 
 import chex
@@ -34,9 +35,11 @@ def small_config(**model):
 def setup(config, data_axis, fsdp):
     grid = mesh.make_mesh(data_axis, fsdp, jax.devices()[: data_axis * fsdp])
     model = create_model(num_classes=10, **{k: v for k, v in config.model.items() if v is not None})
-    schedule = optim.learning_rate(config.optimizer, Durations(20, 0, 0, 0, 0))
-    optimizer = optim.make_optimizer(config.optimizer)
-    state = init_state(weights.split(model)[1], optimizer, grid)
+    schedule = optim.learning_rate(config.optimizer, Durations(20))
+    params = weights.split(model)[1].params
+    optimizer = optim.make_optimizer(config.optimizer, params, model.variant.depths)
+    averaged = config.optimizer.ema > 0
+    state = init_state(weights.split(model)[1], optimizer, grid, averaged=averaged)
     return grid, model, state, make_train_step(model, optimizer, schedule, config, grid, state)
 
 
@@ -101,7 +104,7 @@ def test_the_table_names_every_parameter(name):
         axes = placement.axes_of(key, array.ndim)
         assert len(axes) == array.ndim and set(axes) <= placement.RULES.keys(), key
     optimizer = optim.make_optimizer(default_config().optimizer)
-    state = jax.eval_shape(optimizer.init, params)
+    state = jax.eval_shape(optimizer.transform.init, params)
     large = [a for a in jax.tree.leaves((params, state)) if a.size * 4 >= 2**16]
     for ways in (2, 4, 8):
         grid = mesh.make_mesh(-1, ways)
@@ -173,8 +176,9 @@ def test_masked_rows_stand_aside():
         "labels": jnp.arange(5),
         "mask": jnp.array([False, True, False, True, True]),
     }
-    inputs, labels = step.stand_in(batch)
-    assert labels.tolist() == [1, 1, 1, 3, 4] and inputs[:, 0].tolist() == [1, 1, 1, 3, 4]
+    filled = step.stand_in(batch)
+    assert filled["labels"].tolist() == filled["inputs"][:, 0].tolist() == [1, 1, 1, 3, 4]
+    assert filled["mask"].tolist() == batch["mask"].tolist()
 
 
 def test_masked_examples_count_nowhere():
@@ -204,15 +208,100 @@ def test_in_top():
 def test_schedule():
     config = default_config().optimizer
     config.lr, config.warmup_lr, config.end_lr = 1.0, 0.1, 0.01
-    schedule = optim.learning_rate(config, Durations(100, 10, 0, 0, 0))
+    schedule = optim.learning_rate(config, Durations(100, 10))
     np.testing.assert_allclose([schedule(s) for s in (0, 5, 10, 100)], [0.1, 0.55, 1.0, 0.01], rtol=1e-5)
     np.testing.assert_allclose(schedule(55), 0.01 + 0.99 * 0.5, rtol=1e-5)  # half of the cosine
+
+
+def test_schedule_as_the_released_programs_run_it():
+    """timm's: the rate changes once an epoch, an epoch late; its cosine counts the warm-up; a cool-down."""
+    config = default_config().optimizer
+    config.lr, config.warmup_lr, config.end_lr, config.lag, config.cosine_from = 1e-3, 1e-6, 1e-5, 1, "start"
+    total, warm = 300, 5
+    schedule = optim.learning_rate(config, Durations(310 * 4, warmup=warm * 4, cooldown=10 * 4, stair=4))
+    for epoch in (0, 1, 2, 5, 6, 150, 300, 301, 309):
+        t = max(epoch - 1, 0)
+        cosine = 1e-5 + (1e-3 - 1e-5) * (1 + np.cos(np.pi * min(t, total) / total)) / 2
+        expected = 1e-6 + t * (1e-3 - 1e-6) / warm if t < warm else cosine
+        np.testing.assert_allclose([schedule(4 * epoch), schedule(4 * epoch + 3)], expected, rtol=1e-4)
+
+
+def run_steps(config, steps=3):
+    """The states before and after each of a few steps."""
+    digits = data.load(config.data, config.augment)
+    grid, _, state, step_fn = setup(config, 1, 1)
+    states = [jax.tree.map(np.asarray, state)]
+    with contextlib.closing(digits.train_batches(16, start_step=0)) as stream:
+        for _ in range(steps):
+            state, _ = step_fn(state, mesh.put_batch(grid, next(stream)))
+            states.append(jax.tree.map(np.asarray, state))
+    return states
+
+
+def test_frozen_weights_stay_and_normalise_with_their_running_statistics():
+    config = small_config()
+    trained_parts = ("blocks4.", "norm.", "head.")
+    config.optimizer.freeze = ",".join(["*", *(f"!{part}*" for part in trained_parts)])
+    config.optimizer.ema = 0.5
+    states = run_steps(config)
+    first, last = states[0], states[-1]
+    for name, array in last.weights.params.items():
+        trained = name.startswith(trained_parts)
+        assert np.array_equal(array, first.weights.params[name]) != trained, name
+    for name, array in last.weights.batch_stats.items():
+        assert np.array_equal(array, first.weights.batch_stats[name]) != name.startswith("norm."), name
+    moments = {
+        str(path[-1].key) for path, _ in jax.tree_util.tree_leaves_with_path(last.optimizer) if len(path) > 2
+    }
+    assert moments and all(name.startswith(("blocks4.", "norm.", "head.")) for name in moments)
+    average = first.weights
+    for state in states[1:]:
+        average = jax.tree.map(lambda old, new: 0.5 * old + 0.5 * new, average, state.weights)
+    chex.assert_trees_all_close(last.average, average, rtol=1e-6)
+
+
+def test_frozen_names():
+    names = ["patch_embed1.proj.kernel", "blocks1.0.norm1.scale", "blocks3.0.norm1.scale", "head.kernel"]
+    assert optim.frozen_names("", names) == set()
+    assert optim.frozen_names("*, !head.*", names) == set(names[:3])
+    assert optim.frozen_names("patch*,blocks*,!blocks3.*", names) == set(names[:2])
+    with pytest.raises(UserError, match=r"'block1\.\*' matches no weights, as blocks1\.\*, blocks3"):
+        optim.frozen_names("block1.*", names)
+    with pytest.raises(UserError, match="leaves nothing to train"):
+        optim.frozen_names("*", names)
+
+
+def test_layers_further_down_train_more_slowly():
+    names = [
+        "patch_embed1.proj.kernel",
+        "blocks1.0.a",
+        "blocks1.1.a",
+        "patch_embed2.a",
+        "blocks2.0.a",
+        "norm.a",
+        "head.a",
+    ]
+    rates = optim.layer_rates(names, (2, 1), 0.5)
+    assert [rates[name] for name in names] == [0.5**4, 0.5**3, 0.5**2, 0.5, 0.5, 1, 1]
+    deit = optim.layer_rates(
+        ["pos_embed", "patch_embed.a", "blocks.0.a", "blocks.11.a", "head.a"], (12,), 0.5
+    )
+    assert list(deit.values()) == [0.5**13, 0.5**13, 0.5**12, 0.5, 1]
+    config = default_config().optimizer
+    config.layer_decay, config.weight_decay = 0.5, 0.1
+    params = {name: jnp.ones((2, 2)) for name in names}
+    slow = optim.make_optimizer(config, names, (2, 1)).transform
+    config.layer_decay = 1.0
+    plain = optim.make_optimizer(config, names, (2, 1)).transform
+    (a, _), (b, _) = (o.update(params, o.init(params), params) for o in (slow, plain))
+    for name in names:
+        np.testing.assert_allclose(a[name], rates[name] * b[name], rtol=1e-6)
 
 
 def test_adamw_decays_matrices_only():
     config = default_config().optimizer
     config.weight_decay = 0.5
-    optimizer = optim.make_optimizer(config)
+    optimizer = optim.make_optimizer(config).transform
     names = ["blocks1.0.pos_embed.kernel", "blocks3.0.attn.key_kernels", "head.kernel"]
     spared = ["head.bias", "norm.scale", "blocks3.0.gamma_1"]
     params = {name: jnp.ones((3, 3)) for name in names} | {name: jnp.ones(3) for name in spared}
@@ -225,8 +314,8 @@ def test_adamw_decays_matrices_only():
 def test_gradients_are_clipped_by_their_global_norm():
     config = default_config().optimizer
     config.clip_norm = 1.0
-    clip = optim.make_optimizer(config)
-    plain = optim.make_optimizer(default_config().optimizer)
+    clip = optim.make_optimizer(config).transform
+    plain = optim.make_optimizer(default_config().optimizer).transform
     params = {"a": jnp.ones((2, 2)), "b": jnp.ones(2)}
     grads = {"a": jnp.full((2, 2), 30.0), "b": jnp.full(2, 40.0)}
     norm = float(np.sqrt(4 * 30**2 + 2 * 40**2))

@@ -9,9 +9,18 @@ from typing import Any
 
 from structvit_jax.data.digits import Digits, MovingDigits
 from structvit_jax.data.index import read_splits
+from structvit_jax.data.label_maps import LabelMaps
 from structvit_jax.data.noise import Noise
-from structvit_jax.data.pipeline import WHOLE, Batch, Problem, Share, test_batches, train_batches
-from structvit_jax.data.reader import Reader, Source
+from structvit_jax.data.pipeline import (
+    WHOLE,
+    Batch,
+    Problem,
+    Share,
+    test_batches,
+    train_batches,
+    whole_batches,
+)
+from structvit_jax.data.reader import Arrays, Reader, Source
 from structvit_jax.errors import UserError, did_you_mean
 
 BUILT_IN: dict[str, Callable[[str, int, int], Source]] = {"moving_digits": MovingDigits, "digits": Digits}
@@ -22,7 +31,9 @@ class Dataset:
     """Two splits and the streams of batches over them."""
 
     def __init__(self, train: Source, test: Source, data: Any, augment: Any, seed: int):
-        self.train, self.test = Reader(train, data, augment, seed), Reader(test, data, augment, seed)
+        maps = _label_maps(train, data)
+        self.train = Reader(train, data, augment, seed, maps)
+        self.test = Reader(test, data, augment, seed)
         self._repeats, self._workers = augment.repeats, data.workers
 
     @property
@@ -33,6 +44,11 @@ class Dataset:
     def shape(self) -> tuple[int, ...]:
         """Of one view of an example."""
         return self.train.shape
+
+    @property
+    def arrays(self) -> Arrays:
+        """Shapes and types of what a training example has."""
+        return self.train.arrays
 
     @property
     def unit(self) -> str:
@@ -100,6 +116,19 @@ class Dataset:
     def test_batches(self, batch_size: int, *, share: tuple[int, int] = WHOLE) -> Iterator[Batch]:
         """Every example once, with all its views."""
         return test_batches(self.test, batch_size, share=Share(*share), workers=self._workers)
+
+    def whole_batches(self, batch_size: int, *, start: int) -> Iterator[Batch]:
+        """Every training image once, as a whole, from batch `start` on."""
+        return whole_batches(self.train, batch_size, start=start, workers=self._workers)
+
+
+def _label_maps(train: Source, data: Any) -> LabelMaps | None:
+    """The label maps of the training split, where they are configured."""
+    if not data.label_maps:
+        return None
+    if data.frames:
+        raise UserError("config.data.label_maps are for images; config.data.frames asks for clips")
+    return LabelMaps(data.label_maps, [train.id(i) for i in range(len(train))], train.class_names)
 
 
 def _open_folder(root: str, train: str, test: str, *, video: bool) -> tuple[Source, Source]:

@@ -19,6 +19,9 @@ from PIL import Image, ImageEnhance, ImageOps
 from structvit_jax.errors import UserError
 
 Box = tuple[int, int, int, int]  # top, left, height, width
+# Where pixels come from: takes a point (x, y, 1) of what was made, both from 0 to 1, to that of its origin.
+Pose = np.ndarray  # float64 [3, 3]
+_MIRRORED: Pose = np.array([[-1.0, 0, 1], [0, 1, 0], [0, 0, 1]])
 
 
 def resize(clip: np.ndarray, box: Box, size: tuple[int, int], *, image: bool) -> np.ndarray:
@@ -69,11 +72,15 @@ def random_crop(
     rng: np.random.Generator,
     *,
     image: bool,
-) -> np.ndarray:
-    """One random box for all frames, resized to size x size, mirrored with probability `flip`."""
-    box = random_box(clip.shape[1], clip.shape[2], area, aspect, rng)
+) -> tuple[np.ndarray, Pose]:
+    """One random box for all frames, resized to size x size, mirrored with probability `flip`; and whence."""
+    height, width = clip.shape[1:3]
+    top, left, h, w = box = random_box(height, width, area, aspect, rng)
     clip = resize(clip, box, (size, size), image=image)
-    return np.ascontiguousarray(clip[:, :, ::-1]) if rng.random() < flip else clip
+    pose = np.array([[w / width, 0, left / width], [0, h / height, top / height], [0, 0, 1]])
+    if rng.random() < flip:
+        return np.ascontiguousarray(clip[:, :, ::-1]), pose @ _MIRRORED
+    return clip, pose
 
 
 def test_crops(clip: np.ndarray, size: int, fraction: float, crops: int, *, image: bool) -> np.ndarray:
@@ -132,19 +139,35 @@ class RandAugment(NamedTuple):
             )
         return cls(**fields)
 
-    def __call__(self, clip: np.ndarray, fill: tuple[int, int, int], rng: np.random.Generator) -> np.ndarray:
-        """`layers` operations drawn with replacement, each applied with probability one half."""
-        chosen = []
+    def __call__(
+        self, clip: np.ndarray, fill: tuple[int, int, int], rng: np.random.Generator
+    ) -> tuple[np.ndarray, Pose]:
+        """`layers` operations drawn with replacement, each applied with probability one half; and whence the
+        pixels come."""
+        chosen, pose = [], np.eye(3)
         for operation in rng.choice(len(_OPERATIONS), self.layers):
             if rng.random() < 0.5:
                 level = min(max(rng.normal(self.magnitude, self.deviation), 0.0), 10.0) / 10
                 chosen.append((_OPERATIONS[operation], level, 1 if rng.random() < 0.5 else -1))
         if not chosen:
-            return clip
+            return clip, pose
         frames = [Image.fromarray(frame) for frame in clip]
         for operation, level, sign in chosen:
             frames = [operation(frame, level, sign, fill) for frame in frames]
-        return np.stack([np.asarray(frame) for frame in frames])
+            if operation in _MOVES:
+                pose = pose @ _MOVES[operation](sign * level, clip.shape[2] / clip.shape[1])
+        return np.stack([np.asarray(frame) for frame in frames]), pose
+
+
+def color_jitter(clip: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
+    """Brightness, contrast and saturation in random order, each by a factor within 1 +- strength, the same
+    for all frames (torchvision's, without hue)."""
+    enhancers = [ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color]
+    factors = rng.uniform(max(0, 1 - strength), 1 + strength, len(enhancers))
+    frames = [Image.fromarray(frame) for frame in clip]
+    for which in rng.permutation(len(enhancers)):
+        frames = [enhancers[which](frame).enhance(factors[which]) for frame in frames]
+    return np.stack([np.asarray(frame) for frame in frames])
 
 
 # An operation: (image, level in 0..1, sign, fill) -> image.
@@ -173,6 +196,22 @@ def _posterize(image, level, sign, fill):
     return ImageOps.posterize(image, 4 - int(4 * level))
 
 
+def _shear_x(image, level, sign, fill):
+    return _affine(image, (1, sign * 0.3 * level, 0, 0, 1, 0), fill)
+
+
+def _shear_y(image, level, sign, fill):
+    return _affine(image, (1, 0, 0, sign * 0.3 * level, 1, 0), fill)
+
+
+def _translate_x(image, level, sign, fill):
+    return _affine(image, (1, 0, sign * 0.45 * level * image.width, 0, 1, 0), fill)
+
+
+def _translate_y(image, level, sign, fill):
+    return _affine(image, (1, 0, 0, 0, 1, sign * 0.45 * level * image.height), fill)
+
+
 _OPERATIONS: tuple[Operation, ...] = (
     lambda image, level, sign, fill: ImageOps.autocontrast(image),
     lambda image, level, sign, fill: ImageOps.equalize(image),
@@ -185,10 +224,27 @@ _OPERATIONS: tuple[Operation, ...] = (
     _enhance(ImageEnhance.Contrast),
     _enhance(ImageEnhance.Brightness),
     _enhance(ImageEnhance.Sharpness),
-    lambda image, level, sign, fill: _affine(image, (1, sign * 0.3 * level, 0, 0, 1, 0), fill),
-    lambda image, level, sign, fill: _affine(image, (1, 0, 0, sign * 0.3 * level, 1, 0), fill),
-    lambda image, level, sign, fill: _affine(image, (1, 0, sign * 0.45 * level * image.width, 0, 1, 0), fill),
-    lambda image, level, sign, fill: _affine(
-        image, (1, 0, 0, 0, 1, sign * 0.45 * level * image.height), fill
-    ),
+    _shear_x,
+    _shear_y,
+    _translate_x,
+    _translate_y,
 )
+
+
+def _rotation(strength: float, aspect: float) -> Pose:
+    angle = math.radians(-30 * strength)
+    turn = np.array(
+        [[math.cos(angle), math.sin(angle), 0], [-math.sin(angle), math.cos(angle), 0], [0, 0, 1]]
+    )
+    to_centre = np.array([[aspect, 0, -aspect / 2], [0, 1, -0.5], [0, 0, 1]])  # in heights
+    return np.linalg.inv(to_centre) @ turn @ to_centre
+
+
+# The operations that move pixels, as poses of (sign * level, width / height).
+_MOVES: dict[Operation, Callable[[float, float], Pose]] = {
+    _rotate: _rotation,
+    _shear_x: lambda strength, aspect: np.array([[1, 0.3 * strength / aspect, 0], [0, 1, 0], [0, 0, 1]]),
+    _shear_y: lambda strength, aspect: np.array([[1, 0, 0], [0.3 * strength * aspect, 1, 0], [0, 0, 1]]),
+    _translate_x: lambda strength, aspect: np.array([[1, 0, 0.45 * strength], [0, 1, 0], [0, 0, 1]]),
+    _translate_y: lambda strength, aspect: np.array([[1, 0, 0], [0, 1, 0.45 * strength], [0, 0, 1]]),
+}

@@ -70,7 +70,7 @@ def make_reader(path: str, frames: int, randaugment: str) -> Reader:
     data = types.SimpleNamespace(frames=frames, size=SIZE, short_side=0, channels="rgb", sampling="dense")
     data.stride = max(count // 5 // max(frames, 1), 1)
     data.mean, data.test_clips, data.test_crops, data.crop_fraction = (0.45,) * 3, 1, 1, 1.0
-    augment = types.SimpleNamespace(randaugment=randaugment, flip=0.5)
+    augment = types.SimpleNamespace(randaugment=randaugment, flip=0.5, color_jitter=0.0)
     augment.crop_area, augment.crop_aspect = (0.08, 1.0), (3 / 4, 4 / 3)
     return Reader(Index("", [Entry(os.path.abspath(path), "0")] * 1000, ("0",)), data, augment, seed=0)
 

@@ -8,6 +8,8 @@ A batch is a dict of arrays over its rows, and of what could not be read:
     index     int32 [rows], the example's place in its source, -1 for padding
     problems  tuple of Problem
 
+and with label maps, in training: `map_classes` and `map_scores` of the whole image, [rows, height, width, k],
+and `pose` [rows, 2, 3], which takes a point of the crop to the image's, see `structvit_jax.data.augment`.
 Several hosts read equal shares of a batch: host h of n has the h-th n-th of its rows.
 """
 
@@ -26,7 +28,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from structvit_jax.data.reader import Reader
+from structvit_jax.data.reader import Arrays, Reader
 from structvit_jax.errors import DecodeError, UserError
 
 Batch = dict[str, Any]
@@ -71,13 +73,25 @@ def train_batches(
 
 def test_batches(reader: Reader, batch_size: int, *, share: Share, workers: int) -> Iterator[Batch]:
     """All views of every example once, in order; the last batch is padded with masked rows."""
-    read = functools.partial(_test_batch, reader, batch_size, share)
-    return _prefetched(read, 0, -(-len(reader.source) // batch_size), workers)
+    shape, dtype = reader.arrays["inputs"]
+    arrays = {"inputs": ((reader.views, *shape), dtype), "labels": reader.arrays["labels"]}
+    return _in_order(reader, reader.test, arrays, batch_size, 0, share, workers)
+
+
+def whole_batches(reader: Reader, batch_size: int, *, start: int, workers: int) -> Iterator[Batch]:
+    """Every image once and whole, in order, from batch `start` on; the last batch is padded."""
+    arrays = {key: reader.arrays[key] for key in ("inputs", "labels")}
+    return _in_order(reader, reader.whole, arrays, batch_size, start, WHOLE, workers)
+
+
+def _in_order(reader, read, arrays, batch_size, start, share, workers):
+    make = functools.partial(_ordered_batch, reader, read, arrays, batch_size, share)
+    return _prefetched(make, start, -(-len(reader.source) // batch_size), workers)
 
 
 def _train_batch(reader: Reader, batch_size: int, repeats: int, share: Share, step: int, note: Note) -> Batch:
     rows, examples = share.rows(step, batch_size), len(reader.source)
-    batch = _empty(len(rows), reader.shape)
+    batch = _empty(len(rows), reader.arrays)
     for place, group in itertools.groupby(rows, lambda position: position // repeats):
         positions = list(group)
         epoch, rank = divmod(place, examples)
@@ -89,19 +103,26 @@ def _train_batch(reader: Reader, batch_size: int, repeats: int, share: Share, st
     return batch
 
 
-def _test_batch(reader: Reader, batch_size: int, share: Share, number: int, note: Note) -> Batch:
+def _ordered_batch(
+    reader: Reader,
+    read: Callable[[int], dict[str, Any]],
+    arrays: Arrays,
+    batch_size: int,
+    share: Share,
+    number: int,
+    note: Note,
+) -> Batch:
     rows = share.rows(number, batch_size)
-    batch = _empty(len(rows), (reader.views, *reader.shape))
+    batch = _empty(len(rows), arrays)
     for row, index in enumerate(rows):
         if index < len(reader.source):
-            _fill(batch, slice(row, row + 1), index, reader, functools.partial(reader.test, index), note)
+            _fill(batch, slice(row, row + 1), index, reader, functools.partial(read, index), note)
     return batch
 
 
-def _empty(rows: int, shape: tuple[int, ...]) -> Batch:
+def _empty(rows: int, arrays: Arrays) -> Batch:
     return {
-        "inputs": np.zeros((rows, *shape), np.uint8),
-        "labels": np.zeros(rows, np.int32),
+        **{key: np.zeros((rows, *shape), dtype) for key, (shape, dtype) in arrays.items()},
         "mask": np.zeros(rows, bool),
         "index": np.full(rows, -1, np.int32),
         "problems": (),
@@ -114,7 +135,8 @@ def _fill(batch: Batch, rows: slice, index: int, reader: Reader, read: Callable[
     identity = reader.source.id(index)
     note(identity)
     try:
-        batch["inputs"][rows], batch["labels"][rows] = read()
+        for key, value in read().items():
+            batch[key][rows] = value
         batch["mask"][rows] = True
     except DecodeError as error:
         batch["problems"] += (Problem(identity, str(error)),)

@@ -9,8 +9,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from structvit_jax.data import sampling
-from structvit_jax.data.augment import RandAugment, random_crop, test_crops
+from structvit_jax.data.augment import Pose, RandAugment, color_jitter, random_crop, resize, test_crops
+from structvit_jax.data.label_maps import LabelMaps
 from structvit_jax.data.media import Media
+
+Arrays = dict[str, tuple[tuple[int, ...], type]]  # shapes and types, by key of a batch
 
 
 class Source(Protocol):
@@ -39,7 +42,8 @@ class Reader:
       UserError: a sampling rule or policy that does not exist.
     """
 
-    def __init__(self, source: Source, data: Any, augment: Any, seed: int):
+    def __init__(self, source: Source, data: Any, augment: Any, seed: int, maps: LabelMaps | None = None):
+        self.maps = maps
         self.source, self.data, self.augment, self.seed = source, data, augment, seed
         self._rule = sampling.rule(data.sampling)
         self._policy = RandAugment.parse(augment.randaugment)
@@ -66,8 +70,18 @@ class Reader:
         """How many views of an example are averaged in testing."""
         return self.data.test_clips * self.data.test_crops
 
-    def train(self, epoch: int, index: int, copies: range) -> tuple[list[np.ndarray], int]:
-        """Copies of an example for training, each augmented anew (uint8, of `shape`), and its label.
+    @property
+    def arrays(self) -> Arrays:
+        """Of what a training example has."""
+        own: Arrays = {"inputs": (self.shape, np.uint8), "labels": ((), np.int32)}
+        if self.maps:
+            shape = self.maps.shape
+            own |= {"map_classes": (shape, np.uint16), "map_scores": (shape, np.float16)}
+            own |= {"pose": ((2, 3), np.float32)}
+        return own
+
+    def train(self, epoch: int, index: int, copies: range) -> dict[str, Any]:
+        """Copies of an example for training, each augmented anew, as `arrays` says; its label once.
 
         Raises:
           DecodeError: the example cannot be read.
@@ -76,17 +90,34 @@ class Reader:
         with contextlib.closing(media):
             picked = self.frames(media.count, self.generator(1, epoch, index))
             clip = self.decode(media, [picked])[0]
-        augmented = [self.transform(clip, self.generator(2, epoch, index, copy)) for copy in copies]
-        return augmented, self._number[label]
+        drawn = [self.transform(clip, self.generator(2, epoch, index, copy)) for copy in copies]
+        read: dict[str, Any] = {"inputs": [pixels for pixels, _ in drawn], "labels": self._number[label]}
+        if self.maps:
+            classes, scores = self.maps.read(index)
+            read |= {"map_classes": np.array(self._number)[classes], "map_scores": scores}
+            read |= {"pose": [pose[:2] for _, pose in drawn]}
+        return read
 
-    def test(self, index: int) -> tuple[np.ndarray, int]:
+    def test(self, index: int) -> dict[str, Any]:
         """All views of an example, clip by clip (uint8 [views, *shape]), and its label; errors as `train`."""
         media, label = self.source.open(index)
         with contextlib.closing(media):
             clips = range(self.data.test_clips)
             picked = [self.frames(media.count, (clip, len(clips))) for clip in clips]
             views = [self.crops(clip) for clip in self.decode(media, picked)]
-        return np.concatenate(views).reshape(self.views, *self.shape), self._number[label]
+        return {
+            "inputs": np.concatenate(views).reshape(self.views, *self.shape),
+            "labels": self._number[label],
+        }
+
+    def whole(self, index: int) -> dict[str, Any]:
+        """An image as a whole, brought to the size that the model sees, and its label; errors as `train`."""
+        media, label = self.source.open(index)
+        with contextlib.closing(media):
+            picture = self.decode(media, [np.array([0])])[0]
+        size = (self.data.size, self.data.size)
+        inputs = resize(picture, (0, 0, *picture.shape[1:3]), size, image=True)
+        return {"inputs": inputs, "labels": self._number[label]}
 
     def generator(self, *path: int) -> np.random.Generator:
         return np.random.default_rng((self.seed, *path, 1))  # trailing zeros would not count
@@ -103,16 +134,23 @@ class Reader:
             pictures = pictures[..., ::-1]
         return [pictures[place] for place in places.reshape(len(clips), -1)]
 
-    def transform(self, clip: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """The augmentation of one clip for training: RandAugment on whole frames and then the crop, as
-        UniFormer; of an image the crop first, as timm."""
-        if self.is_image:
-            return self._alter(self._crop(clip, rng), rng).reshape(self.shape)
-        return self._crop(self._alter(clip, rng), rng)
+    def transform(self, clip: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, Pose]:
+        """The augmentation of one clip for training, and whence its pixels come: RandAugment on whole frames
+        and then the crop, as UniFormer; of an image the crop first, as timm."""
+        first, second = (self._crop, self._alter) if self.is_image else (self._alter, self._crop)
+        clip, pose = first(clip, rng)
+        clip, after = second(clip, rng)
+        return clip.reshape(self.shape), pose @ after
 
     def _alter(self, clip, rng):
-        fill = [round(255 * mean) for mean in self.data.mean] if self.is_image else (128, 128, 128)
-        return clip if self._policy is None else self._policy(clip, tuple(fill), rng)
+        means = self.data.mean if self.is_image and self.data.mean else (0.5, 0.5, 0.5)
+        fill = [round(255 * mean) for mean in means]
+        pose = np.eye(3)
+        if self._policy is not None:
+            clip, pose = self._policy(clip, tuple(fill), rng)
+        if self.augment.color_jitter:
+            clip = color_jitter(clip, self.augment.color_jitter, rng)
+        return clip, pose
 
     def _crop(self, clip, rng):
         area, aspect, flip = self.augment.crop_area, self.augment.crop_aspect, self.augment.flip

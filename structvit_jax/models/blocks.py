@@ -11,6 +11,7 @@ from flax import nnx
 from jax import lax
 from jax.typing import ArrayLike
 
+from structvit_jax.errors import UserError
 from structvit_jax.models.attention import StructAttention
 from structvit_jax.models.layers import (
     BatchNorm,
@@ -128,27 +129,33 @@ def run_blocks(
             x = place(block(x, rate, key))
         return x
 
-    graphdef = nnx.graphdef(blocks[0])
-    states = [nnx.split(block, nnx.Param, nnx.BatchStat)[1:] for block in blocks]
+    graphdefs, *states = zip(*(nnx.split(block, nnx.Param, nnx.BatchStat) for block in blocks), strict=True)
+    states = list(zip(*states, strict=True))
+    if scanned and any(graphdef != graphdefs[0] for graphdef in graphdefs):
+        raise UserError("scan_blocks: a stage is frozen in part; freeze the whole of it, or scan none")
 
-    def apply(x, state, rate, key):
-        block = nnx.merge(graphdef, *state)
-        return place(block(x, rate, key)), nnx.state(block, nnx.BatchStat)
+    def apply(graphdef):
+        def run(x, state, rate, key):
+            block = nnx.merge(graphdef, *state)
+            return place(block(x, rate, key)), nnx.state(block, nnx.BatchStat)
 
-    if v.remat != "none":
-        apply = jax.checkpoint(apply, policy=REMAT_POLICIES[v.remat], prevent_cse=not scanned)
+        if v.remat == "none":
+            return run
+        return jax.checkpoint(run, policy=REMAT_POLICIES[v.remat], prevent_cse=not scanned)
+
     if scanned:
+        run = apply(graphdefs[0])
         stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *states)
         rows = jnp.array(rates, jnp.float32) if any(rates) else None, None if keys[0] is None else keys
         with jax.named_scope(f"times{len(blocks)}"):
-            x, stats = lax.scan(lambda x, block: apply(x, *block), x, (stacked, *rows))
+            x, stats = lax.scan(lambda x, block: run(x, *block), x, (stacked, *rows))
         stats = [jax.tree.map(lambda array, i=i: array[i], stats) for i in range(len(blocks))]
     else:
         stats = []
-        for state, rate, key in zip(states, rates, keys, strict=True):
-            x, new = apply(x, state, rate, key)
+        for graphdef, state, rate, key in zip(graphdefs, states, rates, keys, strict=True):
+            x, new = apply(graphdef)(x, state, rate, key)
             stats.append(new)
-    if not blocks[0].drop_path.deterministic:  # in evaluation no statistics change
-        for block, new in zip(blocks, stats, strict=True):
+    for block, new in zip(blocks, stats, strict=True):
+        if not block.drop_path.deterministic:  # in evaluation no statistics change
             nnx.update(block, new)
     return x

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -67,20 +68,47 @@ class Network(nnx.Module):
     def __call__(self, x: jax.Array, *, key: jax.Array | None = None, place: Place = _stay) -> jax.Array:
         """Logits [batch, num_classes], or pooled features [batch, width] where num_classes is 0.
 
+        With a dense head they are those of the head plus half of the highest at any position (the released
+        token labelling).
+
         Args:
           x: [batch, height, width, 3] or, for video, [batch, time, height, width, 3].
           key: for stochastic depth, needed in training mode where the variant's drop_path is not 0.
           place: applied to every block's input and output, as to pin them to devices.
         """
-        x = self.norm(self.features(x, key=key, place=place)[-1])
-        x = x.mean(axis=tuple(range(1, x.ndim - 1)), dtype=jnp.promote_types(x.dtype, jnp.float32))
-        return x if self.head is None else self.head(x)
+        logits, dense = self.scores(x, key=key, place=place)
+        return logits if dense is None else logits + 0.5 * dense.max(axis=tuple(range(1, dense.ndim - 1)))
+
+    def scores(
+        self, x: jax.Array, *, key: jax.Array | None = None, place: Place = _stay, mix: Place = _stay
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """The head's logits [batch, num_classes], and those of the dense head, [batch, *grid, num_classes].
+
+        Args:
+          x, key, place: as for a call.
+          mix: applied to the first embedding, as MixToken does.
+        """
+        x = self.norm(self.features(x, key=key, place=place, mix=mix)[-1])
+        pooled = x.mean(axis=tuple(range(1, x.ndim - 1)), dtype=jnp.promote_types(x.dtype, jnp.float32))
+        if self.head is None:
+            return pooled, None
+        return self.head(pooled), None if self.aux_head is None else self.aux_head(x)
 
     def features(
-        self, x: jax.Array, *, key: jax.Array | None = None, place: Place = _stay
+        self, x: jax.Array, *, key: jax.Array | None = None, place: Place = _stay, mix: Place = _stay
     ) -> tuple[jax.Array, ...]:
         """The maps [batch, *grid, width] after the four stages (DeiT: after each quarter of its depth)."""
         raise NotImplementedError
+
+    def grid(self, size: int) -> tuple[int, ...]:
+        """Positions along height and width of the last map of square images."""
+        image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+        return jax.eval_shape(self.features, image)[-1].shape[1:-1]
+
+    def dense_scores(self, x: jax.Array) -> jax.Array:
+        """Logits of every position, [batch, *grid, num_classes]: the dense head's, or else the head's."""
+        head: Any = self.head if self.aux_head is None else self.aux_head
+        return head(self.norm(self.features(x)[-1]))
 
     @property
     def drop_rates(self) -> list[float]:
@@ -94,10 +122,14 @@ class Network(nnx.Module):
         return [(rates[start:end], keys[start:end]) for start, end in itertools.pairwise(ends)]
 
     def _finish(self, norm, num_classes, rngs):
-        """The final norm, and the head, whose logits are float32 at least."""
+        """The final norm, and the heads, whose logits are float32 at least."""
         self.norm = norm
-        width = self.variant.widths[-1]
-        self.head = Linear(width, num_classes, dtype=None, rngs=rngs) if num_classes else None
+
+        def head():
+            return Linear(self.variant.widths[-1], num_classes, dtype=None, rngs=rngs)
+
+        self.head = head() if num_classes else None
+        self.aux_head = head() if num_classes and self.variant.token_labels else None
 
     def _check(self, x):
         v = self.variant
@@ -122,12 +154,13 @@ class UniFormer(Network):
             setattr(self, f"blocks{stage + 1}", nnx.List(blocks))
         self._finish(BatchNorm(v.widths[-1], dtype=v.compute_dtype, rngs=rngs), num_classes, rngs)
 
-    def features(self, x, *, key=None, place=_stay) -> tuple[jax.Array, ...]:
+    def features(self, x, *, key=None, place=_stay, mix=_stay) -> tuple[jax.Array, ...]:
         self._check(x)
         rows, maps = self._rows(self.variant.depths, key), []
         for stage, (rates, keys) in enumerate(rows, start=1):
             with jax.named_scope(f"stage{stage}"):
-                x = place(getattr(self, f"patch_embed{stage}")(x))
+                x = getattr(self, f"patch_embed{stage}")(x)
+                x = place(mix(x) if stage == 1 else x)
                 x = run_blocks(getattr(self, f"blocks{stage}"), x, rates, keys, self.variant, place)
             maps.append(x)
         return tuple(maps)
@@ -177,9 +210,9 @@ class DeiT(Network):
         self.blocks = nnx.List([Block(v, 0, conv=False, rngs=rngs) for _ in range(depth)])
         self._finish(layer_norm(width, epsilon=1e-6, dtype=v.compute_dtype, rngs=rngs), num_classes, rngs)
 
-    def features(self, x, *, key=None, place=_stay) -> tuple[jax.Array, ...]:
+    def features(self, x, *, key=None, place=_stay, mix=_stay) -> tuple[jax.Array, ...]:
         self._check(x)
-        x = self.patch_embed(x)
+        x = mix(self.patch_embed(x))
         positions = self.pos_embed[...]
         if positions.shape != x.shape[1:]:
             positions = jax.image.resize(positions, x.shape[1:], method="cubic", antialias=False)

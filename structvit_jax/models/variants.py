@@ -38,6 +38,7 @@ class Variant:
     image_size: int = 224  # DeiT: side that its positions are learned for, pixels
     num_frames: int = 16  # DeiT video: frames that its positions are learned for
     tubelet: int = 2  # DeiT video: frames that one token covers
+    token_labels: bool = False  # a dense head beside the head, for token labelling
     scan_blocks: bool = False  # compile a row of equal blocks once, as a loop
     remat: str = "none"  # what the backward pass computes again: "none", "dots" or "full", see blocks.py
     dtype: str = "float32"  # of the computation, "float32" or "bfloat16"; parameters are float32
@@ -64,7 +65,7 @@ OVERRIDES = tuple(
     field.name for field in dataclasses.fields(Variant) if field.name not in ("network", "video")
 )
 _ONLY_IN = {  # fields that one network alone reads
-    "uniformer": ("stem", "mixer_window", "conv_layer_scale"),
+    "uniformer": ("stem", "mixer_window", "conv_layer_scale", "token_labels"),
     "deit": ("image_size", "num_frames", "tubelet"),
 }
 

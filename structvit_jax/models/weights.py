@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -39,8 +40,36 @@ def split(model: nnx.Module) -> tuple[Structure, Weights]:
     return Structure(graphdef), Weights(*map(_flat, states))
 
 
+def training_structure(model: nnx.Module, frozen: frozenset[str] = frozenset()) -> Structure:
+    """The model in training mode, but for parts of which all parameters are frozen: those normalise with
+    their running statistics, and drop nothing."""
+    model.train()
+    names = list(split(model)[1].params)
+    for path, part in nnx.iter_modules(model):
+        own = [name for name in names if name.startswith(_name(path) + ".")]
+        if own and frozen.issuperset(own):
+            part.eval()
+    structure, _ = split(model)
+    model.eval()
+    return structure
+
+
 def batch_stats(model: nnx.Module) -> Arrays:
     return _flat(nnx.state(model, nnx.BatchStat))
+
+
+def like(weights: Weights, arrays: Mapping[str, Any]) -> Weights:
+    """These arrays in the places of a model's own, and with their types."""
+    return Weights(
+        *({name: jnp.asarray(arrays[name], own.dtype) for name, own in part.items()} for part in weights)
+    )
+
+
+def update(model: nnx.Module, weights: Weights) -> None:
+    """Gives a model these arrays."""
+    own = nnx.to_flat_state(nnx.state(model, (nnx.Param, nnx.BatchStat)))
+    given = weights.params | weights.batch_stats
+    nnx.update(model, nnx.from_flat_state([(path, leaf.replace(given[_name(path)])) for path, leaf in own]))
 
 
 def sha256(weights: Weights) -> str:
@@ -71,4 +100,8 @@ def _path(name: str) -> tuple:
 
 
 def _flat(state: nnx.State) -> Arrays:
-    return {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(state)}
+    return {_name(path): leaf[...] for path, leaf in nnx.to_flat_state(state)}
+
+
+def _name(path: tuple) -> str:
+    return ".".join(map(str, path))

@@ -107,6 +107,17 @@ def struct_attention_maps(
     return _volume(rows[:, queries], key, value, key_kernels, value_kernels, stride)
 
 
+def effective_rank(matrices: jax.Array) -> jax.Array:
+    """How many directions the rows of matrices [..., rows, columns] use, [...]: the exponential of the
+    entropy of their singular values (Roy and Vetterli, 2007).
+
+    Of kappa, with a row for each position, it is one for ConvSA and at most D for StructSA.
+    """
+    values = jnp.linalg.svd(matrices, compute_uv=False)
+    shares = values / jnp.maximum(values.sum(axis=-1, keepdims=True), jnp.finfo(values.dtype).tiny)
+    return jnp.exp(-jax.scipy.special.xlogy(shares, shares).sum(axis=-1))
+
+
 def check_arguments(query, key, value, key_kernels, value_kernels, stride, method) -> None:
     """Raises ValueError, in one line, for arguments that do not make a StructSA."""
 

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import Mesh
@@ -26,13 +27,18 @@ from structvit_jax.errors import Stopped, UserError
 from structvit_jax.models.weights import Weights, mismatches
 from structvit_jax.training import processes
 from structvit_jax.training.digests import FILE, damage, write_digests
-from structvit_jax.training.placement import abstract
+from structvit_jax.training.placement import abstract, replicated
 from structvit_jax.training.processes import say
 from structvit_jax.training.step import TrainState
 from structvit_jax.training.storage import absolute, is_bucket, read_json, unusable, write, write_json
 
 FOLDER = "checkpoints"
 ASIDE = "damaged"  # where checkpoints that cannot be used are put
+_WEIGHTS, _OPTIMIZER, _AVERAGE = (
+    "weights",
+    "optimizer",
+    "average",
+)  # parts of a checkpoint, as of a TrainState
 _METRIC = "top1"  # what the best checkpoints are best in
 
 
@@ -94,11 +100,10 @@ class Checkpoints:
 
     def save(self, state: TrainState, card: dict[str, Any], scores: dict[str, float] | None = None) -> None:
         """Saves in the background, under the state's step, with the scores of its evaluation."""
-        items = {
-            "weights": ocp.args.StandardSave(state.weights),
-            "optimizer": ocp.args.StandardSave(state.optimizer),
-            "card": ocp.args.JsonSave(card),
-        }
+        items = {"weights": ocp.args.StandardSave(state.weights), "card": ocp.args.JsonSave(card)}
+        for name in (_OPTIMIZER, _AVERAGE):
+            if getattr(state, name) is not None:
+                items[name] = ocp.args.StandardSave(getattr(state, name))
         with self._saving():
             self._manager.save(int(state.step), args=ocp.args.Composite(**items), metrics=scores)
 
@@ -106,21 +111,52 @@ class Checkpoints:
         """What the checkpoint of a step says of itself, see `Run.card`."""
         return self._restore(step, card=ocp.args.JsonRestore())["card"]
 
-    def weights(self, step: int, like: Weights, mesh: Mesh, advice: str) -> Weights:
+    def weights(
+        self, step: int, like: Weights, mesh: Mesh, advice: str, *, averaged: bool = False
+    ) -> Weights:
         """The weights of a step, placed on the mesh, whatever mesh they were saved from.
+
+        Args:
+          averaged: their moving average instead, if there is one.
 
         Raises:
           UserError: they cannot be read, or do not fit `like`: names what differs, and gives `advice`.
         """
         self._check_fit(step, like, advice)
-        return self._restore(step, weights=ocp.args.StandardRestore(abstract(like, mesh)))["weights"]
+        item = _AVERAGE if averaged and self.has(step, _AVERAGE) else _WEIGHTS
+        return self._restore(step, **{item: ocp.args.StandardRestore(abstract(like, mesh))})[item]
 
     def state(self, step: int, like: TrainState, mesh: Mesh, advice: str) -> TrainState:
         """The whole state after a step; errors as for `weights`."""
+        if not self.has(step, _OPTIMIZER):
+            raise UserError(
+                f"{self.path(step)} holds weights alone, with no state of an optimizer to resume;"
+                f" start from them with --config.init_from={self.path(step)} and another --workdir"
+            )
         weights = self.weights(step, like.weights, mesh, advice)
         optimizer = ocp.args.StandardRestore(abstract(like.optimizer, mesh))
-        optimizer = self._restore(step, optimizer=optimizer)["optimizer"]
-        return TrainState(jax.device_put(jax.numpy.int32(step), like.step.sharding), weights, optimizer)
+        optimizer = self._restore(step, optimizer=optimizer)[_OPTIMIZER]
+        average = None
+        if like.average is not None:  # which starts at the weights where there was none
+            average = self.weights(step, like.average, mesh, advice, averaged=True)
+        step_ = jax.device_put(jax.numpy.int32(step), like.step.sharding)
+        return TrainState(step_, weights, optimizer, average)
+
+    def whole(self, step: int, mesh: Mesh) -> tuple[dict[str, np.ndarray], bool]:
+        """All arrays of the weights of a step as they were saved, in every process, and whether they are the
+        moving average, which is taken where there is one."""
+        averaged = self.has(step, _AVERAGE)
+        item = _AVERAGE if averaged else _WEIGHTS
+        shapes = jax.tree.map(
+            lambda saved: jax.ShapeDtypeStruct(saved.shape, saved.dtype, sharding=replicated(mesh)),
+            self._saved(step, item),
+        )
+        restored = self._restore(step, **{item: ocp.args.StandardRestore(shapes)})[item]
+        return jax.tree.map(np.asarray, restored["params"] | restored["batch_stats"]), averaged
+
+    def has(self, step: int, item: str) -> bool:
+        """Whether a checkpoint has a part: "optimizer", "average"."""
+        return (self.path(step) / item).exists()
 
     @contextlib.contextmanager
     def _saving(self) -> Iterator[None]:
@@ -195,19 +231,23 @@ class Checkpoints:
             f"checkpoint {self.path(step)} cannot be read ({reason}); remove it to use an older one"
         )
 
-    def _check_fit(self, step, like, advice):
+    def _saved(self, step, item):
+        """Shapes and types of the weights that were saved."""
         try:
-            saved = ocp.StandardCheckpointer().metadata(absolute(self.path(step) / "weights")).item_metadata
-            saved = saved["params"] | saved["batch_stats"]
+            saved = ocp.StandardCheckpointer().metadata(absolute(self.path(step) / item)).item_metadata
+            return {"params": dict(saved["params"]), "batch_stats": dict(saved["batch_stats"])}
         except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
             raise self._unreadable(step, error) from error
-        problems = mismatches(like.params | like.batch_stats, saved)
+
+    def _check_fit(self, step, like, advice):
+        saved = self._saved(step, _WEIGHTS)
+        problems = mismatches(like.params | like.batch_stats, saved["params"] | saved["batch_stats"])
         if problems:
             card = self.card(step)
             more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
             raise UserError(
                 f"checkpoint {self.path(step)} holds another model than the configured one:"
-                f" {card['config']['model']['name']} with {len(card['class_names'])} classes"
+                f" {card['config']['model']['name']} with {saved['params']['head.bias'].shape[0]} classes"
                 f" ({', '.join(problems[:3])}{more}); {advice}"
             )
 
@@ -293,17 +333,24 @@ def _locate(path: str) -> tuple[epath.Path, int | None]:
     return folder, None
 
 
-def load_weights(path: str, like: Weights, mesh: Mesh) -> Weights:
-    """Weights of "RUN/checkpoints/STEP", or of the latest checkpoint in "RUN"."""
-    run, step = _locate(path)
+@contextlib.contextmanager
+def open_checkpoint(path: str) -> Iterator[tuple[Checkpoints, int]]:
+    """The checkpoints of a run, and the step that "RUN/checkpoints/STEP" names, of "RUN" its latest.
+
+    Raises:
+      UserError: there is none, it is not finished, or it is damaged.
+    """
+    run, named = _locate(path)
     if not (run / FOLDER).exists():
-        raise UserError(f"no checkpoint at {path}: it should be RUN/checkpoints/STEP, or RUN for its latest")
+        raise UserError(
+            f"no checkpoint at {path}: it should be RUN/checkpoints/STEP, RUN for its latest, or a file of"
+            " PyTorch weights (.pth, .safetensors)"
+        )
     with Checkpoints(run) as checkpoints:
-        named, step = step is not None, checkpoints.latest() if step is None else step
+        step = checkpoints.latest() if named is None else named
         if step is None or not checkpoints.path(step).exists():
             kept = ", ".join(map(str, checkpoints.steps())) or "none"
             raise UserError(f"no finished checkpoint at {path}; {run} holds these steps: {kept}")
-        if named:
+        if named is not None:
             checkpoints.check(step)
-        advice = "config.init_from takes weights of the configured model"
-        return checkpoints.weights(step, like, mesh, advice)
+        yield checkpoints, step

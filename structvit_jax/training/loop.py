@@ -1,4 +1,4 @@
-"""A run from its first line to its result: `train` and `evaluate_run` are what `main` calls."""
+"""A run from its first line to its result: `train` and `evaluate` are what the commands call."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from etils import epath
 from structvit_jax.errors import Stopped, UserError
 from structvit_jax.models.weights import Weights, sha256, split
 from structvit_jax.training import processes
-from structvit_jax.training.checkpoint import FOLDER, Checkpoints
+from structvit_jax.training.checkpoint import FOLDER, Checkpoints, open_checkpoint
 from structvit_jax.training.evaluation import Evaluation, Evaluator, Scores
 from structvit_jax.training.goodput import Goodput
 from structvit_jax.training.lock import WorkdirLock
@@ -25,7 +25,8 @@ from structvit_jax.training.placement import replicated
 from structvit_jax.training.processes import say
 from structvit_jax.training.profile import Profile
 from structvit_jax.training.program import compile_train_step, naming_memory
-from structvit_jax.training.run import Run, adopt_classes, as_json, differences, keep, starting_state
+from structvit_jax.training.run import Run, adopt_classes, as_json, differences, keep
+from structvit_jax.training.start import starting_state
 from structvit_jax.training.step import TrainState
 from structvit_jax.training.storage import naming_failures, read_json, write_json
 from structvit_jax.training.unreadable import Unreadable
@@ -106,14 +107,15 @@ def _train(session: Session, stop: processes.StopSignal, started: float) -> dict
                 state = take_steps(session, state, stop, evaluator, log, goodput)
             say(f"evaluating {describe_test(data)}")
             goodput.switch("evaluate")
-            evaluation = evaluator(state.weights, lambda batch: _stop_in_the_end(stop, total, batch))
+            scored = state.scored(config.eval.ema)
+            evaluation = evaluator(scored, lambda batch: _stop_in_the_end(stop, total, batch))
             session.unreadable.note("test", evaluation.problems)
             session.unreadable.exchange()
             scores = evaluation.summary()
             log.evaluation(int(state.step), scores._asdict())
         finally:
             say(goodput.describe())
-    result = make_result(run, scores, int(state.step), state.weights)
+    result = make_result(run, scores, int(state.step), scored)
     session.lock.check()
     write_result(workdir, result, evaluation, data)
     say(describe(result))
@@ -142,7 +144,8 @@ def take_steps(
     implies that every line up to n is in metrics.jsonl, and what follows is dropped on resuming.
     """
     run, start = session.run, int(state.step)
-    total, _, eval_every, *save_every = run.durations
+    total, eval_every = run.durations.total, run.durations.eval_every
+    save_every = (run.durations.save_every, run.durations.keep_every)
     goodput.switch("compile")
     step_fn = compile_train_step(run, state)
     log.restart_clock()
@@ -171,7 +174,8 @@ def take_steps(
             if eval_every and step % eval_every == 0 and step < total:
                 log.flush()
                 goodput.switch("evaluate")
-                scores = evaluate_on_the_way(step, evaluator(state.weights), log, session.unreadable)
+                scored = state.scored(run.config.eval.ema)
+                scores = evaluate_on_the_way(step, evaluator(scored), log, session.unreadable)
             due = any(every and step % every == 0 for every in save_every)
             ranked = scores is not None and run.config.checkpoint.keep_best
             if step == total or due or ranked:
@@ -190,7 +194,8 @@ def save(
     goodput.switch("save")
     goodput.saved(int(state.step))
     log.write()
-    session.checkpoints.save(state, session.run.card(), scores._asdict() if scores else None)
+    found = scores._asdict() if scores else None
+    session.checkpoints.save(state, session.run.card(found), found)
     log.restart_clock()
 
 
@@ -211,44 +216,47 @@ def evaluate_on_the_way(
     return scores
 
 
-def evaluate_run(config: ml_collections.ConfigDict, workdir: epath.Path, data: Any) -> dict[str, Any]:
-    """Evaluates the latest checkpoint of a run and writes its result.
+def evaluate(config: ml_collections.ConfigDict, path: epath.Path, out: epath.Path | None, data: Any) -> None:
+    """Evaluates a checkpoint and writes what it comes to.
+
+    Args:
+      config: of the model and the data.
+      path: RUN/checkpoints/STEP, or RUN for its latest.
+      out: where the files go; None writes none. RUN keeps its result.json if the data are not the run's.
+      data: a `structvit_jax.data.Dataset`.
 
     Raises:
       UserError: no checkpoint, or one of another model.
     """
-    with naming_failures(workdir), naming_memory(config):
-        return _evaluate_run(config, workdir, data)
+    with naming_failures(out or path), naming_memory(config):
+        run = Run.prepare(config, data)
+        with open_checkpoint(str(path)) as (checkpoints, step):
+            card, where = checkpoints.card(step), checkpoints.path(step)
+            adopt_classes(data, card)
+            advice = "configure the model that was saved"
+            like = split(run.model)[1]
+            weights = checkpoints.weights(step, like, run.mesh, advice, averaged=config.eval.ema)
+        say(f"evaluating step {step} of {where.parent.parent} on {describe_test(data)}")
+        changed = differences(card["config"], as_json(config))
+        for line in changed:
+            say(f"note: {line}")
+        evaluation = Evaluator(run.model, config, run.mesh, data)(weights)
+        result = make_result(run, evaluation.summary(), step, weights)
+        say(describe(result))
+        if out:
+            out.mkdir(parents=True, exist_ok=True)
+            unreadable = Unreadable(out, data.train_examples, config.data.max_bad_share)
+            unreadable.note("test", evaluation.problems)
+            unreadable.exchange()
+            other = out == where.parent.parent and any(map(_is_other_data, changed))
+            if other:
+                say(f"on other data than the run's: {out / 'result.json'} stays; see result_other.json")
+            write_result(out, result, evaluation, data, "_other" * other)
 
 
-def _evaluate_run(config, workdir, data):
-    run = Run.prepare(config, data)
-    if not (workdir / FOLDER).exists():
-        raise UserError(f"no checkpoint in {workdir}: train first, or name the --workdir of a run")
-    with Checkpoints(workdir) as checkpoints:
-        step = checkpoints.latest()
-        if step is None:
-            raise UserError(f"no finished checkpoint in {workdir / FOLDER}: train first")
-        advice = "configure the model that was saved"
-        card = checkpoints.card(step)
-        adopt_classes(data, card)
-        weights = checkpoints.weights(step, split(run.model)[1], run.mesh, advice)
-    changed = differences(card["config"], as_json(config))
-    say(f"evaluating step {step} of {workdir} on {describe_test(data)}")
-    for line in changed:
-        say(f"note: {line}")
-    evaluation = Evaluator(run.model, config, run.mesh, data)(weights)
-    unreadable = Unreadable(workdir, data.train_examples, config.data.max_bad_share)
-    unreadable.note("test", evaluation.problems)
-    unreadable.exchange()
-    result = make_result(run, evaluation.summary(), step, weights)
-    say(describe(result))
-    changed_data = [line for line in changed if line.startswith(("config.data.", "config.eval.average"))]
-    own = all(line.startswith(_INDIFFERENT) for line in changed_data)
-    if not own:
-        say(f"on other data than the run's: {workdir / 'result.json'} stays as it is; see result_other.json")
-    write_result(workdir, result, evaluation, data, "" if own else "_other")
-    return result
+def _is_other_data(change: str) -> bool:
+    """Whether a changed key makes a score incomparable with the run's own."""
+    return change.startswith(("config.data.", "config.eval.average")) and not change.startswith(_INDIFFERENT)
 
 
 def make_result(run: Run, scores: Scores, step: int, weights: Weights) -> dict[str, Any]:

@@ -91,8 +91,8 @@ def check_batch(mesh: Mesh, key: str, batch_size: int, parts: int = 1) -> None:
 def put_batch(mesh: Mesh, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
     """What the device needs of a batch, split over all devices; every process brings its share."""
     sharding = batch_sharding(mesh)
-    keys = ("inputs", "labels", "mask", "index")
-    return {key: jax.make_array_from_process_local_data(sharding, batch[key]) for key in keys}
+    arrays = {key: rows for key, rows in batch.items() if isinstance(rows, np.ndarray)}
+    return {key: jax.make_array_from_process_local_data(sharding, rows) for key, rows in arrays.items()}
 
 
 def put_whole(arrays: Any, shardings: Any) -> Any:

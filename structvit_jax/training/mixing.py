@@ -6,6 +6,7 @@ classes, [batch, classes]. Every draw comes from the key, so a batch is a functi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -67,24 +68,32 @@ def mix(
     alpha = jnp.where(use_cutmix, cutmix, mixup)
     share = jax.random.beta(share, alpha, alpha)
     height, width = inputs.shape[-3:-1]
-    box, kept = _box(place, share, height, width)
-    box = box.reshape(*[1] * (inputs.ndim - 3), height, width, 1)
-    weight = jnp.where(use_cutmix, 1.0 - box, share).astype(inputs.dtype)
-    share = jnp.where(use_cutmix, kept, share)
+    inside = box(box_edges(place, share, height, width), height, width).astype(jnp.float32)
+    weight = jnp.where(use_cutmix, 1.0 - inside[:, :, None], share).astype(inputs.dtype)
+    share = jnp.where(use_cutmix, 1 - inside.mean(), share)
     return (
         weight * inputs + (1 - weight) * inputs[::-1],
         share * targets + (1 - share) * targets[::-1],
     )
 
 
-def _box(key: jax.Array, share: jax.Array, height: int, width: int) -> tuple[jax.Array, jax.Array]:
-    """A box of 1 - share of the picture around a uniform centre, cut off at the edges (float [height,
-    width], ones inside), and the share of the picture that it leaves."""
-    inside = []
+Edges = Sequence[tuple[jax.Array, jax.Array]]  # first and behind the last, along height and width
+
+
+def box_edges(key: jax.Array, share: jax.Array, height: int, width: int) -> Edges:
+    """Edges of a box of 1 - share of the picture around a uniform centre, cut off at the picture's."""
+    edges = []
     for axis_key, side in zip(jax.random.split(key), (height, width), strict=True):
-        half = jnp.floor(side * jnp.sqrt(1 - share)) // 2
+        half = (jnp.floor(side * jnp.sqrt(1 - share)) // 2).astype(jnp.int32)
         centre = jax.random.randint(axis_key, (), 0, side)
-        positions = jnp.arange(side)
-        inside.append(((positions >= centre - half) & (positions < centre + half)).astype(jnp.float32))
-    box = inside[0][:, None] * inside[1][None, :]
-    return box, 1 - box.mean()
+        edges.append((jnp.maximum(centre - half, 0), jnp.minimum(centre + half, side)))
+    return edges
+
+
+def box(edges: Edges, height: int, width: int) -> jax.Array:
+    """A box as bool [height, width]."""
+    inside = [
+        (jnp.arange(side) >= low) & (jnp.arange(side) < high)
+        for side, (low, high) in zip((height, width), edges, strict=True)
+    ]
+    return inside[0][:, None] & inside[1][None, :]

@@ -1,20 +1,47 @@
-"""AdamW with UniFormer's decay rule, warm-up and cosine."""
+"""AdamW with UniFormer's decay rule, warm-up and cosine; which weights it trains, and each at what rate."""
 
 from __future__ import annotations
 
+import fnmatch
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
 import jax
+import jax.numpy as jnp
 import ml_collections
 import optax
 
 from structvit_jax.config import Durations
+from structvit_jax.errors import UserError
+
+
+class Optimizer(NamedTuple):
+    """AdamW over the weights that are not frozen."""
+
+    transform: optax.GradientTransformation
+    frozen: frozenset[str] = frozenset()
+
+    def trained(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of the arrays that it trains."""
+        return {name: array for name, array in params.items() if name not in self.frozen}
 
 
 def learning_rate(config: ml_collections.ConfigDict, durations: Durations) -> optax.Schedule:
-    """Linear from `warmup_lr` to `lr`, then half a cosine that would reach `end_lr` after the last step."""
-    total, warmup = durations.total, durations.warmup
-    ramp = optax.linear_schedule(config.warmup_lr, config.lr, max(warmup, 1))
-    cosine = optax.cosine_decay_schedule(config.lr, max(total - warmup, 1), alpha=config.end_lr / config.lr)
-    return optax.join_schedules([ramp, cosine], [warmup])
+    """Linear from `warmup_lr` to `lr`, then half a cosine that would reach `end_lr` after the last step, or
+    before the cool-down. With stairs it stands still between them, and may lag behind by some."""
+    warmup, stair = durations.warmup, durations.stair or 1
+    first = warmup if config.cosine_from == "warmup" else 0
+    length = max(durations.total - durations.cooldown - first, 1)
+
+    def rate(step):
+        place = jnp.maximum(step // stair - config.lag, 0) * stair
+        ramp = config.warmup_lr + (config.lr - config.warmup_lr) * place / max(warmup, 1)
+        turned = jnp.cos(jnp.pi * jnp.clip((place - first) / length, 0, 1))
+        cosine = config.end_lr + (config.lr - config.end_lr) * (1 + turned) / 2
+        return jnp.where(place < warmup, ramp, cosine)
+
+    return rate
 
 
 def decays(name: str, array: jax.Array) -> bool:
@@ -26,11 +53,22 @@ def decays(name: str, array: jax.Array) -> bool:
     return array.ndim > 1 and name != "pos_embed"
 
 
-def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
+def make_optimizer(
+    config: ml_collections.ConfigDict, names: Collection[str] = (), depths: Sequence[int] = ()
+) -> Optimizer:
     """AdamW's direction, after clipping by global norm where `clip_norm` is set.
 
     The step takes it times minus the learning rate, which is a function of the step alone.
+
+    Args:
+      config: the section `optimizer`.
+      names: of all parameters, to freeze some or train layers at rates of their own.
+      depths: blocks per stage.
+
+    Raises:
+      UserError: patterns of frozen weights that match none, or all.
     """
+    frozen = frozen_names(config.freeze, list(names))
     adamw = [
         optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
         optax.add_decayed_weights(
@@ -39,4 +77,40 @@ def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransform
         ),
     ]
     clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
-    return optax.chain(*clip, *adamw)
+    rates = [] if config.layer_decay == 1 else [_scaled(layer_rates(names, depths, config.layer_decay))]
+    return Optimizer(optax.chain(*clip, *adamw, *rates), frozen)
+
+
+def frozen_names(patterns: str, names: Sequence[str]) -> frozenset[str]:
+    """The names that comma-separated shell patterns match, the last one that matches deciding: one that
+    starts with ! takes names out again."""
+    frozen: set[str] = set()
+    for pattern in filter(None, map(str.strip, patterns.split(","))):
+        matched = set(fnmatch.filter(names, pattern.removeprefix("!")))
+        if not matched:
+            some = sorted({re.sub(r"\.\d+\..*", ".*", name) for name in names})
+            raise UserError(f"config.optimizer.freeze: {pattern!r} matches no weights, as {', '.join(some)}")
+        frozen = frozen - matched if pattern.startswith("!") else frozen | matched
+    if frozen and len(frozen) == len(names):
+        raise UserError(f"config.optimizer.freeze is {patterns!r}, which leaves nothing to train")
+    return frozenset(frozen)
+
+
+def layer_rates(names: Iterable[str], depths: Sequence[int], decay: float) -> dict[str, float]:
+    """Factors on the learning rate: 1 for the final norm and the heads, times `decay` for each block further
+    down; an embedding goes with the block that follows, the first below all."""
+    first = [sum(depths[:stage]) + 1 for stage in range(len(depths))]  # number of each stage's first block
+
+    def layer(name):
+        if not (match := re.match(r"(patch_embed|pos_embed|blocks)(\d?)(?:\.(\d+))?", name)):
+            return sum(depths) + 1
+        stage = int(match[2] or 1) - 1
+        if match[1] == "blocks":
+            return first[stage] + int(match[3])
+        return first[stage] if stage else 0
+
+    return {name: decay ** (sum(depths) + 1 - layer(name)) for name in names}
+
+
+def _scaled(rates: Mapping[str, float]) -> optax.GradientTransformation:
+    return optax.stateless(lambda updates, _: {name: rates[name] * u for name, u in updates.items()})

@@ -40,8 +40,7 @@ def trace_train_step(run: Run, state: Any) -> Any:
 def abstract_batch(run: Run) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of what a step gets."""
     rows, sharding = run.config.data.batch_size, batch_sharding(run.mesh)
-    shapes = {"inputs": (run.data.shape, jnp.uint8), "labels": ((), jnp.int32)}
-    shapes |= {"mask": ((), jnp.bool_), "index": ((), jnp.int32)}
+    shapes = run.data.arrays | {"mask": ((), jnp.bool_), "index": ((), jnp.int32)}
     return {
         key: jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=sharding)
         for key, (shape, dtype) in shapes.items()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,15 +16,16 @@ from jax.sharding import Mesh
 
 import structvit_jax
 from structvit_jax.config import Durations, durations, model_arguments
+from structvit_jax.errors import UserError
 from structvit_jax.models import Network, create_model
 from structvit_jax.models.weights import split
 from structvit_jax.training import optim
-from structvit_jax.training.checkpoint import Checkpoints, Keep, load_weights
+from structvit_jax.training.checkpoint import Keep
 from structvit_jax.training.mesh import check_batch, describe_devices, make_mesh
 from structvit_jax.training.placement import abstract
 from structvit_jax.training.processes import say
 from structvit_jax.training.profile import steps_to_profile
-from structvit_jax.training.step import TrainState, fresh_state, init_state, normalize
+from structvit_jax.training.step import TrainState, fresh_state, normalize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Run:
     mesh: Mesh
     model: Network  # with fresh weights
     schedule: optax.Schedule
-    optimizer: optax.GradientTransformation
+    optimizer: optim.Optimizer
     durations: Durations
 
     @classmethod
@@ -59,21 +61,39 @@ class Run:
         model = create_model(**model_arguments(config), num_classes=classes, seed=config.train.seed)
         example = jax.ShapeDtypeStruct((1, *data.shape), jnp.uint8)
         jax.eval_shape(lambda x: model(normalize(x, config)), example)
-        parameters = sum(array.size for array in split(model)[1].params.values())
-        say(f"model: {config.model.name}, {parameters:,} parameters, {classes} classes")
-
+        _check_token_labels(config)
+        params = split(model)[1].params
+        optimizer = optim.make_optimizer(config.optimizer, params, model.variant.depths)
+        frozen = sum(params[name].size for name in optimizer.frozen)
+        say(
+            f"model: {config.model.name}, {sum(array.size for array in params.values()):,} parameters"
+            f"{f' ({frozen:,} of them frozen)' * bool(frozen)}, {classes} classes"
+        )
         steps = durations(config, data.rows_per_epoch)
         schedule = optim.learning_rate(config.optimizer, steps)
-        optimizer = optim.make_optimizer(config.optimizer)
         return cls(config, data, mesh, model, schedule, optimizer, steps)
 
-    def card(self) -> dict[str, Any]:
-        """What a checkpoint of this run says of itself."""
-        return {
-            "class_names": list(self.data.class_names),
-            "config": as_json(self.config),
-            "version": structvit_jax.__version__,
-        }
+    @property
+    def averages(self) -> bool:
+        """Whether it keeps a moving average of the weights."""
+        return self.config.optimizer.ema > 0
+
+    def card(self, scores: dict[str, float] | None = None) -> dict[str, Any]:
+        """What a checkpoint of this run says of itself, with the scores of its evaluation if it had one."""
+        return make_card(self.data.class_names, self.config, scores)
+
+
+def _check_token_labels(config: ml_collections.ConfigDict) -> None:
+    """Raises UserError for token labelling with half of what it needs."""
+    for key in ("data.label_maps", "augment.mix_token"):
+        section, name = key.split(".")
+        if config[section][name] and not config.model.token_labels:
+            raise UserError(f"config.{key} is for token labelling; set --config.model.token_labels as well")
+    if config.data.label_maps and (config.augment.mixup or config.augment.cutmix):
+        raise UserError(
+            "config.data.label_maps: mixup and cutmix do not mix maps; set --config.augment.mixup=0"
+            " --config.augment.cutmix=0, and --config.augment.mix_token=1 in their place"
+        )
 
 
 def keep(run: Run) -> Keep:
@@ -85,31 +105,21 @@ def keep(run: Run) -> Keep:
 def abstract_state(run: Run) -> TrainState:
     """Shapes and places of the state of a run, of which nothing is computed."""
     weights = split(run.model)[1]
-    return abstract(jax.eval_shape(functools.partial(fresh_state, run.optimizer), weights), run.mesh)
+    fresh = functools.partial(fresh_state, run.optimizer, run.averages)
+    return abstract(jax.eval_shape(fresh, weights), run.mesh)
 
 
-def starting_state(run: Run, checkpoints: Checkpoints) -> TrainState:
-    """The latest checkpoint's state; without one, fresh or taken from config.init_from.
-
-    Raises:
-      UserError: a checkpoint of another model, or none where init_from points.
-    """
-    latest, init_from = checkpoints.latest(), run.config.init_from
-    if latest is not None:
-        say(f"resuming from {checkpoints.path(latest)}")
-        card = checkpoints.card(latest)
-        adopt_classes(run.data, card)
-        advice = "choose another --workdir, or the model that was saved"
-        state = checkpoints.state(latest, abstract_state(run), run.mesh, advice)
-        for line in differences(card["config"], as_json(run.config)):
-            say(f"note: {line}")
-        return state
-    state = init_state(split(run.model)[1], run.optimizer, run.mesh)
-    if init_from:
-        say(f"starting from the weights of {init_from}")
-        return state._replace(weights=load_weights(init_from, state.weights, run.mesh))
-    say("starting from scratch")
-    return state
+def make_card(
+    class_names: Sequence[str] | None, config: ml_collections.ConfigDict, scores: dict[str, float] | None
+) -> dict[str, Any]:
+    """What a checkpoint says of its weights: their classes in order (None if nothing names them), the
+    configuration, scores and code version."""
+    return {
+        "class_names": None if class_names is None else list(class_names),
+        "config": as_json(config),
+        "metrics": scores,
+        "version": structvit_jax.__version__,
+    }
 
 
 def adopt_classes(data: Any, card: dict[str, Any]) -> None:
@@ -118,7 +128,9 @@ def adopt_classes(data: Any, card: dict[str, Any]) -> None:
     Raises:
       UserError: the names differ.
     """
-    if data.adopt_classes(card["class_names"]):
+    if card["class_names"] is None:
+        say("note: the weights do not name their classes; the data's order of them is taken")
+    elif data.adopt_classes(card["class_names"]):
         say("note: the data order their classes unlike the checkpoint; labels follow it by name")
 
 

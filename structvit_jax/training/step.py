@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -11,9 +12,10 @@ import ml_collections
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from structvit_jax.models.weights import Structure, Weights, batch_stats, split
-from structvit_jax.training import losses, mixing
+from structvit_jax.models.weights import Structure, Weights, batch_stats, training_structure
+from structvit_jax.training import losses, mixing, token_labels
 from structvit_jax.training.mesh import put_whole
+from structvit_jax.training.optim import Optimizer
 from structvit_jax.training.placement import batch_sharding, replicated, state_sharding
 
 Batch = dict[str, jax.Array]
@@ -25,26 +27,32 @@ class TrainState(NamedTuple):
 
     step: jax.Array  # int32, steps done
     weights: Weights
-    optimizer: Any  # optax's state
+    optimizer: Any  # optax's state; None in a checkpoint of weights alone
+    average: Weights | None = None  # the moving average of the weights, where it is kept
+
+    def scored(self, averaged: bool) -> Weights:
+        """What evaluations score."""
+        return self.weights if self.average is None or not averaged else self.average
 
 
-def init_state(weights: Weights, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def init_state(weights: Weights, optimizer: Optimizer, mesh: Mesh, *, averaged: bool = False) -> TrainState:
     """The state before the first step, placed on the mesh; every process brings the same weights."""
 
-    init = functools.partial(fresh_state, optimizer)
+    init = functools.partial(fresh_state, optimizer, averaged)
     shardings = state_sharding(mesh, jax.eval_shape(init, weights))
     weights = put_whole(weights, shardings.weights)
     return jax.jit(init, in_shardings=(shardings.weights,), out_shardings=shardings)(weights)
 
 
-def fresh_state(optimizer: optax.GradientTransformation, weights: Weights) -> TrainState:
+def fresh_state(optimizer: Optimizer, averaged: bool, weights: Weights) -> TrainState:
     """The state before the first step."""
-    return TrainState(jnp.zeros((), jnp.int32), weights, optimizer.init(weights.params))
+    moments = optimizer.transform.init(optimizer.trained(weights.params))
+    return TrainState(jnp.zeros((), jnp.int32), weights, moments, weights if averaged else None)
 
 
 def make_train_step(
     model: Any,
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimizer,
     schedule: optax.Schedule,
     config: ml_collections.ConfigDict,
     mesh: Mesh,
@@ -56,20 +64,18 @@ def make_train_step(
     uninterrupted one would. A step whose loss or gradient is not finite changes nothing but the count of
     steps, and is marked in its metrics.
     """
-    model.train()
-    structure, _ = split(model)
-    model.eval()
+    structure = training_structure(model, optimizer.frozen)
+    grid = model.grid(config.data.size) if config.data.label_maps else None
     shardings = state_sharding(mesh, state)
     examples = batch_sharding(mesh)
 
     def place(x):
         return jax.lax.with_sharding_constraint(x, examples)
 
-    def loss_fn(params, stats, part, key):
+    def loss_fn(trained, frozen, stats, part, key):
         """Sums over a part of the batch, as shares of the whole batch's means."""
-        network = structure.model(Weights(params, stats))
-        logits = network(part["inputs"], key=key, place=place)
-        loss = losses.cross_entropy(logits, part["targets"], part["mask"])
+        network = structure.model(Weights(frozen | trained, stats))
+        logits, loss = forward(network, part, key, place, config)
         top1 = losses.masked_mean(losses.in_top(logits, part["labels"], 1), part["mask"])
         return loss * part["share"], (batch_stats(network), top1 * part["share"])
 
@@ -77,21 +83,25 @@ def make_train_step(
         """Loss, top1, new statistics and gradients of a batch, in as many parts as configured."""
         drop_key, augment_key = step_keys(config, step)
         with jax.named_scope("augment"):
-            inputs, targets = prepare_batch(augment_key, batch, weights.params["head.bias"].size, config)
-        whole = {"inputs": inputs, "targets": targets, "labels": batch["labels"], "mask": batch["mask"]}
+            prepared = prepare_batch(augment_key, batch, weights.params["head.bias"].size, config, grid)
+        whole = {**prepared, "labels": batch["labels"], "mask": batch["mask"]}
         value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+        trained = optimizer.trained(weights.params)
+        frozen = {name: weights.params[name] for name in optimizer.frozen}
         if config.train.accumulate == 1:
             part = whole | {"share": jnp.float32(1)}
-            (loss, (stats, top1)), grads = value_and_grad(*weights, part, drop_key)
+            (loss, (stats, top1)), grads = value_and_grad(
+                trained, frozen, weights.batch_stats, part, drop_key
+            )
             return loss, top1, stats, grads
 
         def add(carry, part_and_key):
             stats, *sums = carry
-            (loss, (stats, top1)), grads = value_and_grad(weights.params, stats, *part_and_key)
+            (loss, (stats, top1)), grads = value_and_grad(trained, frozen, stats, *part_and_key)
             return (stats, *jax.tree.map(jnp.add, tuple(sums), (loss, top1, grads))), None
 
         parts = split_batch(whole, config.train.accumulate, mesh)
-        zeros = jax.tree.map(jnp.zeros_like, weights.params)
+        zeros = jax.tree.map(jnp.zeros_like, trained)
         start = (weights.batch_stats, jnp.float32(0), jnp.float32(0), zeros)
         keys = jax.random.split(drop_key, config.train.accumulate)
         with jax.named_scope(f"times{config.train.accumulate}"):
@@ -100,16 +110,21 @@ def make_train_step(
 
     def step_fn(state, batch):
         loss, top1, stats, grads = gradients(state.weights, batch, state.step)
-        grads = jax.lax.with_sharding_constraint(grads, shardings.weights.params)
+        grads = jax.lax.with_sharding_constraint(grads, optimizer.trained(shardings.weights.params))
         lr, grad_norm = schedule(state.step), optax.tree.norm(grads)
+        trained = optimizer.trained(state.weights.params)
         with jax.named_scope("optimizer"):
-            updates, opt_state = optimizer.update(grads, state.optimizer, state.weights.params)
-        params = jax.tree.map(lambda param, update: param - lr * update, state.weights.params, updates)
+            updates, moments = optimizer.transform.update(grads, state.optimizer, trained)
+        trained = jax.tree.map(lambda param, update: param - lr * update, trained, updates)
+        weights, average = Weights(state.weights.params | trained, stats), state.average
+        if average is not None:
+            decay = config.optimizer.ema
+            average = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, average, weights)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        new, old = (Weights(params, stats), opt_state), (state.weights, state.optimizer)
-        weights, opt_state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+        new = TrainState(state.step, weights, moments, average)
+        new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
         metrics = {"loss": loss, "top1": top1, "grad_norm": grad_norm, "lr": lr, "skipped": ~finite}
-        return TrainState(state.step + 1, weights, opt_state), metrics | {"index": batch["index"]}
+        return new._replace(step=state.step + 1), metrics | {"index": batch["index"]}
 
     return jax.jit(
         step_fn,
@@ -163,25 +178,60 @@ def step_keys(config: ml_collections.ConfigDict, step: jax.Array | int) -> tuple
     return drop_key, augment_key
 
 
-def prepare_batch(
-    key: jax.Array, batch: Batch, classes: int, config: ml_collections.ConfigDict
+def forward(
+    network: Any, part: Batch, key: jax.Array, place: Callable, config: ml_collections.ConfigDict
 ) -> tuple[jax.Array, jax.Array]:
-    """What a training step feeds the model: normalised, erased and mixed inputs, and their targets."""
-    inputs, labels = stand_in(batch)
-    targets = losses.smooth_targets(labels, classes, config.train.label_smoothing)
-    return mixing.augment(key, normalize(inputs, config), targets, config.augment)
+    """Logits of a part of a batch in training, and their loss."""
+    if not network.variant.token_labels:
+        logits = network(part["inputs"], key=key, place=place)
+        return logits, losses.cross_entropy(logits, part["targets"], part["mask"])
+    mix = token_labels.MixToken(jax.random.fold_in(key, 1), config.augment.mix_token)
+    mixes = {"mix": mix} if config.augment.mix_token else {}
+    logits, dense_logits = network.scores(part["inputs"], key=key, place=place, **mixes)
+    whole, shape = part["targets"], dense_logits.shape
+    positions = whole.reshape(len(whole), *[1] * (len(shape) - 2), -1)
+    dense = part["dense"] if "dense" in part else jnp.broadcast_to(positions, shape)
+    if mixes:
+        whole, dense = mix.targets(whole, dense)
+    weight = config.train.dense_weight
+    return logits, token_labels.loss(logits, dense_logits, whole, dense, part["mask"], weight)
 
 
-def stand_in(batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """Inputs and labels in which every masked row repeats the first row that is not: batch statistics and
-    mixing then see real pictures only. The mask still keeps the row out of the loss."""
+def prepare_batch(
+    key: jax.Array,
+    batch: Batch,
+    classes: int,
+    config: ml_collections.ConfigDict,
+    grid: tuple[int, int] | None = None,
+) -> dict[str, jax.Array]:
+    """What a training step feeds the model: normalised, erased and mixed `inputs`, and their `targets`; for a
+    grid of positions with label maps also `dense`, their targets, of which `targets` are the mean."""
+    batch = stand_in(batch)
+    smoothing = config.train.label_smoothing
+    inputs = normalize(batch["inputs"], config)
+    targets = losses.smooth_targets(batch["labels"], classes, smoothing)
+    prepared = {}
+    if grid:
+        dense = token_labels.dense_targets(batch, grid, classes)
+        prepared["dense"] = optax.smooth_labels(dense, smoothing)
+        targets = prepared["dense"].mean(axis=(1, 2))
+    inputs, targets = mixing.augment(key, inputs, targets, config.augment)
+    return {"inputs": inputs, "targets": targets, **prepared}
+
+
+def stand_in(batch: Batch) -> Batch:
+    """A batch in which every masked row repeats the first row that is not: batch statistics and mixing then
+    see real pictures only. The mask still keeps the row out of the loss."""
     mask = batch["mask"]
-    valid = jnp.argmax(mask)
+    first = jnp.arange(mask.size) == jnp.argmax(mask)
 
     def fill(rows):
-        return jnp.where(mask.reshape(-1, *[1] * (rows.ndim - 1)), rows, rows[valid])
+        first_, mask_ = (flags.reshape(-1, *[1] * (rows.ndim - 1)) for flags in (first, mask))
+        # Not rows[place], for which every device would get the whole batch.
+        row = jnp.where(first_, rows, 0).sum(axis=0, dtype=rows.dtype)
+        return jnp.where(mask_, rows, row)
 
-    return fill(batch["inputs"]), fill(batch["labels"])
+    return {key: rows if key in ("mask", "index") else fill(rows) for key, rows in batch.items()}
 
 
 def normalize(inputs: jax.Array, config: ml_collections.ConfigDict) -> jax.Array:

@@ -1,0 +1,73 @@
+"""What is wrong with a command's flags, in one line that says what is near."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+
+from structvit_jax.config import check_config, from_card
+from structvit_jax.errors import UserError, did_you_mean
+
+
+@contextlib.contextmanager
+def naming_flags() -> Iterator[None]:
+    """For reading flags, those of a configuration among them.
+
+    Raises:
+      UserError: an unknown flag or key, or a value that it does not take.
+    """
+    try:
+        yield
+    except (KeyError, AttributeError) as error:
+        raise UserError(_unknown_key(str(error))) from error
+    except SyntaxError as error:
+        raise UserError(f"{error.filename}:{error.lineno}: {error.msg}") from error
+    except (flags.Error, TypeError) as error:
+        raise UserError(_last_line(error)) from error
+
+
+def checkpoint_config(argv: Sequence[str], *positional: str) -> list[Any]:
+    """What a command that acts on a checkpoint is given: its positional arguments, the first of them the
+    checkpoint, and the configuration of its card, with what flags change of it.
+
+    Raises:
+      UserError: other arguments, no checkpoint, or flags that do not fit.
+    """
+    given = [word for word in argv[1:] if not word.startswith("-")]
+    if len(given) != len(positional):
+        raise UserError(f"it takes {' '.join(positional)}, and flags as --config.data.root=DIR; see --help")
+    from structvit_jax.training import (
+        mesh,  # here, so that a mistake in other commands' flags is told at once
+    )
+    from structvit_jax.training.checkpoint import open_checkpoint
+
+    key = "--config.mesh.device="  # asked first, since reading the card opens a device
+    mesh.select_devices(next((word.removeprefix(key) for word in argv if word.startswith(key)), "auto"))
+    with open_checkpoint(given[0]) as (checkpoints, step):
+        given[0], card = str(checkpoints.path(step)), checkpoints.card(step)
+    with naming_flags():
+        config = from_card(card["config"])
+        flag = config_flags.DEFINE_config_dict("config", config, "See structvit_jax.config.")
+        flags.FLAGS(list(argv))
+    check_config(flag.value)
+    mesh.use_compilation_cache(flag.value.mesh.compilation_cache)
+    return [*given, flag.value]
+
+
+def _unknown_key(message: str) -> str:
+    """One line from what ml_collections says of a key that a locked configuration does not have."""
+    if near := re.search(r'Did you mean "(\w+)" instead of "(\w+)"', message):
+        return f"the configuration has no key {near[2]!r}. Did you mean {near[1]!r}?"
+    key = re.sub(r"^\W*(?:Key\W+)?(\w+).*", r"\1", message, flags=re.DOTALL)
+    known = re.findall(r"'(\w+)\\?':", message)
+    return f"the configuration has no key {key!r}.{did_you_mean(key, known) if known else ''}"
+
+
+def _last_line(error: BaseException) -> str:
+    """What an error says, without the traceback that ml_collections puts before it."""
+    return [line for line in str(error).splitlines() if line.strip()][-1].strip()

@@ -1,0 +1,34 @@
+"""Evaluates a checkpoint by itself: its card says the model, the data and how they are read.
+
+    python -m structvit_jax.evaluate CHECKPOINT [--out=DIR] [--config.data.root=DIR ...]
+
+CHECKPOINT is RUN/checkpoints/STEP, or RUN for its latest. Any key of the configuration that it was trained
+with can be changed, as the place of the data or the number of views. --out gets result.json and
+predictions.npz.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from absl import flags, logging
+from etils import epath
+
+from structvit_jax import data
+from structvit_jax.command import checkpoint_config
+from structvit_jax.errors import exit_in_one_line
+from structvit_jax.training import loop
+
+_OUT = flags.DEFINE_string("out", None, "Where result.json and predictions.npz go; by default nowhere.")
+
+
+def main(argv: list[str]) -> None:
+    checkpoint, config = checkpoint_config(argv, "CHECKPOINT")
+    dataset = data.load(config.data, config.augment, config.train.seed)
+    loop.evaluate(config, epath.Path(checkpoint), epath.Path(_OUT.value) if _OUT.value else None, dataset)
+
+
+if __name__ == "__main__":
+    logging.set_verbosity(logging.FATAL)  # Orbax logs its whole life; what matters it raises
+    with exit_in_one_line():
+        main(sys.argv)

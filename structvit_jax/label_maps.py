@@ -1,0 +1,91 @@
+"""Writes label maps for token labelling: what a teacher sees in each part of every training image.
+
+    python -m structvit_jax.label_maps TEACHER FOLDER [--top=5] [--config.data.root=DIR ...]
+
+TEACHER is RUN/checkpoints/STEP, or RUN for its latest. Its card says the data; a larger --config.data.size
+than it was trained with gives finer maps (a position for 32 x 32 pixels). A model without a dense head
+applies its head to every position. FOLDER becomes the config.data.label_maps of a student:
+
+    python -m structvit_jax.main --config=... --config.data.label_maps=FOLDER --config.model.token_labels=True
+
+What was interrupted goes on where it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from absl import flags, logging
+from tqdm import tqdm
+
+from structvit_jax import data
+from structvit_jax.command import checkpoint_config
+from structvit_jax.data.label_maps import LabelMapWriter, digest
+from structvit_jax.errors import UserError, exit_in_one_line
+from structvit_jax.models.weights import split
+from structvit_jax.training.checkpoint import open_checkpoint
+from structvit_jax.training.mesh import check_batch, put_batch
+from structvit_jax.training.placement import batch_sharding
+from structvit_jax.training.run import Run
+from structvit_jax.training.step import normalize
+
+_TOP = flags.DEFINE_integer("top", 5, "How many classes are kept at each place.")
+
+
+def main(argv: list[str]) -> None:
+    path, folder, config = checkpoint_config(argv, "TEACHER", "FOLDER")
+    config.data.label_maps = ""
+    dataset = data.load(config.data, config.augment, config.train.seed)
+    if config.data.frames:
+        raise UserError("label maps are of images; the teacher's data are clips")
+    print(write(config, path, dataset, folder))
+
+
+def write(config: ml_collections.ConfigDict, teacher: str, dataset: data.Dataset, folder: str) -> str:
+    """Writes the maps of the training split, and says what they are."""
+    run = Run.prepare(config, dataset)
+    check_batch(run.mesh, "eval.batch_size", config.eval.batch_size)
+    structure, like = split(run.model)
+    with open_checkpoint(teacher) as (checkpoints, step):
+        weights = checkpoints.weights(step, like, run.mesh, "configure the teacher's model", averaged=True)
+    height, width = run.model.grid(config.data.size)
+    top = min(_TOP.value, len(dataset.class_names))
+    images = dataset.train_examples
+    card = {
+        "teacher": str(teacher),
+        "class_names": list(dataset.class_names),
+        "images": images,
+        "ids": digest([dataset.train_id(i) for i in range(images)]),
+    }
+    writer = LabelMapWriter(folder, card, (images, height, width, top))
+    size = config.eval.batch_size
+    start = writer.done // size
+
+    @jax.jit
+    def look(weights, inputs):
+        network: Any = structure.model(weights)
+        inputs = jax.lax.with_sharding_constraint(inputs, batch_sharding(run.mesh))
+        return jax.lax.top_k(jax.nn.softmax(network.dense_scores(normalize(inputs, config))), top)
+
+    stream: Any = dataset.whole_batches(size, start=start)
+    progress = tqdm(total=images, initial=start * size, unit="images")
+    with contextlib.closing(stream) as batches, progress:
+        for number, batch in enumerate(batches, start):
+            scores, classes = look(weights, put_batch(run.mesh, batch)["inputs"])
+            rows = batch["index"] >= 0
+            scores = np.where(batch["mask"][:, None, None, None], np.asarray(scores), np.nan)[rows]
+            writer.write(number * size, np.asarray(classes)[rows], scores)
+            progress.update(int(rows.sum()))
+    writer.finish()
+    return f"{folder}: maps of {images} images, {height}x{width}, {top} classes at each place"
+
+
+if __name__ == "__main__":
+    logging.set_verbosity(logging.FATAL)  # Orbax logs its whole life; what matters it raises
+    with exit_in_one_line():
+        main(sys.argv)

@@ -1,0 +1,153 @@
+"""Where a run starts: at its own latest checkpoint, from other weights, or from scratch.
+
+Weights bring with them what they expect of their inputs; a configuration that does not say follows them.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import ml_collections
+from etils import epath
+from jax.sharding import Mesh
+
+from structvit_jax import convert
+from structvit_jax.config import INPUTS
+from structvit_jax.errors import UserError
+from structvit_jax.models.variants import get_variant
+from structvit_jax.models.weights import Weights, like, split
+from structvit_jax.training.checkpoint import Checkpoints, open_checkpoint
+from structvit_jax.training.processes import say
+from structvit_jax.training.run import Run, abstract_state, adopt_classes, as_json, differences
+from structvit_jax.training.step import TrainState, init_state
+from structvit_jax.training.storage import read_json
+
+
+def settle_inputs(config: ml_collections.ConfigDict, workdir: epath.Path) -> ml_collections.ConfigDict:
+    """The configuration with every key of INPUTS said: as the workdir's run has it, or as the weights of
+    init_from expect it, or by default.
+
+    Raises:
+      UserError: no weights at config.init_from, or such that something has to be said of them first.
+    """
+    open_keys = [key for key in INPUTS if config.data[key] is None]
+    if not open_keys:
+        return config
+    found: dict[str, Any] = {}
+    if (workdir / "config.json").exists():
+        found = (read_json(workdir / "config.json") or {}).get("data", {})
+    elif config.init_from and not _is_open(config):
+        found = _inputs_of(config.init_from)
+    config = config.copy_and_resolve_references()
+    for key in open_keys:
+        value = found.get(key) or INPUTS[key]
+        config.data[key] = value if isinstance(value, str) else tuple(value)
+    return config
+
+
+def starting_state(run: Run, checkpoints: Checkpoints) -> TrainState:
+    """The latest checkpoint's state; without one, weights fitted from config.init_from, or fresh ones.
+
+    Raises:
+      UserError: a checkpoint or weights that do not fit.
+    """
+    if (latest := checkpoints.latest()) is not None:
+        return _resumed(run, checkpoints, latest)
+    weights = split(run.model)[1]
+    if _is_open(run.config):
+        raise UserError(
+            f"config.init_from: this recipe starts from {run.config.init_from.strip('<>')}; name a run, a"
+            " checkpoint or a released file, or start from scratch with --config.init_from="
+        )
+    if run.config.init_from:
+        weights = _fitted(run, weights)
+    else:
+        say("starting from scratch")
+    return init_state(weights, run.optimizer, run.mesh, averaged=run.averages)
+
+
+def _is_open(config: ml_collections.ConfigDict) -> bool:
+    """Whether a recipe leaves open which weights it starts from, as "<ImageNet weights>"."""
+    return config.init_from.startswith("<")
+
+
+def _resumed(run: Run, checkpoints: Checkpoints, step: int) -> TrainState:
+    where = f"{checkpoints.path(step)}, step {step} of {run.durations.total}"
+    if step > run.durations.total:
+        say(f"{where}: the checkpoint is already past the last step")
+    else:
+        say(f"resuming from {where}")
+    card = checkpoints.card(step)
+    adopt_classes(run.data, card)
+    _check_frozen(run, card, checkpoints.path(step))
+    advice = "choose another --workdir, or the model that was saved"
+    state = checkpoints.state(step, abstract_state(run), run.mesh, advice)
+    for line in differences(card["config"], as_json(run.config)):
+        say(f"note: {line}")
+    return state
+
+
+def _check_frozen(run: Run, card: dict[str, Any], path: epath.Path) -> None:
+    saved, now = card["config"]["optimizer"].get("freeze", ""), run.config.optimizer.freeze
+    if saved != now:
+        raise UserError(
+            f"config.optimizer.freeze is {now!r}, and {path} was trained with {saved!r}: its optimizer has"
+            f" state for other weights. Start another run from it: --config.init_from={path} --workdir=..."
+        )
+
+
+def _fitted(run: Run, fresh: Weights) -> Weights:
+    """Weights of config.init_from in the model's shapes, with what became of them said."""
+    source = find_weights(run.config.init_from, run.mesh)
+    rules = convert.Rules(**run.config.init, seed=run.config.train.seed)
+    names = tuple(run.data.class_names)
+    adapted = convert.adapt(source, fresh.params | fresh.batch_stats, run.model.variant, names, rules)
+    say(f"fine-tuning: starting at step 0 from the {source.model['name']} in {source.where}")
+    for line in adapted.lines():
+        say(f"  {line}")
+    for key, value in _described(source).items():
+        if value is not None and list(value) != list(run.config.data[key]):
+            now, theirs = (v if isinstance(v, str) else tuple(v) for v in (run.config.data[key], value))
+            say(f"  note: config.data.{key} is {now!r}; the weights were trained with {theirs!r}")
+    return like(fresh, adapted.arrays)
+
+
+def find_weights(path: str, mesh: Mesh) -> convert.Source:
+    """The weights that a path names: a released file, or a checkpoint of ours.
+
+    Raises:
+      UserError: there are none, or they cannot be used.
+    """
+    if convert.is_weights_file(path):
+        return _read_released(path)
+    with open_checkpoint(path) as (checkpoints, step):
+        card = checkpoints.card(step)
+        arrays, averaged = checkpoints.whole(step, mesh)
+    model = {key: value for key, value in card["config"]["model"].items() if value is not None}
+    names = card["class_names"]
+    return convert.Source(
+        arrays,
+        get_variant(**model),
+        model,
+        arrays["head.bias"].size,
+        None if names is None else tuple(names),
+        convert.Inputs(**{key: card["config"]["data"][key] for key in INPUTS}),
+        f"{checkpoints.path(step)}{' (averaged weights)' * averaged}",
+    )
+
+
+@functools.lru_cache(maxsize=1)  # asked for its inputs first, then for its arrays
+def _read_released(path: str) -> convert.Source:
+    return convert.read_released(path)
+
+
+def _inputs_of(path: str) -> dict[str, Any]:
+    if convert.is_weights_file(path):
+        return _described(_read_released(path))
+    with open_checkpoint(path) as (checkpoints, step):
+        return checkpoints.card(step)["config"]["data"]
+
+
+def _described(source: convert.Source) -> dict[str, Any]:
+    return {key: getattr(source.inputs, key, None) for key in INPUTS}
