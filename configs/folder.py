@@ -39,7 +39,10 @@ def get_config(argument: str = "structvit_tiny_4_1_video") -> ml_collections.Con
     config.eval.every = "5 epochs"
     config.eval.batch_size = 32
     config.checkpoint.every = "1 epochs"
-    if stage == "finetune":
+    if stage != "finetune":
+        config.data.mean = (0.45, 0.45, 0.45)
+        config.data.std = (0.225, 0.225, 0.225)
+    else:  # as the weights were trained
         config.init_from = "<weights of your choice>"
         config.model.drop_path = 0.2  # more than for large data, as UniFormer's on Something-Something
         config.train.duration = "20 epochs"

@@ -1,5 +1,7 @@
 """Augmentation: crops, flips and RandAugment on the host; erasing, mixup and cutmix on the device."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from structvit_jax.data import augment
 from structvit_jax.data.augment import RandAugment
+from structvit_jax.data.reader import Reader
 from structvit_jax.errors import UserError
 from structvit_jax.training import mixing
 
@@ -211,3 +214,69 @@ def test_images_mix_too():
     inputs, _, out, targets = mixed(3, 0.8, 1.0, (4, 20, 30, 3))
     assert out.shape == inputs.shape
     np.testing.assert_allclose(targets.sum(1), 1, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "operation", [None, *augment._MOVES], ids=lambda o: o.__name__.strip("_") if o else "crop"
+)
+def test_poses_say_where_pixels_come_from(operation):
+    """A picture of its own coordinates, smooth enough for any interpolation, is altered; what its pixels then
+    say is where the pose puts them."""
+    height, width = 96, 128
+    y, x = np.meshgrid((np.arange(height) + 0.5) / height, (np.arange(width) + 0.5) / width, indexing="ij")
+    clip = np.stack([255 * x, 255 * y, 0 * x], axis=-1).round().astype(np.uint8)[None]
+    if operation is None:
+        rng = np.random.default_rng(3)
+        out, pose = augment.random_crop(clip, 64, (0.2, 0.5), (0.75, 4 / 3), 1.0, rng, image=False)
+    else:
+        out = np.asarray(operation(Image.fromarray(clip[0]), 0.6, -1, (255, 255, 255)))[None]
+        pose = augment._MOVES[operation](-0.6, width / height)
+    sides = out.shape[1:3]
+    v, u = np.meshgrid(*((np.arange(n) + 0.5) / n for n in sides), indexing="ij")
+    places = np.stack([u, v, np.ones_like(u)], axis=-1) @ pose.T
+    inside = ((places[..., :2] > 0.03) & (places[..., :2] < 0.97)).all(-1)
+    assert inside.mean() > 0.4
+    assert np.abs(out[0, ..., :2] / 255 - places[..., :2])[inside].max() < 0.02
+
+
+def test_poses_of_a_policy_compose():
+    """Crop, mirror and moves one after the other, of an image as of a clip."""
+    height, width = 90, 120
+    y, x = np.meshgrid((np.arange(height) + 0.5) / height, (np.arange(width) + 0.5) / width, indexing="ij")
+    clip = np.stack([255 * x, 255 * y, 0 * x], axis=-1).round().astype(np.uint8)[None]
+    section = {"crop_area": (0.5, 0.9), "crop_aspect": (0.75, 1.33), "flip": 0.5, "color_jitter": 0.0}
+    for frames in (0, 1):
+        data = types.SimpleNamespace(frames=frames, size=64, sampling="dense", channels="rgb", mean=None)
+        options = types.SimpleNamespace(**section, randaugment="")
+        reader = Reader(types.SimpleNamespace(class_names=()), data, options, seed=0)
+        for seed in range(12):
+            reader._policy = _Moves()
+            out, pose = reader.transform(clip, np.random.default_rng(seed))
+            v, u = np.meshgrid(*((np.arange(64) + 0.5) / 64,) * 2, indexing="ij")
+            places = np.stack([u, v, np.ones_like(u)], axis=-1) @ pose.T
+            known = out.reshape(64, 64, 3)[..., 2] == 0  # not filled
+            inside = known & ((places[..., :2] > 0.05) & (places[..., :2] < 0.95)).all(-1)
+            error = np.abs(out.reshape(64, 64, 3)[..., :2] / 255 - places[..., :2])[inside]
+            assert inside.mean() > 0.2 and np.quantile(error, 0.95) < 0.03
+
+
+class _Moves(RandAugment):
+    """Two of the operations that move pixels, always."""
+
+    def __call__(self, clip, fill, rng):
+        pose = np.eye(3)
+        for number in rng.choice(len(augment._MOVES), 2):
+            operation = list(augment._MOVES)[number]
+            level = rng.uniform(0.1, 0.6)
+            clip = np.stack([np.asarray(operation(Image.fromarray(f), level, 1, (0, 0, 255))) for f in clip])
+            pose = pose @ augment._MOVES[operation](level, clip.shape[2] / clip.shape[1])
+        return clip, pose
+
+
+def test_colour_jitter():
+    clip = np.stack([PICTURE] * 2)
+    seen = [augment.color_jitter(clip, 0.4, np.random.default_rng(seed)) for seed in range(20)]
+    assert all((out[0] == out[1]).all() for out in seen)
+    brightness = [float(out.mean() / PICTURE.mean()) for out in seen]
+    assert min(brightness) < 0.8 < 1.15 < max(brightness)
+    assert (augment.color_jitter(clip, 0.0, np.random.default_rng(0)) == clip).all()

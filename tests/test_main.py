@@ -126,7 +126,7 @@ def test_a_killed_run_resumes_to_the_same_numbers(finished, command, tmp_path, k
         (["--config=configs/moving_digts.py"], "Did you mean 'configs/moving_digits.py'"),
         ([CONFIG, "--config.optimzer.lr=1"], "has no key 'optimzer'. Did you mean 'optimizer'?"),
         (["--config={typo}"], "has no key 'batchsize'. Did you mean 'batch_size'"),
-        (["--config=configs"], "Known: configs/digits.py, configs/"),
+        (["--config=configs"], "Known: configs/ablations.py, configs/"),
         ([*QUICK, "--config.optimizer.lr=1e30", "--workdir={tmp}/nan"], "Lower config.optimizer.lr"),
         ([CONFIG, "--config.optimizer.lr=fast"], "--config.optimizer.lr=fast"),
         ([CONFIG, "--config.optimizer.lr=0.0"], "config.optimizer.lr is 0.0"),
@@ -139,7 +139,7 @@ def test_a_killed_run_resumes_to_the_same_numbers(finished, command, tmp_path, k
         ([CONFIG, "--config.data.name=digts"], "'digits'"),
         ([CONFIG, "--workdir=/proc/run"], "/proc/run cannot be used"),
         ([CONFIG, f"--workdir={ROOT / 'README.md'}"], "choose another --workdir"),
-        ([CONFIG, "--mode=eval", "--workdir=no/such/run"], "no checkpoint in no/such/run"),
+        ([CONFIG, "--mode=eval", "--workdir=no/such/run"], "no checkpoint at no/such/run"),
         ([CONFIG, "--config.init_from=no/such/run", "--workdir={tmp}"], "no checkpoint at no/such/run"),
         (
             [CONFIG, "--config.mesh.device=tpu", "--workdir={tmp}"],

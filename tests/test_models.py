@@ -150,6 +150,7 @@ def test_every_override_reaches_the_model():
         "kernel_init": "delta",
         "drop_path": 0.5,
         "layer_scale": 0.1,
+        "token_labels": True,
         "remat": "full",
         "dtype": "bfloat16",
     }

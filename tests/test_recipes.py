@@ -3,34 +3,40 @@
 Each trains, evaluates, saves, resumes, and starts from what the paper starts from.
 """
 
+import os
+
 import numpy as np
 import pytest
 from conftest import records
-from test_start import SMALL
+from test_start import SHORT, SMALL
 
 from structvit_jax.data.label_maps import LabelMapWriter, digest
 
 TINY = [
-    *SMALL,
+    *SHORT,
     "--config.data.name=noise:4",
-    "--config.data.size=32",
+    "--config.data.size=24",
     "--config.data.workers=0",
     "--config.data.batch_size=4",
+    "--config.optimizer.cooldown=0 steps",
     "--config.checkpoint.every=1 steps",
 ]
-DEIT = ["--config.model.depths=(1,)", "--config.model.widths=(16,)", "--config.model.image_size=32"]
 CLIPS = ["--config.data.frames=2", "--config.data.test_clips=2", "--config.data.test_crops=1"]
 
 
 @pytest.fixture
 def recipe(command, tmp_path):
-    """Runs a recipe for two steps, resumes it for a third, and returns its workdir."""
+    """Runs a recipe for two steps, resumes it for a third (with EVERY_RECIPE set in the environment all, else
+    those that say so, for time), and returns its workdir."""
 
-    def run(name, *arguments):
+    def run(name, *arguments, resumes=False):
         workdir = tmp_path / name.translate(str.maketrans(":,=", "___"))
         given = [f"--config=configs/{name}", *TINY, *arguments, f"--workdir={workdir}"]
         first = command(*given)
         assert first.returncode == 0, first.stderr
+        assert "result: top1" in first.stdout
+        if not (resumes or os.environ.get("EVERY_RECIPE")):
+            return workdir
         again = command(*given, "--config.train.duration=3 steps")
         assert again.returncode == 0, again.stderr
         assert "resuming from" in again.stdout and "result: top1" in again.stdout
@@ -40,10 +46,16 @@ def recipe(command, tmp_path):
     return run
 
 
-def test_images(recipe, tmp_path):
-    """At 224 from scratch, at 384 from that, and both with token labelling; the ablation."""
-    plain = recipe("imagenet.py:structvit_tiny_4_1")
-    recipe("imagenet.py:structvit_tiny_4_1,384", f"--config.init_from={plain}", "--config.data.size=48")
+def test_images(recipe):
+    """At 224 from scratch, at 384 from that; the ablation."""
+    plain = recipe("imagenet.py:deit_tiny_struct_2", resumes=True)
+    recipe("imagenet.py:deit_tiny_struct_2,384", f"--config.init_from={plain}", "--config.data.size=40")
+    sizes = ["--config.data.size=32", "--config.model.image_size=32"]
+    recipe("ablations.py:imagenet,structure_dim=2,key_window=5,aggregation=element,depth=1,width=48", *sizes)
+
+
+def test_token_labelling(recipe, tmp_path):
+    """At 224 and, from that, at 384."""
     maps = tmp_path / "maps"
     names, ids = [f"class {i}" for i in range(4)], digest([f"noise/train/{i}" for i in range(40)])
     card = {"images": 40, "class_names": names, "ids": ids}
@@ -51,17 +63,17 @@ def test_images(recipe, tmp_path):
     rng = np.random.default_rng(0)
     writer.write(0, rng.integers(0, 4, (40, 2, 2, 3)), rng.dirichlet(np.ones(4), (40, 2, 2))[..., :3])
     writer.finish()
-    labelled = recipe("imagenet.py:structvit_tiny_4_1,224_labels", f"--config.data.label_maps={maps}")
-    larger = [f"--config.data.label_maps={maps}", f"--config.init_from={labelled}", "--config.data.size=48"]
-    recipe("imagenet.py:structvit_tiny_4_1,384_labels", *larger)
-    recipe("ablations.py:imagenet,structure_dim=2,key_window=5,aggregation=element", *DEIT)
+    small = [*SMALL, f"--config.data.label_maps={maps}", "--config.data.size=32"]
+    labelled = recipe("imagenet.py:structvit_tiny_2_1,224_labels", *small, resumes=True)
+    larger = [f"--config.init_from={labelled}", "--config.data.size=48"]
+    recipe("imagenet.py:structvit_tiny_2_1,384_labels", *small, *larger)
 
 
 def test_videos(recipe):
     """Kinetics from ImageNet weights, the others from Kinetics weights; the ablation."""
-    images = recipe("imagenet.py:structvit_tiny_2_1")
-    kinetics = recipe("kinetics400.py:structvit_tiny_2_1_video", *CLIPS, f"--config.init_from={images}")
+    images, model = recipe("imagenet.py:deit_tiny_struct_2"), "deit_tiny_struct_2_video"
+    kinetics = recipe(f"kinetics400.py:{model}", *CLIPS, f"--config.init_from={images}", resumes=True)
     for name in ("something_v1", "something_v2", "diving48", "finegym"):
-        model = "structvit_tiny_2_1_video"
         recipe(f"{name}.py:{model}", *CLIPS, f"--config.init_from={kinetics}")
-    recipe("ablations.py:something_v1,structure_dim=1", *DEIT, *CLIPS, "--config.init_from=")
+    sizes = [*CLIPS, "--config.data.size=32", "--config.model.image_size=32", "--config.init_from="]
+    recipe("ablations.py:something_v1,structure_dim=1,depth=1,width=48", *sizes)

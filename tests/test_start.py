@@ -20,76 +20,88 @@ from structvit_jax.models import weights
 from structvit_jax.training.checkpoint import open_checkpoint
 from structvit_jax.training.mesh import make_mesh
 
-SMALL = [
-    "--config.model.depths=(1,1,1,1)",
-    "--config.model.widths=(8,8,16,16)",
-    "--config.model.head_width=8",
+SHORT = [
     "--config.data.batch_size=8",
     "--config.data.train_examples=40",
     "--config.data.test_examples=16",
     "--config.eval.batch_size=16",
     "--config.eval.every=",
     "--config.train.duration=2 steps",
+    "--config.train.accumulate=1",
     "--config.optimizer.warmup=0 steps",
 ]
-IMAGES = [
-    "--config=configs/folder.py:structvit_tiny_4_1",
-    "--config.data.size=32",
-    "--config.augment.crop_area=(1,1)",
+SMALL = [  # of a structvit_tiny, to compile in seconds
+    "--config.model.depths=(1,1,1,1)",
+    "--config.model.widths=(8,8,16,16)",
+    "--config.model.head_width=8",
 ]
+NOISE = "--config.data.name=noise:4"
+OWN = "--config=configs/folder.py"
 
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
-    """A UniFormer of ten classes."""
+    """A DeiT with plain attention, of ten classes, at 24 pixels."""
     folder = tmp_path_factory.mktemp("digits")
-    arguments = ["--config=configs/digits.py", "--config.model.name=uniformer_tiny", *SMALL]
+    arguments = [
+        "--config=configs/digits.py",
+        "--config.model.name=deit_tiny",
+        "--config.data.size=24",
+        *SHORT,
+    ]
     process = Command(folder, *arguments, f"--workdir={folder / 'run'}").wait()
     assert process.returncode == 0, process.stderr
     return folder / "run"
 
 
 def test_fine_tuning_in_one_command_each(digits, command, tmp_path):
-    """To other classes with D from none to 4, then D to 8 at another size; and from images to video."""
-    classes = tmp_path / "classes"
-    process = command(
-        *IMAGES, *SMALL, "--config.data.name=noise:4", f"--config.init_from={digits}", f"--workdir={classes}"
+    """To other classes with D from none to 4, then D to 8 and 24 to 32 pixels; and from images to video."""
+
+    def tune(name, *arguments):
+        process = command(*arguments, *SHORT, f"--workdir={tmp_path / name}")
+        assert process.returncode == 0, process.stderr
+        return process.stdout
+
+    said = tune(
+        "classes",
+        f"{OWN}:deit_tiny_struct_4,finetune",
+        NOISE,
+        "--config.data.size=24",
+        f"--config.init_from={digits}",
     )
-    assert process.returncode == 0, process.stderr
     for phrase in (
-        "fine-tuning: starting at step 0 from the uniformer_tiny",
+        "fine-tuning: starting at step 0 from the deit_tiny in",
         "carried over: ",
         "structure kernels that start as plain attention: 4 arrays",
-        "made new, for 4 classes instead of 10: 2 arrays, 68 values: head.bias, head.kernel",
+        "made new, for 4 classes instead of 10: 2 arrays, 132 values: head.bias, head.kernel",
     ):
-        assert phrase in process.stdout, process.stdout
-    data = json.loads((classes / "config.json").read_text())["data"]
+        assert phrase in said, said
+    data = json.loads((tmp_path / "classes" / "config.json").read_text())["data"]
     assert data["mean"] == [0.3] * 3 and data["std"] == [0.32] * 3 and data["channels"] == "rgb"
 
     larger = [
-        "--config=configs/folder.py:structvit_tiny_8_1",
-        "--config.data.size=40",
-        "--config.data.name=noise:4",
+        NOISE,
+        "--config.data.size=32",
+        "--config.model.image_size=32",
+        f"--config.init_from={tmp_path / 'classes'}",
     ]
-    process = command(*larger, *SMALL, f"--config.init_from={classes}", f"--workdir={tmp_path / 'larger'}")
-    assert process.returncode == 0, process.stderr
-    assert "structure kernels with patterns repeated, 4 to 8: 4 arrays" in process.stdout
-    assert "made new" not in process.stdout
+    said = tune("larger", f"{OWN}:deit_tiny_struct_8,finetune", *larger)
+    assert "structure kernels with patterns repeated, 4 to 8: 4 arrays" in said
+    assert "positions resized: 1 arrays, 512 values: pos_embed" in said
+    assert "made new" not in said
 
-    video = ["--config=configs/moving_digits.py", "--config.model.name=structvit_tiny_2_1_video"]
-    process = command(*video, *SMALL, f"--config.init_from={digits}", f"--workdir={tmp_path / 'video'}")
-    assert process.returncode == 0, process.stderr
+    video = ["--config=configs/moving_digits.py", "--config.model.name=deit_tiny_struct_2_video"]
+    said = tune("video", *video, f"--config.init_from={digits}")
     for phrase in (
-        "inflated in time (average): ",
+        "inflated in time (average): 1 arrays",
         "start as plain attention: 4 arrays",
         "made new, for 8 classes instead of 10",
         "note: config.data.mean is (0.08, 0.08, 0.08); the weights were trained with (0.3, 0.3, 0.3)",
     ):
-        assert phrase in process.stdout, process.stdout
+        assert phrase in said, said
 
-    again = command(*video, *SMALL, f"--config.init_from={digits}", f"--workdir={tmp_path / 'video'}")
-    assert "the run is complete: step 2 of 2" in again.stdout
-    shorter = command(*video, *SMALL, "--config.train.duration=1 steps", f"--workdir={tmp_path / 'video'}")
+    assert "the run is complete: step 2 of 2" in tune("video", *video, f"--config.init_from={digits}")
+    shorter = command(*video, *SHORT, "--config.train.duration=1 steps", f"--workdir={tmp_path / 'video'}")
     assert "already past the last step" in shorter.stdout
 
 
@@ -127,9 +139,9 @@ def test_token_labelling_from_teacher_to_student(digits, command, tmp_path):
     smaller = ["--config.eval.batch_size=64", "--top=3"]
     process = run_module("label_maps", digits, maps, *smaller)
     assert process.returncode == 0, process.stderr
-    assert "maps of 1437 images, 2x2, 3 classes at each place" in process.stdout
+    assert "maps of 1437 images, 3x3, 3 classes at each place" in process.stdout
     scores, classes = (np.load(maps / f"{name}.npy") for name in ("scores", "classes"))
-    assert scores.shape == classes.shape == (images, 2, 2, 3)
+    assert scores.shape == classes.shape == (images, 3, 3, 3)
     assert (
         (np.diff(scores, axis=-1) <= 0).all()
         and (scores.sum(-1) > 0).all()
@@ -146,7 +158,7 @@ def test_token_labelling_from_teacher_to_student(digits, command, tmp_path):
     process = run_module("label_maps", digits, maps, *smaller)
     assert process.returncode == 2 and "holds finished label maps" in process.stderr
 
-    student = ["--config=configs/digits.py", "--config.model.name=structvit_tiny_2_1", *SMALL]
+    student = ["--config=configs/digits.py", "--config.model.name=structvit_tiny_2_1", *SHORT, *SMALL]
     labelled = [
         f"--config.data.label_maps={maps}",
         "--config.augment.mix_token=1",
@@ -253,12 +265,10 @@ def test_a_run_with_averaged_weights_resumes_exactly(command, tmp_path):
 
 
 def test_a_recipe_asks_for_the_weights_that_it_starts_from(command, tmp_path):
-    recipe = [
-        "--config=configs/kinetics400.py",
-        "--config.data.name=noise:4",
-        *SMALL,
-        "--config.data.size=32",
-    ]
-    process = command(*recipe, "--config.data.workers=0", f"--workdir={tmp_path / 'run'}")
+    process = command(
+        "--config=configs/kinetics400.py:deit_tiny_struct_1_video",
+        *(NOISE, *SHORT, "--config.data.size=24", "--config.data.workers=0"),
+        f"--workdir={tmp_path / 'run'}",
+    )
     assert process.returncode == 2
     assert "this recipe starts from ImageNet weights; name a run" in process.stderr

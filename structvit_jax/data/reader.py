@@ -144,10 +144,10 @@ class Reader:
 
     def _alter(self, clip, rng):
         means = self.data.mean if self.is_image and self.data.mean else (0.5, 0.5, 0.5)
-        fill = [round(255 * mean) for mean in means]
+        red, green, blue = (round(255 * mean) for mean in means)
         pose = np.eye(3)
         if self._policy is not None:
-            clip, pose = self._policy(clip, tuple(fill), rng)
+            clip, pose = self._policy(clip, (red, green, blue), rng)
         if self.augment.color_jitter:
             clip = color_jitter(clip, self.augment.color_jitter, rng)
         return clip, pose

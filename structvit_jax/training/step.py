@@ -12,6 +12,7 @@ import ml_collections
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from structvit_jax.config import INPUTS
 from structvit_jax.models.weights import Structure, Weights, batch_stats, training_structure
 from structvit_jax.training import losses, mixing, token_labels
 from structvit_jax.training.mesh import put_whole
@@ -236,5 +237,5 @@ def stand_in(batch: Batch) -> Batch:
 
 def normalize(inputs: jax.Array, config: ml_collections.ConfigDict) -> jax.Array:
     """uint8 pixels to float32 with the configured mean and deviation of channels scaled to 0..1."""
-    mean, std = jnp.array(config.data.mean, jnp.float32), jnp.array(config.data.std, jnp.float32)
+    mean, std = (jnp.array(config.data[key] or INPUTS[key], jnp.float32) for key in ("mean", "std"))
     return (inputs.astype(jnp.float32) / 255.0 - mean) / std
