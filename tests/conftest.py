@@ -25,7 +25,6 @@ from structvit_jax.training import lock
 
 ROOT = Path(__file__).parent.parent
 CONFIG = "--config=configs/moving_digits.py"
-HASTY = "--xla_backend_optimization_level=0"  # compiles a third faster, and runs slower
 SAME = ("result.json", "metrics.jsonl")  # files that a kill may not change
 # Seconds instead of minutes: a two-block DeiT on few clips.
 QUICK = [
@@ -120,7 +119,7 @@ class Command:
 
 def devices(count):
     """The environment of a command on so many fake devices."""
-    return {"XLA_FLAGS": f"{HASTY} --xla_force_host_platform_device_count={count}"}
+    return {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count}"}
 
 
 def processes(folder, *arguments, first=(None, None), more=((), ())):
@@ -138,7 +137,7 @@ def processes(folder, *arguments, first=(None, None), more=((), ())):
 def _command(arguments, out, err, first, environment):
     """The body of the forked process."""
     os.chdir(ROOT)
-    os.environ.update({"XLA_FLAGS": HASTY} | environment)
+    os.environ.update({"XLA_FLAGS": ""} | environment)
     for stream, path in ((sys.stdout, os.devnull), (sys.stderr, err)):
         stream.flush()
         with open(path, "w") as file:

@@ -361,8 +361,9 @@ def test_inflation_weight_by_weight(how):
         assert np.array_equal(inflated[key], value), key
 
 
-@pytest.mark.parametrize("frames", [1, 4, 5])
-@pytest.mark.parametrize("name", ["uniformer_s", "structvit_s_2_1"])
+@pytest.mark.parametrize(
+    ("name", "frames"), [("uniformer_s", 4), ("structvit_s_2_1", 1), ("structvit_s_2_1", 5)]
+)
 def test_a_still_clip_gives_the_image_s_logits_when_centre_inflated(name, frames):
     model, arrays = random_model(name)
     video, _ = fit(as_source(name, arrays), f"{name}_video", rules=convert.Rules(inflate="centre"))
@@ -371,7 +372,7 @@ def test_a_still_clip_gives_the_image_s_logits_when_centre_inflated(name, frames
     assert relative(video(clip), np.asarray(model(image))) <= 1e-5
 
 
-@pytest.mark.parametrize("patterns", [1, 4, 8])
+@pytest.mark.parametrize("patterns", [4, 8])
 @pytest.mark.parametrize(
     ("kind", "shape"), [("", (4, 64, 64, 3)), ("_video", (2, 8, 64, 96, 3))], ids=["image", "video"]
 )
@@ -384,8 +385,7 @@ def test_a_structvit_starts_as_the_uniformer_that_it_came_from(kind, shape, patt
     logits = jax.jit(lambda arrays, x: structure.model(arrays)(x))(arrays, x)
     assert relative(logits, vectors) <= 1e-5
     values = np.asarray(arrays.params["blocks3.0.attn.value_kernels"])
-    if patterns > 1:
-        assert np.ptp(values, axis=-1).max() > 0.1  # they are not equal
+    assert np.ptp(values, axis=-1).max() > 0.1  # they are not equal
     np.testing.assert_allclose(values.sum(-1), patterns * _delta(values.shape[:-1]), atol=1e-5)
 
 

@@ -126,7 +126,7 @@ def test_local_passes_the_signal_on_and_leaves_nothing(play, sent):
     process = play.start(LAUNCH / "local.sh", "--restarts=3", "--", "x")
     assert wait_for(lambda: (play.folder / "pids").exists() and both_wait(play))
     process.send_signal(sent)
-    out, err = process.communicate(timeout=20)
+    out, err = process.communicate(timeout=60)
     assert process.returncode == 75, err
     assert "saved" in out and "saved" in (play.folder / "runs/local/process-1.log").read_text()
     assert len(play.started()) == 1, "who stops it does not want it started again"
@@ -144,7 +144,7 @@ def test_local_third_signal_kills(play):
     for _ in range(3):
         process.send_signal(signal.SIGTERM)
         time.sleep(0.2)
-    process.communicate(timeout=20)
+    process.communicate(timeout=60)
     assert process.returncode not in (0, 2, 75)
     assert play.nothing_is_left()
 
@@ -265,7 +265,7 @@ def test_slurm_passes_the_signal_to_the_tasks(slurm):
     process = slurm.start("bash", LAUNCH / "slurm.sbatch", *RUN)
     assert wait_for(lambda: (slurm.folder / "srun").exists())
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=20)
+    process.communicate(timeout=60)
     assert process.returncode == 75
     assert (slurm.folder / "scancel").read_text() == "--signal=TERM 7\n"
     assert requeued(slurm) == ["requeue 7"]

@@ -21,22 +21,20 @@ TINY = [
     "--config.optimizer.cooldown=0 steps",
     "--config.checkpoint.every=1 steps",
 ]
+# The rest takes minutes: EVERY_RECIPE=1 python -m pytest tests/test_recipes.py
+every = pytest.mark.skipif(not os.environ.get("EVERY_RECIPE"), reason="EVERY_RECIPE is not set")
 CLIPS = ["--config.data.frames=2", "--config.data.test_clips=2", "--config.data.test_crops=1"]
 
 
 @pytest.fixture
 def recipe(command, tmp_path):
-    """Runs a recipe for two steps, resumes it for a third (with EVERY_RECIPE set in the environment all, else
-    those that say so, for time), and returns its workdir."""
+    """Runs a recipe for two steps, resumes it for a third, and returns its workdir."""
 
-    def run(name, *arguments, resumes=False):
+    def run(name, *arguments):
         workdir = tmp_path / name.translate(str.maketrans(":,=", "___"))
         given = [f"--config=configs/{name}", *TINY, *arguments, f"--workdir={workdir}"]
         first = command(*given)
         assert first.returncode == 0, first.stderr
-        assert "result: top1" in first.stdout
-        if not (resumes or os.environ.get("EVERY_RECIPE")):
-            return workdir
         again = command(*given, "--config.train.duration=3 steps")
         assert again.returncode == 0, again.stderr
         assert "resuming from" in again.stdout and "result: top1" in again.stdout
@@ -46,14 +44,22 @@ def recipe(command, tmp_path):
     return run
 
 
+def test_videos_after_images(recipe):
+    """ImageNet from scratch, Kinetics from its weights."""
+    images = recipe("imagenet.py:deit_tiny_struct_2")
+    recipe("kinetics400.py:deit_tiny_struct_2_video", *CLIPS, f"--config.init_from={images}")
+
+
+@every
 def test_images(recipe):
     """At 224 from scratch, at 384 from that; the ablation."""
-    plain = recipe("imagenet.py:deit_tiny_struct_2", resumes=True)
+    plain = recipe("imagenet.py:deit_tiny_struct_2")
     recipe("imagenet.py:deit_tiny_struct_2,384", f"--config.init_from={plain}", "--config.data.size=40")
     sizes = ["--config.data.size=32", "--config.model.image_size=32"]
     recipe("ablations.py:imagenet,structure_dim=2,key_window=5,aggregation=element,depth=1,width=48", *sizes)
 
 
+@every
 def test_token_labelling(recipe, tmp_path):
     """At 224 and, from that, at 384."""
     maps = tmp_path / "maps"
@@ -64,15 +70,16 @@ def test_token_labelling(recipe, tmp_path):
     writer.write(0, rng.integers(0, 4, (40, 2, 2, 3)), rng.dirichlet(np.ones(4), (40, 2, 2))[..., :3])
     writer.finish()
     small = [*SMALL, f"--config.data.label_maps={maps}", "--config.data.size=32"]
-    labelled = recipe("imagenet.py:structvit_tiny_2_1,224_labels", *small, resumes=True)
+    labelled = recipe("imagenet.py:structvit_tiny_2_1,224_labels", *small)
     larger = [f"--config.init_from={labelled}", "--config.data.size=48"]
     recipe("imagenet.py:structvit_tiny_2_1,384_labels", *small, *larger)
 
 
+@every
 def test_videos(recipe):
     """Kinetics from ImageNet weights, the others from Kinetics weights; the ablation."""
     images, model = recipe("imagenet.py:deit_tiny_struct_2"), "deit_tiny_struct_2_video"
-    kinetics = recipe(f"kinetics400.py:{model}", *CLIPS, f"--config.init_from={images}", resumes=True)
+    kinetics = recipe(f"kinetics400.py:{model}", *CLIPS, f"--config.init_from={images}")
     for name in ("something_v1", "something_v2", "diving48", "finegym"):
         recipe(f"{name}.py:{model}", *CLIPS, f"--config.init_from={kinetics}")
     sizes = [*CLIPS, "--config.data.size=32", "--config.model.image_size=32", "--config.init_from="]

@@ -52,7 +52,9 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("destination")
     parser.add_argument("--model", default="", help="of ours, to fit the weights to; without it, their own")
     parser.add_argument("--data", default="", help=f"what they were trained on: {', '.join(RELEASED)}")
-    parser.add_argument("--head_width", type=int, default=0, help="32 or 64, where the release has both")
+    parser.add_argument(
+        "--head_width", type=int, default=0, choices=(32, 64), help="32 or 64, where the release has both"
+    )
     parser.add_argument("--labels", default="", help="a file with the names of their classes, one a line")
     parser.add_argument("--inflate", default="average", choices=("average", "centre"), help="over time")
     parser.add_argument("--noise", type=float, default=Rules.noise, help="that sets equal patterns apart")
@@ -76,13 +78,17 @@ def _read(chosen: argparse.Namespace) -> Source:
         if chosen.data or chosen.head_width or chosen.labels:
             raise UserError(f"{chosen.source} is a checkpoint of ours: --model alone has a meaning for it")
         return start.find_weights(chosen.source, make_mesh(-1, 1))
-    labels = None
-    if chosen.labels:
-        with open(os.path.expanduser(chosen.labels), encoding="utf-8") as file:
-            labels = file.read().splitlines()
+    labels = _read_labels(chosen.labels) if chosen.labels else None
     return read_released(
         chosen.source, model=chosen.model, data=chosen.data, head_width=chosen.head_width, labels=labels
     )
+
+
+def _read_labels(path: str) -> list[str]:
+    try:
+        return epath.Path(path).expanduser().read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read --labels={path}: {error}") from error
 
 
 def _fit(source: Source, chosen: argparse.Namespace) -> tuple[dict[str, Any], Weights]:

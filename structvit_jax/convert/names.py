@@ -66,8 +66,15 @@ def from_torch(state_dict: Mapping[str, np.ndarray]) -> Arrays:
 
 
 def to_torch(arrays: Mapping[str, np.ndarray]) -> Arrays:
-    """The reverse of `from_torch`; BatchNorm's counters are 0."""
-    video = arrays["blocks1.0.pos_embed.kernel"].ndim == 5
+    """The reverse of `from_torch`; BatchNorm's counters are 0.
+
+    Raises:
+      UserError: weights of a DeiT, which has no keys of theirs.
+    """
+    position = arrays.get("blocks1.0.pos_embed.kernel")
+    if position is None:
+        raise UserError("UniFormers and StructViTs alone have keys of the released PyTorch model")
+    video = np.ndim(position) == 5
     theirs = {}
     for name, array in arrays.items():
         theirs[torch_key(name)] = _torch_layout(name, np.asarray(array), video)

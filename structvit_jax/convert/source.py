@@ -11,6 +11,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from structvit_jax.convert import files
 from structvit_jax.convert.names import Arrays, from_torch
 from structvit_jax.errors import UserError, did_you_mean
@@ -106,7 +108,7 @@ def recognise(arrays: Arrays) -> tuple[dict[str, Any], int]:
         arguments["token_labels"] = True
     structure = arrays.get("blocks3.0.attn.key_kernels")
     name = base if structure is None else f"{base.replace('uniformer', 'structvit')}_{structure.shape[-1]}_1"
-    video = arrays["blocks1.0.pos_embed.kernel"].ndim == 5
+    video = np.ndim(arrays.get("blocks1.0.pos_embed.kernel", ())) == 5
     return {"name": name + "_video" * video, **arguments}, arrays["head.kernel"].shape[-1]
 
 
