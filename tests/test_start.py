@@ -79,6 +79,10 @@ def test_fine_tuning_in_one_command_each(digits, command, tmp_path):
     data = json.loads((tmp_path / "classes" / "config.json").read_text())["data"]
     assert data["mean"] == [0.3] * 3 and data["std"] == [0.32] * 3 and data["channels"] == "rgb"
 
+    moved = [NOISE, "--config.data.size=24", f"--config.init_from={tmp_path / 'gone'}"]
+    said = tune("classes", f"{OWN}:deit_tiny_struct_4,finetune", *moved)
+    assert "the run is complete" in said and "config.data.mean" not in said  # its own checkpoint says it
+
     larger = [
         NOISE,
         "--config.data.size=32",

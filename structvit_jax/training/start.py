@@ -17,10 +17,12 @@ from structvit_jax.config import INPUTS
 from structvit_jax.errors import UserError
 from structvit_jax.models.variants import get_variant
 from structvit_jax.models.weights import Weights, like, split
-from structvit_jax.training.checkpoint import FOLDER, Checkpoints, open_checkpoint
+from structvit_jax.training import processes
+from structvit_jax.training.checkpoint import Checkpoints, newest_card, open_checkpoint
 from structvit_jax.training.processes import say
 from structvit_jax.training.run import Run, abstract_state, adopt_classes, as_json, differences
 from structvit_jax.training.step import TrainState, init_state
+from structvit_jax.training.storage import naming_failures
 
 
 def settle_inputs(config: ml_collections.ConfigDict, workdir: epath.Path) -> ml_collections.ConfigDict:
@@ -33,7 +35,9 @@ def settle_inputs(config: ml_collections.ConfigDict, workdir: epath.Path) -> ml_
     open_keys = [key for key in INPUTS if config.data[key] is None]
     if not open_keys:
         return config
-    found = _inputs_of_run(workdir)
+    with naming_failures(workdir):
+        card = processes.decide(lambda: newest_card(workdir))
+    found = card["config"]["data"] if card else {}
     if not found and config.init_from and not _is_open(config):
         found = _inputs_of(config.init_from)
     config = config.copy_and_resolve_references()
@@ -137,14 +141,6 @@ def find_weights(path: str, mesh: Mesh) -> convert.Source:
 @functools.lru_cache(maxsize=1)  # asked for its inputs first, then for its arrays
 def _read_released(path: str) -> convert.Source:
     return convert.read_released(path)
-
-
-def _inputs_of_run(workdir: epath.Path) -> dict[str, Any]:
-    if not (workdir / FOLDER).exists():
-        return {}
-    with Checkpoints(workdir) as checkpoints:
-        step = checkpoints.latest()
-        return {} if step is None else checkpoints.card(step)["config"]["data"]
 
 
 def _inputs_of(path: str) -> dict[str, Any]:
