@@ -17,12 +17,11 @@ from structvit_jax.config import INPUTS
 from structvit_jax.errors import UserError
 from structvit_jax.models.variants import get_variant
 from structvit_jax.models.weights import Weights, like, split
-from structvit_jax.training import processes
-from structvit_jax.training.checkpoint import Checkpoints, newest_card, open_checkpoint
+from structvit_jax.training.checkpoint import Checkpoints, open_checkpoint
 from structvit_jax.training.processes import say
 from structvit_jax.training.run import Run, abstract_state, adopt_classes, as_json, differences
 from structvit_jax.training.step import TrainState, init_state
-from structvit_jax.training.storage import naming_failures
+from structvit_jax.training.storage import read_json
 
 
 def settle_inputs(config: ml_collections.ConfigDict, workdir: epath.Path) -> ml_collections.ConfigDict:
@@ -35,10 +34,10 @@ def settle_inputs(config: ml_collections.ConfigDict, workdir: epath.Path) -> ml_
     open_keys = [key for key in INPUTS if config.data[key] is None]
     if not open_keys:
         return config
-    with naming_failures(workdir):
-        card = processes.decide(lambda: newest_card(workdir))
-    found = card["config"]["data"] if card else {}
-    if not found and config.init_from and not _is_open(config):
+    found: dict[str, Any] = {}
+    if (workdir / "config.json").exists():
+        found = (read_json(workdir / "config.json") or {}).get("data", {})
+    elif config.init_from and not _is_open(config):
         found = _inputs_of(config.init_from)
     config = config.copy_and_resolve_references()
     for key in open_keys:
