@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import ml_collections
@@ -27,18 +27,39 @@ def default_config() -> ml_collections.ConfigDict:
     config.device_batch = 0  # for --mode=plan: examples a device, in place of data.batch_size
     config.device_memory = ""  # for --mode=plan: of a device, as "24GB"; finds the largest batch that fits
     config.profile = ""  # "START:STOP": steps whose profile is written to WORKDIR/profile
+    config.init = _init()
+    config.model = _model()
+    config.data = _data()
+    config.augment = _augment()
+    config.train = _train()
+    config.optimizer = _optimizer()
+    config.eval = _eval()
+    config.checkpoint = _checkpoint()
+    config.mesh = _mesh()
+    return config.lock()
 
-    config.init = ml_collections.ConfigDict()  # how weights of init_from are fitted to the model
-    config.init.inflate = "average"  # over time, of image weights: "average" (UniFormer's) or "centre"
-    config.init.kernels = "delta"  # of StructSA, from plain attention: "delta" keeps the function, or "fresh"
-    config.init.noise = 0.1  # that tells equal patterns apart and leaves their sum; 0 leaves them equal
 
-    config.model = model = ml_collections.ConfigDict()
+def _init() -> ml_collections.ConfigDict:
+    """How weights of config.init_from are fitted to the model."""
+    init = ml_collections.ConfigDict()
+    init.inflate = "average"  # over time, of image weights: "average" (UniFormer's) or "centre"
+    init.kernels = "delta"  # of StructSA, from plain attention: "delta" keeps the function, or "fresh"
+    init.noise = 0.1  # that tells equal patterns apart and leaves their sum; 0 leaves them equal
+    return init
+
+
+def _model() -> ml_collections.ConfigDict:
+    """The model: a name, and any field of its variant."""
+    model = ml_collections.ConfigDict()
     model.name = "structvit_tiny_4_1_video"  # see structvit_jax.list_models
     for key, kind in _override_types().items():  # None keeps the named model's own value
         model[key] = config_dict.placeholder(kind)
+    return model
 
-    config.data = data = ml_collections.ConfigDict()
+
+def _data() -> ml_collections.ConfigDict:
+    """What is read, and how."""
+    data = ml_collections.ConfigDict()
     data.name = "moving_digits"  # see structvit_jax.data.SOURCES
     data.root = ""  # of "folder": where the splits are
     data.train_split = "train"  # a folder of class folders, or a list, below the root
@@ -61,8 +82,12 @@ def default_config() -> ml_collections.ConfigDict:
     data.label_maps = ""  # a folder of them, for token labelling: see structvit_jax.label_maps
     data.workers = 0  # processes that decode; 0 reads in threads
     data.max_bad_share = 0.05  # of the training examples that may turn out unreadable before the run stops
+    return data
 
-    config.augment = augment = ml_collections.ConfigDict()
+
+def _augment() -> ml_collections.ConfigDict:
+    """Augmentation of training examples; all off by default."""
+    augment = ml_collections.ConfigDict()
     augment.crop_area = (1.0, 1.0)  # random crops: their share of the frame, drawn uniformly
     augment.crop_aspect = (1.0, 1.0)  # ... and their width by height, log-uniformly
     augment.flip = 0.0  # probability of mirroring
@@ -73,16 +98,24 @@ def default_config() -> ml_collections.ConfigDict:
     augment.mixup = 0.0  # alpha of mixup; 0 is off
     augment.cutmix = 0.0  # alpha of cutmix; where both are on, each takes half of the steps
     augment.mix_token = 0.0  # alpha of MixToken, with model.token_labels; 0 is off
+    return augment
 
-    config.train = train = ml_collections.ConfigDict()
+
+def _train() -> ml_collections.ConfigDict:
+    """The loss, its length and its seed."""
+    train = ml_collections.ConfigDict()
     train.duration = "100 steps"
     train.seed = 0  # of weights, training data made on the fly, order, augmentation, stochastic depth
     train.label_smoothing = 0.0
     train.dense_weight = 1.0  # of the dense head's loss, with model.token_labels
     train.accumulate = 1  # parts that a batch is computed in, one after the other, to save memory
     train.max_skipped = 10  # steps in a row whose loss or gradient is not finite, before the run stops
+    return train
 
-    config.optimizer = optimizer = ml_collections.ConfigDict()
+
+def _optimizer() -> ml_collections.ConfigDict:
+    """AdamW and its schedule."""
+    optimizer = ml_collections.ConfigDict()
     optimizer.lr = 1e-3  # peak learning rate of AdamW
     optimizer.warmup = "0 steps"  # linear, from warmup_lr
     optimizer.warmup_lr = 1e-6
@@ -99,27 +132,39 @@ def default_config() -> ml_collections.ConfigDict:
     optimizer.freeze = ""  # weights that stay, as "patch_embed*,blocks1.*"; "*,!head.*" is a linear probe
     optimizer.layer_decay = 1.0  # factor on the learning rate for each layer further from the head
     optimizer.ema = 0.0  # decay of the weights' moving average, as 0.9999; 0 is off
+    return optimizer
 
-    config.eval = ml_collections.ConfigDict()
-    config.eval.every = ""  # evaluate at this interval; "" at the end only
-    config.eval.batch_size = 256  # examples at a time, each with all its views
-    config.eval.average = "logits"  # over views: of "logits" or of "softmax"
-    config.eval.ema = True  # scores the moving average, where there is one, and not the weights themselves
-    config.eval.max_missing = 0  # unreadable test examples that are tolerated; more, and no score is given
 
-    config.checkpoint = ml_collections.ConfigDict()
-    config.checkpoint.every = "1 epochs"
-    config.checkpoint.keep = 2  # how many of the latest stay
-    config.checkpoint.keep_best = 0  # of the best on the way, by top1; evaluations are then saved
-    config.checkpoint.keep_every = ""  # those at multiples of this duration stay too
+def _eval() -> ml_collections.ConfigDict:
+    """Evaluations, on the way and at the end."""
+    scoring = ml_collections.ConfigDict()
+    scoring.every = ""  # evaluate at this interval; "" at the end only
+    scoring.batch_size = 256  # examples at a time, each with all its views
+    scoring.average = "logits"  # over views: of "logits" or of "softmax"
+    scoring.ema = True  # scores the moving average, where there is one, and not the weights themselves
+    scoring.max_missing = 0  # unreadable test examples that are tolerated; more, and no score is given
+    return scoring
 
-    config.mesh = ml_collections.ConfigDict()
-    config.mesh.device = "auto"  # "auto" takes JAX's own choice, "cpu", "gpu" or "tpu" insist
-    config.mesh.data = -1  # devices along the data axis; -1 takes all that fsdp leaves
-    config.mesh.fsdp = 1  # devices over which parameters and optimizer state are split as well
-    config.mesh.heartbeat = 100  # seconds without a sign of life after which a process counts as lost
-    config.mesh.compilation_cache = "auto"  # folder of compiled programs; "auto": JAX's or ~/.cache; "" none
-    return config.lock()
+
+def _checkpoint() -> ml_collections.ConfigDict:
+    """When checkpoints are saved, and which stay."""
+    checkpoint = ml_collections.ConfigDict()
+    checkpoint.every = "1 epochs"
+    checkpoint.keep = 2  # how many of the latest stay
+    checkpoint.keep_best = 0  # of the best on the way, by top1; evaluations are then saved
+    checkpoint.keep_every = ""  # those at multiples of this duration stay too
+    return checkpoint
+
+
+def _mesh() -> ml_collections.ConfigDict:
+    """Devices, and the processes of a run."""
+    mesh = ml_collections.ConfigDict()
+    mesh.device = "auto"  # "auto" takes JAX's own choice, "cpu", "gpu" or "tpu" insist
+    mesh.data = -1  # devices along the data axis; -1 takes all that fsdp leaves
+    mesh.fsdp = 1  # devices over which parameters and optimizer state are split as well
+    mesh.heartbeat = 100  # seconds without a sign of life after which a process counts as lost
+    mesh.compilation_cache = "auto"  # folder of compiled programs; "auto": JAX's or ~/.cache; "" none
+    return mesh
 
 
 # What weights expect of their inputs, by key of the section `data`, where neither weights nor user say it.
@@ -205,81 +250,80 @@ def steps_in(duration: str, key: str, batch_size: int, rows_per_epoch: int) -> i
     return max(round(number * per_unit), 1 if number else 0)
 
 
-_ALPHAS = ("augment.color_jitter", "augment.mixup", "augment.cutmix", "augment.mix_token")
+def _three(least: float) -> Callable[[Any], bool]:
+    """Whether a value is None or three finite numbers above `least`."""
+
+    def holds(xs):
+        return xs is None or (
+            len(xs) == 3 and all(isinstance(x, (int, float)) and least < x < math.inf for x in xs)
+        )
+
+    return holds
+
+
+def _range(most: float) -> Callable[[Any], bool]:
+    """Whether a value is two numbers in order, above 0 and up to `most`."""
+    return lambda x: len(x) == 2 and 0 < x[0] <= x[1] <= most
+
+
+_RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (  # what they need, and keys, a word each
+    (
+        "to be at least 1",
+        lambda n: n >= 1,
+        "data.batch_size eval.batch_size data.stride data.size data.test_clips augment.repeats"
+        " train.accumulate train.max_skipped checkpoint.keep mesh.fsdp mesh.heartbeat",
+    ),
+    (
+        "to be 0 or more",
+        lambda n: n >= 0,
+        "optimizer.lag data.frames data.short_side data.workers eval.max_missing checkpoint.keep_best"
+        " device_batch",
+    ),
+    ("to be None, rgb or bgr", lambda value: value in (None, "rgb", "bgr"), "data.channels"),
+    ("to be warmup or start", lambda value: value in ("warmup", "start"), "optimizer.cosine_from"),
+    ("to be average or centre", lambda value: value in ("average", "centre"), "init.inflate"),
+    ("to be delta or fresh", lambda value: value in ("delta", "fresh"), "init.kernels"),
+    ("to be logits or softmax", lambda value: value in ("logits", "softmax"), "eval.average"),
+    ("to be 1 or 3", lambda n: n in (1, 3), "data.test_crops"),
+    ("to lie from 0 to 1", lambda p: 0 <= p <= 1, "augment.flip augment.erase data.max_bad_share"),
+    ("to lie above 0, up to 1", lambda x: 0 < x <= 1, "data.crop_fraction optimizer.layer_decay"),
+    ("two numbers, from and to, above 0 and up to 1", _range(1), "augment.crop_area"),
+    ("two numbers, from and to, above 0", _range(math.inf), "augment.crop_aspect"),
+    ("to be positive and finite", lambda x: 0 < x < math.inf, "optimizer.lr optimizer.eps"),
+    (
+        "to be finite and not negative",
+        lambda x: 0 <= x < math.inf,
+        "optimizer.weight_decay optimizer.clip_norm optimizer.warmup_lr optimizer.end_lr init.noise"
+        " augment.color_jitter augment.mixup augment.cutmix augment.mix_token",
+    ),
+    (
+        "to lie from 0 to below 1",
+        lambda x: 0 <= x < 1,
+        "optimizer.b1 optimizer.b2 optimizer.ema train.label_smoothing",
+    ),
+    ("to lie from 0 to below 2**31", lambda n: 0 <= n < 2**31, "train.seed"),
+    ("to be -1 or at least 1", lambda n: n == -1 or n >= 1, "mesh.data"),
+    ("to be auto, cpu, gpu or tpu", lambda d: d in ("auto", "cpu", "gpu", "tpu"), "mesh.device"),
+    ("three finite numbers, one per channel", _three(-math.inf), "data.mean"),
+    ("three finite numbers, one per channel, positive", _three(0), "data.std"),
+)
 
 
 def check_config(config: ml_collections.ConfigDict) -> None:
     """Raises UserError, in one line, for the first value outside its range."""
 
-    def require(key, condition, needs):
+    def require(key, holds, needs):
         value = config
         for part in key.split("."):
             value = value[part]
-        if not condition(value):
+        if not holds(value):
             raise UserError(f"config.{key} is {value!r}; it needs {needs}")
 
-    counts = ("data.batch_size", "eval.batch_size", "data.stride", "data.size", "data.test_clips")
-    for key in (
-        *counts,
-        "augment.repeats",
-        "train.accumulate",
-        "train.max_skipped",
-        "checkpoint.keep",
-        "mesh.fsdp",
-        "mesh.heartbeat",
-    ):
-        require(key, lambda n: n >= 1, "to be at least 1")
-    none = (
-        "optimizer.lag",
-        "data.frames",
-        "data.short_side",
-        "data.workers",
-        "eval.max_missing",
-        "checkpoint.keep_best",
-    )
-    for key in (*none, "device_batch"):
-        require(key, lambda n: n >= 0, "to be 0 or more")
-    choices = {
-        "data.channels": (None, "rgb", "bgr"),
-        "optimizer.cosine_from": ("warmup", "start"),
-        "init.inflate": ("average", "centre"),
-        "init.kernels": ("delta", "fresh"),
-        "eval.average": ("logits", "softmax"),
-        "data.test_crops": (1, 3),
-    }
-    for key, known in choices.items():
-        require(key, lambda value, known=known: value in known, "to be " + " or ".join(map(str, known)))
-    for key in ("augment.flip", "augment.erase", "data.max_bad_share"):
-        require(key, lambda p: 0 <= p <= 1, "to lie from 0 to 1")
-    for key in ("data.crop_fraction", "optimizer.layer_decay"):
-        require(key, lambda x: 0 < x <= 1, "to lie above 0, up to 1")
-    for key, most in (("augment.crop_area", 1), ("augment.crop_aspect", math.inf)):
-        require(
-            key,
-            lambda x, most=most: len(x) == 2 and 0 < x[0] <= x[1] <= most,
-            "two numbers, from and to, above 0" + (" and up to 1" if most == 1 else ""),
-        )
+    for needs, holds, keys in _RANGES:
+        for key in keys.split():
+            require(key, holds, needs)
     smallest = math.ceil(config.data.size / config.data.crop_fraction)
     fits = f"to be 0 or at least {smallest}, what config.data.size and crop_fraction ask for"
     require("data.short_side", lambda n: n == 0 or n >= smallest, fits)
     if config.data.test_clips > 1 and not config.data.frames:
         raise UserError("config.data.test_clips is more than 1, but there is one clip to an image")
-    for key in ("optimizer.lr", "optimizer.eps"):
-        require(key, lambda x: 0 < x < math.inf, "to be positive and finite")
-    rates = ("weight_decay", "clip_norm", "warmup_lr", "end_lr")
-    for key in (*(f"optimizer.{name}" for name in rates), *_ALPHAS, "init.noise"):
-        require(key, lambda x: 0 <= x < math.inf, "to be finite and not negative")
-    for key in ("optimizer.b1", "optimizer.b2", "optimizer.ema", "train.label_smoothing"):
-        require(key, lambda x: 0 <= x < 1, "to lie from 0 to below 1")
-    require("train.seed", lambda n: 0 <= n < 2**31, "to lie from 0 to below 2**31")
-    require("mesh.data", lambda n: n == -1 or n >= 1, "to be -1 or at least 1")
-    require("mesh.device", lambda d: d in ("auto", "cpu", "gpu", "tpu"), "to be auto, cpu, gpu or tpu")
-    for key, least in (("data.mean", -math.inf), ("data.std", 0.0)):
-        require(
-            key,
-            lambda xs, least=least: (
-                xs is None
-                or (len(xs) == 3 and all(isinstance(x, (int, float)) and least < x < math.inf for x in xs))
-            ),
-            "three finite numbers, one per channel" + (", positive" if least == 0 else ""),
-        )

@@ -1,6 +1,7 @@
 """The parts of training: schedule, decay, losses, placement, steps on several devices."""
 
 import contextlib
+import re
 import types
 
 import chex
@@ -49,11 +50,15 @@ def test_one_device_eight_data_parallel_eight_fsdp_have_the_same_losses():
     curves = {}
     for data_axis, fsdp in ((1, 1), (8, 1), (1, 8)):
         grid, _, state, step_fn = setup(config, data_axis, fsdp)
-        stream, curve = digits.train_batches(16, start_step=0), []
+        stream, curve, compiled = digits.train_batches(16, start_step=0), [], None
         for _ in range(10):
-            state, metrics = step_fn(state, mesh.put_batch(grid, next(stream)))
+            batch = mesh.put_batch(grid, next(stream))
+            compiled = compiled or step_fn.lower(state, batch).compile()
+            state, metrics = compiled(state, batch)
             curve.append([float(metrics[key]) for key in ("loss", "grad_norm")])
         stream.close()
+        gathered = re.findall(r"= \(?u8\S* all-gather", compiled.as_text())
+        assert not gathered, "a device gets its own pictures alone"
         curves[data_axis, fsdp] = np.array(curve)
         split_arrays = [a for a in jax.tree.leaves(state) if not a.sharding.is_fully_replicated]
         assert bool(split_arrays) == (fsdp > 1)

@@ -333,6 +333,16 @@ def _locate(path: str) -> tuple[epath.Path, int | None]:
     return folder, None
 
 
+def newest_card(workdir: epath.Path) -> dict[str, Any] | None:
+    """The newest whole card in a workdir, if there is one. Every process may read it for itself."""
+    folder = workdir / FOLDER
+    steps = [int(path.name) for path in folder.iterdir() if path.name.isdigit()] if folder.exists() else []
+    for step in sorted(steps, reverse=True):
+        if not damage(folder / str(step), "card/"):
+            return read_json(folder / str(step) / "card" / "metadata")
+    return None
+
+
 @contextlib.contextmanager
 def open_checkpoint(path: str) -> Iterator[tuple[Checkpoints, int]]:
     """The checkpoints of a run, and the step that "RUN/checkpoints/STEP" names, of "RUN" its latest.

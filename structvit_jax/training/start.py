@@ -17,16 +17,16 @@ from structvit_jax.config import INPUTS
 from structvit_jax.errors import UserError
 from structvit_jax.models.variants import get_variant
 from structvit_jax.models.weights import Weights, like, split
-from structvit_jax.training.checkpoint import Checkpoints, open_checkpoint
+from structvit_jax.training.checkpoint import Checkpoints, newest_card, open_checkpoint
 from structvit_jax.training.processes import say
 from structvit_jax.training.run import Run, abstract_state, adopt_classes, as_json, differences
 from structvit_jax.training.step import TrainState, init_state
-from structvit_jax.training.storage import read_json
+from structvit_jax.training.storage import naming_failures
 
 
 def settle_inputs(config: ml_collections.ConfigDict, workdir: epath.Path) -> ml_collections.ConfigDict:
-    """The configuration with every key of INPUTS said: as the workdir's run has it, or as the weights of
-    init_from expect it, or by default.
+    """The configuration with every key of INPUTS said: as the workdir's newest checkpoint has it, or as the
+    weights of init_from expect it, or by default. Opens no device and waits for no other process.
 
     Raises:
       UserError: no weights at config.init_from, or such that something has to be said of them first.
@@ -35,8 +35,10 @@ def settle_inputs(config: ml_collections.ConfigDict, workdir: epath.Path) -> ml_
     if not open_keys:
         return config
     found: dict[str, Any] = {}
-    if (workdir / "config.json").exists():
-        found = (read_json(workdir / "config.json") or {}).get("data", {})
+    with naming_failures(workdir):
+        card = newest_card(workdir)
+    if card:
+        found = card["config"]["data"]
     elif config.init_from and not _is_open(config):
         found = _inputs_of(config.init_from)
     config = config.copy_and_resolve_references()

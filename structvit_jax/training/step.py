@@ -65,9 +65,40 @@ def make_train_step(
     uninterrupted one would. A step whose loss or gradient is not finite changes nothing but the count of
     steps, and is marked in its metrics.
     """
+    gradients = _gradients(model, optimizer, config, mesh)
+    shardings = state_sharding(mesh, state)
+
+    def step_fn(state, batch):
+        loss, top1, stats, grads = gradients(state.weights, batch, state.step)
+        grads = jax.lax.with_sharding_constraint(grads, optimizer.trained(shardings.weights.params))
+        lr, grad_norm = schedule(state.step), optax.tree.norm(grads)
+        trained = optimizer.trained(state.weights.params)
+        with jax.named_scope("optimizer"):
+            updates, moments = optimizer.transform.update(grads, state.optimizer, trained)
+        trained = jax.tree.map(lambda param, update: param - lr * update, trained, updates)
+        weights, average = Weights(state.weights.params | trained, stats), state.average
+        if average is not None:
+            decay = config.optimizer.ema
+            average = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, average, weights)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        new = TrainState(state.step, weights, moments, average)
+        new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
+        metrics = {"loss": loss, "top1": top1, "grad_norm": grad_norm, "lr": lr, "skipped": ~finite}
+        return new._replace(step=state.step + 1), metrics | {"index": batch["index"]}
+
+    return jax.jit(
+        step_fn,
+        in_shardings=(shardings, batch_sharding(mesh)),
+        out_shardings=(shardings, replicated(mesh)),
+        donate_argnums=0,
+    )
+
+
+def _gradients(model: Any, optimizer: Optimizer, config: ml_collections.ConfigDict, mesh: Mesh) -> Callable:
+    """(weights, batch, step) -> loss, top1, new statistics and gradients of a batch, in as many parts as
+    configured."""
     structure = training_structure(model, optimizer.frozen)
     grid = model.grid(config.data.size) if config.data.label_maps else None
-    shardings = state_sharding(mesh, state)
     examples = batch_sharding(mesh)
 
     def place(x):
@@ -81,7 +112,6 @@ def make_train_step(
         return loss * part["share"], (batch_stats(network), top1 * part["share"])
 
     def gradients(weights, batch, step):
-        """Loss, top1, new statistics and gradients of a batch, in as many parts as configured."""
         drop_key, augment_key = step_keys(config, step)
         with jax.named_scope("augment"):
             prepared = prepare_batch(augment_key, batch, weights.params["head.bias"].size, config, grid)
@@ -109,30 +139,7 @@ def make_train_step(
             (stats, loss, top1, grads), _ = jax.lax.scan(add, start, (parts, keys))
         return loss, top1, stats, grads
 
-    def step_fn(state, batch):
-        loss, top1, stats, grads = gradients(state.weights, batch, state.step)
-        grads = jax.lax.with_sharding_constraint(grads, optimizer.trained(shardings.weights.params))
-        lr, grad_norm = schedule(state.step), optax.tree.norm(grads)
-        trained = optimizer.trained(state.weights.params)
-        with jax.named_scope("optimizer"):
-            updates, moments = optimizer.transform.update(grads, state.optimizer, trained)
-        trained = jax.tree.map(lambda param, update: param - lr * update, trained, updates)
-        weights, average = Weights(state.weights.params | trained, stats), state.average
-        if average is not None:
-            decay = config.optimizer.ema
-            average = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, average, weights)
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        new = TrainState(state.step, weights, moments, average)
-        new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
-        metrics = {"loss": loss, "top1": top1, "grad_norm": grad_norm, "lr": lr, "skipped": ~finite}
-        return new._replace(step=state.step + 1), metrics | {"index": batch["index"]}
-
-    return jax.jit(
-        step_fn,
-        in_shardings=(shardings, examples),
-        out_shardings=(shardings, replicated(mesh)),
-        donate_argnums=0,
-    )
+    return gradients
 
 
 def split_batch(batch: dict[str, jax.Array], parts: int, mesh: Mesh) -> dict[str, jax.Array]:
