@@ -23,7 +23,8 @@ from structvit_jax import recipes
 
 def get_config(argument: str = "imagenet") -> ml_collections.ConfigDict:
     data, *pairs = argument.split(",")
-    settings = dict(pair.split("=") for pair in pairs)
+    recipes.known(data, ("imagenet", "something_v1"), "data set")
+    settings = {key: value for key, _, value in (pair.partition("=") for pair in pairs)}
     patterns = int(settings.pop("structure_dim", 4))
     name = f"deit_s_struct_{patterns}" if patterns else "deit_s"
     config = recipes.images(name) if data == "imagenet" else recipes.ablation_video(f"{name}_video")

@@ -27,7 +27,7 @@ def naming_flags() -> Iterator[None]:
         raise UserError(_unknown_key(str(error))) from error
     except SyntaxError as error:
         raise UserError(f"{error.filename}:{error.lineno}: {error.msg}") from error
-    except (flags.Error, TypeError) as error:
+    except (flags.Error, TypeError, ValueError) as error:
         raise UserError(_last_line(error)) from error
 
 
@@ -70,4 +70,5 @@ def _unknown_key(message: str) -> str:
 
 def _last_line(error: BaseException) -> str:
     """What an error says, without the traceback that ml_collections puts before it."""
-    return [line for line in str(error).splitlines() if line.strip()][-1].strip()
+    line = [line for line in str(error).splitlines() if line.strip()][-1].strip()
+    return line.removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")

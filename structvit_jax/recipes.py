@@ -15,6 +15,8 @@ Some of these are accidents. Here is each, and what to set for what was meant:
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import ml_collections
 
 from structvit_jax.config import default_config
@@ -31,9 +33,19 @@ def imagenet(model: str, stage: str = "224") -> ml_collections.ConfigDict:
       UserError: an unknown stage.
     """
     stages = {"224": images, "384": images_384, "224_labels": token_labels, "384_labels": token_labels_384}
-    if stage not in stages:
-        raise UserError(f"unknown stage {stage!r}.{did_you_mean(stage, stages)}")
-    return stages[stage](model)
+    return stages[known(stage, stages, "stage")](model)
+
+
+def known(word: str, words: Iterable[str], what: str) -> str:
+    """The word of a configuration's argument, if it is one of `words`.
+
+    Raises:
+      UserError: it is not, and which is near.
+    """
+    words = list(words)
+    if word not in words:
+        raise UserError(f"unknown {what} {word!r}.{did_you_mean(word, words)}")
+    return word
 
 
 def images(model: str) -> ml_collections.ConfigDict:

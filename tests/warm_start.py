@@ -20,6 +20,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
 from structvit_jax import convert, data, ops
 from structvit_jax.config import from_card, model_arguments
@@ -119,6 +120,7 @@ def main():
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--folder", type=Path)
     options = parser.parse_args()
+    logging.set_verbosity(logging.FATAL)  # Orbax's words
     folder = options.folder or Path(tempfile.mkdtemp(prefix="warm_start"))
     top1 = {way: [] for way in WAYS}
     after = {way: [] for way in WAYS}
