@@ -7,8 +7,6 @@ import difflib
 import sys
 from collections.abc import Iterable, Iterator
 
-from absl import logging
-
 RESUMABLE = 75  # exit code (EX_TEMPFAIL): nothing needs mending, the same command goes on
 MISTAKE = 2  # exit code: a person has to change something first
 
@@ -48,7 +46,6 @@ def decoding() -> Iterator[None]:
 @contextlib.contextmanager
 def exit_in_one_line() -> Iterator[None]:
     """For commands: a user's mistake becomes one line and its exit code, a run that stopped another."""
-    logging.set_verbosity(logging.FATAL)  # Orbax logs its whole life; what matters it raises
     try:
         yield
     except UserError as error:

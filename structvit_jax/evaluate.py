@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 
-from absl import flags
+from absl import flags, logging
 from etils import epath
 
 from structvit_jax import data
@@ -29,5 +29,6 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    logging.set_verbosity(logging.FATAL)  # Orbax logs its whole life; what matters it raises
     with exit_in_one_line():
         main(sys.argv)

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
-from absl import flags
+from absl import flags, logging
 from tqdm import tqdm
 
 from structvit_jax import data
@@ -86,5 +86,6 @@ def write(config: ml_collections.ConfigDict, teacher: str, dataset: data.Dataset
 
 
 if __name__ == "__main__":
+    logging.set_verbosity(logging.FATAL)  # Orbax logs its whole life; what matters it raises
     with exit_in_one_line():
         main(sys.argv)

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 
 import ml_collections
-from absl import app, flags
+from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
@@ -101,6 +101,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
 
 def run() -> None:
     """The command line: a user's mistake is one line and exit code 2."""
+    logging.set_verbosity(logging.FATAL)  # Orbax logs its whole life; what matters it raises
     try:
         with exit_in_one_line():
             app.run(main, flags_parser=_parse)

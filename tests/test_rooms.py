@@ -13,7 +13,7 @@ ROOMS = {
     "models": ({"jax", "numpy", "flax"}, {"ops", "models", "errors"}),
     "convert": ({"jax", "numpy", "safetensors", "torch"}, {"convert", "models", "errors"}),
     "convert/__main__": (
-        {"jax", "numpy", "etils", "ml_collections"},
+        {"absl", "jax", "numpy", "etils", "ml_collections"},
         {"convert", "models", "training", "recipes", "errors"},
     ),
     "data": (

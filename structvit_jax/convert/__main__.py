@@ -18,6 +18,7 @@ from typing import Any
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from absl import logging
 from etils import epath
 
 from structvit_jax import recipes
@@ -139,5 +140,6 @@ def _config(source: Source, model: dict[str, Any]) -> ml_collections.ConfigDict:
 
 
 if __name__ == "__main__":
+    logging.set_verbosity(logging.FATAL)  # Orbax logs its whole life; what matters it raises
     with exit_in_one_line():
         main(sys.argv[1:])
