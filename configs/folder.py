@@ -13,12 +13,12 @@ Flipping is off, since left and right may be classes; where they are not, try --
 import ml_collections
 
 from structvit_jax.config import default_config
-from structvit_jax.recipes import known
+from structvit_jax.errors import known
 
 
 def get_config(argument: str = "structvit_tiny_4_1_video") -> ml_collections.ConfigDict:
     model, _, stage = argument.partition(",")
-    finetune = known(stage or "scratch", ("scratch", "finetune"), "stage") == "finetune"
+    finetune = known("stage", stage or "scratch", ("scratch", "finetune")) == "finetune"
     config = default_config()
     config.model.name = model
 

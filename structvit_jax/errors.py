@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 RESUMABLE = 75  # exit code (EX_TEMPFAIL): nothing needs mending, the same command goes on
 MISTAKE = 2  # exit code: a person has to change something first
@@ -56,10 +56,22 @@ def exit_in_one_line() -> Iterator[None]:
         raise SystemExit(RESUMABLE) from stop
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Returns ' Did you mean ...?' with the nearest of `known`, or all of them if none is near."""
-    known = sorted(known)
-    near = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
+def did_you_mean(word: str, words: Iterable[str]) -> str:
+    """Returns ' Did you mean ...?' with the nearest of `words`, or all of them if none is near."""
+    words = sorted(words)
+    near = difflib.get_close_matches(word, words, n=3, cutoff=0.6)
     if near:
         return " Did you mean " + " or ".join(repr(name) for name in near) + "?"
-    return " Known: " + ", ".join(known) + "."
+    return " Known: " + ", ".join(words) + "."
+
+
+def unknown(what: str, word: str, words: Iterable[str]) -> UserError:
+    """The error for a word that is none of `words`; `what` is the kind of thing that they name."""
+    return UserError(f"unknown {what} {word!r}.{did_you_mean(word, words)}")
+
+
+def known(what: str, word: str, words: Collection[str]) -> str:
+    """The word itself, if it is one of `words`; raises `unknown` otherwise."""
+    if word not in words:
+        raise unknown(what, word, words)
+    return word

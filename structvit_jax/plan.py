@@ -25,7 +25,7 @@ from jax.experimental import topologies
 
 from structvit_jax import traffic
 from structvit_jax.config import model_arguments
-from structvit_jax.errors import UserError, did_you_mean
+from structvit_jax.errors import UserError, did_you_mean, unknown
 from structvit_jax.models import cost
 from structvit_jax.models.operations import operations
 from structvit_jax.training.mesh import check_batch, make_mesh
@@ -97,7 +97,7 @@ def _devices(target: str) -> tuple[list, str]:
         return jax.devices(), ""
     generation, _, shape = target.partition(":")
     if generation not in CHIPS or not re.fullmatch(r"\d+x\d+(x\d+)?", shape):
-        raise UserError(f"unknown topology {target!r}.{did_you_mean(target, EXAMPLES)}")
+        raise unknown("topology", target, EXAMPLES)
     chips = math.prod(map(int, shape.split("x")))
     if importlib.util.find_spec("libtpu") is None:
         if len(jax.devices("cpu")) < chips:

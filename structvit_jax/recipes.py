@@ -15,12 +15,10 @@ Some of these are accidents. Here is each, and what to set for what was meant:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import ml_collections
 
 from structvit_jax.config import default_config
-from structvit_jax.errors import UserError, did_you_mean
+from structvit_jax.errors import known
 
 RANDAUGMENT_IMAGES = "rand-m9-n2-mstd0.5-inc1"  # DeiT's
 RANDAUGMENT_VIDEO = "rand-m7-n4-mstd0.5-inc1"  # UniFormer's, after MViT
@@ -33,19 +31,7 @@ def imagenet(model: str, stage: str = "224") -> ml_collections.ConfigDict:
       UserError: an unknown stage.
     """
     stages = {"224": images, "384": images_384, "224_labels": token_labels, "384_labels": token_labels_384}
-    return stages[known(stage, stages, "stage")](model)
-
-
-def known(word: str, words: Iterable[str], what: str) -> str:
-    """The word of a configuration's argument, if it is one of `words`.
-
-    Raises:
-      UserError: it is not, and which is near.
-    """
-    words = list(words)
-    if word not in words:
-        raise UserError(f"unknown {what} {word!r}.{did_you_mean(word, words)}")
-    return word
+    return stages[known("stage", stage, stages)](model)
 
 
 def images(model: str) -> ml_collections.ConfigDict:

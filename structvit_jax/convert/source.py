@@ -15,7 +15,7 @@ import numpy as np
 
 from structvit_jax.convert import files
 from structvit_jax.convert.names import Arrays, from_torch
-from structvit_jax.errors import UserError, did_you_mean
+from structvit_jax.errors import UserError, known
 from structvit_jax.models.variants import VARIANTS, Variant, get_variant
 
 
@@ -137,10 +137,8 @@ def _heads(path: str, arguments: dict[str, Any], said: int) -> dict[str, int]:
 
 
 def _inputs(path: str, arguments: dict[str, Any], classes: int, said: str) -> Inputs:
-    if said and said not in RELEASED:
-        raise UserError(f"unknown --data={said}.{did_you_mean(said, RELEASED)}")
     if said:
-        return RELEASED[said][1]
+        return RELEASED[known("--data", said, RELEASED)][1]
     if arguments.get("token_labels"):
         raise UserError(
             f"{path}: trained with token labelling, for which the authors' normalisation depends on the"

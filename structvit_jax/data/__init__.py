@@ -21,7 +21,7 @@ from structvit_jax.data.pipeline import (
     whole_batches,
 )
 from structvit_jax.data.reader import Arrays, Reader, Source
-from structvit_jax.errors import UserError, did_you_mean
+from structvit_jax.errors import UserError, unknown
 
 BUILT_IN: dict[str, Callable[[str, int, int], Source]] = {"moving_digits": MovingDigits, "digits": Digits}
 SOURCES = (*BUILT_IN, "folder", "tfds:NAME", "noise:CLASSES")
@@ -174,7 +174,7 @@ def load(data: Mapping[str, Any], augment: Mapping[str, Any], seed: int = 0) -> 
 
         train, test = records.open_images(name.removeprefix("tfds:"), options.root, *splits)
     else:
-        raise UserError(f"unknown data set {name!r}.{did_you_mean(name, SOURCES)}")
+        raise unknown("data set", name, SOURCES)
     return Dataset(train, test, options, policy, seed)
 
 

@@ -37,7 +37,7 @@ from structvit_jax.data.index import (
     read_split,
     write_list,
 )
-from structvit_jax.errors import DecodeError, UserError, did_you_mean, exit_in_one_line
+from structvit_jax.errors import DecodeError, UserError, exit_in_one_line, known
 
 _SOURCES = ("folder", "list", *DATA_SETS)
 
@@ -53,8 +53,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--images", action="store_true", help="files are images (folder, list)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that decode")
     chosen = parser.parse_args(arguments)
-    if chosen.source not in _SOURCES:
-        raise UserError(f"unknown source {chosen.source!r}.{did_you_mean(chosen.source, _SOURCES)}")
+    known("source", chosen.source, _SOURCES)
     if not (chosen.out or chosen.check):
         raise UserError("nothing to do: say --out=DIR for lists, --check to decode every file, or both")
     if chosen.workers < 1:

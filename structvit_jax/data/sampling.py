@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from structvit_jax.errors import UserError, did_you_mean
+from structvit_jax.errors import known
 
 # A rule: (count, frames, stride, generator or (view, views)) -> int64 [frames].
 Draw = np.random.Generator | tuple[int, int]
@@ -64,9 +64,7 @@ def rule(name: str) -> Rule:
     Raises:
       UserError: an unknown name.
     """
-    if name not in RULES:
-        raise UserError(f"config.data.sampling is {name!r}.{did_you_mean(name, RULES)}")
-    return RULES[name]
+    return RULES[known("config.data.sampling", name, RULES)]
 
 
 def _random(generator: np.random.Generator, stop: int) -> int:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike
 
-from structvit_jax.errors import UserError, did_you_mean
+from structvit_jax.errors import UserError, known
 from structvit_jax.models.layers import Linear, normal_init
 from structvit_jax.models.ledger import declare
 from structvit_jax.ops import StructAttentionMaps, struct_attention, struct_attention_maps
@@ -81,11 +81,7 @@ class StructAttention(nnx.Module):
         self.qkv = Linear(width, 3 * width, dtype=dtype, rngs=rngs)
         self.proj = Linear(width, width, dtype=dtype, rngs=rngs)
         if isinstance(kernel_init, str):
-            if kernel_init not in KERNEL_INITS:
-                raise UserError(
-                    f"unknown kernel_init {kernel_init!r}.{did_you_mean(kernel_init, KERNEL_INITS)}"
-                )
-            kernel_init = KERNEL_INITS[kernel_init]
+            kernel_init = KERNEL_INITS[known("kernel_init", kernel_init, KERNEL_INITS)]
 
         def kernels(window, form):
             if not structure_dim:

@@ -8,7 +8,7 @@ import numbers
 import re
 from typing import Any
 
-from structvit_jax.errors import UserError, did_you_mean
+from structvit_jax.errors import UserError, known, unknown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,8 +128,7 @@ def get_variant(name: str, **overrides) -> Variant:
     """
     variant = _by_name(name)
     for key, value in overrides.items():
-        if key not in OVERRIDES:
-            raise UserError(f"unknown override {key!r} for {name}.{did_you_mean(key, OVERRIDES)}")
+        known("override", key, OVERRIDES)
         for network, fields in _ONLY_IN.items():
             if key in fields and variant.network != network:
                 raise UserError(f"{name}: {key} has no meaning here, only in a {network}")
@@ -157,7 +156,7 @@ def _by_name(name: str) -> Variant:
     elif match := re.fullmatch(r"(deit_s|deit_tiny)_struct_([1-9]\d*)", base):
         base, structured = match[1], {"structure_dim": int(match[2])}
     if base not in VARIANTS:
-        raise UserError(f"unknown model {name!r}.{did_you_mean(name, list_models())}")
+        raise unknown("model", name, list_models())
     return dataclasses.replace(VARIANTS[base], video=video, **structured)
 
 

@@ -91,8 +91,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """All steps whose save was finished, newest first; they may be damaged."""
-        paths = [path for path in self._paths() if path.name.isdigit() and not _is_unfinished(path)]
-        return sorted((int(path.name) for path in paths), reverse=True)
+        return _steps(self._folder)
 
     def path(self, step: int) -> epath.Path:
         """The folder of a step."""
@@ -176,12 +175,9 @@ class Checkpoints:
         if reason := processes.decide(functools.partial(damage, self.path(step))):
             raise UserError(f"{self.path(step)} is damaged: {reason}")
 
-    def _paths(self) -> list[epath.Path]:
-        return list(self._folder.iterdir()) if self._folder.exists() else []
-
     def _remove_unfinished(self) -> None:
         """Removes what kills left of saves."""
-        for path in self._paths():
+        for path in _entries(self._folder):
             if _is_unfinished(path):
                 path.rmtree()
 
@@ -300,6 +296,16 @@ def _is_unfinished(path: epath.Path) -> bool:
     return path.name.isdigit() and not (path / atomicity.COMMIT_SUCCESS_FILE).exists()
 
 
+def _entries(folder: epath.Path) -> list[epath.Path]:
+    return list(folder.iterdir()) if folder.exists() else []
+
+
+def _steps(folder: epath.Path) -> list[int]:
+    """The steps in a folder whose save was finished, newest first."""
+    paths = [path for path in _entries(folder) if path.name.isdigit() and not _is_unfinished(path)]
+    return sorted((int(path.name) for path in paths), reverse=True)
+
+
 def _leave_out_closed_loops(unraisable: Any) -> None:
     """When Orbax gives up a save, every write that is still under way would print a traceback."""
     if "Event loop is closed" not in str(unraisable.exc_value):
@@ -336,8 +342,7 @@ def _locate(path: str) -> tuple[epath.Path, int | None]:
 def newest_card(workdir: epath.Path) -> dict[str, Any] | None:
     """The newest whole card in a workdir, if there is one. Every process may read it for itself."""
     folder = workdir / FOLDER
-    steps = [int(path.name) for path in folder.iterdir() if path.name.isdigit()] if folder.exists() else []
-    for step in sorted(steps, reverse=True):
+    for step in _steps(folder):
         if not damage(folder / str(step), "card/"):
             return read_json(folder / str(step) / "card" / "metadata")
     return None
