@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -23,6 +24,8 @@ from etils import epath
 
 from structvit_jax import data
 from structvit_jax.training import lock
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would not hear Ctrl-C
 
 ROOT = Path(__file__).parent.parent
 CONFIG = "--config=configs/moving_digits.py"

@@ -1,7 +1,6 @@
 """A stage for the scripts of launch/: stand-ins of the cloud's commands and of the program."""
 
 import os
-import signal
 import subprocess
 import time
 from pathlib import Path
@@ -57,7 +56,6 @@ class Play:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            preexec_fn=_hear_ctrl_c,
         )
 
     def run(self, *command, **environment):
@@ -68,11 +66,6 @@ class Play:
     def nothing_is_left(self):
         pids = (self.folder / "pids").read_text().split()
         return wait_for(lambda: not any(alive(pid) for pid in pids))
-
-
-def _hear_ctrl_c():
-    """Also where the tests run in the background of a shell, which shuts its ears to it."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 class Text(str):
