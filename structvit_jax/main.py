@@ -8,7 +8,6 @@ The same command resumes a run that was interrupted.
 
 from __future__ import annotations
 
-import gc
 import os
 import re
 import sys
@@ -42,7 +41,6 @@ def main(argv: Sequence[str]) -> None:
         processes.join(config.mesh.heartbeat, stoppable=_MODE.value == "train")
     with watch.ending_together(config.mesh.heartbeat):
         _act(config)
-    gc.collect()  # shared memory of workers may hang in cycles, and Python would complain of it at exit
 
 
 def _act(config: ml_collections.ConfigDict) -> None:

@@ -16,6 +16,7 @@ Several hosts read equal shares of a batch: host h of n has the h-th n-th of its
 from __future__ import annotations
 
 import functools
+import gc
 import itertools
 import os
 import shutil
@@ -197,6 +198,8 @@ def _prefetched(read: Callable[..., Batch], start: int, stop: int, workers: int)
         iterator.close()
         if notes:
             shutil.rmtree(notes, ignore_errors=True)
+            del iterator, data
+            gc.collect()  # their shared memory hangs in cycles, and Python would complain of it at exit
 
 
 def _obituary(notes: str, message: str) -> str:
