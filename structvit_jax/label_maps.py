@@ -28,6 +28,7 @@ from structvit_jax.command import checkpoint_config
 from structvit_jax.data.label_maps import LabelMapWriter, digest
 from structvit_jax.errors import UserError, exit_in_one_line
 from structvit_jax.models.weights import split
+from structvit_jax.ops import batch_split_over
 from structvit_jax.training.checkpoint import open_checkpoint
 from structvit_jax.training.mesh import check_batch, put_batch
 from structvit_jax.training.placement import batch_sharding
@@ -70,7 +71,9 @@ def write(config: ml_collections.ConfigDict, teacher: str, dataset: data.Dataset
     def look(weights, inputs):
         network: Any = structure.model(weights)
         inputs = jax.lax.with_sharding_constraint(inputs, batch_sharding(run.mesh))
-        return jax.lax.top_k(jax.nn.softmax(network.dense_scores(normalize(inputs, config))), top)
+        with batch_split_over(run.mesh):
+            scores = network.dense_scores(normalize(inputs, config))
+        return jax.lax.top_k(jax.nn.softmax(scores), top)
 
     stream: Any = dataset.whole_batches(size, start=start)
     progress = tqdm(total=images, initial=start * size, unit="images")

@@ -95,10 +95,14 @@ def test_declared_is_what_the_program_multiplies(name, shape, overrides):
     counted = cost(name, shape, 5, **overrides)
     structure, arrays = weights.split(create_model(name, num_classes=5, **overrides))
     with pytest.MonkeyPatch.context() as patch:
-        import structvit_jax.ops.depthwise as depthwise
+        from structvit_jax.ops import attention, depthwise
 
         jax.clear_caches()
         patch.setattr(depthwise, "_choose", lambda method, grouped, shifted, *args: grouped(*args))
+        at_once = {"size": 2**40, "apart": False}
+        patch.setattr(
+            attention, "_choose", lambda method, mesh, blocked, kernel, *args: blocked(*args, **at_once)
+        )
         program = jax.make_jaxpr(lambda a, x: structure.model(a)(x))(arrays, jnp.zeros((1, *shape)))
     jax.clear_caches()
     assert _macs(program.jaxpr) == counted.macs

@@ -68,10 +68,21 @@ class Block(nnx.Module):
     def __call__(self, x: jax.Array, rate: ArrayLike, key: jax.Array | None) -> jax.Array:
         """[batch, *grid, width] -> the same; `rate` of stochastic depth, with its key."""
         keys = split_key(key, 2)
-        if self.pos_embed is not None:
-            x = x + self.pos_embed(x)
-        x = x + self.drop_path(_scale(self.gamma_1, self.attn(self.norm1(x))), rate, keys[0])
-        return x + self.drop_path(_scale(self.gamma_2, self.mlp(self.norm2(x))), rate, keys[1])
+        x = self.add_position(x)
+        x = self.add_mixer(x, rate, keys[0])
+        return self.add_mlp(x, rate, keys[1])
+
+    @jax.named_scope("position")
+    def add_position(self, x: jax.Array) -> jax.Array:
+        return x if self.pos_embed is None else x + self.pos_embed(x)
+
+    @jax.named_scope("mixer")
+    def add_mixer(self, x: jax.Array, rate: ArrayLike = 0.0, key: jax.Array | None = None) -> jax.Array:
+        return x + self.drop_path(_scale(self.gamma_1, self.attn(self.norm1(x))), rate, key)
+
+    @jax.named_scope("mlp")
+    def add_mlp(self, x: jax.Array, rate: ArrayLike = 0.0, key: jax.Array | None = None) -> jax.Array:
+        return x + self.drop_path(_scale(self.gamma_2, self.mlp(self.norm2(x))), rate, key)
 
 
 def _conv_mixer(v: Variant, width: int, rngs) -> nnx.Module:

@@ -17,7 +17,7 @@ from jax.nn import initializers
 from jax.typing import ArrayLike
 
 from structvit_jax.models.ledger import declare
-from structvit_jax.ops import depthwise_conv
+from structvit_jax.ops import depthwise_conv, mlp
 
 
 class HostRngs:
@@ -127,7 +127,7 @@ class DepthwiseConv(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         declare(self, "depthwise", x.size * math.prod(self.kernel.shape[:-2]))
         x, kernel, bias = nnx.nn.dtypes.promote_dtype((x, self.kernel[...], self.bias[...]), dtype=self.dtype)
-        return depthwise_conv(x, kernel) + bias
+        return depthwise_conv(x, kernel[..., 0, :, None])[:, 0] + bias
 
 
 class BatchNorm(nnx.BatchNorm):
@@ -171,7 +171,11 @@ class Mlp(nnx.Module):
         self.fc2 = layer(4 * width, width, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
+        weights = []
+        for layer in (self.fc1, self.fc2):
+            declare(layer, layer.kind, x.size // x.shape[-1] * layer.kernel.size)
+            weights += [layer.kernel[...], layer.bias[...]]  # type: ignore[index]  # they have one
+        return mlp(*nnx.nn.dtypes.promote_dtype((x, *weights), dtype=self.fc1.dtype))
 
 
 class DropPath(nnx.Module):

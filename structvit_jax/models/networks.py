@@ -21,6 +21,7 @@ from structvit_jax.errors import UserError
 from structvit_jax.models.blocks import Block, Place, run_blocks, split_key
 from structvit_jax.models.layers import BatchNorm, Conv, HostRngs, Linear, layer_norm, linear_init
 from structvit_jax.models.variants import Variant, get_variant
+from structvit_jax.ops import gelu
 
 
 class PatchEmbed(nnx.Module):
@@ -49,7 +50,7 @@ class ConvStem(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
-            x = norm(conv(jax.nn.gelu(x, approximate=False) if i else x))
+            x = norm(conv(gelu(x) if i else x))
         return x
 
 

@@ -42,6 +42,8 @@ def _of(equation: Any) -> float:
             raise NotImplementedError("a loop of unknown length with operations in it")
         return 0.0
     times = params["length"] if name == "scan" else 1
+    if name == "pallas_call":
+        times = math.prod(params["grid_mapping"].grid)
     return times * sum(_count(inner) for inner in _inner(params))
 
 

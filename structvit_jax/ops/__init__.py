@@ -1,8 +1,11 @@
 """Pure functions on arrays: no weights, no state, jax.numpy only."""
 
+from structvit_jax.ops.attention import batch_split_over
 from structvit_jax.ops.depthwise import depthwise_conv
+from structvit_jax.ops.feed_forward import gelu, mlp
 from structvit_jax.ops.structsa import (
     StructAttentionMaps,
+    convolve_patterns,
     effective_rank,
     struct_attention,
     struct_attention_maps,
@@ -10,8 +13,12 @@ from structvit_jax.ops.structsa import (
 
 __all__ = [
     "StructAttentionMaps",
+    "batch_split_over",
+    "convolve_patterns",
     "depthwise_conv",
     "effective_rank",
+    "gelu",
+    "mlp",
     "struct_attention",
     "struct_attention_maps",
 ]

@@ -28,19 +28,19 @@ METHODS = ("auto", "grouped", "shifted")
 def depthwise_conv(x: jax.Array, kernel: jax.Array, *, stride: int = 1, method: str = "auto") -> jax.Array:
     """Convolves each channel with its own windows: cross-correlation, zero padding (k - 1) / 2.
 
-    The same numbers as `lax.conv_general_dilated` with `feature_group_count=channels`.
+    The same numbers as `lax.conv_general_dilated` with `feature_group_count=channels`, in another layout:
+    the outputs that share their input channels are planes of their own.
 
     Args:
       x: [batch, *grid, channels], grid (height, width) or (time, height, width).
-      kernel: [*window, 1, channels * multiplier], odd windows; output channel c * multiplier + d
-        belongs to input channel c (the layout of `flax.nnx.Conv` and of lax).
+      kernel: [*window, channels, multiplier], odd windows.
       stride: spatial stride; window centres lie at 0, S, 2S, ... in height and width, and on
         every frame in time.
       method: "grouped" is XLA's grouped convolution, "shifted" the sum of shifted products;
         "auto" takes "shifted" on CPU and "grouped" elsewhere.
 
     Returns:
-      [batch, *grid', channels * multiplier] in x's dtype; grid' is ceil(n / stride) in space.
+      [batch, multiplier, *grid', channels] in x's dtype; grid' is ceil(n / stride) in space.
 
     Raises:
       ValueError: ranks or channels that do not fit, an even window, a stride below one.
@@ -65,13 +65,13 @@ def _check(x, kernel, stride, method):
     if x.ndim not in (4, 5) or kernel.ndim != x.ndim:
         raise ValueError(
             f"depthwise_conv: x {x.shape} and kernel {kernel.shape} should be [batch, *grid, channels]"
-            " and [*window, 1, channels * multiplier] with a grid of two or three axes"
+            " and [*window, channels, multiplier] with a grid of two or three axes"
         )
-    *window, one, outputs = kernel.shape
-    if one != 1 or outputs % x.shape[-1]:
+    *window, channels, _ = kernel.shape
+    if channels != x.shape[-1]:
         raise ValueError(
             f"depthwise_conv: kernel {kernel.shape} does not fit {x.shape[-1]} channels;"
-            " it should be [*window, 1, channels * multiplier]"
+            " it should be [*window, channels, multiplier]"
         )
     if any(k % 2 == 0 for k in window):
         raise ValueError(f"depthwise_conv: window {tuple(window)} has an even side; use odd ones")
@@ -95,19 +95,15 @@ def _depthwise_fwd(x, kernel, stride, method):
 
 
 def _depthwise_bwd(stride, method, residuals, cotangent):
-    x, kernel = residuals
-
-    def grouped_x(x, kernel, g):
-        return jax.vjp(lambda x: _grouped(x, kernel, stride), x)[1](g)[0]
-
-    def grouped_kernel(x, kernel, g):
-        return jax.vjp(lambda kernel: _grouped(x, kernel, stride), kernel)[1](g)[0]
-
-    shifted_x = functools.partial(_shifted_input_gradient, stride=stride)
-    shifted_kernel = functools.partial(_shifted_kernel_gradient, stride=stride)
+    of_input = [
+        functools.partial(f, stride=stride) for f in (_grouped_input_gradient, _shifted_input_gradient)
+    ]
+    of_kernel = [
+        functools.partial(f, stride=stride) for f in (_grouped_kernel_gradient, _shifted_kernel_gradient)
+    ]
     return (
-        _choose(method, grouped_x, shifted_x, x, kernel, cotangent),
-        _choose(method, grouped_kernel, shifted_kernel, x, kernel, cotangent),
+        _choose(method, *of_input, *residuals, cotangent),
+        _choose(method, *of_kernel, *residuals, cotangent),
     )
 
 
@@ -121,84 +117,131 @@ def _choose(method, grouped, shifted, *args):
     return (grouped if method == "grouped" else shifted)(*args)
 
 
+# The grouped form: XLA's grouped convolution. XLA's gradients of it take layouts on TPUs that are mostly
+# padding (3-D with D = 4: a thousand times the bytes that these move), and minutes to compile.
+
+
 def _grouped(x, kernel, stride):
+    out = _convolve(x, kernel, grid_strides(x.shape[1:-1], stride), same_padding(kernel.shape[:-2]))
+    return jnp.moveaxis(out.reshape(*out.shape[:-1], x.shape[-1], -1), -1, 1)
+
+
+def _grouped_input_gradient(x, kernel, cotangent, stride):
+    """A convolution with the window reversed for every plane."""
+    strides = grid_strides(x.shape[1:-1], stride)
+    ones = (1,) * len(strides)
+    padding = _padding_of_gradient(x, kernel, cotangent, strides)
+    taps, total = jnp.flip(kernel, axis=tuple(range(len(strides)))), 0.0
+    for d in range(kernel.shape[-1]):
+        part = _convolve(cotangent[:, d], taps[..., d : d + 1], ones, padding, dilation=strides)
+        total += part.astype(_accumulator(x))
+    return jnp.asarray(total, x.dtype)
+
+
+def _grouped_kernel_gradient(x, kernel, cotangent, stride):
+    """A sum over positions for every tap."""
+    window, accumulate = kernel.shape[:-2], _accumulator(x)
+    x = jnp.pad(x, [(0, 0), *same_padding(window), (0, 0)]).astype(accumulate)
+    cotangent, positions = cotangent.astype(accumulate), tuple(range(x.ndim - 1))
+    strides, grid = grid_strides(window, stride), cotangent.shape[2:-1]
+    taps = [
+        (_shift(x, offset, grid, strides) * cotangent[:, d]).sum(positions)
+        for offset in itertools.product(*map(range, window))
+        for d in range(kernel.shape[-1])
+    ]
+    stacked = jnp.stack(taps).reshape(*window, kernel.shape[-1], -1)
+    return jnp.swapaxes(stacked, -1, -2).astype(kernel.dtype)
+
+
+def _convolve(x, kernel, strides, padding, dilation=None):
+    """[batch, *grid, channels], [*window, channels, D] -> [batch, *grid', channels * D]."""
     axes = "THW"[-(x.ndim - 2) :]
     return lax.conv_general_dilated(
         x,
-        kernel,
-        grid_strides(x.shape[1:-1], stride),
-        same_padding(kernel.shape[:-2]),
+        kernel.reshape(*kernel.shape[:-2], 1, -1),
+        strides,
+        padding,
+        lhs_dilation=dilation,
         dimension_numbers=(f"N{axes}C", f"{axes}IO", f"N{axes}C"),
         feature_group_count=x.shape[-1],
     )
 
 
-# The shifted form. The multiplier's D outputs are D planes, [D, batch, *grid, channels], so that the
-# channels stay the contiguous axis. Sums are kept in float32 at least.
+def _padding_of_gradient(x, kernel, cotangent, strides):
+    """Zeros before and after the cotangent, once it is spread to the strides, under a reversed window."""
+    sizes = zip(x.shape[1:-1], cotangent.shape[2:-1], kernel.shape[:-2], strides, strict=True)
+    return [((k - 1) // 2, (k - 1) // 2 + n - (m - 1) * s - 1) for n, m, k, s in sizes]
+
+
+def _shift(padded, offset, grid, strides):
+    """What the tap at `offset` sees of [batch, *padded, channels]."""
+    end = [o + (n - 1) * s + 1 for o, n, s in zip(offset, grid, strides, strict=True)]
+    return lax.slice(padded, (0, *offset, 0), (len(padded), *end, padded.shape[-1]), (1, *strides, 1))
+
+
+# The shifted form. The channels stay the contiguous axis. Sums are kept in float32 at least.
 
 
 def _shifted(x, kernel, stride):
     window = kernel.shape[:-2]
-    taps = _to_planes(kernel[..., 0, :], x.shape[-1])  # [D, *window, channels]
     padded = jnp.pad(x, [(0, 0), *same_padding(window), (0, 0)])
     strides = grid_strides(x.shape[1:-1], stride)
     grid = tuple(-(-n // s) for n, s in zip(x.shape[1:-1], strides, strict=True))
-    out = _sum_of_shifts(padded[None], jnp.moveaxis(taps, 0, -2)[None], grid, strides)
-    return _from_planes(out)
+    return _sum_of_shifts(padded[:, None], jnp.swapaxes(kernel, -1, -2)[None], grid, strides)
 
 
 def _shifted_input_gradient(x, kernel, cotangent, stride):
     """The same operation, with the window reversed, on the cotangent spread to x's grid."""
-    window, channels = kernel.shape[:-2], x.shape[-1]
-    taps = _to_planes(kernel[..., 0, :], channels)
-    g = _to_planes(cotangent, channels)  # [D, batch, *grid', channels]
-    padding = [(0, 0, 0), (0, 0, 0)]
+    window = kernel.shape[:-2]
     strides = grid_strides(x.shape[1:-1], stride)
-    for n, m, k, s in zip(x.shape[1:-1], g.shape[2:-1], window, strides, strict=True):
-        spread = (m - 1) * s + 1
-        padding.append(((k - 1) // 2, (k - 1) // 2 + n - spread, s - 1))
-    g = lax.pad(g, jnp.zeros((), g.dtype), [*padding, (0, 0, 0)])
-    reversed_taps = jnp.flip(taps, axis=tuple(range(1, 1 + len(window))))
+    edges = _padding_of_gradient(x, kernel, cotangent, strides)
+    padding = [(low, high, s - 1) for (low, high), s in zip(edges, strides, strict=True)]
+    none = (0, 0, 0)
+    planes = lax.pad(cotangent, jnp.zeros((), cotangent.dtype), [none, none, *padding, none])
+    reversed_taps = jnp.flip(jnp.moveaxis(kernel, -1, 0), axis=tuple(range(1, 1 + len(window))))
     ones = (1,) * len(window)
-    return _sum_of_shifts(g, reversed_taps[..., None, :], x.shape[1:-1], ones)[0]
+    return _sum_of_shifts(planes, reversed_taps[..., None, :], x.shape[1:-1], ones)[:, 0]
 
 
 def _sum_of_shifts(planes, taps, grid, strides):
-    """out[q, b, i, c] = sum over p and w of planes[p, b, i * stride + w, c] * taps[p, w, q, c].
+    """out[b, q, i, c] = sum over p and w of planes[b, p, i * stride + w, c] * taps[p, w, q, c].
 
-    planes [P, batch, *padded, channels], taps [P, *window, Q, channels] -> [Q, batch, *grid, channels].
+    planes [batch, P, *padded, channels], taps [P, *window, Q, channels] -> [batch, Q, *grid, channels].
     """
-    count, *window = taps.shape[:-2]
-    dtype, accumulate = planes.dtype, _accumulator(planes)
+    accumulate, window = _accumulator(planes), taps.shape[1:-2]
+    sum_of_plane = _fused_sum if math.prod(window) <= _MAX_FUSED_TERMS else _scanned_sum
 
-    def shifts(plane, taps, window):
-        plane, taps, total = plane.astype(accumulate), taps.astype(accumulate), None
-        for offset in itertools.product(*map(range, window)):
-            end = [o + (n - 1) * s + 1 for o, n, s in zip(offset, grid, strides, strict=True)]
-            tap = taps[offset]
-            tap = tap.reshape(tap.shape[0], *[1] * (plane.ndim - 1), tap.shape[1])
-            part = tap * lax.slice(
-                plane, (0, *offset, 0), (plane.shape[0], *end, plane.shape[-1]), (1, *strides, 1)
+    def sum_of_planes(q):
+        parts = (
+            sum_of_plane(
+                planes[:, p].astype(accumulate), taps[p, ..., q, :].astype(accumulate), grid, strides
             )
-            total = part if total is None else total + part
-        return total
+            for p in range(taps.shape[0])
+        )  # a loop each: in one loop all would be slow
+        return functools.reduce(lambda total, part: lax.optimization_barrier(total) + part, parts)
 
-    if count * math.prod(window) <= _MAX_FUSED_TERMS:
-        sums = [shifts(plane, tap, window) for plane, tap in zip(planes, taps, strict=True)]
-        return functools.reduce(jnp.add, sums).astype(dtype)
+    return jnp.stack([sum_of_planes(q) for q in range(taps.shape[-2])], axis=1).astype(planes.dtype)
 
-    # Too many terms for one loop: scan over planes and over the window's leading axis.
+
+def _fused_sum(plane, taps, grid, strides):
+    """[batch, *padded, channels] and [*window, channels] -> [batch, *grid, channels]."""
+    total = None
+    for offset in itertools.product(*map(range, taps.shape[:-1])):
+        part = taps[offset] * _shift(plane, offset, grid, strides)
+        total = part if total is None else total + part
+    return total
+
+
+def _scanned_sum(plane, taps, grid, strides):
+    """The same over the window's leading axis, where its terms are too many for one loop."""
     depth = (grid[0] - 1) * strides[0] + 1
 
     def step(total, index):
-        plane = lax.dynamic_index_in_dim(planes, index // window[0], keepdims=False)
-        plane = lax.dynamic_slice_in_dim(plane, index % window[0], depth, axis=1)
-        tap = taps.reshape(-1, 1, *taps.shape[2:])[index]
-        return total + shifts(plane, tap, [1, *window[1:]]), None
+        part = lax.dynamic_slice_in_dim(plane, index, depth, axis=1)
+        return total + _fused_sum(part, taps[index][None], grid, strides), None
 
-    shape = (taps.shape[-2], planes.shape[1], *grid, planes.shape[-1])
-    start = jnp.zeros(shape, accumulate)
-    return lax.scan(step, start, jnp.arange(count * window[0]))[0].astype(dtype)
+    start = jnp.zeros((plane.shape[0], *grid, plane.shape[-1]), plane.dtype)
+    return lax.scan(step, start, jnp.arange(taps.shape[0]))[0]
 
 
 def _shifted_kernel_gradient(x, kernel, cotangent, stride):
@@ -208,9 +251,9 @@ def _shifted_kernel_gradient(x, kernel, cotangent, stride):
     to [channels] per tap runs five times slower.
     """
     window, channels = kernel.shape[:-2], x.shape[-1]
-    g = _to_planes(cotangent, channels)  # [D, batch, *grid', channels]
     x = jnp.pad(x, [(0, 0), *same_padding(window), (0, 0)])
-    lead, width = g.shape[1:-2], g.shape[-2]  # rows: (batch, [time,] height)
+    batch, planes, *lead, width, _ = cotangent.shape
+    lead = (batch, *lead)  # rows: (batch, [time,] height)
     strides = grid_strides(window, stride)
     span = (width - 1) * stride + 1
     rows = np.stack(np.unravel_index(np.arange(math.prod(lead)), lead), axis=-1)
@@ -222,30 +265,20 @@ def _shifted_kernel_gradient(x, kernel, cotangent, stride):
         for row in rows:
             corner = (row[0], *(row[1:] * np.array(strides[:-1])), 0, 0)
             block = lax.dynamic_slice(x, corner, (1, *window[:-1], x.shape[-2], channels))
-            line = lax.dynamic_slice(g, (0, *row, 0, 0), (g.shape[0], *[1] * len(lead), width, channels))
-            line = line.reshape(-1, *[1] * (len(window) - 1), width, channels)
+            corner = (row[0], 0, *row[1:], 0, 0)
+            line = lax.dynamic_slice(cotangent, corner, (1, planes, *[1] * (len(lead) - 1), width, channels))
+            line = line.reshape(planes, *[1] * (len(window) - 1), width, channels)
             pairs.append((block.astype(accumulate), line.astype(accumulate)))
         return [
             total + sum(block[..., w : w + span : stride, :] * line for block, line in pairs)
             for w, total in enumerate(totals)
         ], None
 
-    zeros = jnp.zeros((g.shape[0], *window[:-1], width, channels), accumulate)
+    zeros = jnp.zeros((planes, *window[:-1], width, channels), accumulate)
     totals, _ = lax.scan(step, [zeros] * window[-1], jnp.asarray(rows).reshape(-1, per_step, len(lead)))
     taps = jnp.stack([total.sum(axis=-2) for total in totals], axis=-2)  # [D, *window, channels]
-    return _from_planes(taps).reshape(kernel.shape).astype(kernel.dtype)
+    return jnp.moveaxis(taps, 0, -1).astype(kernel.dtype)
 
 
 def _accumulator(x):
     return jnp.promote_types(x.dtype, jnp.float32)
-
-
-def _to_planes(x, channels):
-    """[..., channels * D] -> [D, ..., channels]."""
-    return jnp.moveaxis(x.reshape(*x.shape[:-1], channels, -1), -1, 0)
-
-
-def _from_planes(x):
-    """[D, ..., channels] -> [..., channels * D]."""
-    x = jnp.moveaxis(x, 0, -1)
-    return x.reshape(*x.shape[:-2], -1)

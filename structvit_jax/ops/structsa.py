@@ -29,6 +29,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
+from structvit_jax.ops.attention import attention
 from structvit_jax.ops.depthwise import depthwise_conv, grid_strides, same_padding
 
 METHODS = ("factored", "volume")
@@ -65,9 +66,10 @@ def struct_attention(
         queries = query.reshape(query.shape[0], -1, *query.shape[-2:])
         maps = _volume(queries, key, value, key_kernels, value_kernels, stride)
         return maps.output.reshape(query.shape)
-    if key_kernels is not None:
-        key = _convolve(key, key_kernels, stride)
-        value = _convolve(value, value_kernels, stride)
+    if key_kernels is not None and value_kernels is not None:
+        with jax.named_scope("patterns"):
+            key = convolve_patterns(key, key_kernels, stride=stride)
+            value = convolve_patterns(value, value_kernels, stride=stride)
     else:
         key, value = key[:, None], value[:, None]
     return _attend(query, key, value)
@@ -158,32 +160,30 @@ def check_arguments(query, key, value, key_kernels, value_kernels, stride, metho
     )
 
 
-def _convolve(x, kernels, stride):
-    """[batch, *grid, heads, channels] -> [batch, D, *grid', heads, channels], one plane per kernel."""
+def convolve_patterns(x: jax.Array, kernels: jax.Array, *, stride: int = 1) -> jax.Array:
+    """Keys or values under each of D kernels, which is what attention of the factored form sees.
+
+    Args:
+      x: [batch, *grid, heads, channels].
+      kernels: [*window, heads or 1, channels or 1, D].
+      stride: spatial, as for `struct_attention`.
+
+    Returns:
+      [batch, D, *grid', heads, channels].
+    """
     (heads, channels), patterns = x.shape[-2:], kernels.shape[-1]
     kernels = jnp.broadcast_to(kernels, (*kernels.shape[:-3], heads, channels, patterns))
-    kernels = kernels.reshape(*kernels.shape[:-3], 1, heads * channels * patterns)
+    kernels = kernels.reshape(*kernels.shape[:-3], heads * channels, patterns)
     out = depthwise_conv(x.reshape(*x.shape[:-2], heads * channels), kernels, stride=stride)
-    return jnp.moveaxis(out.reshape(*out.shape[:-1], heads, channels, patterns), -1, 1)
+    return out.reshape(*out.shape[:-1], heads, channels)
 
 
 def _attend(query, key, value):
     """Attention of query [batch, *grid, heads, channels] over all N'·D of key, value
-    [batch, D, *grid', heads, channels].
-
-    Logits and softmax are kept in float32 at least; heads come first so that every matrix product
-    runs over contiguous memory.
-    """
-    batch, (heads, channels) = query.shape[0], query.shape[-2:]
-
-    def head_major(x):
-        return jnp.swapaxes(x.reshape(batch, -1, heads, channels), 1, 2)
-
-    q, k, v = head_major(query) * channels**-0.5, head_major(key), head_major(value)
-    accumulate = jnp.promote_types(query.dtype, jnp.float32)
-    logits = jnp.einsum("bhqc,bhkc->bhqk", q, k, preferred_element_type=accumulate)
-    weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
-    return jnp.swapaxes(jnp.einsum("bhqk,bhkc->bhqc", weights, v), 1, 2).reshape(query.shape)
+    [batch, D, *grid', heads, channels]."""
+    flat = (x.reshape(x.shape[0], -1, *x.shape[-2:]) for x in (query, key, value))
+    with jax.named_scope("attend"):
+        return attention(*flat).reshape(query.shape)
 
 
 def _volume(queries, key, value, key_kernels, value_kernels, stride) -> StructAttentionMaps:

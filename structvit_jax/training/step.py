@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from structvit_jax.config import INPUTS
 from structvit_jax.models.weights import Structure, Weights, batch_stats, training_structure
+from structvit_jax.ops import batch_split_over
 from structvit_jax.training import losses, mixing, token_labels
 from structvit_jax.training.mesh import put_whole
 from structvit_jax.training.optim import Optimizer
@@ -107,7 +108,8 @@ def _gradients(model: Any, optimizer: Optimizer, config: ml_collections.ConfigDi
     def loss_fn(trained, frozen, stats, part, key):
         """Sums over a part of the batch, as shares of the whole batch's means."""
         network = structure.model(Weights(frozen | trained, stats))
-        logits, loss = forward(network, part, key, place, config)
+        with batch_split_over(mesh):
+            logits, loss = forward(network, part, key, place, config)
         top1 = losses.masked_mean(losses.in_top(logits, part["labels"], 1), part["mask"])
         return loss * part["share"], (batch_stats(network), top1 * part["share"])
 
@@ -171,7 +173,8 @@ def make_eval_step(
             return jax.nn.softmax(logits) if config.eval.average == "softmax" else logits
 
         views = jnp.moveaxis(batch["inputs"], 1, 0)
-        mean = jnp.mean(jax.lax.map(scores, views), axis=0) if len(views) > 1 else scores(views[0])
+        with batch_split_over(mesh):
+            mean = jnp.mean(jax.lax.map(scores, views), axis=0) if len(views) > 1 else scores(views[0])
         hits = {f"top{k}": losses.in_top(mean, batch["labels"], k) for k in (1, 5)}
         return {"scores": mean, **hits, **{key: batch[key] for key in ("labels", "mask", "index")}}
 

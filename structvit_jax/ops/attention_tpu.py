@@ -1,0 +1,162 @@
+"""Attention kernels for TPUs, in Pallas: all queries of an example stay in vector memory while its keys pass.
+
+Queries, keys and values are read once and outputs written once, forward and backward; the products of queries
+and keys never leave vector memory. They are kept with keys along sublanes and queries along lanes, so that
+maxima and sums over keys are sums of whole registers and the statistics of queries are rows.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+_PRODUCTS = 2 * 2**20  # bytes of queries x keys, in float32, that one step holds a few times over
+_LIMIT = 64 * 2**20  # bytes of vector memory that a kernel may use
+
+
+def forward(
+    query: jax.Array, key: jax.Array, value: jax.Array, *, heads: int, interpret: bool = False
+) -> tuple[jax.Array, jax.Array]:
+    """query [batch, N, heads·channels]; key, value [batch, M, heads·channels] -> output like query, and the
+    logarithm of the sum of exponentials, float32 [batch, heads, N]."""
+    batch, count, width = query.shape
+    key, value = (_cut(x, count) for x in (key, value))
+    planes, keys = key.shape[1:3]
+    row = pl.BlockSpec((1, count, width), lambda b, _: (b, 0, 0))
+    plane = pl.BlockSpec((1, 1, keys, width), lambda b, j: (b, j, 0, 0))
+    stats = pl.BlockSpec((1, heads, count), lambda b, _: (b, 0, 0))
+    return pl.pallas_call(
+        functools.partial(_forward, heads=heads),
+        grid=(batch, planes),
+        in_specs=[row, plane, plane],
+        out_specs=[row, stats],
+        out_shape=[
+            jax.ShapeDtypeStruct(query.shape, query.dtype),
+            jax.ShapeDtypeStruct((batch, heads, count), jnp.float32),
+        ],
+        scratch_shapes=[
+            pltpu.VMEM((width, count), jnp.float32),
+            pltpu.VMEM((heads, count), jnp.float32),
+            pltpu.VMEM((heads, count), jnp.float32),
+        ],
+        compiler_params=_parameters(),
+        interpret=interpret,
+        name="struct_attention",
+    )(query, key, value)
+
+
+def backward(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    output: jax.Array,
+    cotangent: jax.Array,
+    lse: jax.Array,
+    *,
+    heads: int,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The gradients of `forward`'s output: of query, key and value, in their types."""
+    shape = key.shape
+    batch, count, width = query.shape
+    key, value = (_cut(x, count) for x in (key, value))
+    planes, keys = key.shape[1:3]
+    row = pl.BlockSpec((1, count, width), lambda b, _: (b, 0, 0))
+    plane = pl.BlockSpec((1, 1, keys, width), lambda b, j: (b, j, 0, 0))
+    stats = pl.BlockSpec((1, heads, count), lambda b, _: (b, 0, 0))
+    d_query, d_key, d_value = pl.pallas_call(
+        functools.partial(_backward, heads=heads),
+        grid=(batch, planes),
+        in_specs=[row, plane, plane, row, row, stats],
+        out_specs=[row, plane, plane],
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (query, key, value)],
+        scratch_shapes=[
+            pltpu.VMEM((width, count), jnp.float32),
+            pltpu.VMEM((heads, count), jnp.float32),
+        ],
+        compiler_params=_parameters(),
+        interpret=interpret,
+        name="struct_attention_gradient",
+    )(query, key, value, output, cotangent, lse)
+    return d_query, d_key.reshape(shape), d_value.reshape(shape)
+
+
+def _cut(keys, queries):
+    """[batch, M, width] -> [batch, planes, M / planes, width], planes that suit so many queries."""
+    total = keys.shape[1]
+    planes = next(p for p in range(1, total + 1) if total % p == 0 and total // p * queries * 4 <= _PRODUCTS)
+    return keys.reshape(keys.shape[0], planes, total // planes, -1)
+
+
+def _parameters():
+    return pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=_LIMIT)
+
+
+def _dot(a, b, axes):
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jax.lax.dot_general(
+        a, b, ((axes[:1], axes[1:]), ((), ())), precision=precision, preferred_element_type=jnp.float32
+    )
+
+
+def _forward(q_ref, k_ref, v_ref, o_ref, lse_ref, sums, top, total, *, heads):
+    channels = q_ref.shape[-1] // heads
+
+    @pl.when(pl.program_id(1) == 0)
+    def _():
+        sums[...] = jnp.zeros_like(sums)
+        top[...] = jnp.full_like(top, -jnp.inf)
+        total[...] = jnp.zeros_like(total)
+
+    for h in range(heads):
+        part, row = slice(h * channels, (h + 1) * channels), slice(h, h + 1)
+        logits = _dot(k_ref[0, 0, :, part], q_ref[0, :, part], (1, 1)) * channels**-0.5  # [keys, N]
+        old = top[row]
+        new = jnp.maximum(old, logits.max(axis=0, keepdims=True))
+        weights = jnp.exp(logits - new)
+        kept = jnp.exp(old - new)
+        top[row] = new
+        total[row] = total[row] * kept + weights.sum(axis=0, keepdims=True)
+        v = v_ref[0, 0, :, part]
+        sums[part] = sums[part] * kept + _dot(v, weights.astype(v.dtype), (0, 0))  # [channels, N]
+
+    @pl.when(pl.program_id(1) == pl.num_programs(1) - 1)
+    def _():
+        for h in range(heads):
+            part, row = slice(h * channels, (h + 1) * channels), slice(h, h + 1)
+            o_ref[0, :, part] = (sums[part] / total[row]).T.astype(o_ref.dtype)
+        lse_ref[0] = top[...] + jnp.log(total[...])
+
+
+def _backward(q_ref, k_ref, v_ref, o_ref, do_ref, lse_ref, dq_ref, dk_ref, dv_ref, sums, delta, *, heads):
+    channels = q_ref.shape[-1] // heads
+    scale = channels**-0.5
+
+    @pl.when(pl.program_id(1) == 0)
+    def _():
+        sums[...] = jnp.zeros_like(sums)
+        for h in range(heads):
+            part = slice(h * channels, (h + 1) * channels)
+            products = o_ref[0, :, part].astype(jnp.float32) * do_ref[0, :, part].astype(jnp.float32)
+            delta[h : h + 1] = _dot(jnp.ones((8, channels), jnp.float32), products, (1, 1))[:1]  # [1, N]
+
+    for h in range(heads):
+        part, row = slice(h * channels, (h + 1) * channels), slice(h, h + 1)
+        q, do = q_ref[0, :, part], do_ref[0, :, part]
+        k, v = k_ref[0, 0, :, part], v_ref[0, 0, :, part]
+        weights = jnp.exp(_dot(k, q, (1, 1)) * scale - lse_ref[0, row])  # [keys, N]
+        dv_ref[0, 0, :, part] = _dot(weights.astype(do.dtype), do, (1, 0)).astype(dv_ref.dtype)
+        slopes = weights * (_dot(v, do, (1, 1)) - delta[row]) * scale
+        slopes = slopes.astype(q.dtype)
+        dk_ref[0, 0, :, part] = _dot(slopes, q, (1, 0)).astype(dk_ref.dtype)
+        sums[part] = sums[part] + _dot(k, slopes, (0, 0))  # [channels, N]
+
+    @pl.when(pl.program_id(1) == pl.num_programs(1) - 1)
+    def _():
+        for h in range(heads):
+            part = slice(h * channels, (h + 1) * channels)
+            dq_ref[0, :, part] = sums[part].T.astype(dq_ref.dtype)

@@ -1,0 +1,160 @@
+"""The forms of attention against its definition, values and gradients.
+
+The kernels for TPUs run here in Pallas's interpreter, and are compiled for a TPU where libtpu is installed.
+They have run on no TPU. cuDNN's form needs an NVIDIA GPU, and its test is skipped without.
+"""
+
+import functools
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import SingleDeviceSharding
+
+from structvit_jax import plan
+from structvit_jax.ops import attention as module
+from structvit_jax.ops.attention import attention, batch_split_over
+from structvit_jax.training.mesh import make_mesh
+
+# batch, queries, keys, heads, channels: odd sizes, and of the networks the smallest grid; and the bytes that
+# a block may take: all, or a part of a head's products
+CASES = [
+    ((2, 13, 29, 3, 8), 2000),
+    ((1, 1, 5, 2, 16), 2**30),
+    ((1, 49, 196, 2, 64), 2**16),
+    ((2, 17, 1, 1, 4), 2**30),
+]
+
+
+def definition(query, key, value):
+    """With the whole matrix, in float32 at least; JAX's gradients."""
+    query, key, value = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (query, key, value))
+    logits = jnp.einsum("bnhc,bmhc->bhnm", query, key, precision="highest") / np.sqrt(query.shape[-1])
+    return jnp.einsum("bhnm,bmhc->bnhc", jax.nn.softmax(logits), value, precision="highest")
+
+
+def value_and_grads(function, query, key, value, cotangent):
+    output, pull = jax.vjp(function, query, key, value)
+    return output, *pull(cotangent.astype(output.dtype))
+
+
+def arrays(shape, dtype):
+    """Query, key, value and cotangent."""
+    batch, queries, keys, heads, channels = shape
+    rng = np.random.default_rng(sum(shape))
+    sizes = [(batch, n, heads, channels) for n in (queries, keys, keys, queries)]
+    return [jnp.asarray(2 * rng.standard_normal(size), dtype) for size in sizes]
+
+
+def assert_close(ours, expected, tolerance):
+    """Relative to the largest of each array; where all should be zero, absolutely."""
+    for a, b in zip(ours, expected, strict=True):
+        a, b = (np.asarray(x, np.float64) for x in (a, b))
+        assert a.shape == b.shape
+        assert np.abs(a - b).max() <= tolerance * max(np.abs(b).max(), 1.0)
+
+
+def together(query, key, value):
+    """The loops as on GPUs: all examples and heads at once."""
+    with pytest.MonkeyPatch.context() as patch:
+        at_once = {"size": module._AT_ONCE, "apart": False}
+        patch.setattr(module, "_choose", lambda method, mesh, loop, kernel, *args: loop(*args, **at_once))
+        return attention(query, key, value)
+
+
+FORMS = {
+    "blocked": functools.partial(attention, method="blocked"),
+    "together": together,
+    "pallas": functools.partial(attention, method="pallas"),
+}
+
+
+@pytest.mark.parametrize(("shape", "size"), CASES, ids=str)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 2e-2)])
+def test_every_form_equals_the_definition(monkeypatch, form, shape, size, dtype, tolerance):
+    """In bfloat16 the definition gets the rounded arguments."""
+    args = arrays(shape, dtype)
+    for limit in ("_IN_CACHE", "_AT_ONCE"):
+        monkeypatch.setattr(module, limit, size)
+    monkeypatch.setattr(module.attention_tpu, "_PRODUCTS", size)
+    ours = jax.jit(functools.partial(value_and_grads, FORMS[form]))(*args)
+    assert all(array.dtype == dtype for array in ours)
+    assert_close(ours, value_and_grads(definition, *args), tolerance)
+
+
+@pytest.mark.parametrize("form", ["blocked", "together"])
+def test_float64_is_exact_to_rounding(x64, monkeypatch, form):
+    args = arrays((2, 13, 29, 3, 8), jnp.float64)
+    monkeypatch.setattr(module, "_IN_CACHE", 2000)
+    monkeypatch.setattr(module, "_AT_ONCE", 2000)
+    assert_close(value_and_grads(FORMS[form], *args), value_and_grads(definition, *args), 1e-13)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_large_logits_neither_overflow_nor_vanish(form):
+    query, key, value, cotangent = arrays((1, 7, 33, 1, 8), jnp.float32)
+    args = 30 * query, key, value, cotangent
+    assert_close(value_and_grads(FORMS[form], *args), value_and_grads(definition, *args), 1e-4)
+
+
+def test_no_matrix_of_queries_and_keys_is_in_memory():
+    """Neither forward nor backward, by what the compiled programs need beside arguments and results."""
+    batch, length, keys, heads, channels = 1, 784, 3136, 2, 16
+    args = arrays((batch, length, keys, heads, channels), jnp.float32)
+    whole = 4 * heads * length * keys
+
+    def needs(function):
+        return jax.jit(function).lower(*args).compile().memory_analysis().temp_size_in_bytes
+
+    assert needs(functools.partial(value_and_grads, definition)) > whole
+    assert needs(functools.partial(value_and_grads, attention)) < whole
+
+
+def test_each_device_runs_the_kernel_on_its_examples():
+    """Eight devices, in the interpreter: the numbers of one."""
+    args = arrays((8, 5, 12, 2, 8), jnp.float32)
+    mesh = make_mesh(-1, 2, jax.devices("cpu")[:8])
+    assert mesh.size == 8, "conftest.py makes eight devices"
+    with batch_split_over(mesh):
+        split = jax.jit(functools.partial(value_and_grads, FORMS["pallas"]))(*args)
+    assert_close(split, value_and_grads(definition, *args), 1e-5)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+@pytest.mark.parametrize(
+    "queries, keys, heads", [(196, 784, 5), (49, 196, 8), (1568, 6272, 5), (392, 1568, 8)]
+)
+def test_the_kernels_compile_for_a_tpu(queries, keys, heads):
+    (device,), note = plan._devices("v5e:1x1")
+    assert not note
+    shapes = [jax.ShapeDtypeStruct((2, n, heads, 64), jnp.bfloat16) for n in (queries, keys, keys, queries)]
+    place = SingleDeviceSharding(device)
+    function = jax.jit(functools.partial(value_and_grads, attention), in_shardings=place, out_shardings=place)
+    text = function.lower(*shapes).compile().as_text()
+    assert text.count("tpu_custom_call") >= 2
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")
+def test_cudnn_equals_the_definition():
+    args = arrays((2, 196, 784, 5, 64), jnp.bfloat16)
+    form = functools.partial(attention, method="cudnn")
+    assert_close(value_and_grads(form, *args), value_and_grads(definition, *args), 2e-2)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "method", "message"),
+    [
+        ([(1, 4, 2, 8)] * 3, "fast", "method 'fast' is not one of auto, blocked"),
+        ([(1, 4, 16)] * 3, "auto", "should be"),
+        ([(1, 4, 2, 8), (1, 5, 2, 8), (1, 6, 2, 8)], "auto", "one length for keys and values"),
+        ([(1, 4, 2, 8), (1, 4, 3, 8), (1, 4, 3, 8)], "auto", "should be"),
+        ([(1, 4, 2, 8), (1, 4, 2, 4), (1, 4, 2, 4)], "auto", "should be"),
+    ],
+)
+def test_bad_arguments_are_one_line(shapes, method, message):
+    with pytest.raises(ValueError, match=message) as error:
+        attention(*map(jnp.zeros, shapes), method=method)
+    assert "\n" not in str(error.value)
