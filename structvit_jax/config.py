@@ -35,6 +35,7 @@ def default_config() -> ml_collections.ConfigDict:
     config.optimizer = _optimizer()
     config.eval = _eval()
     config.checkpoint = _checkpoint()
+    config.bench = _bench()
     config.mesh = _mesh()
     return config.lock()
 
@@ -156,6 +157,14 @@ def _checkpoint() -> ml_collections.ConfigDict:
     return checkpoint
 
 
+def _bench() -> ml_collections.ConfigDict:
+    """What --mode=bench times."""
+    bench = ml_collections.ConfigDict()
+    bench.only = ""  # names, as "model" or "blocks1.*,*.attend"; "" is all
+    bench.rounds = 5  # turns that all take, of which medians are told
+    return bench
+
+
 def _mesh() -> ml_collections.ConfigDict:
     """Devices, and the processes of a run."""
     mesh = ml_collections.ConfigDict()
@@ -271,7 +280,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (  # what they nee
         "to be at least 1",
         lambda n: n >= 1,
         "data.batch_size eval.batch_size data.stride data.size data.test_clips augment.repeats"
-        " train.accumulate train.max_skipped checkpoint.keep mesh.fsdp mesh.heartbeat",
+        " train.accumulate train.max_skipped checkpoint.keep mesh.fsdp mesh.heartbeat bench.rounds",
     ),
     (
         "to be 0 or more",

@@ -1,7 +1,7 @@
-"""Trains, evaluates, shows or plans a configuration, or draws its data.
+"""Trains, evaluates, shows, plans or benchmarks a configuration, or draws its data.
 
-    python -m structvit_jax.main --config=configs/moving_digits.py [--mode=train|eval|show|plan|data]
-        [--workdir=DIR] [--config.section.key=value ...]
+    python -m structvit_jax.main --config=configs/moving_digits.py [--mode=train|eval|show|plan|data|bench]
+        [--workdir=DIR] [--peer=torch] [--config.section.key=value ...]
 
 The same command resumes a run that was interrupted.
 """
@@ -25,8 +25,12 @@ from structvit_jax.errors import UserError, did_you_mean, exit_in_one_line
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file, as configs/moving_digits.py.")
 _MODE = flags.DEFINE_enum(
-    "mode", "train", ["train", "eval", "show", "plan", "data"], "What to do with the configuration."
+    "mode",
+    "train",
+    ["train", "eval", "show", "plan", "data", "bench"],
+    "What to do with the configuration.",
 )
+_PEER = flags.DEFINE_enum("peer", None, ["torch"], "For --mode=bench: what to compare with.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; by default runs/NAME.")
 
 
@@ -50,7 +54,12 @@ def _act(config: ml_collections.ConfigDict) -> None:
     workdir = epath.Path(_WORKDIR.value or os.path.join("runs", _config_path(sys.argv).stem))
     config = start.settle_inputs(config, workdir)
     dataset = data.load(config.data, config.augment, config.train.seed)
-    from structvit_jax import plan, sheet, show  # a mistake in the data is told before these are imported
+    from structvit_jax import (  # a mistake in the data is told before these are imported
+        bench,
+        plan,
+        sheet,
+        show,
+    )
     from structvit_jax.training import loop, mesh
 
     if _MODE.value == "plan":
@@ -62,6 +71,9 @@ def _act(config: ml_collections.ConfigDict) -> None:
         return
     if _MODE.value == "plan":
         print(plan.describe(config, dataset, workdir))
+        return
+    if _MODE.value == "bench":
+        bench.run(config, dataset, workdir, _PEER.value)
         return
     if _MODE.value == "data":
         path = workdir / "batch.png"
@@ -91,7 +103,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
     if path.suffix != ".py" or not path.is_file():
         folder = path if path.is_dir() else path.parent
         known = [str(file) for file in folder.glob("*.py")] if folder.is_dir() else []
-        hint = did_you_mean(str(path), known) if known else ""
+        hint = did_you_mean("" if path.is_dir() else str(path), known) if known else ""
         raise UserError(f"no configuration file (.py) at {str(path)!r}.{hint}")
     with naming_flags():
         return flags.FLAGS(list(argv))

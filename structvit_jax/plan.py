@@ -30,7 +30,7 @@ from structvit_jax.models import cost
 from structvit_jax.models.operations import operations
 from structvit_jax.training.mesh import check_batch, make_mesh
 from structvit_jax.training.processes import say
-from structvit_jax.training.program import trace_train_step
+from structvit_jax.training.program import memory_of, trace_train_step
 from structvit_jax.training.run import Run, abstract_state
 
 _FOLDER = "plan"  # of the workdir: the compiled programs' texts
@@ -155,19 +155,13 @@ def _measure(
             raise UserError(f"{batch} examples do not fit: {' '.join(str(error).split())[:300]}") from error
         memory = float(used[1]) * 1024 ** (1 + "KMGT".index(used[2]))
         return Figures(batch, memory, made / len(devices), useful, math.nan, math.nan)
-    text, sizes = compiled.as_text(), compiled.memory_analysis()
+    text = compiled.as_text()
     say(f"compiled in {time.monotonic() - started:.0f} s, a program of {text.count(chr(10)):,} lines")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
-    memory = (
-        sizes.argument_size_in_bytes
-        + sizes.output_size_in_bytes
-        - sizes.alias_size_in_bytes
-        + sizes.temp_size_in_bytes
-        + sizes.generated_code_size_in_bytes
-    )
     moved = traffic.count(text, unknown=1)
     guessed = [name for name in moved.guessed if "augment" not in name]  # mixup's draw: a few scalars
+    memory = memory_of(compiled)
     return Figures(batch, memory, made / len(devices), useful, moved.hbm, moved.sent, tuple(guessed))
 
 

@@ -336,7 +336,7 @@ def test_from_files_to_a_score(command, tmp_path):
     arguments += ["--config.data.size=24", "--config.optimizer.lr=3e-3", "--config.optimizer.warmup=10 steps"]
     arguments += [
         "--config.eval.every=",
-        "--config.train.duration=80 steps",
+        "--config.train.duration=140 steps",
         "--config.model.depths=(1,1,1,1)",
     ]
     top1 = {}

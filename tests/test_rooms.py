@@ -38,18 +38,22 @@ ROOMS = {
     "evaluate": ({"absl", "etils"}, {"command", "data", "training", "errors"}),
     "label_maps": (
         {"absl", "jax", "numpy", "ml_collections", "tqdm"},
-        {"command", "data", "models", "training", "errors"},
+        {"command", "data", "models", "ops", "training", "errors"},
     ),
     "sheet": ({"jax", "numpy", "PIL", "etils", "ml_collections"}, {"training"}),
     "training": (
         {"jax", "numpy", "optax", "orbax", "etils", "ml_collections", "tensorboardX"},
-        {"training", "convert", "models", "config", "errors", ""},
+        {"training", "convert", "models", "ops", "config", "errors", ""},
+    ),
+    "bench": (
+        {"jax", "numpy", "flax", "etils", "ml_collections", "matplotlib", "torch"},
+        {"bench", "training", "convert", "models", "ops", "config", "traffic", "errors"},
     ),
     "show": ({"ml_collections"}, {"models", "config"}),
     "plan": ({"jax", "etils", "ml_collections"}, {"training", "models", "config", "traffic", "errors"}),
     "main": (
         {"absl", "etils", "ml_collections"},
-        {"command", "data", "config", "errors", "training", "show", "plan", "sheet"},
+        {"command", "data", "config", "errors", "training", "show", "plan", "sheet", "bench"},
     ),
     "traffic": ({"jaxlib"}, {"traffic", "errors"}),
     "errors": (set(), set()),
@@ -91,5 +95,5 @@ def test_imports_stay_within_the_room(path: Path):
 def test_the_house_stays_small():
     """Places to look at when this fails, not a score: split by subject, not by size."""
     lengths = {path: len(path.read_text().splitlines()) for path in FILES}
-    assert len(lengths) <= 80
+    assert len(lengths) <= 90
     assert max(lengths.values()) <= 400, max(lengths, key=lengths.__getitem__)

@@ -37,6 +37,18 @@ def trace_train_step(run: Run, state: Any) -> Any:
     return step_fn.trace(abstract(state, run.mesh), abstract_batch(run))
 
 
+def memory_of(compiled: Any) -> float:
+    """Bytes that a compiled program needs on one device: arguments, results, temporaries and code."""
+    sizes = compiled.memory_analysis()
+    return (
+        sizes.argument_size_in_bytes
+        + sizes.output_size_in_bytes
+        - sizes.alias_size_in_bytes
+        + sizes.temp_size_in_bytes
+        + sizes.generated_code_size_in_bytes
+    )
+
+
 def abstract_batch(run: Run) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of what a step gets."""
     rows, sharding = run.config.data.batch_size, batch_sharding(run.mesh)
