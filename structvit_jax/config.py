@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import ml_collections
@@ -201,6 +202,22 @@ def from_card(saved: Mapping[str, Any]) -> ml_collections.ConfigDict:
 
     fill(config, saved)
     return config
+
+
+def matching(patterns: str, names: Collection[str], complaint: str) -> set[str]:
+    """The names that comma-separated shell patterns match, the last one that matches deciding: one that
+    starts with ! takes names out again.
+
+    Raises:
+      UserError: a pattern that matches nothing; says the `complaint`, with the pattern in its braces.
+    """
+    chosen: set[str] = set()
+    for pattern in filter(None, map(str.strip, patterns.split(","))):
+        matched = set(fnmatch.filter(names, pattern.removeprefix("!")))
+        if not matched:
+            raise UserError(complaint.format(repr(pattern)))
+        chosen = chosen - matched if pattern.startswith("!") else chosen | matched
+    return chosen
 
 
 def model_arguments(config: ml_collections.ConfigDict) -> dict:

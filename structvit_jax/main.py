@@ -39,6 +39,8 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"unexpected argument {argv[1]!r}; options start with --")
     config = _CONFIG.value
     check_config(config)
+    if _PEER.value and _MODE.value != "bench":
+        raise UserError("--peer is for --mode=bench")
     from structvit_jax.training import processes, watch  # here, so that a mistake in flags is told at once
 
     if _MODE.value in ("train", "eval"):
@@ -54,12 +56,8 @@ def _act(config: ml_collections.ConfigDict) -> None:
     workdir = epath.Path(_WORKDIR.value or os.path.join("runs", _config_path(sys.argv).stem))
     config = start.settle_inputs(config, workdir)
     dataset = data.load(config.data, config.augment, config.train.seed)
-    from structvit_jax import (  # a mistake in the data is told before these are imported
-        bench,
-        plan,
-        sheet,
-        show,
-    )
+    # here, so that a mistake in the data is told at once
+    from structvit_jax import bench, plan, sheet, show
     from structvit_jax.training import loop, mesh
 
     if _MODE.value == "plan":

@@ -152,6 +152,7 @@ def test_the_command(command, tmp_path):
         (["--config.model.name=deit_tiny", "--peer=torch"], "UniFormers and StructViTs alone"),
         (["--config.model.aggregation=element", "--peer=torch"], "structvit_torch.py has no such model"),
         (["--config.bench.rounds=0"], "to be at least 1"),
+        (["--mode=show", "--peer=torch"], "--peer is for --mode=bench"),
     ],
 )
 def test_mistakes_are_one_line(command, tmp_path, arguments, message):

@@ -9,7 +9,6 @@ told, since machines are noisy.
 from __future__ import annotations
 
 import datetime
-import fnmatch
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,7 +24,7 @@ from structvit_jax.bench.peer import TorchPeer
 from structvit_jax.bench.report import Row
 from structvit_jax.bench.timing import Call, in_turns, measure_rates
 from structvit_jax.bench.whole import forward_program, train_program
-from structvit_jax.config import model_arguments
+from structvit_jax.config import matching, model_arguments
 from structvit_jax.errors import UserError
 from structvit_jax.models import cost
 from structvit_jax.training.processes import say
@@ -51,7 +50,10 @@ def run(config: ml_collections.ConfigDict, data: Any, workdir: epath.Path, peer:
     prepared = Run.prepare(config, data)
     shape = (config.data.batch_size, *data.shape)
     parts = list(parts_of(prepared.model, shape))
-    wanted = _wanted(["model", *(part.name for part in parts)], config.bench.only)
+    names = ["model", *(part.name for part in parts)]
+    complaint = f"config.bench.only: nothing is named {{}}; there are {', '.join(names)}"
+    wanted = matching(config.bench.only or "*", names, complaint)
+    parts = [part for part in parts if part.name in wanted]
     other = TorchPeer(prepared.model) if peer else None
     dtype = prepared.model.variant.dtype
     rates = measure_rates(dtype, config.bench.rounds)
@@ -62,21 +64,11 @@ def run(config: ml_collections.ConfigDict, data: Any, workdir: epath.Path, peer:
     )
     say(header)
     rows = []
-    for row in _rows(
-        prepared, [part for part in parts if part.name in wanted], "model" in wanted, shape, other
-    ):
+    for row in _rows(prepared, parts, "model" in wanted, shape, other):
         rows.append(row)
         say(report.tell(row, rates))
     report.write(rows, rates, header, workdir)
     say(f"{workdir / 'bench.md'}, bench.json" + ", bench.png" * any(not row.samples for row in rows))
-
-
-def _wanted(names: list[str], only: str) -> set[str]:
-    patterns = [pattern.strip() for pattern in only.split(",") if pattern.strip()] or ["*"]
-    for pattern in patterns:
-        if not fnmatch.filter(names, pattern):
-            raise UserError(f"config.bench.only: nothing is named {pattern!r}; there are {', '.join(names)}")
-    return {name for pattern in patterns for name in fnmatch.filter(names, pattern)}
 
 
 def _rows(

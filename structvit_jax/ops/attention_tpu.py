@@ -25,13 +25,10 @@ def forward(
     logarithm of the sum of exponentials, float32 [batch, heads, N]."""
     batch, count, width = query.shape
     key, value = (_cut(x, count) for x in (key, value))
-    planes, keys = key.shape[1:3]
-    row = pl.BlockSpec((1, count, width), lambda b, _: (b, 0, 0))
-    plane = pl.BlockSpec((1, 1, keys, width), lambda b, j: (b, j, 0, 0))
-    stats = pl.BlockSpec((1, heads, count), lambda b, _: (b, 0, 0))
+    row, plane, stats = _blocks(query, key, heads)
     return pl.pallas_call(
         functools.partial(_forward, heads=heads),
-        grid=(batch, planes),
+        grid=(batch, key.shape[1]),
         in_specs=[row, plane, plane],
         out_specs=[row, stats],
         out_shape=[
@@ -64,13 +61,10 @@ def backward(
     shape = key.shape
     batch, count, width = query.shape
     key, value = (_cut(x, count) for x in (key, value))
-    planes, keys = key.shape[1:3]
-    row = pl.BlockSpec((1, count, width), lambda b, _: (b, 0, 0))
-    plane = pl.BlockSpec((1, 1, keys, width), lambda b, j: (b, j, 0, 0))
-    stats = pl.BlockSpec((1, heads, count), lambda b, _: (b, 0, 0))
+    row, plane, stats = _blocks(query, key, heads)
     d_query, d_key, d_value = pl.pallas_call(
         functools.partial(_backward, heads=heads),
-        grid=(batch, planes),
+        grid=(batch, key.shape[1]),
         in_specs=[row, plane, plane, row, row, stats],
         out_specs=[row, plane, plane],
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (query, key, value)],
@@ -90,6 +84,14 @@ def _cut(keys, queries):
     total = keys.shape[1]
     planes = next(p for p in range(1, total + 1) if total % p == 0 and total // p * queries * 4 <= _PRODUCTS)
     return keys.reshape(keys.shape[0], planes, total // planes, -1)
+
+
+def _blocks(query, key, heads):
+    """What a step sees: all queries of an example, a plane of its keys, statistics of all queries."""
+    count, width = query.shape[1:]
+    row = pl.BlockSpec((1, count, width), lambda b, _: (b, 0, 0))
+    plane = pl.BlockSpec((1, 1, *key.shape[2:]), lambda b, j: (b, j, 0, 0))
+    return row, plane, pl.BlockSpec((1, heads, count), lambda b, _: (b, 0, 0))
 
 
 def _parameters():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
-from structvit_jax.config import Durations
+from structvit_jax.config import Durations, matching
 from structvit_jax.errors import UserError
 
 
@@ -82,15 +81,9 @@ def make_optimizer(
 
 
 def frozen_names(patterns: str, names: Sequence[str]) -> frozenset[str]:
-    """The names that comma-separated shell patterns match, the last one that matches deciding: one that
-    starts with ! takes names out again."""
-    frozen: set[str] = set()
-    for pattern in filter(None, map(str.strip, patterns.split(","))):
-        matched = set(fnmatch.filter(names, pattern.removeprefix("!")))
-        if not matched:
-            some = sorted({re.sub(r"\.\d+\..*", ".*", name) for name in names})
-            raise UserError(f"config.optimizer.freeze: {pattern!r} matches no weights, as {', '.join(some)}")
-        frozen = frozen - matched if pattern.startswith("!") else frozen | matched
+    """What config.optimizer.freeze means, see `matching`."""
+    some = ", ".join(sorted({re.sub(r"\.\d+\..*", ".*", name) for name in names}))
+    frozen = matching(patterns, names, f"config.optimizer.freeze: {{}} matches no weights, as {some}")
     if frozen and len(frozen) == len(names):
         raise UserError(f"config.optimizer.freeze is {patterns!r}, which leaves nothing to train")
     return frozenset(frozen)
