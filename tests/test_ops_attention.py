@@ -15,7 +15,8 @@ from jax.sharding import SingleDeviceSharding
 
 from structvit_jax import plan
 from structvit_jax.ops import attention as module
-from structvit_jax.ops.attention import attention, batch_split_over
+from structvit_jax.ops.attention import attention
+from structvit_jax.ops.devices import batch_split_over
 from structvit_jax.training.mesh import make_mesh
 
 # batch, queries, keys, heads, channels: odd sizes, and of the networks the smallest grid; and the bytes that
@@ -59,9 +60,9 @@ def assert_close(ours, expected, tolerance):
 def together(query, key, value):
     """The loops as on GPUs: all examples and heads at once."""
     with pytest.MonkeyPatch.context() as patch:
-        at_once = {"size": module._AT_ONCE, "apart": False}
-        patch.setattr(module, "_choose", lambda method, mesh, loop, kernel, *args: loop(*args, **at_once))
-        return attention(query, key, value)
+        patch.setattr(module, "_FEW", 2**40)
+        patch.setattr(module, "_IN_CACHE", module._AT_ONCE)
+        return attention(query, key, value, method="blocked")
 
 
 FORMS = {
@@ -77,8 +78,8 @@ FORMS = {
 def test_every_form_equals_the_definition(monkeypatch, form, shape, size, dtype, tolerance):
     """In bfloat16 the definition gets the rounded arguments."""
     args = arrays(shape, dtype)
-    for limit in ("_IN_CACHE", "_AT_ONCE"):
-        monkeypatch.setattr(module, limit, size)
+    for limit, bytes_ in (("_IN_CACHE", size), ("_AT_ONCE", size), ("_FEW", 0)):
+        monkeypatch.setattr(module, limit, bytes_)
     monkeypatch.setattr(module.attention_tpu, "_PRODUCTS", size)
     ours = jax.jit(functools.partial(value_and_grads, FORMS[form]))(*args)
     assert all(array.dtype == dtype for array in ours)
@@ -88,8 +89,8 @@ def test_every_form_equals_the_definition(monkeypatch, form, shape, size, dtype,
 @pytest.mark.parametrize("form", ["blocked", "together"])
 def test_float64_is_exact_to_rounding(x64, monkeypatch, form):
     args = arrays((2, 13, 29, 3, 8), jnp.float64)
-    monkeypatch.setattr(module, "_IN_CACHE", 2000)
-    monkeypatch.setattr(module, "_AT_ONCE", 2000)
+    for limit, bytes_ in (("_IN_CACHE", 2000), ("_AT_ONCE", 2000), ("_FEW", 0)):
+        monkeypatch.setattr(module, limit, bytes_)
     assert_close(value_and_grads(FORMS[form], *args), value_and_grads(definition, *args), 1e-13)
 
 
@@ -133,7 +134,8 @@ def test_the_kernels_compile_for_a_tpu(queries, keys, heads):
     shapes = [jax.ShapeDtypeStruct((2, n, heads, 64), jnp.bfloat16) for n in (queries, keys, keys, queries)]
     place = SingleDeviceSharding(device)
     function = jax.jit(functools.partial(value_and_grads, attention), in_shardings=place, out_shardings=place)
-    text = function.lower(*shapes).compile().as_text()
+    with batch_split_over(make_mesh(1, 1, [device])):
+        text = function.lower(*shapes).compile().as_text()
     assert text.count("tpu_custom_call") >= 2
 
 

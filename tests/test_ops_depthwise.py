@@ -1,6 +1,11 @@
-"""The forms of the depthwise convolution against its definition, values and gradients."""
+"""The forms of the depthwise convolution against its definition, values and gradients.
+
+The kernel for TPUs runs here in Pallas's interpreter, and is compiled for a TPU where libtpu is installed.
+It has run on no TPU.
+"""
 
 import functools
+import importlib.util
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from structvit_jax.ops import depthwise_conv
+from structvit_jax import plan
+from structvit_jax.ops import batch_split_over, depthwise_conv
+from structvit_jax.training.mesh import make_mesh
 
 odd = st.sampled_from([1, 3, 5])
 
@@ -97,6 +104,58 @@ def test_gradients_in_bfloat16(form):
     half = value_and_grads(FORMS[form], x, kernel, 2)
     assert all(gradient.dtype == jnp.bfloat16 for gradient in half[1])
     assert largest_difference(half[1], exact[1]) < 2**-5
+
+
+PALLAS = functools.partial(depthwise_conv, method="pallas")
+
+
+@pytest.mark.parametrize(
+    ("shape", "window", "multiplier"),
+    [
+        ((2, 7, 5, 3), (3, 3), 4),
+        ((1, 9, 14, 6), (5, 3), 1),
+        ((2, 3, 6, 7, 4), (3, 3, 3), 2),
+        ((1, 2, 5, 9, 3), (5, 5, 5), 1),  # fewer frames than the window has
+        ((1, 6, 3, 4, 5), (5, 1, 3), 2),
+    ],
+)
+def test_the_kernel_for_gradients_equals_the_definition(shape, window, multiplier):
+    x, kernel = arrays(shape, (*window, shape[-1], multiplier), jnp.float32)
+    expected = value_and_grads(definition, x, kernel, 1)
+    assert largest_difference(value_and_grads(PALLAS, x, kernel, 1), expected) < 1e-5
+    half = [array.astype(jnp.bfloat16) for array in (x, kernel)]
+    gradients = value_and_grads(PALLAS, *half, 1)[1]
+    assert all(gradient.dtype == jnp.bfloat16 for gradient in gradients)
+    exact = value_and_grads(definition, *(array.astype(jnp.float32) for array in half), 1)[1]
+    assert largest_difference(gradients, exact) < 2**-5
+
+
+def test_each_device_runs_the_kernel_on_its_examples():
+    """Eight devices, in the interpreter: the numbers of one."""
+    x, kernel = arrays((8, 5, 4, 3), (3, 3, 3, 2), jnp.float32)
+    with batch_split_over(make_mesh(-1, 2, jax.devices("cpu")[:8])):
+        split = value_and_grads(PALLAS, x, kernel, 1)
+    assert largest_difference(split, value_and_grads(definition, x, kernel, 1)) < 1e-5
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+@pytest.mark.parametrize(
+    ("shape", "window", "multiplier"),
+    [((56, 56, 64), (5, 5), 1), ((14, 14, 320), (3, 3), 4), ((8, 14, 14, 320), (3, 3, 3), 4)],
+)
+def test_the_kernel_compiles_for_a_tpu(shape, window, multiplier):
+    (device,), note = plan._devices("v5e:1x1")
+    assert not note
+    place = jax.sharding.SingleDeviceSharding(device)
+    shapes = (2, *shape), (*window, shape[-1], multiplier)
+    args = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place) for shape in shapes]
+
+    def gradients(x, kernel):
+        out, pull = jax.vjp(depthwise_conv, x, kernel)
+        return pull(out)
+
+    with batch_split_over(make_mesh(1, 1, [device])):
+        assert "tpu_custom_call" in jax.jit(gradients).lower(*args).compile().as_text()
 
 
 def test_auto_on_cpu_is_shifted():

@@ -1,7 +1,7 @@
 """Pure functions on arrays: no weights, no state, jax.numpy only."""
 
-from structvit_jax.ops.attention import batch_split_over
 from structvit_jax.ops.depthwise import depthwise_conv
+from structvit_jax.ops.devices import batch_split_over
 from structvit_jax.ops.feed_forward import gelu, mlp
 from structvit_jax.ops.structsa import (
     StructAttentionMaps,

@@ -8,37 +8,21 @@ NVIDIA GPUs in half precision it is cuDNN's attention, with cuDNN's own rule.
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import functools
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh, PartitionSpec
 
 from structvit_jax.ops import attention_tpu
+from structvit_jax.ops.devices import Target, target
 
 METHODS = ("auto", "blocked", "pallas", "cudnn")
 
-# Bytes of products of queries and keys that one step of the loop computes.
+# Bytes of products of queries and keys. That one step of the loop computes:
 _IN_CACHE = 2**23  # CPUs: what stays in the cache
 _AT_ONCE = 2**28  # elsewhere: enough to fill the device
-
-
-_mesh: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("mesh", default=None)
-
-
-@contextlib.contextmanager
-def batch_split_over(mesh: Mesh) -> Iterator[None]:
-    """Inside, batches are split over all axes of the mesh. Kernels have to be told, since the compiler can
-    only run them as they are: each device runs them on its examples."""
-    token = _mesh.set(mesh)
-    try:
-        yield
-    finally:
-        _mesh.reset(token)
+_FEW = 2**17  # of a head whose products CPUs rather compute together with others
 
 
 def attention(query: jax.Array, key: jax.Array, value: jax.Array, *, method: str = "auto") -> jax.Array:
@@ -64,83 +48,73 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array, *, method: str
             f"attention: query {query.shape}, key {key.shape} and value {value.shape} should be"
             " [batch, length, heads, channels], with one length for keys and values"
         )
-    half = query.dtype in (jnp.bfloat16, jnp.float16)
-    if method == "cudnn" or (method == "auto" and half and _has_cudnn()):
+    where = target()
+    if method == "auto":
+        method = _suited(where.platform, query.dtype)
+    if method == "cudnn":
         return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
-    return _attention(query, key, value, method, _mesh.get())
+    return _attention(query, key, value, method, where)
 
 
-def _has_cudnn() -> bool:
-    """cuDNN's attention cannot even be traced without a GPU of NVIDIA's."""
-    return jax.default_backend() == "gpu" and "cuda" in jax.devices()[0].client.platform_version
+def _suited(platform: str, dtype) -> str:
+    if platform == "tpu" and dtype != jnp.float64:
+        return "pallas"
+    half = dtype in (jnp.bfloat16, jnp.float16)
+    if platform == "gpu" and half and "cuda" in jax.devices()[0].client.platform_version:
+        return "cudnn"  # which cannot even be traced elsewhere
+    return "blocked"
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _attention(query, key, value, method, mesh):
-    return _attention_fwd(query, key, value, method, mesh)[0]
+def _attention(query, key, value, method, where):
+    return _attention_fwd(query, key, value, method, where)[0]
 
 
-def _attention_fwd(query, key, value, method, mesh):
-    output, lse = _choose(method, mesh, _blocked, _kernel, query, key, value)
+def _attention_fwd(query, key, value, method, where):
+    form = _kernel if method == "pallas" else _blocked
+    output, lse = form(where, query, key, value)
     return output, (query, key, value, output, lse)
 
 
-def _attention_bwd(method, mesh, residuals, cotangent):
-    return _choose(method, mesh, _blocked_gradients, _kernel_gradients, *residuals, cotangent)
+def _attention_bwd(method, where, residuals, cotangent):
+    query, key, value, output, lse = residuals
+    form = _kernel_gradients if method == "pallas" else _blocked_gradients
+    return form(where, query, key, value, output, lse, cotangent)
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
 
 
-def _choose(method, mesh, blocked, kernel, *args):
-    apart = functools.partial(blocked, size=_IN_CACHE, apart=True)
-    if method == "blocked":
-        return apart(*args)
-    if method == "pallas":
-        kernel = functools.partial(kernel, interpret=jax.default_backend() != "tpu")
-        return _on_each_device(kernel, mesh)(*args)
-    forms = {"cpu": apart}
-    if args[0].dtype != jnp.float64:
-        forms["tpu"] = _on_each_device(kernel, mesh)
-    together = functools.partial(blocked, size=_AT_ONCE, apart=False)
-    return lax.platform_dependent(*args, **forms, default=together)
-
-
-def _on_each_device(kernel, mesh):
-    """A kernel that each device of the mesh runs on its part of the batch."""
-    if mesh is None or mesh.size == 1:
-        return kernel
-    examples = PartitionSpec(mesh.axis_names)
-    return jax.shard_map(kernel, mesh=mesh, in_specs=examples, out_specs=examples, check_vma=False)
-
-
 # The loops: over blocks of queries, backward over blocks of keys; on CPUs around them over examples and
-# heads, so that every step multiplies plain matrices. What a step needs is cut out of [batch, length, heads,
-# channels] and its results are written back: to bring the heads of whole arrays to the front takes longer
-# than all else.
+# heads, unless these are small, so that every step multiplies plain matrices. What a step needs is cut out
+# of [batch, length, heads, channels] and its results are written back: to bring the heads of whole arrays to
+# the front takes longer than all else.
 
 
-def _blocked(query, key, value, *, size, apart):
-    rows = _rows(query, key, size, apart)
+def _blocked(where: Target, query, key, value):
+    apart, rows = _plan(where.platform, query, key)
     output, lse = _each(functools.partial(_of_matrices, rows=rows), apart, query, key, value)
     return output, jnp.swapaxes(lse[..., 0], 1, 2)
 
 
-def _blocked_gradients(query, key, value, output, lse, cotangent, *, size, apart):
-    rows = _rows(key, query, size, apart)
+def _blocked_gradients(where: Target, query, key, value, output, lse, cotangent):
+    apart, rows = _plan(where.platform, key, query)
     delta = jnp.sum(output.astype(lse.dtype) * cotangent.astype(lse.dtype), axis=-1, keepdims=True)
     lse = jnp.swapaxes(lse, 1, 2)[..., None]
     gradients = functools.partial(_gradients_of_matrices, rows=rows)
     return tuple(_each(gradients, apart, query, key, value, lse, delta, cotangent))
 
 
-def _rows(cut, whole, size, apart):
-    """Rows of a block of one of queries and keys, whose products with all of the other take about `size`
-    bytes."""
+def _plan(platform, cut, whole):
+    """Whether heads are computed one by one, and the rows of a block of queries or keys, whichever is cut,
+    whose products with all of the other take what the platform likes."""
     batch, length, heads, _ = cut.shape
-    least = -(-4 * (1 if apart else batch * heads) * length * whole.shape[1] // size)
+    of_head = 4 * length * whole.shape[1]
+    on_cpu = platform == "cpu"
+    apart = on_cpu and of_head > _FEW
+    least = -(-of_head * (1 if apart else batch * heads) // (_IN_CACHE if on_cpu else _AT_ONCE))
     blocks = next((n for n in range(least, 2 * least) if length % n == 0), least)
-    return -(-length // blocks)
+    return apart, -(-length // blocks)
 
 
 def _each(function, apart, *arrays):
@@ -221,16 +195,23 @@ def _dot(a, b):
 # Kernels for TPUs, which take [batch, N, heads·channels].
 
 
-def _kernel(query, key, value, interpret=False):
-    q, k, v = map(_flat, (query, key, value))
-    output, lse = attention_tpu.forward(q, k, v, heads=query.shape[2], interpret=interpret)
-    return output.reshape(query.shape), lse
+def _kernel(where: Target, *args):
+    def run(query, key, value):
+        q, k, v = map(_flat, (query, key, value))
+        output, lse = attention_tpu.forward(q, k, v, heads=query.shape[2], interpret=where.interpret)
+        return output.reshape(query.shape), lse
+
+    return where.on_each_device(run, *args)
 
 
-def _kernel_gradients(query, key, value, output, lse, cotangent, interpret=False):
-    q, k, v, o, do = map(_flat, (query, key, value, output, cotangent))
-    gradients = attention_tpu.backward(q, k, v, o, do, lse, heads=query.shape[2], interpret=interpret)
-    return tuple(x.reshape(like.shape) for x, like in zip(gradients, (query, key, value), strict=True))
+def _kernel_gradients(where: Target, *args):
+    def run(query, key, value, output, lse, cotangent):
+        q, k, v, o, do = map(_flat, (query, key, value, output, cotangent))
+        heads, interpret = query.shape[2], where.interpret
+        gradients = attention_tpu.backward(q, k, v, o, do, lse, heads=heads, interpret=interpret)
+        return tuple(x.reshape(like.shape) for x, like in zip(gradients, (query, key, value), strict=True))
+
+    return where.on_each_device(run, *args)
 
 
 def _flat(x):

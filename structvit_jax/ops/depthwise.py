@@ -17,12 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from structvit_jax.ops import depthwise_tpu
+from structvit_jax.ops.devices import Target, target
+
 # A sum of this many products is still fused into one fast loop by XLA's CPU compiler; longer ones
 # are scanned (measured: 5x5 and 3x3x3 windows fuse, 5x5x5 unrolled is ten times slower than scanned).
 _MAX_FUSED_TERMS = 36
 _ROWS_PER_STEP = 4  # rows of the image that one step of the kernel gradient's scan accumulates
 
-METHODS = ("auto", "grouped", "shifted")
+METHODS = ("auto", "grouped", "shifted", "pallas")
 
 
 def depthwise_conv(x: jax.Array, kernel: jax.Array, *, stride: int = 1, method: str = "auto") -> jax.Array:
@@ -36,8 +39,9 @@ def depthwise_conv(x: jax.Array, kernel: jax.Array, *, stride: int = 1, method: 
       kernel: [*window, channels, multiplier], odd windows.
       stride: spatial stride; window centres lie at 0, S, 2S, ... in height and width, and on
         every frame in time.
-      method: "grouped" is XLA's grouped convolution, "shifted" the sum of shifted products;
-        "auto" takes "shifted" on CPU and "grouped" elsewhere.
+      method: "grouped" is XLA's grouped convolution, "shifted" the sum of shifted products, "pallas" is
+        as "grouped" with a kernel for TPUs (interpreted elsewhere) for both gradients where it has room
+        and the stride is 1; "auto" takes what suits the platform.
 
     Returns:
       [batch, multiplier, *grid', channels] in x's dtype; grid' is ceil(n / stride) in space.
@@ -46,7 +50,12 @@ def depthwise_conv(x: jax.Array, kernel: jax.Array, *, stride: int = 1, method: 
       ValueError: ranks or channels that do not fit, an even window, a stride below one.
     """
     _check(x, kernel, stride, method)
-    return _traced_once(x, kernel.astype(x.dtype), stride, method)
+    where = target()
+    if method == "auto":
+        method = {"cpu": "shifted", "tpu": "pallas"}.get(where.platform, "grouped")
+    if method == "pallas" and (stride > 1 or x.dtype == jnp.float64 or not depthwise_tpu.fits(x, kernel)):
+        method = "grouped"
+    return _traced_once(x, kernel.astype(x.dtype), stride, method, where)
 
 
 def grid_strides(grid: Sequence[int], stride: int) -> tuple[int, ...]:
@@ -79,42 +88,38 @@ def _check(x, kernel, stride, method):
         raise ValueError(f"depthwise_conv: stride {stride} is below one")
 
 
-# One rule for differentiation; each of its three parts picks its form by the platform that the
-# program is lowered for, so that a program for another platform can be compiled here.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _depthwise(x, kernel, stride, method, where):
+    form = _shifted if method == "shifted" else _grouped
+    return form(x, kernel, stride)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _depthwise(x, kernel, stride, method):
-    grouped = functools.partial(_grouped, stride=stride)
-    shifted = functools.partial(_shifted, stride=stride)
-    return _choose(method, grouped, shifted, x, kernel)
+def _depthwise_fwd(x, kernel, stride, method, where):
+    return _depthwise(x, kernel, stride, method, where), (x, kernel)
 
 
-def _depthwise_fwd(x, kernel, stride, method):
-    return _depthwise(x, kernel, stride, method), (x, kernel)
-
-
-def _depthwise_bwd(stride, method, residuals, cotangent):
-    of_input = [
-        functools.partial(f, stride=stride) for f in (_grouped_input_gradient, _shifted_input_gradient)
-    ]
-    of_kernel = [
-        functools.partial(f, stride=stride) for f in (_grouped_kernel_gradient, _shifted_kernel_gradient)
-    ]
-    return (
-        _choose(method, *of_input, *residuals, cotangent),
-        _choose(method, *of_kernel, *residuals, cotangent),
-    )
+def _depthwise_bwd(stride, method, where, residuals, cotangent):
+    x, kernel = residuals
+    if method == "pallas":
+        return _kernel_gradients(where, x, cotangent, kernel)
+    if method == "grouped":
+        of_input, of_kernel = _grouped_input_gradient, _grouped_kernel_gradient
+    else:
+        of_input, of_kernel = _shifted_input_gradient, _shifted_kernel_gradient
+    return of_input(x, kernel, cotangent, stride), of_kernel(x, kernel, cotangent, stride)
 
 
 _depthwise.defvjp(_depthwise_fwd, _depthwise_bwd)
-_traced_once = jax.jit(_depthwise, static_argnums=(2, 3))  # equal blocks share one trace
+_traced_once = jax.jit(_depthwise, static_argnums=(2, 3, 4))  # equal blocks share one trace
 
 
-def _choose(method, grouped, shifted, *args):
-    if method == "auto":
-        return lax.platform_dependent(*args, cpu=shifted, default=grouped)
-    return (grouped if method == "grouped" else shifted)(*args)
+def _kernel_gradients(where: Target, x, cotangent, kernel):
+    def run(x, cotangent, kernel):
+        d_x, d_kernel = depthwise_tpu.gradients(x, kernel, cotangent, interpret=where.interpret)
+        return d_x, d_kernel[None]
+
+    d_x, parts = where.on_each_device(run, x, cotangent, kernel, whole=1)
+    return d_x, parts.sum(axis=0).astype(kernel.dtype)
 
 
 # The grouped form: XLA's grouped convolution. XLA's gradients of it take layouts on TPUs that are mostly
@@ -141,11 +146,11 @@ def _grouped_input_gradient(x, kernel, cotangent, stride):
 def _grouped_kernel_gradient(x, kernel, cotangent, stride):
     """A sum over positions for every tap."""
     window, accumulate = kernel.shape[:-2], _accumulator(x)
-    x = jnp.pad(x, [(0, 0), *same_padding(window), (0, 0)]).astype(accumulate)
+    x = jnp.pad(x, [(0, 0), *same_padding(window), (0, 0)])
     cotangent, positions = cotangent.astype(accumulate), tuple(range(x.ndim - 1))
     strides, grid = grid_strides(window, stride), cotangent.shape[2:-1]
     taps = [
-        (_shift(x, offset, grid, strides) * cotangent[:, d]).sum(positions)
+        (_shift(x, offset, grid, strides).astype(accumulate) * cotangent[:, d]).sum(positions)
         for offset in itertools.product(*map(range, window))
         for d in range(kernel.shape[-1])
     ]

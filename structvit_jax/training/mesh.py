@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -25,6 +27,7 @@ def select_devices(device: str) -> None:
       UserError: the device is not there, or there is an NVIDIA GPU that JAX does not see and the CPU
         was not asked for.
     """
+    _keep_freed_memory()
     wants_cpu = device == "cpu" or os.environ.get("JAX_PLATFORMS") == "cpu"
     if device != "auto":
         jax.config.update("jax_platforms", {"gpu": "cuda"}.get(device, device))
@@ -39,6 +42,27 @@ def select_devices(device: str) -> None:
         )
     if platform == "none":
         raise UserError(f"JAX finds no device for config.mesh.device={device!r}: {reason}")
+
+
+def _keep_freed_memory() -> None:
+    """Has glibc's allocator keep what arrays in this machine's memory leave, and take it in large pages. As
+    it comes, it gives large blocks back at once, and every step of a training on CPUs asks for them again,
+    page by small page."""
+    if platform.libc_ver()[0] != "glibc":
+        return
+    m_trim_threshold, m_mmap_max, m_arena_max, madv_hugepage = -1, -4, -8, 14  # of its headers
+    libc, page = ctypes.CDLL(None), 2**21
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.argtypes = [ctypes.c_void_p]
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    for option, value in ((m_arena_max, 1), (m_mmap_max, 0), (m_trim_threshold, -1)):
+        libc.mallopt(option, value)
+    size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    block = libc.malloc(size)  # of addresses: untouched, it takes no memory
+    if block:
+        first = -(-block // page) * page
+        libc.madvise(first, (block + size - first) // page * page, madv_hugepage)
+        libc.free(block)
 
 
 def _nvidia_gpu() -> bool:
