@@ -111,8 +111,8 @@ class StructAttention(nnx.Module):
 
     def _operands(self, x):
         qkv = self.qkv(x)
-        qkv = qkv.reshape(*qkv.shape[:-1], 3, self.heads, -1)
-        query, key, value = (qkv[..., i, :, :] for i in range(3))
+        parts = jnp.split(qkv, 3, axis=-1)
+        query, key, value = (x.reshape(*x.shape[:-1], self.heads, -1) for x in parts)
         kernels = [
             None if k is None else k[...].astype(qkv.dtype) for k in (self.key_kernels, self.value_kernels)
         ]

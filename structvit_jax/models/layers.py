@@ -17,7 +17,7 @@ from jax.nn import initializers
 from jax.typing import ArrayLike
 
 from structvit_jax.models.ledger import declare
-from structvit_jax.ops import depthwise_conv, mlp
+from structvit_jax.ops import convolve, depthwise_conv, mlp
 
 
 class HostRngs:
@@ -108,9 +108,12 @@ class Conv(nnx.Conv):
             dtype=dtype,
             rngs=rngs,
         )
+        self.window_strides, self.zeros = tuple(strides), tuple(padding)
 
     def __call__(self, inputs: jax.Array, out_sharding=None) -> jax.Array:
-        y = super().__call__(inputs, out_sharding)
+        arrays = inputs, self.kernel[...], self.bias[...]  # type: ignore[index]  # it has one
+        x, kernel, bias = nnx.nn.dtypes.promote_dtype(arrays, dtype=self.dtype)
+        y = convolve(x, kernel, strides=self.window_strides, padding=self.zeros) + bias
         declare(self, "conv", y.size * math.prod(self.kernel_shape[:-1]))
         return y
 

@@ -3,6 +3,7 @@
 from structvit_jax.ops.depthwise import depthwise_conv
 from structvit_jax.ops.devices import batch_split_over
 from structvit_jax.ops.feed_forward import gelu, mlp
+from structvit_jax.ops.patches import convolve
 from structvit_jax.ops.structsa import (
     StructAttentionMaps,
     convolve_patterns,
@@ -14,6 +15,7 @@ from structvit_jax.ops.structsa import (
 __all__ = [
     "StructAttentionMaps",
     "batch_split_over",
+    "convolve",
     "convolve_patterns",
     "depthwise_conv",
     "effective_rank",

@@ -48,15 +48,17 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array, *, method: str
             f"attention: query {query.shape}, key {key.shape} and value {value.shape} should be"
             " [batch, length, heads, channels], with one length for keys and values"
         )
-    where = target()
     if method == "auto":
-        method = _suited(where.platform, query.dtype)
+        method = suited_method(query.dtype)
     if method == "cudnn":
         return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
-    return _attention(query, key, value, method, where)
+    heads, flat = query.shape[2], (x.reshape(*x.shape[:2], -1) for x in (query, key, value))
+    return _attention(*flat, heads, method, target()).reshape(query.shape)
 
 
-def _suited(platform: str, dtype) -> str:
+def suited_method(dtype) -> str:
+    """What "auto" takes for the devices that the program is traced for."""
+    platform = target().platform
     if platform == "tpu" and dtype != jnp.float64:
         return "pallas"
     half = dtype in (jnp.bfloat16, jnp.float16)
@@ -65,24 +67,61 @@ def _suited(platform: str, dtype) -> str:
     return "blocked"
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _attention(query, key, value, method, where):
-    return _attention_fwd(query, key, value, method, where)[0]
+# From here on heads and channels are one axis: apart, TPUs would pad both wherever such an array is kept.
 
 
-def _attention_fwd(query, key, value, method, where):
-    form = _kernel if method == "pallas" else _blocked
-    output, lse = form(where, query, key, value)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _attention(query, key, value, heads, method, where):
+    return _attention_fwd(query, key, value, heads, method, where)[0]
+
+
+def _attention_fwd(query, key, value, heads, method, where):
+    output, lse = attention_and_lse(query, key, value, heads, method, where)
     return output, (query, key, value, output, lse)
 
 
-def _attention_bwd(method, where, residuals, cotangent):
+def _attention_bwd(heads, method, where, residuals, cotangent):
     query, key, value, output, lse = residuals
-    form = _kernel_gradients if method == "pallas" else _blocked_gradients
-    return form(where, query, key, value, output, lse, cotangent)
+    return attention_gradients(query, key, value, output, lse, cotangent, heads, method, where)
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
+
+
+def attention_and_lse(
+    query: jax.Array, key: jax.Array, value: jax.Array, heads: int, method: str, where: Target
+) -> tuple[jax.Array, jax.Array]:
+    """The output of "blocked" or "pallas", and the logarithms of sums of exponentials [batch, heads, N], for
+    query, key and value [batch, N or M, heads·channels]."""
+    if method == "blocked":
+        output, lse = _blocked(where.platform, *_of_heads(heads, query, key, value))
+        return output.reshape(query.shape), lse
+    forward = functools.partial(attention_tpu.forward, heads=heads, interpret=where.interpret)
+    return where.on_each_device(forward, query, key, value)
+
+
+def attention_gradients(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    output: jax.Array,
+    lse: jax.Array,
+    cotangent: jax.Array,
+    heads: int,
+    method: str,
+    where: Target,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Of query, key and value, from what `attention_and_lse` returned and the cotangent of the output."""
+    if method == "blocked":
+        arrays = _of_heads(heads, query, key, value, output, cotangent)
+        d_query, d_key, d_value = _blocked_gradients(where.platform, lse, *arrays)
+        return d_query.reshape(query.shape), d_key.reshape(key.shape), d_value.reshape(value.shape)
+    backward = functools.partial(attention_tpu.backward, heads=heads, interpret=where.interpret)
+    return where.on_each_device(backward, query, key, value, output, cotangent, lse)
+
+
+def _of_heads(heads, *arrays):
+    return [x.reshape(*x.shape[:2], heads, -1) for x in arrays]
 
 
 # The loops: over blocks of queries, backward over blocks of keys; on CPUs around them over examples and
@@ -91,14 +130,14 @@ _attention.defvjp(_attention_fwd, _attention_bwd)
 # the front takes longer than all else.
 
 
-def _blocked(where: Target, query, key, value):
-    apart, rows = _plan(where.platform, query, key)
+def _blocked(platform, query, key, value):
+    apart, rows = _plan(platform, query, key)
     output, lse = _each(functools.partial(_of_matrices, rows=rows), apart, query, key, value)
     return output, jnp.swapaxes(lse[..., 0], 1, 2)
 
 
-def _blocked_gradients(where: Target, query, key, value, output, lse, cotangent):
-    apart, rows = _plan(where.platform, key, query)
+def _blocked_gradients(platform, lse, query, key, value, output, cotangent):
+    apart, rows = _plan(platform, key, query)
     delta = jnp.sum(output.astype(lse.dtype) * cotangent.astype(lse.dtype), axis=-1, keepdims=True)
     lse = jnp.swapaxes(lse, 1, 2)[..., None]
     gradients = functools.partial(_gradients_of_matrices, rows=rows)
@@ -190,29 +229,3 @@ def _over_blocks(part, rows, *arrays):
 
 def _dot(a, b):
     return jnp.matmul(a, b, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
-
-
-# Kernels for TPUs, which take [batch, N, heads·channels].
-
-
-def _kernel(where: Target, *args):
-    def run(query, key, value):
-        q, k, v = map(_flat, (query, key, value))
-        output, lse = attention_tpu.forward(q, k, v, heads=query.shape[2], interpret=where.interpret)
-        return output.reshape(query.shape), lse
-
-    return where.on_each_device(run, *args)
-
-
-def _kernel_gradients(where: Target, *args):
-    def run(query, key, value, output, lse, cotangent):
-        q, k, v, o, do = map(_flat, (query, key, value, output, cotangent))
-        heads, interpret = query.shape[2], where.interpret
-        gradients = attention_tpu.backward(q, k, v, o, do, lse, heads=heads, interpret=interpret)
-        return tuple(x.reshape(like.shape) for x, like in zip(gradients, (query, key, value), strict=True))
-
-    return where.on_each_device(run, *args)
-
-
-def _flat(x):
-    return x.reshape(*x.shape[:2], -1)

@@ -21,6 +21,7 @@ remains is ordinary attention over N'·D keys.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import NamedTuple
 
@@ -29,8 +30,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from structvit_jax.ops.attention import attention
+from structvit_jax.ops.attention import attention, attention_and_lse, attention_gradients, suited_method
 from structvit_jax.ops.depthwise import depthwise_conv, grid_strides, same_padding
+from structvit_jax.ops.devices import target
 
 METHODS = ("factored", "volume")
 
@@ -66,13 +68,17 @@ def struct_attention(
         queries = query.reshape(query.shape[0], -1, *query.shape[-2:])
         maps = _volume(queries, key, value, key_kernels, value_kernels, stride)
         return maps.output.reshape(query.shape)
-    if key_kernels is not None and value_kernels is not None:
+    method = suited_method(query.dtype)
+    if key_kernels is None or value_kernels is None:
+        return _attend(query, key, value, method)
+    if method == "cudnn":  # which has its own gradients, and keeps keys and values for them
         with jax.named_scope("patterns"):
             key = convolve_patterns(key, key_kernels, stride=stride)
             value = convolve_patterns(value, value_kernels, stride=stride)
-    else:
-        key, value = key[:, None], value[:, None]
-    return _attend(query, key, value)
+        return _attend(query, key, value, method)
+    heads, merged = query.shape[-2], (x.reshape(*x.shape[:-2], -1) for x in (query, key, value))
+    kernels = (_per_channel(x, *query.shape[-2:]) for x in (key_kernels, value_kernels))
+    return _factored(*merged, *kernels, heads, stride, method, target()).reshape(query.shape)
 
 
 class StructAttentionMaps(NamedTuple):
@@ -171,19 +177,70 @@ def convolve_patterns(x: jax.Array, kernels: jax.Array, *, stride: int = 1) -> j
     Returns:
       [batch, D, *grid', heads, channels].
     """
-    (heads, channels), patterns = x.shape[-2:], kernels.shape[-1]
-    kernels = jnp.broadcast_to(kernels, (*kernels.shape[:-3], heads, channels, patterns))
-    kernels = kernels.reshape(*kernels.shape[:-3], heads * channels, patterns)
-    out = depthwise_conv(x.reshape(*x.shape[:-2], heads * channels), kernels, stride=stride)
-    return out.reshape(*out.shape[:-1], heads, channels)
+    kernels = _per_channel(kernels, *x.shape[-2:])
+    out = depthwise_conv(x.reshape(*x.shape[:-2], -1), kernels, stride=stride)
+    return out.reshape(*out.shape[:-1], *x.shape[-2:])
 
 
-def _attend(query, key, value):
-    """Attention of query [batch, *grid, heads, channels] over all N'·D of key, value
-    [batch, D, *grid', heads, channels]."""
+def _per_channel(kernels, heads, channels):
+    """[*window, heads or 1, channels or 1, D] -> [*window, heads·channels, D]."""
+    kernels = jnp.broadcast_to(kernels, (*kernels.shape[:-3], heads, channels, kernels.shape[-1]))
+    return kernels.reshape(*kernels.shape[:-3], heads * channels, -1)
+
+
+def _attend(query, key, value, method):
+    """Attention of query over key and value, all [batch, ..., heads, channels]."""
     flat = (x.reshape(x.shape[0], -1, *x.shape[-2:]) for x in (query, key, value))
     with jax.named_scope("attend"):
-        return attention(*flat).reshape(query.shape)
+        return attention(*flat, method=method).reshape(query.shape)
+
+
+# The factored form, for arrays [batch, *grid, heads·channels] and kernels [*window, heads·channels, D]. Keys
+# and values under all kernels, which take D times the room of those that go in, are made again for the
+# backward pass.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
+def _factored(query, key, value, key_kernels, value_kernels, heads, stride, method, where):
+    args = query, key, value, key_kernels, value_kernels
+    return _factored_fwd(*args, heads, stride, method, where)[0]
+
+
+def _factored_fwd(query, key, value, key_kernels, value_kernels, heads, stride, method, where):
+    keys, values = _patterns(key, value, key_kernels, value_kernels, stride)
+    with jax.named_scope("attend"):
+        output, lse = attention_and_lse(_rows(query), keys, values, heads, method, where)
+    kept = (query, key, value, key_kernels, value_kernels, output, lse)
+    return output.reshape(query.shape), kept
+
+
+def _factored_bwd(heads, stride, method, where, kept, cotangent):
+    # not before the cotangent is there, nor shared with the forward pass
+    (query, key, value, key_kernels, value_kernels, output, lse), cotangent = lax.optimization_barrier(
+        (kept, cotangent)
+    )
+    patterns = functools.partial(_patterns, stride=stride)
+    (keys, values), pull = jax.vjp(patterns, key, value, key_kernels, value_kernels)
+    with jax.named_scope("attend"):
+        d_query, d_keys, d_values = attention_gradients(
+            _rows(query), keys, values, output, lse, _rows(cotangent), heads, method, where
+        )
+    return d_query.reshape(query.shape), *pull((d_keys, d_values))
+
+
+_factored.defvjp(_factored_fwd, _factored_bwd)
+
+
+@jax.named_scope("patterns")
+def _patterns(key, value, key_kernels, value_kernels, stride):
+    """Keys and values under all kernels, [batch, D·N', heads·channels]."""
+    pairs = (key, key_kernels), (value, value_kernels)
+    return tuple(_rows(depthwise_conv(x, kernels, stride=stride)) for x, kernels in pairs)
+
+
+def _rows(x):
+    """[batch, ..., width] -> [batch, N, width]."""
+    return x.reshape(len(x), -1, x.shape[-1])
 
 
 def _volume(queries, key, value, key_kernels, value_kernels, stride) -> StructAttentionMaps:
