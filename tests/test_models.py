@@ -16,6 +16,7 @@ from structvit_jax.errors import UserError
 from structvit_jax.models import get_variant, weights
 from structvit_jax.models.layers import BatchNorm, DropPath
 from structvit_jax.models.variants import OVERRIDES, Variant
+from structvit_jax.ops import attention, depthwise, devices, feed_forward, structsa
 
 SMALL = {"depths": (1, 1, 1, 1), "widths": (8, 8, 16, 16), "head_width": 8}
 
@@ -300,6 +301,34 @@ def test_bfloat16_computes_in_bfloat16_with_float32_weights():
     assert 0 < float(jnp.abs(logits - exact).max() / jnp.abs(exact).max()) < 0.05
 
 
+def losses_of_training(name, **overrides):
+    """Of five AdamW steps from the same weights."""
+    x = pixels(4, *([4] if "video" in name else []), 24, 24, 3)
+    labels = jnp.array([0, 1, 2, 0])
+    model = create_model(name, num_classes=3, **overrides)
+    model.train()
+    structure, arrays = weights.split(model)
+    optimizer = optax.adamw(1e-2)
+
+    @jax.jit
+    def step(arrays, state):
+        def loss_fn(params):
+            model = structure.model(arrays._replace(params=params))
+            loss = optax.softmax_cross_entropy_with_integer_labels(model(x), labels).mean()
+            return loss, weights.batch_stats(model)
+
+        (loss, stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(arrays.params)
+        updates, state = optimizer.update(grads, state, arrays.params)
+        return weights.Weights(optax.apply_updates(arrays.params, updates), stats), state, loss
+
+    state, values = optimizer.init(arrays.params), []
+    for _ in range(5):
+        arrays, state, loss = step(arrays, state)
+        values.append(float(loss))
+    assert values[-1] < values[0]
+    return values
+
+
 @pytest.mark.parametrize(
     ("name", "overrides"),
     [
@@ -308,36 +337,24 @@ def test_bfloat16_computes_in_bfloat16_with_float32_weights():
     ],
 )
 def test_volume_and_factored_train_alike(name, overrides):
-    """Five AdamW steps from the same weights give the same losses in both forms."""
-    x = pixels(4, *([4] if "video" in name else []), 24, 24, 3)
-    labels = jnp.array([0, 1, 2, 0])
+    factored = losses_of_training(name, **overrides)
+    np.testing.assert_allclose(losses_of_training(name, attention="volume", **overrides), factored, rtol=1e-4)
 
-    def losses(attention):
-        model = create_model(name, num_classes=3, attention=attention, **overrides)
-        model.train()
-        structure, arrays = weights.split(model)
-        optimizer = optax.adamw(1e-2)
 
-        @jax.jit
-        def step(arrays, state):
-            def loss_fn(params):
-                model = structure.model(arrays._replace(params=params))
-                loss = optax.softmax_cross_entropy_with_integer_labels(model(x), labels).mean()
-                return loss, weights.batch_stats(model)
+def test_the_kernels_for_tpus_train_alike(monkeypatch):
+    """All of them in a whole network, interpreted."""
+    expected, ran = losses_of_training("structvit_tiny_2_1", **SMALL), set()
 
-            (loss, stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(arrays.params)
-            updates, state = optimizer.update(grads, state, arrays.params)
-            return weights.Weights(optax.apply_updates(arrays.params, updates), stats), state, loss
+    def on_each_device(self, kernel, *args, **options):
+        ran.add(getattr(kernel, "func", kernel).__qualname__.split(".")[0])
+        return kernel(*args)
 
-        state, values = optimizer.init(arrays.params), []
-        for _ in range(5):
-            arrays, state, loss = step(arrays, state)
-            values.append(float(loss))
-        return values
-
-    factored = losses("factored")
-    assert factored[-1] < factored[0]
-    np.testing.assert_allclose(losses("volume"), factored, rtol=1e-4)
+    monkeypatch.setattr(devices.Target, "interpret", True)
+    monkeypatch.setattr(devices.Target, "on_each_device", on_each_device)
+    for module in (attention, depthwise, feed_forward, structsa):
+        monkeypatch.setattr(module, "target", lambda: devices.Target("tpu", None))
+    np.testing.assert_allclose(losses_of_training("structvit_tiny_2_1", **SMALL), expected, rtol=1e-4)
+    assert ran == {"forward", "backward", "_fused", "_fused_backward", "_kernel_gradients"}
 
 
 def test_struct_attention_fits_into_a_transformer_of_ones_own():

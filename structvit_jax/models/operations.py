@@ -13,8 +13,8 @@ def operations(program: Any) -> float:
     `jax.make_jaxpr` and `.trace(...).jaxpr` give it.
 
     Loops count as often as they run, what is computed again for the backward pass counts again, and of a
-    choice (by platform, say) the largest branch counts. Zeros that a convolution pads or dilates with are
-    not multiplied. All else is left out, as `cost` does.
+    choice (by platform, say) the largest branch counts, and a kernel that declares its cost has that. Zeros
+    that a convolution pads or dilates with are not multiplied. All else is left out, as `cost` does.
     """
     return _count(program.jaxpr)
 
@@ -42,6 +42,8 @@ def _of(equation: Any) -> float:
             raise NotImplementedError("a loop of unknown length with operations in it")
         return 0.0
     times = params["length"] if name == "scan" else 1
+    if name == "pallas_call" and params["cost_estimate"] is not None:
+        return float(params["cost_estimate"].flops)
     if name == "pallas_call":
         times = math.prod(params["grid_mapping"].grid)
     return times * sum(_count(inner) for inner in _inner(params))

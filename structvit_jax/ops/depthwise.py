@@ -51,8 +51,8 @@ def depthwise_conv(x: jax.Array, kernel: jax.Array, *, stride: int = 1, method: 
     """
     _check(x, kernel, stride, method)
     where = target()
-    if method == "auto":
-        method = {"cpu": "shifted", "tpu": "pallas"}.get(where.platform, "grouped")
+    if method == "auto" and where.platform == "tpu":
+        method = "pallas"
     if method == "pallas" and (stride > 1 or x.dtype == jnp.float64 or not depthwise_tpu.fits(x, kernel)):
         method = "grouped"
     return _traced_once(x, kernel.astype(x.dtype), stride, method, where)
@@ -90,8 +90,7 @@ def _check(x, kernel, stride, method):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _depthwise(x, kernel, stride, method, where):
-    form = _shifted if method == "shifted" else _grouped
-    return form(x, kernel, stride)
+    return _form(method, _grouped, _shifted)(x, kernel, stride=stride)
 
 
 def _depthwise_fwd(x, kernel, stride, method, where):
@@ -102,15 +101,25 @@ def _depthwise_bwd(stride, method, where, residuals, cotangent):
     x, kernel = residuals
     if method == "pallas":
         return _kernel_gradients(where, x, cotangent, kernel)
-    if method == "grouped":
-        of_input, of_kernel = _grouped_input_gradient, _grouped_kernel_gradient
-    else:
-        of_input, of_kernel = _shifted_input_gradient, _shifted_kernel_gradient
-    return of_input(x, kernel, cotangent, stride), of_kernel(x, kernel, cotangent, stride)
+    of_input = _form(method, _grouped_input_gradient, _shifted_input_gradient)
+    of_kernel = _form(method, _grouped_kernel_gradient, _shifted_kernel_gradient)
+    return of_input(x, kernel, cotangent, stride=stride), of_kernel(x, kernel, cotangent, stride=stride)
 
 
 _depthwise.defvjp(_depthwise_fwd, _depthwise_bwd)
 _traced_once = jax.jit(_depthwise, static_argnums=(2, 3, 4))  # equal blocks share one trace
+
+
+def _form(method, grouped, shifted):
+    """Programs for both are traced, so that `structvit_jax.models.operations` finds the convolutions."""
+    if method != "auto":
+        return shifted if method == "shifted" else grouped
+
+    def form(*args, stride):
+        forms = (functools.partial(f, stride=stride) for f in (shifted, grouped))
+        return lax.platform_dependent(*args, cpu=next(forms), default=next(forms))
+
+    return form
 
 
 def _kernel_gradients(where: Target, x, cotangent, kernel):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -76,10 +77,19 @@ def gradients(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("arbitrary", "arbitrary"), vmem_limit_bytes=_LIMIT
         ),
+        cost_estimate=pl.CostEstimate(
+            flops=4 * cotangent.size * math.prod(window),
+            transcendentals=0,
+            bytes_accessed=_bytes(x, cotangent, x),
+        ),
         interpret=interpret,
         name="depthwise_gradients",
     )(x, cotangent, taps)
     return d_x, jnp.swapaxes(sums.sum(axis=1).reshape(*window, patterns, channels), -1, -2)
+
+
+def _bytes(*arrays):
+    return sum(array.size * array.dtype.itemsize for array in arrays)
 
 
 def _frames(window, grid):
