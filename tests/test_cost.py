@@ -98,11 +98,8 @@ def test_declared_is_what_the_program_multiplies(name, shape, overrides):
         from structvit_jax.ops import attention, depthwise
 
         jax.clear_caches()
-        patch.setattr(depthwise, "_choose", lambda method, grouped, shifted, *args: grouped(*args))
-        at_once = {"size": 2**40, "apart": False}
-        patch.setattr(
-            attention, "_choose", lambda method, mesh, blocked, kernel, *args: blocked(*args, **at_once)
-        )
+        patch.setattr(depthwise, "_form", lambda method, grouped, shifted: grouped)
+        patch.setattr(attention, "_IN_CACHE", 2**40)
         program = jax.make_jaxpr(lambda a, x: structure.model(a)(x))(arrays, jnp.zeros((1, *shape)))
     jax.clear_caches()
     assert _macs(program.jaxpr) == counted.macs

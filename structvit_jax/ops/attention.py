@@ -19,10 +19,9 @@ from structvit_jax.ops.devices import Target, target
 
 METHODS = ("auto", "blocked", "pallas", "cudnn")
 
-# Bytes of products of queries and keys. That one step of the loop computes:
+# Bytes of products of queries and keys that one step of the loops computes.
 _IN_CACHE = 2**23  # CPUs: what stays in the cache
 _AT_ONCE = 2**28  # elsewhere: enough to fill the device
-_FEW = 2**17  # of a head whose products CPUs rather compute together with others
 
 
 def attention(query: jax.Array, key: jax.Array, value: jax.Array, *, method: str = "auto") -> jax.Array:
@@ -94,9 +93,9 @@ def attention_and_lse(
     """The output of "blocked" or "pallas", and the logarithms of sums of exponentials [batch, heads, N], for
     query, key and value [batch, N or M, heads·channels]."""
     if method == "blocked":
-        output, lse = _blocked(where.platform, *_of_heads(heads, query, key, value))
-        return output.reshape(query.shape), lse
-    forward = functools.partial(attention_tpu.forward, heads=heads, interpret=where.interpret)
+        forward = functools.partial(_blocked, heads=heads, limit=_limit(where))
+    else:
+        forward = functools.partial(attention_tpu.forward, heads=heads, interpret=where.interpret)
     return where.on_each_device(forward, query, key, value)
 
 
@@ -113,67 +112,68 @@ def attention_gradients(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Of query, key and value, from what `attention_and_lse` returned and the cotangent of the output."""
     if method == "blocked":
-        arrays = _of_heads(heads, query, key, value, output, cotangent)
-        d_query, d_key, d_value = _blocked_gradients(where.platform, lse, *arrays)
-        return d_query.reshape(query.shape), d_key.reshape(key.shape), d_value.reshape(value.shape)
-    backward = functools.partial(attention_tpu.backward, heads=heads, interpret=where.interpret)
+        backward = functools.partial(_blocked_gradients, heads=heads, limit=_limit(where))
+    else:
+        backward = functools.partial(attention_tpu.backward, heads=heads, interpret=where.interpret)
     return where.on_each_device(backward, query, key, value, output, cotangent, lse)
 
 
-def _of_heads(heads, *arrays):
-    return [x.reshape(*x.shape[:2], heads, -1) for x in arrays]
+# The loops: over groups of heads, as many as have products within the limit; where one has more, also over
+# blocks of its queries, backward of its keys. Heads are brought to the front, so that every step multiplies
+# plain matrices.
 
 
-# The loops: over blocks of queries, backward over blocks of keys; on CPUs around them over examples and
-# heads, unless these are small, so that every step multiplies plain matrices. What a step needs is cut out
-# of [batch, length, heads, channels] and its results are written back: to bring the heads of whole arrays to
-# the front takes longer than all else.
+def _limit(where):
+    return _IN_CACHE if where.platform == "cpu" else _AT_ONCE
 
 
-def _blocked(platform, query, key, value):
-    apart, rows = _plan(platform, query, key)
-    output, lse = _each(functools.partial(_of_matrices, rows=rows), apart, query, key, value)
-    return output, jnp.swapaxes(lse[..., 0], 1, 2)
+def _blocked(query, key, value, *, heads, limit):
+    query, key, value = _heads_first(heads, query, key, value)
+    together, rows = _plan(limit, query, key)
+    output, lse = _each(functools.partial(_of_matrices, rows=rows), together, query, key, value)
+    return *_heads_last(heads, output), lse.reshape(-1, heads, lse.shape[1])
 
 
-def _blocked_gradients(platform, lse, query, key, value, output, cotangent):
-    apart, rows = _plan(platform, key, query)
+def _blocked_gradients(query, key, value, output, cotangent, lse, *, heads, limit):
+    arrays = _heads_first(heads, query, key, value, output, cotangent)
+    query, key, value, output, cotangent = arrays
+    lse = lse.reshape(len(query), -1, 1)
     delta = jnp.sum(output.astype(lse.dtype) * cotangent.astype(lse.dtype), axis=-1, keepdims=True)
-    lse = jnp.swapaxes(lse, 1, 2)[..., None]
+    together, rows = _plan(limit, key, query)
     gradients = functools.partial(_gradients_of_matrices, rows=rows)
-    return tuple(_each(gradients, apart, query, key, value, lse, delta, cotangent))
+    return _heads_last(heads, *_each(gradients, together, query, key, value, lse, delta, cotangent))
 
 
-def _plan(platform, cut, whole):
-    """Whether heads are computed one by one, and the rows of a block of queries or keys, whichever is cut,
-    whose products with all of the other take what the platform likes."""
-    batch, length, heads, _ = cut.shape
+def _heads_first(heads, *arrays):
+    """[batch, length, heads·channels] -> [batch·heads, length, channels]. Without the barrier CPUs make the
+    arrays in this order, which is slow where it is a depthwise convolution that makes them."""
+    arrays = lax.optimization_barrier(arrays)
+    apart = [jnp.swapaxes(x.reshape(*x.shape[:2], heads, -1), 1, 2) for x in arrays]
+    return [x.reshape(-1, *x.shape[2:]) for x in apart]
+
+
+def _heads_last(heads, *arrays):
+    """The inverse of `_heads_first`."""
+    apart = [jnp.swapaxes(x.reshape(-1, heads, *x.shape[1:]), 1, 2) for x in arrays]
+    return tuple(lax.optimization_barrier([x.reshape(*x.shape[:2], -1) for x in apart]))
+
+
+def _plan(limit, cut, whole):
+    """How many heads are computed together, and the rows of a block of queries or keys, whichever is cut."""
+    heads, length, _ = cut.shape
     of_head = 4 * length * whole.shape[1]
-    on_cpu = platform == "cpu"
-    apart = on_cpu and of_head > _FEW
-    least = -(-of_head * (1 if apart else batch * heads) // (_IN_CACHE if on_cpu else _AT_ONCE))
+    groups = -(-heads // max(limit // of_head, 1))
+    least = -(-of_head // limit)
     blocks = next((n for n in range(least, 2 * least) if length % n == 0), least)
-    return apart, -(-length // blocks)
+    return -(-heads // groups), -(-length // blocks)
 
 
-def _each(function, apart, *arrays):
-    """Applies a function of matrices to every example and head of [batch, length, heads, channels]."""
-    if not apart:
-        return jax.vmap(jax.vmap(function, 1, 1))(*arrays)
-    batch, _, heads, _ = arrays[0].shape
-
-    def step(i, results):
-        corner = (i // heads, 0, i % heads, 0)
-        matrices = [lax.dynamic_slice(x, corner, (1, x.shape[1], 1, x.shape[3]))[0, :, 0] for x in arrays]
-        made = function(*matrices)
-        return [
-            lax.dynamic_update_slice(whole, part[None, :, None], corner)
-            for whole, part in zip(results, made, strict=True)
-        ]
-
-    shapes = jax.eval_shape(function, *(x[0, :, 0] for x in arrays))
-    start = [jnp.zeros((batch, x.shape[0], heads, x.shape[1]), x.dtype) for x in shapes]
-    return lax.fori_loop(0, batch * heads, step, start)
+def _each(function, together, *arrays):
+    """Applies a function of matrices to each of [heads, length, channels], so many at a time."""
+    if together == len(arrays[0]):
+        return jax.vmap(function)(*arrays)
+    size = together if together > 1 else None  # batches of one would not be plain matrices
+    return lax.map(lambda of_head: function(*of_head), arrays, batch_size=size)
 
 
 def _of_matrices(query, key, value, *, rows):

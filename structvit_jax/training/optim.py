@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ import optax
 
 from structvit_jax.config import Durations, matching
 from structvit_jax.errors import UserError
+from structvit_jax.ops.devices import target
 
 
 class Optimizer(NamedTuple):
@@ -69,7 +71,7 @@ def make_optimizer(
     """
     frozen = frozen_names(config.freeze, list(names))
     adamw = [
-        optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
+        _adam(config.b1, config.b2, config.eps),
         optax.add_decayed_weights(
             config.weight_decay,
             mask=lambda params: {name: decays(name, array) for name, array in params.items()},
@@ -103,6 +105,22 @@ def layer_rates(names: Iterable[str], depths: Sequence[int], decay: float) -> di
         return first[stage] if stage else 0
 
     return {name: decay ** (sum(depths) + 1 - layer(name)) for name in names}
+
+
+def _adam(b1: float, b2: float, eps: float) -> optax.GradientTransformationExtraArgs:
+    """optax's, for steps that may leave all as it is. The weights change by the moments as they come out:
+    CPUs would otherwise compute these twice, from copies of the old ones."""
+    adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
+
+    def update(grads, old, params=None, *, finite=True):
+        new = jax.tree.map(functools.partial(jnp.where, finite), adam.update(grads, old)[1], old)
+        if target().platform == "cpu":  # elsewhere one loop writes the moments and the weights
+            new = jax.lax.optimization_barrier(new)
+        mean = optax.tree.bias_correction(new.mu, b1, new.count)
+        square = optax.tree.bias_correction(new.nu, b2, new.count)
+        return jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mean, square), new
+
+    return optax.GradientTransformationExtraArgs(adam.init, update)
 
 
 def _scaled(rates: Mapping[str, float]) -> optax.GradientTransformation:

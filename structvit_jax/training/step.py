@@ -74,18 +74,19 @@ def make_train_step(
         grads = jax.lax.with_sharding_constraint(grads, optimizer.trained(shardings.weights.params))
         lr, grad_norm = schedule(state.step), optax.tree.norm(grads)
         trained = optimizer.trained(state.weights.params)
-        with jax.named_scope("optimizer"):
-            updates, moments = optimizer.transform.update(grads, state.optimizer, trained)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        with jax.named_scope("optimizer"), batch_split_over(mesh):
+            updates, moments = optimizer.transform.update(grads, state.optimizer, trained, finite=finite)
         trained = jax.tree.map(lambda param, update: param - lr * update, trained, updates)
         weights, average = Weights(state.weights.params | trained, stats), state.average
         if average is not None:
             decay = config.optimizer.ema
             average = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, average, weights)
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        new = TrainState(state.step, weights, moments, average)
-        new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
+        changed = (weights, average), (state.weights, state.average)
+        weights, average = jax.tree.map(functools.partial(jnp.where, finite), *changed)
+        new = TrainState(state.step + 1, weights, moments, average)
         metrics = {"loss": loss, "top1": top1, "grad_norm": grad_norm, "lr": lr, "skipped": ~finite}
-        return new._replace(step=state.step + 1), metrics | {"index": batch["index"]}
+        return new, metrics | {"index": batch["index"]}
 
     return jax.jit(
         step_fn,
