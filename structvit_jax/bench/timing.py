@@ -24,10 +24,9 @@ class Call:
     wait: Callable[[Any], Any] = jax.block_until_ready
 
     def seconds(self, repeats: int) -> float:
-        """Of one run, over as many in a row. Before several there is one that does not count: the threads of
-        the other library may still be spinning, and its data lie in the caches."""
-        if repeats > 1:
-            self.wait(self.run())
+        """Of one run, over as many in a row, after one that does not count: the threads of the other library
+        may still be spinning, its data lie in the caches, and its variants take their turns in a row."""
+        self.wait(self.run())
         start = time.perf_counter()
         for _ in range(repeats):
             result = self.run()
@@ -59,7 +58,6 @@ def in_turns(calls: Mapping[str, Call], rounds: int) -> dict[str, Times]:
     """Times calls one after the other, again and again, so that what slows the machine slows all."""
     repeats = {}
     for name, call in calls.items():
-        call.seconds(1)  # the first compiles, or fills caches
         repeats[name] = max(1, math.ceil(_LEAST / call.seconds(1)))
     turns: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):

@@ -117,8 +117,10 @@ def _rows(x):
 
 
 def _of_linear(x, cotangent, kernel):
-    """Gradients of a linear layer's kernel and bias. The left factor is the narrow one: CPUs transpose it."""
-    if x.shape[-1] < cotangent.shape[-1]:
+    """Gradients of a linear layer's kernel and bias. CPUs transpose the left factor, or here the result: what
+    is smallest."""
+    rows, outputs = cotangent.shape
+    if x.shape[-1] < outputs or rows < outputs:
         d_kernel = x.T @ cotangent
     else:  # the compiler would otherwise exchange the factors again
         d_kernel = lax.optimization_barrier(cotangent.T @ x).T
