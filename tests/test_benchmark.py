@@ -32,14 +32,14 @@ def model():
 
 
 def test_calls_take_turns():
-    """After one run to warm up and one that tells how often a turn should repeat it."""
+    """Each run after one that does not count; the first turn tells how often others should repeat it."""
     order = []
 
     def call(name):
         return timing.Call(lambda: (order.append(name), time.sleep(timing._LEAST)), lambda _: None)
 
     times = timing.in_turns({name: call(name) for name in "ab"}, 3)
-    assert "".join(order) == "aabb" + "ab" * 3
+    assert "".join(order) == "aabb" + "aabb" * 3
     assert all(len(turns.turns) == 3 and turns.median >= timing._LEAST for turns in times.values())
 
 
