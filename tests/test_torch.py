@@ -73,7 +73,7 @@ def test_a_training_step_agrees(peer, options, shape):
         logits = network(x)
         return (logits * slope).sum(), (logits, batch_stats(network))
 
-    (_, (logits, stats)), grads = jax.value_and_grad(loss, has_aux=True)(weights.params)
+    (_, (logits, stats)), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(weights.params)
     theirs.train()
     their_logits = theirs(torch.from_numpy(np.moveaxis(x, -1, 1)))
     (their_logits * torch.from_numpy(slope)).sum().backward()
@@ -87,9 +87,10 @@ def test_a_training_step_agrees(peer, options, shape):
             close(array, theirs.state_dict()[name], name)
 
     theirs.load_state_dict(as_tensors(weights.params | stats))
-    network = split(model)[0].model(Weights(weights.params, stats))
+    evaluated = split(model)[0]
+    ours = jax.jit(lambda weights: evaluated.model(weights)(x))(Weights(weights.params, stats))
     with torch.inference_mode():
-        close(network(x), theirs.eval()(torch.from_numpy(np.moveaxis(x, -1, 1))))
+        close(ours, theirs.eval()(torch.from_numpy(np.moveaxis(x, -1, 1))))
 
 
 def close(ours, theirs, name="", least=0.0):
