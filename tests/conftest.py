@@ -22,8 +22,9 @@ import pytest
 from bucket import Bucket
 from etils import epath
 
-from structvit_jax import data
-from structvit_jax.training import lock
+from structvit_jax import data, plan
+from structvit_jax.ops import batch_split_over
+from structvit_jax.training import lock, mesh
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would not hear Ctrl-C
 
@@ -52,6 +53,16 @@ def _compilation_cache(tmp_path_factory):
     cache = tmp_path_factory.getbasetemp().parent / "jax_cache"
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache)
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+
+
+@pytest.fixture
+def tpu():
+    """Where programs for a TPU that is not there are placed; operations are traced for it."""
+    pytest.importorskip("libtpu", reason="needs libtpu")
+    (device,), note = plan._devices("v5e:1x1")
+    assert not note
+    with batch_split_over(mesh.make_mesh(1, 1, [device])):
+        yield jax.sharding.SingleDeviceSharding(device)
 
 
 @pytest.fixture
@@ -208,11 +219,12 @@ def place(request, tmp_path, monkeypatch):
 
 
 def slowly(seconds):
-    """In a command: every batch takes this long."""
+    """In a command: every batch takes this long, and is told of."""
     batches = data.Dataset.train_batches
 
     def slow(self, *arguments, **options):
         for batch in batches(self, *arguments, **options):
+            print("a slow batch", flush=True)
             time.sleep(seconds)
             yield batch
 

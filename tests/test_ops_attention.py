@@ -5,15 +5,12 @@ They have run on no TPU. cuDNN's form needs an NVIDIA GPU, and its test is skipp
 """
 
 import functools
-import importlib.util
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import SingleDeviceSharding
 
-from structvit_jax import plan
 from structvit_jax.ops import attention as module
 from structvit_jax.ops.attention import attention
 from structvit_jax.ops.devices import batch_split_over
@@ -114,18 +111,13 @@ def test_each_device_computes_its_examples(form):
     assert_close(split, value_and_grads(definition, *args), 1e-5)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
 @pytest.mark.parametrize(
     "queries, keys, heads", [(196, 784, 5), (49, 196, 8), (1568, 6272, 5), (392, 1568, 8)]
 )
-def test_the_kernels_compile_for_a_tpu(queries, keys, heads):
-    (device,), note = plan._devices("v5e:1x1")
-    assert not note
+def test_the_kernels_compile_for_a_tpu(tpu, queries, keys, heads):
     shapes = [jax.ShapeDtypeStruct((2, n, heads, 64), jnp.bfloat16) for n in (queries, keys, keys, queries)]
-    place = SingleDeviceSharding(device)
-    function = jax.jit(functools.partial(value_and_grads, attention), in_shardings=place, out_shardings=place)
-    with batch_split_over(make_mesh(1, 1, [device])):
-        text = function.lower(*shapes).compile().as_text()
+    function = jax.jit(functools.partial(value_and_grads, attention), in_shardings=tpu, out_shardings=tpu)
+    text = function.lower(*shapes).compile().as_text()
     assert text.count("tpu_custom_call") >= 2
 
 

@@ -5,14 +5,12 @@ They have run on no TPU.
 """
 
 import functools
-import importlib.util
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from structvit_jax import plan
 from structvit_jax.ops import batch_split_over, feed_forward_tpu, gelu, mlp
 from structvit_jax.training.mesh import make_mesh
 
@@ -92,19 +90,14 @@ def test_mlp_keeps_one_hidden_array_or_none(form, hidden_arrays):
     assert sum(size >= 64 * 480 for size in kept) == hidden_arrays
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
 @pytest.mark.parametrize(("rows", "width"), [(3136, 64), (196, 320), (49, 640)])
-def test_the_kernels_compile_for_a_tpu(rows, width):
-    (device,), note = plan._devices("v5e:1x1")
-    assert not note
-    place = jax.sharding.SingleDeviceSharding(device)
+def test_the_kernels_compile_for_a_tpu(tpu, rows, width):
     shapes = [
         jax.ShapeDtypeStruct(array.shape, jnp.bfloat16)
         for array in arrays((3, rows, width), 4 * width, width, jnp.bfloat16)
     ]
-    function = jax.jit(functools.partial(value_and_grads, mlp), in_shardings=place, out_shardings=place)
-    with batch_split_over(make_mesh(1, 1, [device])):
-        text = function.lower(*shapes).compile().as_text()
+    function = jax.jit(functools.partial(value_and_grads, mlp), in_shardings=tpu, out_shardings=tpu)
+    text = function.lower(*shapes).compile().as_text()
     assert text.count("tpu_custom_call") >= 2
 
 

@@ -50,8 +50,7 @@ def poisoned(steps):
 def test_a_signal_saves_and_the_same_command_goes_on(finished, command, tmp_path, number):
     arguments = [*QUICK, f"--workdir={tmp_path / 'run'}", "--config.checkpoint.every="]
     process = Command(tmp_path / "output", *arguments, first=SLOWLY)
-    process.when(lambda: "compiled in" in process.stdout)
-    time.sleep(0.4)
+    process.when(lambda: process.stdout.count("a slow batch") > 2)
     process.signal(number)
     assert process.wait().returncode == RESUMABLE, process.stderr
     (line,) = process.stderr.splitlines()
@@ -94,7 +93,7 @@ def test_a_signal_in_the_last_evaluation_ends_it(finished, copy, command, tmp_pa
 
 def test_a_second_ctrl_c_ends_at_once(tmp_path):
     process = Command(tmp_path, *QUICK, f"--workdir={tmp_path / 'run'}", first=functools.partial(slowly, 60))
-    process.when(lambda: "compiled in" in process.stdout)
+    process.when(lambda: "a slow batch" in process.stdout)
     process.signal(signal.SIGINT)
     time.sleep(0.5)
     process.signal(signal.SIGINT)

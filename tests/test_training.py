@@ -8,12 +8,14 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from structvit_jax import create_model, data
 from structvit_jax.config import Durations, check_config, default_config, durations, steps_in
 from structvit_jax.errors import UserError
 from structvit_jax.models import weights
+from structvit_jax.ops.devices import Target
 from structvit_jax.training import losses, mesh, optim, placement, step
 from structvit_jax.training.evaluation import Evaluator
 from structvit_jax.training.step import init_state, make_train_step
@@ -314,6 +316,29 @@ def test_adamw_decays_matrices_only():
     updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
     decayed = {name for name, update in updates.items() if float(update.max()) > 0}
     assert decayed == set(names)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_adam_is_optax_s(platform, monkeypatch):
+    """Directions and moments over steps; one that is not finite leaves the moments as they are."""
+    monkeypatch.setattr(optim, "target", lambda: Target(platform, None))
+    config = default_config().optimizer
+    config.weight_decay = 0.0
+    adam, optaxs = (
+        optim.make_optimizer(config).transform,
+        optax.scale_by_adam(config.b1, config.b2, config.eps),
+    )
+    rng = np.random.default_rng(0)
+    params = {"a": jnp.ones((3, 5)), "b": jnp.ones(7)}
+    state, expected_state = adam.init(params), optaxs.init(params)
+    update, expected_update = jax.jit(adam.update), jax.jit(optaxs.update)
+    for scale in (1.0, 1e-6, 0.0, 1e3):
+        grads = {name: scale * rng.standard_normal(x.shape, np.float32) for name, x in params.items()}
+        updates, state = update(grads, state, params, finite=True)
+        expected, expected_state = expected_update(grads, expected_state)
+        chex.assert_trees_all_close((updates, state[0]), (expected, expected_state), rtol=1e-6)
+        spoilt = jax.tree.map(lambda x: x * jnp.nan, grads)
+        chex.assert_trees_all_equal(update(spoilt, state, params, finite=False)[1], state)
 
 
 def test_gradients_are_clipped_by_their_global_norm():

@@ -85,6 +85,9 @@ class Pointwise(Linear):
 class Conv(nnx.Conv):
     """A dense convolution with explicit zero padding on both sides."""
 
+    strides: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+
     def __init__(
         self,
         inputs: int,
@@ -102,18 +105,17 @@ class Conv(nnx.Conv):
             outputs,
             tuple(window),
             tuple(strides),
-            padding=[(p, p) for p in padding],
+            padding=tuple((p, p) for p in padding),
             kernel_init=init,
             bias_init=init,
             dtype=dtype,
             rngs=rngs,
         )
-        self.window_strides, self.zeros = tuple(strides), tuple(padding)
 
     def __call__(self, inputs: jax.Array, out_sharding=None) -> jax.Array:
         arrays = inputs, self.kernel[...], self.bias[...]  # type: ignore[index]  # it has one
         x, kernel, bias = nnx.nn.dtypes.promote_dtype(arrays, dtype=self.dtype)
-        y = convolve(x, kernel, strides=self.window_strides, padding=self.zeros) + bias
+        y = convolve(x, kernel, strides=self.strides, padding=[zeros for zeros, _ in self.padding]) + bias
         declare(self, "conv", y.size * math.prod(self.kernel_shape[:-1]))
         return y
 

@@ -12,9 +12,9 @@ def operations(program: Any) -> float:
     """Multiplications and additions of the matrix products and convolutions of a ClosedJaxpr, as
     `jax.make_jaxpr` and `.trace(...).jaxpr` give it.
 
-    Loops count as often as they run, what is computed again for the backward pass counts again, and of a
-    choice (by platform, say) the largest branch counts, and a kernel that declares its cost has that. Zeros
-    that a convolution pads or dilates with are not multiplied. All else is left out, as `cost` does.
+    Loops count as often as they run, what is computed again for the backward pass counts again, of a choice
+    the largest branch counts, and a kernel that declares its cost has that. Zeros that a convolution pads or
+    dilates with are not multiplied. All else is left out, as `cost` does.
     """
     return _count(program.jaxpr)
 
@@ -42,9 +42,9 @@ def _of(equation: Any) -> float:
             raise NotImplementedError("a loop of unknown length with operations in it")
         return 0.0
     times = params["length"] if name == "scan" else 1
-    if name == "pallas_call" and params["cost_estimate"] is not None:
-        return float(params["cost_estimate"].flops)
     if name == "pallas_call":
+        if params["cost_estimate"] is not None:
+            return float(params["cost_estimate"].flops)
         times = math.prod(params["grid_mapping"].grid)
     return times * sum(_count(inner) for inner in _inner(params))
 

@@ -2,7 +2,7 @@
 
 One rule for differentiation: the forward pass keeps its output and, for every query, the logarithm of its
 sum of exponentials; the backward pass computes the weights again, block by block. It has two forms, chosen by
-the platform that a program is lowered for: loops of matrix products over blocks, and kernels for TPUs. On
+the devices that a program is traced for: loops of matrix products over blocks, and kernels for TPUs. On
 NVIDIA GPUs in half precision it is cuDNN's attention, with cuDNN's own rule.
 """
 
@@ -81,7 +81,7 @@ def _attention_fwd(query, key, value, heads, method, where):
 
 def _attention_bwd(heads, method, where, residuals, cotangent):
     query, key, value, output, lse = residuals
-    return attention_gradients(query, key, value, output, lse, cotangent, heads, method, where)
+    return attention_gradients(query, key, value, output, cotangent, lse, heads, method, where)
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
@@ -104,13 +104,13 @@ def attention_gradients(
     key: jax.Array,
     value: jax.Array,
     output: jax.Array,
-    lse: jax.Array,
     cotangent: jax.Array,
+    lse: jax.Array,
     heads: int,
     method: str,
     where: Target,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Of query, key and value, from what `attention_and_lse` returned and the cotangent of the output."""
+    """Of query, key and value, from what `attention_and_lse` returned, and the cotangent of the output."""
     if method == "blocked":
         backward = functools.partial(_blocked_gradients, heads=heads, limit=_limit(where))
     else:

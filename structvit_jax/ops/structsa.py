@@ -68,17 +68,17 @@ def struct_attention(
         queries = query.reshape(query.shape[0], -1, *query.shape[-2:])
         maps = _volume(queries, key, value, key_kernels, value_kernels, stride)
         return maps.output.reshape(query.shape)
-    method = suited_method(query.dtype)
+    attention_method = suited_method(query.dtype)
     if key_kernels is None or value_kernels is None:
-        return _attend(query, key, value, method)
-    if method == "cudnn":  # which has its own gradients, and keeps keys and values for them
+        return _attend(query, key, value, attention_method)
+    if attention_method == "cudnn":  # which has its own gradients, and keeps keys and values for them
         with jax.named_scope("patterns"):
             key = convolve_patterns(key, key_kernels, stride=stride)
             value = convolve_patterns(value, value_kernels, stride=stride)
-        return _attend(query, key, value, method)
+        return _attend(query, key, value, attention_method)
     heads, merged = query.shape[-2], (x.reshape(*x.shape[:-2], -1) for x in (query, key, value))
     kernels = (_per_channel(x, *query.shape[-2:]) for x in (key_kernels, value_kernels))
-    return _factored(*merged, *kernels, heads, stride, method, target()).reshape(query.shape)
+    return _factored(*merged, *kernels, heads, stride, attention_method, target()).reshape(query.shape)
 
 
 class StructAttentionMaps(NamedTuple):
@@ -223,7 +223,7 @@ def _factored_bwd(heads, stride, method, where, kept, cotangent):
     (keys, values), pull = jax.vjp(patterns, key, value, key_kernels, value_kernels)
     with jax.named_scope("attend"):
         d_query, d_keys, d_values = attention_gradients(
-            _rows(query), keys, values, output, lse, _rows(cotangent), heads, method, where
+            _rows(query), keys, values, output, _rows(cotangent), lse, heads, method, where
         )
     return d_query.reshape(query.shape), *pull((d_keys, d_values))
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import os
-import platform
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
+from importlib.metadata import entry_points
+from importlib.util import find_spec
+from platform import libc_ver
 from typing import Any
 
 import jax
@@ -27,8 +29,9 @@ def select_devices(device: str) -> None:
       UserError: the device is not there, or there is an NVIDIA GPU that JAX does not see and the CPU
         was not asked for.
     """
-    _keep_freed_memory()
     wants_cpu = device == "cpu" or os.environ.get("JAX_PLATFORMS") == "cpu"
+    if wants_cpu or not (entry_points(group="jax_plugins") or find_spec("libtpu")):  # nothing else is there
+        _keep_freed_memory()
     if device != "auto":
         jax.config.update("jax_platforms", {"gpu": "cuda"}.get(device, device))
     try:
@@ -47,8 +50,8 @@ def select_devices(device: str) -> None:
 def _keep_freed_memory() -> None:
     """Has glibc's allocator keep what arrays in this machine's memory leave, and take it in large pages. As
     it comes, it gives large blocks back at once, and every step of a training on CPUs asks for them again,
-    page by small page."""
-    if platform.libc_ver()[0] != "glibc":
+    page by small page. JAX's threads keep the allocator that they find when they start."""
+    if libc_ver()[0] != "glibc":
         return
     m_trim_threshold, m_mmap_max, m_arena_max, madv_hugepage = -1, -4, -8, 14  # of its headers
     libc, page = ctypes.CDLL(None), 2**21
