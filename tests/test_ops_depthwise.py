@@ -83,6 +83,8 @@ def test_both_forms_equal_the_definition(case):
         ((1, 3, 6, 7, 4), (3, 3, 3), 4, 2),  # several planes
         ((3, 11, 10, 6), (5, 5), 2, 3),
         ((1, 6, 7, 5, 3), (5, 3, 5), 2, 2),
+        ((1, 2, 3, 4, 250), (3, 3, 3), 2, 1),  # rows as long as to get channels for the cache's sake
+        ((1, 4, 3, 256), (3, 3), 1, 2),
     ],
 )
 @pytest.mark.parametrize("form", FORMS)

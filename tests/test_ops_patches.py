@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from structvit_jax.ops import convolve
+from structvit_jax.ops import convolve, patches
+from structvit_jax.ops.devices import Target
 
 
 @pytest.mark.parametrize(
@@ -16,9 +17,13 @@ from structvit_jax.ops import convolve
         ((1, 4, 8, 6, 3), (2, 4, 3), (2, 4, 3), (0, 0, 0)),  # tubelets
         ((2, 7, 9, 3), (3, 3), (2, 2), (1, 1)),  # overlapping
         ((2, 6, 7, 12), (2, 2), (2, 2), (0, 0)),  # many channels
+        ((1, 4, 7, 6, 12), (1, 2, 2), (1, 2, 2), (0, 0, 0)),
+        ((1, 5, 7, 6, 9), (3, 1, 3), (1, 2, 3), (1, 0, 1)),  # some overlapping, some with gaps
     ],
 )
-def test_convolve_equals_the_convolution_of_xla(x64, shape, window, strides, padding):
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_convolve_equals_the_convolution_of_xla(x64, monkeypatch, platform, shape, window, strides, padding):
+    monkeypatch.setattr(patches, "target", lambda: Target(platform, None))
     rng = np.random.default_rng(0)
     x, kernel = (jnp.asarray(rng.standard_normal(s)) for s in (shape, (*window, shape[-1], 5)))
     axes = "THW"[-len(window) :]

@@ -180,7 +180,7 @@ def _of_matrices(query, key, value, *, rows):
     """query [N, channels], key and value [M, channels] -> output [N, channels], lse [N, 1]."""
 
     def part(query):
-        logits = _dot(query, key.T) * query.shape[-1] ** -0.5
+        logits = _dot(query * query.shape[-1] ** -0.5, key.T)
         top = logits.max(axis=-1, keepdims=True)
         weights = jnp.exp(logits - top)
         total = weights.sum(axis=-1, keepdims=True)
@@ -193,16 +193,17 @@ def _of_matrices(query, key, value, *, rows):
 def _gradients_of_matrices(query, key, value, lse, delta, cotangent, *, rows):
     """The gradients of the three; delta [N, 1] is the sum over channels of output times cotangent."""
     scale, lse, delta = query.shape[-1] ** -0.5, lse.T, delta.T
+    query *= scale
 
     def part(key, value):  # keys x queries: of the five products four then are plain
-        weights = jnp.exp(_dot(key, query.T) * scale - lse)
-        slopes = weights * (_dot(value, cotangent.T) - delta) * scale
+        weights = jnp.exp(_dot(key, query.T) - lse)
+        slopes = weights * (_dot(value, cotangent.T) - delta)
         weights, slopes = weights.astype(value.dtype), slopes.astype(value.dtype)
         of_keys = _dot(slopes, query).astype(key.dtype), _dot(weights, cotangent).astype(value.dtype)
         return of_keys, (_dot(key.T, slopes),)
 
     of_keys, (d_query,) = _over_blocks(part, rows, key, value)
-    return d_query.T.astype(query.dtype), *of_keys
+    return (d_query.T * scale).astype(query.dtype), *of_keys
 
 
 def _over_blocks(part, rows, *arrays):

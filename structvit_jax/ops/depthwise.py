@@ -198,64 +198,71 @@ def _shift(padded, offset, grid, strides):
 
 def _shifted(x, kernel, stride):
     window = kernel.shape[:-2]
-    padded = jnp.pad(x, [(0, 0), *same_padding(window), (0, 0)])
+    padded = _pad(x, [(low, high, 0) for low, high in same_padding(window)])
     strides = grid_strides(x.shape[1:-1], stride)
     grid = tuple(-(-n // s) for n, s in zip(x.shape[1:-1], strides, strict=True))
-    return _sum_of_shifts(padded[:, None], jnp.swapaxes(kernel, -1, -2)[None], grid, strides)
+    taps = jnp.swapaxes(kernel, -1, -2)[None]  # with this axis they are written so, not read across
+    planes = [_sum_of_shifts(padded, taps[0, ..., d, :], grid, strides) for d in range(kernel.shape[-1])]
+    return jnp.stack(planes, axis=1).astype(x.dtype)
 
 
 def _shifted_input_gradient(x, kernel, cotangent, stride):
-    """The same operation, with the window reversed, on the cotangent spread to x's grid."""
-    window = kernel.shape[:-2]
-    strides = grid_strides(x.shape[1:-1], stride)
+    """The same operation, with the window reversed, on every plane of the cotangent spread to x's grid."""
+    grid, window = x.shape[1:-1], kernel.shape[:-2]
+    strides, ones = grid_strides(grid, stride), (1,) * len(grid)
     edges = _padding_of_gradient(x, kernel, cotangent, strides)
-    padding = [(low, high, s - 1) for (low, high), s in zip(edges, strides, strict=True)]
-    none = (0, 0, 0)
-    planes = lax.pad(cotangent, jnp.zeros((), cotangent.dtype), [none, none, *padding, none])
-    reversed_taps = jnp.flip(jnp.moveaxis(kernel, -1, 0), axis=tuple(range(1, 1 + len(window))))
-    ones = (1,) * len(window)
-    return _sum_of_shifts(planes, reversed_taps[..., None, :], x.shape[1:-1], ones)[:, 0]
+    spread = [(low, high, s - 1) for (low, high), s in zip(edges, strides, strict=True)]
+    taps = jnp.flip(jnp.moveaxis(kernel, -1, 0), axis=tuple(range(1, 1 + len(window))))
+
+    def of_plane(d):
+        plane = lax.dynamic_index_in_dim(cotangent, d, axis=1, keepdims=False)
+        return _sum_of_shifts(_pad(plane, spread), taps[d], grid, ones)
+
+    if len(taps) == 1 or len(taps) * math.prod(window) <= _MAX_FUSED_TERMS:
+        total = functools.reduce(jnp.add, map(of_plane, range(len(taps))))
+    else:
+        start = jnp.zeros(x.shape, _accumulator(x))
+        total = lax.fori_loop(0, len(taps), lambda d, total: total + of_plane(d), start)
+    return total.astype(x.dtype)
 
 
-def _sum_of_shifts(planes, taps, grid, strides):
-    """out[b, q, i, c] = sum over p and w of planes[b, p, i * stride + w, c] * taps[p, w, q, c].
+def _pad(x, padding):
+    """Zeros before, after and between the places of [batch, *grid, channels], and channels that make a long
+    row an odd number of cache lines. Else what the taps of a window see would fall on the same few sets of
+    the cache, and 512 channels take three times as long."""
+    line = 64 // x.dtype.itemsize
+    lines = -(-x.shape[-1] // line)
+    more = (lines | 1) * line - x.shape[-1] if lines >= 16 else 0
+    none = (0, 0, 0)  # the second axis keeps the compiler from reading the centre's tap from x itself: slower
+    return lax.pad(x[:, None], jnp.zeros((), x.dtype), [none, none, *padding, (0, more, 0)])[:, 0]
 
-    planes [batch, P, *padded, channels], taps [P, *window, Q, channels] -> [batch, Q, *grid, channels].
+
+def _sum_of_shifts(padded, taps, grid, strides):
+    """out[b, i, c] = sum over w of padded[b, i * stride + w, c] * taps[w, c].
+
+    padded [batch, *padded, channels or more], taps [*window, channels] -> [batch, *grid, channels].
     """
-    accumulate, window = _accumulator(planes), taps.shape[1:-2]
-    sum_of_plane = _fused_sum if math.prod(window) <= _MAX_FUSED_TERMS else _scanned_sum
-
-    def sum_of_planes(q):
-        parts = (
-            sum_of_plane(
-                planes[:, p].astype(accumulate), taps[p, ..., q, :].astype(accumulate), grid, strides
-            )
-            for p in range(taps.shape[0])
-        )  # a loop each: in one loop all would be slow
-        return functools.reduce(lambda total, part: lax.optimization_barrier(total) + part, parts)
-
-    return jnp.stack([sum_of_planes(q) for q in range(taps.shape[-2])], axis=1).astype(planes.dtype)
-
-
-def _fused_sum(plane, taps, grid, strides):
-    """[batch, *padded, channels] and [*window, channels] -> [batch, *grid, channels]."""
-    total = None
-    for offset in itertools.product(*map(range, taps.shape[:-1])):
-        part = taps[offset] * _shift(plane, offset, grid, strides)
-        total = part if total is None else total + part
-    return total
-
-
-def _scanned_sum(plane, taps, grid, strides):
-    """The same over the window's leading axis, where its terms are too many for one loop."""
+    accumulate, window = _accumulator(padded), taps.shape[:-1]
+    padded, taps = padded.astype(accumulate), taps.astype(accumulate)
+    if math.prod(window) <= _MAX_FUSED_TERMS:
+        return _fused_sum(padded, taps, grid, strides)
     depth = (grid[0] - 1) * strides[0] + 1
 
-    def step(total, index):
-        part = lax.dynamic_slice_in_dim(plane, index, depth, axis=1)
-        return total + _fused_sum(part, taps[index][None], grid, strides), None
+    def add(index, total):  # of the window's leading axis
+        part = lax.dynamic_slice_in_dim(padded, index, depth, axis=1)
+        return total + _fused_sum(part, taps[index][None], grid, strides)
 
-    start = jnp.zeros((plane.shape[0], *grid, plane.shape[-1]), plane.dtype)
-    return lax.scan(step, start, jnp.arange(taps.shape[0]))[0]
+    start = jnp.zeros((len(padded), *grid, taps.shape[-1]), accumulate)
+    return lax.fori_loop(0, window[0], add, start)
+
+
+def _fused_sum(padded, taps, grid, strides):
+    """What `_sum_of_shifts` gives, in one loop."""
+    total = None
+    for offset in itertools.product(*map(range, taps.shape[:-1])):
+        part = taps[offset] * _shift(padded, offset, grid, strides)[..., : taps.shape[-1]]
+        total = part if total is None else total + part
+    return total
 
 
 def _shifted_kernel_gradient(x, kernel, cotangent, stride):
