@@ -201,7 +201,7 @@ def _shifted(x, kernel, stride):
     padded = _pad(x, [(low, high, 0) for low, high in same_padding(window)])
     strides = grid_strides(x.shape[1:-1], stride)
     grid = tuple(-(-n // s) for n, s in zip(x.shape[1:-1], strides, strict=True))
-    taps = jnp.swapaxes(kernel, -1, -2)[None]  # with this axis they are written so, not read across
+    taps = jnp.swapaxes(kernel, -1, -2)[None]  # with this axis they are transposed once, not in every loop
     planes = [_sum_of_shifts(padded, taps[0, ..., d, :], grid, strides) for d in range(kernel.shape[-1])]
     return jnp.stack(planes, axis=1).astype(x.dtype)
 
@@ -233,7 +233,8 @@ def _pad(x, padding):
     line = 64 // x.dtype.itemsize
     lines = -(-x.shape[-1] // line)
     more = (lines | 1) * line - x.shape[-1] if lines >= 16 else 0
-    none = (0, 0, 0)  # the second axis keeps the compiler from reading the centre's tap from x itself: slower
+    none = (0, 0, 0)
+    # with a second axis the compiler does not read the centre's tap from x itself, which would be slower
     return lax.pad(x[:, None], jnp.zeros((), x.dtype), [none, none, *padding, (0, more, 0)])[:, 0]
 
 

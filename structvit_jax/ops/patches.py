@@ -14,8 +14,8 @@ _FEW = 8  # channels: so few would leave most of a register empty wherever chann
 
 
 def convolve(x: jax.Array, kernel: jax.Array, *, strides: Sequence[int], padding: Sequence[int]) -> jax.Array:
-    """Cross-correlation. Windows of pictures that do not overlap along an axis become channels first; on CPUs
-    those of maps do, too, and in three dimensions all: gradients of XLA's convolution take ten times as long.
+    """Cross-correlation. Windows that do not overlap along an axis become channels first, of pictures, and on
+    CPUs of maps, too.
 
     Args:
       x: [batch, *grid, inputs].
@@ -32,9 +32,9 @@ def convolve(x: jax.Array, kernel: jax.Array, *, strides: Sequence[int], padding
         apart = [k == s and not p for k, s, p in zip(window, strides, padding, strict=True)]
         x, kernel = _windows_to_channels(x, kernel, apart)
         strides = [1 if folded else s for folded, s in zip(apart, strides, strict=True)]
-    if on_cpu and len(window) == 3:
+    if on_cpu and len(window) == 3:  # the gradients of XLA's convolution take eight times as long
         for axis, (stride, zeros) in enumerate(zip(strides, padding, strict=True)):
-            x, kernel = _sights_to_channels(x, kernel, axis, stride, zeros)
+            x, kernel = _im2col(x, kernel, axis, stride, zeros)
         strides, padding = (1, 1, 1), (0, 0, 0)
     if set(kernel.shape[:-2]) | set(strides) == {1} and not any(padding):
         return x @ kernel.reshape(kernel.shape[-2:])
@@ -61,8 +61,8 @@ def _windows_to_channels(x, kernel, apart):
     return x.reshape(batch, *counts, -1), kernel.reshape(*left, -1, outputs)
 
 
-def _sights_to_channels(x, kernel, axis, stride, zeros):
-    """Moves what windows see along an axis to the channels, as often as they see it."""
+def _im2col(x, kernel, axis, stride, zeros):
+    """Moves what windows see along an axis to the channels, as often as it is seen."""
     size, along = kernel.shape[axis], axis + 1
     x = jnp.pad(x, [(zeros, zeros) if i == along else (0, 0) for i in range(x.ndim)])
     last = (x.shape[along] - size) // stride * stride
