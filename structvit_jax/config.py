@@ -24,7 +24,7 @@ def default_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     # Weights to start from: RUN or RUN/checkpoints/STEP of ours, or a released .pth or .safetensors file.
     config.init_from = ""  # "" starts from scratch
-    config.topologies = ()  # for --mode=plan: TPUs to plan for, as "v5e:2x4"; none is this machine
+    config.topologies = ()  # for --mode=plan: chips, as "v5e:2x4" or "h100:8"; none is this machine
     config.device_batch = 0  # for --mode=plan: examples a device, in place of data.batch_size
     config.device_memory = ""  # for --mode=plan: of a device, as "24GB"; finds the largest batch that fits
     config.profile = ""  # "START:STOP": steps whose profile is written to WORKDIR/profile

@@ -57,11 +57,11 @@ def _act(config: ml_collections.ConfigDict) -> None:
     config = start.settle_inputs(config, workdir)
     dataset = data.load(config.data, config.augment, config.train.seed)
     # here, so that a mistake in the data is told at once
-    from structvit_jax import bench, plan, sheet, show
+    from structvit_jax import bench, chips, plan, sheet, show
     from structvit_jax.training import loop, mesh
 
     if _MODE.value == "plan":
-        plan.pretend_devices(config)
+        chips.pretend_devices(tuple(config.topologies))
     mesh.select_devices(config.mesh.device)
     mesh.use_compilation_cache(config.mesh.compilation_cache)
     if _MODE.value == "show":

@@ -1,6 +1,6 @@
 """What a configuration will take, before it is paid for: the text of `--mode=plan`.
 
-The real train step is compiled, for this machine's devices or ahead of time for TPUs that are not there,
+The real train step is compiled, for this machine's devices or ahead of time for chips that are not there,
 and its program is asked for memory and traffic. Times follow from data sheets alone: the largest of
 arithmetic, memory traffic and traffic between chips, as if each ran at its full rate beside the others. So
 the efficiency that is printed is an upper bound, and no measurement.
@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.util
 import math
-import os
 import re
 import time
 from collections.abc import Callable
@@ -21,11 +19,11 @@ from typing import Any
 import jax
 import ml_collections
 from etils import epath
-from jax.experimental import topologies
 
 from structvit_jax import traffic
+from structvit_jax.chips import CHIPS, Chip, devices_of
 from structvit_jax.config import model_arguments
-from structvit_jax.errors import UserError, did_you_mean, unknown
+from structvit_jax.errors import UserError
 from structvit_jax.models import cost
 from structvit_jax.models.operations import operations
 from structvit_jax.training.mesh import check_batch, make_mesh
@@ -34,24 +32,6 @@ from structvit_jax.training.program import memory_of, trace_train_step
 from structvit_jax.training.run import Run, abstract_state
 
 _FOLDER = "plan"  # of the workdir: the compiled programs' texts
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """What the data sheet says of one chip (cloud.google.com/tpu/docs, November 2026)."""
-
-    flops: float  # bfloat16 operations a second
-    memory: float  # bytes
-    bandwidth: float  # bytes a second between memory and chip
-    links: float  # bytes a second that it sends to other chips, over all its links
-
-
-CHIPS = {
-    "v5e": Chip(197e12, 16e9, 819e9, 200e9),
-    "v5p": Chip(459e12, 95e9, 2765e9, 600e9),
-}
-# Of the topologies of the data sheets, those with 1, 8, 64 and 256 chips; any other shape works too.
-EXAMPLES = ("v5e:1x1", "v5e:2x4", "v5e:8x8", "v5e:16x16", "v5p:1x1x1", "v5p:2x2x2", "v5p:4x4x4", "v5p:4x8x8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +58,7 @@ def describe(config: ml_collections.ConfigDict, data: Any, workdir: epath.Path) 
 
 
 def _plan(config: ml_collections.ConfigDict, data: Any, workdir: epath.Path, target: str) -> str:
-    devices, note = _devices(target)
+    devices, note = (jax.devices(), "") if target == "here" else devices_of(target)
     chip = None if note else CHIPS.get(target.split(":")[0])
     path = workdir / _FOLDER / f"{target.replace(':', '_')}.txt"
     measure = functools.cache(functools.partial(_measure, config, data, devices, path))
@@ -89,44 +69,6 @@ def _plan(config: ml_collections.ConfigDict, data: Any, workdir: epath.Path, tar
         batch = largest_batch(lambda size: measure(size).memory, memory, least, first=batch)
         lines.append(_advice(config, batch, memory))
     return "\n  ".join([*lines, *_tell(measure(batch), len(devices), chip)])
-
-
-def _devices(target: str) -> tuple[list, str]:
-    """The devices of a topology, and what they are not."""
-    if target == "here":
-        return jax.devices(), ""
-    generation, _, shape = target.partition(":")
-    if generation not in CHIPS or not re.fullmatch(r"\d+x\d+(x\d+)?", shape):
-        raise unknown("topology", target, EXAMPLES)
-    chips = math.prod(map(int, shape.split("x")))
-    if importlib.util.find_spec("libtpu") is None:
-        if len(jax.devices("cpu")) < chips:
-            raise UserError(f"{target}: needs libtpu (pip install 'jax[tpu]')")
-        return jax.devices("cpu")[:chips], " in the place of TPUs: libtpu is not installed ('jax[tpu]')"
-    for name, value in _WITHOUT_TPU.items():
-        os.environ.setdefault(name, value)
-    options = {"chips_per_host_bounds": (1, 1, 1)} if chips == 1 else {}
-    try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=target, **options).devices), ""
-    except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
-        hint = did_you_mean(target, EXAMPLES)
-        raise UserError(f"libtpu has no topology {target!r} ({error}).{hint}") from error
-
-
-# What lets libtpu compile on a machine that has no TPU.
-_WITHOUT_TPU = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
-
-
-def pretend_devices(config: ml_collections.ConfigDict) -> None:
-    """Before JAX opens a device: as many fake ones as the largest topology has, where libtpu is missing."""
-    if config.topologies and importlib.util.find_spec("libtpu") is None:
-        sizes = [math.prod(map(int, re.findall(r"\d+", t.partition(":")[2]))) for t in config.topologies]
-        jax.config.update("jax_num_cpu_devices", max(sizes))
 
 
 def _measure(

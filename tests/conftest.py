@@ -22,7 +22,7 @@ import pytest
 from bucket import Bucket
 from etils import epath
 
-from structvit_jax import data, plan
+from structvit_jax import chips, data
 from structvit_jax.ops import batch_split_over
 from structvit_jax.training import lock, mesh
 
@@ -58,9 +58,19 @@ def _compilation_cache(tmp_path_factory):
 @pytest.fixture
 def tpu():
     """Where programs for a TPU that is not there are placed; operations are traced for it."""
-    pytest.importorskip("libtpu", reason="needs libtpu")
-    (device,), note = plan._devices("v5e:1x1")
-    assert not note
+    yield from _place("v5e:1x1")
+
+
+@pytest.fixture
+def gpu():
+    """The same for a GPU."""
+    yield from _place("h100:1")
+
+
+def _place(topology):
+    (device,), note = chips.devices_of(topology)
+    if note:
+        pytest.skip(f"the CPU{note}")
     with batch_split_over(mesh.make_mesh(1, 1, [device])):
         yield jax.sharding.SingleDeviceSharding(device)
 

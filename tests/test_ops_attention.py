@@ -1,7 +1,8 @@
 """The forms of attention against its definition, values and gradients.
 
 The kernels for TPUs run here in Pallas's interpreter, and are compiled for a TPU where libtpu is installed.
-They have run on no TPU. cuDNN's form needs an NVIDIA GPU, and its test is skipped without.
+They have run on no TPU. cuDNN's form is compiled for a GPU where JAX's CUDA plugin is installed; the test of
+its numbers needs a GPU, and is skipped without. It has run on none.
 """
 
 import functools
@@ -121,9 +122,25 @@ def test_the_kernels_compile_for_a_tpu(tpu, queries, keys, heads):
     assert text.count("tpu_custom_call") >= 2
 
 
+@pytest.mark.parametrize("queries, keys", [(196, 784), (49, 196), (49, 49), (1568, 6272), (392, 1568)])
+def test_cudnn_is_what_gpus_get(gpu, queries, keys):
+    """In half precision, compiled for one that is not there; otherwise the loops are."""
+
+    def compiled(dtype, channels=64):
+        lengths = queries, keys, keys, queries
+        shapes = [jax.ShapeDtypeStruct((2, n, 3, channels), dtype) for n in lengths]
+        function = jax.jit(functools.partial(value_and_grads, attention), in_shardings=gpu, out_shardings=gpu)
+        return function.lower(*shapes).compile().as_text()
+
+    text = compiled(jnp.bfloat16)
+    assert "__cudnn$fmhaSoftmax" in text and "__cudnn$fmhaSoftmaxBackward" in text
+    assert "__cudnn$fmha" not in compiled(jnp.float32) + compiled(jnp.bfloat16, channels=12)
+
+
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")
-def test_cudnn_equals_the_definition():
-    args = arrays((2, 196, 784, 5, 64), jnp.bfloat16)
+@pytest.mark.parametrize("queries, keys", [(196, 784), (49, 49)])
+def test_cudnn_equals_the_definition(queries, keys):
+    args = arrays((2, queries, keys, 5, 64), jnp.bfloat16)
     form = functools.partial(attention, method="cudnn")
     assert_close(value_and_grads(form, *args), value_and_grads(definition, *args), 2e-2)
 

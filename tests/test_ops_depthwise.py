@@ -1,10 +1,12 @@
 """The forms of the depthwise convolution against its definition, values and gradients.
 
 The kernel for TPUs runs here in Pallas's interpreter, and is compiled for a TPU where libtpu is installed.
-It has run on no TPU.
+It has run on no TPU. The form for GPUs runs here on the CPU, and is compiled for a GPU where JAX's CUDA
+plugin is installed. It has run on no GPU.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from structvit_jax.ops import batch_split_over, depthwise_conv
+from structvit_jax.traffic import count
 from structvit_jax.training.mesh import make_mesh
 
 odd = st.sampled_from([1, 3, 5])
@@ -51,7 +54,7 @@ def value_and_grads(convolve, x, kernel, stride):
     return jax.jit(jax.value_and_grad(loss, (0, 1)))(x, kernel)
 
 
-FORMS = {name: functools.partial(depthwise_conv, method=name) for name in ("grouped", "shifted")}
+FORMS = {name: functools.partial(depthwise_conv, method=name) for name in ("grouped", "shifted", "fused")}
 
 
 def largest_difference(a, b):
@@ -151,6 +154,26 @@ def test_the_kernel_compiles_for_a_tpu(tpu, shape, window, multiplier):
         return pull(out)
 
     assert "tpu_custom_call" in jax.jit(gradients).lower(*args).compile().as_text()
+
+
+@pytest.mark.parametrize(
+    ("shape", "window", "multiplier"),
+    [((64, 56, 56, 64), (5, 5), 1), ((64, 14, 14, 320), (3, 3), 4), ((4, 8, 14, 14, 320), (3, 3, 3), 4)],
+)
+def test_programs_for_gpus_move_little(gpu, shape, window, multiplier):
+    """Compiled for one that is not there: no convolution of the library's, whose layouts would move more."""
+    shapes = shape, (*window, shape[-1], multiplier)
+    args = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=gpu) for shape in shapes]
+
+    def both(x, kernel):
+        out, pull = jax.vjp(depthwise_conv, x, kernel)
+        return out, pull(jax.lax.optimization_barrier(out))
+
+    text = jax.jit(both).lower(*args).compile().as_text()
+    assert "cudnn" not in text
+    moved = count(text).hbm / (2 * math.prod(shape))
+    print(f"{shape} {window} D={multiplier}: {moved:.1f} times the input's bytes")
+    assert moved < 1.4 * 3 * (1 + multiplier)  # forward, and both gradients: read or write x and D planes
 
 
 def test_auto_on_cpu_is_shifted():

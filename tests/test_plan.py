@@ -129,19 +129,19 @@ def test_the_command_finds_the_largest_batch(command, tmp_path):
     assert (tmp_path / "plan" / "here.txt").read_text().startswith("HloModule")
 
 
-def test_topologies(command, tmp_path):
-    """TPUs that are not there; without libtpu the program is one for fake devices, and that is said."""
-    process = command(*QUICK, "--config.topologies=('v5e:2x4',)", f"--workdir={tmp_path}")
+@pytest.mark.parametrize(
+    ("topology", "near"), [("v5e:2x4", "v5e:2by4"), ("h100:8", "h100:8x"), ("h100:2x4", "h1000:2x4")]
+)
+def test_topologies(command, tmp_path, topology, near):
+    """Chips that are not there; where nothing compiles for them the program is one for fake devices, and that
+    is said."""
+    process = command(*QUICK, f"--config.topologies=({topology!r},)", f"--workdir={tmp_path}")
     assert process.returncode == 0, process.stderr
-    assert "v5e:2x4: 8 x" in process.stdout and "batch 16, 2 a device" in process.stdout
-    try:
-        import libtpu  # noqa: F401
-
-        assert "at most" in process.stdout
-    except ImportError:
-        assert "libtpu is not installed" in process.stdout and "at most" not in process.stdout
-    wrong = command(*QUICK, "--config.topologies=('v5e:2by4',)", f"--workdir={tmp_path}")
-    assert wrong.returncode == 2 and "unknown topology 'v5e:2by4'. Did you mean 'v5e:2x4'" in wrong.stderr
+    assert f"{topology}: 8 x" in process.stdout and "batch 16, 2 a device" in process.stdout
+    compiled_for_it = "is not installed" not in process.stdout
+    assert ("at most" in process.stdout) is compiled_for_it
+    wrong = command(*QUICK, f"--config.topologies=({near!r},)", f"--workdir={tmp_path}")
+    assert wrong.returncode == 2 and f"unknown topology {near!r}. Did you mean" in wrong.stderr
 
 
 def test_traffic_of_the_default_model_stays_in_its_band():

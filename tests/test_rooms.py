@@ -50,10 +50,14 @@ ROOMS = {
         {"bench", "training", "convert", "models", "ops", "config", "traffic", "errors"},
     ),
     "show": ({"ml_collections"}, {"models", "config"}),
-    "plan": ({"jax", "etils", "ml_collections"}, {"training", "models", "config", "traffic", "errors"}),
+    "chips": ({"jax"}, {"errors"}),
+    "plan": (
+        {"jax", "etils", "ml_collections"},
+        {"chips", "training", "models", "config", "traffic", "errors"},
+    ),
     "main": (
         {"absl", "etils", "ml_collections"},
-        {"command", "data", "config", "errors", "training", "show", "plan", "sheet", "bench"},
+        {"command", "data", "config", "errors", "training", "chips", "show", "plan", "sheet", "bench"},
     ),
     "traffic": ({"jaxlib"}, {"traffic", "errors"}),
     "errors": (set(), set()),

@@ -101,6 +101,24 @@ CALLED = """
   %b1 = f32[512,1024]{1,0:T(8,128)} broadcast(%b0), dimensions={}
   ROOT %b2 = f32[512,1024]{1,0:T(8,128)} dynamic-update-slice(%b1, %p15, %p16, %p16)
 }
+
+%pair (c0: f32[], c1: f32[], c2: f32[], c3: f32[]) -> (f32[], f32[]) {
+  %c0 = f32[] parameter(0)
+  %c1 = f32[] parameter(1)
+  %c2 = f32[] parameter(2)
+  %c3 = f32[] parameter(3)
+  %c4 = f32[] add(%c0, %c2)
+  %c5 = f32[] add(%c1, %c3)
+  ROOT %c6 = (f32[], f32[]) tuple(%c4, %c5)
+}
+
+%sums (p17: f32[16,100]) -> ((f32[16], f32[16]), f32[16,100]) {
+  %p17 = f32[16,100]{1,0:T(8,128)} parameter(0)
+  %d0 = f32[] constant(0)
+  %d1 = (f32[16]{0:T(16)}, f32[16]{0:T(16)}) reduce(%p17, %p17, %d0, %d0), dimensions={1}, to_apply=%pair
+  %d2 = f32[16,100]{1,0:T(8,128)} negate(%p17)
+  ROOT %d3 = ((f32[16]{0:T(16)}, f32[16]{0:T(16)}), f32[16,100]{1,0:T(8,128)}) tuple(%d1, %d2)
+}
 """.replace("\\\n", "")
 
 
@@ -185,6 +203,13 @@ def test_fusions_of_slices(line, read, written):
         "%j = s32[]{:T(128)S(6)} parameter(3)",
     ]
     assert count(program(*arrays, line))[:3] == (read, written, 0)
+
+
+def test_a_fusion_of_one_reduction_with_two_results_and_another():
+    """As GPU programs have them: a tuple in a tuple."""
+    kind = "((f32[16]{0:T(16)}, f32[16]{0:T(16)}), f32[16,100]{1,0:T(8,128)})"
+    moved = count(program(LARGE, f"ROOT %y = {kind} fusion(%x), kind=kInput, calls=%sums"))
+    assert moved[:2] == (whole((16, 128)), 2 * whole((16,)) + whole((16, 128)))
 
 
 def test_memory_spaces_off_tpus():

@@ -19,11 +19,10 @@ import numpy as np
 from etils import epath
 
 from structvit_jax.bench import report
-from structvit_jax.bench.parts import Part, parts_of
+from structvit_jax.bench.parts import Part, forward_program, parts_of, train_program
 from structvit_jax.bench.peer import TorchPeer
 from structvit_jax.bench.report import Row
 from structvit_jax.bench.timing import Call, in_turns, measure_rates
-from structvit_jax.bench.whole import forward_program, train_program
 from structvit_jax.config import matching, model_arguments
 from structvit_jax.errors import UserError
 from structvit_jax.models import cost

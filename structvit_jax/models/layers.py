@@ -69,7 +69,8 @@ class Linear(nnx.Linear):
 
     def __call__(self, inputs: jax.Array, out_sharding=None) -> jax.Array:
         declare(self, self.kind, inputs.size * self.out_features)
-        return super().__call__(inputs, out_sharding)
+        rows = inputs.reshape(-1, inputs.shape[-1])
+        return super().__call__(rows, out_sharding).reshape(*inputs.shape[:-1], -1)
 
 
 class Pointwise(Linear):

@@ -48,22 +48,32 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array, *, method: str
             " [batch, length, heads, channels], with one length for keys and values"
         )
     if method == "auto":
-        method = suited_method(query.dtype)
+        method = suited_method(query)
     if method == "cudnn":
-        return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
+        return _cudnn(query, key, value)
     heads, flat = query.shape[2], (x.reshape(*x.shape[:2], -1) for x in (query, key, value))
     return _attention(*flat, heads, method, target()).reshape(query.shape)
 
 
-def suited_method(dtype) -> str:
-    """What "auto" takes for the devices that the program is traced for."""
-    platform = target().platform
-    if platform == "tpu" and dtype != jnp.float64:
+def suited_method(query: jax.Array) -> str:
+    """What "auto" takes for queries [..., channels], on the devices that the program is traced for."""
+    where = target()
+    if where.platform == "tpu" and query.dtype != jnp.float64:
         return "pallas"
-    half = dtype in (jnp.bfloat16, jnp.float16)
-    if platform == "gpu" and half and "cuda" in jax.devices()[0].client.platform_version:
-        return "cudnn"  # which cannot even be traced elsewhere
-    return "blocked"
+    takes = query.dtype in (jnp.bfloat16, jnp.float16) and query.shape[-1] <= 128 and query.shape[-1] % 8 == 0
+    return "cudnn" if where.cudnn and takes else "blocked"  # cuDNN's cannot even be traced elsewhere
+
+
+def _cudnn(query, key, value):
+    """JAX gives cuDNN even lengths alone to train with: odd ones get a query that nobody reads, or a key that
+    counts for nothing."""
+    rows, lengths = query.shape[1], {}
+    if key.shape[1] % 2:
+        lengths["key_value_seq_lengths"] = jnp.full(len(key), key.shape[1], jnp.int32)
+    query, key, value = (
+        jnp.pad(x, [(0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)]) for x in (query, key, value)
+    )
+    return jax.nn.dot_product_attention(query, key, value, implementation="cudnn", **lengths)[:, :rows]
 
 
 # From here on heads and channels are one axis: apart, TPUs would pad both wherever such an array is kept.

@@ -1,8 +1,8 @@
 """Depthwise convolution over 2-D and 3-D grids, in a form that is usable on every backend.
 
-XLA's grouped convolution is the definition, but on CPU it is up to 100 times slower than its
-arithmetic. There, a window of k taps is a sum of k shifted products instead, and each of the two
-gradients has a form of its own. Automatic differentiation is reverse mode only.
+XLA's grouped convolution is the definition, but on CPU it is up to 100 times slower than its arithmetic,
+and on GPUs moves several times its bytes. There, a window of k taps is a sum of k shifted products instead,
+and each of the two gradients has a form of its own. Automatic differentiation is reverse mode only.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +24,10 @@ from structvit_jax.ops.devices import Target, target
 # A sum of this many products is still fused into one fast loop by XLA's CPU compiler; longer ones
 # are scanned (measured: 5x5 and 3x3x3 windows fuse, 5x5x5 unrolled is ten times slower than scanned).
 _MAX_FUSED_TERMS = 36
+_ANY = 10**6  # terms: on GPUs, where one loop reads its arrays once (compiled: 5x5x5, and D = 4 of 3x3x3)
 _ROWS_PER_STEP = 4  # rows of the image that one step of the kernel gradient's scan accumulates
 
-METHODS = ("auto", "grouped", "shifted", "pallas")
+METHODS = ("auto", "grouped", "shifted", "fused", "pallas")
 
 
 def depthwise_conv(x: jax.Array, kernel: jax.Array, *, stride: int = 1, method: str = "auto") -> jax.Array:
@@ -39,9 +41,9 @@ def depthwise_conv(x: jax.Array, kernel: jax.Array, *, stride: int = 1, method: 
       kernel: [*window, channels, multiplier], odd windows.
       stride: spatial stride; window centres lie at 0, S, 2S, ... in height and width, and on
         every frame in time.
-      method: "grouped" is XLA's grouped convolution, "shifted" the sum of shifted products, "pallas" is
-        as "grouped" with a kernel for TPUs (interpreted elsewhere) for both gradients where it has room
-        and the stride is 1; "auto" takes what suits the platform.
+      method: "grouped" is XLA's grouped convolution, "shifted" the sum of shifted products as CPUs want it,
+        "fused" as GPUs do, "pallas" is as "grouped" with a kernel for TPUs (interpreted elsewhere) for both
+        gradients where it has room and the stride is 1; "auto" takes what suits the platform.
 
     Returns:
       [batch, multiplier, *grid', channels] in x's dtype; grid' is ceil(n / stride) in space.
@@ -90,7 +92,7 @@ def _check(x, kernel, stride, method):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _depthwise(x, kernel, stride, method, where):
-    return _form(method, _grouped, _shifted)(x, kernel, stride=stride)
+    return _form(method, "forward")(x, kernel, stride=stride)
 
 
 def _depthwise_fwd(x, kernel, stride, method, where):
@@ -101,23 +103,25 @@ def _depthwise_bwd(stride, method, where, residuals, cotangent):
     x, kernel = residuals
     if method == "pallas":
         return _kernel_gradients(where, x, cotangent, kernel)
-    of_input = _form(method, _grouped_input_gradient, _shifted_input_gradient)
-    of_kernel = _form(method, _grouped_kernel_gradient, _shifted_kernel_gradient)
-    return of_input(x, kernel, cotangent, stride=stride), of_kernel(x, kernel, cotangent, stride=stride)
+    gradients = (_form(method, which) for which in ("of_input", "of_kernel"))
+    return tuple(gradient(x, kernel, cotangent, stride=stride) for gradient in gradients)
 
 
 _depthwise.defvjp(_depthwise_fwd, _depthwise_bwd)
 _traced_once = jax.jit(_depthwise, static_argnums=(2, 3, 4))  # equal blocks share one trace
 
 
-def _form(method, grouped, shifted):
-    """Programs for both are traced, so that `structvit_jax.models.operations` finds the convolutions."""
+def _form(method, which):
+    """Programs for all platforms are traced, so that `structvit_jax.models.operations` finds convolutions."""
     if method != "auto":
-        return shifted if method == "shifted" else grouped
+        return getattr(_FORMS[method], which)
 
     def form(*args, stride):
-        forms = (functools.partial(f, stride=stride) for f in (shifted, grouped))
-        return lax.platform_dependent(*args, cpu=next(forms), default=next(forms))
+        forms = {name: functools.partial(getattr(f, which), stride=stride) for name, f in _FORMS.items()}
+        fused = forms["fused"]
+        return lax.platform_dependent(
+            *args, cpu=forms["shifted"], cuda=fused, rocm=fused, default=forms["grouped"]
+        )
 
     return form
 
@@ -196,29 +200,32 @@ def _shift(padded, offset, grid, strides):
 # The shifted form. The channels stay the contiguous axis. Sums are kept in float32 at least.
 
 
-def _shifted(x, kernel, stride):
+def _shifted(x, kernel, stride, most=_MAX_FUSED_TERMS):
     window = kernel.shape[:-2]
     padded = _pad(x, [(low, high, 0) for low, high in same_padding(window)])
     strides = grid_strides(x.shape[1:-1], stride)
     grid = tuple(-(-n // s) for n, s in zip(x.shape[1:-1], strides, strict=True))
     taps = jnp.swapaxes(kernel, -1, -2)[None]  # with this axis they are transposed once, not in every loop
-    planes = [_sum_of_shifts(padded, taps[0, ..., d, :], grid, strides) for d in range(kernel.shape[-1])]
+    planes = [
+        _sum_of_shifts(padded, taps[0, ..., d, :], grid, strides, most) for d in range(kernel.shape[-1])
+    ]
     return jnp.stack(planes, axis=1).astype(x.dtype)
 
 
-def _shifted_input_gradient(x, kernel, cotangent, stride):
+def _shifted_input_gradient(x, kernel, cotangent, stride, most=_MAX_FUSED_TERMS):
     """The same operation, with the window reversed, on every plane of the cotangent spread to x's grid."""
     grid, window = x.shape[1:-1], kernel.shape[:-2]
     strides, ones = grid_strides(grid, stride), (1,) * len(grid)
     edges = _padding_of_gradient(x, kernel, cotangent, strides)
     spread = [(low, high, s - 1) for (low, high), s in zip(edges, strides, strict=True)]
     taps = jnp.flip(jnp.moveaxis(kernel, -1, 0), axis=tuple(range(1, 1 + len(window))))
+    taps = lax.optimization_barrier(taps)  # transposed once, not in every loop
 
     def of_plane(d):
         plane = lax.dynamic_index_in_dim(cotangent, d, axis=1, keepdims=False)
-        return _sum_of_shifts(_pad(plane, spread), taps[d], grid, ones)
+        return _sum_of_shifts(_pad(plane, spread), taps[d], grid, ones, most)
 
-    if len(taps) == 1 or len(taps) * math.prod(window) <= _MAX_FUSED_TERMS:
+    if len(taps) == 1 or len(taps) * math.prod(window) <= most:
         total = functools.reduce(jnp.add, map(of_plane, range(len(taps))))
     else:
         start = jnp.zeros(x.shape, _accumulator(x))
@@ -238,14 +245,14 @@ def _pad(x, padding):
     return lax.pad(x[:, None], jnp.zeros((), x.dtype), [none, none, *padding, (0, more, 0)])[:, 0]
 
 
-def _sum_of_shifts(padded, taps, grid, strides):
-    """out[b, i, c] = sum over w of padded[b, i * stride + w, c] * taps[w, c].
+def _sum_of_shifts(padded, taps, grid, strides, most):
+    """out[b, i, c] = sum over w of padded[b, i * stride + w, c] * taps[w, c], up to `most` terms in one loop.
 
     padded [batch, *padded, channels or more], taps [*window, channels] -> [batch, *grid, channels].
     """
     accumulate, window = _accumulator(padded), taps.shape[:-1]
     padded, taps = padded.astype(accumulate), taps.astype(accumulate)
-    if math.prod(window) <= _MAX_FUSED_TERMS:
+    if math.prod(window) <= most:
         return _fused_sum(padded, taps, grid, strides)
     depth = (grid[0] - 1) * strides[0] + 1
 
@@ -302,5 +309,35 @@ def _shifted_kernel_gradient(x, kernel, cotangent, stride):
     return jnp.moveaxis(taps, 0, -1).astype(kernel.dtype)
 
 
+def _windowed_kernel_gradient(x, kernel, cotangent, stride):
+    """All taps of a plane in one sum over positions, whose terms are made as they are added."""
+    window, accumulate = kernel.shape[:-2], _accumulator(x)
+    x = jnp.pad(x, [(0, 0), *same_padding(window), (0, 0)])
+    strides, grid = grid_strides(window, stride), cotangent.shape[2:-1]
+    offsets = itertools.product(*map(range, window))
+    seen = jnp.stack([_shift(x, offset, grid, strides) for offset in offsets]).astype(accumulate)
+    planes = (cotangent[:, d].astype(accumulate) for d in range(kernel.shape[-1]))
+    taps = [(seen * plane).sum(axis=tuple(range(1, x.ndim))) for plane in planes]
+    return jnp.stack(taps, axis=-1).reshape(kernel.shape).astype(kernel.dtype)
+
+
 def _accumulator(x):
     return jnp.promote_types(x.dtype, jnp.float32)
+
+
+class _Form(NamedTuple):
+    forward: Callable  # (x, kernel, stride=)
+    of_input: Callable  # gradient (x, kernel, cotangent, stride=)
+    of_kernel: Callable
+
+
+_FORMS = {
+    "grouped": _Form(_grouped, _grouped_input_gradient, _grouped_kernel_gradient),
+    "shifted": _Form(_shifted, _shifted_input_gradient, _shifted_kernel_gradient),
+    "fused": _Form(
+        functools.partial(_shifted, most=_ANY),
+        functools.partial(_shifted_input_gradient, most=_ANY),
+        _windowed_kernel_gradient,
+    ),
+}
+_FORMS["pallas"] = _FORMS["grouped"]  # forward

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -28,6 +29,7 @@ class Target(NamedTuple):
 
     platform: str  # "cpu", "gpu" or "tpu"
     mesh: Mesh | None  # of which all axes split batches; None is one device
+    cudnn: bool = False  # whether cuDNN's attention runs there
 
     @property
     def interpret(self) -> bool:
@@ -53,4 +55,7 @@ class Target(NamedTuple):
 def target() -> Target:
     """The devices of `batch_split_over`, or JAX's default."""
     mesh = _mesh.get()
-    return Target(jax.default_backend() if mesh is None else mesh.devices.flat[0].platform, mesh)
+    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    capability = getattr(device, "compute_capability", "")  # "9.0"; AMD's are named otherwise
+    ampere = bool(re.fullmatch(r"\d+\.\d", capability)) and float(capability) >= 8.0
+    return Target(device.platform, mesh, cudnn=ampere)

@@ -68,7 +68,7 @@ def struct_attention(
         queries = query.reshape(query.shape[0], -1, *query.shape[-2:])
         maps = _volume(queries, key, value, key_kernels, value_kernels, stride)
         return maps.output.reshape(query.shape)
-    attention_method = suited_method(query.dtype)
+    attention_method = suited_method(query)
     if key_kernels is None or value_kernels is None:
         return _attend(query, key, value, attention_method)
     if attention_method == "cudnn":  # which has its own gradients, and keeps keys and values for them

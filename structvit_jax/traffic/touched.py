@@ -87,9 +87,11 @@ def _aliased(op: Instruction) -> set[int]:
 
 
 def _made(fused: Computation, results: int) -> list[Instruction]:
-    """The instructions that make a fusion's results."""
+    """The instructions that make a fusion's results; one may make several."""
     root = fused.instructions[fused.root]
-    return fused.sources(root) if root.opcode == "tuple" else [root] * results
+    if root.opcode != "tuple":
+        return [root] * results
+    return [source for source in fused.sources(root) for _ in leaves(source.type)]
 
 
 def _same_space(op: Instruction, result: Array) -> bool:
