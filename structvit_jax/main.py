@@ -63,7 +63,8 @@ def _act(config: ml_collections.ConfigDict) -> None:
     if _MODE.value == "plan":
         chips.pretend_devices(tuple(config.topologies))
     mesh.select_devices(config.mesh.device)
-    mesh.use_compilation_cache(config.mesh.compilation_cache)
+    cache = "" if config.topologies else config.mesh.compilation_cache  # what is not for here cannot be read
+    mesh.use_compilation_cache(cache)
     if _MODE.value == "show":
         print(show.describe(config, dataset))
         return

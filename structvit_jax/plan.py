@@ -21,7 +21,7 @@ import ml_collections
 from etils import epath
 
 from structvit_jax import traffic
-from structvit_jax.chips import CHIPS, Chip, devices_of
+from structvit_jax.chips import CHIPS, Chip, Devices, devices_of
 from structvit_jax.config import model_arguments
 from structvit_jax.errors import UserError
 from structvit_jax.models import cost
@@ -58,11 +58,11 @@ def describe(config: ml_collections.ConfigDict, data: Any, workdir: epath.Path) 
 
 
 def _plan(config: ml_collections.ConfigDict, data: Any, workdir: epath.Path, target: str) -> str:
-    devices, note = (jax.devices(), "") if target == "here" else devices_of(target)
-    chip = None if note else CHIPS.get(target.split(":")[0])
+    found = Devices(jax.devices()) if target == "here" else devices_of(target)
+    devices, chip = found.devices, None if found.note else CHIPS.get(target.split(":")[0])
     path = workdir / _FOLDER / f"{target.replace(':', '_')}.txt"
-    measure = functools.cache(functools.partial(_measure, config, data, devices, path))
-    lines = [f"{target}: {len(devices)} x {devices[0].device_kind}{note}"]
+    measure = functools.cache(functools.partial(_measure, config, data, found, path))
+    lines = [f"{target}: {len(devices)} x {devices[0].device_kind}{found.note}"]
     batch = config.device_batch * len(devices) or config.data.batch_size
     if config.device_memory:
         memory, least = read_size(config.device_memory), len(devices) * config.train.accumulate
@@ -72,9 +72,10 @@ def _plan(config: ml_collections.ConfigDict, data: Any, workdir: epath.Path, tar
 
 
 def _measure(
-    config: ml_collections.ConfigDict, data: Any, devices: list, path: epath.Path, batch: int
+    config: ml_collections.ConfigDict, data: Any, found: Devices, path: epath.Path, batch: int
 ) -> Figures:
     """Compiles the train step for these devices and takes its program apart."""
+    devices = found.devices
     config = config.copy_and_resolve_references()
     config.data.batch_size = batch
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, devices)
@@ -88,7 +89,7 @@ def _measure(
     forward = cost(arguments.pop("name"), data.shape, len(data.class_names), **arguments).macs
     useful = 3 * 2 * forward * batch / len(devices)
     try:
-        compiled = traced.lower().compile()
+        compiled = traced.lower().compile(compiler_options=found.options)
     except jax.errors.JaxRuntimeError as error:
         used = re.search(r"(?:Used |HLO temporaries \()([\d.]+)([KMGT])", str(error))
         if "RESOURCE_EXHAUSTED" not in str(error):

@@ -68,9 +68,10 @@ def gpu():
 
 
 def _place(topology):
-    (device,), note = chips.devices_of(topology)
-    if note:
-        pytest.skip(f"the CPU{note}")
+    found = chips.devices_of(topology)
+    if found.note:
+        pytest.skip(f"the CPU{found.note}")
+    (device,) = found.devices
     with batch_split_over(mesh.make_mesh(1, 1, [device])):
         yield jax.sharding.SingleDeviceSharding(device)
 

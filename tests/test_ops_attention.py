@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from structvit_jax.models.operations import operations
 from structvit_jax.ops import attention as module
 from structvit_jax.ops.attention import attention
 from structvit_jax.ops.devices import batch_split_over
@@ -126,15 +127,19 @@ def test_the_kernels_compile_for_a_tpu(tpu, queries, keys, heads):
 def test_cudnn_is_what_gpus_get(gpu, queries, keys):
     """In half precision, compiled for one that is not there; otherwise the loops are."""
 
-    def compiled(dtype, channels=64):
+    def traced(dtype, channels=64):
         lengths = queries, keys, keys, queries
         shapes = [jax.ShapeDtypeStruct((2, n, 3, channels), dtype) for n in lengths]
-        function = jax.jit(functools.partial(value_and_grads, attention), in_shardings=gpu, out_shardings=gpu)
-        return function.lower(*shapes).compile().as_text()
+        function = functools.partial(value_and_grads, attention)
+        return jax.jit(function, in_shardings=gpu, out_shardings=gpu).trace(*shapes)
 
-    text = compiled(jnp.bfloat16)
+    half = traced(jnp.bfloat16)
+    text = half.lower().compile().as_text()
     assert "__cudnn$fmhaSoftmax" in text and "__cudnn$fmhaSoftmaxBackward" in text
-    assert "__cudnn$fmha" not in compiled(jnp.float32) + compiled(jnp.bfloat16, channels=12)
+    pairs = (queries + queries % 2) * (keys + keys % 2)
+    assert operations(half.jaxpr) == (2 + 5) * 2 * pairs * 2 * 3 * 64
+    for others in traced(jnp.float32), traced(jnp.bfloat16, channels=12):
+        assert "__cudnn$fmha" not in others.lower().as_text()
 
 
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")

@@ -34,6 +34,9 @@ def _of(equation: Any) -> float:
         )
     if name == "conv_general_dilated":
         return _convolution(equation)
+    if name.startswith("dot_product_attention"):  # cuDNN's: two products, backward five
+        query, key = (v.aval for v in equation.invars[:2])  # [batch, length, heads, channels]
+        return (5 if "bwd" in name else 2) * 2.0 * query.size * key.shape[1]
     if name == "cond":
         return max(_count(branch.jaxpr) for branch in params["branches"])
     if name == "while":

@@ -67,13 +67,12 @@ def suited_method(query: jax.Array) -> str:
 def _cudnn(query, key, value):
     """JAX gives cuDNN even lengths alone to train with: odd ones get a query that nobody reads, or a key that
     counts for nothing."""
-    rows, lengths = query.shape[1], {}
-    if key.shape[1] % 2:
-        lengths["key_value_seq_lengths"] = jnp.full(len(key), key.shape[1], jnp.int32)
-    query, key, value = (
-        jnp.pad(x, [(0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)]) for x in (query, key, value)
-    )
-    return jax.nn.dot_product_attention(query, key, value, implementation="cudnn", **lengths)[:, :rows]
+    rows, keys = query.shape[1], key.shape[1]
+    lengths = jnp.full(len(key), keys, jnp.int32) if keys % 2 else None
+    even = (jnp.pad(x, [(0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)]) for x in (query, key, value))
+    return jax.nn.dot_product_attention(*even, implementation="cudnn", key_value_seq_lengths=lengths)[
+        :, :rows
+    ]
 
 
 # From here on heads and channels are one axis: apart, TPUs would pad both wherever such an array is kept.
