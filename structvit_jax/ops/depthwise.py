@@ -92,7 +92,7 @@ def _check(x, kernel, stride, method):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _depthwise(x, kernel, stride, method, where):
-    return _form(method, "forward")(x, kernel, stride=stride)
+    return _form(method, "forward", where.platform)(x, kernel, stride=stride)
 
 
 def _depthwise_fwd(x, kernel, stride, method, where):
@@ -103,7 +103,7 @@ def _depthwise_bwd(stride, method, where, residuals, cotangent):
     x, kernel = residuals
     if method == "pallas":
         return _kernel_gradients(where, x, cotangent, kernel)
-    gradients = (_form(method, which) for which in ("of_input", "of_kernel"))
+    gradients = (_form(method, which, where.platform) for which in ("of_input", "of_kernel"))
     return tuple(gradient(x, kernel, cotangent, stride=stride) for gradient in gradients)
 
 
@@ -111,17 +111,15 @@ _depthwise.defvjp(_depthwise_fwd, _depthwise_bwd)
 _traced_once = jax.jit(_depthwise, static_argnums=(2, 3, 4))  # equal blocks share one trace
 
 
-def _form(method, which):
-    """Programs for all platforms are traced, so that `structvit_jax.models.operations` finds convolutions."""
+def _form(method, which, platform):
+    """Of "auto" the definition is traced, too: `structvit_jax.models.operations` counts its convolution."""
     if method != "auto":
         return getattr(_FORMS[method], which)
+    ours, lowered_for = ("fused", ("cuda", "rocm")) if platform == "gpu" else ("shifted", ("cpu",))
 
     def form(*args, stride):
-        forms = {name: functools.partial(getattr(f, which), stride=stride) for name, f in _FORMS.items()}
-        fused = forms["fused"]
-        return lax.platform_dependent(
-            *args, cpu=forms["shifted"], cuda=fused, rocm=fused, default=forms["grouped"]
-        )
+        best, plain = (functools.partial(getattr(_FORMS[n], which), stride=stride) for n in (ours, "grouped"))
+        return lax.platform_dependent(*args, default=plain, **dict.fromkeys(lowered_for, best))
 
     return form
 
