@@ -18,6 +18,7 @@ from jax.typing import ArrayLike
 
 from structvit_jax.models.ledger import declare
 from structvit_jax.ops import convolve, depthwise_conv, mlp
+from structvit_jax.ops.devices import target
 
 
 class HostRngs:
@@ -69,8 +70,10 @@ class Linear(nnx.Linear):
 
     def __call__(self, inputs: jax.Array, out_sharding=None) -> jax.Array:
         declare(self, self.kind, inputs.size * self.out_features)
-        rows = inputs.reshape(-1, inputs.shape[-1])
-        return super().__call__(rows, out_sharding).reshape(*inputs.shape[:-1], -1)
+        x = inputs
+        if target().platform == "cpu":  # which transpose maps slowly, for the gradients of kernels
+            x = x.reshape(-1, x.shape[-1])
+        return super().__call__(x, out_sharding).reshape(*inputs.shape[:-1], -1)
 
 
 class Pointwise(Linear):
