@@ -98,7 +98,7 @@ def test_declared_is_what_the_program_multiplies(name, shape, overrides):
         from structvit_jax.ops import attention, depthwise
 
         jax.clear_caches()
-        patch.setattr(depthwise, "_form", lambda method, grouped, shifted: grouped)
+        patch.setattr(depthwise, "_form", lambda _, which, __: getattr(depthwise._FORMS["grouped"], which))
         patch.setattr(attention, "_IN_CACHE", 2**40)
         program = jax.make_jaxpr(lambda a, x: structure.model(a)(x))(arrays, jnp.zeros((1, *shape)))
     jax.clear_caches()
