@@ -117,15 +117,10 @@ _WITHOUT_TPU = {
 def _gpus(generation, shape):
     chip, (name, traits) = GPUS[generation], _GPU_TRAITS[generation]
     nodes, gpus = shape.split("x") if "x" in shape else ("1", shape)
-    facts = (
-        _EVERY_GPU
-        | traits
-        | {"memory_bandwidth": int(chip.bandwidth), "device_memory_size": int(chip.memory)}
-    )
-    info = " ".join(f"{key}: {value}" for key, value in facts.items())
-    major = 8 if generation == "a100" else 9
+    sizes = {"memory_bandwidth": int(chip.bandwidth), "device_memory_size": int(chip.memory)}
+    info = " ".join(f"{key}: {value}" for key, value in (_EVERY_GPU | traits | sizes).items())
     target = (
-        f"gpu_device_info {{ {info} cuda_compute_capability {{ major: {major} }} }}"
+        f"gpu_device_info {{ {info} }}"
         ' platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 }'
         f' runtime_version {{ major: 12 minor: 9 }} device_description_str: "{name}"'
     )
@@ -147,6 +142,7 @@ _EVERY_GPU = {
     "block_dim_limit_z": 65535,
 }
 _HOPPER = {
+    "cuda_compute_capability": "{ major: 9 }",
     "core_count": 132,
     "fpus_per_core": 128,
     "clock_rate_ghz": 1.98,
@@ -155,6 +151,7 @@ _HOPPER = {
     "shared_memory_per_block_optin": 232448,
 }
 _AMPERE = {
+    "cuda_compute_capability": "{ major: 8 }",
     "core_count": 108,
     "fpus_per_core": 64,
     "clock_rate_ghz": 1.41,

@@ -60,10 +60,11 @@ def _act(config: ml_collections.ConfigDict) -> None:
     from structvit_jax import bench, chips, plan, sheet, show
     from structvit_jax.training import loop, mesh
 
-    if _MODE.value == "plan":
+    cache = config.mesh.compilation_cache
+    if _MODE.value == "plan" and config.topologies:
         chips.pretend_devices(tuple(config.topologies))
+        cache = ""  # programs for other machines cannot be read back
     mesh.select_devices(config.mesh.device)
-    cache = "" if config.topologies else config.mesh.compilation_cache  # what is not for here cannot be read
     mesh.use_compilation_cache(cache)
     if _MODE.value == "show":
         print(show.describe(config, dataset))
