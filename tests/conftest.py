@@ -1,4 +1,7 @@
-"""Tests run on the CPU, as eight fake devices of which most use one."""
+"""Tests run on the CPU, as eight fake devices of which most use one.
+
+Those of operations also run on a GPU: JAX_PLATFORMS=cuda,cpu python -m pytest -n 4 tests/test_ops_*.py
+"""
 
 import contextlib
 import json
@@ -12,9 +15,14 @@ import sys
 import time
 from pathlib import Path
 
-os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
-os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # most programs here run for less time than they compile
+if os.environ.setdefault("JAX_PLATFORMS", "cpu") == "cpu":
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = (
+        "1"  # most programs here run for less time than they compile
+    )
+else:
+    os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"  # not in TF32: rounding is what is tested
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # several processes share it
 
 import fsspec
 import jax

@@ -2,7 +2,7 @@
 
 The kernels for TPUs run here in Pallas's interpreter, and are compiled for a TPU where libtpu is installed.
 They have run on no TPU. cuDNN's form is compiled for a GPU where JAX's CUDA plugin is installed; the test of
-its numbers needs a GPU, and is skipped without. It has run on none.
+its numbers needs a GPU, is skipped without, and has run on an H100.
 """
 
 import functools

@@ -1,8 +1,8 @@
 """The forms of the depthwise convolution against its definition, values and gradients.
 
 The kernel for TPUs runs here in Pallas's interpreter, and is compiled for a TPU where libtpu is installed.
-It has run on no TPU. The form for GPUs runs here on the CPU, and is compiled for a GPU where JAX's CUDA
-plugin is installed. It has run on no GPU.
+It has run on no TPU. The forms for GPUs run here on the CPU, and are compiled for a GPU where JAX's CUDA
+plugin is installed; their tests have run on an H100, too.
 """
 
 import functools
@@ -16,7 +16,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from structvit_jax.ops import batch_split_over, depthwise_conv
-from structvit_jax.traffic import count
 from structvit_jax.training.mesh import make_mesh
 
 odd = st.sampled_from([1, 3, 5])
@@ -54,7 +53,10 @@ def value_and_grads(convolve, x, kernel, stride):
     return jax.jit(jax.value_and_grad(loss, (0, 1)))(x, kernel)
 
 
-FORMS = {name: functools.partial(depthwise_conv, method=name) for name in ("grouped", "shifted", "fused")}
+FORMS = {
+    name: functools.partial(depthwise_conv, method=name)
+    for name in ("grouped", "library", "shifted", "padded")
+}
 
 
 def largest_difference(a, b):
@@ -160,8 +162,9 @@ def test_the_kernel_compiles_for_a_tpu(tpu, shape, window, multiplier):
     ("shape", "window", "multiplier"),
     [((64, 56, 56, 64), (5, 5), 1), ((64, 14, 14, 320), (3, 3), 4), ((4, 8, 14, 14, 320), (3, 3, 3), 4)],
 )
-def test_programs_for_gpus_move_little(gpu, shape, window, multiplier):
-    """Compiled for one that is not there: no convolution of the library's, whose layouts would move more."""
+def test_what_gpus_get(gpu, shape, window, multiplier):
+    """Compiled for one that is not there: cuDNN for images with one kernel a channel, elsewhere our forms, of
+    which the rows for the kernel's gradient want most room."""
     shapes = shape, (*window, shape[-1], multiplier)
     args = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=gpu) for shape in shapes]
 
@@ -169,11 +172,12 @@ def test_programs_for_gpus_move_little(gpu, shape, window, multiplier):
         out, pull = jax.vjp(depthwise_conv, x, kernel)
         return out, pull(jax.lax.optimization_barrier(out))
 
-    text = jax.jit(both).lower(*args).compile().as_text()
-    assert "cudnn" not in text
-    moved = count(text).hbm / (2 * math.prod(shape))
-    print(f"{shape} {window} D={multiplier}: {moved:.1f} times the input's bytes")
-    assert moved < 1.4 * 3 * (1 + multiplier)  # forward, and both gradients: read or write x and D planes
+    compiled = jax.jit(both).lower(*args).compile()
+    text, library = compiled.as_text(), multiplier == 1
+    assert text.count("__cudnn$convBackwardFilter") == library
+    assert ("__cudnn$convForward" in text) == library
+    assert ("dot_general" in text) == (not library)
+    assert compiled.memory_analysis().temp_size_in_bytes < 16 * 2 * math.prod(shape)
 
 
 def test_auto_on_cpu_is_shifted():

@@ -1,8 +1,9 @@
 """Depthwise convolution over 2-D and 3-D grids, in a form that is usable on every backend.
 
-XLA's grouped convolution is the definition, but on CPU it is up to 100 times slower than its arithmetic,
-and on GPUs moves several times its bytes. There, a window of k taps is a sum of k shifted products instead,
-and each of the two gradients has a form of its own. Automatic differentiation is reverse mode only.
+XLA's grouped convolution is the definition, but on CPUs it is up to 100 times slower than its arithmetic,
+and on GPUs fast only in two dimensions with one kernel a channel. Elsewhere a window of k taps is a sum of k
+shifted products instead, and each of the two gradients has a form of its own. Automatic differentiation is
+reverse mode only.
 """
 
 from __future__ import annotations
@@ -24,10 +25,9 @@ from structvit_jax.ops.devices import Target, target
 # A sum of this many products is still fused into one fast loop by XLA's CPU compiler; longer ones
 # are scanned (measured: 5x5 and 3x3x3 windows fuse, 5x5x5 unrolled is ten times slower than scanned).
 _MAX_FUSED_TERMS = 36
-_ANY = 10**6  # terms: on GPUs, where one loop reads its arrays once (compiled: 5x5x5, and D = 4 of 3x3x3)
 _ROWS_PER_STEP = 4  # rows of the image that one step of the kernel gradient's scan accumulates
 
-METHODS = ("auto", "grouped", "shifted", "fused", "pallas")
+METHODS = ("auto", "grouped", "library", "shifted", "padded", "pallas")
 
 
 def depthwise_conv(x: jax.Array, kernel: jax.Array, *, stride: int = 1, method: str = "auto") -> jax.Array:
@@ -41,9 +41,10 @@ def depthwise_conv(x: jax.Array, kernel: jax.Array, *, stride: int = 1, method: 
       kernel: [*window, channels, multiplier], odd windows.
       stride: spatial stride; window centres lie at 0, S, 2S, ... in height and width, and on
         every frame in time.
-      method: "grouped" is XLA's grouped convolution, "shifted" the sum of shifted products as CPUs want it,
-        "fused" as GPUs do, "pallas" is as "grouped" with a kernel for TPUs (interpreted elsewhere) for both
-        gradients where it has room and the stride is 1; "auto" takes what suits the platform.
+      method: "grouped" is XLA's grouped convolution with our gradients, "library" with XLA's gradient of the
+        kernel; "shifted" is the sum of shifted products as CPUs want it, "padded" as GPUs do; "pallas" is as
+        "grouped" with a kernel for TPUs (interpreted elsewhere) for both gradients where it has room and the
+        stride is 1; "auto" takes what suits the platform and the shape.
 
     Returns:
       [batch, multiplier, *grid', channels] in x's dtype; grid' is ceil(n / stride) in space.
@@ -92,7 +93,7 @@ def _check(x, kernel, stride, method):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _depthwise(x, kernel, stride, method, where):
-    return _form(method, "forward", where.platform)(x, kernel, stride=stride)
+    return _form(method, "forward", where.platform, kernel)(x, kernel, stride=stride)
 
 
 def _depthwise_fwd(x, kernel, stride, method, where):
@@ -103,7 +104,7 @@ def _depthwise_bwd(stride, method, where, residuals, cotangent):
     x, kernel = residuals
     if method == "pallas":
         return _kernel_gradients(where, x, cotangent, kernel)
-    gradients = (_form(method, which, where.platform) for which in ("of_input", "of_kernel"))
+    gradients = (_form(method, which, where.platform, kernel) for which in ("of_input", "of_kernel"))
     return tuple(gradient(x, kernel, cotangent, stride=stride) for gradient in gradients)
 
 
@@ -111,17 +112,25 @@ _depthwise.defvjp(_depthwise_fwd, _depthwise_bwd)
 _traced_once = jax.jit(_depthwise, static_argnums=(2, 3, 4))  # equal blocks share one trace
 
 
-def _form(method, which, platform):
+def _form(method, which, platform, kernel):
     """Of "auto" the definition is traced, too: `structvit_jax.models.operations` counts its convolution."""
     if method != "auto":
         return getattr(_FORMS[method], which)
-    ours, lowered_for = ("fused", ("cuda", "rocm")) if platform == "gpu" else ("shifted", ("cpu",))
+    ours, lowered_for = (
+        ("shifted", ("cpu",)) if platform != "gpu" else (_suits_gpus(kernel), ("cuda", "rocm"))
+    )
 
     def form(*args, stride):
         best, plain = (functools.partial(getattr(_FORMS[n], which), stride=stride) for n in (ours, "grouped"))
         return lax.platform_dependent(*args, default=plain, **dict.fromkeys(lowered_for, best))
 
     return form
+
+
+def _suits_gpus(kernel):
+    """cuDNN is fast at images with one kernel a channel (on an H100: three times as fast as our forms), and
+    slow at the rest (3-D: half as fast; D = 4: a third to half as fast)."""
+    return "library" if kernel.ndim == 4 and kernel.shape[-1] == 1 else "padded"
 
 
 def _kernel_gradients(where: Target, x, cotangent, kernel):
@@ -169,6 +178,11 @@ def _grouped_kernel_gradient(x, kernel, cotangent, stride):
     return jnp.swapaxes(stacked, -1, -2).astype(kernel.dtype)
 
 
+def _library_kernel_gradient(x, kernel, cotangent, stride):
+    _, pull = jax.vjp(lambda kernel: _grouped(x, kernel, stride), kernel)
+    return pull(cotangent)[0]
+
+
 def _convolve(x, kernel, strides, padding, dilation=None):
     """[batch, *grid, channels], [*window, channels, D] -> [batch, *grid', channels * D]."""
     axes = "THW"[-(x.ndim - 2) :]
@@ -198,19 +212,17 @@ def _shift(padded, offset, grid, strides):
 # The shifted form. The channels stay the contiguous axis. Sums are kept in float32 at least.
 
 
-def _shifted(x, kernel, stride, most=_MAX_FUSED_TERMS):
+def _shifted(x, kernel, stride, pad):
     window = kernel.shape[:-2]
-    padded = _pad(x, [(low, high, 0) for low, high in same_padding(window)])
+    padded = pad(x, [(low, high, 0) for low, high in same_padding(window)])
     strides = grid_strides(x.shape[1:-1], stride)
     grid = tuple(-(-n // s) for n, s in zip(x.shape[1:-1], strides, strict=True))
     taps = jnp.swapaxes(kernel, -1, -2)[None]  # with this axis they are transposed once, not in every loop
-    planes = [
-        _sum_of_shifts(padded, taps[0, ..., d, :], grid, strides, most) for d in range(kernel.shape[-1])
-    ]
+    planes = [_sum_of_shifts(padded, taps[0, ..., d, :], grid, strides) for d in range(kernel.shape[-1])]
     return jnp.stack(planes, axis=1).astype(x.dtype)
 
 
-def _shifted_input_gradient(x, kernel, cotangent, stride, most=_MAX_FUSED_TERMS):
+def _shifted_input_gradient(x, kernel, cotangent, stride, pad):
     """The same operation, with the window reversed, on every plane of the cotangent spread to x's grid."""
     grid, window = x.shape[1:-1], kernel.shape[:-2]
     strides, ones = grid_strides(grid, stride), (1,) * len(grid)
@@ -221,9 +233,9 @@ def _shifted_input_gradient(x, kernel, cotangent, stride, most=_MAX_FUSED_TERMS)
 
     def of_plane(d):
         plane = lax.dynamic_index_in_dim(cotangent, d, axis=1, keepdims=False)
-        return _sum_of_shifts(_pad(plane, spread), taps[d], grid, ones, most)
+        return _sum_of_shifts(pad(plane, spread), taps[d], grid, ones)
 
-    if len(taps) == 1 or len(taps) * math.prod(window) <= most:
+    if len(taps) == 1 or len(taps) * math.prod(window) <= _MAX_FUSED_TERMS:
         total = functools.reduce(jnp.add, map(of_plane, range(len(taps))))
     else:
         start = jnp.zeros(x.shape, _accumulator(x))
@@ -231,10 +243,10 @@ def _shifted_input_gradient(x, kernel, cotangent, stride, most=_MAX_FUSED_TERMS)
     return total.astype(x.dtype)
 
 
-def _pad(x, padding):
+def _pad_within(x, padding):
     """Zeros before, after and between the places of [batch, *grid, channels], and channels that make a long
     row an odd number of cache lines. Else what the taps of a window see would fall on the same few sets of
-    the cache, and 512 channels take three times as long."""
+    the cache of a CPU, and 512 channels take three times as long."""
     line = 64 // x.dtype.itemsize
     lines = -(-x.shape[-1] // line)
     more = (lines | 1) * line - x.shape[-1] if lines >= 16 else 0
@@ -243,14 +255,19 @@ def _pad(x, padding):
     return lax.pad(x[:, None], jnp.zeros((), x.dtype), [none, none, *padding, (0, more, 0)])[:, 0]
 
 
-def _sum_of_shifts(padded, taps, grid, strides, most):
-    """out[b, i, c] = sum over w of padded[b, i * stride + w, c] * taps[w, c], up to `most` terms in one loop.
+def _pad_before(x, padding):
+    """Zeros likewise, for GPUs: in memory, as bounds that every tap checks cost twice its instructions."""
+    return lax.optimization_barrier(lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *padding, (0, 0, 0)]))
+
+
+def _sum_of_shifts(padded, taps, grid, strides):
+    """out[b, i, c] = sum over w of padded[b, i * stride + w, c] * taps[w, c].
 
     padded [batch, *padded, channels or more], taps [*window, channels] -> [batch, *grid, channels].
     """
     accumulate, window = _accumulator(padded), taps.shape[:-1]
     padded, taps = padded.astype(accumulate), taps.astype(accumulate)
-    if math.prod(window) <= most:
+    if math.prod(window) <= _MAX_FUSED_TERMS:
         return _fused_sum(padded, taps, grid, strides)
     depth = (grid[0] - 1) * strides[0] + 1
 
@@ -307,16 +324,36 @@ def _shifted_kernel_gradient(x, kernel, cotangent, stride):
     return jnp.moveaxis(taps, 0, -1).astype(kernel.dtype)
 
 
-def _windowed_kernel_gradient(x, kernel, cotangent, stride):
-    """All taps of a plane in one sum over positions, whose terms are made as they are added."""
-    window, accumulate = kernel.shape[:-2], _accumulator(x)
-    x = jnp.pad(x, [(0, 0), *same_padding(window), (0, 0)])
-    strides, grid = grid_strides(window, stride), cotangent.shape[2:-1]
-    offsets = itertools.product(*map(range, window))
-    seen = jnp.stack([_shift(x, offset, grid, strides) for offset in offsets]).astype(accumulate)
-    planes = (cotangent[:, d].astype(accumulate) for d in range(kernel.shape[-1]))
-    taps = [(seen * plane).sum(axis=tuple(range(1, x.ndim))) for plane in planes]
-    return jnp.stack(taps, axis=-1).reshape(kernel.shape).astype(kernel.dtype)
+def _rows_kernel_gradient(x, kernel, cotangent, stride):
+    """Matrix products for every channel: of all that the window's rows see with all rows of the cotangent,
+    place by place, [rows of the window · width, width · D]. A tap is the sum of one diagonal. On tensor cores
+    it costs little that the other diagonals go unused.
+    """
+    *depth, height, taps, channels, planes = kernel.shape
+    strides, (*grid, width) = grid_strides(cotangent.shape[2:-1], stride), cotangent.shape[2:-1]
+    x = jnp.pad(x, [(0, 0), *same_padding(kernel.shape[:-2]), (0, 0)])
+    given = jnp.moveaxis(jnp.moveaxis(cotangent, -1, 0), 2, -1).reshape(channels, -1, width * planes)
+    given, across = lax.optimization_barrier(given), x.shape[-2]
+    diagonals = np.arange(across)[:, None] == np.arange(taps)[:, None, None] + stride * np.arange(width)
+
+    def of_frame(x):  # [batch, *grid, channels] under one frame of the window -> [height, taps, channels, D]
+        offsets = [(0,) * len(depth) + (row, 0) for row in range(height)]
+        seen = [_shift(x, offset, (*grid, across), (*strides[:-1], 1)) for offset in offsets]
+        seen = jnp.moveaxis(jnp.stack(seen, axis=-3), -1, 0).reshape(channels, -1, height * across)
+        seen = lax.optimization_barrier(seen)  # else the compiler makes sums of shifted rows again
+        contracted = (((1,), (1,)), ((0,), (0,)))
+        products = lax.dot_general(
+            seen, given, contracted, lax.Precision.HIGHEST, preferred_element_type=_accumulator(x)
+        ).reshape(channels, height, across, width, planes)
+        sums = [(products * diagonal[..., None]).sum((2, 3)) for diagonal in diagonals]
+        return jnp.moveaxis(jnp.stack(sums), 2, 0)
+
+    if not depth:
+        return of_frame(x).astype(kernel.dtype)
+    of_frames = lax.map(
+        lambda i: of_frame(lax.dynamic_slice_in_dim(x, i, grid[0], axis=1)), np.arange(*depth)
+    )
+    return of_frames.astype(kernel.dtype)
 
 
 def _accumulator(x):
@@ -331,11 +368,16 @@ class _Form(NamedTuple):
 
 _FORMS = {
     "grouped": _Form(_grouped, _grouped_input_gradient, _grouped_kernel_gradient),
-    "shifted": _Form(_shifted, _shifted_input_gradient, _shifted_kernel_gradient),
-    "fused": _Form(
-        functools.partial(_shifted, most=_ANY),
-        functools.partial(_shifted_input_gradient, most=_ANY),
-        _windowed_kernel_gradient,
+    "library": _Form(_grouped, _grouped_input_gradient, _library_kernel_gradient),
+    "shifted": _Form(
+        functools.partial(_shifted, pad=_pad_within),
+        functools.partial(_shifted_input_gradient, pad=_pad_within),
+        _shifted_kernel_gradient,
+    ),
+    "padded": _Form(
+        functools.partial(_shifted, pad=_pad_before),
+        functools.partial(_shifted_input_gradient, pad=_pad_before),
+        _rows_kernel_gradient,
     ),
 }
 _FORMS["pallas"] = _FORMS["grouped"]  # forward
