@@ -6,6 +6,7 @@ its numbers needs a GPU, is skipped without, and has run on an H100.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ import pytest
 
 from structvit_jax.models.operations import operations
 from structvit_jax.ops import attention as module
+from structvit_jax.ops import attention_cpu
 from structvit_jax.ops.attention import attention
 from structvit_jax.ops.devices import batch_split_over
 from structvit_jax.training.mesh import make_mesh
@@ -57,17 +59,19 @@ def assert_close(ours, expected, tolerance):
         assert np.abs(a - b).max() <= tolerance * max(np.abs(b).max(), 1.0)
 
 
-FORMS = {
-    "blocked": functools.partial(attention, method="blocked"),
-    "pallas": functools.partial(attention, method="pallas"),
-}
+FORMS = {name: functools.partial(attention, method=name) for name in ("blocked", "native", "pallas")}
+needs_compiler = pytest.mark.skipif(not attention_cpu.available(), reason="needs a C++ compiler")
+native = pytest.param("native", marks=needs_compiler)
+forms = pytest.mark.parametrize("form", ["blocked", native, "pallas"])
 
 
 @pytest.mark.parametrize(("shape", "size"), CASES, ids=str)
-@pytest.mark.parametrize("form", FORMS)
+@forms
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 2e-2)])
 def test_every_form_equals_the_definition(monkeypatch, form, shape, size, dtype, tolerance):
     """In bfloat16 the definition gets the rounded arguments."""
+    if form == "native" and dtype != "float32":
+        pytest.skip("has float32 alone")
     args = arrays(shape, dtype)
     monkeypatch.setattr(module, "_IN_CACHE", size)
     monkeypatch.setattr(module.attention_tpu, "_PRODUCTS", size)
@@ -82,7 +86,7 @@ def test_float64_is_exact_to_rounding(x64, monkeypatch):
     assert_close(value_and_grads(attention, *args), value_and_grads(definition, *args), 1e-13)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@forms
 def test_large_logits_neither_overflow_nor_vanish(form):
     query, key, value, cotangent = arrays((1, 7, 33, 1, 8), jnp.float32)
     args = 30 * query, key, value, cotangent
@@ -102,7 +106,7 @@ def test_no_matrix_of_queries_and_keys_is_in_memory():
     assert needs(functools.partial(value_and_grads, attention)) < whole
 
 
-@pytest.mark.parametrize("form", FORMS)
+@forms
 def test_each_device_computes_its_examples(form):
     """Eight devices, the kernel in the interpreter: the numbers of one."""
     args = arrays((8, 5, 12, 2, 8), jnp.float32)
@@ -111,6 +115,46 @@ def test_each_device_computes_its_examples(form):
     with batch_split_over(mesh):
         split = jax.jit(functools.partial(value_and_grads, FORMS[form]))(*args)
     assert_close(split, value_and_grads(definition, *args), 1e-5)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 300, 700, 2, 24),  # several blocks and parts of both; channels that fill no register
+        (3, 121, 481, 6, 16),  # one query, and one key, more than blocks
+        (1, 2, 1000, 1, 3),
+    ],
+)
+def test_native_at_sizes_of_its_own(shape):
+    args = arrays(shape, jnp.float32)
+    ours = value_and_grads(FORMS["native"], *args)
+    assert_close(ours, value_and_grads(definition, *args), 1e-5)
+    again = jax.jit(functools.partial(value_and_grads, FORMS["native"]))(*args)
+    assert all((a == b).all() for a, b in zip(ours, again, strict=True))
+    assert operations(jax.make_jaxpr(functools.partial(value_and_grads, FORMS["native"]))(*args)) == (
+        (2 + 5) * 2 * math.prod(shape)
+    )
+
+
+@needs_compiler
+def test_native_is_what_cpus_get_and_loops_without_a_compiler(monkeypatch):
+    def traced(dtype):
+        args = arrays((1, 3, 4, 1, 8), dtype)
+        return str(jax.make_jaxpr(lambda *qkv: attention(*qkv))(*args[:3]))
+
+    assert "structvit_attention_forward" in traced(jnp.float32)
+    assert "structvit_attention" not in traced(jnp.bfloat16)
+    monkeypatch.setattr(attention_cpu, "available", lambda: False)
+    assert "structvit_attention" not in traced(jnp.float32)
+
+
+def test_a_compiler_that_fails_is_none(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for compiler in ("no-such-compiler", "false"):
+        monkeypatch.setenv("CXX", compiler)
+        assert not attention_cpu.available.__wrapped__()
+    assert not list(tmp_path.rglob("*.so"))
 
 
 @pytest.mark.parametrize(
@@ -154,6 +198,7 @@ def test_cudnn_equals_the_definition(queries, keys):
     ("shapes", "method", "message"),
     [
         ([(1, 4, 2, 8)] * 3, "fast", "method 'fast' is not one of auto, blocked"),
+        ([(1, 4, 2, 8)] * 3, "native", "is float32 .not bfloat16"),
         ([(1, 4, 16)] * 3, "auto", "should be"),
         ([(1, 4, 2, 8), (1, 5, 2, 8), (1, 6, 2, 8)], "auto", "one length for keys and values"),
         ([(1, 4, 2, 8), (1, 4, 3, 8), (1, 4, 3, 8)], "auto", "should be"),
@@ -162,5 +207,5 @@ def test_cudnn_equals_the_definition(queries, keys):
 )
 def test_bad_arguments_are_one_line(shapes, method, message):
     with pytest.raises(ValueError, match=message) as error:
-        attention(*map(jnp.zeros, shapes), method=method)
+        attention(*(jnp.zeros(shape, "bfloat16") for shape in shapes), method=method)
     assert "\n" not in str(error.value)

@@ -37,6 +37,9 @@ def _of(equation: Any) -> float:
     if name.startswith("dot_product_attention"):  # cuDNN's: two products, backward five
         query, key = (v.aval for v in equation.invars[:2])  # [batch, length, heads, channels]
         return (5 if "bwd" in name else 2) * 2.0 * query.size * key.shape[1]
+    if name == "ffi_call" and "attention" in params["target_name"]:  # ours for CPUs, likewise
+        query, key = (v.aval for v in equation.invars[:2])  # [batch, length, width]
+        return (5 if "backward" in params["target_name"] else 2) * 2.0 * query.size * key.shape[1]
     if name == "cond":
         return max(_count(branch.jaxpr) for branch in params["branches"])
     if name == "while":

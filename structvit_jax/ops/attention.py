@@ -1,9 +1,9 @@
 """Softmax attention of N queries over M keys, without the N x M matrix of their products in memory.
 
 One rule for differentiation: the forward pass keeps its output and, for every query, the logarithm of its
-sum of exponentials; the backward pass computes the weights again, block by block. It has two forms, chosen by
-the devices that a program is traced for: loops of matrix products over blocks, and kernels for TPUs. On
-NVIDIA GPUs in half precision it is cuDNN's attention, with cuDNN's own rule.
+sum of exponentials; the backward pass computes the weights again, block by block. It has three forms, chosen
+by the devices that a program is traced for: loops of matrix products over blocks, kernels for TPUs, and C++
+for CPUs. On NVIDIA GPUs in half precision it is cuDNN's attention, with cuDNN's own rule.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from structvit_jax.ops import attention_tpu
+from structvit_jax.ops import attention_cpu, attention_tpu
 from structvit_jax.ops.devices import Target, target
 
-METHODS = ("auto", "blocked", "pallas", "cudnn")
+METHODS = ("auto", "blocked", "native", "pallas", "cudnn")
 
 # Bytes of products of queries and keys that one step of the loops computes.
 _IN_CACHE = 2**23  # CPUs: what stays in the cache
@@ -30,14 +30,15 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array, *, method: str
     Args:
       query: [batch, N, heads, channels].
       key, value: [batch, M, heads, channels].
-      method: "blocked" is loops over blocks of queries, "pallas" the kernels for TPUs (interpreted
-        elsewhere), "cudnn" cuDNN's (half precision on NVIDIA GPUs); "auto" takes what suits the platform.
+      method: "blocked" is loops over blocks of queries, "native" C++ (float32 on CPUs where there is a
+        compiler), "pallas" the kernels for TPUs (interpreted elsewhere), "cudnn" cuDNN's (half precision on
+        NVIDIA GPUs); "auto" takes what suits the platform.
 
     Returns:
       [batch, N, heads, channels], in the arguments' type.
 
     Raises:
-      ValueError: shapes that do not fit, or an unknown method.
+      ValueError: shapes that do not fit, or a method that is unknown or cannot be had.
     """
     if method not in METHODS:
         raise ValueError(f"attention: method {method!r} is not one of {', '.join(METHODS)}")
@@ -51,6 +52,8 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array, *, method: str
         method = suited_method(query)
     if method == "cudnn":
         return _cudnn(query, key, value)
+    if method == "native" and not (query.dtype == jnp.float32 and attention_cpu.available()):
+        raise ValueError(f"attention: 'native' is float32 (not {query.dtype}) and needs a C++ compiler")
     heads, flat = query.shape[2], (x.reshape(*x.shape[:2], -1) for x in (query, key, value))
     return _attention(*flat, heads, method, target()).reshape(query.shape)
 
@@ -60,6 +63,8 @@ def suited_method(query: jax.Array) -> str:
     where = target()
     if where.platform == "tpu" and query.dtype != jnp.float64:
         return "pallas"
+    if where.platform == "cpu" and query.dtype == jnp.float32 and attention_cpu.available():
+        return "native"
     takes = query.dtype in (jnp.bfloat16, jnp.float16) and query.shape[-1] <= 128 and query.shape[-1] % 8 == 0
     return "cudnn" if where.cudnn and takes else "blocked"  # cuDNN's cannot even be traced elsewhere
 
@@ -99,10 +104,12 @@ _attention.defvjp(_attention_fwd, _attention_bwd)
 def attention_and_lse(
     query: jax.Array, key: jax.Array, value: jax.Array, heads: int, method: str, where: Target
 ) -> tuple[jax.Array, jax.Array]:
-    """The output of "blocked" or "pallas", and the logarithms of sums of exponentials [batch, heads, N], for
-    query, key and value [batch, N or M, heads·channels]."""
+    """The output of "blocked", "native" or "pallas", and the logarithms of sums of exponentials
+    [batch, heads, N], for query, key and value [batch, N or M, heads·channels]."""
     if method == "blocked":
         forward = functools.partial(_blocked, heads=heads, limit=_limit(where))
+    elif method == "native":
+        forward = functools.partial(attention_cpu.forward, heads=heads)
     else:
         forward = functools.partial(attention_tpu.forward, heads=heads, interpret=where.interpret)
     return where.on_each_device(forward, query, key, value)
@@ -122,6 +129,8 @@ def attention_gradients(
     """Of query, key and value, from what `attention_and_lse` returned, and the cotangent of the output."""
     if method == "blocked":
         backward = functools.partial(_blocked_gradients, heads=heads, limit=_limit(where))
+    elif method == "native":
+        backward = functools.partial(attention_cpu.backward, heads=heads)
     else:
         backward = functools.partial(attention_tpu.backward, heads=heads, interpret=where.interpret)
     return where.on_each_device(backward, query, key, value, output, cotangent, lse)

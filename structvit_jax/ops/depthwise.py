@@ -117,7 +117,7 @@ def _form(method, which, platform, kernel):
     if method != "auto":
         return getattr(_FORMS[method], which)
     ours, lowered_for = (
-        ("shifted", ("cpu",)) if platform != "gpu" else (_suits_gpus(kernel), ("cuda", "rocm"))
+        ("shifted", ("cpu",)) if platform != "gpu" else (_suits_gpus(which, kernel), ("cuda", "rocm"))
     )
 
     def form(*args, stride):
@@ -127,10 +127,11 @@ def _form(method, which, platform, kernel):
     return form
 
 
-def _suits_gpus(kernel):
-    """cuDNN is fast at images with one kernel a channel (on an H100: three times as fast as our forms), and
-    slow at the rest (3-D: half as fast; D = 4: a third to half as fast)."""
-    return "library" if kernel.ndim == 4 and kernel.shape[-1] == 1 else "padded"
+def _suits_gpus(which, kernel):
+    """cuDNN is fast at images with one kernel a channel, which is what gradients of the input are plane by
+    plane: on an H100 up to three times as fast as our forms, and at the rest a third to half as fast."""
+    images, planes = kernel.ndim == 4, kernel.shape[-1]
+    return "library" if images and (planes == 1 or which == "of_input") else "padded"
 
 
 def _kernel_gradients(where: Target, x, cotangent, kernel):
@@ -330,7 +331,8 @@ def _rows_kernel_gradient(x, kernel, cotangent, stride):
     it costs little that the other diagonals go unused.
     """
     *depth, height, taps, channels, planes = kernel.shape
-    strides, (*grid, width) = grid_strides(cotangent.shape[2:-1], stride), cotangent.shape[2:-1]
+    *grid, width = cotangent.shape[2:-1]
+    strides = grid_strides(cotangent.shape[2:-1], stride)
     x = jnp.pad(x, [(0, 0), *same_padding(kernel.shape[:-2]), (0, 0)])
     given = jnp.moveaxis(jnp.moveaxis(cotangent, -1, 0), 2, -1).reshape(channels, -1, width * planes)
     given, across = lax.optimization_barrier(given), x.shape[-2]
@@ -338,8 +340,8 @@ def _rows_kernel_gradient(x, kernel, cotangent, stride):
 
     def of_frame(x):  # [batch, *grid, channels] under one frame of the window -> [height, taps, channels, D]
         offsets = [(0,) * len(depth) + (row, 0) for row in range(height)]
-        seen = [_shift(x, offset, (*grid, across), (*strides[:-1], 1)) for offset in offsets]
-        seen = jnp.moveaxis(jnp.stack(seen, axis=-3), -1, 0).reshape(channels, -1, height * across)
+        rows = [_shift(x, offset, (*grid, across), (*strides[:-1], 1)) for offset in offsets]
+        seen = jnp.moveaxis(jnp.stack(rows, axis=-3), -1, 0).reshape(channels, -1, height * across)
         seen = lax.optimization_barrier(seen)  # else the compiler makes sums of shifted rows again
         contracted = (((1,), (1,)), ((0,), (0,)))
         products = lax.dot_general(
