@@ -33,7 +33,7 @@ constexpr long KEYS = 240;
 #endif
 constexpr long QUERIES = 60;  // of a block, at most; a multiple of ROWS
 constexpr long TASKS = 16;    // at least, where there are as many blocks
-constexpr float LOWEST = -1e30f;
+constexpr float LOWEST = -INFINITY;
 
 typedef float Lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int Bits __attribute__((vector_size(4 * LANES)));
@@ -46,11 +46,11 @@ long round_up(long n, long unit) { return (n + unit - 1) / unit * unit; }
 
 // The length of a block: blocks of at most `most`, all but the last alike, and a multiple of `unit`.
 long block_of(long length, long most, long unit) {
-  long blocks = (length + most - 1) / most;
+  long blocks = std::max(1L, (length + most - 1) / most);
   return round_up((length + blocks - 1) / blocks, unit);
 }
 
-// exp to two units in the last place, zero below -87.
+// exp by the polynomial of Cephes; zero below -87.
 Lanes exp(Lanes x) {
   Lanes shifter = all(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer in the low bits
   Lanes low = all(-87.f);
@@ -239,7 +239,7 @@ void in_parallel(ffi::ThreadPool& pool, long tasks, const std::function<void(lon
 
 // How many parts the heads of a batch are cut into, so that there are TASKS, or as many as there are blocks.
 long parts_of(long heads, long length, long block) {
-  return std::max(1L, std::min((TASKS + heads - 1) / heads, (length + block - 1) / block));
+  return std::max(1L, std::min((TASKS + heads - 1) / std::max(1L, heads), (length + block - 1) / block));
 }
 
 using Array3 = ffi::Buffer<ffi::F32, 3>;
