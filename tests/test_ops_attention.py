@@ -124,7 +124,6 @@ def test_each_device_computes_its_examples(form):
         (1, 300, 700, 2, 24),  # several blocks and parts of both; channels that fill no register
         (3, 121, 481, 6, 16),  # one query, and one key, more than blocks
         (1, 2, 1000, 1, 3),
-        (0, 3, 4, 2, 8),
     ],
 )
 def test_native_at_sizes_of_its_own(shape):
