@@ -72,8 +72,11 @@ class StructSA(nn.Module):
         *window, heads, head_width, _ = kernels.shape
         weight = kernels.flatten(-3).movedim(-1, 0).unsqueeze(1)  # [channels·D, 1, *window]
         convolve = nn.functional.conv2d if len(grid) == 2 else nn.functional.conv3d
-        x = convolve(  # not channels last: with several kernels a channel up to 15 times slower on GPUs
-            tokens.transpose(1, 2).unflatten(2, grid).contiguous(),
+        x = tokens.transpose(1, 2).unflatten(2, grid)
+        if x.is_cuda:  # where several kernels a channel are up to 15 times slower in channels last
+            x = x.contiguous()
+        x = convolve(
+            x,
             weight,
             stride=(1,) * (len(grid) - 2) + (self.stride, self.stride),  # in space alone
             padding=[side // 2 for side in window],
