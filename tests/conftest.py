@@ -16,10 +16,8 @@ import time
 from pathlib import Path
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
-if os.environ.setdefault("JAX_PLATFORMS", "cpu") == "cpu":
-    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = (
-        "1"  # most programs here run for less time than they compile
-    )
+if os.environ.setdefault("JAX_PLATFORMS", "cpu") == "cpu":  # most programs take longer to compile than to run
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 else:
     os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"  # not in TF32: rounding is what is tested
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # several processes share it

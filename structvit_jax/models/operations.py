@@ -34,12 +34,11 @@ def _of(equation: Any) -> float:
         )
     if name == "conv_general_dilated":
         return _convolution(equation)
-    if name.startswith("dot_product_attention"):  # cuDNN's: two products, backward five
-        query, key = (v.aval for v in equation.invars[:2])  # [batch, length, heads, channels]
-        return (5 if "bwd" in name else 2) * 2.0 * query.size * key.shape[1]
-    if name == "ffi_call" and "attention" in params["target_name"]:  # ours for CPUs, likewise
-        query, key = (v.aval for v in equation.invars[:2])  # [batch, length, width]
-        return (5 if "backward" in params["target_name"] else 2) * 2.0 * query.size * key.shape[1]
+    called = params.get("target_name", name)
+    if called.startswith(("dot_product_attention", "structvit_attention")):  # cuDNN's, and ours for CPUs
+        query, key = (v.aval for v in equation.invars[:2])  # [batch, length, ...]
+        backward = called.endswith("backward") or "bwd" in called
+        return (5 if backward else 2) * 2.0 * query.size * key.shape[1]  # so many products
     if name == "cond":
         return max(_count(branch.jaxpr) for branch in params["branches"])
     if name == "while":
