@@ -95,11 +95,11 @@ def test_declared_is_what_the_program_multiplies(name, shape, overrides):
     counted = cost(name, shape, 5, **overrides)
     structure, arrays = weights.split(create_model(name, num_classes=5, **overrides))
     with pytest.MonkeyPatch.context() as patch:
-        from structvit_jax.ops import attention, attention_cpu, depthwise
+        from structvit_jax.ops import attention, depthwise, native
 
         jax.clear_caches()
-        patch.setattr(depthwise, "_form", lambda _, which, *__: getattr(depthwise._FORMS["grouped"], which))
-        patch.setattr(attention_cpu, "available", lambda: False)
+        patch.setattr(depthwise, "_form", lambda _, which, *__: getattr(depthwise.FORMS["grouped"], which))
+        patch.setattr(native, "available", lambda: False)
         patch.setattr(attention, "_IN_CACHE", 2**40)
         program = jax.make_jaxpr(lambda a, x: structure.model(a)(x))(arrays, jnp.zeros((1, *shape)))
     jax.clear_caches()

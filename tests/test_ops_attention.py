@@ -15,7 +15,7 @@ import pytest
 
 from structvit_jax.models.operations import operations
 from structvit_jax.ops import attention as module
-from structvit_jax.ops import attention_cpu
+from structvit_jax.ops import native
 from structvit_jax.ops.attention import attention
 from structvit_jax.ops.devices import batch_split_over
 from structvit_jax.training.mesh import make_mesh
@@ -60,9 +60,9 @@ def assert_close(ours, expected, tolerance):
 
 
 FORMS = {name: functools.partial(attention, method=name) for name in ("blocked", "native", "pallas")}
-needs_compiler = pytest.mark.skipif(not attention_cpu.available(), reason="needs a C++ compiler")
-native = pytest.param("native", marks=needs_compiler)
-forms = pytest.mark.parametrize("form", ["blocked", native, "pallas"])
+needs_compiler = pytest.mark.skipif(not native.available(), reason="needs a C++ compiler")
+in_cpp = pytest.param("native", marks=needs_compiler)
+forms = pytest.mark.parametrize("form", ["blocked", in_cpp, "pallas"])
 
 
 @pytest.mark.parametrize(("shape", "size"), CASES, ids=str)
@@ -145,7 +145,7 @@ def test_native_is_what_cpus_get_and_loops_without_a_compiler(monkeypatch):
 
     assert "structvit_attention_forward" in traced(jnp.float32)
     assert "structvit_attention" not in traced(jnp.bfloat16)
-    monkeypatch.setattr(attention_cpu, "available", lambda: False)
+    monkeypatch.setattr(native, "available", lambda: False)
     assert "structvit_attention" not in traced(jnp.float32)
 
 
@@ -153,7 +153,7 @@ def test_a_compiler_that_fails_is_none(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for compiler in ("no-such-compiler", "false"):
         monkeypatch.setenv("CXX", compiler)
-        assert not attention_cpu.available.__wrapped__()
+        assert not native.available.__wrapped__()
     assert not list(tmp_path.rglob("*.so"))
 
 

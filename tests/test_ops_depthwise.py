@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from structvit_jax.ops import batch_split_over, depthwise_conv
+from structvit_jax.ops import batch_split_over, depthwise_conv, native
 from structvit_jax.training.mesh import make_mesh
 
 odd = st.sampled_from([1, 3, 5])
@@ -111,6 +111,53 @@ def test_gradients_in_bfloat16(form):
     assert largest_difference(half[1], exact[1]) < 2**-5
 
 
+NATIVE = functools.partial(depthwise_conv, method="native")
+needs_compiler = pytest.mark.skipif(not native.available(), reason="needs a C++ compiler")
+
+
+def value_and_vjp(convolve, x, kernel, stride):
+    """With a cotangent of its own: nothing cancels, as sums of sines would in float32."""
+
+    @jax.jit
+    def run(x, kernel):
+        out, pull = jax.vjp(functools.partial(convolve, stride=stride), x, kernel)
+        cotangent = np.random.default_rng(1).standard_normal(out.shape)
+        return out, *pull(jnp.asarray(cotangent, out.dtype))
+
+    return run(x, kernel)
+
+
+@needs_compiler
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(cases())
+def test_native_equals_the_definition(case):
+    x_shape, kernel_shape, stride = case
+    args = arrays(x_shape, kernel_shape, jnp.float32)
+    ours, expected = (value_and_vjp(form, *args, stride) for form in (NATIVE, definition))
+    assert largest_difference(ours, expected) < 2e-6
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("shape", "window", "multiplier", "stride"),
+    [
+        ((2, 3, 15, 17, 37), (3, 5, 5), 2, 1),  # more rows, columns and channels than a task or a strip has
+        ((1, 6, 22, 17, 20), (3, 5, 7), 3, 2),
+        ((3, 29, 30, 16), (5, 5), 4, 3),
+        ((1, 8, 64, 9, 70), (3, 3, 3), 1, 1),  # parts of rows
+        ((40, 7, 8, 3), (3, 3), 1, 1),  # more examples than sums are kept apart for
+    ],
+)
+def test_native_at_sizes_of_its_own(x64, shape, window, multiplier, stride):
+    """Against the shifted form in float64, which equals the definition and is fast."""
+    args = arrays(shape, (*window, shape[-1], multiplier), jnp.float32)
+    ours = value_and_vjp(NATIVE, *args, stride)
+    exact = value_and_vjp(FORMS["shifted"], *(array.astype(jnp.float64) for array in args), stride)
+    assert largest_difference(ours, exact) < 2e-6
+    again = value_and_vjp(NATIVE, *args, stride)
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), ours, again))
+
+
 PALLAS = functools.partial(depthwise_conv, method="pallas")
 
 
@@ -135,11 +182,12 @@ def test_the_kernel_for_gradients_equals_the_definition(shape, window, multiplie
     assert largest_difference(gradients, exact) < 2**-5
 
 
-def test_each_device_runs_the_kernel_on_its_examples():
-    """Eight devices, in the interpreter: the numbers of one."""
+@pytest.mark.parametrize("form", [PALLAS, pytest.param(NATIVE, marks=needs_compiler)])
+def test_each_device_runs_the_kernel_on_its_examples(form):
+    """Eight devices: the numbers of one."""
     x, kernel = arrays((8, 5, 4, 3), (3, 3, 3, 2), jnp.float32)
     with batch_split_over(make_mesh(-1, 2, jax.devices("cpu")[:8])):
-        split = value_and_grads(PALLAS, x, kernel, 1)
+        split = value_and_grads(form, x, kernel, 1)
     assert largest_difference(split, value_and_grads(definition, x, kernel, 1)) < 1e-5
 
 
@@ -180,10 +228,21 @@ def test_what_gpus_get(gpu, shape, window, multiplier):
     assert compiled.memory_analysis().temp_size_in_bytes < 16 * 2 * math.prod(shape)
 
 
-def test_auto_on_cpu_is_shifted():
-    x, kernel = arrays((2, 4, 9, 8, 6), (3, 5, 5, 6, 2), jnp.float32)
-    auto, shifted = (value_and_grads(form, x, kernel, 2) for form in (depthwise_conv, FORMS["shifted"]))
-    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), auto, shifted))
+@needs_compiler
+def test_cpus_get_native_and_shifted_without_a_compiler_or_in_half_precision(monkeypatch):
+    def same(form, x, kernel):
+        pairs = (value_and_grads(form, x, kernel, 2) for form in (form, depthwise_conv))
+        return jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), *pairs))
+
+    args = arrays((2, 4, 9, 8, 6), (3, 5, 5, 6, 2), jnp.float32)
+    assert same(NATIVE, *args)
+    assert same(FORMS["shifted"], *(array.astype(jnp.bfloat16) for array in args))
+    monkeypatch.setattr(native, "available", lambda: False)
+    jax.clear_caches()
+    assert same(FORMS["shifted"], *args)
+    with pytest.raises(ValueError, match="needs a C\\+\\+ compiler"):
+        NATIVE(*args)
+    jax.clear_caches()
 
 
 def test_bfloat16_sums_in_float32():

@@ -12,7 +12,7 @@ from structvit_jax import cost, data, plan, traffic
 from structvit_jax.config import default_config, model_arguments
 from structvit_jax.errors import UserError
 from structvit_jax.models.operations import operations as operations_of
-from structvit_jax.ops import attention_cpu
+from structvit_jax.ops import native
 from structvit_jax.training.mesh import make_mesh
 from structvit_jax.training.program import trace_train_step
 from structvit_jax.training.run import Run, abstract_state
@@ -155,5 +155,5 @@ def test_traffic_of_the_default_model_stays_in_its_band():
     moved = traffic.count(trace_train_step(run, abstract_state(run)).lower().compile().as_text())
     print(f"{moved.hbm / 64 / 1e6:.2f} MB an example")
     # attention in C++ counts by what goes in and comes out, its loops by every block
-    least, most = (25, 28) if attention_cpu.available() else (28, 36)
+    least, most = (25, 28) if native.available() else (28, 36)
     assert least < moved.hbm / 64 / 1e6 < most

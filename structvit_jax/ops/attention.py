@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from structvit_jax.ops import attention_cpu, attention_tpu
+from structvit_jax.ops import attention_tpu, native
 from structvit_jax.ops.devices import Target, target
 
 METHODS = ("auto", "blocked", "native", "pallas", "cudnn")
@@ -52,7 +52,7 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array, *, method: str
         method = suited_method(query)
     if method == "cudnn":
         return _cudnn(query, key, value)
-    if method == "native" and not (query.dtype == jnp.float32 and attention_cpu.available()):
+    if method == "native" and not (query.dtype == jnp.float32 and native.available()):
         raise ValueError(f"attention: 'native' is float32 (not {query.dtype}) and needs a C++ compiler")
     heads, flat = query.shape[2], (x.reshape(*x.shape[:2], -1) for x in (query, key, value))
     return _attention(*flat, heads, method, target()).reshape(query.shape)
@@ -63,7 +63,7 @@ def suited_method(query: jax.Array) -> str:
     where = target()
     if where.platform == "tpu" and query.dtype != jnp.float64:
         return "pallas"
-    if where.platform == "cpu" and query.dtype == jnp.float32 and attention_cpu.available():
+    if where.platform == "cpu" and query.dtype == jnp.float32 and native.available():
         return "native"
     takes = query.dtype in (jnp.bfloat16, jnp.float16) and query.shape[-1] <= 128 and query.shape[-1] % 8 == 0
     return "cudnn" if where.cudnn and takes else "blocked"  # cuDNN's cannot even be traced elsewhere
@@ -109,7 +109,7 @@ def attention_and_lse(
     if method == "blocked":
         forward = functools.partial(_blocked, heads=heads, limit=_limit(where))
     elif method == "native":
-        forward = functools.partial(attention_cpu.forward, heads=heads)
+        forward = functools.partial(native.attention, heads=heads)
     else:
         forward = functools.partial(attention_tpu.forward, heads=heads, interpret=where.interpret)
     return where.on_each_device(forward, query, key, value)
@@ -130,7 +130,7 @@ def attention_gradients(
     if method == "blocked":
         backward = functools.partial(_blocked_gradients, heads=heads, limit=_limit(where))
     elif method == "native":
-        backward = functools.partial(attention_cpu.backward, heads=heads)
+        backward = functools.partial(native.attention_gradients, heads=heads)
     else:
         backward = functools.partial(attention_tpu.backward, heads=heads, interpret=where.interpret)
     return where.on_each_device(backward, query, key, value, output, cotangent, lse)

@@ -1,33 +1,21 @@
-"""Depthwise convolution over 2-D and 3-D grids, in a form that is usable on every backend.
+"""Depthwise convolution over 2-D and 3-D grids, usable on every backend: which form, on which device.
 
-XLA's grouped convolution is the definition, but on CPUs it is up to 100 times slower than its arithmetic,
-and on GPUs fast only in two dimensions with one kernel a channel. Elsewhere a window of k taps is a sum of k
-shifted products instead, and each of the two gradients has a form of its own. Automatic differentiation is
-reverse mode only.
+Automatic differentiation is reverse mode only.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
-import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
-from structvit_jax.ops import depthwise_tpu
+from structvit_jax.ops import depthwise_tpu, native
+from structvit_jax.ops.depthwise_forms import FORMS
 from structvit_jax.ops.devices import Target, target
 
-# A sum of this many products is still fused into one fast loop by XLA's CPU compiler; longer ones
-# are scanned (measured: 5x5 and 3x3x3 windows fuse, 5x5x5 unrolled is ten times slower than scanned).
-_MAX_FUSED_TERMS = 36
-_ROWS_PER_STEP = 4  # rows of the image that one step of the kernel gradient's scan accumulates
-
-METHODS = ("auto", "grouped", "library", "shifted", "padded", "pallas")
+METHODS = ("auto", "grouped", "library", "shifted", "padded", "native", "pallas")
 
 
 def depthwise_conv(x: jax.Array, kernel: jax.Array, *, stride: int = 1, method: str = "auto") -> jax.Array:
@@ -42,15 +30,17 @@ def depthwise_conv(x: jax.Array, kernel: jax.Array, *, stride: int = 1, method: 
       stride: spatial stride; window centres lie at 0, S, 2S, ... in height and width, and on
         every frame in time.
       method: "grouped" is XLA's grouped convolution with our gradients, "library" with XLA's gradient of the
-        kernel; "shifted" is the sum of shifted products as CPUs want it, "padded" as GPUs do; "pallas" is as
-        "grouped" with a kernel for TPUs (interpreted elsewhere) for both gradients where it has room and the
-        stride is 1; "auto" takes what suits the platform and the shape.
+        kernel; "shifted" is the sum of shifted products as CPUs want it, "padded" as GPUs do; "native" is C++
+        (float32 on CPUs where there is a compiler); "pallas" is as "grouped" with a kernel for TPUs
+        (interpreted elsewhere) for both gradients where it has room and the stride is 1; "auto" takes what
+        suits the platform and the shape.
 
     Returns:
       [batch, multiplier, *grid', channels] in x's dtype; grid' is ceil(n / stride) in space.
 
     Raises:
-      ValueError: ranks or channels that do not fit, an even window, a stride below one.
+      ValueError: ranks or channels that do not fit, an even window, a stride below one, or a method that
+        is unknown or cannot be had.
     """
     _check(x, kernel, stride, method)
     where = target()
@@ -59,16 +49,6 @@ def depthwise_conv(x: jax.Array, kernel: jax.Array, *, stride: int = 1, method: 
     if method == "pallas" and (stride > 1 or x.dtype == jnp.float64 or not depthwise_tpu.fits(x, kernel)):
         method = "grouped"
     return _traced_once(x, kernel.astype(x.dtype), stride, method, where)
-
-
-def grid_strides(grid: Sequence[int], stride: int) -> tuple[int, ...]:
-    """Per-axis strides: `stride` in height and width, 1 in time."""
-    return (1,) * (len(grid) - 2) + (stride, stride)
-
-
-def same_padding(window: Sequence[int]) -> list[tuple[int, int]]:
-    """Zeros on both sides that keep the centre of an odd window on the grid."""
-    return [((k - 1) // 2, (k - 1) // 2) for k in window]
 
 
 def _check(x, kernel, stride, method):
@@ -85,6 +65,8 @@ def _check(x, kernel, stride, method):
             f"depthwise_conv: kernel {kernel.shape} does not fit {x.shape[-1]} channels;"
             " it should be [*window, channels, multiplier]"
         )
+    if method == "native" and not (x.dtype == jnp.float32 and native.available()):
+        raise ValueError(f"depthwise_conv: 'native' is float32 (not {x.dtype}) and needs a C++ compiler")
     if any(k % 2 == 0 for k in window):
         raise ValueError(f"depthwise_conv: window {tuple(window)} has an even side; use odd ones")
     if stride < 1:
@@ -93,7 +75,7 @@ def _check(x, kernel, stride, method):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _depthwise(x, kernel, stride, method, where):
-    return _form(method, "forward", where.platform, kernel)(x, kernel, stride=stride)
+    return _form(method, "forward", where, kernel)(x, kernel, stride=stride)
 
 
 def _depthwise_fwd(x, kernel, stride, method, where):
@@ -104,7 +86,7 @@ def _depthwise_bwd(stride, method, where, residuals, cotangent):
     x, kernel = residuals
     if method == "pallas":
         return _kernel_gradients(where, x, cotangent, kernel)
-    gradients = (_form(method, which, where.platform, kernel) for which in ("of_input", "of_kernel"))
+    gradients = (_form(method, which, where, kernel) for which in ("of_input", "of_kernel"))
     return tuple(gradient(x, kernel, cotangent, stride=stride) for gradient in gradients)
 
 
@@ -112,19 +94,26 @@ _depthwise.defvjp(_depthwise_fwd, _depthwise_bwd)
 _traced_once = jax.jit(_depthwise, static_argnums=(2, 3, 4))  # equal blocks share one trace
 
 
-def _form(method, which, platform, kernel):
+def _form(method, which, where, kernel):
     """Of "auto" the definition is traced, too: `structvit_jax.models.operations` counts its convolution."""
+    if method == "native":
+        return functools.partial(_native, which, where)
     if method != "auto":
-        return getattr(_FORMS[method], which)
-    ours, lowered_for = (
-        ("shifted", ("cpu",)) if platform != "gpu" else (_suits_gpus(which, kernel), ("cuda", "rocm"))
-    )
+        return getattr(FORMS[method], which)
+    platform, lowered_for = ("gpu", ("cuda", "rocm")) if where.platform == "gpu" else ("cpu", ("cpu",))
+    suited = _suits_gpus(which, kernel) if platform == "gpu" else _suits_cpus(where, kernel)
 
     def form(*args, stride):
-        best, plain = (functools.partial(getattr(_FORMS[n], which), stride=stride) for n in (ours, "grouped"))
+        forms = (_form(name, which, where, kernel) for name in (suited, "grouped"))
+        best, plain = (functools.partial(form, stride=stride) for form in forms)
         return lax.platform_dependent(*args, default=plain, **dict.fromkeys(lowered_for, best))
 
     return form
+
+
+def _suits_cpus(where, kernel):
+    can = where.platform == "cpu" and kernel.dtype == jnp.float32 and native.available()
+    return "native" if can else "shifted"
 
 
 def _suits_gpus(which, kernel):
@@ -134,6 +123,17 @@ def _suits_gpus(which, kernel):
     return "library" if images and (planes == 1 or which == "of_input") else "padded"
 
 
+def _native(which, where: Target, x, kernel, *cotangent, stride):
+    function = functools.partial(getattr(FORMS["native"], which), stride=stride)
+
+    def run(x, *others):
+        out = function(x, others[-1], *others[:-1])
+        return out[None] if which == "of_kernel" else out  # each device its sum
+
+    out = where.on_each_device(run, x, *cotangent, kernel, whole=1)
+    return out.sum(axis=0) if which == "of_kernel" else out
+
+
 def _kernel_gradients(where: Target, x, cotangent, kernel):
     def run(x, cotangent, kernel):
         d_x, d_kernel = depthwise_tpu.gradients(x, kernel, cotangent, interpret=where.interpret)
@@ -141,245 +141,3 @@ def _kernel_gradients(where: Target, x, cotangent, kernel):
 
     d_x, parts = where.on_each_device(run, x, cotangent, kernel, whole=1)
     return d_x, parts.sum(axis=0).astype(kernel.dtype)
-
-
-# The grouped form: XLA's grouped convolution. XLA's gradients of it take layouts on TPUs that are mostly
-# padding (3-D with D = 4: a thousand times the bytes that these move), and minutes to compile.
-
-
-def _grouped(x, kernel, stride):
-    out = _convolve(x, kernel, grid_strides(x.shape[1:-1], stride), same_padding(kernel.shape[:-2]))
-    return jnp.moveaxis(out.reshape(*out.shape[:-1], x.shape[-1], -1), -1, 1)
-
-
-def _grouped_input_gradient(x, kernel, cotangent, stride):
-    """A convolution with the window reversed for every plane."""
-    strides = grid_strides(x.shape[1:-1], stride)
-    ones = (1,) * len(strides)
-    padding = _padding_of_gradient(x, kernel, cotangent, strides)
-    taps, total = jnp.flip(kernel, axis=tuple(range(len(strides)))), 0.0
-    for d in range(kernel.shape[-1]):
-        part = _convolve(cotangent[:, d], taps[..., d : d + 1], ones, padding, dilation=strides)
-        total += part.astype(_accumulator(x))
-    return jnp.asarray(total, x.dtype)
-
-
-def _grouped_kernel_gradient(x, kernel, cotangent, stride):
-    """A sum over positions for every tap."""
-    window, accumulate = kernel.shape[:-2], _accumulator(x)
-    x = jnp.pad(x, [(0, 0), *same_padding(window), (0, 0)])
-    cotangent, positions = cotangent.astype(accumulate), tuple(range(x.ndim - 1))
-    strides, grid = grid_strides(window, stride), cotangent.shape[2:-1]
-    taps = [
-        (_shift(x, offset, grid, strides).astype(accumulate) * cotangent[:, d]).sum(positions)
-        for offset in itertools.product(*map(range, window))
-        for d in range(kernel.shape[-1])
-    ]
-    stacked = jnp.stack(taps).reshape(*window, kernel.shape[-1], -1)
-    return jnp.swapaxes(stacked, -1, -2).astype(kernel.dtype)
-
-
-def _library_kernel_gradient(x, kernel, cotangent, stride):
-    _, pull = jax.vjp(lambda kernel: _grouped(x, kernel, stride), kernel)
-    return pull(cotangent)[0]
-
-
-def _convolve(x, kernel, strides, padding, dilation=None):
-    """[batch, *grid, channels], [*window, channels, D] -> [batch, *grid', channels * D]."""
-    axes = "THW"[-(x.ndim - 2) :]
-    return lax.conv_general_dilated(
-        x,
-        kernel.reshape(*kernel.shape[:-2], 1, -1),
-        strides,
-        padding,
-        lhs_dilation=dilation,
-        dimension_numbers=(f"N{axes}C", f"{axes}IO", f"N{axes}C"),
-        feature_group_count=x.shape[-1],
-    )
-
-
-def _padding_of_gradient(x, kernel, cotangent, strides):
-    """Zeros before and after the cotangent, once it is spread to the strides, under a reversed window."""
-    sizes = zip(x.shape[1:-1], cotangent.shape[2:-1], kernel.shape[:-2], strides, strict=True)
-    return [((k - 1) // 2, (k - 1) // 2 + n - (m - 1) * s - 1) for n, m, k, s in sizes]
-
-
-def _shift(padded, offset, grid, strides):
-    """What the tap at `offset` sees of [batch, *padded, channels]."""
-    end = [o + (n - 1) * s + 1 for o, n, s in zip(offset, grid, strides, strict=True)]
-    return lax.slice(padded, (0, *offset, 0), (len(padded), *end, padded.shape[-1]), (1, *strides, 1))
-
-
-# The shifted form. The channels stay the contiguous axis. Sums are kept in float32 at least.
-
-
-def _shifted(x, kernel, stride, pad):
-    window = kernel.shape[:-2]
-    padded = pad(x, [(low, high, 0) for low, high in same_padding(window)])
-    strides = grid_strides(x.shape[1:-1], stride)
-    grid = tuple(-(-n // s) for n, s in zip(x.shape[1:-1], strides, strict=True))
-    taps = jnp.swapaxes(kernel, -1, -2)[None]  # with this axis they are transposed once, not in every loop
-    planes = [_sum_of_shifts(padded, taps[0, ..., d, :], grid, strides) for d in range(kernel.shape[-1])]
-    return jnp.stack(planes, axis=1).astype(x.dtype)
-
-
-def _shifted_input_gradient(x, kernel, cotangent, stride, pad):
-    """The same operation, with the window reversed, on every plane of the cotangent spread to x's grid."""
-    grid, window = x.shape[1:-1], kernel.shape[:-2]
-    strides, ones = grid_strides(grid, stride), (1,) * len(grid)
-    edges = _padding_of_gradient(x, kernel, cotangent, strides)
-    spread = [(low, high, s - 1) for (low, high), s in zip(edges, strides, strict=True)]
-    taps = jnp.flip(jnp.moveaxis(kernel, -1, 0), axis=tuple(range(1, 1 + len(window))))
-    taps = lax.optimization_barrier(taps)  # transposed once, not in every loop
-
-    def of_plane(d):
-        plane = lax.dynamic_index_in_dim(cotangent, d, axis=1, keepdims=False)
-        return _sum_of_shifts(pad(plane, spread), taps[d], grid, ones)
-
-    if len(taps) == 1 or len(taps) * math.prod(window) <= _MAX_FUSED_TERMS:
-        total = functools.reduce(jnp.add, map(of_plane, range(len(taps))))
-    else:
-        start = jnp.zeros(x.shape, _accumulator(x))
-        total = lax.fori_loop(0, len(taps), lambda d, total: total + of_plane(d), start)
-    return total.astype(x.dtype)
-
-
-def _pad_within(x, padding):
-    """Zeros before, after and between the places of [batch, *grid, channels], and channels that make a long
-    row an odd number of cache lines. Else what the taps of a window see would fall on the same few sets of
-    the cache of a CPU, and 512 channels take three times as long."""
-    line = 64 // x.dtype.itemsize
-    lines = -(-x.shape[-1] // line)
-    more = (lines | 1) * line - x.shape[-1] if lines >= 16 else 0
-    none = (0, 0, 0)
-    # with a second axis the compiler does not read the centre's tap from x itself, which would be slower
-    return lax.pad(x[:, None], jnp.zeros((), x.dtype), [none, none, *padding, (0, more, 0)])[:, 0]
-
-
-def _pad_before(x, padding):
-    """Zeros likewise, for GPUs: in memory, as bounds that every tap checks cost twice its instructions."""
-    return lax.optimization_barrier(lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *padding, (0, 0, 0)]))
-
-
-def _sum_of_shifts(padded, taps, grid, strides):
-    """out[b, i, c] = sum over w of padded[b, i * stride + w, c] * taps[w, c].
-
-    padded [batch, *padded, channels or more], taps [*window, channels] -> [batch, *grid, channels].
-    """
-    accumulate, window = _accumulator(padded), taps.shape[:-1]
-    padded, taps = padded.astype(accumulate), taps.astype(accumulate)
-    if math.prod(window) <= _MAX_FUSED_TERMS:
-        return _fused_sum(padded, taps, grid, strides)
-    depth = (grid[0] - 1) * strides[0] + 1
-
-    def add(index, total):  # of the window's leading axis
-        part = lax.dynamic_slice_in_dim(padded, index, depth, axis=1)
-        return total + _fused_sum(part, taps[index][None], grid, strides)
-
-    start = jnp.zeros((len(padded), *grid, taps.shape[-1]), accumulate)
-    return lax.fori_loop(0, window[0], add, start)
-
-
-def _fused_sum(padded, taps, grid, strides):
-    """What `_sum_of_shifts` gives, in one loop."""
-    total = None
-    for offset in itertools.product(*map(range, taps.shape[:-1])):
-        part = taps[offset] * _shift(padded, offset, grid, strides)[..., : taps.shape[-1]]
-        total = part if total is None else total + part
-    return total
-
-
-def _shifted_kernel_gradient(x, kernel, cotangent, stride):
-    """Sums x * cotangent per tap: rows are scanned, [*window, D, width, channels] accumulates.
-
-    Reducing over rows first keeps width x channels as one long contiguous axis; a plain reduction
-    to [channels] per tap runs five times slower.
-    """
-    window, channels = kernel.shape[:-2], x.shape[-1]
-    x = jnp.pad(x, [(0, 0), *same_padding(window), (0, 0)])
-    batch, planes, *lead, width, _ = cotangent.shape
-    lead = (batch, *lead)  # rows: (batch, [time,] height)
-    strides = grid_strides(window, stride)
-    span = (width - 1) * stride + 1
-    rows = np.stack(np.unravel_index(np.arange(math.prod(lead)), lead), axis=-1)
-    per_step = max(n for n in range(1, _ROWS_PER_STEP + 1) if len(rows) % n == 0)
-    accumulate = _accumulator(x)
-
-    def step(totals, rows):
-        pairs = []
-        for row in rows:
-            corner = (row[0], *(row[1:] * np.array(strides[:-1])), 0, 0)
-            block = lax.dynamic_slice(x, corner, (1, *window[:-1], x.shape[-2], channels))
-            corner = (row[0], 0, *row[1:], 0, 0)
-            line = lax.dynamic_slice(cotangent, corner, (1, planes, *[1] * (len(lead) - 1), width, channels))
-            line = line.reshape(planes, *[1] * (len(window) - 1), width, channels)
-            pairs.append((block.astype(accumulate), line.astype(accumulate)))
-        return [
-            total + sum(block[..., w : w + span : stride, :] * line for block, line in pairs)
-            for w, total in enumerate(totals)
-        ], None
-
-    zeros = jnp.zeros((planes, *window[:-1], width, channels), accumulate)
-    totals, _ = lax.scan(step, [zeros] * window[-1], jnp.asarray(rows).reshape(-1, per_step, len(lead)))
-    taps = jnp.stack([total.sum(axis=-2) for total in totals], axis=-2)  # [D, *window, channels]
-    return jnp.moveaxis(taps, 0, -1).astype(kernel.dtype)
-
-
-def _rows_kernel_gradient(x, kernel, cotangent, stride):
-    """Matrix products for every channel: of all that the window's rows see with all rows of the cotangent,
-    place by place, [rows of the window · width, width · D]. A tap is the sum of one diagonal. On tensor cores
-    it costs little that the other diagonals go unused.
-    """
-    *depth, height, taps, channels, planes = kernel.shape
-    *grid, width = cotangent.shape[2:-1]
-    strides = grid_strides(cotangent.shape[2:-1], stride)
-    x = jnp.pad(x, [(0, 0), *same_padding(kernel.shape[:-2]), (0, 0)])
-    given = jnp.moveaxis(jnp.moveaxis(cotangent, -1, 0), 2, -1).reshape(channels, -1, width * planes)
-    given, across = lax.optimization_barrier(given), x.shape[-2]
-    diagonals = np.arange(across)[:, None] == np.arange(taps)[:, None, None] + stride * np.arange(width)
-
-    def of_frame(x):  # [batch, *grid, channels] under one frame of the window -> [height, taps, channels, D]
-        offsets = [(0,) * len(depth) + (row, 0) for row in range(height)]
-        rows = [_shift(x, offset, (*grid, across), (*strides[:-1], 1)) for offset in offsets]
-        seen = jnp.moveaxis(jnp.stack(rows, axis=-3), -1, 0).reshape(channels, -1, height * across)
-        seen = lax.optimization_barrier(seen)  # else the compiler makes sums of shifted rows again
-        contracted = (((1,), (1,)), ((0,), (0,)))
-        products = lax.dot_general(
-            seen, given, contracted, lax.Precision.HIGHEST, preferred_element_type=_accumulator(x)
-        ).reshape(channels, height, across, width, planes)
-        sums = [(products * diagonal[..., None]).sum((2, 3)) for diagonal in diagonals]
-        return jnp.moveaxis(jnp.stack(sums), 2, 0)
-
-    if not depth:
-        return of_frame(x).astype(kernel.dtype)
-    of_frames = lax.map(
-        lambda i: of_frame(lax.dynamic_slice_in_dim(x, i, grid[0], axis=1)), np.arange(*depth)
-    )
-    return of_frames.astype(kernel.dtype)
-
-
-def _accumulator(x):
-    return jnp.promote_types(x.dtype, jnp.float32)
-
-
-class _Form(NamedTuple):
-    forward: Callable  # (x, kernel, stride=)
-    of_input: Callable  # gradient (x, kernel, cotangent, stride=)
-    of_kernel: Callable
-
-
-_FORMS = {
-    "grouped": _Form(_grouped, _grouped_input_gradient, _grouped_kernel_gradient),
-    "library": _Form(_grouped, _grouped_input_gradient, _library_kernel_gradient),
-    "shifted": _Form(
-        functools.partial(_shifted, pad=_pad_within),
-        functools.partial(_shifted_input_gradient, pad=_pad_within),
-        _shifted_kernel_gradient,
-    ),
-    "padded": _Form(
-        functools.partial(_shifted, pad=_pad_before),
-        functools.partial(_shifted_input_gradient, pad=_pad_before),
-        _rows_kernel_gradient,
-    ),
-}
-_FORMS["pallas"] = _FORMS["grouped"]  # forward

@@ -31,7 +31,8 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from structvit_jax.ops.attention import attention, attention_and_lse, attention_gradients, suited_method
-from structvit_jax.ops.depthwise import depthwise_conv, grid_strides, same_padding
+from structvit_jax.ops.depthwise import depthwise_conv
+from structvit_jax.ops.depthwise_forms import grid_strides, same_padding
 from structvit_jax.ops.devices import target
 
 METHODS = ("factored", "volume")

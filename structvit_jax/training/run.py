@@ -19,7 +19,7 @@ from structvit_jax.config import Durations, durations, model_arguments
 from structvit_jax.errors import UserError
 from structvit_jax.models import Network, create_model
 from structvit_jax.models.weights import split
-from structvit_jax.ops import attention_cpu
+from structvit_jax.ops import native
 from structvit_jax.training import optim
 from structvit_jax.training.checkpoint import Keep
 from structvit_jax.training.mesh import check_batch, describe_devices, make_mesh
@@ -57,8 +57,8 @@ class Run:
             mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
             check_batch(mesh, "eval.batch_size", config.eval.batch_size)
             say(f"devices: {describe_devices()}; mesh {dict(mesh.shape)}")
-            if jax.default_backend() == "cpu" and not attention_cpu.available():
-                say("note: no C++ compiler here (c++, or what CXX names); attention takes its slower form")
+            if jax.default_backend() == "cpu" and not native.available():
+                say("note: no C++ compiler here (c++, or what CXX names); operations take slower forms")
 
         classes = len(data.class_names)
         model = create_model(**model_arguments(config), num_classes=classes, seed=config.train.seed)
