@@ -128,7 +128,7 @@ def value_and_vjp(convolve, x, kernel, stride):
 
 
 @needs_compiler
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=10, deadline=None, derandomize=True)
 @given(cases())
 def test_native_equals_the_definition(case):
     x_shape, kernel_shape, stride = case
