@@ -21,6 +21,7 @@ TINY = [
     "--config.data.name=noise:5",
     "--config.data.size=32",
     "--config.data.batch_size=2",
+    "--config.model.depths=(1,1,1,1)",
     "--config.bench.rounds=2",
     "--mode=bench",
 ]
