@@ -35,6 +35,9 @@ from structvit_jax.training import lock, mesh
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would not hear Ctrl-C
 
 ROOT = Path(__file__).parent.parent
+# XLA's older code for CPUs: slower, but compiled in half the time. An option of one program, and of commands.
+COMPILED_SOON = {"xla_cpu_use_fusion_emitters": False}
+COMPILER = "--xla_cpu_use_fusion_emitters=false"
 CONFIG = "--config=configs/moving_digits.py"
 SAME = ("result.json", "metrics.jsonl")  # files that a kill may not change
 # Seconds instead of minutes: a two-block DeiT on few clips.
@@ -58,7 +61,7 @@ def _compilation_cache(tmp_path_factory):
     """Commands that tests start share what they compile."""
     cache = tmp_path_factory.getbasetemp().parent / "jax_cache"
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache)
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 
 @pytest.fixture
@@ -94,7 +97,7 @@ def run(*arguments, **environment):
     return subprocess.run(
         [sys.executable, "-m", "structvit_jax.main", *map(str, arguments)],
         cwd=ROOT,
-        env=os.environ | {"XLA_FLAGS": ""} | environment,
+        env=os.environ | {"XLA_FLAGS": COMPILER} | environment,
         capture_output=True,
         text=True,
         timeout=300,
@@ -108,7 +111,7 @@ class Command:
     """
 
     _server = multiprocessing.get_context("forkserver")
-    _server.set_forkserver_preload(["structvit_jax.main", "structvit_jax.training.loop", "sklearn.datasets"])
+    _server.set_forkserver_preload(["structvit_jax.main", "structvit_jax.training.loop"])
 
     def __init__(self, folder, *arguments, first=None, **environment):
         folder.mkdir(parents=True, exist_ok=True)
@@ -151,7 +154,7 @@ class Command:
 
 def devices(count):
     """The environment of a command on so many fake devices."""
-    return {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count}"}
+    return {"XLA_FLAGS": f"{COMPILER} --xla_force_host_platform_device_count={count}"}
 
 
 def processes(folder, *arguments, first=(None, None), more=((), ())):
@@ -169,7 +172,7 @@ def processes(folder, *arguments, first=(None, None), more=((), ())):
 def _command(arguments, out, err, first, environment):
     """The body of the forked process."""
     os.chdir(ROOT)
-    os.environ.update({"XLA_FLAGS": ""} | environment)
+    os.environ.update({"XLA_FLAGS": COMPILER} | environment)
     for stream, path in ((sys.stdout, os.devnull), (sys.stderr, err)):
         stream.flush()
         with open(path, "w") as file:

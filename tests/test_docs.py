@@ -11,7 +11,7 @@ import clips
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import COMPILER, ROOT
 
 from structvit_jax import convert, create_model, data, recipes, show
 from structvit_jax.config import check_config
@@ -50,9 +50,8 @@ def test_make_run(tmp_path):
     """In the environment that runs the tests, with the installing step taken as done."""
     arguments = shlex.join([*SHORT, *SMALL, f"--workdir={tmp_path}"])
     make = ["make", f"--assume-old={sys.prefix}/.installed-cpu", "run", f"VENV={sys.prefix}"]
-    process = subprocess.run(
-        [*make, "ACCELERATOR=cpu", f"ARGS={arguments}"], cwd=ROOT, capture_output=True, text=True
-    )
+    words, environment = [*make, "ACCELERATOR=cpu", f"ARGS={arguments}"], os.environ | {"XLA_FLAGS": COMPILER}
+    process = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     assert "result: top1" in process.stdout
     assert (tmp_path / "result.json").exists()
@@ -97,7 +96,8 @@ def test_the_commands_that_fine_tune(command, tmp_path, monkeypatch):
     assert "as plain attention: 6 arrays" in done.stdout and "made new, for " in done.stdout
     monkeypatch.chdir(tmp_path)
     words = [sys.executable, *shlex.split(evaluate)[1:]]
-    done = subprocess.run(words, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": COMPILER}
+    done = subprocess.run(words, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert "result: top1" in done.stdout
 

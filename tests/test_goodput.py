@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import QUICK
+from conftest import COMPILED_SOON, QUICK
 from etils import epath
 from test_training import setup, small_config
 
@@ -86,7 +86,7 @@ def test_accumulated_parts_are_the_whole_batch():
     results = {}
     for config.train.accumulate in (1, 4):
         grid, _, state, step_fn = setup(config, 4, 2)
-        compiled = step_fn.lower(state, mesh.put_batch(grid, batches[0])).compile()
+        compiled = step_fn.lower(state, mesh.put_batch(grid, batches[0])).compile(COMPILED_SOON)
         losses = []
         for batch in batches:
             state, metrics = compiled(state, mesh.put_batch(grid, batch))

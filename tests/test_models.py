@@ -1,6 +1,7 @@
 """The model family: names, overrides, shapes, modes, and both forms of attention in a whole model."""
 
 import dataclasses
+from functools import partial
 
 import chex
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import COMPILED_SOON
 from flax import nnx
 
 import structvit_jax
@@ -206,13 +208,14 @@ def test_scanned_and_rematerialised_blocks_are_the_same_model(name, depths, chan
             logits = network(x, key=key)
             return jnp.sum(logits**2), (logits, weights.batch_stats(network))
 
-        gradient = jax.value_and_grad(loss, has_aux=True)
-        program = str(jax.make_jaxpr(gradient)(*arrays, jax.random.key(0)))
-        return jax.jit(gradient)(*arrays, jax.random.key(0)), program
+        given = (*arrays, jax.random.key(0))
+        traced = jax.jit(jax.value_and_grad(loss, has_aux=True)).trace(*given)
+        return traced.lower().compile(COMPILED_SOON)(*given), str(traced.jaxpr)
 
     plain, program = train()
     model = create_model(name, num_classes=4, depths=depths, **small, scan_blocks=True)
-    assert jax.jit(lambda x: model(x))(x).shape == (3, 4)  # weights that the program closes over
+    closed = jax.jit(lambda x: model(x), compiler_options=COMPILED_SOON)  # over its weights
+    assert closed(x).shape == (3, 4)
     for overrides in changes:
         other, its_program = train(**overrides)
         if overrides == SCANNED:
@@ -310,7 +313,7 @@ def losses_of_training(name, **overrides):
     structure, arrays = weights.split(model)
     optimizer = optax.adamw(1e-2)
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=COMPILED_SOON)
     def step(arrays, state):
         def loss_fn(params):
             model = structure.model(arrays._replace(params=params))

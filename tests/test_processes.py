@@ -75,9 +75,10 @@ def test_two_processes_are_stopped_and_end_like_one(tmp_path):
     result = json.loads((tmp_path / "one" / "result.json").read_text())
     assert f"params_sha256 {result['params_sha256'][:12]}" in one.stdout
 
-    warm = f"--config.init_from={tmp_path / 'one'}"
-    both = processes(tmp_path / "f", *WIDE, *LAYOUT, warm, f"--workdir={tmp_path / 'warm'}")
-    one = Command(tmp_path / "g", *WIDE, *LAYOUT, warm, f"--workdir={tmp_path / 'alone'}", **devices(8))
+    warm = [*WIDE, *LAYOUT, f"--config.init_from={tmp_path / 'one'}"]
+    warm += ["--config.checkpoint.every=", "--config.eval.every="]  # the first step is looked at
+    both = processes(tmp_path / "f", *warm, f"--workdir={tmp_path / 'warm'}")
+    one = Command(tmp_path / "g", *warm, f"--workdir={tmp_path / 'alone'}", **devices(8))
     assert [process.wait().returncode for process in (*both, one)] == [0, 0, 0], both[0].stderr
     assert "fine-tuning: starting at step 0 from the deit_tiny_struct_1_video" in both[0].stdout
     two, single = (records(tmp_path / name)[0]["loss"] for name in ("warm", "alone"))

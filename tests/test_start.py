@@ -11,7 +11,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from conftest import QUICK, ROOT, SAME, Command
+from conftest import COMPILER, QUICK, ROOT, SAME, Command
 
 from structvit_jax import convert, create_model
 from structvit_jax.convert import __main__ as convert_command
@@ -114,7 +114,7 @@ def run_module(name, *arguments):
     return subprocess.run(
         [sys.executable, "-m", f"structvit_jax.{name}", *map(str, arguments)],
         cwd=ROOT,
-        env=os.environ | {"XLA_FLAGS": ""},
+        env=os.environ | {"XLA_FLAGS": COMPILER},
         capture_output=True,
         text=True,
         timeout=300,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -12,13 +13,21 @@ from typing import Any
 
 import jax
 from etils import epath
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from structvit_jax.errors import UserError
 from structvit_jax.training.goodput import Goodput
 from structvit_jax.training.processes import is_first, say
 from structvit_jax.training.storage import is_bucket, write
+
+# tensorboardX imports these where they are installed, which takes seconds; it is given no tensor, no bucket.
+_UNUSED = [name for name in ("torch", "google.cloud.storage") if name not in sys.modules]
+sys.modules.update(dict.fromkeys(_UNUSED))  # type: ignore[arg-type]
+try:
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+finally:
+    for _name in _UNUSED:
+        del sys.modules[_name]
 
 _SECONDS_BETWEEN_LINES = 5.0
 _SHARE_OF_WRITING = 0.02  # of the time, at most: whole files are written, and they grow
