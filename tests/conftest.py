@@ -35,9 +35,10 @@ from structvit_jax.training import lock, mesh
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would not hear Ctrl-C
 
 ROOT = Path(__file__).parent.parent
-# XLA's older code for CPUs: slower, but compiled in half the time. An option of one program, and of commands.
-COMPILED_SOON = {"xla_cpu_use_fusion_emitters": False}
-COMPILER = "--xla_cpu_use_fusion_emitters=false"
+# XLA's older code for CPUs: slower, but compiled in half the time. An option of one program, and of commands;
+# JAX 0.11 has it no more, and its compiler would not start with an option that it does not know.
+COMPILED_SOON = {"xla_cpu_use_fusion_emitters": False} if jax.__version_info__ < (0, 11) else {}
+COMPILER = "--xla_cpu_use_fusion_emitters=false" if COMPILED_SOON else ""
 CONFIG = "--config=configs/moving_digits.py"
 SAME = ("result.json", "metrics.jsonl")  # files that a kill may not change
 # Seconds instead of minutes: a two-block DeiT on few clips.
