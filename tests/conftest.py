@@ -112,7 +112,7 @@ class Command:
     """
 
     _server = multiprocessing.get_context("forkserver")
-    _server.set_forkserver_preload(["structvit_jax.main", "structvit_jax.training.loop"])
+    _server.set_forkserver_preload(["structvit_jax.main", "structvit_jax.training.loop", "sklearn.datasets"])
 
     def __init__(self, folder, *arguments, first=None, **environment):
         folder.mkdir(parents=True, exist_ok=True)

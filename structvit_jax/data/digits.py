@@ -7,8 +7,6 @@ The scans are the UCI optical digits that scikit-learn carries (`load_digits`, 8
 from __future__ import annotations
 
 import functools
-import importlib.util
-from pathlib import Path
 
 import numpy as np
 
@@ -20,11 +18,11 @@ _TRAIN_SCANS = 1437
 
 @functools.cache
 def _scans(split: str) -> tuple[np.ndarray, np.ndarray]:
-    sklearn = importlib.util.find_spec("sklearn")  # found and not imported, which takes two seconds
-    assert sklearn is not None and sklearn.origin is not None, "scikit-learn is a requirement"
-    table = np.loadtxt(Path(sklearn.origin).parent / "datasets" / "data" / "digits.csv.gz", delimiter=",")
+    from sklearn.datasets import load_digits  # imported here: it takes a second
+
+    digits = load_digits()
     part = slice(None, _TRAIN_SCANS) if split == "train" else slice(_TRAIN_SCANS, None)
-    return table[part, :-1].reshape(-1, 8, 8).astype(np.float32) / 16.0, table[part, -1].astype(int)
+    return digits.images[part].astype(np.float32) / 16.0, digits.target[part]
 
 
 def _hat(distance: np.ndarray) -> np.ndarray:

@@ -52,7 +52,7 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array, *, method: str
         method = suited_method(query)
     if method == "cudnn":
         return _cudnn(query, key, value)
-    if method == "native" and not (query.dtype == jnp.float32 and native.available()):
+    if method == "native" and not native.takes(query):
         raise ValueError(f"attention: 'native' is float32 (not {query.dtype}) and needs a C++ compiler")
     heads, flat = query.shape[2], (x.reshape(*x.shape[:2], -1) for x in (query, key, value))
     return _attention(*flat, heads, method, target()).reshape(query.shape)
@@ -63,7 +63,7 @@ def suited_method(query: jax.Array) -> str:
     where = target()
     if where.platform == "tpu" and query.dtype != jnp.float64:
         return "pallas"
-    if where.platform == "cpu" and query.dtype == jnp.float32 and native.available():
+    if where.platform == "cpu" and native.takes(query):
         return "native"
     takes = query.dtype in (jnp.bfloat16, jnp.float16) and query.shape[-1] <= 128 and query.shape[-1] % 8 == 0
     return "cudnn" if where.cudnn and takes else "blocked"  # cuDNN's cannot even be traced elsewhere

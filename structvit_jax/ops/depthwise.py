@@ -65,7 +65,7 @@ def _check(x, kernel, stride, method):
             f"depthwise_conv: kernel {kernel.shape} does not fit {x.shape[-1]} channels;"
             " it should be [*window, channels, multiplier]"
         )
-    if method == "native" and not (x.dtype == jnp.float32 and native.available()):
+    if method == "native" and not native.takes(x):
         raise ValueError(f"depthwise_conv: 'native' is float32 (not {x.dtype}) and needs a C++ compiler")
     if any(k % 2 == 0 for k in window):
         raise ValueError(f"depthwise_conv: window {tuple(window)} has an even side; use odd ones")
@@ -101,7 +101,10 @@ def _form(method, which, where, kernel):
     if method != "auto":
         return getattr(FORMS[method], which)
     platform, lowered_for = ("gpu", ("cuda", "rocm")) if where.platform == "gpu" else ("cpu", ("cpu",))
-    suited = _suits_gpus(which, kernel) if platform == "gpu" else _suits_cpus(where, kernel)
+    if platform == "gpu":
+        suited = _suits_gpus(which, kernel)
+    else:
+        suited = "native" if where.platform == "cpu" and native.takes(kernel) else "shifted"
 
     def form(*args, stride):
         forms = (_form(name, which, where, kernel) for name in (suited, "grouped"))
@@ -109,11 +112,6 @@ def _form(method, which, where, kernel):
         return lax.platform_dependent(*args, default=plain, **dict.fromkeys(lowered_for, best))
 
     return form
-
-
-def _suits_cpus(where, kernel):
-    can = where.platform == "cpu" and kernel.dtype == jnp.float32 and native.available()
-    return "native" if can else "shifted"
 
 
 def _suits_gpus(which, kernel):

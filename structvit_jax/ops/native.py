@@ -18,7 +18,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-_SOURCES = sorted(Path(__file__).with_name("cpu").iterdir())
+_FOLDER = Path(__file__).with_name("cpu")
 _OPTIONS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC")
 _OPERATIONS = (
     "attention_forward",
@@ -40,6 +40,11 @@ def available() -> bool:
         target = jax.ffi.pycapsule(getattr(library, name))
         jax.ffi.register_ffi_target(f"structvit_{name}", target, platform="cpu")
     return True
+
+
+def takes(x: jax.Array) -> bool:
+    """Whether operations on such arrays can be had here."""
+    return x.dtype == jnp.float32 and available()
 
 
 def attention(
@@ -109,15 +114,15 @@ def _built() -> Path:
     told = subprocess.run(
         [compiler, *_OPTIONS, "-E", "-dM", "-x", "c++", os.devnull], capture_output=True, check=True
     )
-    texts = [path.read_bytes() for path in (*_SOURCES, Path(include, "xla/ffi/api/c_api.h"))]
+    units, shared = (sorted(_FOLDER.glob(pattern)) for pattern in ("*.cc", "*.h"))
+    texts = [path.read_bytes() for path in (*units, *shared, Path(include, "xla/ffi/api/c_api.h"))]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "structvit_jax"
     path = folder / f"native-{hashlib.sha256(b''.join([told.stdout, *texts])).hexdigest()[:16]}.so"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:  # another process may be building it
             made = Path(scratch, path.name)
-            units = [str(source) for source in _SOURCES if source.suffix == ".cc"]
-            command = [compiler, *_OPTIONS, "-I", include, *units, "-o", str(made)]
+            command = [compiler, *_OPTIONS, "-I", include, *map(str, units), "-o", str(made)]
             subprocess.run(command, capture_output=True, check=True)
             os.replace(made, path)
     return path

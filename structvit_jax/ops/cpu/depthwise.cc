@@ -51,6 +51,13 @@ struct Cut {
     seen.rows = (rows - 1) * stride + window.rows;
   }
 
+  // The same units of an array that has one place for each window.
+  Cut of_centres() const {
+    Cut cut = *this;
+    cut.window = {1, 1, 1}, cut.stride = 1, cut.seen = {grid.frames, rows, grid.columns, PAIR};
+    return cut;
+  }
+
   long blocks() const { return ceil_div(grid.channels, PAIR); }
   long units_of_block() const { return batch * parts; }
   long units() const { return blocks() * units_of_block(); }
@@ -277,26 +284,25 @@ ffi::Error of_kernel(ffi::ThreadPool pool, Array x, Array cotangent, Result out,
   Window window = window_of(*out);
   long planes = planes_of(*out), taps = window.taps(), size = planes * taps * PAIR;
   Cut cut(x.dimensions()[0], given, window, stride, 1, given.frames * given.columns * PAIR);
-  Cut plain = cut;  // the cotangent, in the same units
-  plain.window = {1, 1, 1}, plain.stride = 1, plain.seen = {given.frames, cut.rows, given.columns, PAIR};
+  Cut centres = cut.of_centres();
   auto offsets = cut.offsets();
   long units = cut.units_of_block(), groups = std::min(units, ceil_div(TASKS, cut.blocks()));
   long step = std::min(cut.rows, ceil_div(PLACES, given.columns));
   Floats sums = zeros(cut.blocks() * groups * size);  // of every group of units apart
   in_parallel(pool, cut.blocks() * groups, [&] {
-    return [&, seen = Floats(cut.seen.size()), with = Floats(plain.seen.size())](long task) mutable {
+    return [&, seen = Floats(cut.seen.size()), with = Floats(centres.seen.size())](long task) mutable {
       long block = task / groups, group = task % groups;
       for (long i = units * group / groups; i < units * (group + 1) / groups; ++i) {
         Unit unit = cut.unit(block * units + i);
         cut.copy(data(x) + unit.example * in.size(), in, unit, 1, seen.data());
         for (long d = 0; d < planes; ++d) {
           const float* from = data(cotangent) + (unit.example * planes + d) * given.size();
-          plain.copy(from, given, unit, 1, with.data());
+          centres.copy(from, given, unit, 1, with.data());
           for (long t = 0; t < given.frames; ++t)
             for (long y = 0; y < unit.last - unit.first; y += step)
               in_parts(taps, [&](long at, long count) {
                 OVER_PLACES[count](&seen[cut.seen.at(t, y * stride, 0)], cut.seen.at(0, stride, 0), &offsets[at],
-                                   &with[plain.seen.at(t, y, 0)], std::min(step, unit.last - unit.first - y),
+                                   &with[centres.seen.at(t, y, 0)], std::min(step, unit.last - unit.first - y),
                                    given.columns, &sums[task * size + (d * taps + at) * PAIR]);
               });
         }
@@ -314,31 +320,15 @@ ffi::Error of_kernel(ffi::ThreadPool pool, Array x, Array cotangent, Result out,
   return ffi::Error::Success();
 }
 
+auto binding() {
+  return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Array>().Arg<Array>().Ret<Array>().Attr<int64_t>("stride");
+}
+
 }  // namespace
 }  // namespace structvit
 
 using namespace structvit;
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(depthwise_forward, forward,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<Array>()
-                                  .Arg<Array>()
-                                  .Ret<Array>()
-                                  .Attr<int64_t>("stride"));
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(depthwise_of_input, of_input,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<Array>()
-                                  .Arg<Array>()
-                                  .Ret<Array>()
-                                  .Attr<int64_t>("stride"));
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(depthwise_of_kernel, of_kernel,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<Array>()
-                                  .Arg<Array>()
-                                  .Ret<Array>()
-                                  .Attr<int64_t>("stride"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(depthwise_forward, forward, binding());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(depthwise_of_input, of_input, binding());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(depthwise_of_kernel, of_kernel, binding());
