@@ -55,7 +55,7 @@ def value_and_grads(convolve, x, kernel, stride):
 
 FORMS = {
     name: functools.partial(depthwise_conv, method=name)
-    for name in ("grouped", "library", "shifted", "padded")
+    for name in ("grouped", "library", "shifted", "padded", "banded")
 }
 
 
@@ -90,6 +90,8 @@ def test_both_forms_equal_the_definition(case):
         ((1, 6, 7, 5, 3), (5, 3, 5), 2, 2),
         ((1, 2, 3, 4, 250), (3, 3, 3), 2, 1),  # rows as long as to get channels for the cache's sake
         ((1, 4, 3, 256), (3, 3), 1, 2),
+        ((1, 3, 4, 61, 2), (3, 3, 5), 1, 1),  # rows that are cut, the last part short
+        ((1, 5, 70, 2), (3, 5), 2, 2),
     ],
 )
 @pytest.mark.parametrize("form", FORMS)
@@ -226,6 +228,21 @@ def test_what_gpus_get(gpu, shape, window, multiplier):
     assert ("__cudnn$convForward" in text) == (len(window) == 2)
     assert ("dot_general" in text) == (not library)
     assert compiled.memory_analysis().temp_size_in_bytes < 16 * 2 * math.prod(shape)
+
+
+def test_windows_of_clips_are_bands_on_gpus(gpu):
+    """cuDNN's convolutions for all three, in groups of 32 places: rows of 56 are cut in two."""
+    x, kernel = (4, 8, 56, 56, 64), (5, 5, 5, 64, 1)
+    args = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=gpu) for shape in (x, kernel)]
+
+    def both(x, kernel):
+        out, pull = jax.vjp(depthwise_conv, x, kernel)
+        return out, pull(jax.lax.optimization_barrier(out))
+
+    text = jax.jit(both).lower(*args).compile().as_text()
+    assert text.count("__cudnn$convForward") == 2
+    assert text.count("__cudnn$convBackwardFilter") == 1
+    assert "feature_group_count=128" in text and "feature_group_count=64" not in text
 
 
 @needs_compiler

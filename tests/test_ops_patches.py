@@ -21,7 +21,7 @@ from structvit_jax.ops.devices import Target
         ((1, 5, 7, 6, 9), (3, 1, 3), (1, 2, 3), (1, 0, 1)),  # some overlapping, some with gaps
     ],
 )
-@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
 def test_convolve_equals_the_convolution_of_xla(x64, monkeypatch, platform, shape, window, strides, padding):
     monkeypatch.setattr(patches, "target", lambda: Target(platform, None))
     rng = np.random.default_rng(0)

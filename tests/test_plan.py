@@ -44,6 +44,9 @@ def test_operations_by_hand():
     assert operations(again, jnp.zeros((5, 5))) == (2 + 1 + 4) * 2 * 5**3  # the product inside sin, twice
     choice = lambda p, x: jax.lax.cond(p, lambda x: x @ x, lambda x: x, x)  # noqa: E731
     assert operations(choice, True, jnp.zeros((5, 5))) == 2 * 5**3
+    forms = {"default": lambda x: x @ x, "cuda": lambda x: x @ x @ x}
+    either = lambda x: jax.lax.platform_dependent(x, **forms)  # noqa: E731
+    assert operations(either, jnp.zeros((5, 5))) == 2 * 5**3
 
 
 @pytest.mark.parametrize(

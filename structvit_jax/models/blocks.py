@@ -17,10 +17,10 @@ from structvit_jax.models.layers import (
     BatchNorm,
     DepthwiseConv,
     DropPath,
+    LayerNorm,
     Linear,
     Mlp,
     Pointwise,
-    layer_norm,
 )
 from structvit_jax.models.variants import Variant
 
@@ -54,7 +54,7 @@ class Block(nnx.Module):
 
     def __init__(self, v: Variant, stage: int, *, conv: bool, rngs):
         width, common = v.widths[stage], {"dtype": v.compute_dtype, "rngs": rngs}
-        norm = BatchNorm if conv else functools.partial(layer_norm, epsilon=1e-6)
+        norm = BatchNorm if conv else functools.partial(LayerNorm, epsilon=1e-6)
         has_position = v.network == "uniformer"
         self.pos_embed = DepthwiseConv(width, window=(3,) * v.grid_axes, **common) if has_position else None
         self.norm1 = norm(width, **common)

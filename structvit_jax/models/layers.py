@@ -168,8 +168,17 @@ class BatchNorm(nnx.BatchNorm):
         return y
 
 
-def layer_norm(channels: int, *, epsilon: float, dtype, rngs) -> nnx.LayerNorm:
-    return nnx.LayerNorm(channels, epsilon=epsilon, dtype=dtype, use_fast_variance=False, rngs=rngs)
+class LayerNorm(nnx.LayerNorm):
+    """[..., channels] -> the same."""
+
+    def __init__(self, channels: int, *, epsilon: float, dtype, rngs):
+        super().__init__(channels, epsilon=epsilon, dtype=dtype, use_fast_variance=False, rngs=rngs)
+
+    def __call__(self, x, *, mask=None) -> jax.Array:
+        shape = x.shape
+        if target().platform == "gpu":  # the compiler tries thousands of tiles for a grid, few for a row
+            x = x.reshape(len(x), -1, shape[-1])
+        return super().__call__(x, mask=mask).reshape(shape)
 
 
 class Mlp(nnx.Module):

@@ -19,7 +19,7 @@ from flax import nnx
 
 from structvit_jax.errors import UserError
 from structvit_jax.models.blocks import Block, Place, run_blocks, split_key
-from structvit_jax.models.layers import BatchNorm, Conv, HostRngs, Linear, layer_norm, linear_init
+from structvit_jax.models.layers import BatchNorm, Conv, HostRngs, LayerNorm, Linear, linear_init
 from structvit_jax.models.variants import Variant, get_variant
 from structvit_jax.ops import gelu
 
@@ -28,7 +28,7 @@ class PatchEmbed(nnx.Module):
     """A strided convolution, then LayerNorm (eps 1e-5). Sides that do not divide are floored."""
 
     def __init__(self, inputs: int, width: int, *, window, strides, padding, norm: bool = True, dtype, rngs):
-        self.norm = layer_norm(width, epsilon=1e-5, dtype=dtype, rngs=rngs) if norm else None
+        self.norm = LayerNorm(width, epsilon=1e-5, dtype=dtype, rngs=rngs) if norm else None
         self.proj = Conv(
             inputs, width, window=window, strides=strides, padding=padding, dtype=dtype, rngs=rngs
         )
@@ -209,7 +209,7 @@ class DeiT(Network):
         grid = [max(1, n // side) for n, side in zip(size, tubelet, strict=True)]
         self.pos_embed = nnx.Param(linear_init(rngs.params(), (*grid, width), jnp.float32))
         self.blocks = nnx.List([Block(v, 0, conv=False, rngs=rngs) for _ in range(depth)])
-        self._finish(layer_norm(width, epsilon=1e-6, dtype=v.compute_dtype, rngs=rngs), num_classes, rngs)
+        self._finish(LayerNorm(width, epsilon=1e-6, dtype=v.compute_dtype, rngs=rngs), num_classes, rngs)
 
     def features(self, x, *, key=None, place=_stay, mix=_stay) -> tuple[jax.Array, ...]:
         self._check(x)

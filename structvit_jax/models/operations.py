@@ -12,9 +12,10 @@ def operations(program: Any) -> float:
     """Multiplications and additions of the matrix products and convolutions of a ClosedJaxpr, as
     `jax.make_jaxpr` and `.trace(...).jaxpr` give it.
 
-    Loops count as often as they run, what is computed again for the backward pass counts again, of a choice
-    the largest branch counts, and a kernel that declares its cost has that. Zeros that a convolution pads or
-    dilates with are not multiplied. All else is left out, as `cost` does.
+    Loops count as often as they run, what is computed again for the backward pass counts again, and a kernel
+    that declares its cost has that. Of a choice the largest branch counts, of one by platform the default:
+    that is the definition, and fast forms may compute more. Zeros that a convolution pads or dilates with are
+    not multiplied. All else is left out, as `cost` does.
     """
     return _count(program.jaxpr)
 
@@ -40,7 +41,10 @@ def _of(equation: Any) -> float:
         backward = called.endswith("backward") or "bwd" in called
         return (5 if backward else 2) * 2.0 * query.size * key.shape[1]  # so many products
     if name == "cond":
-        return max(_count(branch.jaxpr) for branch in params["branches"])
+        branches, platforms = params["branches"], params.get("branches_platforms") or ()
+        if None in platforms:
+            branches = [branches[platforms.index(None)]]
+        return max(_count(branch.jaxpr) for branch in branches)
     if name == "while":
         inner = _count(params["body_jaxpr"].jaxpr)
         if inner:

@@ -6,16 +6,19 @@ Automatic differentiation is reverse mode only.
 from __future__ import annotations
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from structvit_jax.ops import depthwise_tpu, native
 from structvit_jax.ops.depthwise_forms import FORMS
 from structvit_jax.ops.devices import Target, target
 
-METHODS = ("auto", "grouped", "library", "shifted", "padded", "native", "pallas")
+METHODS = ("auto", "grouped", "library", "shifted", "padded", "banded", "native", "pallas")
+_APART = ("padded", "banded", "native")  # each device's part for itself
 
 
 def depthwise_conv(x: jax.Array, kernel: jax.Array, *, stride: int = 1, method: str = "auto") -> jax.Array:
@@ -30,7 +33,8 @@ def depthwise_conv(x: jax.Array, kernel: jax.Array, *, stride: int = 1, method: 
       stride: spatial stride; window centres lie at 0, S, 2S, ... in height and width, and on
         every frame in time.
       method: "grouped" is XLA's grouped convolution with our gradients, "library" with XLA's gradient of the
-        kernel; "shifted" is the sum of shifted products as CPUs want it, "padded" as GPUs do; "native" is C++
+        kernel; "shifted" is the sum of shifted products as CPUs want it, "padded" as GPUs do; "banded" makes
+        a window's taps along a row a matrix, for tensor cores; "native" is C++
         (float32 on CPUs where there is a compiler); "pallas" is as "grouped" with a kernel for TPUs
         (interpreted elsewhere) for both gradients where it has room and the stride is 1; "auto" takes what
         suits the platform and the shape.
@@ -96,8 +100,8 @@ _traced_once = jax.jit(_depthwise, static_argnums=(2, 3, 4))  # equal blocks sha
 
 def _form(method, which, where, kernel):
     """Of "auto" the definition is traced, too: `structvit_jax.models.operations` counts its convolution."""
-    if method == "native":
-        return functools.partial(_native, which, where)
+    if method in _APART:
+        return functools.partial(_each_device, method, which, where)
     if method != "auto":
         return getattr(FORMS[method], which)
     platform, lowered_for = ("gpu", ("cuda", "rocm")) if where.platform == "gpu" else ("cpu", ("cpu",))
@@ -115,21 +119,45 @@ def _form(method, which, where, kernel):
 
 
 def _suits_gpus(which, kernel):
-    """cuDNN is fast at images with one kernel a channel, which is what gradients of the input are plane by
-    plane: on an H100 up to three times as fast as our forms, and at the rest a third to half as fast."""
-    images, planes = kernel.ndim == 4, kernel.shape[-1]
-    return "library" if images and (planes == 1 or which == "of_input") else "padded"
+    """As measured on an H100. cuDNN is fast at images with one kernel a channel, which is what gradients of
+    the input are plane by plane: up to three times as fast as our forms, and at the rest a third to half as
+    fast. Bands are two to seven times as fast as sums for 5x5x5 windows, and for gradients of kernels."""
+    *window, _, planes = kernel.shape
+    if len(window) == 2:
+        return "library" if planes == 1 or which == "of_input" else "padded"
+    banded = planes == 1 and kernel.dtype.itemsize == 2 and (which == "of_kernel" or math.prod(window) > 36)
+    return "banded" if banded else "padded"
 
 
-def _native(which, where: Target, x, kernel, *cotangent, stride):
-    function = functools.partial(getattr(FORMS["native"], which), stride=stride)
+def _each_device(method, which, where: Target, x, kernel, *cotangent, stride):
+    """Each device works on its own examples."""
+    function = functools.partial(getattr(FORMS[method], which), stride=stride)
+    if where.platform == "gpu":
+        function = _on_its_own(function)
+    if which != "of_kernel":
+        return where.on_each_device(
+            lambda x, *others: function(x, others[-1], *others[:-1]), x, *cotangent, kernel, whole=1
+        )
+    exact = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))  # sums are rounded when all are added
+    parts = where.on_each_device(
+        lambda x, cotangent, kernel: function(x, kernel, cotangent)[None], x, *cotangent, exact, whole=1
+    )
+    return parts.sum(axis=0).astype(kernel.dtype)
 
-    def run(x, *others):
-        out = function(x, others[-1], *others[:-1])
-        return out[None] if which == "of_kernel" else out  # each device its sum
 
-    out = where.on_each_device(run, x, *cotangent, kernel, whole=1)
-    return out.sum(axis=0) if which == "of_kernel" else out
+def _on_its_own(function):
+    """With channels last in memory, too: where the compiler may lay out an array as it likes, transpositions
+    are free, and then the layout that suits one convolution spreads through the network. And fused with
+    nothing that reads the result: it would search for tiles of all taps at once, for minutes."""
+
+    def as_written(x):
+        return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+
+    def run(x, kernel, *cotangent):
+        out = function(as_written(x), kernel, *map(as_written, cotangent))
+        return as_written(lax.optimization_barrier(out))
+
+    return run
 
 
 def _kernel_gradients(where: Target, x, cotangent, kernel):

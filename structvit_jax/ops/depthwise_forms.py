@@ -3,11 +3,12 @@
 All take x [batch, *grid, channels], kernel [*window, channels, D] and cotangent [batch, D, *grid', channels].
 XLA's grouped convolution is the definition; but on CPUs it is up to 100 times slower than its arithmetic, and
 on GPUs fast only in two dimensions with one kernel a channel. The others make a window of k taps a sum of k
-shifted products, and each of the two gradients has a form of its own.
+shifted products, or matrices for tensor cores, and each of the two gradients has a form of its own.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -107,17 +108,17 @@ def _shift(padded, offset, grid, strides):
 # The shifted form. The channels stay the contiguous axis. Sums are kept in float32 at least.
 
 
-def _shifted(x, kernel, stride, pad):
+def _shifted(x, kernel, stride, pad, total):
     window = kernel.shape[:-2]
     padded = pad(x, [(low, high, 0) for low, high in same_padding(window)])
     strides = grid_strides(x.shape[1:-1], stride)
     grid = tuple(-(-n // s) for n, s in zip(x.shape[1:-1], strides, strict=True))
     taps = jnp.swapaxes(kernel, -1, -2)[None]  # with this axis they are transposed once, not in every loop
-    planes = [_sum_of_shifts(padded, taps[0, ..., d, :], grid, strides) for d in range(kernel.shape[-1])]
+    planes = [total(padded, taps[0, ..., d, :], grid, strides) for d in range(kernel.shape[-1])]
     return jnp.stack(planes, axis=1).astype(x.dtype)
 
 
-def _shifted_input_gradient(x, kernel, cotangent, stride, pad):
+def _shifted_input_gradient(x, kernel, cotangent, stride, pad, total):
     """The same operation, with the window reversed, on every plane of the cotangent spread to x's grid."""
     grid, window = x.shape[1:-1], kernel.shape[:-2]
     strides, ones = grid_strides(grid, stride), (1,) * len(grid)
@@ -128,14 +129,14 @@ def _shifted_input_gradient(x, kernel, cotangent, stride, pad):
 
     def of_plane(d):
         plane = lax.dynamic_index_in_dim(cotangent, d, axis=1, keepdims=False)
-        return _sum_of_shifts(pad(plane, spread), taps[d], grid, ones)
+        return total(pad(plane, spread), taps[d], grid, ones)
 
     if len(taps) == 1 or len(taps) * math.prod(window) <= _MAX_FUSED_TERMS:
-        total = functools.reduce(jnp.add, map(of_plane, range(len(taps))))
+        out = functools.reduce(jnp.add, map(of_plane, range(len(taps))))
     else:
         start = jnp.zeros(x.shape, _accumulator(x))
-        total = lax.fori_loop(0, len(taps), lambda d, total: total + of_plane(d), start)
-    return total.astype(x.dtype)
+        out = lax.fori_loop(0, len(taps), lambda d, out: out + of_plane(d), start)
+    return out.astype(x.dtype)
 
 
 def _pad_within(x, padding):
@@ -150,9 +151,14 @@ def _pad_within(x, padding):
     return lax.pad(x[:, None], jnp.zeros((), x.dtype), [none, none, *padding, (0, more, 0)])[:, 0]
 
 
+def _pad(x, padding):
+    """Zeros before, after and between the places of [batch, *grid, channels]."""
+    return lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *padding, (0, 0, 0)])
+
+
 def _pad_before(x, padding):
     """Zeros likewise, for GPUs: in memory, as bounds that every tap checks cost twice its instructions."""
-    return lax.optimization_barrier(lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *padding, (0, 0, 0)]))
+    return lax.optimization_barrier(_pad(x, padding))
 
 
 def _sum_of_shifts(padded, taps, grid, strides):
@@ -221,14 +227,14 @@ def _shifted_kernel_gradient(x, kernel, cotangent, stride):
 
 def _rows_kernel_gradient(x, kernel, cotangent, stride):
     """Matrix products for every channel: of all that the window's rows see with all rows of the cotangent,
-    place by place, [rows of the window · width, width · D]. A tap is the sum of one diagonal. On tensor cores
+    place by place, [rows of the window · width, D · width]. A tap is the sum of one diagonal. On tensor cores
     it costs little that the other diagonals go unused.
     """
     *depth, height, taps, channels, planes = kernel.shape
     *grid, width = cotangent.shape[2:-1]
     strides = grid_strides(cotangent.shape[2:-1], stride)
     x = jnp.pad(x, [(0, 0), *same_padding(kernel.shape[:-2]), (0, 0)])
-    given = jnp.moveaxis(jnp.moveaxis(cotangent, -1, 0), 2, -1).reshape(channels, -1, width * planes)
+    given = jnp.moveaxis(jnp.moveaxis(cotangent, -1, 0), 2, -2).reshape(channels, -1, planes * width)
     given, across = lax.optimization_barrier(given), x.shape[-2]
     diagonals = np.arange(across)[:, None] == np.arange(taps)[:, None, None] + stride * np.arange(width)
 
@@ -240,8 +246,8 @@ def _rows_kernel_gradient(x, kernel, cotangent, stride):
         contracted = (((1,), (1,)), ((0,), (0,)))
         products = lax.dot_general(
             seen, given, contracted, lax.Precision.HIGHEST, preferred_element_type=_accumulator(x)
-        ).reshape(channels, height, across, width, planes)
-        sums = [(products * diagonal[..., None]).sum((2, 3)) for diagonal in diagonals]
+        ).reshape(channels, height, across, planes, width)
+        sums = [(products * diagonal[:, None]).sum((2, 4)) for diagonal in diagonals]
         return jnp.moveaxis(jnp.stack(sums), 2, 0)
 
     if not depth:
@@ -250,6 +256,93 @@ def _rows_kernel_gradient(x, kernel, cotangent, stride):
         lambda i: of_frame(lax.dynamic_slice_in_dim(x, i, grid[0], axis=1)), np.arange(*depth)
     )
     return of_frames.astype(kernel.dtype)
+
+
+# The banded form, for tensor cores. Along a row a window is a banded matrix, from places seen to those
+# that are given. Rows are cut into stretches, so that little of the matrix is zeros, and become features of a
+# dense grouped convolution over the other axes, with a group for every channel and stretch.
+
+# cuDNN is fast at groups of 16 or 32 features; at 56 it took eight times as long.
+_STRETCH = 32  # places that a stretch of a row sees
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stretches:
+    count: int
+    seen: int  # places that each sees of a padded row; a power of two
+    given: int  # places that each gives
+    step: int  # from one to the next, in places seen
+    band: np.ndarray  # bool [seen, as many, taps]: which tap leads from a place seen to a place given
+
+    @classmethod
+    def of(cls, across: int, taps: int, width: int, stride: int) -> _Stretches:
+        """Of rows padded to `across`, under a window of so many taps that gives `width` places."""
+        seen = 1 << (max(min(across, _STRETCH), taps, 8) - 1).bit_length()
+        given = (seen - taps) // stride + 1
+        places = np.arange(seen)
+        band = places[:, None, None] == stride * places[:, None] + np.arange(taps)
+        band &= (places < given)[:, None]
+        return cls(-(-width // given), seen, given, given * stride, band)
+
+    def features(self, padded):
+        """[batch, *grid, across, channels] -> [batch, *grid, count · channels · seen]."""
+        needed = (self.count - 1) * self.step + self.seen
+        none = [(0, 0, 0)] * (padded.ndim - 3)
+        rows = _pad(padded, [*none, (0, needed - padded.shape[-2], 0)])
+        cuts = [rows[..., i * self.step : i * self.step + self.seen, :] for i in range(self.count)]
+        stacked = jnp.swapaxes(jnp.stack(cuts, axis=-3), -1, -2)
+        return stacked.reshape(*stacked.shape[:-3], -1)
+
+
+def _sum_of_bands(padded, taps, grid, strides):
+    """What `_sum_of_shifts` gives, rounded to the dtype of `padded`."""
+    cut, channels = _Stretches.of(padded.shape[-2], taps.shape[-2], grid[-1], strides[-1]), taps.shape[-1]
+    band = jnp.asarray(cut.band, taps.dtype)
+    matrices = jnp.einsum("...kc,ijk->...icj", taps, band, precision=lax.Precision.HIGHEST)
+    matrices = jnp.repeat(matrices[..., None, :, :], cut.count, axis=-3)
+    matrices = matrices.reshape(*matrices.shape[:-3], -1)
+    out = _convolve_rows(cut.features(padded), matrices, strides[:-1], cut.count * channels)
+    out = out.reshape(*out.shape[:-1], cut.count, channels, cut.seen)[..., : cut.given]
+    return jnp.swapaxes(out, -1, -2).reshape(*out.shape[:-3], -1, channels)[..., : grid[-1], :]
+
+
+def _banded_kernel_gradient(x, kernel, cotangent, stride):
+    """The gradient of the matrices, and of their bands."""
+    *window, taps, channels, planes = kernel.shape
+    padded = jnp.pad(x, [(0, 0), *same_padding(kernel.shape[:-2]), (0, 0)])
+    strides = grid_strides(kernel.shape[:-2], stride)
+    width = cotangent.shape[-2]
+    cut = _Stretches.of(padded.shape[-2], taps, width, stride)
+    rows, groups = cut.features(padded), cut.count * channels
+    whole = [(0, 0)] * (cotangent.ndim - 2) + [(0, cut.count * cut.given - width), (0, 0)]
+    given = jnp.pad(cotangent, whole)
+    given = jnp.swapaxes(given.reshape(*given.shape[:-2], cut.count, cut.given, channels), -1, -2)
+    given = jnp.pad(given, [(0, 0)] * (given.ndim - 1) + [(0, cut.seen - cut.given)])
+    given = given.reshape(*given.shape[:-3], -1)
+    matrices = jnp.zeros((*window, cut.seen, groups * cut.seen), x.dtype)
+    _, pull = jax.vjp(lambda matrices: _convolve_rows(rows, matrices, strides[:-1], groups), matrices)
+
+    def of_plane(d):
+        (found,) = pull(given[:, d])
+        found = found.reshape(*window, cut.seen, cut.count, channels, cut.seen).astype(_accumulator(x))
+        band = jnp.asarray(cut.band, found.dtype)
+        return jnp.einsum("...iscj,ijk->...kc", found, band, precision=lax.Precision.HIGHEST)
+
+    return jnp.stack([of_plane(d) for d in range(planes)], axis=-1).astype(kernel.dtype)
+
+
+def _convolve_rows(rows, matrices, strides, groups):
+    """[batch, *grid, groups · seen], [*window, seen, groups · given] -> [batch, *grid', groups · given]."""
+    axes = "TH"[-len(strides) :]
+    return lax.conv_general_dilated(
+        rows,
+        matrices,
+        strides,
+        "VALID",
+        dimension_numbers=(f"N{axes}C", f"{axes}IO", f"N{axes}C"),
+        feature_group_count=groups,
+        precision=lax.Precision.HIGHEST,
+    )
 
 
 def _accumulator(x):
@@ -266,14 +359,19 @@ FORMS = {
     "grouped": Form(_grouped, _grouped_input_gradient, _grouped_kernel_gradient),
     "library": Form(_grouped, _grouped_input_gradient, _library_kernel_gradient),
     "shifted": Form(
-        functools.partial(_shifted, pad=_pad_within),
-        functools.partial(_shifted_input_gradient, pad=_pad_within),
+        functools.partial(_shifted, pad=_pad_within, total=_sum_of_shifts),
+        functools.partial(_shifted_input_gradient, pad=_pad_within, total=_sum_of_shifts),
         _shifted_kernel_gradient,
     ),
     "padded": Form(
-        functools.partial(_shifted, pad=_pad_before),
-        functools.partial(_shifted_input_gradient, pad=_pad_before),
+        functools.partial(_shifted, pad=_pad_before, total=_sum_of_shifts),
+        functools.partial(_shifted_input_gradient, pad=_pad_before, total=_sum_of_shifts),
         _rows_kernel_gradient,
+    ),
+    "banded": Form(
+        functools.partial(_shifted, pad=_pad, total=_sum_of_bands),
+        functools.partial(_shifted_input_gradient, pad=_pad, total=_sum_of_bands),
+        _banded_kernel_gradient,
     ),
     "native": Form(native.depthwise, native.depthwise_input_gradient, native.depthwise_kernel_gradient),
 }
