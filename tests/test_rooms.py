@@ -49,6 +49,10 @@ ROOMS = {
         {"jax", "numpy", "flax", "etils", "ml_collections", "matplotlib", "torch"},
         {"bench", "training", "convert", "models", "ops", "config", "traffic", "errors"},
     ),
+    "motion": (
+        {"absl", "jax", "numpy", "etils", "matplotlib"},
+        {"command", "data", "ops", "training", "errors"},
+    ),
     "show": ({"ml_collections"}, {"models", "config"}),
     "chips": ({"jax"}, {"errors"}),
     "plan": (
@@ -99,5 +103,5 @@ def test_imports_stay_within_the_room(path: Path):
 def test_the_house_stays_small():
     """Places to look at when this fails, not a score: split by subject, not by size."""
     lengths = {path: len(path.read_text().splitlines()) for path in FILES}
-    assert len(lengths) <= 92
+    assert len(lengths) <= 93
     assert max(lengths.values()) <= 400, max(lengths, key=lengths.__getitem__)
