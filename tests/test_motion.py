@@ -12,16 +12,21 @@ from structvit_jax import motion
 
 @pytest.fixture(scope="module")
 def found():
-    return dict(motion.trials(*motion.digits(2000)))
+    return dict(motion.trials(*motion.digits(320)))
 
 
-def test_directions_are_read_without_training(found):
+def test_directions_are_read_without_training():
+    clips, labels = motion.digits(2000)
+    assert (motion.direction(motion.read(clips, motion.line_kernels())) == labels).mean() >= 0.98
+
+
+def test_reversed_time_turns_the_answer_around(found):
     assert found["eight kernels, a line for each direction"] >= 0.98
     assert found["reversed in time, the opposite direction"] >= 0.98
 
 
 def test_not_without_patterns_nor_without_order(found):
-    assert found["eight equal kernels (ConvSA)"] == pytest.approx(1 / 8, abs=0.02)
+    assert found["eight equal kernels (ConvSA)"] == pytest.approx(1 / 8, abs=0.05)
     assert 0.3 < found["frames shuffled"] < 0.6
 
 
