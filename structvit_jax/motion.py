@@ -169,41 +169,47 @@ def draw(clip: np.ndarray, label: int) -> bytes:
     from matplotlib.figure import Figure  # here: half a second, for those who draw
 
     grey = jnp.asarray(clip[None, ..., 0], jnp.float32) / 255
-    query = corners(grey)[:, :1]
-    frame, row, column = np.unravel_index(int(query[0, 0]), grey.shape[1:])
-    features = normalised(patches(grey))[0]
-    correlation = np.asarray(features @ features[frame, row, column])
-    attention = maps(grey, line_kernels(), query[0]).attention[0, 0, 0]
-    found = read(clip[None], line_kernels())[0]
+    query = corners(grey)[0, :1]
+    weights = maps(grey, line_kernels(), query).attention[0, 0, 0].sum(axis=1)  # of all frames
     figure = Figure(figsize=(11, 5.2), layout="constrained")
     figure.suptitle(
         f"One StructSA layer, kernels set by hand, nothing trained. The digit moves at {DIRECTIONS[label]}"
     )
     upper, lower = cast(Any, figure.subfigures(2, 1, height_ratios=(2, 1.15)))
-    axes = upper.subplots(2, len(clip))
+    _draw_correlations(upper.subplots(2, len(clip)), clip, grey, int(query[0]))
+    _draw_patterns(
+        lower.subplots(1, len(DIRECTIONS)), np.asarray(weights), read(clip[None], line_kernels())[0]
+    )
+    for axes in figure.axes:
+        axes.set_xticks([])
+        axes.set_yticks([])
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=110)
+    return file.getvalue()
+
+
+def _draw_correlations(axes, clip, grey, query):
+    """Frames above, the query's correlations with their positions below."""
+    frame, row, column = np.unravel_index(query, grey.shape[1:])
+    features = normalised(patches(grey))[0]
+    correlation = np.asarray(features @ features[frame, row, column])
     for t, (above, below) in enumerate(axes.T):
         above.imshow(clip[t])
         above.set_title(f"frame {t}", fontsize=8)
         below.imshow(correlation[t], cmap="RdBu_r", vmin=-1, vmax=1)
-        if t == frame:
-            for place in (above, below):
-                place.plot(column, row, "s", color="#d95f02", markersize=9, markerfacecolor="none")
+    for place in axes[:, frame]:
+        place.plot(column, row, "s", color="#d95f02", markersize=9, markerfacecolor="none")
     axes[0, 0].set_ylabel("clip, query marked", fontsize=8)
     axes[1, 0].set_ylabel("its correlations", fontsize=8)
-    below = lower.subplots(1, len(DIRECTIONS))
-    summed = np.asarray(attention.sum(axis=1))
-    for d, (place, direction) in enumerate(zip(below, DIRECTIONS, strict=True)):
-        place.imshow(summed[d], cmap="viridis", vmin=0, vmax=summed.max())
-        place.set_title(
-            f"{direction}\n{found[d]:.0%}", fontsize=8, weight="bold" if d == found.argmax() else None
-        )
-    below[0].set_ylabel("attention of each\npattern, all frames", fontsize=8)
-    for place in (*axes.flat, *below):
-        place.set_xticks([])
-        place.set_yticks([])
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=110)
-    return file.getvalue()
+
+
+def _draw_patterns(axes, weights, found):
+    """The query's attention to each pattern, and the pattern's share over all queries."""
+    for d, (place, name) in enumerate(zip(axes, DIRECTIONS, strict=True)):
+        place.imshow(weights[d], cmap="viridis", vmin=0, vmax=weights.max())
+        bold = "bold" if d == found.argmax() else None
+        place.set_title(f"{name}\n{found[d]:.0%}", fontsize=8, weight=bold)
+    axes[0].set_ylabel("attention of each\npattern, all frames", fontsize=8)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -212,9 +218,8 @@ def main(argv: Sequence[str]) -> None:
     if len(paths) > 1:
         raise UserError("it takes at most OUT.png, and --clips=N; see --help")
     select_devices("auto")
-    count = _CLIPS.value
-    clips, labels = digits(count)
-    print(f"{count} clips of one of {len(DIRECTIONS)} directions, nothing trained; right:")
+    clips, labels = digits(_CLIPS.value)
+    print(f"{len(clips)} clips of one of {len(DIRECTIONS)} directions, nothing trained; right:")
     for name, share in trials(clips, labels):
         print(f"  {share:.3f} {name}")
     for path in paths:
