@@ -14,8 +14,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from structvit_jax.ops.tpu_kernels import call_kernel
+
 _PRODUCTS = 2 * 2**20  # bytes of queries x keys, in float32, that one step holds a few times over
-_LIMIT = 64 * 2**20  # bytes of vector memory that a kernel may use
+_SEMANTICS = ("parallel", "arbitrary")
+_WORK = 8 * _PRODUCTS  # bytes of all that a step makes of them
 
 
 def forward(
@@ -26,8 +29,9 @@ def forward(
     batch, count, width = query.shape
     key, value = (_cut(x, count) for x in (key, value))
     row, plane, stats = _blocks(query, key, heads)
-    return pl.pallas_call(
+    return call_kernel(
         functools.partial(_forward, heads=heads),
+        (query, key, value),
         grid=(batch, key.shape[1]),
         in_specs=[row, plane, plane],
         out_specs=[row, stats],
@@ -40,10 +44,11 @@ def forward(
             pltpu.VMEM((heads, count), jnp.float32),
             pltpu.VMEM((heads, count), jnp.float32),
         ],
-        compiler_params=_parameters(),
+        semantics=_SEMANTICS,
+        work=_WORK,
         interpret=interpret,
         name="struct_attention",
-    )(query, key, value)
+    )
 
 
 def backward(
@@ -62,8 +67,9 @@ def backward(
     batch, count, width = query.shape
     key, value = (_cut(x, count) for x in (key, value))
     row, plane, stats = _blocks(query, key, heads)
-    d_query, d_key, d_value = pl.pallas_call(
+    d_query, d_key, d_value = call_kernel(
         functools.partial(_backward, heads=heads),
+        (query, key, value, output, cotangent, lse),
         grid=(batch, key.shape[1]),
         in_specs=[row, plane, plane, row, row, stats],
         out_specs=[row, plane, plane],
@@ -72,10 +78,11 @@ def backward(
             pltpu.VMEM((width, count), jnp.float32),
             pltpu.VMEM((heads, count), jnp.float32),
         ],
-        compiler_params=_parameters(),
+        semantics=_SEMANTICS,
+        work=_WORK,
         interpret=interpret,
         name="struct_attention_gradient",
-    )(query, key, value, output, cotangent, lse)
+    )
     return d_query, d_key.reshape(shape), d_value.reshape(shape)
 
 
@@ -92,10 +99,6 @@ def _blocks(query, key, heads):
     row = pl.BlockSpec((1, count, width), lambda b, _: (b, 0, 0))
     plane = pl.BlockSpec((1, 1, *key.shape[2:]), lambda b, j: (b, j, 0, 0))
     return row, plane, pl.BlockSpec((1, heads, count), lambda b, _: (b, 0, 0))
-
-
-def _parameters():
-    return pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=_LIMIT)
 
 
 def _dot(a, b, axes):

@@ -16,9 +16,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from structvit_jax.ops.tpu_kernels import call_kernel
+
 _MARGIN = 8  # zeros beside a row: rows then start on a register, and windows reach no farther
-_LIMIT = 96 * 2**20  # bytes of vector memory that the kernel may use
-_MOST = 48 * 2**20  # of which frames may take
+_MOST = 48 * 2**20  # bytes of vector memory that frames may take
+_WORK = 4 * 2**20  # bytes of what is made of a row
 
 
 def fits(x: jax.Array, kernel: jax.Array) -> bool:
@@ -54,8 +56,9 @@ def gradients(
         return jnp.minimum(t, frames - 1)
 
     frame = (1, 1, height, width, channels)
-    d_x, sums = pl.pallas_call(
+    d_x, sums = call_kernel(
         functools.partial(_kernel, window=window, frames=frames),
+        (x, cotangent, taps),
         grid=(batch, frames + reach),
         in_specs=[
             pl.BlockSpec(frame, lambda b, t: (b, entering(t), 0, 0, 0)),
@@ -74,9 +77,8 @@ def gradients(
             pltpu.VMEM((*ring, channels), jnp.float32),
             pltpu.VMEM((patterns, *ring, channels), jnp.float32),
         ],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("arbitrary", "arbitrary"), vmem_limit_bytes=_LIMIT
-        ),
+        semantics=["arbitrary", "arbitrary"],
+        work=_WORK,
         cost_estimate=pl.CostEstimate(
             flops=4 * cotangent.size * math.prod(window),
             transcendentals=0,
@@ -84,7 +86,7 @@ def gradients(
         ),
         interpret=interpret,
         name="depthwise_gradients",
-    )(x, cotangent, taps)
+    )
     return d_x, jnp.swapaxes(sums.sum(axis=1).reshape(*window, patterns, channels), -1, -2)
 
 

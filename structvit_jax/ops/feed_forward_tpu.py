@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
+
+from structvit_jax.ops.tpu_kernels import call_kernel
 
 _HIDDEN = 2**21  # bytes of hidden rows, in float32, that one step holds a few times over
-_LIMIT = 96 * 2**20  # bytes of vector memory that a kernel may use
+_WORK = 8 * _HIDDEN  # bytes of all that a step makes of them
 
 
 def forward(
@@ -29,16 +30,18 @@ def forward(
     """gelu(x kernel1 + bias1) kernel2 + bias2 for x [rows, inputs]."""
     weights = kernel1, bias1[None], kernel2, bias2[None]
     tile = _tile(x, kernel1)
-    return pl.pallas_call(
+    return call_kernel(
         _forward,
+        (x, *weights),
         grid=(pl.cdiv(len(x), tile),),
         in_specs=[_rows(tile, x.shape[1]), *map(_whole, weights)],
         out_specs=_rows(tile, kernel2.shape[1]),
         out_shape=jax.ShapeDtypeStruct((len(x), kernel2.shape[1]), x.dtype),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=_LIMIT),
+        semantics=["parallel"],
+        work=_WORK,
         interpret=interpret,
         name="mlp",
-    )(x, *weights)
+    )
 
 
 def backward(
@@ -57,16 +60,18 @@ def backward(
         jax.ShapeDtypeStruct(shape, jnp.float32)
         for shape in (kernel1.shape, weights[1].shape, kernel2.shape, (1, kernel2.shape[1]))
     ]
-    d_x, d_kernel1, d_bias1, d_kernel2, d_bias2 = pl.pallas_call(
+    d_x, d_kernel1, d_bias1, d_kernel2, d_bias2 = call_kernel(
         functools.partial(_backward, rows=len(x)),
+        (x, cotangent, *weights),
         grid=(pl.cdiv(len(x), tile),),
         in_specs=[_rows(tile, x.shape[1]), _rows(tile, cotangent.shape[1]), *map(_whole, weights)],
         out_specs=[_rows(tile, x.shape[1]), *map(_whole, sums)],
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype), *sums],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), vmem_limit_bytes=_LIMIT),
+        semantics=["arbitrary"],
+        work=_WORK,
         interpret=interpret,
         name="mlp_gradient",
-    )(x, cotangent, *weights)
+    )
     return d_x, d_kernel1, d_bias1[0], d_kernel2, d_bias2[0]
 
 
