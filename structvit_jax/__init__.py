@@ -6,10 +6,11 @@ import importlib
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["StructAttention", "convert", "cost", "create_model", "list_models", "ops"]
+__all__ = ["StructAttention", "convert", "cost", "create_model", "list_models", "load_trained", "ops"]
 
 # Loaded on first use: processes that only read data load no models.
-_ROOMS = {"StructAttention": "models", "cost": "models", "create_model": "models", "list_models": "models"}
+_ROOMS = dict.fromkeys(("StructAttention", "cost", "create_model", "list_models"), "models")
+_ROOMS["load_trained"] = "trained"
 
 
 def __getattr__(name: str) -> Any:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from absl import flags
+from absl import flags, logging
 from ml_collections import config_flags
 
 from structvit_jax.config import check_config, from_card
-from structvit_jax.errors import UserError, did_you_mean
+from structvit_jax.errors import UserError, did_you_mean, exit_in_one_line
 
 
 @contextlib.contextmanager
@@ -31,6 +32,13 @@ def naming_flags() -> Iterator[None]:
         raise UserError(_last_line(error)) from error
 
 
+def run_command(main: Callable[[list[str]], None]) -> None:
+    """What a module does that is a command: a user's mistake is one line and its exit code."""
+    logging.set_verbosity(logging.FATAL)  # Orbax logs its whole life; what matters it raises
+    with exit_in_one_line():
+        main(sys.argv)
+
+
 def checkpoint_config(argv: Sequence[str], *positional: str) -> list[Any]:
     """What a command that acts on a checkpoint is given: its positional arguments, the first of them the
     checkpoint, and the configuration of its card, with what flags change of it.
@@ -38,9 +46,29 @@ def checkpoint_config(argv: Sequence[str], *positional: str) -> list[Any]:
     Raises:
       UserError: other arguments, no checkpoint, or flags that do not fit.
     """
-    given = [word for word in argv[1:] if not word.startswith("-")]
+    given = _words(argv)
     if len(given) != len(positional):
         raise UserError(f"it takes {' '.join(positional)}, and flags as --config.data.root=DIR; see --help")
+    return [*_of_card(argv, given[0]), *given[1:]]
+
+
+def checkpoint_and_paths(argv: Sequence[str], paths: str) -> tuple[str, Any, list[str]]:
+    """The same for a command that acts on files: --checkpoint, the configuration, and the files' paths, of
+    which there is one at least; `paths` is what they are called."""
+    given = next((word.split("=", 1)[1] for word in argv if re.match("--?checkpoint=.", word)), None)
+    files = _words(argv)
+    if not (given and files):
+        raise UserError(f"it takes --checkpoint=RUN, {paths}, and flags as --config.data.size=N; see --help")
+    flags.DEFINE_string("checkpoint", None, "RUN/checkpoints/STEP, or RUN for its latest.")
+    return (*_of_card(argv, given), files)
+
+
+def _words(argv):
+    return [word for word in argv[1:] if not word.startswith("-")]
+
+
+def _of_card(argv, checkpoint):
+    """The checkpoint's folder, and the configuration of its card with what flags change of it."""
     from structvit_jax.training import (
         mesh,  # here, so that a mistake in other commands' flags is told at once
     )
@@ -48,15 +76,15 @@ def checkpoint_config(argv: Sequence[str], *positional: str) -> list[Any]:
 
     key = "--config.mesh.device="  # asked first, since reading the card opens a device
     mesh.select_devices(next((word.removeprefix(key) for word in argv if word.startswith(key)), "auto"))
-    with open_checkpoint(given[0]) as (checkpoints, step):
-        given[0], card = str(checkpoints.path(step)), checkpoints.card(step)
+    with open_checkpoint(checkpoint) as (checkpoints, step):
+        where, card = str(checkpoints.path(step)), checkpoints.card(step)
     with naming_flags():
         config = from_card(card["config"])
         flag = config_flags.DEFINE_config_dict("config", config, "See structvit_jax.config.")
         flags.FLAGS(list(argv))
     check_config(flag.value)
     mesh.use_compilation_cache(flag.value.mesh.compilation_cache)
-    return [*given, flag.value]
+    return where, flag.value
 
 
 def _unknown_key(message: str) -> str:

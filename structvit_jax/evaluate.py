@@ -9,14 +9,11 @@ predictions.npz.
 
 from __future__ import annotations
 
-import sys
-
-from absl import flags, logging
+from absl import flags
 from etils import epath
 
 from structvit_jax import data
-from structvit_jax.command import checkpoint_config
-from structvit_jax.errors import exit_in_one_line
+from structvit_jax.command import checkpoint_config, run_command
 from structvit_jax.training import loop
 
 _OUT = flags.DEFINE_string("out", None, "Where result.json and predictions.npz go; by default nowhere.")
@@ -29,6 +26,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    logging.set_verbosity(logging.FATAL)  # Orbax logs its whole life; what matters it raises
-    with exit_in_one_line():
-        main(sys.argv)
+    run_command(main)

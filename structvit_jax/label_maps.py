@@ -14,19 +14,18 @@ What was interrupted goes on where it was.
 from __future__ import annotations
 
 import contextlib
-import sys
 from typing import Any
 
 import jax
 import ml_collections
 import numpy as np
-from absl import flags, logging
+from absl import flags
 from tqdm import tqdm
 
 from structvit_jax import data
-from structvit_jax.command import checkpoint_config
+from structvit_jax.command import checkpoint_config, run_command
 from structvit_jax.data.label_maps import LabelMapWriter, digest
-from structvit_jax.errors import UserError, exit_in_one_line
+from structvit_jax.errors import UserError
 from structvit_jax.models.weights import split
 from structvit_jax.ops import batch_split_over
 from structvit_jax.training.checkpoint import open_checkpoint
@@ -39,7 +38,7 @@ _TOP = flags.DEFINE_integer("top", 5, "How many classes are kept at each place."
 
 
 def main(argv: list[str]) -> None:
-    path, folder, config = checkpoint_config(argv, "TEACHER", "FOLDER")
+    path, config, folder = checkpoint_config(argv, "TEACHER", "FOLDER")
     config.data.label_maps = ""
     dataset = data.load(config.data, config.augment, config.train.seed)
     if config.data.frames:
@@ -89,6 +88,4 @@ def write(config: ml_collections.ConfigDict, teacher: str, dataset: data.Dataset
 
 
 if __name__ == "__main__":
-    logging.set_verbosity(logging.FATAL)  # Orbax logs its whole life; what matters it raises
-    with exit_in_one_line():
-        main(sys.argv)
+    run_command(main)

@@ -15,7 +15,6 @@ their motion is synthetic.
 from __future__ import annotations
 
 import io
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
@@ -26,9 +25,9 @@ from absl import flags
 from etils import epath
 from jax.typing import ArrayLike
 
-from structvit_jax.command import naming_flags
+from structvit_jax.command import naming_flags, run_command
 from structvit_jax.data.digits import MovingDigits
-from structvit_jax.errors import UserError, exit_in_one_line
+from structvit_jax.errors import UserError
 from structvit_jax.ops import StructAttentionMaps, convolve_patterns, struct_attention_maps
 from structvit_jax.ops.attention import attention
 from structvit_jax.training.mesh import select_devices
@@ -228,5 +227,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    with exit_in_one_line():
-        main(sys.argv)
+    run_command(main)

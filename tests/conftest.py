@@ -4,6 +4,7 @@ Those of operations also run on a GPU: JAX_PLATFORMS=cuda,cpu python -m pytest -
 """
 
 import contextlib
+import importlib
 import json
 import multiprocessing
 import os
@@ -29,6 +30,7 @@ from bucket import Bucket
 from etils import epath
 
 from structvit_jax import chips, data
+from structvit_jax.command import run_command
 from structvit_jax.ops import batch_split_over
 from structvit_jax.training import lock, mesh
 
@@ -106,20 +108,23 @@ def run(*arguments, **environment):
 
 
 class Command:
-    """The same command in a fork of a process that has done its imports: a second instead of five.
+    """The same, or another module that is a command, in a fork of a process that has done its imports: a
+    second instead of five.
 
     Its environment may be changed, and `first` is called in it before all else.
     """
 
     _server = multiprocessing.get_context("forkserver")
-    _server.set_forkserver_preload(["structvit_jax.main", "structvit_jax.training.loop", "sklearn.datasets"])
+    _server.set_forkserver_preload(
+        ["structvit_jax.command", "structvit_jax.training.loop", "sklearn.datasets"]
+    )
 
-    def __init__(self, folder, *arguments, first=None, **environment):
+    def __init__(self, folder, *arguments, module="structvit_jax.main", first=None, **environment):
         folder.mkdir(parents=True, exist_ok=True)
         self._out, self._err = folder / "stdout", folder / "stderr"
         for path in (self._out, self._err):  # of a command before
             path.unlink(missing_ok=True)
-        given = list(map(str, arguments)), self._out, self._err, first, environment
+        given = module, list(map(str, arguments)), self._out, self._err, first, environment
         self.process = self._server.Process(target=_command, args=given)
         self.process.start()
 
@@ -170,7 +175,7 @@ def processes(folder, *arguments, first=(None, None), more=((), ())):
     ]
 
 
-def _command(arguments, out, err, first, environment):
+def _command(module, arguments, out, err, first, environment):
     """The body of the forked process."""
     os.chdir(ROOT)
     os.environ.update({"XLA_FLAGS": COMPILER} | environment)
@@ -179,12 +184,13 @@ def _command(arguments, out, err, first, environment):
         with open(path, "w") as file:
             os.dup2(file.fileno(), stream.fileno())
     sys.stdout = out.open("w")  # what JAX's own transport prints, from many threads at once, stays out of it
-    sys.argv = ["main.py", *arguments]
-    from structvit_jax import main
-
+    sys.argv = [module, *arguments]
+    command = importlib.import_module(module)
     if first:
         first()
-    main.run()
+    if module == "structvit_jax.main":
+        command.run()
+    run_command(command.main)
 
 
 @pytest.fixture

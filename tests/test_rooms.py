@@ -40,6 +40,12 @@ ROOMS = {
         {"absl", "jax", "numpy", "ml_collections", "tqdm"},
         {"command", "data", "models", "ops", "training", "errors"},
     ),
+    "trained": (
+        {"jax", "numpy", "ml_collections"},
+        {"config", "data", "models", "training", "errors"},
+    ),
+    "predict": ({"absl", "numpy"}, {"command", "trained", "errors"}),
+    "export": ({"absl", "jax", "etils"}, {"command", "config", "ops", "trained", "training", "errors", ""}),
     "sheet": ({"jax", "numpy", "PIL", "etils", "ml_collections"}, {"training"}),
     "training": (
         {"jax", "numpy", "optax", "orbax", "etils", "ml_collections", "tensorboardX"},
@@ -103,5 +109,5 @@ def test_imports_stay_within_the_room(path: Path):
 def test_the_house_stays_small():
     """Places to look at when this fails, not a score: split by subject, not by size."""
     lengths = {path: len(path.read_text().splitlines()) for path in FILES}
-    assert len(lengths) <= 93
+    assert len(lengths) <= 98
     assert max(lengths.values()) <= 400, max(lengths, key=lengths.__getitem__)

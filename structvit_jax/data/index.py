@@ -188,13 +188,20 @@ def _walk(root: str, split: str, video: bool) -> Iterator[Entry]:
                     f"{top}/{label} lies beside the class folders; move it into that of its class"
                 )
             continue
-        for folder, files in walk(os.path.join(top, label)):
-            here = os.path.relpath(folder, root).replace(os.sep, "/")
-            wanted = [name for name in files if name.lower().endswith(VIDEOS if video else IMAGES)]
-            if video and not wanted and folder != os.path.join(top, label) and frame_names(files):
-                yield Entry(here, label)
-            for name in wanted:
-                yield Entry(f"{here}/{name}", label)
+        for name in examples_below(os.path.join(top, label), video):
+            if name != ".":  # a folder of a class is no clip
+                yield Entry(f"{os.path.normpath(split)}/{label}/{name}", label)
+
+
+def examples_below(top: str, video: bool) -> Iterator[str]:
+    """What is in a folder, as paths from it: images, or videos and folders that hold the frames of one, which
+    may be the folder itself, "."."""
+    for folder, files in walk(top):
+        here = os.path.relpath(folder, top).replace(os.sep, "/")
+        wanted = [name for name in files if name.lower().endswith(VIDEOS if video else IMAGES)]
+        if video and not wanted and frame_names(files):
+            yield here
+        yield from wanted if here == "." else (f"{here}/{name}" for name in wanted)
 
 
 def walk(top: str) -> Iterator[tuple[str, list[str]]]:

@@ -57,6 +57,12 @@ class VideoFile:
         """Frees the file and the decoder; waiting for garbage collection would hold many of them."""
         self._container.close()
 
+    @property
+    def seconds(self) -> float:
+        """From the first frame to the last, and as much longer as frames are apart in the mean."""
+        span = float((self._times[-1] - self._times[0]) * self._stream.time_base)
+        return span * self.count / max(self.count - 1, 1)
+
     def frames(self, wanted: Sequence[int], short_side: int = 0) -> np.ndarray:
         """uint8 [len(wanted), height, width, 3], upright, RGB.
 

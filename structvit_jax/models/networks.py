@@ -58,6 +58,11 @@ def _stay(x: jax.Array) -> jax.Array:
     return x
 
 
+def _mean(x: jax.Array) -> jax.Array:
+    """Over all positions, in float32 at least."""
+    return x.mean(axis=tuple(range(1, x.ndim - 1)), dtype=jnp.promote_types(x.dtype, jnp.float32))
+
+
 class Network(nnx.Module):
     """What both networks share: the input's check, stages, pooling and head.
 
@@ -90,10 +95,14 @@ class Network(nnx.Module):
           mix: applied to the first embedding, as MixToken does.
         """
         x = self.norm(self.features(x, key=key, place=place, mix=mix)[-1])
-        pooled = x.mean(axis=tuple(range(1, x.ndim - 1)), dtype=jnp.promote_types(x.dtype, jnp.float32))
+        pooled = _mean(x)
         if self.head is None:
             return pooled, None
         return self.head(pooled), None if self.aux_head is None else self.aux_head(x)
+
+    def pooled(self, x: jax.Array) -> jax.Array:
+        """What the head sees, [batch, width]: the mean over positions of the last map, normalised."""
+        return _mean(self.norm(self.features(x)[-1]))
 
     def features(
         self, x: jax.Array, *, key: jax.Array | None = None, place: Place = _stay, mix: Place = _stay

@@ -12,6 +12,7 @@ import jax
 from jax.sharding import Mesh, PartitionSpec
 
 _mesh: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("mesh", default=None)
+_anywhere: contextvars.ContextVar[bool] = contextvars.ContextVar("anywhere", default=False)
 
 
 @contextlib.contextmanager
@@ -24,10 +25,21 @@ def batch_split_over(mesh: Mesh) -> Iterator[None]:
         _mesh.reset(token)
 
 
+@contextlib.contextmanager
+def running_anywhere() -> Iterator[None]:
+    """Inside, operations are traced for programs that are to run elsewhere, on any platform and without this
+    package: they take forms in JAX alone."""
+    token = _anywhere.set(True)
+    try:
+        yield
+    finally:
+        _anywhere.reset(token)
+
+
 class Target(NamedTuple):
     """What an operation is traced for. Backward passes, which may be traced later, are handed it."""
 
-    platform: str  # "cpu", "gpu" or "tpu"
+    platform: str  # "cpu", "gpu", "tpu", or "any"
     mesh: Mesh | None  # of which all axes split batches; None is one device
     cudnn: bool = False  # whether cuDNN's attention runs there
 
@@ -53,7 +65,9 @@ class Target(NamedTuple):
 
 
 def target() -> Target:
-    """The devices of `batch_split_over`, or JAX's default."""
+    """The devices of `batch_split_over`, or JAX's default; any within `running_anywhere`."""
+    if _anywhere.get():
+        return Target("any", None)
     mesh = _mesh.get()
     device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
     capability = getattr(device, "compute_capability", "")  # "9.0"; AMD's are named otherwise

@@ -153,6 +153,10 @@ class Checkpoints:
         restored = self._restore(step, **{item: ocp.args.StandardRestore(shapes)})[item]
         return jax.tree.map(np.asarray, restored["params"] | restored["batch_stats"]), averaged
 
+    def classes(self, step: int) -> int:
+        """How many classes the model of a step tells apart."""
+        return self._saved(step, _WEIGHTS)["params"]["head.bias"].shape[0]
+
     def has(self, step: int, item: str) -> bool:
         """Whether a checkpoint has a part: "optimizer", "average"."""
         return (self.path(step) / item).exists()
@@ -243,7 +247,7 @@ class Checkpoints:
             more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
             raise UserError(
                 f"checkpoint {self.path(step)} holds another model than the configured one:"
-                f" {card['config']['model']['name']} with {saved['params']['head.bias'].shape[0]} classes"
+                f" {card['config']['model']['name']} with {self.classes(step)} classes"
                 f" ({', '.join(problems[:3])}{more}); {advice}"
             )
 

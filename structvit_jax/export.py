@@ -1,0 +1,99 @@
+"""A trained model as a program by itself: runs wherever JAX does, without this package.
+
+    python -m structvit_jax.export --checkpoint=RUN OUT.jax [--platforms=cpu,cuda,tpu]
+
+Writes OUT.jax, a program serialised by `jax.export` with the weights inside, and OUT.jax.json, its card: what
+it takes and returns, the names of its classes, and where it comes from. It takes any number of examples:
+
+    program = jax.export.deserialize(open("OUT.jax", "rb").read())
+    logits = program.call(pixels)  # uint8 [batch, [time,] height, width, 3] -> float32 [batch, classes]
+
+JAX runs programs at least six months younger than it, and older ones for as long (its own promise).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+from etils import epath
+
+import structvit_jax
+from structvit_jax.command import checkpoint_and_paths, run_command
+from structvit_jax.config import INPUTS
+from structvit_jax.errors import UserError, known
+from structvit_jax.ops import running_anywhere
+from structvit_jax.trained import Trained, load_trained
+from structvit_jax.training.storage import naming_failures, write, write_json
+
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+_PLATFORMS = flags.DEFINE_list("platforms", ["cpu", "cuda", "tpu"], "What the program runs on.")
+_SAMPLING = ("frames", "stride", "sampling", "size", "crop_fraction", "test_clips", "test_crops")
+
+
+def export(trained: Trained, platforms: Sequence[str] = ("cpu", "cuda", "tpu")) -> jax.export.Exported:
+    """The program: uint8 [batch, [time,] height, width, 3] -> logits, float32 [batch, classes].
+
+    Pixels are normalised inside. Operations take forms in JAX that run anywhere, slower than those of the
+    framework: the C++ of CPUs and the kernels of TPUs are not there where the program is loaded.
+
+    Raises:
+      UserError: an unknown platform.
+    """
+    for platform in platforms:
+        known("platform", platform, PLATFORMS)
+
+    def logits(pixels):
+        return trained.network(trained.normalized(pixels[None]))[0].astype(jnp.float32)
+
+    (batch,) = jax.export.symbolic_shape("batch")
+    example = jax.ShapeDtypeStruct((batch, *trained.reader.shape), jnp.uint8)
+    with running_anywhere():
+        return jax.export.export(jax.jit(jax.vmap(logits)), platforms=platforms)(example)
+
+
+def card(trained: Trained, program: jax.export.Exported, content: bytes) -> dict[str, Any]:
+    """What is told of a program beside it."""
+    data = trained.config.data
+    axes = ["batch", *["time"] * (data.frames > 0), "height", "width", "channels"]
+    return {
+        "model": trained.config.model.name,
+        "checkpoint": trained.where,
+        "input": {
+            "type": "uint8",
+            "axes": axes,
+            "shape": [None, *trained.reader.shape],
+            "channels": data.channels or INPUTS["channels"],
+            "normalised": "inside the program",
+            "sampling": {key: data[key] for key in _SAMPLING},
+        },
+        "output": {"type": "float32", "axes": ["batch", "class"], "is": "logits"},
+        "class_names": list(trained.class_names),
+        "platforms": list(program.platforms),
+        "calling_convention": program.calling_convention_version,
+        "versions": {"jax": jax.__version__, "structvit_jax": structvit_jax.__version__},
+        "sha256": hashlib.sha256(content).hexdigest(),
+    }
+
+
+def main(argv: list[str]) -> None:
+    checkpoint, config, paths = checkpoint_and_paths(argv, "OUT.jax")
+    if len(paths) > 1:
+        raise UserError(f"it writes one file; {', '.join(paths)} are {len(paths)}")
+    path = epath.Path(paths[0])
+    trained = load_trained(checkpoint, config)
+    program = export(trained, _PLATFORMS.value)
+    content = bytes(program.serialize())
+    with naming_failures(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(path, content)
+        write_json(path.with_name(path.name + ".json"), card(trained, program, content))
+    print(f"{path}: {len(content):,} bytes for {', '.join(program.platforms)}; its card is {path.name}.json")
+
+
+if __name__ == "__main__":
+    run_command(main)
