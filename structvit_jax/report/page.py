@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from etils import epath
 
@@ -39,14 +38,14 @@ def write_report(workdirs: Sequence[str], out: str | None = None, hardest: int =
     """
     with naming_failures(epath.Path(workdirs[0])):
         records = read_records(workdirs)
-    path = epath.Path(out) if out else records[0].workdir / FILE
-    content = page(records, hardest)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(path, content)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise UserError(f"{path} cannot be written: {reason}; choose another place with --out") from error
+        path = epath.Path(out) if out else records[0].workdir / FILE
+        content = page(records, hardest)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(path, content)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise UserError(f"{path} cannot be written: {reason}; choose another place with --out") from error
     return path
 
 
@@ -103,12 +102,12 @@ def _named(records: Sequence[Record]) -> list[Markup]:
 def _summary(records: Sequence[Record]) -> Markup:
     facts = [_facts(record) for record in records]
     rows = [(name, *(fact[name] for fact in facts)) for name in facts[0]]
-    return table("summary of the runs", ["", *_named(records)], rows, id="facts")
+    return table("summary of the runs", ["", *_named(records)], rows, id="facts", class_="byrun")
 
 
 def _facts(record: Record) -> dict[str, str]:
     """What the summary says of a run, in words."""
-    result, seconds = record.result or {}, record.seconds or {}
+    result, seconds = record.result, record.seconds
 
     def score(key):
         return f"{result[key]:.4f}" if isinstance(result.get(key), int | float) else NOTHING
@@ -140,13 +139,15 @@ def _differences(records: Sequence[Record]) -> Markup:
         return joined([title, tag("p", "Nothing.")])
     rows = [
         (
-            tag("th", tag("code", key), scope="row"),
+            tag("code", joined(key.split("."), ".<wbr>")),
             repr(own),
             *(repr(c.get(key, (own, own))[1]) for c in found),
         )
         for key, own in sorted(values.items())
     ]
-    return joined([title, table("differences", ["key", *_named(records)], rows, id="differences")])
+    return joined(
+        [title, table("differences", ["key", *_named(records)], rows, id="differences", class_="byrun")]
+    )
 
 
 def _curves(records: Sequence[Record]) -> Markup:
@@ -171,17 +172,23 @@ def _goodput(records: Sequence[Record]) -> Markup:
     for activity, colour in zip(ACTIVITIES, _ACTIVITY_COLOURS, strict=True):
         swatch = tag("span", class_="swatch", style=f"background:{colour}")
         rows.append((joined([swatch, activity]), *(_time(record.seconds, activity) for record in told)))
-    rows.append(("all", *(f"{sum((record.seconds or {}).values()):.1f} s" for record in told)))
-    shown = table("seconds of each activity", ["", *(record.name for record in told)], rows, id="seconds")
+    rows.append(("all", *(f"{sum(record.seconds.values()):.1f} s" for record in told)))
+    shown = table(
+        "seconds of each activity",
+        ["", *(record.name for record in told)],
+        rows,
+        id="seconds",
+        class_="byrun",
+    )
     return joined([tag("p", explained), *bars, shown])
 
 
-def _time(seconds: Any, activity: str) -> str:
+def _time(seconds: Mapping[str, float], activity: str) -> str:
     spent = seconds.get(activity, 0.0)
     return f"{spent:.1f} s, {spent / (sum(seconds.values()) or 1):.0%}"
 
 
-def _stack(seconds: Any) -> Markup:
+def _stack(seconds: Mapping[str, float]) -> Markup:
     """A bar of all activities; the table below it says the same in numbers."""
     total = sum(seconds.values()) or 1
     parts = [

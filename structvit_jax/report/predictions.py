@@ -48,7 +48,7 @@ class Predictions(NamedTuple):
         return np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
 
     def by_class(self) -> list[ClassScore]:
-        """Every class that has examples, the worst first."""
+        """Every class that has examples, the worst first, and of equal ones the largest."""
         confusion = self.confusion()
         examples = np.bincount(self.labels, minlength=len(self.class_names))
         wrong = confusion * ~np.eye(len(confusion), dtype=bool)
@@ -59,7 +59,7 @@ class Predictions(NamedTuple):
             times = int(wrong[number, other])
             right = int(confusion[number, number])
             scores.append(ClassScore(number, int(examples[number]), right, other if times else None, times))
-        return sorted(scores, key=lambda score: score.accuracy)
+        return sorted(scores, key=lambda score: (score.accuracy, -score.examples))
 
     def hardest(self, count: int, average: str) -> list[tuple[int, np.ndarray]]:
         """The wrong examples of which the model was surest, surest first, and their probabilities [classes].

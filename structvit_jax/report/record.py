@@ -29,15 +29,15 @@ Line = dict[str, Any]  # of metrics.jsonl
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """Files of a run, read; None or empty where they are not there yet."""
+    """Files of a run, read; empty, or None, where they are not there yet."""
 
     workdir: epath.Path
     name: str  # tells it from the others of a report
     config: ml_collections.ConfigDict
     lines: tuple[Line, ...]  # of steps and evaluations, in their order
-    result: dict[str, Any] | None
+    result: dict[str, Any]
     predictions: Predictions | None
-    seconds: dict[str, float] | None  # by activity, see `structvit_jax.training.goodput`
+    seconds: dict[str, float]  # by activity, see `structvit_jax.training.goodput`
 
     @property
     def step(self) -> int:
@@ -57,7 +57,7 @@ class Record:
     @property
     def rate(self) -> float | None:
         """Examples a second, over all the time in steps and in waiting for input."""
-        spent = (self.seconds or {}).get("step", 0) + (self.seconds or {}).get("input", 0)
+        spent = self.seconds.get("step", 0) + self.seconds.get("input", 0)
         return self.step * self.config.data.batch_size / spent if spent else None
 
     @functools.cached_property
@@ -78,14 +78,16 @@ class Record:
         """What is not there, and what the page lacks for it, a sentence each."""
         lacks = {
             f"Not trained yet: there is no {METRICS}, so there are no curves.": not self.lines,
-            f"Not evaluated yet: there is no {RESULT}, so there are no scores.": self.result is None,
+            f"Not evaluated yet: there is no {RESULT}, so there are no scores.": not self.result,
             f"There is no {predictions.FILE}, so nothing is known of single classes and examples.": (
                 self.predictions is None
             ),
-            f"There is no {goodput.FILE}, so nothing is known of the time.": self.seconds is None,
+            f"There is no {goodput.FILE}, so nothing is known of the time.": not self.seconds,
         }
-        scored = (self.result or {}).get("step", self.step)
-        lacks[f"Its scores are of step {scored}; it is now at step {self.step}."] = scored != self.step
+        scored = self.result.get("step", self.step)
+        lacks[f"Its scores are of step {scored}; it is now at step {self.step}."] = (
+            bool(self.lines) and scored != self.step
+        )
         return [sentence for sentence, lacking in lacks.items() if lacking]
 
 
@@ -111,23 +113,24 @@ def _read_record(workdir: epath.Path, name: str) -> Record:
             " its --workdir when it starts training"
         )
     config = _read_config(workdir / CONFIG)
-    path, time = workdir / predictions.FILE, _read_object(workdir / goodput.FILE) or {}
-    found = read_predictions(path) if path.exists() else None
     lines, result = _read_lines(workdir / METRICS), _read_object(workdir / RESULT)
-    return Record(workdir, name, config, lines, result, found, time.get("seconds"))
+    path = workdir / predictions.FILE
+    found = read_predictions(path) if path.exists() else None
+    seconds = _read_object(workdir / goodput.FILE).get("seconds", {})
+    return Record(workdir, name, config, lines, result, found, seconds)
 
 
 def _read_config(path: epath.Path) -> ml_collections.ConfigDict:
     try:
-        return from_card(_read_object(path) or {})
+        return from_card(_read_object(path))
     except (TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} is damaged: {' '.join(str(error).split())[:200]}") from error
 
 
-def _read_object(path: epath.Path) -> dict[str, Any] | None:
-    """The object in a JSON file; None where there is no file."""
+def _read_object(path: epath.Path) -> dict[str, Any]:
+    """The object in a JSON file; empty where there is no file."""
     if not path.exists():
-        return None
+        return {}
     if (found := read_json(path)) is None:
         raise UserError(f"{path} is damaged: it holds no JSON object. The command of the run writes it anew")
     return found
