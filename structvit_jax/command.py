@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from absl import flags
+from absl import app, flags
 from ml_collections import config_flags
 
 from structvit_jax.config import check_config, from_card
@@ -16,11 +16,12 @@ from structvit_jax.errors import UserError, did_you_mean
 
 @contextlib.contextmanager
 def naming_flags() -> Iterator[None]:
-    """For reading flags, those of a configuration among them.
+    """For reading flags, those of a configuration and --help among them.
 
     Raises:
       UserError: an unknown flag or key, or a value that it does not take.
     """
+    app.define_help_flags()
     try:
         yield
     except (KeyError, AttributeError) as error:
