@@ -467,3 +467,4 @@ def test_the_command(copy, tmp_path):
     assert (process.returncode, process.stdout) == (0, f"{out}\n"), process.stderr
     assert len(list(parse(out).one("ol").all("li"))) == 2
     assert "WORKDIR [WORKDIR ...]" in refusal(run("--hardest=2"))
+    assert "[--hardest=24]" in run("--help").stdout

@@ -76,19 +76,19 @@ class Record:
 
     def missing(self) -> list[str]:
         """What is not there, and what the page lacks for it, a sentence each."""
-        lacks = {
-            f"Not trained yet: there is no {METRICS}, so there are no curves.": not self.lines,
-            f"Not evaluated yet: there is no {RESULT}, so there are no scores.": not self.result,
-            f"There is no {predictions.FILE}, so nothing is known of single classes and examples.": (
-                self.predictions is None
-            ),
-            f"There is no {goodput.FILE}, so nothing is known of the time.": not self.seconds,
-        }
         scored = self.result.get("step", self.step)
-        lacks[f"Its scores are of step {scored}; it is now at step {self.step}."] = (
-            bool(self.lines) and scored != self.step
+        outdated = bool(self.lines) and scored != self.step
+        found = (
+            (not self.lines, f"Not trained yet: there is no {METRICS}, so there are no curves."),
+            (not self.result, f"Not evaluated yet: there is no {RESULT}, so there are no scores."),
+            (
+                not self.predictions,
+                f"There is no {predictions.FILE}, so nothing is known of single examples.",
+            ),
+            (not self.seconds, f"There is no {goodput.FILE}, so nothing is known of the time."),
+            (outdated, f"Its scores are of step {scored}; it is now at step {self.step}."),
         )
-        return [sentence for sentence, lacking in lacks.items() if lacking]
+        return [sentence for lacking, sentence in found if lacking]
 
 
 def read_records(words: Sequence[str]) -> list[Record]:
