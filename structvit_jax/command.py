@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from absl import flags, logging
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from structvit_jax.config import check_config, from_card
@@ -17,11 +17,12 @@ from structvit_jax.errors import UserError, did_you_mean, exit_in_one_line
 
 @contextlib.contextmanager
 def naming_flags() -> Iterator[None]:
-    """For reading flags, those of a configuration among them.
+    """For reading flags, those of a configuration and --help among them.
 
     Raises:
       UserError: an unknown flag or key, or a value that it does not take.
     """
+    app.define_help_flags()
     try:
         yield
     except (KeyError, AttributeError) as error:
@@ -64,6 +65,10 @@ def checkpoint_and_paths(argv: Sequence[str], paths: str) -> tuple[str, Any, lis
 
 
 def _words(argv):
+    """Positional arguments. Where help is asked for, it is given, and that is the end."""
+    if any(re.fullmatch("--?help(full|short)?", word) for word in argv):
+        with naming_flags():
+            flags.FLAGS(list(argv))
     return [word for word in argv[1:] if not word.startswith("-")]
 
 

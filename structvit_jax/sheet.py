@@ -41,12 +41,17 @@ def write(config: ml_collections.ConfigDict, data: Any, path: epath.Path) -> int
     if data.train.is_image:
         sheet = _grid([[_picture(p)] for p in pixels[: _COLUMNS * _ROWS]], captions, beside=_COLUMNS)
     else:
-        shown = np.unique(np.linspace(0, pixels.shape[1] - 1, min(_COLUMNS, pixels.shape[1])).astype(int))
+        shown = evenly_spaced(pixels.shape[1], _COLUMNS)
         sheet = _grid([[_picture(clip[frame]) for frame in shown] for clip in pixels[:_ROWS]], captions)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:
         sheet.save(file, "PNG")
     return min(len(pixels), _COLUMNS * _ROWS if data.train.is_image else _ROWS)
+
+
+def evenly_spaced(frames: int, most: int) -> np.ndarray:
+    """The frames of a clip to show, the first and the last among them."""
+    return np.unique(np.linspace(0, frames - 1, min(most, frames)).astype(int))
 
 
 def _caption(target: np.ndarray, class_names: tuple[str, ...]) -> str:

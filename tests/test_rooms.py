@@ -36,6 +36,10 @@ ROOMS = {
     "recipes": ({"ml_collections"}, {"config", "errors"}),
     "command": ({"absl", "ml_collections"}, {"config", "training", "errors"}),
     "evaluate": ({"absl", "etils"}, {"command", "data", "training", "errors"}),
+    "report": (
+        {"absl", "numpy", "etils", "ml_collections", "matplotlib", "PIL"},
+        {"report", "command", "data", "sheet", "training", "models", "config", "errors"},
+    ),
     "label_maps": (
         {"absl", "jax", "numpy", "ml_collections", "tqdm"},
         {"command", "data", "models", "ops", "training", "errors"},
@@ -109,5 +113,5 @@ def test_imports_stay_within_the_room(path: Path):
 def test_the_house_stays_small():
     """Places to look at when this fails, not a score: split by subject, not by size."""
     lengths = {path: len(path.read_text().splitlines()) for path in FILES}
-    assert len(lengths) <= 98
+    assert len(lengths) <= 108
     assert max(lengths.values()) <= 400, max(lengths, key=lengths.__getitem__)

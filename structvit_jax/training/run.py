@@ -142,13 +142,21 @@ def as_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
     return json.loads(config.to_json_best_effort())
 
 
-def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "config") -> list[str]:
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """What changed between two configurations, a line each."""
-    lines = []
+    return [
+        f"{key} is now {after!r}; the checkpoint was trained with {before!r}"
+        for key, (before, after) in changes(old, new).items()
+    ]
+
+
+def changes(old: dict[str, Any], new: dict[str, Any], prefix: str = "config") -> dict[str, tuple[Any, Any]]:
+    """The keys in which two configurations differ, as config.train.seed, with both values."""
+    found: dict[str, tuple[Any, Any]] = {}
     for key in sorted(old.keys() | new.keys()):
         before, after = old.get(key), new.get(key)
         if isinstance(before, dict) and isinstance(after, dict):
-            lines += differences(before, after, f"{prefix}.{key}")
+            found |= changes(before, after, f"{prefix}.{key}")
         elif before != after:
-            lines.append(f"{prefix}.{key} is now {after!r}; the checkpoint was trained with {before!r}")
-    return lines
+            found[f"{prefix}.{key}"] = before, after
+    return found
