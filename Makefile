@@ -1,5 +1,6 @@
 # make run    set up and train the default model      make test   set up, lint and test
 # make lint   ruff and mypy alone                     make lock   resolve requirements.lock anew
+# make browser  the page of structvit_jax.explain in Chromium, a minute (Debian: apt install chromium)
 # make kills  kill runs at random moments, 40 minutes (ARGS="--kills 0 --layouts": compare layouts instead)
 
 PYTHON ?= python3
@@ -18,7 +19,7 @@ STAMP := $(VENV)/.installed-$(ACCELERATOR)
 # To test the reading of its files: the build for CPUs, since PyPI's brings CUDA libraries unlike JAX's.
 TORCH ?= torch==2.13.0+cpu
 
-.PHONY: run test lint lock kills
+.PHONY: run test lint lock browser kills
 
 run: $(STAMP)
 	$(BIN)/python -m structvit_jax.main --config=configs/moving_digits.py $(ARGS)
@@ -30,6 +31,10 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+browser: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock "playwright>=1.50"
+	$(BIN)/python tests/browser.py $(ARGS)
 
 kills: $(STAMP)
 	$(BIN)/python tests/kills.py $(ARGS)

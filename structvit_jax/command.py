@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -36,8 +37,14 @@ def naming_flags() -> Iterator[None]:
 def run_command(main: Callable[[list[str]], None]) -> None:
     """What a module does that is a command: a user's mistake is one line and its exit code."""
     logging.set_verbosity(logging.FATAL)  # Orbax logs its whole life; what matters it raises
-    with exit_in_one_line():
-        main(sys.argv)
+    try:
+        with exit_in_one_line():
+            main(sys.argv)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # what read the output has ended
+        os._exit(1)
 
 
 def checkpoint_config(argv: Sequence[str], *positional: str) -> list[Any]:

@@ -82,6 +82,23 @@ class Trained:
         """uint8 pixels as the network takes them, float32."""
         return normalize(jnp.asarray(pixels), self.config)
 
+    def scores(self, views: np.ndarray) -> np.ndarray:
+        """Of one example with all its views, uint8 [views, ...]: float32 [classes], as an evaluation's."""
+        mesh = make_mesh(1, 1, jax.devices()[:1])
+        structure, weights = split(self.network)
+        step = make_eval_step(structure, self.config, mesh, weights)
+        batch = {"inputs": views[None], "labels": np.zeros(1, np.int32)}
+        batch |= {"mask": np.ones(1, bool), "index": np.zeros(1, np.int32)}
+        return np.asarray(step(weights, put_batch(mesh, batch))["scores"])[0]
+
+    def prediction(self, name: str, scores: np.ndarray, features: np.ndarray | None = None) -> Prediction:
+        """Scores with their probabilities and classes."""
+        shares = scores
+        if self.config.eval.average == "logits":
+            shares = np.exp(scores - scores.max())
+            shares /= shares.sum()
+        return Prediction(name, "", self.class_names, scores, shares, features)
+
     def predict(
         self, paths: Sequence[str], *, every: float = 0, features: bool = False
     ) -> Iterator[Prediction]:
@@ -119,15 +136,11 @@ class Trained:
             if index < 0:
                 continue
             name = source.id(int(index))
-            if not batch["mask"][row]:
+            if batch["mask"][row]:
+                yield self.prediction(name, scores[row], features[row])
+            else:
                 empty = np.full_like(scores[row], np.nan)
                 yield Prediction(name, problems[name], self.class_names, empty, empty, None)
-                continue
-            shares = scores[row]
-            if self.config.eval.average == "logits":
-                shares = np.exp(shares - shares.max())
-                shares /= shares.sum()
-            yield Prediction(name, "", self.class_names, scores[row], shares, features[row])
 
     def _pooled(self, weights: Weights, inputs: jax.Array) -> jax.Array:
         """uint8 [rows, views, ...] -> float32 [rows, views, width]."""

@@ -50,6 +50,10 @@ ROOMS = {
     ),
     "predict": ({"absl", "numpy"}, {"command", "trained", "errors"}),
     "export": ({"absl", "jax", "etils"}, {"command", "config", "ops", "trained", "training", "errors", ""}),
+    "explain": (
+        {"absl", "jax", "numpy", "matplotlib", "PIL", "etils"},
+        {"explain", "command", "data", "models", "ops", "trained", "training", "errors"},
+    ),
     "sheet": ({"jax", "numpy", "PIL", "etils", "ml_collections"}, {"training"}),
     "training": (
         {"jax", "numpy", "optax", "orbax", "etils", "ml_collections", "tensorboardX"},
@@ -113,5 +117,5 @@ def test_imports_stay_within_the_room(path: Path):
 def test_the_house_stays_small():
     """Places to look at when this fails, not a score: split by subject, not by size."""
     lengths = {path: len(path.read_text().splitlines()) for path in FILES}
-    assert len(lengths) <= 108
+    assert len(lengths) <= 113
     assert max(lengths.values()) <= 400, max(lengths, key=lengths.__getitem__)

@@ -71,6 +71,11 @@ class Reader:
         return self.data.test_clips * self.data.test_crops
 
     @property
+    def middle(self) -> int:
+        """Which of the views is the middle crop of the middle clip."""
+        return self.data.test_clips // 2 * self.data.test_crops + self.data.test_crops // 2
+
+    @property
     def arrays(self) -> Arrays:
         """Of what a training example has."""
         own: Arrays = {"inputs": (self.shape, np.uint8), "labels": ((), np.int32)}

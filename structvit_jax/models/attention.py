@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -100,23 +101,25 @@ class StructAttention(nnx.Module):
         self.value_kernels = kernels(value_window, value_kernels)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        operands = self._operands(x)
+        operands = self.operands(x)
         self._declare(x)
         y = struct_attention(*operands, stride=self.stride, method=self.method)
         return self.proj(y.reshape(x.shape))
 
     def maps(self, x: jax.Array, queries: ArrayLike) -> StructAttentionMaps:
         """The attention maps, dynamic kernels and final maps of the queries at flat grid positions [Q]."""
-        return struct_attention_maps(*self._operands(x), stride=self.stride, queries=queries)
+        return struct_attention_maps(*self.operands(x), stride=self.stride, queries=queries)
 
-    def _operands(self, x):
+    def operands(self, x: jax.Array) -> tuple[Any, ...]:
+        """What `structvit_jax.ops.struct_attention` is given: queries, keys and values
+        [batch, *grid, heads, channels], and the kernels of keys and values, or None in place of each."""
         qkv = self.qkv(x)
         parts = jnp.split(qkv, 3, axis=-1)
         query, key, value = (x.reshape(*x.shape[:-1], self.heads, -1) for x in parts)
         kernels = [
             None if k is None else k[...].astype(qkv.dtype) for k in (self.key_kernels, self.value_kernels)
         ]
-        return query, key, value, *kernels
+        return (query, key, value, *kernels)
 
     def _declare(self, x):
         batch, *grid, width = x.shape

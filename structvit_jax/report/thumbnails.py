@@ -41,8 +41,8 @@ class Thumbnails:
         if name not in self._places:
             raise DecodeError("the data do not hold it any more")
         views = self._data.test.test(self._places[name])["inputs"]
-        middle = self._config.test_clips // 2 * self._config.test_crops + self._config.test_crops // 2
-        view = views[middle] if self._config.frames else views[middle][None]
+        view = views[self._data.test.middle]
+        view = view if self._config.frames else view[None]
         frames = list(view[sheet.evenly_spaced(len(view), FRAMES)])
         gap = np.full((view.shape[1], GAP, 3), 255, np.uint8)
         strip = np.concatenate([frames[0], *(part for frame in frames[1:] for part in (gap, frame))], axis=1)

@@ -1,0 +1,186 @@
+"""The page of structvit_jax.explain in a real browser: `make browser`, a minute; not part of the tests.
+
+Pages of models with random weights are opened in Chromium, headless. What their script computes is compared
+with the model's own maps; a query is clicked, keys are pressed, layers and heads are chosen, and the maps
+have to change. Without Chromium or Playwright it says so, and that nothing was tested.
+"""
+
+import argparse
+import itertools
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from structvit_jax import create_model
+from structvit_jax.explain import layers, page, query_maps
+from structvit_jax.explain.maps import position_of
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+OPTIONS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+WIDTHS = {"desktop": (1280, 900), "phone": (390, 844)}
+SMALL = {"widths": (8, 8, 16, 16), "head_width": 8, "depths": (1, 1, 2, 1)}
+READ = """([number, head, query]) => {
+    const layer = window.structvit.sees()[number].layer;
+    const maps = window.structvit.explain(layer, head, query);
+    const kappa = window.structvit.kappa(layer, head, maps.attention, 0);
+    const arrays = [maps.correlation, maps.attention, maps.final, kappa].map((a) => Array.from(a));
+    return [layer.name, maps.rank, ...arrays];
+}"""
+ASK = """() => {
+    const started = performance.now();
+    window.structvit.update();
+    return performance.now() - started;
+}"""
+
+
+def build(names, shape, overrides):
+    """A page of models side by side, and their layers."""
+    x = jax.random.normal(jax.random.key(0), (1, *shape, 3))
+    pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
+    found = {name: layers(create_model(name, num_classes=3, seed=1, **overrides[name]), x) for name in names}
+    shown = [page.Shown(name, "says", own) for name, own in found.items()]
+    first = next(iter(found[names[0]]))
+    point = (0.5,) * len(shape)
+    return page.build(shown, pixels, title="noise", layer=first, head=0, point=point), found
+
+
+def open_page(browser, html, folder, size):
+    path = Path(folder) / "page.html"
+    path.write_text(html)
+    tab = browser.new_page(viewport=dict(zip(("width", "height"), size, strict=True)))
+    tab.complaints = []
+    tab.on("console", lambda message: tab.complaints.append(message.text))
+    tab.on("pageerror", lambda error: tab.complaints.append(str(error)))
+    tab.goto(path.as_uri())
+    tab.wait_for_selector("body[data-ready]", timeout=60_000)
+    return tab
+
+
+def check_numbers(tab, found):
+    """The script's maps are the model's, to what half precision leaves, for all layers and heads."""
+    compared = 0
+    for name in tab.locator("#layer option").all_inner_texts():
+        tab.select_option("#layer", name)
+        for number, own in enumerate(found.values()):
+            layer = own.get(name)
+            if layer is None:
+                continue
+            last = int(np.prod(layer.grid)) - 1
+            for head, query in itertools.product(range(layer.attention.heads), (0, last // 2, last)):
+                shown, rank, correlation, attention, final, kappa = tab.evaluate(READ, [number, head, query])
+                position = np.unravel_index(query, layer.grid)
+                maps = query_maps(layer, head, tuple(map(int, position)))
+                assert shown == name
+                near(correlation, maps.correlation)
+                near(attention, maps.attention)
+                near(final, maps.final.mean(axis=-1))
+                near(kappa, maps.kappa.reshape(-1, *maps.kappa.shape[len(layer.grid) :])[0].mean(axis=-1))
+                assert abs(rank - maps.rank) < 0.02, (rank, maps.rank)
+                compared += 1
+    return compared
+
+
+def near(shown, own):
+    np.testing.assert_allclose(np.ravel(shown), np.ravel(own), atol=4e-3 * np.abs(own).max())
+
+
+def check_pointing(tab, found):
+    """A click, keys, another layer and head: each changes the maps, and what the address says."""
+    frames, maps = tab.locator("#frames"), tab.locator("canvas.map")
+
+    def picture():
+        return [maps.nth(i).evaluate("canvas => canvas.toDataURL()") for i in range(maps.count())]
+
+    def changes(act):
+        before, address = picture(), tab.url
+        act()
+        assert picture() != before and tab.url != address
+        layer = next(iter(found.values()))[tab.input_value("#layer")]
+        share = tab.evaluate("window.structvit.state.query")[3 - len(layer.grid) :]
+        cell = ", row {}, column {}".format(*position_of(layer, share)[-2:])
+        assert cell.lstrip(", ") in tab.locator("#where").inner_text()
+
+    tab.select_option("#layer", tab.locator("#layer option").all_inner_texts()[0])
+    box = frames.bounding_box()
+    changes(lambda: frames.click(position={"x": box["width"] * 0.9, "y": box["height"] * 0.2}))
+    changes(lambda: frames.press("ArrowDown"))
+    changes(lambda: frames.press("ArrowLeft"))
+    if tab.evaluate("window.structvit.sees()[0].layer.grid[0]") > 1:
+        changes(lambda: frames.press("PageUp"))
+    changes(lambda: tab.select_option("#head", "1"))
+    changes(lambda: tab.select_option("#layer", tab.locator("#layer option").all_inner_texts()[-1]))
+    said = tab.locator(".at").first.inner_text()
+    maps.nth(1).click(position={"x": 12, "y": 12})
+    assert tab.locator(".at").first.inner_text() != said
+    address, sees = tab.url, tab.evaluate("window.structvit.state.query")
+    tab.goto("about:blank")
+    tab.goto(address)  # which brings back the same query
+    tab.wait_for_selector("body[data-ready]")
+    np.testing.assert_allclose(tab.evaluate("window.structvit.state.query"), sees, atol=1e-3)
+
+
+def check_width(tab):
+    """Nothing but what scrolls by itself is wider than the window."""
+    assert tab.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+
+
+def small_pages():
+    video = ("structvit_tiny_4_2_video", "structvit_tiny_1_1_video", "uniformer_tiny_video")
+    yield "video", *build(video, (6, 48, 64), dict.fromkeys(video, SMALL))
+    shared = SMALL | {"key_kernels": "shared", "value_kernels": "shared", "key_window": 5}
+    yield "image", *build(["structvit_tiny_3_1"], (48, 48), {"structvit_tiny_3_1": shared})
+
+
+def check_large(browser, folder):
+    """The page of StructViT-S on 16 frames of 224 x 224 opens, and answers a click, in good time."""
+    name = "structvit_s_4_1_video"
+    html, _ = build([name], (16, 224, 224), {name: {"depths": (1, 1, 8, 3)}})
+    started = time.monotonic()
+    tab = open_page(browser, html, folder, WIDTHS["desktop"])
+    opened = time.monotonic() - started
+    answer = tab.evaluate(ASK)
+    memory = tab.evaluate("performance.memory ? performance.memory.usedJSHeapSize / 2**20 : 0")
+    kept = tab.locator("#layer option").count()
+    print(
+        f"{name}, 16 x 224 x 224: {len(html) / 2**20:.1f} MB, {kept} of 11 layers, opens in {opened:.1f} s,"
+        f" a query takes {answer:.0f} ms, {memory:.0f} MB of JavaScript's memory"
+    )
+    assert not tab.complaints and answer < 1000
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--screenshots", help="Folder for pictures of the pages, at two widths.")
+    options = parser.parse_args()
+    path = next(filter(None, map(shutil.which, BROWSERS)), None)
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        path = None
+    if path is None:
+        print(f"skipped, nothing tested: it needs {' or '.join(BROWSERS)}, and pip install playwright")
+        return
+    pages = list(small_pages())
+    with sync_playwright() as play, tempfile.TemporaryDirectory() as folder:
+        browser = play.chromium.launch(executable_path=path, args=OPTIONS)
+        for kind, html, found in pages:
+            for device, size in WIDTHS.items():
+                tab = open_page(browser, html, folder, size)
+                check_width(tab)
+                compared = check_numbers(tab, found)
+                check_pointing(tab, found)
+                if options.screenshots:
+                    tab.screenshot(path=f"{options.screenshots}/{kind}_{device}.png", full_page=True)
+                assert not tab.complaints, tab.complaints
+                print(f"{kind}, {device}: {compared} queries as the model's, pointing and keys work")
+        check_large(browser, folder)
+        browser.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
