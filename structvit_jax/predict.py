@@ -4,8 +4,9 @@
         [--every=SECONDS] [--features=DIR] [--config.data.test_clips=N ...]
 
 One line for each file, in the order given; of a folder all videos (or images) that are in it, a folder of
-frames being one video. --every cuts longer videos into parts of so many seconds, a line each. Any key of the
-configuration that the model was trained with can be changed, as the number of views.
+frames being one video; test:N is example N of the data that the model was tested on. --every cuts longer
+videos into parts of so many seconds, a line each. Any key of the configuration that the model was trained
+with can be changed, as the number of views.
 
 --features=DIR gets, for each example, what the head sees: float32 [views, width] as DIR/EXAMPLE.npy.
 

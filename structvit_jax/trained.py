@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import types
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,7 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
+from structvit_jax import data
 from structvit_jax.config import from_card, model_arguments
 from structvit_jax.data.files import Files, find
 from structvit_jax.data.pipeline import WHOLE, test_batches
@@ -59,7 +61,7 @@ class Trained:
     @property
     def reader(self) -> Reader:
         """Reads examples as the evaluation does."""
-        return self._reader(Files([], self.class_names, video=self.config.data.frames > 0))
+        return self._reader(self.find([]))
 
     def _reader(self, source: Files) -> Reader:
         section = {key: types.SimpleNamespace(**self.config[key]) for key in ("data", "augment")}
@@ -68,10 +70,15 @@ class Trained:
     def find(self, paths: Sequence[str], *, every: float = 0) -> Files:
         """The examples that paths of files and folders stand for; see `structvit_jax.data.files.find`."""
         video = self.config.data.frames > 0
-        return Files(find(paths, video=video, every=every), self.class_names, video=video)
+        entries = find(paths, video=video, every=every)
+        return Files(entries, self.class_names, video=video, test=lambda: self._test)
+
+    @functools.cached_property
+    def _test(self) -> data.Source:
+        return data.load(self.config.data, self.config.augment, self.config.train.seed).test.source
 
     def read(self, path: str) -> np.ndarray:
-        """The views of one file that an evaluation sees, uint8 [views, [time,] height, width, 3].
+        """The views of a file, or of test:N, that an evaluation sees: uint8 [views, *shape of an input].
 
         Raises:
           DecodeError: it cannot be read.

@@ -46,8 +46,9 @@ def test_the_first_block_is_make():
     assert BLOCKS[0] == ("bash", "run", "make run\nmake test\n")
 
 
-def test_make_run(tmp_path):
+def test_make_run_and_what_uses_its_checkpoint(command, tmp_path):
     """In the environment that runs the tests, with the installing step taken as done."""
+    tmp_path = tmp_path / "moving_digits"
     arguments = shlex.join([*SHORT, *SMALL, f"--workdir={tmp_path}"])
     make = ["make", f"--assume-old={sys.prefix}/.installed-cpu", "run", f"VENV={sys.prefix}"]
     words, environment = [*make, "ACCELERATOR=cpu", f"ARGS={arguments}"], os.environ | {"XLA_FLAGS": COMPILER}
@@ -55,6 +56,18 @@ def test_make_run(tmp_path):
     assert process.returncode == 0, process.stderr
     assert "result: top1" in process.stdout
     assert (tmp_path / "result.json").exists()
+
+    (lines,) = [body for language, kind, body in BLOCKS if kind == "use"]
+    for line in lines.splitlines():
+        _, _, module, *words = shlex.split(line.replace("runs/moving_digits", str(tmp_path)))
+        module += ".__main__" if (ROOT / module.replace(".", "/")).is_dir() else ""
+        done = command(*words, module=module)
+        assert done.returncode == 0, done.stderr
+        assert str(tmp_path) in done.stdout or "test:2: " in done.stdout
+    made = {path.name for path in tmp_path.iterdir()}
+    assert made >= {"explained.png", "explained.html", "report.html", "model.jax", "model.jax.json"}
+    (code,) = [body for language, kind, body in BLOCKS if kind == "trained"]
+    exec(code.replace("runs/moving_digits", str(tmp_path)).replace("(2, 1, 1)", "(1, 0, 2)"), {})
 
 
 def test_the_commands(command, tmp_path):
@@ -133,6 +146,8 @@ def test_no_block_is_left_unchecked():
         ("bash", "run"),
         ("bash", "clips"),
         ("bash", "finetune"),
+        ("bash", "use"),
+        ("python", "trained"),
         ("python", "run"),
         ("python", "config"),
     }

@@ -60,6 +60,15 @@ def test_the_numbers_of_the_evaluation(root, run):
             assert [trained.class_names[i] for i in np.argsort(-row)[:2]] == [name for name, _ in best]
 
 
+def test_examples_of_the_test_split(run):
+    trained = structvit_jax.load_trained(str(run))
+    with np.load(run / "predictions.npz") as saved:
+        scores = saved["scores"]
+    good, bad = trained.predict(["test:4", "test:9"])
+    np.testing.assert_allclose(good.scores, scores[4], rtol=1e-4, atol=1e-5)
+    assert (good.id, bad.problem) == ("test:4", "the test examples are test:0 to test:8")
+
+
 def test_features_are_what_the_head_sees(root, run):
     trained = structvit_jax.load_trained(str(run))
     for prediction in trained.predict([str(root / "val")], features=True):

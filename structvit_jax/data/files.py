@@ -1,22 +1,35 @@
-"""Files and folders without labels, in the order given: what a trained model is asked about."""
+"""Files and folders, in the order given, whose labels nobody asks for: what a trained model is shown."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from structvit_jax.data.index import Entry, examples_below
 from structvit_jax.data.media import IMAGES, Media, open_media
+from structvit_jax.data.reader import Source
 from structvit_jax.data.video import VideoFile
 from structvit_jax.errors import DecodeError, UserError
 
+TEST = "test:"  # test:N is example N of a test split
+
 
 class Files:
-    """A source of examples whose label is 0 for want of a better one."""
+    """A source of examples whose label is 0 for want of a better one.
 
-    def __init__(self, entries: Sequence[Entry], class_names: Sequence[str], *, video: bool):
-        self._entries, self._video, self.class_names = entries, video, tuple(class_names)
+    Args:
+      entries: see `find`.
+      class_names: of the model.
+      video: whether the model takes videos, or else images.
+      test: opens the split that entries called test:N are of.
+    """
+
+    def __init__(
+        self, entries: Sequence[Entry], class_names: Sequence[str], *, video: bool, test: Callable[[], Source]
+    ):
+        self._entries, self._video, self._test = entries, video, test
+        self.class_names = tuple(class_names)
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -27,6 +40,8 @@ class Files:
     def open(self, index: int) -> tuple[Media, int]:
         """Raises DecodeError: it cannot be read, or is an image where clips are wanted or the reverse."""
         entry = self._entries[index]
+        if entry.path.startswith(TEST):
+            return self._example(entry.path.removeprefix(TEST)), 0
         if not os.path.exists(entry.path):
             raise DecodeError("no such file")
         if self._video and entry.path.lower().endswith(IMAGES):
@@ -35,12 +50,18 @@ class Files:
             raise DecodeError(f"not an image ({', '.join(IMAGES)}); this model takes images")
         return open_media(entry.path, entry.start, entry.end), 0
 
+    def _example(self, number: str) -> Media:
+        source = self._test()
+        if not number.isdecimal() or int(number) >= len(source):
+            raise DecodeError(f"the test examples are {TEST}0 to {TEST}{len(source) - 1}")
+        return source.open(int(number))[0]
+
 
 def find(paths: Sequence[str], *, video: bool, every: float = 0) -> list[Entry]:
     """The examples that paths stand for: a file itself, of a folder all that is in it.
 
     Args:
-      paths: of files and folders. For videos, a folder that holds images is one clip.
+      paths: of files and folders, and test:N. For videos, a folder that holds images is one clip.
       video: whether examples are videos, or else images.
       every: seconds; longer videos are cut into parts of this length, an example each. 0 cuts none.
 

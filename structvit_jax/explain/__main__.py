@@ -23,12 +23,12 @@ import numpy as np
 from absl import flags
 from etils import epath
 
-from structvit_jax import data
 from structvit_jax.command import checkpoint_and_paths, run_command
 from structvit_jax.errors import DecodeError, UserError, known
 from structvit_jax.explain import page, picture
 from structvit_jax.explain.maps import Layer, layers, position_of, query_maps, textured
 from structvit_jax.trained import Trained, load_trained
+from structvit_jax.training.checkpoint import FOLDER
 from structvit_jax.training.storage import naming_failures, write
 
 _QUERY = flags.DEFINE_list("query", None, "Frame, row and column of the position that is explained.")
@@ -49,7 +49,8 @@ class Explained(NamedTuple):
 
     @property
     def title(self) -> str:
-        return f"{self.trained.config.model.name} ({self.trained.where})"
+        run, _, step = self.trained.where.rpartition(f"/{FOLDER}/")
+        return f"{self.trained.config.model.name}, {run}, step {step}"
 
 
 def main(argv: list[str]) -> None:
@@ -82,27 +83,17 @@ def main(argv: list[str]) -> None:
 
 
 def _explained(trained: Trained, path: str) -> Explained:
-    """Raises UserError: a file that cannot be read, or an example that is not there."""
+    """Raises UserError: a file that cannot be read."""
     try:
-        views, middle = _views(trained, path), trained.reader.middle
+        views = trained.read(path)
     except DecodeError as error:
         raise UserError(f"{path}: {error}") from error
-    view = views[middle]
+    view = views[trained.reader.middle]
     x = trained.normalized(view[None])
     best = trained.prediction(path, trained.scores(views)).best(3)
     says = ", ".join(f"{name} {share:.3f}" for name, share in best)
     pixels = view[..., ::-1] if trained.config.data.channels == "bgr" else view
     return Explained(trained, pixels, layers(trained.network, x), says)
-
-
-def _views(trained: Trained, path: str) -> np.ndarray:
-    if not path.startswith("test:"):
-        return trained.read(path)
-    dataset = data.load(trained.config.data, trained.config.augment, trained.config.train.seed)
-    number = path.removeprefix("test:")
-    if not number.isdecimal() or int(number) >= dataset.test_examples:
-        raise UserError(f"{path}: the test examples are test:0 to test:{dataset.test_examples - 1}")
-    return dataset.test.test(int(number))["inputs"]
 
 
 def _last(found: Mapping[str, Layer]) -> str:
