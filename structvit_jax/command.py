@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from absl import app, flags, logging
+from etils import epath
 from ml_collections import config_flags
 
 from structvit_jax.config import check_config, from_card
@@ -45,6 +46,30 @@ def run_command(main: Callable[[list[str]], None]) -> None:
         sys.exit(130)
     except BrokenPipeError:  # what read the output has ended
         os._exit(1)
+
+
+def config_path(argv: Sequence[str]) -> epath.Path:
+    """The file that --config names, without an argument after ':'.
+
+    Raises:
+      UserError: none, or one that is not there.
+    """
+    path = _named_config(argv)
+    if path.suffix != ".py" or not path.is_file():
+        folder = path if path.is_dir() else path.parent
+        known = [str(file) for file in folder.glob("*.py")] if folder.is_dir() else []
+        hint = did_you_mean("" if path.is_dir() else str(path), known) if known else ""
+        raise UserError(f"no configuration file (.py) at {str(path)!r}.{hint}")
+    return path
+
+
+def _named_config(argv: Sequence[str]) -> epath.Path:
+    for position, word in enumerate(argv):
+        if match := re.match("--?config=(.*)", word):
+            return epath.Path(match[1].split(":")[0])
+        if word in ("--config", "-config") and position + 1 < len(argv):
+            return epath.Path(argv[position + 1].split(":")[0])
+    raise UserError("say which configuration: --config=configs/moving_digits.py")
 
 
 def checkpoint_config(argv: Sequence[str], *positional: str) -> list[Any]:

@@ -37,6 +37,7 @@ def default_config() -> ml_collections.ConfigDict:
     config.eval = _eval()
     config.checkpoint = _checkpoint()
     config.bench = _bench()
+    config.ablate = _ablate()
     config.mesh = _mesh()
     return config.lock()
 
@@ -65,7 +66,7 @@ def _data() -> ml_collections.ConfigDict:
     data.name = "moving_digits"  # see structvit_jax.data.SOURCES
     data.root = ""  # of "folder": where the splits are
     data.train_split = "train"  # a folder of class folders, or a list, below the root
-    data.test_split = "val"
+    data.test_split = "val"  # of moving digits "tune" is clips of training scans, to choose settings on
     data.batch_size = 64  # clips or images per step, over all devices, repeats included
     data.train_examples = 0  # for data made on the fly: how many examples an epoch has
     data.test_examples = 0  # the same for the test split
@@ -164,6 +165,18 @@ def _bench() -> ml_collections.ConfigDict:
     bench.only = ""  # names, as "model" or "blocks1.*,*.attend"; "" is all
     bench.rounds = 5  # turns that all take, of which medians are told
     return bench
+
+
+def _ablate() -> ml_collections.ConfigDict:
+    """What structvit_jax.ablate compares."""
+    ablate = ml_collections.ConfigDict()
+    ablate.arms = ()  # each "NAME: key=value key=value", as "D = 4: model.structure_dim=4"
+    ablate.against = ""  # the arm that others are compared with; "" is the first
+    ablate.same_time = ""  # the arm whose time all others get in further runs; "" makes none
+    ablate.lrs = ()  # peak learning rates, of which each arm takes its best; () leaves optimizer.lr
+    ablate.tune_seeds = 2  # runs of each learning rate, on clips to tune on
+    ablate.seeds = 5  # runs of each arm, on test clips
+    return ablate
 
 
 def _mesh() -> ml_collections.ConfigDict:
@@ -297,7 +310,8 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (  # what they nee
         "to be at least 1",
         lambda n: n >= 1,
         "data.batch_size eval.batch_size data.stride data.size data.test_clips augment.repeats"
-        " train.accumulate train.max_skipped checkpoint.keep mesh.fsdp mesh.heartbeat bench.rounds",
+        " train.accumulate train.max_skipped checkpoint.keep mesh.fsdp mesh.heartbeat bench.rounds"
+        " ablate.tune_seeds ablate.seeds",
     ),
     (
         "to be 0 or more",

@@ -9,7 +9,6 @@ The same command resumes a run that was interrupted.
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Sequence
 
@@ -19,9 +18,9 @@ from etils import epath
 from ml_collections import config_flags
 
 from structvit_jax import data
-from structvit_jax.command import naming_flags
+from structvit_jax.command import config_path, naming_flags
 from structvit_jax.config import check_config
-from structvit_jax.errors import UserError, did_you_mean, exit_in_one_line
+from structvit_jax.errors import UserError, exit_in_one_line
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file, as configs/moving_digits.py.")
 _MODE = flags.DEFINE_enum(
@@ -53,7 +52,7 @@ def _act(config: ml_collections.ConfigDict) -> None:
     """What --mode says."""
     from structvit_jax.training import start
 
-    workdir = epath.Path(_WORKDIR.value or os.path.join("runs", _config_path(sys.argv).stem))
+    workdir = epath.Path(_WORKDIR.value or os.path.join("runs", config_path(sys.argv).stem))
     config = start.settle_inputs(config, workdir)
     dataset = data.load(config.data, config.augment, config.train.seed)
     # here, so that a mistake in the data is told at once
@@ -85,26 +84,11 @@ def _act(config: ml_collections.ConfigDict) -> None:
     loop.train(config, workdir, dataset)
 
 
-def _config_path(argv: Sequence[str]) -> epath.Path:
-    """The file that --config names, without an argument after ':'."""
-    for position, word in enumerate(argv):
-        if match := re.match("--?config=(.*)", word):
-            return epath.Path(match[1].split(":")[0])
-        if word in ("--config", "-config") and position + 1 < len(argv):
-            return epath.Path(argv[position + 1].split(":")[0])
-    raise UserError("say which configuration: --config=configs/moving_digits.py")
-
-
 def _parse(argv: Sequence[str]) -> list[str]:
     """Reads the flags; whatever is wrong with them becomes one line that says what is near."""
     if any(word.startswith(("--help", "-help")) or word in ("-h", "-?") for word in argv):
         return flags.FLAGS(["main", "--help"])
-    path = _config_path(argv)
-    if path.suffix != ".py" or not path.is_file():
-        folder = path if path.is_dir() else path.parent
-        known = [str(file) for file in folder.glob("*.py")] if folder.is_dir() else []
-        hint = did_you_mean("" if path.is_dir() else str(path), known) if known else ""
-        raise UserError(f"no configuration file (.py) at {str(path)!r}.{hint}")
+    config_path(argv)
     with naming_flags():
         return flags.FLAGS(list(argv))
 

@@ -34,7 +34,7 @@ ROOMS = {
     ),
     "config": ({"ml_collections"}, {"models", "errors"}),
     "recipes": ({"ml_collections"}, {"config", "errors"}),
-    "command": ({"absl", "ml_collections"}, {"config", "training", "errors"}),
+    "command": ({"absl", "etils", "ml_collections"}, {"config", "training", "errors"}),
     "evaluate": ({"absl", "etils"}, {"command", "data", "training", "errors"}),
     "report": (
         {"absl", "numpy", "etils", "ml_collections", "matplotlib", "PIL"},
@@ -53,6 +53,10 @@ ROOMS = {
     "explain": (
         {"absl", "jax", "numpy", "matplotlib", "PIL", "etils"},
         {"explain", "command", "data", "models", "ops", "trained", "training", "errors"},
+    ),
+    "ablate": (
+        {"absl", "jax", "numpy", "scipy", "matplotlib", "etils", "ml_collections"},
+        {"ablate", "command", "config", "data", "models", "training", "errors", ""},
     ),
     "sheet": ({"jax", "numpy", "PIL", "etils", "ml_collections"}, {"training"}),
     "training": (
@@ -117,5 +121,5 @@ def test_imports_stay_within_the_room(path: Path):
 def test_the_house_stays_small():
     """Places to look at when this fails, not a score: split by subject, not by size."""
     lengths = {path: len(path.read_text().splitlines()) for path in FILES}
-    assert len(lengths) <= 113
+    assert len(lengths) <= 119
     assert max(lengths.values()) <= 400, max(lengths, key=lengths.__getitem__)

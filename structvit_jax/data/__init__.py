@@ -7,7 +7,7 @@ import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from structvit_jax.data.digits import Digits, MovingDigits
+from structvit_jax.data.digits import DigitMotions, Digits, MovingDigits
 from structvit_jax.data.index import read_splits
 from structvit_jax.data.label_maps import LabelMaps
 from structvit_jax.data.noise import Noise
@@ -23,7 +23,11 @@ from structvit_jax.data.pipeline import (
 from structvit_jax.data.reader import Arrays, Reader, Source
 from structvit_jax.errors import UserError, unknown
 
-BUILT_IN: dict[str, Callable[[str, int, int], Source]] = {"moving_digits": MovingDigits, "digits": Digits}
+BUILT_IN: dict[str, Callable[[str, int, int], Source]] = {
+    "moving_digits": MovingDigits,
+    "digit_motions": DigitMotions,
+    "digits": Digits,
+}
 SOURCES = (*BUILT_IN, "folder", "tfds:NAME", "noise:CLASSES")
 
 
@@ -164,7 +168,8 @@ def load(data: Mapping[str, Any], augment: Mapping[str, Any], seed: int = 0) -> 
     test: Source
     if name in BUILT_IN:
         make = BUILT_IN[name]
-        train, test = make("train", options.train_examples, seed), make("test", options.test_examples, seed)
+        tested = "tune" if options.test_split == "tune" else "test"
+        train, test = make("train", options.train_examples, seed), make(tested, options.test_examples, seed)
     elif name == "folder":
         train, test = _open_folder(options.root, *splits, video=options.frames > 0)
     elif name.startswith("noise:"):

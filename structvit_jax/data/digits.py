@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 
+import cv2
 import numpy as np
 
 from structvit_jax.data.media import Decoded
@@ -44,49 +45,112 @@ def _to_rgb(grey: np.ndarray) -> np.ndarray:
     return np.repeat(pixels[..., None], 3, axis=-1)
 
 
+# Of the numbers that clips are made of. Clips to tune on show scans for training, so that tests stay fresh.
+_STREAMS = {"train": 0, "test": 1, "tune": 2}
+
+
 class MovingDigits:
     """Clips of one digit that drifts over a torus; the label is its direction, in steps of 45 degrees.
 
     Training clip i draws from default_rng((seed, 0, i)), test clip i from default_rng((0, 1, i)) for every
     seed; its label is i % 8. The start is uniform and the picture wraps, so that every single frame looks
     the same for all classes, and classes come in time-reversed pairs: one frame gives 1/8, ignoring the
-    order 1/2 at most.
+    order 1/2 at most. The split "tune" is more clips of the scans for training, from default_rng((0, 2, i)).
     """
 
-    class_names = tuple(f"{45 * d} degrees" for d in range(8))
+    name = "moving_digits"
+    class_names: tuple[str, ...] = tuple(f"{45 * d} degrees" for d in range(8))
     _frames, _side = 8, 24
     _digit = 12  # its side, in pixels
+    _speed = 0.75, 1.75  # pixels a frame
+    _noise = 0.05
 
     def __init__(self, split: str, examples: int, seed: int):
         if examples < 1:
-            raise UserError(f"moving_digits are made on the fly: config.data.{split}_examples says how many")
+            raise UserError(f"{self.name} are made on the fly: config.data.{split}_examples says how many")
         self._split, self._examples = split, examples
-        self._entropy = (seed, 0) if split == "train" else (0, 1)
-        self._scans = [_enlarge(scan, self._digit) for scan in _scans(split)[0]]
+        self._entropy = (seed if split == "train" else 0, _STREAMS[split])
+        self._scans = [
+            _enlarge(scan, self._digit) for scan in _scans("test" if split == "test" else "train")[0]
+        ]
 
     def __len__(self) -> int:
         return self._examples
 
     def id(self, index: int) -> str:
-        return f"moving_digits/{self._split}/{index}"
+        return f"{self.name}/{self._split}/{index}"
 
     def open(self, index: int) -> tuple[Decoded, int]:
-        frames, side = self._frames, self._side
         rng = np.random.default_rng((*self._entropy, index))
         label = index % len(self.class_names)
-        scan = self._scans[rng.integers(len(self._scans))]
-        start = rng.uniform(0, side, 2)
-        speed = rng.uniform(0.75, 1.75)  # pixels a frame
-        contrast = rng.uniform(0.6, 1.0)
-        angle = np.deg2rad(45 * label)
-        step = speed * np.array([-np.sin(angle), np.cos(angle)])  # rows grow downwards
-        corners = start + step * np.arange(frames)[:, None]  # [frame, axis]
-        # Distance from every row (column) of the picture to every row (column) of the digit, wrapped.
-        distance = np.arange(side)[:, None] - corners[:, :, None, None] - np.arange(self._digit)
-        rows, columns = np.moveaxis(_hat((distance + side / 2) % side - side / 2), 1, 0)
-        clip = contrast * (rows @ scan @ np.swapaxes(columns, 1, 2))
-        clip += rng.normal(0, 0.05, clip.shape)
+        clip = self._clip(rng, label)
+        clip += rng.normal(0, self._noise, clip.shape)
         return Decoded(_to_rgb(clip)), label
+
+    def _clip(self, rng: np.random.Generator, label: int) -> np.ndarray:
+        """Grey in 0..1 [time, height, width], without noise."""
+        scan = self._scans[rng.integers(len(self._scans))]
+        start = rng.uniform(0, self._side, 2)
+        speed = rng.uniform(*self._speed)
+        contrast = rng.uniform(0.6, 1.0)
+        return contrast * self._placed(scan, start + self._steps(45 * label, speed))
+
+    def _steps(self, degrees: float, speed: float) -> np.ndarray:
+        """[frames, 2]: how far down and to the right what drifts has come in each frame."""
+        angle = np.deg2rad(degrees)
+        step = speed * np.array([-np.sin(angle), np.cos(angle)])  # rows grow downwards
+        return step * np.arange(self._frames)[:, None]
+
+    def _placed(self, pictures: np.ndarray, corners: np.ndarray) -> np.ndarray:
+        """Pictures [side, side], or one for each frame, at corners [frames, 2], wrapped: [frames, ...]."""
+        side = self._side
+        # Distance from every row (column) of the frame to every row (column) of the picture, wrapped.
+        distance = np.arange(side)[:, None] - corners[:, :, None, None] - np.arange(pictures.shape[-1])
+        rows, columns = np.moveaxis(_hat((distance + side / 2) % side - side / 2), 1, 0)
+        return rows @ pictures @ np.swapaxes(columns, 1, 2)
+
+
+class DigitMotions(MovingDigits):
+    """Harder: a digit, turned any way, drifts slowly or turns in place, beside another that lies still, in
+    more noise. The label is the drift's direction, or which way it turns.
+
+    Every clip starts with a digit turned by a uniform angle at a uniform place, so that single frames look
+    the same for all classes; they come in time-reversed pairs.
+    """
+
+    name = "digit_motions"
+    class_names = (*MovingDigits.class_names, "turning left", "turning right")
+    _frame = 18  # side of the square in which a digit turns, in pixels
+    _speed = 0.4, 1.0
+    _turn = 5.0, 12.0  # degrees a frame
+    _noise = 0.12
+
+    def _clip(self, rng, label):
+        moving = self._turned_any_way(rng, label)
+        still = self._turned(self._scans[rng.integers(len(self._scans))], rng.uniform(0, 360, 1))
+        places = np.repeat(rng.uniform(0, self._side, (1, 2)), self._frames, axis=0)
+        return np.maximum(moving, rng.uniform(0.3, 0.7) * self._placed(still, places))
+
+    def _turned_any_way(self, rng, label):
+        scan, start = self._scans[rng.integers(len(self._scans))], rng.uniform(0, self._side, 2)
+        angle, turn, speed = rng.uniform(0, 360), rng.uniform(*self._turn), rng.uniform(*self._speed)
+        drifts = label < len(MovingDigits.class_names)
+        turn *= 0 if drifts else (1, -1)[label - len(MovingDigits.class_names)]
+        pictures = self._turned(scan, angle + turn * np.arange(self._frames))
+        steps = self._steps(45 * label, speed if drifts else 0.0)
+        return rng.uniform(0.6, 1.0) * self._placed(pictures, start + steps)
+
+    def _turned(self, scan, degrees):
+        """[len(degrees), 18, 18]: the scan in the middle of a square, turned counterclockwise."""
+        side, middle = self._frame, (self._frame - 1) / 2
+        edge = (side - self._digit) // 2
+        square = np.pad(scan, edge).astype(np.float32)
+        return np.stack(
+            [
+                cv2.warpAffine(square, cv2.getRotationMatrix2D((middle, middle), angle, 1.0), (side, side))
+                for angle in degrees
+            ]
+        )
 
 
 class Digits:

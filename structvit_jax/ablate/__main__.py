@@ -1,0 +1,41 @@
+"""Trains a grid of arms and seeds and says what they show.
+
+    python -m structvit_jax.ablate --config=configs/ablate.py [--workdir=DIR] [--config.section.key=value ...]
+
+The section `ablate` of the configuration says the arms, the learning rates of which each arm takes the one
+that is best on clips to tune on, and how many seeds each gets on the test clips, which nothing is chosen by.
+Writes ablation.md (tables), ablation.json (every run) and ablation.png into the workdir, again after every
+arm. The same command goes on where it was interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from absl import flags
+from etils import epath
+from ml_collections import config_flags
+
+from structvit_jax.command import config_path, naming_flags, run_command
+from structvit_jax.config import check_config
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file, as configs/ablate.py.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where the runs live; by default runs/NAME.")
+
+
+def main(argv: list[str]) -> None:
+    path = config_path(argv)
+    with naming_flags():
+        flags.FLAGS(list(argv))
+    config = _CONFIG.value
+    check_config(config)
+    from structvit_jax.ablate import study  # here, so that a mistake in flags is told at once
+    from structvit_jax.training import mesh
+
+    mesh.select_devices(config.mesh.device)
+    mesh.use_compilation_cache(config.mesh.compilation_cache)
+    study.run(config, epath.Path(_WORKDIR.value or f"runs/{path.stem}"), " ".join(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    run_command(main)

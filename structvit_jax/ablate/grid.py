@@ -1,0 +1,192 @@
+"""The runs of an ablation: arms x learning rates on clips to tune on, then arms x seeds on fresh ones."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import ml_collections
+import numpy as np
+from etils import epath
+
+from structvit_jax import data
+from structvit_jax.config import check_config, durations, model_arguments
+from structvit_jax.errors import UserError, known
+from structvit_jax.models import cost, get_variant
+from structvit_jax.training import goodput, loop
+from structvit_jax.training.run import as_json, differences
+from structvit_jax.training.storage import read_json
+
+_TUNING = 1000  # seeds from here on are for choosing learning rates
+
+
+class Arm(NamedTuple):
+    """What one arm changes of the configuration."""
+
+    name: str
+    changes: dict[str, Any]  # values by key, as {"model.structure_dim": 4}
+
+    @property
+    def folder(self) -> str:
+        return re.sub(r"[^\w.=-]+", "_", self.name).strip("_")
+
+
+def arms(config: ml_collections.ConfigDict) -> list[Arm]:
+    """The arms of config.ablate.arms, each written "NAME: key=value key=value".
+
+    Raises:
+      UserError: one that is written otherwise, two of the same name, an unknown key, or a model that is none.
+    """
+    found = [_arm(text) for text in config.ablate.arms]
+    if len(found) < 2:
+        raise UserError("config.ablate.arms has to name two arms at least; see configs/ablate.py")
+    if len({arm.folder for arm in found}) < len(found):
+        raise UserError(f"config.ablate.arms: names should differ: {', '.join(arm.name for arm in found)}")
+    for arm in found:
+        get_variant(**model_arguments(changed(config, arm.changes)))
+    for key in ("against", "same_time"):
+        if config.ablate[key]:
+            known(f"arm in config.ablate.{key}", config.ablate[key], [arm.name for arm in found])
+    return found
+
+
+def _arm(text: str) -> Arm:
+    name, colon, words = text.partition(":")
+    pairs = [word.partition("=") for word in words.split()]
+    if not colon or not name.strip() or not all(equals and value for _, equals, value in pairs):
+        raise UserError(f"config.ablate.arms: {text!r} should be 'NAME: key=value key=value'")
+    return Arm(name.strip(), {key: _value(value) for key, _, value in pairs})
+
+
+def _value(word: str) -> Any:
+    try:
+        return ast.literal_eval(word)
+    except (ValueError, SyntaxError):
+        return word
+
+
+def changed(config: ml_collections.ConfigDict, changes: dict[str, Any]) -> ml_collections.ConfigDict:
+    """A configuration with other values.
+
+    Raises:
+      UserError: a key that is not there, or a value that it does not take.
+    """
+    config = config.copy_and_resolve_references()
+    for key, value in changes.items():
+        section, _, name = key.rpartition(".")
+        part = config
+        for word in filter(None, section.split(".")):
+            part = part[known("section of the configuration", word, part.keys())]
+        known(f"key of config.{section}", name, part.keys())
+        try:
+            part[name] = value
+        except (TypeError, ValueError) as error:
+            raise UserError(f"config.{key} does not take {value!r}: {error}") from error
+    check_config(config)
+    return config
+
+
+class Found(NamedTuple):
+    """What a run came to."""
+
+    arm: str
+    seed: int
+    lr: float
+    steps: int
+    top1: float
+    seconds: float  # of a step, waiting for input included
+
+
+class Size(NamedTuple):
+    """Of an arm's model."""
+
+    params: int
+    macs: int  # multiply-accumulates of one example
+
+
+class Ablation:
+    """Trains what is not trained yet; what was interrupted goes on.
+
+    Args:
+      config: with its section `ablate`.
+      workdir: gets a folder for each run, of the workdir of `structvit_jax.main`.
+    """
+
+    def __init__(self, config: ml_collections.ConfigDict, workdir: epath.Path):
+        self.arms = arms(config)
+        self._config, self._workdir = config, workdir
+        dataset = data.load(config.data, config.augment, config.train.seed)
+        self._shape, self._classes = dataset.shape, len(dataset.class_names)
+        self.steps = durations(config, dataset.rows_per_epoch).total
+
+    def size(self, arm: Arm) -> Size:
+        arguments = model_arguments(changed(self._config, arm.changes))
+        counted = cost(arguments.pop("name"), self._shape, self._classes, **arguments)
+        return Size(counted.params, counted.macs)
+
+    def tuned(self, arm: Arm) -> tuple[float, list[Found]]:
+        """The learning rate that is best on clips to tune on, by the mean over seeds; and all tried."""
+        options = self._config.ablate
+        rates = [float(rate) for rate in options.lrs] or [self._config.optimizer.lr]
+        if len(rates) == 1:
+            return rates[0], []
+        tried = [
+            self._run(arm, f"tune/lr={rate:g}", lr=rate, seed=_TUNING + seed, tune=True)
+            for rate in rates
+            for seed in range(options.tune_seeds)
+        ]
+        means = [np.mean([one.top1 for one in tried if one.lr == rate]) for rate in rates]
+        return rates[int(np.argmax(means))], tried
+
+    def runs(self, arm: Arm, lr: float) -> list[Found]:
+        """Of all seeds, for as many steps as configured, on test clips."""
+        return [self._run(arm, "steps", lr=lr, seed=seed) for seed in range(self._config.ablate.seeds)]
+
+    def runs_of(self, arm: Arm, lr: float, seconds: float, step: float) -> list[Found]:
+        """The same for as many steps as take `seconds` of training where one takes `step`."""
+        steps = max(1, round(seconds / step))
+        return [
+            self._run(arm, "time", lr=lr, seed=seed, steps=steps) for seed in range(self._config.ablate.seeds)
+        ]
+
+    def _run(
+        self, arm: Arm, kind: str, *, lr: float, seed: int, steps: int | None = None, tune: bool = False
+    ) -> Found:
+        changes = {"optimizer.lr": lr, "train.seed": seed} | arm.changes
+        if steps:
+            changes["train.duration"] = f"{steps} steps"
+        if tune:
+            changes["data.test_split"] = "tune"
+        config, workdir = changed(self._config, changes), self._workdir / arm.folder / kind / f"seed={seed}"
+        total = steps or self.steps
+        if not (result := _finished(config, workdir, total)):
+            print(f"\n{arm.name}, {kind}, seed {seed}: {workdir}", flush=True)
+            dataset = data.load(config.data, config.augment, config.train.seed)
+            result = loop.train(config, workdir, dataset)
+        seconds = (read_json(workdir / goodput.FILE) or {})["seconds"]
+        each = (seconds["step"] + seconds["input"]) / total
+        return Found(arm.name, seed, lr, total, result["top1"], each)
+
+
+def _finished(config: ml_collections.ConfigDict, workdir: epath.Path, steps: int) -> dict[str, Any] | None:
+    """The result of a run that is complete.
+
+    Raises:
+      UserError: it was trained with another configuration.
+    """
+    if not (workdir / "config.json").exists():
+        return None
+    changes = differences(read_json(workdir / "config.json") or {}, as_json(config))
+    changes = [line for line in changes if not line.startswith(("config.ablate.", "config.mesh."))]
+    if changes:
+        raise UserError(
+            f"{workdir} is of another ablation: {'; '.join(changes[:3])}; choose another --workdir"
+        )
+    return loop.read_result(workdir, steps)
+
+
+def step_seconds(found: Sequence[Found]) -> float:
+    """Of a step: the median over runs."""
+    return float(np.median([one.seconds for one in found]))

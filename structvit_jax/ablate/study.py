@@ -1,0 +1,81 @@
+"""An ablation from its first run to its table."""
+
+from __future__ import annotations
+
+import datetime
+
+import jax
+import ml_collections
+from etils import epath
+
+import structvit_jax
+from structvit_jax import data
+from structvit_jax.ablate import results
+from structvit_jax.ablate.grid import Ablation, step_seconds
+from structvit_jax.training.run import as_json
+from structvit_jax.training.storage import naming_failures, write
+
+
+def run(config: ml_collections.ConfigDict, workdir: epath.Path, words: str) -> list[results.Outcome]:
+    """Trains all that is not trained yet, and writes what it comes to.
+
+    Args:
+      config: see `structvit_jax.config`.
+      workdir: where the runs and the tables go.
+      words: the command's arguments, for the table.
+
+    Raises:
+      UserError: arms that are not understood, or a workdir of another ablation.
+    """
+    ablation = Ablation(config, workdir)
+    outcomes: list[results.Outcome] = []
+    with naming_failures(workdir):
+        workdir.mkdir(parents=True, exist_ok=True)
+        for arm in ablation.arms:
+            lr, tried = ablation.tuned(arm)
+            outcomes.append(results.Outcome(arm, ablation.size(arm), lr, tried, ablation.runs(arm, lr), ()))
+            _write(config, workdir, words, outcomes)
+        if config.ablate.same_time:
+            outcomes = [_timed(ablation, outcome, outcomes, config.ablate.same_time) for outcome in outcomes]
+            _write(config, workdir, words, outcomes)
+    print(f"\n{(workdir / 'ablation.md').read_text()}\n{workdir / 'ablation.md'}")
+    return outcomes
+
+
+def _timed(
+    ablation: Ablation, outcome: results.Outcome, all_of_them: list[results.Outcome], name: str
+) -> results.Outcome:
+    """The outcome with runs that take as long as those of the arm of this name."""
+    reference = next(other for other in all_of_them if other.arm.name == name)
+    if outcome is reference:
+        return outcome._replace(time=outcome.steps)
+    seconds = ablation.steps * step_seconds(reference.steps)
+    found = ablation.runs_of(outcome.arm, outcome.lr, seconds, step_seconds(outcome.steps))
+    return outcome._replace(time=found)
+
+
+def _write(
+    config: ml_collections.ConfigDict, workdir: epath.Path, words: str, outcomes: list[results.Outcome]
+) -> None:
+    """The table, the numbers and the plot of the arms that are done."""
+    names = [outcome.arm.name for outcome in outcomes]
+    against = config.ablate.against or names[0]
+    if against not in names:  # not done yet
+        against = names[0]
+    timed = config.ablate.same_time if all(outcome.time for outcome in outcomes) else ""
+    heading = [
+        f"`python -m structvit_jax.ablate {words}`",
+        f"on {_machine()}, {datetime.date.today():%B %Y}, structvit_jax {structvit_jax.__version__}.",
+        f"{config.data.name}: {config.data.test_examples} test clips, batches of {config.data.batch_size};"
+        f" learning rates of {', '.join(f'{rate:g}' for rate in config.ablate.lrs) or config.optimizer.lr},"
+        f" each arm's own chosen on other clips.",
+    ]
+    classes = len(data.load(config.data, config.augment, config.train.seed).class_names)
+    write(workdir / "ablation.md", results.document(outcomes, against, timed, heading))
+    write(workdir / "ablation.json", results.numbers(outcomes, as_json(config)))
+    write(workdir / "ablation.png", results.plot(outcomes, 1 / classes))
+
+
+def _machine() -> str:
+    device = jax.devices()[0]
+    return f"{len(jax.devices())} x {device.device_kind}, jax {jax.__version__}"
