@@ -4,7 +4,7 @@
 
 A two-block transformer for clips of 8 frames of 24x24 (real scans, moved synthetically), with its attention
 replaced. Learning rates are chosen for each arm on clips of training scans, five seeds are scored on 2000
-clips of scans that no run has seen. What came out, and how long it took: docs/ABLATIONS.md.
+clips of scans that no run has seen.
 """
 
 import ml_collections
