@@ -54,17 +54,13 @@ def test_intervals_hold_what_they_promise():
 
 
 def pretend(config, workdir, dataset):
-    """In the place of `loop.train`: files as of a run, with a score and a time made up from its settings."""
+    """In the place of `loop.train`: files as of a run, with a score made up from its settings."""
     rng = np.random.default_rng([config.train.seed, len(config.model.name), round(1e4 * config.optimizer.lr)])
     result = {"top1": rng.uniform(), "top5": 1.0, "mean_class": 0.5, "examples": 24, "missing": 0}
     total = durations(config, dataset.rows_per_epoch).total
     workdir.mkdir(parents=True)
     write_json(workdir / "config.json", as_json(config))
     write_json(workdir / "result.json", result | {"step": total, "params_sha256": "0" * 64})
-    each = 2.0 if "struct" in config.model.name else 0.5
-    write_json(
-        workdir / "goodput.json", {"seconds": {"step": 0.9 * each * total, "input": 0.1 * each * total}}
-    )
     return result
 
 
@@ -78,6 +74,7 @@ def outcome(tmp_path, monkeypatch):
         return pretend(config, workdir, dataset)
 
     monkeypatch.setattr(grid.loop, "train", noting)
+    write_json(workdir / "times.json", {"plain": 0.5, "D = 2": 2.0})
     return workdir, study.run(config(same_time="D = 2"), workdir, "--config=x"), scored
 
 
@@ -88,8 +85,10 @@ def test_real_runs(tmp_path):
     for one in found:
         (run,) = one.steps
         result = json.loads((workdir / one.arm.folder / "steps" / "seed=0" / "result.json").read_text())
-        assert (run.top1, run.steps, run.lr) == (result["top1"], 3, 1e-3) and run.seconds > 0
+        assert (run.top1, run.steps, run.lr) == (result["top1"], 3, 1e-3)
         assert result["examples"] == 24 and not one.tried
+    times = json.loads((workdir / "times.json").read_text())
+    assert [one.seconds for one in found] == list(times.values()) and min(times.values()) > 1e-5
 
 
 def test_every_arm_gets_its_seeds_and_its_learning_rate(outcome):
@@ -103,7 +102,7 @@ def test_every_arm_gets_its_seeds_and_its_learning_rate(outcome):
         assert {run.lr for run in one.steps} == {one.lr}
     plain, struct = found
     assert struct.time == struct.steps and struct.size.params > plain.size.params
-    assert {run.seconds for run in plain.steps} == {0.5} and {run.steps for run in plain.time} == {12}
+    assert (plain.seconds, struct.seconds) == (0.5, 2.0) and {run.steps for run in plain.time} == {12}
     assert {name.split("/")[1] for name in scored["tune"]} == {"tune"}
     assert {name.split("/")[1] for name in scored["val"]} == {"test"}
 

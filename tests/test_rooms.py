@@ -56,7 +56,7 @@ ROOMS = {
     ),
     "ablate": (
         {"absl", "jax", "numpy", "scipy", "matplotlib", "etils", "ml_collections"},
-        {"ablate", "command", "config", "data", "models", "training", "errors", ""},
+        {"ablate", "bench", "command", "config", "data", "models", "training", "errors", ""},
     ),
     "sheet": ({"jax", "numpy", "PIL", "etils", "ml_collections"}, {"training"}),
     "training": (

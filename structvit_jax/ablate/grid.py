@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import ml_collections
@@ -12,13 +11,16 @@ import numpy as np
 from etils import epath
 
 from structvit_jax import data
+from structvit_jax.bench.parts import train_program
+from structvit_jax.bench.timing import in_turns
 from structvit_jax.config import check_config, durations, model_arguments
 from structvit_jax.errors import UserError, known
 from structvit_jax.models import cost, get_variant
-from structvit_jax.training import goodput, loop
-from structvit_jax.training.run import as_json, differences
-from structvit_jax.training.storage import read_json
+from structvit_jax.training import loop
+from structvit_jax.training.run import Run, as_json, differences
+from structvit_jax.training.storage import read_json, write_json
 
+_TIMES = "times.json"
 _TUNING = 1000  # seeds from here on are for choosing learning rates
 
 
@@ -96,7 +98,6 @@ class Found(NamedTuple):
     lr: float
     steps: int
     top1: float
-    seconds: float  # of a step, waiting for input included
 
 
 class Size(NamedTuple):
@@ -117,14 +118,30 @@ class Ablation:
     def __init__(self, config: ml_collections.ConfigDict, workdir: epath.Path):
         self.arms = arms(config)
         self._config, self._workdir = config, workdir
-        dataset = data.load(config.data, config.augment, config.train.seed)
-        self._shape, self._classes = dataset.shape, len(dataset.class_names)
-        self.steps = durations(config, dataset.rows_per_epoch).total
+        self._dataset = data.load(config.data, config.augment, config.train.seed)
+        self.classes = len(self._dataset.class_names)
+        self.steps = durations(config, self._dataset.rows_per_epoch).total
 
     def size(self, arm: Arm) -> Size:
         arguments = model_arguments(changed(self._config, arm.changes))
-        counted = cost(arguments.pop("name"), self._shape, self._classes, **arguments)
+        counted = cost(arguments.pop("name"), self._dataset.shape, self.classes, **arguments)
         return Size(counted.params, counted.macs)
+
+    def step_seconds(self) -> dict[str, float]:
+        """What a train step of each arm takes, without its input: medians of turns that all arms take.
+        Measured once, and kept in WORKDIR/times.json."""
+        path, names = self._workdir / _TIMES, [arm.name for arm in self.arms]
+        kept = (read_json(path) or {}) if path.exists() else {}
+        if list(kept) != names:
+            print(f"timing a step of {len(names)} arms in turns", flush=True)
+            configs = [changed(self._config, arm.changes) for arm in self.arms]
+            calls = {
+                name: train_program(Run.prepare(config, self._dataset)).call
+                for name, config in zip(names, configs, strict=True)
+            }
+            kept = {name: times.median for name, times in in_turns(calls, self._config.bench.rounds).items()}
+            write_json(path, kept)
+        return kept
 
     def tuned(self, arm: Arm) -> tuple[float, list[Found]]:
         """The learning rate that is best on clips to tune on, by the mean over seeds; and all tried."""
@@ -144,9 +161,8 @@ class Ablation:
         """Of all seeds, for as many steps as configured, on test clips."""
         return [self._run(arm, "steps", lr=lr, seed=seed) for seed in range(self._config.ablate.seeds)]
 
-    def runs_of(self, arm: Arm, lr: float, seconds: float, step: float) -> list[Found]:
-        """The same for as many steps as take `seconds` of training where one takes `step`."""
-        steps = max(1, round(seconds / step))
+    def runs_in(self, arm: Arm, lr: float, steps: int) -> list[Found]:
+        """The same for another number of steps."""
         return [
             self._run(arm, "time", lr=lr, seed=seed, steps=steps) for seed in range(self._config.ablate.seeds)
         ]
@@ -165,9 +181,7 @@ class Ablation:
             print(f"\n{arm.name}, {kind}, seed {seed}: {workdir}", flush=True)
             dataset = data.load(config.data, config.augment, config.train.seed)
             result = loop.train(config, workdir, dataset)
-        seconds = (read_json(workdir / goodput.FILE) or {})["seconds"]
-        each = (seconds["step"] + seconds["input"]) / total
-        return Found(arm.name, seed, lr, total, result["top1"], each)
+        return Found(arm.name, seed, lr, total, result["top1"])
 
 
 def _finished(config: ml_collections.ConfigDict, workdir: epath.Path, steps: int) -> dict[str, Any] | None:
@@ -185,8 +199,3 @@ def _finished(config: ml_collections.ConfigDict, workdir: epath.Path, steps: int
             f"{workdir} is of another ablation: {'; '.join(changes[:3])}; choose another --workdir"
         )
     return loop.read_result(workdir, steps)
-
-
-def step_seconds(found: Sequence[Found]) -> float:
-    """Of a step: the median over runs."""
-    return float(np.median([one.seconds for one in found]))

@@ -8,8 +8,16 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from structvit_jax.ablate.grid import Arm, Found, Size, step_seconds
+from structvit_jax.ablate.grid import Arm, Found, Size
 from structvit_jax.ablate.statistics import compare, summarize
+
+_NOTE = (
+    "Differences are taken seed by seed, with 95 % confidence intervals of their mean (Student's t over"
+    " seeds); **bold** where the interval leaves out zero. All runs share test clips; others are another"
+    " matter. Several intervals are looked at, and one in twenty leaves out zero by chance. A step's time is"
+    " that of the compiled train step, a median over turns that all arms took; input comes on top of it, the"
+    " same for all."
+)
 
 
 class Outcome(NamedTuple):
@@ -17,6 +25,7 @@ class Outcome(NamedTuple):
 
     arm: Arm
     size: Size
+    seconds: float  # of a train step, without its input
     lr: float
     tried: Sequence[Found]  # on clips to tune on
     steps: Sequence[Found]  # as many steps as the others
@@ -28,11 +37,7 @@ def document(outcomes: Sequence[Outcome], against: str, same_time: str, heading:
     parts = ["\n".join(heading), _table(outcomes, "steps", against, "Equal steps")]
     if same_time:
         parts.append(_table(outcomes, "time", against, f"Equal time, that of {same_time}"))
-    parts.append(
-        "Differences are taken seed by seed, with 95 % confidence intervals of their mean (Student's t over"
-        " seeds); **bold** where the interval leaves out zero. All runs share their test clips: others are"
-        " another matter. Several intervals are looked at, and one in twenty leaves out zero by chance."
-    )
+    parts.append(_NOTE)
     return "\n\n".join(parts) + "\n"
 
 
@@ -57,7 +62,7 @@ def _row(outcome: Outcome, kind: str, base: Sequence[float], is_base: bool) -> l
         "" if is_base else _difference(top1, base),
         str(found[0].steps),
         f"{outcome.lr:g}",
-        f"{1000 * step_seconds(found):.0f}",
+        f"{1000 * outcome.seconds:.1f}",
         f"{outcome.size.params:,}",
         f"{outcome.size.macs:,}",
     ]
@@ -82,6 +87,7 @@ def numbers(outcomes: Sequence[Outcome], settings: Mapping[str, Any]) -> str:
             "arm": outcome.arm.name,
             "changes": outcome.arm.changes,
             **outcome.size._asdict(),
+            "seconds": outcome.seconds,
             "lr": outcome.lr,
             **{
                 kind: [one._asdict() for one in getattr(outcome, kind)] for kind in ("tried", "steps", "time")

@@ -9,9 +9,8 @@ import ml_collections
 from etils import epath
 
 import structvit_jax
-from structvit_jax import data
 from structvit_jax.ablate import results
-from structvit_jax.ablate.grid import Ablation, step_seconds
+from structvit_jax.ablate.grid import Ablation
 from structvit_jax.training.run import as_json
 from structvit_jax.training.storage import naming_failures, write
 
@@ -31,31 +30,33 @@ def run(config: ml_collections.ConfigDict, workdir: epath.Path, words: str) -> l
     outcomes: list[results.Outcome] = []
     with naming_failures(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
+        seconds = ablation.step_seconds()
         for arm in ablation.arms:
             lr, tried = ablation.tuned(arm)
-            outcomes.append(results.Outcome(arm, ablation.size(arm), lr, tried, ablation.runs(arm, lr), ()))
-            _write(config, workdir, words, outcomes)
-        if config.ablate.same_time:
-            outcomes = [_timed(ablation, outcome, outcomes, config.ablate.same_time) for outcome in outcomes]
-            _write(config, workdir, words, outcomes)
+            size, runs = ablation.size(arm), ablation.runs(arm, lr)
+            outcomes.append(results.Outcome(arm, size, seconds[arm.name], lr, tried, runs, ()))
+            _write(ablation, config, workdir, words, outcomes)
+        if name := config.ablate.same_time:
+            outcomes = [_timed(ablation, outcome, seconds[name]) for outcome in outcomes]
+            _write(ablation, config, workdir, words, outcomes)
     print(f"\n{(workdir / 'ablation.md').read_text()}\n{workdir / 'ablation.md'}")
     return outcomes
 
 
-def _timed(
-    ablation: Ablation, outcome: results.Outcome, all_of_them: list[results.Outcome], name: str
-) -> results.Outcome:
-    """The outcome with runs that take as long as those of the arm of this name."""
-    reference = next(other for other in all_of_them if other.arm.name == name)
-    if outcome is reference:
+def _timed(ablation: Ablation, outcome: results.Outcome, seconds: float) -> results.Outcome:
+    """The outcome with runs of as many steps as take the time of all steps of `seconds` each."""
+    steps = max(1, round(ablation.steps * seconds / outcome.seconds))
+    if steps == ablation.steps:
         return outcome._replace(time=outcome.steps)
-    seconds = ablation.steps * step_seconds(reference.steps)
-    found = ablation.runs_of(outcome.arm, outcome.lr, seconds, step_seconds(outcome.steps))
-    return outcome._replace(time=found)
+    return outcome._replace(time=ablation.runs_in(outcome.arm, outcome.lr, steps))
 
 
 def _write(
-    config: ml_collections.ConfigDict, workdir: epath.Path, words: str, outcomes: list[results.Outcome]
+    ablation: Ablation,
+    config: ml_collections.ConfigDict,
+    workdir: epath.Path,
+    words: str,
+    outcomes: list[results.Outcome],
 ) -> None:
     """The table, the numbers and the plot of the arms that are done."""
     names = [outcome.arm.name for outcome in outcomes]
@@ -70,10 +71,9 @@ def _write(
         f" learning rates of {', '.join(f'{rate:g}' for rate in config.ablate.lrs) or config.optimizer.lr},"
         f" each arm's own chosen on other clips.",
     ]
-    classes = len(data.load(config.data, config.augment, config.train.seed).class_names)
     write(workdir / "ablation.md", results.document(outcomes, against, timed, heading))
     write(workdir / "ablation.json", results.numbers(outcomes, as_json(config)))
-    write(workdir / "ablation.png", results.plot(outcomes, 1 / classes))
+    write(workdir / "ablation.png", results.plot(outcomes, 1 / ablation.classes))
 
 
 def _machine() -> str:

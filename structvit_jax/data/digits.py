@@ -128,8 +128,8 @@ class DigitMotions(MovingDigits):
     def _clip(self, rng, label):
         moving = self._turned_any_way(rng, label)
         still = self._turned(self._scans[rng.integers(len(self._scans))], rng.uniform(0, 360, 1))
-        places = np.repeat(rng.uniform(0, self._side, (1, 2)), self._frames, axis=0)
-        return np.maximum(moving, rng.uniform(0.3, 0.7) * self._placed(still, places))
+        place = rng.uniform(0, self._side, (1, 2))
+        return np.maximum(moving, rng.uniform(0.3, 0.7) * self._placed(still, place))
 
     def _turned_any_way(self, rng, label):
         scan, start = self._scans[rng.integers(len(self._scans))], rng.uniform(0, self._side, 2)
