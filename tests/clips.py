@@ -54,7 +54,7 @@ def same(a, b):
 
 def pictures(label, number, split="train"):
     """uint8 [16, 32, 32, 3]: clip `number` of a class."""
-    source = _Digits(split, 10**6, seed=0)
+    source = _Digits("train" if split == "train" else "test", 10**6, seed=0)
     return source.open(8 * number + CLASSES[label])[0].frames(range(16))
 
 

@@ -1,11 +1,13 @@
 """The documents are true: README blocks run, configurations build, names in FIDELITY.md exist."""
 
 import importlib
+import json
 import os
 import re
 import shlex
 import subprocess
 import sys
+import types
 
 import clips
 import numpy as np
@@ -139,6 +141,33 @@ def test_the_commands_for_own_videos(command, tmp_path, monkeypatch, capsys):
 )
 def test_python_blocks(body):
     exec(compile(body, "README", "exec"), {})
+
+
+def test_the_notebook(tmp_path, monkeypatch):
+    """Its cells, one after the other, with a short training of a small model in the place of two minutes."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(ROOT))
+    shown = []
+    display = types.SimpleNamespace(Image=len, display=shown.append)
+    monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(display=display))
+    monkeypatch.setitem(sys.modules, "IPython.display", display)
+    cells = json.loads((ROOT / "docs" / "tour.ipynb").read_text())["cells"]
+    small = "".join(map(_assignment, (*SHORT, *SMALL)))
+    names = {}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            code = "".join(cell["source"]).replace("digits(200)", "digits(8)")
+            exec(code.replace('config.train.duration = "200 steps"\n', small), names)
+    assert names["result"]["step"] == 2 and len(shown) == 2 and min(shown) > 10_000
+    apart = np.abs(names["output"] - names["whole"][0][names["query"].position][0]).max()
+    assert apart <= 1e-5 * np.abs(names["output"]).max()
+
+
+def _assignment(word):
+    """--config.key=value as a line of Python."""
+    key, _, value = word.removeprefix("--").partition("=")
+    is_text = key in ("config.train.duration", "config.optimizer.warmup")
+    return f"{key} = {value!r}\n" if is_text else f"{key} = {value}\n"
 
 
 def test_no_block_is_left_unchecked():

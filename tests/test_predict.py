@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import clips
 import numpy as np
@@ -138,6 +139,17 @@ def test_long_videos_in_parts(run, tmp_path):
         np.testing.assert_allclose(part.scores, alone.scores, atol=2e-3)
     assert not np.allclose(parts[0].scores, parts[1].scores, atol=4e-3)
     assert len(find([str(tmp_path / "long.mp4")], video=True, every=10)) == 1
+
+
+def test_a_long_video_takes_no_more_memory_than_its_first_minute(run, tmp_path):
+    """Ten minutes in parts of two seconds; each is decoded by itself."""
+    pictures = np.random.default_rng(0).integers(0, 256, (60, 32, 32, 3), np.uint8)
+    clips.write_video(tmp_path / "long.mp4", np.tile(pictures, (40, 1, 1, 1)), rate=4, g="8")
+    trained, resident = structvit_jax.load_trained(str(run)), []
+    for prediction in trained.predict([str(tmp_path / "long.mp4")], every=2.0):
+        assert not prediction.problem
+        resident.append(int(Path("/proc/self/statm").read_text().split()[1]))
+    assert len(resident) == 300 and max(resident[30:]) < 1.05 * resident[30]
 
 
 @pytest.mark.parametrize(
