@@ -36,7 +36,7 @@ DIRECTIONS = MovingDigits.class_names  # in steps of 45 degrees, counterclockwis
 _PATCH = 5  # pixels
 _QUERIES = 24  # positions of a clip
 _SHARPNESS = 20.0  # of the softmax, per unit of the cosine between two patches
-_AT_ONCE = 16  # clips
+_AT_ONCE = 4  # clips: their keys stay in a CPU's cache
 _DRAWN = 1  # the clip that is drawn
 
 _CLIPS = flags.DEFINE_integer("clips", 200, "How many test clips to read.", lower_bound=8)

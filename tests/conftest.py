@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # PyTorch's threads would wait in loops for cores that XLA has
 if os.environ.setdefault("JAX_PLATFORMS", "cpu") == "cpu":  # most programs take longer to compile than to run
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 else:
@@ -41,6 +42,7 @@ ROOT = Path(__file__).parent.parent
 # JAX 0.11 has it no more, and its compiler would not start with an option that it does not know.
 COMPILED_SOON = {"xla_cpu_use_fusion_emitters": False} if jax.__version_info__ < (0, 11) else {}
 COMPILER = "--xla_cpu_use_fusion_emitters=false" if COMPILED_SOON else ""
+os.environ["XLA_FLAGS"] += f" {COMPILER}"  # of this process, too; read when a device is first asked for
 CONFIG = "--config=configs/moving_digits.py"
 SAME = ("result.json", "metrics.jsonl")  # files that a kill may not change
 # Seconds instead of minutes: a two-block DeiT on few clips.

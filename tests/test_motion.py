@@ -2,12 +2,22 @@
 
 import io
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
 from structvit_jax import motion
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _optimised():
+    """A program for thousands of clips is worth its compilation."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="module")

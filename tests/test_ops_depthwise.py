@@ -81,6 +81,14 @@ def test_both_forms_equal_the_definition(case):
             assert largest_difference(value_and_grads(form, x, kernel, stride), expected) < 1e-10
 
 
+@functools.cache
+def by_definition(shape, window, multiplier, stride):
+    """The definition's value and gradients, computed once for all forms; and what they are of."""
+    x, kernel = arrays(shape, (*window, shape[-1], multiplier), jnp.float64)
+    return value_and_grads(definition, x, kernel, stride), x, kernel
+
+
+@pytest.mark.parametrize("form", FORMS)  # one after the other, so that a worker meets it again
 @pytest.mark.parametrize(
     ("shape", "window", "multiplier", "stride"),
     [
@@ -94,10 +102,8 @@ def test_both_forms_equal_the_definition(case):
         ((1, 5, 70, 2), (3, 5), 2, 2),
     ],
 )
-@pytest.mark.parametrize("form", FORMS)
 def test_windows_of_the_networks(x64, form, shape, window, multiplier, stride):
-    x, kernel = arrays(shape, (*window, shape[-1], multiplier), jnp.float64)
-    expected = value_and_grads(definition, x, kernel, stride)
+    expected, x, kernel = by_definition(shape, window, multiplier, stride)
     assert largest_difference(value_and_grads(FORMS[form], x, kernel, stride), expected) < 1e-12
     single = [array.astype(jnp.float32) for array in (x, kernel)]
     assert largest_difference(value_and_grads(FORMS[form], *single, stride), expected) < 1e-5

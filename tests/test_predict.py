@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import clips
+import jax
 import numpy as np
 import pytest
 from etils import epath
@@ -18,6 +19,7 @@ import structvit_jax
 from structvit_jax import data, predict
 from structvit_jax.config import default_config
 from structvit_jax.data.files import find
+from structvit_jax.models import weights
 from structvit_jax.training import loop
 
 PREDICT, EXPORT = {"module": "structvit_jax.predict"}, {"module": "structvit_jax.export"}
@@ -189,6 +191,7 @@ def test_a_program_gives_the_models_numbers_without_the_package(command, model, 
     config.data.train_examples = config.data.test_examples = 16
     if not model.endswith("_video"):
         config.data.name, config.data.frames, config.data.size = "digits", 0, 32
+        config.model.depths, config.model.widths, config.model.head_width = (1,) * 4, (8, 8, 16, 16), 8
     config.train.duration = "1 steps"
     workdir = tmp_path / "run"
     loop.train(config, epath.Path(workdir), data.load(config.data, config.augment, 0))
@@ -197,12 +200,14 @@ def test_a_program_gives_the_models_numbers_without_the_package(command, model, 
     assert done.returncode == 0, done.stderr
 
     trained = structvit_jax.load_trained(str(workdir))
+    structure, arrays = weights.split(trained.network)
+    network = jax.jit(lambda x: structure.model(arrays)(x))
     for count in (1, 3):
         pixels = np.random.default_rng(0).integers(0, 256, (count, *trained.reader.shape), np.uint8)
         np.save(tmp_path / "in.npy", pixels)
         words = [sys.executable, "-I", "-c", ELSEWHERE, file, tmp_path / "in.npy", tmp_path / "out.npy"]
         subprocess.run(list(map(str, words)), check=True, cwd=tmp_path)
-        expected = np.asarray(trained.network(trained.normalized(pixels)))
+        expected = np.asarray(network(trained.normalized(pixels)))
         difference = np.abs(np.load(tmp_path / "out.npy") - expected).max()
         assert difference <= 1e-6 * np.abs(expected).max()
 
