@@ -27,22 +27,26 @@ MODELS = {
     "structvit_tiny_3_2_video": (SMALL | {"key_kernels": "shared"}, (4, 40, 48)),
     "structvit_tiny_2_1": (SMALL | {"aggregation": "element", "key_window": 5}, (48, 56)),
     "structvit_tiny_1_1": (SMALL | {"value_kernels": "shared"}, (48, 48)),
-    "uniformer_tiny_video": (SMALL, (2, 32, 32)),
+    "uniformer_tiny_video": (SMALL | {"depths": (1, 1, 2, 1), "scan_blocks": True}, (2, 32, 32)),
 }
 
 
 @functools.cache
 def example(name):
     """A network, an input, and its layers."""
-    overrides, shape = MODELS[name]
-    network = create_model(name, num_classes=3, seed=1, **overrides)
+    network, shape = build(name), MODELS[name][1]
     x = jax.random.normal(jax.random.key(0), (1, *shape, 3))
     return network, x, layers(network, x)
 
 
+def build(name, **more):
+    return create_model(name, num_classes=3, seed=1, **(MODELS[name][0] | more))
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_layers_are_given_what_the_network_gives_them(name, monkeypatch):
-    network, x, found = example(name)
+    _, x, found = example(name)
+    network = build(name, scan_blocks=False)  # whose layers are called one by one
     inputs = []
     call = StructAttention.__call__
 

@@ -51,7 +51,7 @@ ROOMS = {
     "predict": ({"absl", "numpy"}, {"command", "trained", "errors"}),
     "export": ({"absl", "jax", "etils"}, {"command", "config", "ops", "trained", "training", "errors", ""}),
     "explain": (
-        {"absl", "jax", "numpy", "matplotlib", "PIL", "etils"},
+        {"absl", "jax", "numpy", "flax", "matplotlib", "PIL", "etils"},
         {"explain", "command", "data", "models", "ops", "trained", "training", "errors"},
     ),
     "ablate": (

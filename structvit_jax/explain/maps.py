@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from structvit_jax.errors import UserError
 from structvit_jax.models import Network, StructAttention
@@ -81,9 +82,11 @@ def layers(network: Network, x: jax.Array) -> dict[str, Layer]:
     """All attention layers, in the order in which they come.
 
     Args:
-      network: in evaluation mode, with blocks that are neither scanned nor rematerialised.
+      network: in evaluation mode.
       x: one input, normalised: [1, [time,] height, width, 3].
     """
+    network = nnx.clone(network)
+    network.variant = dataclasses.replace(network.variant, scan_blocks=False, remat="none")
     inputs: list[jax.Array] = []
 
     def place(array):
