@@ -172,15 +172,15 @@ def test_mistakes_are_told_before_anything_is_trained(changes, complaint):
 def test_the_command_needs_a_configuration(command):
     module = {"module": "structvit_jax.ablate.__main__"}
     assert "say which configuration" in command(**module).stderr
-    assert "Did you mean 'configs/ablate.py'" in command("--config=configs/ablat.py", **module).stderr
-    done = command("--config=configs/ablate.py", "--config.ablate.seds=3", **module)
+    assert "Did you mean 'configs/ablate_digits.py'" in command("--config=configs/ablate_digit.py", **module).stderr
+    done = command("--config=configs/ablate_digits.py", "--config.ablate.seds=3", **module)
     assert done.returncode == 2 and "Did you mean 'seeds'" in done.stderr
 
 
 def test_the_default_grid():
-    from configs import ablate
+    from configs import ablate_digits
 
-    names = [arm.name for arm in arms(ablate.get_config())]
+    names = [arm.name for arm in arms(ablate_digits.get_config())]
     assert {"plain attention", "ConvSA", "D = 4"} <= set(names)
 
 

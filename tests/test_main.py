@@ -126,7 +126,7 @@ def test_a_killed_run_resumes_to_the_same_numbers(finished, command, tmp_path, k
         (["--config=configs/moving_digts.py"], "Did you mean 'configs/moving_digits.py'"),
         ([CONFIG, "--config.optimzer.lr=1"], "has no key 'optimzer'. Did you mean 'optimizer'?"),
         (["--config={typo}"], "has no key 'batchsize'. Did you mean 'batch_size'"),
-        (["--config=configs"], "Known: configs/ablations.py, configs/"),
+        (["--config=configs"], "Known: configs/ablate_digits.py, configs/"),
         (["--config=configs/folder.py:deit_s,finetun"], "error: unknown stage 'finetun'. Did you mean"),
         (["--config=configs/ablations.py:imagnet"], "unknown data set 'imagnet'. Did you mean 'imagenet'?"),
         ([*QUICK, "--config.optimizer.lr=1e30", "--workdir={tmp}/nan"], "Lower config.optimizer.lr"),

@@ -1,6 +1,6 @@
 """Trains a grid of arms and seeds and says what they show.
 
-    python -m structvit_jax.ablate --config=configs/ablate.py [--workdir=DIR] [--config.section.key=value ...]
+    python -m structvit_jax.ablate --config=configs/ablate_digits.py [--workdir=DIR] [--config.key=value ...]
 
 The section `ablate` of the configuration says the arms, the learning rates of which each arm takes the one
 that is best on clips to tune on, and how many seeds each gets on the test clips, which nothing is chosen by.
@@ -19,7 +19,7 @@ from ml_collections import config_flags
 from structvit_jax.command import config_path, naming_flags, run_command
 from structvit_jax.config import check_config
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file, as configs/ablate.py.")
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file, as configs/ablate_digits.py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the runs live; by default runs/NAME.")
 
 

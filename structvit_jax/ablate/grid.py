@@ -43,7 +43,7 @@ def arms(config: ml_collections.ConfigDict) -> list[Arm]:
     """
     found = [_arm(text) for text in config.ablate.arms]
     if len(found) < 2:
-        raise UserError("config.ablate.arms has to name two arms at least; see configs/ablate.py")
+        raise UserError("config.ablate.arms has to name two arms at least; see configs/ablate_digits.py")
     if len({arm.folder for arm in found}) < len(found):
         raise UserError(f"config.ablate.arms: names should differ: {', '.join(arm.name for arm in found)}")
     for arm in found:

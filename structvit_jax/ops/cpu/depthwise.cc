@@ -62,10 +62,14 @@ struct Cut {
   long units_of_block() const { return batch * parts; }
   long units() const { return blocks() * units_of_block(); }
 
-  Unit unit(long i) const {
+  // Of a block of channels, one of its units.
+  Unit unit(long block, long i) const {
     long first = i % parts * rows;
-    return {i / parts % batch, i / units_of_block() * PAIR, first, std::min(first + rows, grid.rows)};
+    return {i / parts, block * PAIR, first, std::min(first + rows, grid.rows)};
   }
+
+  // Blocks follow each other: what lies side by side in memory is read and written within a short time.
+  Unit unit(long task) const { return unit(task % blocks(), task / blocks()); }
 
   long lanes(Unit unit) const { return std::min(PAIR, grid.channels - unit.channel); }
 
@@ -180,28 +184,29 @@ void in_parts(long length, Part part) {
   for (long i = 0; i < parts; ++i) part(length * i / parts, length * (i + 1) / parts - length * i / parts);
 }
 
-// The taps of the channels that a thread works on, [planes][taps][PAIR].
+// The taps of the channels that a thread works on, [planes][taps][PAIR] for each block of them.
 class Weights {
   const float* kernel;  // [taps][channels][planes]
-  long taps, channels, planes, current = -1;
+  long taps, channels, planes, size = planes * taps * PAIR;
   bool reversed;
-  Floats made;
+  Floats made{ceil_div(channels, PAIR) * size};
+  std::vector<bool> ready = std::vector<bool>(ceil_div(channels, PAIR));
 
  public:
   Weights(const float* kernel, long taps, long channels, long planes, bool reversed)
-      : kernel(kernel), taps(taps), channels(channels), planes(planes), reversed(reversed),
-        made(planes * taps * PAIR) {}
+      : kernel(kernel), taps(taps), channels(channels), planes(planes), reversed(reversed) {}
 
   const float* of(long channel) {
-    if (channel == current) return made.data();
-    current = channel;
-    std::fill_n(made.data(), planes * taps * PAIR, 0.f);
+    float* block = made.data() + channel / PAIR * size;
+    if (ready[channel / PAIR]) return block;
+    ready[channel / PAIR] = true;
+    std::fill_n(block, size, 0.f);
     for (long tap = 0; tap < taps; ++tap)
       for (long c = channel; c < std::min(channels, channel + PAIR); ++c)
         for (long d = 0; d < planes; ++d)
-          made[(d * taps + (reversed ? taps - 1 - tap : tap)) * PAIR + c - channel] =
+          block[(d * taps + (reversed ? taps - 1 - tap : tap)) * PAIR + c - channel] =
               kernel[(tap * channels + c) * planes + d];
-    return made.data();
+    return block;
   }
 };
 
@@ -293,7 +298,7 @@ ffi::Error of_kernel(ffi::ThreadPool pool, Array x, Array cotangent, Result out,
     return [&, seen = Floats(cut.seen.size()), with = Floats(centres.seen.size())](long task) mutable {
       long block = task / groups, group = task % groups;
       for (long i = units * group / groups; i < units * (group + 1) / groups; ++i) {
-        Unit unit = cut.unit(block * units + i);
+        Unit unit = cut.unit(block, i);
         cut.copy(data(x) + unit.example * in.size(), in, unit, 1, seen.data());
         for (long d = 0; d < planes; ++d) {
           const float* from = data(cotangent) + (unit.example * planes + d) * given.size();

@@ -1,6 +1,6 @@
 """A miniature of the paper's tables 1 and 6 on digits that drift or turn: do D patterns beat one?
 
-    python -m structvit_jax.ablate --config=configs/ablate.py
+    python -m structvit_jax.ablate --config=configs/ablate_digits.py
 
 A two-block transformer for clips of 8 frames of 24x24 (real scans, moved synthetically), with its attention
 replaced. Learning rates are chosen for each arm on clips of training scans, five seeds are scored on 2000
