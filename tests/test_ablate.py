@@ -172,7 +172,8 @@ def test_mistakes_are_told_before_anything_is_trained(changes, complaint):
 def test_the_command_needs_a_configuration(command):
     module = {"module": "structvit_jax.ablate.__main__"}
     assert "say which configuration" in command(**module).stderr
-    assert "Did you mean 'configs/ablate_digits.py'" in command("--config=configs/ablate_digit.py", **module).stderr
+    done = command("--config=configs/ablate_digit.py", **module)
+    assert "Did you mean 'configs/ablate_digits.py'" in done.stderr
     done = command("--config=configs/ablate_digits.py", "--config.ablate.seds=3", **module)
     assert done.returncode == 2 and "Did you mean 'seeds'" in done.stderr
 
