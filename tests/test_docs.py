@@ -149,7 +149,8 @@ def test_the_notebook(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
     shown = []
     display = types.SimpleNamespace(Image=len, display=shown.append)
-    monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(display=display))
+    shell = types.SimpleNamespace(display=display, version_info=(9, 0), get_ipython=lambda: None)
+    monkeypatch.setitem(sys.modules, "IPython", shell)  # matplotlib asks it, too
     monkeypatch.setitem(sys.modules, "IPython.display", display)
     cells = json.loads((ROOT / "docs" / "tour.ipynb").read_text())["cells"]
     small = "".join(map(_assignment, (*SHORT, *SMALL)))
