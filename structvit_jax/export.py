@@ -8,7 +8,7 @@ it takes and returns, the names of its classes, and where it comes from. It take
     program = jax.export.deserialize(open("OUT.jax", "rb").read())
     logits = program.call(pixels)  # uint8 [batch, [time,] height, width, 3] -> float32 [batch, classes]
 
-JAX runs programs at least six months younger than it, and older ones for as long (its own promise).
+JAX promises to run programs that were exported by versions up to six months older than it.
 """
 
 from __future__ import annotations
@@ -31,11 +31,12 @@ from structvit_jax.trained import Trained, load_trained
 from structvit_jax.training.storage import naming_failures, write, write_json
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
-_PLATFORMS = flags.DEFINE_list("platforms", ["cpu", "cuda", "tpu"], "What the program runs on.")
+_USUAL = ("cpu", "cuda", "tpu")
+_PLATFORMS = flags.DEFINE_list("platforms", list(_USUAL), "What the program runs on.")
 _SAMPLING = ("frames", "stride", "sampling", "size", "crop_fraction", "test_clips", "test_crops")
 
 
-def export(trained: Trained, platforms: Sequence[str] = ("cpu", "cuda", "tpu")) -> jax.export.Exported:
+def export(trained: Trained, platforms: Sequence[str] = _USUAL) -> jax.export.Exported:
     """The program: uint8 [batch, [time,] height, width, 3] -> logits, float32 [batch, classes].
 
     Pixels are normalised inside. Operations take forms in JAX that run anywhere, slower than those of the

@@ -1,8 +1,10 @@
 """A trained model from its checkpoint alone: no data set, no optimizer.
 
-trained = structvit_jax.load_trained("runs/moving_digits")
-for prediction in trained.predict(["clip.mp4", "folder"]):
-    print(prediction.id, prediction.best(3))
+    trained = structvit_jax.load_trained("runs/moving_digits")
+    for prediction in trained.predict(["clip.mp4", "folder"]):
+        print(prediction.id, prediction.best(3))
+
+It reads and scores as an evaluation does.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from structvit_jax.data.reader import Reader
 from structvit_jax.models import Network, create_model
 from structvit_jax.models.weights import Weights, split, update
 from structvit_jax.training.checkpoint import open_checkpoint
+from structvit_jax.training.evaluation import probabilities
 from structvit_jax.training.mesh import make_mesh, put_batch
 from structvit_jax.training.step import make_eval_step, normalize
 
@@ -100,10 +103,7 @@ class Trained:
 
     def prediction(self, name: str, scores: np.ndarray, features: np.ndarray | None = None) -> Prediction:
         """Scores with their probabilities and classes."""
-        shares = scores
-        if self.config.eval.average == "logits":
-            shares = np.exp(scores - scores.max())
-            shares /= shares.sum()
+        shares = probabilities(scores, self.config.eval.average)
         return Prediction(name, "", self.class_names, scores, shares, features)
 
     def predict(
@@ -135,7 +135,7 @@ class Trained:
 
     def _batch_size(self, examples: int, mesh: Mesh) -> int:
         """As configured, but no more than there are, in equal parts for all devices."""
-        return math.ceil(min(self.config.eval.batch_size, examples) / mesh.size) * mesh.size
+        return math.ceil(max(1, min(self.config.eval.batch_size, examples)) / mesh.size) * mesh.size
 
     def _told(self, batch: Any, source: Files, scores: np.ndarray, features: Any) -> Iterator[Prediction]:
         problems = {problem.id: problem.reason for problem in batch["problems"]}

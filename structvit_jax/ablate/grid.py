@@ -93,7 +93,6 @@ def changed(config: ml_collections.ConfigDict, changes: dict[str, Any]) -> ml_co
 class Found(NamedTuple):
     """What a run came to."""
 
-    arm: str
     seed: int
     lr: float
     steps: int
@@ -157,15 +156,11 @@ class Ablation:
         means = [np.mean([one.top1 for one in tried if one.lr == rate]) for rate in rates]
         return rates[int(np.argmax(means))], tried
 
-    def runs(self, arm: Arm, lr: float) -> list[Found]:
-        """Of all seeds, for as many steps as configured, on test clips."""
-        return [self._run(arm, "steps", lr=lr, seed=seed) for seed in range(self._config.ablate.seeds)]
-
-    def runs_in(self, arm: Arm, lr: float, steps: int) -> list[Found]:
-        """The same for another number of steps."""
-        return [
-            self._run(arm, "time", lr=lr, seed=seed, steps=steps) for seed in range(self._config.ablate.seeds)
-        ]
+    def runs(self, arm: Arm, lr: float, steps: int | None = None) -> list[Found]:
+        """Of all seeds, on test clips; for as many steps as configured, or so many."""
+        kind = "time" if steps else "steps"
+        seeds = range(self._config.ablate.seeds)
+        return [self._run(arm, kind, lr=lr, seed=seed, steps=steps) for seed in seeds]
 
     def _run(
         self, arm: Arm, kind: str, *, lr: float, seed: int, steps: int | None = None, tune: bool = False
@@ -181,7 +176,7 @@ class Ablation:
             print(f"\n{arm.name}, {kind}, seed {seed}: {workdir}", flush=True)
             dataset = data.load(config.data, config.augment, config.train.seed)
             result = loop.train(config, workdir, dataset)
-        return Found(arm.name, seed, lr, total, result["top1"])
+        return Found(seed, lr, total, result["top1"])
 
 
 def _finished(config: ml_collections.ConfigDict, workdir: epath.Path, steps: int) -> dict[str, Any] | None:

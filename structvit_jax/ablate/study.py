@@ -48,7 +48,7 @@ def _timed(ablation: Ablation, outcome: results.Outcome, seconds: float) -> resu
     steps = max(1, round(ablation.steps * seconds / outcome.seconds))
     if steps == ablation.steps:
         return outcome._replace(time=outcome.steps)
-    return outcome._replace(time=ablation.runs_in(outcome.arm, outcome.lr, steps))
+    return outcome._replace(time=ablation.runs(outcome.arm, outcome.lr, steps))
 
 
 def _write(
@@ -69,7 +69,7 @@ def _write(
         f"on {_machine()}, {datetime.date.today():%B %Y}, structvit_jax {structvit_jax.__version__}.",
         f"{config.data.name}: {config.data.test_examples} test clips, batches of {config.data.batch_size};"
         f" learning rates of {', '.join(f'{rate:g}' for rate in config.ablate.lrs) or config.optimizer.lr},"
-        f" each arm's own chosen on other clips.",
+        " each arm's own chosen on other clips.",
     ]
     write(workdir / "ablation.md", results.document(outcomes, against, timed, heading))
     write(workdir / "ablation.json", results.numbers(outcomes, as_json(config)))

@@ -120,7 +120,7 @@ class DigitMotions(MovingDigits):
 
     name = "digit_motions"
     class_names = (*MovingDigits.class_names, "turning left", "turning right")
-    _frame = 18  # side of the square in which a digit turns, in pixels
+    _square = 18  # side of the square in which a digit turns, in pixels
     _speed = 0.4, 1.0
     _turn = 5.0, 12.0  # degrees a frame
     _noise = 0.12
@@ -142,7 +142,7 @@ class DigitMotions(MovingDigits):
 
     def _turned(self, scan, degrees):
         """[len(degrees), 18, 18]: the scan in the middle of a square, turned counterclockwise."""
-        side, middle = self._frame, (self._frame - 1) / 2
+        side, middle = self._square, (self._square - 1) / 2
         edge = (side - self._digit) // 2
         square = np.pad(scan, edge).astype(np.float32)
         return np.stack(

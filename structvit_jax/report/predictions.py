@@ -9,6 +9,7 @@ import numpy as np
 from etils import epath
 
 from structvit_jax.errors import DecodeError, UserError, decoding
+from structvit_jax.training.evaluation import probabilities
 
 FILE = "predictions.npz"
 
@@ -68,12 +69,11 @@ class Predictions(NamedTuple):
         """
         found = self.found
         wrong = np.flatnonzero((found >= 0) & (found != self.labels))
-        probabilities = self.scores[wrong].astype(np.float64)
-        if average == "logits":
-            probabilities = np.exp(probabilities - probabilities.max(axis=1, keepdims=True))
-            probabilities /= probabilities.sum(axis=1, keepdims=True)
-        surest = np.argsort(-probabilities.max(axis=1, initial=0), kind="stable")[:count]
-        return [(int(wrong[place]), probabilities[place]) for place in surest]
+        if not len(wrong):
+            return []
+        shares = probabilities(self.scores[wrong].astype(np.float64), average)
+        surest = np.argsort(-shares.max(axis=1), kind="stable")[:count]
+        return [(int(wrong[place]), shares[place]) for place in surest]
 
 
 def read_predictions(path: epath.Path) -> Predictions:

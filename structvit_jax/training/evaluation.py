@@ -71,6 +71,15 @@ class Evaluation(NamedTuple):
         write(path, buffer.getvalue())
 
 
+def probabilities(scores: np.ndarray, average: str) -> np.ndarray:
+    """Of scores [..., classes], which are means over views of what config.eval.average says: the softmax of
+    logits; those of "softmax" are probabilities already."""
+    if average == "softmax":
+        return scores
+    shares = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return shares / shares.sum(axis=-1, keepdims=True)
+
+
 class Evaluator:
     """Scores weights on the test split of a `structvit_jax.data.Dataset`; compiled once."""
 
