@@ -194,8 +194,8 @@ def test_clips_that_turn_or_drift():
     assert (first == again).all() and first.shape == (8, 24, 24, 3)
     assert (first != clips[18].frames(range(8))).any()
 
-    square = source._turned(source._scans[0], np.array([0.0, 90.0]))
-    np.testing.assert_allclose(square[1], np.rot90(square[0]), atol=1e-5)  # counterclockwise
+    square, turned = (source._turned(source._scans[0], degrees) for degrees in (0.0, 90.0))
+    np.testing.assert_allclose(turned, np.rot90(square), atol=1e-5)  # counterclockwise
     left, right = (_angles(label) for label in (8, 9))
     assert (left > 0).all() and (right < 0).all()
 

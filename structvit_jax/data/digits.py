@@ -104,9 +104,11 @@ class MovingDigits:
     def _placed(self, pictures: np.ndarray, corners: np.ndarray) -> np.ndarray:
         """Pictures [side, side], or one for each frame, at corners [frames, 2], wrapped: [frames, ...]."""
         side = self._side
-        # Distance from every row (column) of the frame to every row (column) of the picture, wrapped.
-        distance = np.arange(side)[:, None] - corners[:, :, None, None] - np.arange(pictures.shape[-1])
-        rows, columns = np.moveaxis(_hat((distance + side / 2) % side - side / 2), 1, 0)
+        # Distance from every row (column) of the frame to every row (column) of the picture; a frame further
+        # there is the same picture again.
+        corners = corners[:, :, None, None] % side
+        distance = np.arange(side)[:, None] - corners - np.arange(pictures.shape[-1])
+        rows, columns = np.moveaxis(_hat(distance) + _hat(distance + side), 1, 0)
         return rows @ pictures @ np.swapaxes(columns, 1, 2)
 
 
@@ -125,32 +127,34 @@ class DigitMotions(MovingDigits):
     _turn = 5.0, 12.0  # degrees a frame
     _noise = 0.12
 
+    def __init__(self, split: str, examples: int, seed: int):
+        super().__init__(split, examples, seed)
+        edge = (self._square - self._digit) // 2
+        self._scans = [np.pad(scan, edge).astype(np.float32) for scan in self._scans]
+
     def _clip(self, rng, label):
         moving = self._turned_any_way(rng, label)
-        still = self._turned(self._scans[rng.integers(len(self._scans))], rng.uniform(0, 360, 1))
+        still = self._turned(self._scans[rng.integers(len(self._scans))], rng.uniform(0, 360))
         place = rng.uniform(0, self._side, (1, 2))
         return np.maximum(moving, rng.uniform(0.3, 0.7) * self._placed(still, place))
 
     def _turned_any_way(self, rng, label):
         scan, start = self._scans[rng.integers(len(self._scans))], rng.uniform(0, self._side, 2)
         angle, turn, speed = rng.uniform(0, 360), rng.uniform(*self._turn), rng.uniform(*self._speed)
-        drifts = label < len(MovingDigits.class_names)
-        turn *= 0 if drifts else (1, -1)[label - len(MovingDigits.class_names)]
-        pictures = self._turned(scan, angle + turn * np.arange(self._frames))
-        steps = self._steps(45 * label, speed if drifts else 0.0)
-        return rng.uniform(0.6, 1.0) * self._placed(pictures, start + steps)
+        if label < len(MovingDigits.class_names):
+            pictures, corners = self._turned(scan, angle), start + self._steps(45 * label, speed)
+        else:
+            turn *= (1, -1)[label - len(MovingDigits.class_names)]
+            angles = angle + turn * np.arange(self._frames)
+            pictures = np.stack([self._turned(scan, angle) for angle in angles])
+            corners = start + self._steps(0, 0.0)
+        return rng.uniform(0.6, 1.0) * self._placed(pictures, corners)
 
-    def _turned(self, scan, degrees):
-        """[len(degrees), 18, 18]: the scan in the middle of a square, turned counterclockwise."""
-        side, middle = self._square, (self._square - 1) / 2
-        edge = (side - self._digit) // 2
-        square = np.pad(scan, edge).astype(np.float32)
-        return np.stack(
-            [
-                cv2.warpAffine(square, cv2.getRotationMatrix2D((middle, middle), angle, 1.0), (side, side))
-                for angle in degrees
-            ]
-        )
+    def _turned(self, square, degrees):
+        """The scan in the middle of a square, turned counterclockwise."""
+        middle = (self._square - 1) / 2
+        turn = cv2.getRotationMatrix2D((middle, middle), degrees, 1.0)
+        return cv2.warpAffine(square, turn, square.shape)
 
 
 class Digits:
