@@ -251,6 +251,28 @@ def test_windows_of_clips_are_bands_on_gpus(gpu):
     assert "feature_group_count=128" in text and "feature_group_count=64" not in text
 
 
+@pytest.mark.parametrize(
+    "form", [*FORMS.values(), PALLAS, pytest.param(NATIVE, marks=needs_compiler), depthwise_conv]
+)
+def test_a_bias_is_added_to_all_places(form):
+    """On one device and on eight; a sum over places is its gradient."""
+    x, kernel = arrays((8, 5, 4, 37), (3, 3, 37, 2), jnp.float32)
+    bias, cotangent = arrays((37, 2), (8, 2, 5, 4, 37), jnp.float32)
+    expected, pull = jax.vjp(lambda *args: definition(*args, stride=1), x, kernel)
+    expected += bias.T[:, None, None]
+    exact = expected, *pull(cotangent), np.einsum("bdyxc->cd", np.asarray(cotangent, np.float64))
+
+    @jax.jit
+    def run(*args):
+        out, pull = jax.vjp(form, *args)
+        return out, *pull(cotangent)
+
+    assert largest_difference(run(x, kernel, bias), exact) < 2e-6
+    jax.clear_caches()
+    with batch_split_over(make_mesh(-1, 2, jax.devices("cpu")[:8])):
+        assert largest_difference(run(x, kernel, bias), exact) < 2e-6
+
+
 @needs_compiler
 def test_cpus_get_native_and_shifted_without_a_compiler_or_in_half_precision(monkeypatch):
     def same(form, x, kernel):
@@ -291,3 +313,8 @@ def test_bad_arguments_are_one_line(x, kernel, options, message):
     with pytest.raises(ValueError, match=message) as error:
         depthwise_conv(jnp.zeros(x), jnp.zeros(kernel), **options)
     assert "\n" not in str(error.value)
+
+
+def test_a_bias_of_other_channels_is_one_line():
+    with pytest.raises(ValueError, match=r"bias \(2,\) does not fit kernel .*; it should be \[channels"):
+        depthwise_conv(jnp.zeros((1, 4, 4, 2)), jnp.zeros((3, 3, 2, 1)), jnp.zeros(2))

@@ -136,7 +136,7 @@ class DepthwiseConv(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         declare(self, "depthwise", x.size * math.prod(self.kernel.shape[:-2]))
         x, kernel, bias = nnx.nn.dtypes.promote_dtype((x, self.kernel[...], self.bias[...]), dtype=self.dtype)
-        return depthwise_conv(x, kernel[..., 0, :, None])[:, 0] + bias
+        return depthwise_conv(x, kernel[..., 0, :, None], bias[:, None])[:, 0]
 
 
 class BatchNorm(nnx.BatchNorm):

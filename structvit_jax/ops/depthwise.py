@@ -21,7 +21,14 @@ METHODS = ("auto", "grouped", "library", "shifted", "padded", "banded", "native"
 _APART = ("padded", "banded", "native")  # each device's part for itself
 
 
-def depthwise_conv(x: jax.Array, kernel: jax.Array, *, stride: int = 1, method: str = "auto") -> jax.Array:
+def depthwise_conv(
+    x: jax.Array,
+    kernel: jax.Array,
+    bias: jax.Array | None = None,
+    *,
+    stride: int = 1,
+    method: str = "auto",
+) -> jax.Array:
     """Convolves each channel with its own windows: cross-correlation, zero padding (k - 1) / 2.
 
     The same numbers as `lax.conv_general_dilated` with `feature_group_count=channels`, in another layout:
@@ -30,6 +37,7 @@ def depthwise_conv(x: jax.Array, kernel: jax.Array, *, stride: int = 1, method: 
     Args:
       x: [batch, *grid, channels], grid (height, width) or (time, height, width).
       kernel: [*window, channels, multiplier], odd windows.
+      bias: [channels, multiplier], added to all places.
       stride: spatial stride; window centres lie at 0, S, 2S, ... in height and width, and on
         every frame in time.
       method: "grouped" is XLA's grouped convolution with our gradients, "library" with XLA's gradient of the
@@ -46,16 +54,17 @@ def depthwise_conv(x: jax.Array, kernel: jax.Array, *, stride: int = 1, method: 
       ValueError: ranks or channels that do not fit, an even window, a stride below one, or a method that
         is unknown or cannot be had.
     """
-    _check(x, kernel, stride, method)
+    _check(x, kernel, bias, stride, method)
     where = target()
     if method == "auto" and where.platform == "tpu":
         method = "pallas"
     if method == "pallas" and (stride > 1 or x.dtype == jnp.float64 or not depthwise_tpu.fits(x, kernel)):
         method = "grouped"
-    return _traced_once(x, kernel.astype(x.dtype), stride, method, where)
+    kernel, bias = jax.tree.map(lambda weights: weights.astype(x.dtype), (kernel, bias))
+    return _traced_once(x, kernel, bias, stride, method, where)
 
 
-def _check(x, kernel, stride, method):
+def _check(x, kernel, bias, stride, method):
     if method not in METHODS:
         raise ValueError(f"depthwise_conv: method {method!r} is not one of {', '.join(METHODS)}")
     if x.ndim not in (4, 5) or kernel.ndim != x.ndim:
@@ -69,6 +78,11 @@ def _check(x, kernel, stride, method):
             f"depthwise_conv: kernel {kernel.shape} does not fit {x.shape[-1]} channels;"
             " it should be [*window, channels, multiplier]"
         )
+    if bias is not None and bias.shape != kernel.shape[-2:]:
+        raise ValueError(
+            f"depthwise_conv: bias {bias.shape} does not fit kernel {kernel.shape};"
+            " it should be [channels, multiplier]"
+        )
     if method == "native" and not native.takes(x):
         raise ValueError(f"depthwise_conv: 'native' is float32 (not {x.dtype}) and needs a C++ compiler")
     if any(k % 2 == 0 for k in window):
@@ -77,33 +91,49 @@ def _check(x, kernel, stride, method):
         raise ValueError(f"depthwise_conv: stride {stride} is below one")
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _depthwise(x, kernel, stride, method, where):
-    return _form(method, "forward", where, kernel)(x, kernel, stride=stride)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _depthwise(x, kernel, bias, stride, method, where):
+    return _form(method, "forward", where, kernel)(x, kernel, bias, stride=stride)
 
 
-def _depthwise_fwd(x, kernel, stride, method, where):
-    return _depthwise(x, kernel, stride, method, where), (x, kernel)
+def _depthwise_fwd(x, kernel, bias, stride, method, where):
+    return _depthwise(x, kernel, bias, stride, method, where), (x, kernel, bias)
 
 
 def _depthwise_bwd(stride, method, where, residuals, cotangent):
-    x, kernel = residuals
+    x, kernel, bias = residuals
+    d_bias = None if bias is None else cotangent.sum(axis=(0, *range(2, cotangent.ndim - 1))).T
     if method == "pallas":
-        return _kernel_gradients(where, x, cotangent, kernel)
+        return *_kernel_gradients(where, x, cotangent, kernel), d_bias
     gradients = (_form(method, which, where, kernel) for which in ("of_input", "of_kernel"))
-    return tuple(gradient(x, kernel, cotangent, stride=stride) for gradient in gradients)
+    return *(gradient(x, kernel, cotangent, stride=stride) for gradient in gradients), d_bias
 
 
 _depthwise.defvjp(_depthwise_fwd, _depthwise_bwd)
-_traced_once = jax.jit(_depthwise, static_argnums=(2, 3, 4))  # equal blocks share one trace
+_traced_once = jax.jit(_depthwise, static_argnums=(3, 4, 5))  # equal blocks share one trace
 
 
 def _form(method, which, where, kernel):
-    """Of "auto" the definition is traced, too: `structvit_jax.models.operations` counts its convolution."""
+    """Forward it takes a bias, too."""
+    if method == "auto":
+        return _suited_form(which, where, kernel)
     if method in _APART:
-        return functools.partial(_each_device, method, which, where)
-    if method != "auto":
-        return getattr(FORMS[method], which)
+        form = functools.partial(_each_device, method, which, where)
+    else:
+        form = getattr(FORMS[method], which)
+    return _plus_bias(form) if which == "forward" and method != "native" else form
+
+
+def _plus_bias(form):
+    def forward(x, kernel, bias, *, stride):
+        out = form(x, kernel, stride=stride)
+        return out if bias is None else out + bias.T.reshape(-1, *(1,) * (x.ndim - 2), x.shape[-1])
+
+    return forward
+
+
+def _suited_form(which, where, kernel):
+    """The definition is traced, too: `structvit_jax.models.operations` counts its convolution."""
     platform, lowered_for = ("gpu", ("cuda", "rocm")) if where.platform == "gpu" else ("cpu", ("cpu",))
     if platform == "gpu":
         suited = _suits_gpus(which, kernel)
@@ -129,18 +159,21 @@ def _suits_gpus(which, kernel):
     return "banded" if banded else "padded"
 
 
-def _each_device(method, which, where: Target, x, kernel, *cotangent, stride):
+def _each_device(method, which, where: Target, x, kernel, *others, stride):
     """Each device works on its own examples."""
     function = functools.partial(getattr(FORMS[method], which), stride=stride)
     if where.platform == "gpu":
         function = _on_its_own(function)
-    if which != "of_kernel":
+    if which == "forward":
+        return where.on_each_device(function, x, kernel, *others, whole=1 + len(others))
+    (cotangent,) = others
+    if which == "of_input":
         return where.on_each_device(
-            lambda x, *others: function(x, others[-1], *others[:-1]), x, *cotangent, kernel, whole=1
+            lambda x, cotangent, kernel: function(x, kernel, cotangent), x, cotangent, kernel, whole=1
         )
     exact = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))  # sums are rounded when all are added
     parts = where.on_each_device(
-        lambda x, cotangent, kernel: function(x, kernel, cotangent)[None], x, *cotangent, exact, whole=1
+        lambda x, cotangent, kernel: function(x, kernel, cotangent)[None], x, cotangent, exact, whole=1
     )
     return parts.sum(axis=0).astype(kernel.dtype)
 

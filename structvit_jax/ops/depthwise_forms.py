@@ -350,7 +350,7 @@ def _accumulator(x):
 
 
 class Form(NamedTuple):
-    forward: Callable  # (x, kernel, stride=)
+    forward: Callable  # (x, kernel, stride=); the native one adds a bias that it is given
     of_input: Callable  # gradient (x, kernel, cotangent, stride=)
     of_kernel: Callable
 

@@ -75,11 +75,13 @@ def attention_gradients(
     return d_query, d_key, d_value
 
 
-def depthwise(x: jax.Array, kernel: jax.Array, *, stride: int) -> jax.Array:
-    """x [batch, *grid, channels], kernel [*window, channels, D] -> [batch, D, *grid', channels]."""
+def depthwise(x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None, *, stride: int) -> jax.Array:
+    """x [batch, *grid, channels], kernel [*window, channels, D], bias [channels, D]
+    -> [batch, D, *grid', channels]."""
     batch, *frames, height, width, channels = x.shape
     made = batch, kernel.shape[-1], *frames, -(-height // stride), -(-width // stride), channels
-    return _call("depthwise_forward", [made], x, kernel, stride=stride)[0]
+    start = jnp.zeros(kernel.shape[-2:], jnp.float32) if bias is None else bias
+    return _call("depthwise_forward", [made], x, kernel, start, stride=stride)[0]
 
 
 def depthwise_input_gradient(

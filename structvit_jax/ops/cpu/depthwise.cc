@@ -114,13 +114,18 @@ struct Cut {
   }
 };
 
-// out[x] = sum over taps of from[offsets[tap] + x] * weights[tap], all of them pairs; out's are `apart`, and `lanes`
-// of each are written.
+// out[x] = start + sum over taps of from[offsets[tap] + x] * weights[tap], all of them pairs; out's are `apart`, and
+// `lanes` of each are written.
 template <long COUNT>
-void over_taps(const float* from, const std::vector<long>& offsets, const float* weights, float* out, long apart,
-               long lanes) {
-  for (long x = 0; x < COUNT; ++x) __builtin_prefetch(out + x * apart, 1);
-  Lanes left[COUNT] = {}, right[COUNT] = {};
+void over_taps(const float* from, const std::vector<long>& offsets, const float* weights, const float* start, float* out,
+               long apart, long lanes) {
+  Lanes left[COUNT], right[COUNT];
+#pragma GCC unroll 7
+  for (long x = 0; x < COUNT; ++x) {
+    __builtin_prefetch(out + x * apart, 1);
+    left[x] = load(start);
+    right[x] = load(start + LANES);
+  }
   for (size_t tap = 0; tap < offsets.size(); ++tap) {
     const float* in = from + offsets[tap];
     Lanes w0 = load(weights + tap * PAIR), w1 = load(weights + tap * PAIR + LANES);
@@ -210,8 +215,8 @@ class Weights {
   }
 };
 
-// Arrays: x [batch, *grid, channels], kernels [*window, channels, planes], and results with their cotangents [batch,
-// planes, *grid, channels]. Images are clips of one frame.
+// Arrays: x [batch, *grid, channels], kernels [*window, channels, planes], bias [channels, planes], and results with
+// their cotangents [batch, planes, *grid, channels]. Images are clips of one frame.
 using Array = ffi::AnyBuffer;
 using Result = ffi::Result<Array>;
 
@@ -229,12 +234,23 @@ long planes_of(const Array& kernel) { return kernel.dimensions().back(); }
 
 const float* data(const Array& x) { return x.typed_data<float>(); }
 
-ffi::Error forward(ffi::ThreadPool pool, Array x, Array kernel, Result out, int64_t stride) {
+// [planes][channels], a whole number of pairs of these.
+Floats padded_bias(const Array& bias, long channels, long planes) {
+  long line = round_up(channels, PAIR);
+  Floats made = zeros(planes * line);
+  for (long c = 0; c < channels; ++c)
+    for (long d = 0; d < planes; ++d) made[d * line + c] = data(bias)[c * planes + d];
+  return made;
+}
+
+ffi::Error forward(ffi::ThreadPool pool, Array x, Array kernel, Array bias, Result out, int64_t stride) {
   Shape in = shape_of(x, 1), made = shape_of(*out, 2);
   Window window = window_of(kernel);
   long planes = planes_of(kernel);
   Cut cut(x.dimensions()[0], made, window, stride, 1);
   auto offsets = cut.offsets();
+  Floats starts = padded_bias(bias, in.channels, planes);
+  long line = round_up(in.channels, PAIR);
   in_parallel(pool, cut.units(), [&] {
     Weights weights(data(kernel), window.taps(), in.channels, planes, false);
     return [&, weights = std::move(weights), seen = Floats(cut.seen.size())](long task) mutable {
@@ -247,8 +263,8 @@ ffi::Error forward(ffi::ThreadPool pool, Array x, Array kernel, Result out, int6
           for (long y = unit.first; y < unit.last; ++y)
             for (long d = 0; d < planes; ++d)
               OVER_TAPS[count](&seen[cut.seen.at(t, (y - unit.first) * stride, at)], offsets,
-                               taps + d * window.taps() * PAIR, to + d * made.size() + made.at(t, y, at),
-                               made.channels, cut.lanes(unit));
+                               taps + d * window.taps() * PAIR, &starts[d * line + unit.channel],
+                               to + d * made.size() + made.at(t, y, at), made.channels, cut.lanes(unit));
       });
     };
   });
@@ -261,6 +277,7 @@ ffi::Error of_input(ffi::ThreadPool pool, Array cotangent, Array kernel, Result 
   Window window = window_of(kernel);
   long planes = planes_of(kernel);
   Cut cut(out->dimensions()[0], made, window, 1, planes);
+  Floats start = zeros(PAIR);
   std::vector<long> offsets;
   for (long d = 0; d < planes; ++d)
     for (long offset : cut.offsets()) offsets.push_back(d * cut.seen.size() + offset);
@@ -276,8 +293,8 @@ ffi::Error of_input(ffi::ThreadPool pool, Array cotangent, Array kernel, Result 
       in_parts(made.columns, [&](long at, long count) {
         for (long t = 0; t < made.frames; ++t)
           for (long y = unit.first; y < unit.last; ++y)
-            OVER_TAPS[count](&seen[cut.seen.at(t, y - unit.first, at)], offsets, taps, to + made.at(t, y, at),
-                             made.channels, cut.lanes(unit));
+            OVER_TAPS[count](&seen[cut.seen.at(t, y - unit.first, at)], offsets, taps, start.data(),
+                             to + made.at(t, y, at), made.channels, cut.lanes(unit));
       });
     };
   });
@@ -325,8 +342,10 @@ ffi::Error of_kernel(ffi::ThreadPool pool, Array x, Array cotangent, Result out,
   return ffi::Error::Success();
 }
 
-auto binding() {
-  return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Array>().Arg<Array>().Ret<Array>().Attr<int64_t>("stride");
+auto with_pool() { return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>(); }
+auto binding() { return with_pool().Arg<Array>().Arg<Array>().Ret<Array>().Attr<int64_t>("stride"); }
+auto forward_binding() {
+  return with_pool().Arg<Array>().Arg<Array>().Arg<Array>().Ret<Array>().Attr<int64_t>("stride");
 }
 
 }  // namespace
@@ -334,6 +353,6 @@ auto binding() {
 
 using namespace structvit;
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(depthwise_forward, forward, binding());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(depthwise_forward, forward, forward_binding());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(depthwise_of_input, of_input, binding());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(depthwise_of_kernel, of_kernel, binding());
