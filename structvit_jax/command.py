@@ -82,30 +82,30 @@ def checkpoint_config(argv: Sequence[str], *positional: str) -> list[Any]:
     given = _words(argv)
     if len(given) != len(positional):
         raise UserError(f"it takes {' '.join(positional)}, and flags as --config.data.root=DIR; see --help")
-    return [*_of_card(argv, given[0]), *given[1:]]
+    return [*_of_card(argv, given[0])[:2], *given[1:]]
 
 
 def checkpoint_and_paths(argv: Sequence[str], paths: str) -> tuple[str, Any, list[str]]:
     """The same for a command that acts on files: --checkpoint, the configuration, and the files' paths, of
     which there is one at least; `paths` is what they are called."""
-    given = next((word.split("=", 1)[1] for word in argv if re.match("--?checkpoint=.", word)), None)
-    files = _words(argv)
-    if not (given and files):
-        raise UserError(f"it takes --checkpoint=RUN, {paths}, and flags as --config.data.size=N; see --help")
-    flags.DEFINE_string("checkpoint", None, "RUN/checkpoints/STEP, or RUN for its latest.")
-    return (*_of_card(argv, given), files)
+    checkpoint = flags.DEFINE_string("checkpoint", None, "RUN/checkpoints/STEP, or RUN for its latest.")
+    if _words(argv) and checkpoint.value:
+        where, config, files = _of_card(argv, checkpoint.value)
+        if files:
+            return where, config, files
+    raise UserError(f"it takes --checkpoint=RUN, {paths}, and flags as --config.data.size=N; see --help")
 
 
 def _words(argv):
-    """Positional arguments. Where help is asked for, it is given, and that is the end."""
-    if any(re.fullmatch("--?help(full|short)?", word) for word in argv):
-        with naming_flags():
-            flags.FLAGS(list(argv))
-    return [word for word in argv[1:] if not word.startswith("-")]
+    """Positional arguments, before it is known which keys there are: a key's value that stands apart is taken
+    for one. Where help is asked for, it is given, and that is the end."""
+    with naming_flags():
+        return [word for word in flags.FLAGS(list(argv), known_only=True)[1:] if not word.startswith("-")]
 
 
 def _of_card(argv, checkpoint):
-    """The checkpoint's folder, and the configuration of its card with what flags change of it."""
+    """The checkpoint's folder, the configuration of its card with what flags change of it, and positional
+    arguments."""
     from structvit_jax.training import (
         mesh,  # here, so that a mistake in other commands' flags is told at once
     )
@@ -118,10 +118,10 @@ def _of_card(argv, checkpoint):
     with naming_flags():
         config = from_card(card["config"])
         flag = config_flags.DEFINE_config_dict("config", config, "See structvit_jax.config.")
-        flags.FLAGS(list(argv))
+        words = flags.FLAGS(list(argv))[1:]
     check_config(flag.value)
     mesh.use_compilation_cache(flag.value.mesh.compilation_cache)
-    return where, flag.value
+    return where, flag.value, words
 
 
 def _unknown_key(message: str) -> str:

@@ -92,7 +92,7 @@ def test_the_command_tells_good_and_bad_files(command, root, run, tmp_path):
         Image.fromarray(np.full((40, 30, 3), 25 * number, np.uint8)).save(frames / f"{number}.png")
     bad = [folder / "page.mp4", folder / "empty.webm", tmp_path / "missing.mp4", frames / "0.png"]
     features = tmp_path / "features"
-    words = f"--checkpoint={run}", "--top=2", "--format=jsonl", f"--features={features}", folder, *bad[2:]
+    words = "--checkpoint", run, "--top", 2, "--format=jsonl", f"--features={features}", folder, *bad[2:]
     done = command(*words, **PREDICT)
     lines = {line["path"]: line for line in map(json.loads, done.stdout.splitlines())}
     assert set(lines) == {*good, str(frames), *map(str, bad)}
