@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["NO_GCE_CHECK"] = "true"  # else who opens a bucket waits for a machine of Google's
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # PyTorch's threads would wait in loops for cores that XLA has
 if os.environ.setdefault("JAX_PLATFORMS", "cpu") == "cpu":  # most programs take longer to compile than to run
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
@@ -243,7 +244,7 @@ def place(request, tmp_path, monkeypatch):
         for name, value in bucket.environment.items():
             monkeypatch.setenv(name, value)
         monkeypatch.setattr(lock, "_SETTLE", dict.fromkeys((True, False), 0.1))
-        yield epath.Path("gs://bucket/run")
+        yield epath.Path(f"gs://bucket/{tmp_path.name}")  # etils still has the listings of buckets before
         fsspec.get_filesystem_class("gs").clear_instance_cache()
 
 

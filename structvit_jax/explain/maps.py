@@ -35,8 +35,7 @@ class Layer:
     @property
     def key_grid(self) -> tuple[int, ...]:
         """Positions of keys and values: fewer with a stride."""
-        *time, height, width = self.grid
-        return (*time, -(-height // self.attention.stride), -(-width // self.attention.stride))
+        return self.attention.key_grid(self.grid)
 
     @property
     def patterns(self) -> int:

@@ -106,6 +106,10 @@ class StructAttention(nnx.Module):
         y = struct_attention(*operands, stride=self.stride, method=self.method)
         return self.proj(y.reshape(x.shape))
 
+    def key_grid(self, grid: Sequence[int]) -> tuple[int, ...]:
+        """Positions of keys and values of a grid: fewer with a stride, in height and width."""
+        return (*grid[:-2], *(-(-n // self.stride) for n in grid[-2:]))
+
     def maps(self, x: jax.Array, queries: ArrayLike) -> StructAttentionMaps:
         """The attention maps, dynamic kernels and final maps of the queries at flat grid positions [Q]."""
         return struct_attention_maps(*self.operands(x), stride=self.stride, queries=queries)
@@ -123,9 +127,8 @@ class StructAttention(nnx.Module):
 
     def _declare(self, x):
         batch, *grid, width = x.shape
-        keys = math.prod(grid)
+        keys = math.prod(self.key_grid(grid))
         if self.key_kernels is not None:
-            keys = math.prod(grid[:-2]) * math.prod(-(-n // self.stride) for n in grid[-2:])
             keys *= self.key_kernels.shape[-1]
             taps = sum(math.prod(k.shape[:-3]) for k in (self.key_kernels, self.value_kernels))
             declare(self, "structure", batch * keys * taps * width)
