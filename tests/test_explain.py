@@ -124,6 +124,27 @@ def test_the_picture_shows_the_maps(name):
     assert len(drawn.convert("RGB").getcolors(10**6)) > 50
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_pixels_under_the_querys_window(name):
+    """The cells of the window, and nothing of those that would lie outside the input."""
+    _, x, found = example(name)
+    shape, layer = (1, *x.shape[1:-1])[-3:], next(iter(found.values()))
+    frames = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1).astype(np.uint8) + 1
+    grid, axes = np.array((1, *layer.grid)[-3:]), len(layer.grid)
+    for position in ((0,) * axes, tuple(n - 1 for n in layer.grid)):
+        query = query_maps(layer, 0, position)
+        seen = picture.seen_by_window(frames, layer, query)
+        window = np.array((1, *query.kappa.shape[axes:-1])[-3:])
+        assert (np.abs(seen.shape[:3] - window * [1, *(shape / grid)[1:]]) < 1).all()
+        strides = np.array([1, layer.attention.stride, layer.attention.stride])
+        centre = np.array((0, *position)[-3:]) // strides * strides
+        middle = tuple(np.array(seen.shape[:3]) // 2)
+        assert (np.floor((seen[middle] - 0.5) / shape * grid) == centre).all()
+        cells = centre + np.stack(np.meshgrid(*map(np.arange, window), indexing="ij"), -1) - window // 2
+        inside = ((cells >= 0) & (cells < grid)).all(axis=-1)
+        assert np.isclose((seen[..., 0] > 0).mean(), inside.mean(), atol=0.05)
+
+
 def content(html):
     return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', html, re.S)[1])
 

@@ -28,25 +28,56 @@ def in_time(array: np.ndarray, axes: int) -> np.ndarray:
 
 
 def rows(layer: Layer, query: Query, head: int) -> list[Row]:
-    """The correlations, the attention of each pattern beside the kernels that make it, and the final map
-    beside the dynamic kernel where the query itself is. What has channels is their mean."""
+    """The correlations beside the dynamic kernel where the query itself is, the attention of each pattern
+    beside the kernels that make it, and the final map. What has channels is their mean."""
     axes = len(layer.grid)
     key_kernels, value_kernels = (_of_head(kernels, head).mean(axis=-2) for kernels in layer.kernels())
     correlation, final = in_time(query.correlation, axes), in_time(query.final.mean(axis=-1), axes)
     attention = [in_time(one, axes) for one in query.attention]
     most = float(query.attention.max())
-    found = [Row("correlation", correlation, "signed", float(np.abs(correlation).max()))]
+    kappa = in_time(query.kappa[_key_of(layer, query)].mean(axis=-1), axes)
+    windows = (("dynamic kernel there", kappa),)
+    found = [Row("correlation", correlation, "signed", float(np.abs(correlation).max()), windows)]
     for d, one in enumerate(attention):
         kernels = (
             ("key kernel", in_time(key_kernels[..., d], axes)),
             ("value kernel", in_time(value_kernels[..., d], axes)),
         )
         found.append(Row(f"pattern {d + 1}\n{one.sum():.0%}", one, "positive", most, kernels))
-    here = tuple(at * m // n for at, n, m in zip(query.position, layer.grid, layer.key_grid, strict=True))
-    kappa = in_time(query.kappa[here].mean(axis=-1), axes)
-    windows = (("dynamic kernel\nat the query", kappa),)
-    found.append(Row("final map", final, "signed", float(np.abs(final).max()), windows))
-    return found
+    return [*found, Row("final map", final, "signed", float(np.abs(final).max()))]
+
+
+def _key_of(layer: Layer, query: Query) -> tuple[int, ...]:
+    """The key whose window the query is in the middle of, or next to it where a stride leaves keys out."""
+    *time, row, column = query.position
+    return (*time, row // layer.attention.stride, column // layer.attention.stride)
+
+
+def seen_by_window(frames: np.ndarray, layer: Layer, query: Query) -> np.ndarray:
+    """The pixels that the window around the query covers, of the frame in the middle of each of its times,
+    black outside the input. Where grids do not divide the input, to the nearest pixel.
+
+    Args:
+      frames: uint8 [time, height, width, 3]; an image has a time of one.
+      layer, query: of the maps.
+
+    Returns:
+      uint8 [time of the window, height, width, 3].
+    """
+    axes, key = len(layer.grid), _key_of(layer, query)
+    centres = (*key[:-2], *(at * layer.attention.stride for at in key[-2:]))
+    sides = [(1, 0, 1)] * (3 - axes) + list(zip(layer.grid, centres, query.kappa.shape[axes:-1], strict=True))
+    seen = frames
+    for axis, (cells, centre, size) in enumerate(sides):
+        pixels = frames.shape[axis] / cells
+        first, end = centre - size // 2, centre + size // 2 + 1
+        if axis == 0:
+            picked = np.floor((np.arange(first, end) + 0.5) * pixels).astype(int)
+        else:
+            picked = np.arange(round(first * pixels), round(end * pixels))
+        inside = (picked >= 0) & (picked < frames.shape[axis])
+        seen = np.take(seen, picked, axis, mode="clip") * inside.reshape(-1, *[1] * (3 - axis))
+    return seen
 
 
 def _of_head(kernels: np.ndarray, head: int) -> np.ndarray:
@@ -77,6 +108,10 @@ def draw(pixels: np.ndarray, layer: Layer, query: Query, head: int, title: str) 
     for place in places.flat:
         place.set_axis_off()
     _draw_frames(places[0], frames, layer, query, times)
+    under, seen = places[0][len(times) + 1 :], seen_by_window(frames, layer, query)
+    for place, picture in zip(under, seen, strict=False):
+        place.imshow(picture)
+    under[len(seen) // 2].set_title("pixels under its window", fontsize=7)
     for line, row in zip(places[1:], shown, strict=True):
         _draw_row(line, row, times)
     file = io.BytesIO()
