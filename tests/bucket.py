@@ -78,6 +78,7 @@ class Bucket:
 
 class _Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    wbufsize = -1  # an answer is one packet: a second would wait until the first is acknowledged
     bucket: Bucket
 
     def log_message(self, *arguments):

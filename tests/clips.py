@@ -1,6 +1,7 @@
 """Video files for tests: moving digits, written with PyAV in every way that a loader meets."""
 
 import fractions
+import functools
 import struct
 
 import av
@@ -54,8 +55,13 @@ def same(a, b):
 
 def pictures(label, number, split="train"):
     """uint8 [16, 32, 32, 3]: clip `number` of a class."""
-    source = _Digits("train" if split == "train" else "test", 10**6, seed=0)
+    source = _digits("train" if split == "train" else "test")
     return source.open(8 * number + CLASSES[label])[0].frames(range(16))
+
+
+@functools.cache
+def _digits(split):
+    return _Digits(split, 10**6, seed=0)
 
 
 def decoded():

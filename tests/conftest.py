@@ -119,7 +119,10 @@ class Command:
 
     _server = multiprocessing.get_context("forkserver")
     _server.set_forkserver_preload(
-        ["structvit_jax.command", "structvit_jax.training.loop", "sklearn.datasets"]
+        [
+            *("structvit_jax.command", "structvit_jax.data", "structvit_jax.training.loop"),
+            *("structvit_jax.bench", "structvit_jax.plan", "structvit_jax.sheet", "sklearn.datasets"),
+        ]
     )
 
     def __init__(self, folder, *arguments, module="structvit_jax.main", first=None, **environment):

@@ -1,5 +1,6 @@
 """The documents are true: README blocks run, configurations build, names in FIDELITY.md exist."""
 
+import functools
 import importlib
 import json
 import os
@@ -85,7 +86,7 @@ def test_the_commands(command, tmp_path):
     assert ran >= 4
 
 
-def test_the_commands_that_fine_tune(command, tmp_path, monkeypatch):
+def test_the_commands_that_fine_tune(command, tmp_path):
     """With a file of the released shape in the place of the released one, and a tiny model."""
     root = tmp_path / "clips"
     clips.write_folder(root, {"train": 3, "val": 2})
@@ -109,10 +110,9 @@ def test_the_commands_that_fine_tune(command, tmp_path, monkeypatch):
     done = command(*shlex.split(train)[3:], *SHORT, *tiny, f"--workdir={tmp_path / 'runs' / 'folder'}")
     assert done.returncode == 0, done.stderr
     assert "as plain attention: 6 arrays" in done.stdout and "made new, for " in done.stdout
-    monkeypatch.chdir(tmp_path)
-    words = [sys.executable, *shlex.split(evaluate)[1:]]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": COMPILER}
-    done = subprocess.run(words, capture_output=True, text=True, env=environment)
+    *python, module, run, root = shlex.split(evaluate)
+    assert python == ["python", "-m"] and run == "runs/folder"
+    done = command(run, root, module=module, first=functools.partial(os.chdir, tmp_path))
     assert done.returncode == 0, done.stderr
     assert "result: top1" in done.stdout
 

@@ -23,30 +23,27 @@ def transcription(query, key, value, key_kernels, value_kernels, stride):
         return x[(b, *position, h)] if inside else np.zeros(channels)
 
     def window_of(kernels, b, h, x, centre):
-        """The window M around a centre, as pairs of kernel [channels or 1, D] and vector [channels]."""
-        sides = kernels.shape[:-3]
+        """The window M around a centre: its kernels [M, channels, D] and vectors [M, channels]."""
+        sides, found = kernels.shape[:-3], []
         for offset in itertools.product(*map(range, sides)):
             position = [c + o - (k - 1) // 2 for c, o, k in zip(centre, offset, sides, strict=True)]
-            yield kernels[(*offset, min(h, kernels.shape[-3] - 1))], at(x, b, h, position)
+            kernel = kernels[(*offset, min(h, kernels.shape[-3] - 1))]
+            found.append((np.broadcast_to(kernel, (channels, kernel.shape[-1])), at(x, b, h, position)))
+        return tuple(map(np.array, zip(*found, strict=True)))
 
     output = np.zeros_like(query)
     for b, h in itertools.product(range(batch), range(heads)):
+        keys = [window_of(key_kernels, b, h, key, j) for j in centres]
+        values = [window_of(value_kernels, b, h, value, j) for j in centres]
         for i in itertools.product(*map(range, grid)):
             q = query[(b, *i, h)]
-            logits = np.array(
-                [
-                    sum(
-                        (q * k) @ np.broadcast_to(u, (channels, u.shape[-1]))
-                        for u, k in window_of(key_kernels, b, h, key, j)
-                    )
-                    for j in centres
-                ]
-            ) / np.sqrt(channels)  # [centre, D]
+            logits = np.array([np.einsum("c,mc,mcd->d", q, k, u) for u, k in keys])  # [centre, D]
+            logits /= np.sqrt(channels)
             a = np.exp(logits - logits.max())
             a /= a.sum()
-            for j, a_j in zip(centres, a, strict=True):
-                for u, v in window_of(value_kernels, b, h, value, j):
-                    output[(b, *i, h)] += (u @ a_j) * v  # kappa_ij at this place of the window, times V_j
+            for (u, v), a_j in zip(values, a, strict=True):
+                kappa = u @ a_j  # [M, channels]: kappa_ij at each place of the window, times V_j
+                output[(b, *i, h)] += (kappa * v).sum(axis=0)
     return output
 
 

@@ -21,11 +21,18 @@ from gcsfs.retry import HttpError
 from structvit_jax import data
 from structvit_jax.config import default_config
 from structvit_jax.errors import RESUMABLE, UserError
-from structvit_jax.training import log, step
+from structvit_jax.training import lock, log, step
 from structvit_jax.training.checkpoint import Checkpoints
 from structvit_jax.training.storage import naming_failures
 
 SLOWLY = functools.partial(slowly, 0.15)
+
+
+def settled(slow=None):
+    """In a command: no rival's write takes long to arrive in the bucket; and see `slowly`."""
+    lock._SETTLE = dict.fromkeys((True, False), 0.1)
+    if slow:
+        slowly(slow)
 
 
 def poisoned(steps):
@@ -200,9 +207,9 @@ def test_a_run_in_a_bucket(finished, tmp_path):
     """Killed in its first save and in another, broken, mended: it ends as on a disk."""
     with Bucket() as bucket:
 
-        def start(**options):
-            arguments = [*QUICK, "--workdir=gs://bucket/runs/a"]
-            return Command(tmp_path, *arguments, **options, **bucket.environment)
+        def start(slow=None):
+            arguments, first = [*QUICK, "--workdir=gs://bucket/runs/a"], functools.partial(settled, slow)
+            return Command(tmp_path, *arguments, first=first, **bucket.environment)
 
         def saving(number):
             return any(name.startswith(f"runs/a/checkpoints/{number}/") for name in list(bucket.objects))
@@ -211,11 +218,11 @@ def test_a_run_in_a_bucket(finished, tmp_path):
             return b"weights" in bucket.objects.get(f"runs/a/checkpoints/{number}/sha256.json", b"")
 
         for happens in (lambda: saving(3), lambda: saving(6)):
-            process = start(first=SLOWLY)
+            process = start(slow=0.15)
             process.when(happens)
             process.signal(signal.SIGKILL)
             process.wait()
-        process = start(first=SLOWLY)
+        process = start(slow=0.15)
         process.when(lambda: saved(9))
         bucket.broken = True
         assert process.wait().returncode == 2, process.stderr

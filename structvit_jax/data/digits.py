@@ -31,12 +31,12 @@ def _hat(distance: np.ndarray) -> np.ndarray:
     return np.maximum(0.0, 1.0 - np.abs(distance)).astype(np.float32)
 
 
-def _enlarge(scan: np.ndarray, side: int) -> np.ndarray:
-    """Bilinear resizing of a square scan."""
-    old = len(scan)
+def _enlarge(scans: np.ndarray, side: int) -> np.ndarray:
+    """Bilinear resizing of square scans [..., side, side]."""
+    old = scans.shape[-1]
     centres = np.clip((np.arange(side) + 0.5) * old / side - 0.5, 0, old - 1)
     weights = _hat(centres[:, None] - np.arange(old))
-    return weights @ scan @ weights.T
+    return weights @ scans @ weights.T
 
 
 def _to_rgb(grey: np.ndarray) -> np.ndarray:
@@ -70,9 +70,7 @@ class MovingDigits:
             raise UserError(f"{self.name} are made on the fly: config.data.{split}_examples says how many")
         self._split, self._examples = split, examples
         self._entropy = (seed if split == "train" else 0, _STREAMS[split])
-        self._scans = [
-            _enlarge(scan, self._digit) for scan in _scans("test" if split == "test" else "train")[0]
-        ]
+        self._scans = list(_enlarge(_scans("test" if split == "test" else "train")[0], self._digit))
 
     def __len__(self) -> int:
         return self._examples
