@@ -74,10 +74,10 @@ def test_the_same_batches_for_any_number_of_workers_and_hosts(root):
     setting = {"root": str(root), **VIDEO, **AUGMENT, "augment__repeats": 3}
     whole = take(load(**setting).train_batches(8, start_step=0), 24)  # an epoch has 117 rows: 14.6 steps
     tests = take(load(**setting, test_clips=2).test_batches(4), 3)
-    for workers in (2, 3):
+    for workers in (1, 3):
         dataset = load(**setting, workers=workers, test_clips=2)
-        resumed = take(dataset.train_batches(8, start_step=21), 3)
-        assert all(map(same, resumed, whole[21:])), workers
+        resumed = take(dataset.train_batches(8, start_step=20), 4)
+        assert all(map(same, resumed, whole[20:])), workers
         assert all(map(same, take(dataset.test_batches(4), 3), tests)), workers
     for hosts in (2, 4):
         shares = [
@@ -334,7 +334,7 @@ def test_from_files_to_a_score(command, tmp_path):
     clips.write_folder(tmp_path / "data", {"train": 60, "val": 50})
     arguments = ["--config=configs/folder.py", f"--config.data.root={tmp_path / 'data'}"]
     arguments += ["--config.data.size=24", "--config.optimizer.lr=3e-3", "--config.optimizer.warmup=10 steps"]
-    arguments += ["--config.eval.every=", "--config.train.duration=100 steps"]
+    arguments += ["--config.eval.every=", "--config.checkpoint.every=", "--config.train.duration=100 steps"]
     arguments += [
         "--config.model.depths=(1,1,1,1)",
         "--config.model.widths=(16,16,32,32)",

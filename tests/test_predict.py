@@ -178,7 +178,8 @@ ELSEWHERE = """
 import sys, json
 import jax, numpy as np
 program = jax.export.deserialize(open(sys.argv[1], "rb").read())
-np.save(sys.argv[3], program.call(np.load(sys.argv[2])))
+for given, result in zip(sys.argv[2::2], sys.argv[3::2], strict=True):
+    np.save(result, program.call(np.load(given)))
 assert not any(name.startswith("structvit_jax") for name in sys.modules)
 """
 
@@ -202,13 +203,16 @@ def test_a_program_gives_the_models_numbers_without_the_package(command, model, 
     trained = structvit_jax.load_trained(str(workdir))
     structure, arrays = weights.split(trained.network)
     network = jax.jit(lambda x: structure.model(arrays)(x))
-    for count in (1, 3):
-        pixels = np.random.default_rng(0).integers(0, 256, (count, *trained.reader.shape), np.uint8)
-        np.save(tmp_path / "in.npy", pixels)
-        words = [sys.executable, "-I", "-c", ELSEWHERE, file, tmp_path / "in.npy", tmp_path / "out.npy"]
-        subprocess.run(list(map(str, words)), check=True, cwd=tmp_path)
+    words, rng = [sys.executable, "-I", "-c", ELSEWHERE, file], np.random.default_rng(0)
+    given = [rng.integers(0, 256, (count, *trained.reader.shape), np.uint8) for count in (1, 3)]
+    for pixels in given:
+        places = [tmp_path / f"{name}{len(pixels)}.npy" for name in ("in", "out")]
+        np.save(places[0], pixels)
+        words += places
+    subprocess.run(list(map(str, words)), check=True, cwd=tmp_path)
+    for pixels in given:
         expected = np.asarray(network(trained.normalized(pixels)))
-        difference = np.abs(np.load(tmp_path / "out.npy") - expected).max()
+        difference = np.abs(np.load(tmp_path / f"out{len(pixels)}.npy") - expected).max()
         assert difference <= 1e-6 * np.abs(expected).max()
 
     card = json.loads((tmp_path / "model.jax.json").read_text())
