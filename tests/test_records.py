@@ -116,7 +116,6 @@ def test_a_tfds_image_set_trains_without_tensorflow(tmp_path, command):
     arguments = ["--config=configs/digits.py", "--config.data.name=tfds:digit_pictures"]
     arguments += [f"--config.data.root={tmp_path}", "--config.data.test_split=test", "--config.eval.every="]
     arguments += ["--config.train.duration=60 steps", "--config.optimizer.warmup=6 steps"]
-    arguments += ["--config.checkpoint.every="]
     arguments += ["--config.model.depths=(1,1,1,1)", "--config.model.widths=(16,16,32,32)"]
     arguments += ["--config.model.head_width=16", "--config.data.batch_size=32"]
     process = command(*arguments, f"--workdir={tmp_path / 'run'}")
