@@ -70,27 +70,23 @@ def arrays(x_shape, kernel_shape, dtype):
     return [jnp.asarray(rng.standard_normal(shape), dtype) for shape in (x_shape, kernel_shape)]
 
 
+def together(forms, *args):
+    """Values and gradients of several forms, as one program: compiling is what takes the time."""
+    *arrays, stride = args
+    return jax.jit(lambda *arrays: [value_and_grads(form, *arrays, stride) for form in forms])(*arrays)
+
+
 @settings(max_examples=10, deadline=None, derandomize=True)
 @given(cases())
-def test_both_forms_equal_the_definition(case):
+def test_all_forms_equal_the_definition(case):
     x_shape, kernel_shape, stride = case
     with jax.enable_x64(True):
         x, kernel = arrays(x_shape, kernel_shape, jnp.float64)
-        forms = (definition, *FORMS.values())
-        together = jax.jit(lambda *a: [value_and_grads(form, *a, stride) for form in forms])  # compiled once
-        expected, *found = together(x, kernel)
-        for its in found:
-            assert largest_difference(its, expected) < 1e-10
+        expected, *found = together((definition, *FORMS.values()), x, kernel, stride)
+        for form, its in zip(FORMS, found, strict=True):
+            assert largest_difference(its, expected) < 1e-10, form
 
 
-@functools.cache
-def by_definition(shape, window, multiplier, stride):
-    """The definition's value and gradients, computed once for all forms; and what they are of."""
-    x, kernel = arrays(shape, (*window, shape[-1], multiplier), jnp.float64)
-    return value_and_grads(definition, x, kernel, stride), x, kernel
-
-
-@pytest.mark.parametrize("form", FORMS)  # one after the other, so that a worker meets it again
 @pytest.mark.parametrize(
     ("shape", "window", "multiplier", "stride"),
     [
@@ -104,11 +100,13 @@ def by_definition(shape, window, multiplier, stride):
         ((1, 5, 70, 2), (3, 5), 2, 2),
     ],
 )
-def test_windows_of_the_networks(x64, form, shape, window, multiplier, stride):
-    expected, x, kernel = by_definition(shape, window, multiplier, stride)
-    assert largest_difference(value_and_grads(FORMS[form], x, kernel, stride), expected) < 1e-12
-    single = [array.astype(jnp.float32) for array in (x, kernel)]
-    assert largest_difference(value_and_grads(FORMS[form], *single, stride), expected) < 1e-5
+def test_windows_of_the_networks(x64, shape, window, multiplier, stride):
+    x, kernel = arrays(shape, (*window, shape[-1], multiplier), jnp.float64)
+    expected, *double = together((definition, *FORMS.values()), x, kernel, stride)
+    single = together(FORMS.values(), *(array.astype(jnp.float32) for array in (x, kernel)), stride)
+    for form, *its in zip(FORMS, double, single, strict=True):
+        assert largest_difference(its[0], expected) < 1e-12, form
+        assert largest_difference(its[1], expected) < 1e-5, form
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -177,14 +175,14 @@ PALLAS = functools.partial(depthwise_conv, method="pallas")
         ((2, 7, 5, 3), (3, 3), 4),
         ((1, 9, 14, 6), (5, 3), 1),
         ((2, 3, 6, 7, 4), (3, 3, 3), 2),
-        ((1, 2, 5, 9, 3), (5, 5, 5), 1),  # fewer frames than the window has
+        ((1, 2, 5, 9, 3), (5, 3, 5), 1),  # fewer frames than the window has
         ((1, 6, 3, 4, 5), (5, 1, 3), 2),
     ],
 )
 def test_the_kernel_for_gradients_equals_the_definition(shape, window, multiplier):
     x, kernel = arrays(shape, (*window, shape[-1], multiplier), jnp.float32)
-    expected = value_and_grads(definition, x, kernel, 1)
-    assert largest_difference(value_and_grads(PALLAS, x, kernel, 1), expected) < 1e-5
+    expected, found = together((definition, PALLAS), x, kernel, 1)
+    assert largest_difference(found, expected) < 1e-5
     half = [array.astype(jnp.bfloat16) for array in (x, kernel)]
     gradients = value_and_grads(PALLAS, *half, 1)[1]
     assert all(gradient.dtype == jnp.bfloat16 for gradient in gradients)
@@ -253,26 +251,28 @@ def test_windows_of_clips_are_bands_on_gpus(gpu):
     assert "feature_group_count=128" in text and "feature_group_count=64" not in text
 
 
-@pytest.mark.parametrize(
-    "form", [*FORMS.values(), PALLAS, pytest.param(NATIVE, marks=needs_compiler), depthwise_conv]
-)
-def test_a_bias_is_added_to_all_places(form):
+def test_a_bias_is_added_to_all_places():
     """On one device and on eight; a sum over places is its gradient."""
     x, kernel = arrays((8, 5, 4, 37), (3, 3, 37, 2), jnp.float32)
     bias, cotangent = arrays((37, 2), (8, 2, 5, 4, 37), jnp.float32)
     expected, pull = jax.vjp(lambda *args: definition(*args, stride=1), x, kernel)
     expected += bias.T[:, None, None]
     exact = expected, *pull(cotangent), np.einsum("bdyxc->cd", np.asarray(cotangent, np.float64))
+    forms = (
+        FORMS
+        | {"pallas": PALLAS, "auto": depthwise_conv}
+        | ({"native": NATIVE} if native.available() else {})
+    )
 
-    @jax.jit
     def run(*args):
-        out, pull = jax.vjp(form, *args)
-        return out, *pull(cotangent)
+        made = {name: jax.vjp(form, *args) for name, form in forms.items()}
+        return {name: (out, *pull(cotangent)) for name, (out, pull) in made.items()}
 
-    assert largest_difference(run(x, kernel, bias), exact) < 2e-6
-    jax.clear_caches()
-    with batch_split_over(make_mesh(-1, 2, jax.devices("cpu")[:8])):
-        assert largest_difference(run(x, kernel, bias), exact) < 2e-6
+    for devices in (1, 8):
+        with batch_split_over(make_mesh(-1, devices // 4 or 1, jax.devices("cpu")[:devices])):
+            for name, found in jax.jit(run)(x, kernel, bias).items():
+                assert largest_difference(found, exact) < 2e-6, name
+        jax.clear_caches()
 
 
 @needs_compiler
