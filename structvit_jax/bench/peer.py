@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import importlib.util
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +27,8 @@ _FILE = Path(__file__).parents[2] / "extras" / "structvit_torch.py"
 
 class TorchPeer:
     """A PyTorch model with our model's weights, on the same device, run in PyTorch's ways: contiguous,
-    channels last, and the faster of the two compiled (where torch.compile works); in bfloat16 by autocast.
+    channels last, and the faster of the two compiled (where torch.compile works, and is not switched off by
+    TORCHDYNAMO_DISABLE=1); in bfloat16 by autocast.
 
     Raises:
       UserError: PyTorch or the file is missing, or the file has no such model.
@@ -140,6 +142,8 @@ class TorchPeer:
         laid = {variant: x.contiguous(memory_format=layout) for variant, layout in self._layouts.items()}
         for variant, network in self._networks.items():
             calls[variant] = self._call(make(network, network, laid[variant]), mode)
+        if os.environ.get("TORCHDYNAMO_DISABLE") == "1":  # torch.compile would do nothing
+            return calls
         faster = min(calls, key=lambda variant: calls[variant].seconds(1))
         copied = copy.deepcopy(self._networks[faster])
         compiled = self._call(make(copied, self._torch.compile(copied), laid[faster]), mode)
