@@ -118,12 +118,8 @@ class Command:
     """
 
     _server = multiprocessing.get_context("forkserver")
-    _server.set_forkserver_preload(
-        [
-            *("structvit_jax.command", "structvit_jax.data", "structvit_jax.training.loop"),
-            *("structvit_jax.bench", "structvit_jax.plan", "structvit_jax.sheet", "sklearn.datasets"),
-        ]
-    )
+    _rooms = ("command", "data", "training.loop", "bench", "plan", "sheet")
+    _server.set_forkserver_preload([*map("structvit_jax.{}".format, _rooms), "sklearn.datasets"])
 
     def __init__(self, folder, *arguments, module="structvit_jax.main", first=None, **environment):
         folder.mkdir(parents=True, exist_ok=True)

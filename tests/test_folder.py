@@ -74,10 +74,10 @@ def test_the_same_batches_for_any_number_of_workers_and_hosts(root):
     setting = {"root": str(root), **VIDEO, **AUGMENT, "augment__repeats": 3}
     whole = take(load(**setting).train_batches(8, start_step=0), 24)  # an epoch has 117 rows: 14.6 steps
     tests = take(load(**setting, test_clips=2).test_batches(4), 3)
-    for workers in (1, 3):
+    for workers in (2, 3):
         dataset = load(**setting, workers=workers, test_clips=2)
-        resumed = take(dataset.train_batches(8, start_step=20), 4)
-        assert all(map(same, resumed, whole[20:])), workers
+        resumed = take(dataset.train_batches(8, start_step=21), 3)
+        assert all(map(same, resumed, whole[21:])), workers
         assert all(map(same, take(dataset.test_batches(4), 3), tests)), workers
     for hosts in (2, 4):
         shares = [

@@ -70,7 +70,7 @@ class MovingDigits:
             raise UserError(f"{self.name} are made on the fly: config.data.{split}_examples says how many")
         self._split, self._examples = split, examples
         self._entropy = (seed if split == "train" else 0, _STREAMS[split])
-        self._scans = list(_enlarge(_scans("test" if split == "test" else "train")[0], self._digit))
+        self._scans = _enlarge(_scans("test" if split == "test" else "train")[0], self._digit)
 
     def __len__(self) -> int:
         return self._examples
@@ -128,7 +128,7 @@ class DigitMotions(MovingDigits):
     def __init__(self, split: str, examples: int, seed: int):
         super().__init__(split, examples, seed)
         edge = (self._square - self._digit) // 2
-        self._scans = [np.pad(scan, edge).astype(np.float32) for scan in self._scans]
+        self._scans = np.pad(self._scans, [(0, 0), (edge, edge), (edge, edge)])
 
     def _clip(self, rng, label):
         moving = self._turned_any_way(rng, label)
@@ -165,7 +165,7 @@ class Digits:
         del examples, seed  # as many as there are scans, the same for every seed
         self._split = split
         images, labels = _scans(split)
-        self._images = [_to_rgb(_enlarge(image, self._side)) for image in images]
+        self._images = _to_rgb(_enlarge(images, self._side))
         self._labels = labels.tolist()
 
     def __len__(self) -> int:
