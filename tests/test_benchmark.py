@@ -127,6 +127,7 @@ def test_the_command(command, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "logits and PyTorch's (channels last): " in done.stdout
     assert "structvit_tiny_4_1 train: " in done.stdout and "times as fast" in done.stdout
+    assert ", first call " in done.stdout
     assert "channels last" in done.stdout and "ms, compiled" not in done.stdout  # it was switched off
     found = json.loads((tmp_path / "bench.json").read_text())
     rows = {(row["name"], row["phase"]): row for row in found["rows"]}

@@ -96,6 +96,7 @@ def _whole(prepared: Run, shape: tuple[int, ...], other: TorchPeer | None) -> It
         yield Row(
             config.model.name, phase, times.pop(""), operations, program.moved, times,
             samples=samples, memory=program.memory, compiling=program.compiling,
+            first=program.first,
         )  # fmt: skip
 
 

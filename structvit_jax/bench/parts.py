@@ -36,6 +36,7 @@ class Program:
 
     call: Call
     compiling: float  # seconds
+    first: float  # seconds of its first call, which on a GPU can take as long again
     memory: float  # bytes: arguments, results and temporaries
     moved: float  # bytes from and to memory; 0 where the counter cannot read the program
 
@@ -73,7 +74,10 @@ def _compile(traced: Any, start: Any) -> Program:
         moved = traffic.count(compiled.as_text(), unknown=1).hbm
     except UserError:
         moved = 0.0
-    return Program(Call(start(compiled)), seconds, memory_of(compiled), moved)
+    call = Call(start(compiled))
+    begin = time.perf_counter()
+    call.wait(call.run())
+    return Program(call, seconds, time.perf_counter() - begin, memory_of(compiled), moved)
 
 
 Shape = tuple[int, ...]

@@ -32,6 +32,7 @@ class Row:
     samples: int = 0  # of a model: in its batch
     memory: float = 0.0  # of a model: bytes that its program needs
     compiling: float = 0.0  # of a model: seconds
+    first: float = 0.0  # of a model: seconds of its first call
 
     @property
     def peer(self) -> str | None:
@@ -75,7 +76,8 @@ def tell(row: Row, rates: Rates) -> str:
     rate = f"{row.samples / row.ours.median:.4g} samples/s" if row.samples else _ms(row.ours.median)
     line = f"{row.name} {row.phase}: {rate} ({row.ours.spread}), floor {row.share(rates):.0%} of it"
     if row.samples:
-        line += f", memory {row.memory / 1e9:.2f} GB, compiled in {row.compiling:.0f} s"
+        line += f", memory {row.memory / 1e9:.2f} GB"
+        line += f", compiled in {row.compiling:.0f} s, first call {row.first:.1f} s"
     if row.peer:
         others = ", ".join(f"{variant} {_ms(times.median)}" for variant, times in row.peers.items())
         line += f"; PyTorch {others}: {row.speedup:.2f} times as fast"
@@ -103,7 +105,7 @@ def write(rows: Sequence[Row], rates: Rates, header: str, workdir: epath.Path) -
 def _wholes(rows, rates):
     yield (
         *("", "samples/s", "spread", "operations/s, of products' rate", "moved a sample, of copies' rate"),
-        *("memory", "compiled in", "PyTorch samples/s", "times as fast"),
+        *("memory", "compiled in, first call", "PyTorch samples/s", "times as fast"),
     )
     for row in rows:
         computing, moving = (floor / row.ours.median for floor in row.floors(rates))
@@ -114,7 +116,7 @@ def _wholes(rows, rates):
             f"{row.operations / row.ours.median / 1e9:.4g} G, {computing:.0%}",
             f"{row.bytes / row.samples / 1e9:.3g} GB, {moving:.0%}" if row.bytes else "not counted",
             f"{row.memory / 1e9:.2f} GB",
-            f"{row.compiling:.0f} s",
+            f"{row.compiling:.0f} s, {row.first:.1f} s",
             f"{row.samples / row.peers[row.peer].median:.4g} ({row.peer})" if row.peer else "",
             f"{row.speedup:.2f}" if row.peer else "",
         ]
