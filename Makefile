@@ -16,6 +16,9 @@ ACCELERATOR ?= $(shell \
 	else echo cpu; fi)
 EXTRAS := $(if $(filter cpu,$(ACCELERATOR)),dev,dev,$(ACCELERATOR))
 STAMP := $(VENV)/.installed-$(ACCELERATOR)
+# pip would compile one file after another.
+PIP := $(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-check -c requirements.lock
+COMPILE := $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 # To test the reading of its files: the build for CPUs, since PyPI's brings CUDA libraries unlike JAX's.
 TORCH ?= torch==2.13.0+cpu
 
@@ -33,7 +36,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 browser: $(STAMP)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock "playwright>=1.50"
+	$(PIP) "playwright>=1.50"
 	$(BIN)/python tests/browser.py $(ARGS)
 
 kills: $(STAMP)
@@ -42,12 +45,13 @@ kills: $(STAMP)
 $(STAMP): requirements.txt requirements.lock pyproject.toml
 	@echo "installing structvit_jax and its requirements for: $(ACCELERATOR)"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock -e ".[$(EXTRAS)]"
+	$(PIP) -e ".[$(EXTRAS)]"
+	@$(COMPILE)
 	@touch $@
 
 $(VENV)/.torch: $(STAMP)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock --retries 1 \
-		--extra-index-url https://download.pytorch.org/whl/cpu $(TORCH)
+	$(PIP) --retries 1 --extra-index-url https://download.pytorch.org/whl/cpu $(TORCH)
+	@$(COMPILE)
 	@touch $@
 
 lock: requirements.txt pyproject.toml

@@ -4,6 +4,7 @@ Those of operations also run on a GPU: JAX_PLATFORMS=cuda,cpu python -m pytest -
 """
 
 import contextlib
+import gc
 import importlib
 import json
 import multiprocessing
@@ -36,6 +37,9 @@ from structvit_jax.command import run_command
 from structvit_jax.ops import batch_split_over
 from structvit_jax.training import lock, mesh
 
+# Tracing makes many objects that stay; by default a sixth of the time goes in looking through them.
+_GARBAGE = 100_000, 20, 50
+gc.set_threshold(*_GARBAGE)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would not hear Ctrl-C
 
 ROOT = Path(__file__).parent.parent
@@ -179,6 +183,7 @@ def processes(folder, *arguments, first=(None, None), more=((), ())):
 
 def _command(module, arguments, out, err, first, environment):
     """The body of the forked process."""
+    gc.set_threshold(*_GARBAGE)
     os.chdir(ROOT)
     os.environ.update({"XLA_FLAGS": COMPILER} | environment)
     for stream, path in ((sys.stdout, os.devnull), (sys.stderr, err)):
