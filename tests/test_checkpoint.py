@@ -14,7 +14,7 @@ from etils import epath
 from structvit_jax.config import default_config
 from structvit_jax.errors import Stopped, UserError
 from structvit_jax.models.weights import Weights
-from structvit_jax.training import digests, mesh, optim
+from structvit_jax.training import checkpoint, digests, mesh, optim
 from structvit_jax.training.checkpoint import Checkpoints, Keep
 from structvit_jax.training.step import init_state
 
@@ -137,12 +137,16 @@ def test_a_run_keeps_the_best_of_its_evaluations(finished, command, tmp_path):
     assert (tmp_path / "result.json").read_bytes() == (finished[0] / "result.json").read_bytes()
 
 
-def test_eight_devices_save_and_others_restore(tmp_path):
-    """Bit for bit, on 1, 2 and 4 devices."""
+@pytest.mark.parametrize("parts", [True, False])
+def test_eight_devices_save_and_others_restore(tmp_path, monkeypatch, caplog, parts):
+    """Bit for bit, on 1, 2 and 4 devices; without a program to compile if none of them writes a part."""
+    if parts:
+        monkeypatch.setattr(checkpoint, "_LEAST_PART", 1)
     state = tiny_state(3, mesh.make_mesh(2, 4))
     assert not state.weights.params["fc.kernel"].sharding.is_fully_replicated
-    with Checkpoints(tmp_path, Keep(1)) as checkpoints:
+    with jax.log_compiles(), Checkpoints(tmp_path, Keep(1)) as checkpoints:
         checkpoints.save(state, {})
+    assert ("Compiling" in caplog.text) == parts
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.latest() == 3
         for ways in ((1, 1), (2, 1), (1, 2), (2, 2), (1, 4)):

@@ -40,6 +40,9 @@ _WEIGHTS, _OPTIMIZER, _AVERAGE = (
     "average",
 )  # parts of a checkpoint, as of a TrainState
 _METRIC = "top1"  # what the best checkpoints are best in
+# Of an array that is the same on all devices, each writes a part, if parts are this large: each is made by a
+# program of its own, and compiling some hundred of them held up the first save of a run.
+_LEAST_PART = 2**20
 
 
 class Keep(NamedTuple):
@@ -66,6 +69,8 @@ class Checkpoints:
             processes.decide(self._remove_unfinished)
             sys.unraisablehook = _leave_out_closed_loops
             self.latest()  # what is damaged is out of the way before Orbax looks
+            arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_LEAST_PART)
+            ocp.type_handlers.register_type_handler(jax.Array, arrays, override=True)
             options = ocp.CheckpointManagerOptions(
                 preservation_policy=_policy(keep),
                 best_fn=_rank,
