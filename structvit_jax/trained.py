@@ -174,7 +174,7 @@ def load_trained(checkpoint: str, config: ml_collections.ConfigDict | None = Non
         card, where = checkpoints.card(step), str(checkpoints.path(step))
         config = from_card(card["config"]) if config is None else config
         names = card["class_names"] or [f"class {i}" for i in range(checkpoints.classes(step))]
-        network = create_model(**model_arguments(config), num_classes=len(names))
+        network = create_model(**model_arguments(config), num_classes=len(names), seed=None)
         mesh = make_mesh(1, 1, jax.devices()[:1])
         advice = "leave config.model as it was saved"
         like = split(network)[1]

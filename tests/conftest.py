@@ -38,7 +38,7 @@ from structvit_jax.ops import batch_split_over
 from structvit_jax.training import lock, mesh
 
 # Tracing makes many objects that stay; by default a sixth of the time goes in looking through them.
-_GARBAGE = 100_000, 20, 50
+_GARBAGE = 50_000, 10, 10
 gc.set_threshold(*_GARBAGE)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would not hear Ctrl-C
 

@@ -241,6 +241,14 @@ def test_seed_decides_the_weights():
     assert digests[0] == digests[1] != digests[2]
 
 
+@pytest.mark.parametrize("name", ["structvit_tiny_4_1", "deit_tiny_struct_2_video"])
+def test_without_a_seed_a_model_has_its_shapes(name):
+    drawn, blank = (weights.split(create_model(name, num_classes=3, seed=seed)) for seed in (0, None))
+    chex.assert_trees_all_equal_shapes_and_dtypes(drawn[1], blank[1])
+    assert drawn[0] == blank[0]
+    assert not blank[1].params["head.kernel"].any() and drawn[1].params["head.kernel"].any()
+
+
 def test_initialisation_is_the_reference_s():
     model = create_model("structvit_s_8_1", num_classes=50)
     conv, attention = model.blocks1[0], model.blocks3[0].attn

@@ -102,7 +102,7 @@ def close(ours, theirs, name="", least=0.0):
 @pytest.mark.parametrize("video", [False, True])
 def test_every_size_has_our_parameters(peer, kind, video):
     name = f"structvit_{kind}_4_1" + "_video" * video
-    model = jax.eval_shape(lambda: split(create_model(name, num_classes=CLASSES))[1])
+    model = jax.eval_shape(lambda: split(create_model(name, num_classes=CLASSES, seed=None))[1])
     arrays = {name: np.zeros(array.shape, np.float32) for part in model for name, array in part.items()}
     with torch.device("meta"):
         theirs = peer.structvit(kind, video=video, classes=CLASSES).state_dict()

@@ -42,7 +42,7 @@ def cost(name: str, input_shape: Sequence[int], num_classes: int, **overrides) -
       input_shape: [height, width, 3] or [time, height, width, 3], without batch.
     """
     overrides |= {"scan_blocks": False, "remat": "none"}  # a loop's body declares itself once only
-    model = create_model(name, num_classes=num_classes, **overrides)
+    model = create_model(name, num_classes=num_classes, seed=None, **overrides)
     graphdef, state = nnx.split(model)
     params: dict[str, int] = collections.Counter()
     for path, leaf in nnx.to_flat_state(nnx.filter_state(state, nnx.Param)):

@@ -238,20 +238,20 @@ class DeiT(Network):
         return tuple(maps)
 
 
-def create_model(name: str, *, num_classes: int, seed: int = 0, **overrides) -> Network:
+def create_model(name: str, *, num_classes: int, seed: int | None = 0, **overrides) -> Network:
     """Builds a model by name, with fresh weights, in evaluation mode.
 
     Args:
       name: see `list_models`; "structvit_s_4_1_video" is StructViT-S, D = 4, stride 1, for video.
       num_classes: outputs of the head; 0 leaves the head out, so that calls give pooled features.
-      seed: of the weights.
+      seed: of the weights; None draws none, for a model that gets others or is only counted.
       **overrides: fields of `Variant`, as `structure_dim=8` or `drop_path=0.2`.
 
     Raises:
       UserError: an unknown name or override, or one that does not fit the others.
     """
     variant = get_variant(name, **overrides)
-    if num_classes < 0 or seed < 0:
+    if num_classes < 0 or (seed or 0) < 0:
         raise UserError(f"num_classes={num_classes} and seed={seed} should not be negative")
     network = {"uniformer": UniFormer, "deit": DeiT}[variant.network]
     return network(variant, num_classes=num_classes, rngs=HostRngs(seed))

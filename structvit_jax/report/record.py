@@ -69,7 +69,7 @@ class Record:
         if names is None:
             return None
         try:
-            model = create_model(**model_arguments(self.config), num_classes=len(names))
+            model = create_model(**model_arguments(self.config), num_classes=len(names), seed=None)
         except UserError:
             return None
         return sum(array.size for array in split(model)[1].params.values())
