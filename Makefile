@@ -27,7 +27,8 @@ TORCH ?= torch==2.13.0+cpu
 run: $(STAMP)
 	$(BIN)/python -m structvit_jax.main --config=configs/moving_digits.py $(ARGS)
 
-test: lint $(VENV)/.torch
+test: $(STAMP)
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync lint $(VENV)/.torch
 	$(BIN)/python -m pytest $(ARGS)
 
 lint: $(STAMP)
