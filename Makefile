@@ -28,7 +28,7 @@ run: $(STAMP)
 	$(BIN)/python -m structvit_jax.main --config=configs/moving_digits.py $(ARGS)
 
 test: $(STAMP)
-	@$(MAKE) --no-print-directory --jobs=2 --output-sync lint $(VENV)/.torch
+	@$(MAKE) --no-print-directory --jobs=2 lint $(VENV)/.torch
 	$(BIN)/python -m pytest $(ARGS)
 
 lint: $(STAMP)

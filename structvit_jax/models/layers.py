@@ -36,9 +36,6 @@ class HostRngs:
 class _NoDraws(np.random.Generator):
     """Gives zeros, for weights that others will take the place of."""
 
-    def spawn(self, n_children):
-        return [self] * n_children
-
     def standard_normal(self, size=None, dtype=np.float64, out=None):
         return np.zeros(size, dtype)
 

@@ -251,7 +251,7 @@ def create_model(name: str, *, num_classes: int, seed: int | None = 0, **overrid
       UserError: an unknown name or override, or one that does not fit the others.
     """
     variant = get_variant(name, **overrides)
-    if num_classes < 0 or (seed or 0) < 0:
+    if min(num_classes, seed or 0) < 0:
         raise UserError(f"num_classes={num_classes} and seed={seed} should not be negative")
     network = {"uniformer": UniFormer, "deit": DeiT}[variant.network]
     return network(variant, num_classes=num_classes, rngs=HostRngs(seed))

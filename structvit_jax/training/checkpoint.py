@@ -41,7 +41,8 @@ _WEIGHTS, _OPTIMIZER, _AVERAGE = (
 )  # parts of a checkpoint, as of a TrainState
 _METRIC = "top1"  # what the best checkpoints are best in
 # Of an array that is the same on all devices, each writes a part, if parts are this large: each is made by a
-# program of its own, and compiling some hundred of them held up the first save of a run.
+# program of its own, and compiling some hundred of them held up the first save of a run. (Orbax's notes of
+# the parts' shapes are left out then; restoring does without them.)
 _LEAST_PART = 2**20
 
 
