@@ -22,6 +22,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.test_examples = 2000
     config.data.mean = (0.15, 0.15, 0.15)
     config.data.std = (0.2, 0.2, 0.2)
+    config.data.workers = 2  # clips are made by Python, which threads would wait for
 
     config.train.duration = "1000 steps"
     config.optimizer.warmup = "100 steps"
