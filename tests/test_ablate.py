@@ -60,6 +60,7 @@ def pretend(config, workdir, dataset):
     total = durations(config, dataset.rows_per_epoch).total
     workdir.mkdir(parents=True)
     write_json(workdir / "config.json", as_json(config))
+    write_json(workdir / "goodput.json", {"seconds": {"step": 1800.0, "input": 180.0}})
     write_json(workdir / "result.json", result | {"step": total, "params_sha256": "0" * 64})
     return result
 
@@ -87,7 +88,7 @@ def test_real_runs(tmp_path):
     for one in found:
         (run,) = one.steps
         result = json.loads((workdir / one.arm.folder / "steps" / "seed=0" / "result.json").read_text())
-        assert (run.top1, run.steps, run.lr) == (result["top1"], 3, 1e-3)
+        assert (run.top1, run.steps, run.lr) == (result["top1"], 3, 1e-3) and run.took > 0
         assert result["examples"] == 24 and not one.tried
     times = json.loads((workdir / "times.json").read_text())
     assert [one.seconds for one in found] == list(times.values()) and min(times.values()) > 1e-5
@@ -124,6 +125,7 @@ def test_the_table_says_what_the_runs_say(outcome):
     assert re.match(rf"\**{difference:+.3f} \[".replace("+", r"\+"), struct[3])
     told = json.loads((workdir / "ablation.json").read_text())
     assert [run["top1"] for run in told["arms"][1]["steps"]] == [run.top1 for run in found[1].steps]
+    assert "; 10 runs, 5.5 hours." in text and told["arms"][0]["tried"][0]["took"] == 1980
     assert Image.open(workdir / "ablation.png").width > 300
 
 

@@ -17,8 +17,9 @@ from structvit_jax.config import check_config, durations, model_arguments
 from structvit_jax.errors import UserError, known
 from structvit_jax.models import cost, get_variant
 from structvit_jax.training import loop
+from structvit_jax.training.goodput import wall_seconds
 from structvit_jax.training.run import Run, as_json, differences
-from structvit_jax.training.storage import read_json, write_json
+from structvit_jax.training.storage import CONFIG, read_json, write_json
 
 _TIMES = "times.json"
 _TUNING = 1000  # seeds from here on are for choosing learning rates
@@ -97,6 +98,7 @@ class Found(NamedTuple):
     lr: float
     steps: int
     top1: float
+    took: float  # seconds, over all its restarts
 
 
 class Size(NamedTuple):
@@ -176,7 +178,7 @@ class Ablation:
             print(f"\n{arm.name}, {kind}, seed {seed}: {workdir}", flush=True)
             dataset = data.load(config.data, config.augment, config.train.seed)
             result = loop.train(config, workdir, dataset)
-        return Found(seed, lr, total, result["top1"])
+        return Found(seed, lr, total, result["top1"], wall_seconds(workdir))
 
 
 def _finished(config: ml_collections.ConfigDict, workdir: epath.Path, steps: int) -> dict[str, Any] | None:
@@ -185,9 +187,9 @@ def _finished(config: ml_collections.ConfigDict, workdir: epath.Path, steps: int
     Raises:
       UserError: it was trained with another configuration.
     """
-    if not (workdir / "config.json").exists():
+    if not (workdir / CONFIG).exists():
         return None
-    changes = differences(read_json(workdir / "config.json") or {}, as_json(config))
+    changes = differences(read_json(workdir / CONFIG) or {}, as_json(config))
     changes = [line for line in changes if not line.startswith(("config.ablate.", "config.mesh."))]
     if changes:
         raise UserError(

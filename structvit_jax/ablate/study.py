@@ -66,7 +66,8 @@ def _write(
     timed = config.ablate.same_time if all(outcome.time for outcome in outcomes) else ""
     heading = [
         f"`python -m structvit_jax.ablate {words}`",
-        f"on {_machine()}, {datetime.date.today():%B %Y}, structvit_jax {structvit_jax.__version__}.",
+        f"on {_machine()}, {datetime.date.today():%B %Y}, structvit_jax {structvit_jax.__version__};"
+        f" {_effort(outcomes)}.",
         f"{config.data.name}: {config.data.test_examples} test clips, batches of {config.data.batch_size};"
         f" learning rates of {', '.join(f'{rate:g}' for rate in config.ablate.lrs) or config.optimizer.lr},"
         " each arm's own chosen on other clips.",
@@ -74,6 +75,13 @@ def _write(
     write(workdir / "ablation.md", results.document(outcomes, against, timed, heading))
     write(workdir / "ablation.json", results.numbers(outcomes, as_json(config)))
     write(workdir / "ablation.png", results.plot(outcomes, 1 / ablation.classes))
+
+
+def _effort(outcomes: list[results.Outcome]) -> str:
+    """How many runs there were, and how long they took."""
+    runs = [run for one in outcomes for run in (*one.tried, *one.steps)]
+    runs += [run for one in outcomes if one.time is not one.steps for run in one.time]
+    return f"{len(runs)} runs, {sum(run.took for run in runs) / 3600:.1f} hours"
 
 
 def _machine() -> str:

@@ -40,7 +40,7 @@ from structvit_jax.training.checkpoint import FOLDER, Checkpoints, Keep
 from structvit_jax.training.mesh import make_mesh
 from structvit_jax.training.run import as_json, make_card
 from structvit_jax.training.step import TrainState
-from structvit_jax.training.storage import naming_failures, write_json
+from structvit_jax.training.storage import CONFIG, naming_failures, write_json
 
 
 def main(arguments: list[str]) -> None:
@@ -116,7 +116,7 @@ def _write_checkpoint(path: str, source: Source, model: dict[str, Any], weights:
     folder = epath.Path(path)
     with naming_failures(folder):
         (folder / FOLDER).mkdir(parents=True)
-        write_json(folder / "config.json", as_json(config))
+        write_json(folder / CONFIG, as_json(config))
         card = make_card(source.class_names, config, None) | {"from": source.where}
         with Checkpoints(folder, Keep(1)) as checkpoints:
             checkpoints.save(TrainState(jnp.int32(0), weights, None), card)

@@ -11,8 +11,6 @@ from etils import epath
 from structvit_jax.errors import DecodeError, UserError, decoding
 from structvit_jax.training.evaluation import probabilities
 
-FILE = "predictions.npz"
-
 
 class ClassScore(NamedTuple):
     """How one class fared."""

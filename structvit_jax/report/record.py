@@ -17,13 +17,11 @@ from structvit_jax.config import from_card, model_arguments
 from structvit_jax.errors import UserError
 from structvit_jax.models import create_model
 from structvit_jax.models.weights import split
-from structvit_jax.report import predictions
 from structvit_jax.report.predictions import Predictions, read_predictions
 from structvit_jax.training import goodput
 from structvit_jax.training.checkpoint import newest_card
-from structvit_jax.training.storage import absolute, read_json
+from structvit_jax.training.storage import CONFIG, METRICS, PREDICTIONS, RESULT, absolute, read_json
 
-CONFIG, METRICS, RESULT = "config.json", "metrics.jsonl", "result.json"
 Line = dict[str, Any]  # of metrics.jsonl
 
 
@@ -83,7 +81,7 @@ class Record:
             (not self.result, f"Not evaluated yet: there is no {RESULT}, so there are no scores."),
             (
                 not self.predictions,
-                f"There is no {predictions.FILE}, so nothing is known of single examples.",
+                f"There is no {PREDICTIONS}, so nothing is known of single examples.",
             ),
             (not self.seconds, f"There is no {goodput.FILE}, so nothing is known of the time."),
             (outdated, f"Its scores are of step {scored}; it is now at step {self.step}."),
@@ -114,7 +112,7 @@ def _read_record(workdir: epath.Path, name: str) -> Record:
         )
     config = _read_config(workdir / CONFIG)
     lines, result = _read_lines(workdir / METRICS), _read_object(workdir / RESULT)
-    path = workdir / predictions.FILE
+    path = workdir / PREDICTIONS
     found = read_predictions(path) if path.exists() else None
     seconds = _read_object(workdir / goodput.FILE).get("seconds", {})
     return Record(workdir, name, config, lines, result, found, seconds)

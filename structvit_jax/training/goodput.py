@@ -14,6 +14,12 @@ ACTIVITIES = ("start", "restore", "compile", "input", "step", "evaluate", "save"
 _REMEMBERED = 20  # saves, of which one will be where the next session starts
 
 
+def wall_seconds(workdir: epath.Path) -> float:
+    """What a run has taken by now, over all its restarts; 0 where it left no word of it."""
+    path = workdir / FILE
+    return sum(((read_json(path) or {}) if path.exists() else {}).get("seconds", {}).values())
+
+
 class Goodput:
     """Seconds per activity. One activity follows another: `switch` names the next."""
 

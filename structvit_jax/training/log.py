@@ -17,7 +17,7 @@ from etils import epath
 from structvit_jax.errors import UserError
 from structvit_jax.training.goodput import Goodput
 from structvit_jax.training.processes import is_first, say
-from structvit_jax.training.storage import is_bucket, write
+from structvit_jax.training.storage import METRICS, is_bucket, write
 
 # tensorboardX imports these where they are installed, which takes seconds; it is given no tensor, no bucket.
 _UNUSED = [name for name in ("torch", "google.cloud.storage") if name not in sys.modules]
@@ -59,7 +59,7 @@ class RunLog:
         self._max_skipped, self._name_of = config.train.max_skipped, data.train_id
         self._goodput = goodput
         self._pending: list[tuple[int, dict[str, jax.Array]]] = []
-        self._metrics = _Lines(workdir / "metrics.jsonl", start_step)
+        self._metrics = _Lines(workdir / METRICS, start_step)
         self._skipped = _Lines(workdir / "skipped.jsonl", start_step)
         last = self._metrics.last()
         self._resumed_after = last  # a final evaluation may have been written already

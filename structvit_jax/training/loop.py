@@ -28,7 +28,7 @@ from structvit_jax.training.program import compile_train_step, naming_memory
 from structvit_jax.training.run import Run, adopt_classes, as_json, differences, keep
 from structvit_jax.training.start import starting_state
 from structvit_jax.training.step import TrainState
-from structvit_jax.training.storage import naming_failures, read_json, write_json
+from structvit_jax.training.storage import CONFIG, PREDICTIONS, RESULT, naming_failures, read_json, write_json
 from structvit_jax.training.unreadable import Unreadable
 
 # Keys of the data that change no score.
@@ -99,7 +99,7 @@ def _train(session: Session, stop: processes.StopSignal, started: float) -> dict
     else:
         check_batch(run.mesh, "data.batch_size", config.data.batch_size, config.train.accumulate)
         if processes.is_first():
-            write_json(workdir / "config.json", as_json(config))
+            write_json(workdir / CONFIG, as_json(config))
     evaluator = Evaluator(run.model, config, run.mesh, data)
     with RunLog(workdir, start, total, config, data, goodput, session.lock.check) as log:
         try:
@@ -270,8 +270,8 @@ def write_result(
 ) -> None:
     """Writes result.json and predictions.npz, in one process."""
     if processes.is_first():
-        evaluation.save(workdir / f"predictions{suffix}.npz", data.class_names)
-        write_json(workdir / f"result{suffix}.json", result)
+        evaluation.save(workdir / PREDICTIONS.replace(".", f"{suffix}."), data.class_names)
+        write_json(workdir / RESULT.replace(".", f"{suffix}."), result)
 
 
 def describe_test(data: Any) -> str:
@@ -283,7 +283,7 @@ def describe_test(data: Any) -> str:
 def read_result(workdir: epath.Path, step: int) -> dict[str, Any] | None:
     """The run's result, if there is a whole one and it is that of `step`."""
     try:
-        result = read_json(workdir / "result.json") or {}
+        result = read_json(workdir / RESULT) or {}
         describe(result)
         return result if result["step"] == step else None
     except (OSError, ValueError, KeyError, TypeError):

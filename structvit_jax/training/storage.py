@@ -13,6 +13,8 @@ from etils import epath
 
 from structvit_jax.errors import UnreachableError, UserError
 
+# What a run leaves in its workdir, for all that read it.
+CONFIG, METRICS, RESULT, PREDICTIONS = "config.json", "metrics.jsonl", "result.json", "predictions.npz"
 _CLIENTS = ("gcsfs", "aiohttp", "google")  # whose exceptions are a bucket's failures
 # What passes by itself: no answer, or one of the server's own troubles.
 _PASSING = r"\b(?:UNAVAILABLE|DEADLINE_EXCEEDED)\b|\b(?:429|50[0-4])\b"
