@@ -368,8 +368,9 @@ def open_checkpoint(path: str) -> Iterator[tuple[Checkpoints, int]]:
     run, named = _locate(path)
     if not (run / FOLDER).exists():
         raise UserError(
-            f"no checkpoint at {path}: it should be RUN/checkpoints/STEP, RUN for its latest, or a file of"
-            " PyTorch weights (.pth, .safetensors)"
+            f"no checkpoint at {path}: it should be RUN/checkpoints/STEP, or RUN for its latest. Files of"
+            " PyTorch weights (.pth, .safetensors) are for config.init_from, and for python -m"
+            " structvit_jax.convert, which makes a checkpoint of them"
         )
     with Checkpoints(run) as checkpoints:
         step = checkpoints.latest() if named is None else named
