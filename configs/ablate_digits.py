@@ -38,11 +38,10 @@ def get_config() -> ml_collections.ConfigDict:
         f"D = 4, element: {_STRUCT.format(4)} model.aggregation=element",
         f"D = 4, shared kernels: {_STRUCT.format(4)} model.key_kernels=shared model.value_kernels=shared",
         f"D = 4, window of one: {_STRUCT.format(4)} model.key_window=1 model.value_window=1",
-        f"D = 4, stride 2: {_STRUCT.format(4)} model.stride=2",
     )
     config.ablate.against = "ConvSA"
     config.ablate.same_time = "D = 4"
-    config.ablate.lrs = (4e-3, 8e-3, 1.6e-2)
+    config.ablate.lrs = (2e-3, 4e-3, 8e-3, 1.6e-2)
     config.ablate.tune_seeds = 2
     config.ablate.seeds = 5
     return config
