@@ -124,6 +124,20 @@ def check_pointing(tab, found):
     np.testing.assert_allclose(tab.evaluate("window.structvit.state.query"), sees, atol=1e-3)
 
 
+def check_places(tab):
+    """Frames are large enough to point at, in as many rows as that takes; a click asks for what is there."""
+    frames = tab.locator("#frames")
+    count, columns, rows = frames.evaluate("({ tiles }) => [tiles.count, tiles.columns, tiles.rows]")
+    box = frames.bounding_box()
+    assert columns * rows >= count > columns * (rows - 1) and box["width"] / columns >= 79
+    for number, down, right in ((0, 0.25, 0.75), (count - 1, 0.75, 0.25)):
+        row, column = divmod(number, columns)
+        at = {"x": (column + right) / columns * box["width"], "y": (row + down) / rows * box["height"]}
+        frames.click(position=at)
+        query = tab.evaluate("window.structvit.state.query")
+        np.testing.assert_allclose(query, ((number + 0.5) / count, down, right), atol=0.03)
+
+
 def check_width(tab):
     """Nothing but what scrolls by itself is wider than the window."""
     assert tab.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
@@ -173,6 +187,7 @@ def main():
                 tab = open_page(browser, html, folder, size)
                 check_width(tab)
                 compared = check_numbers(tab, found)
+                check_places(tab)
                 check_pointing(tab, found)
                 if options.screenshots:
                     tab.screenshot(path=f"{options.screenshots}/{kind}_{device}.png", full_page=True)
