@@ -24,9 +24,10 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.std = (0.2, 0.2, 0.2)
     config.data.workers = 2  # clips are made by Python, which threads would wait for
 
-    config.train.duration = "1000 steps"
+    config.train.duration = "800 steps"
     config.optimizer.warmup = "100 steps"
-    config.checkpoint.every = "250 steps"
+    config.optimizer.clip_norm = 1.0
+    config.checkpoint.every = "400 steps"
     config.checkpoint.keep = 1
 
     config.ablate.arms = (
@@ -41,7 +42,7 @@ def get_config() -> ml_collections.ConfigDict:
     )
     config.ablate.against = "ConvSA"
     config.ablate.same_time = "D = 4"
-    config.ablate.lrs = (2e-3, 4e-3, 8e-3, 1.6e-2)
+    config.ablate.lrs = (4e-3, 8e-3, 1.6e-2)
     config.ablate.tune_seeds = 2
     config.ablate.seeds = 5
     return config
