@@ -33,9 +33,9 @@ class Outcome(NamedTuple):
 
 
 def document(outcomes: Sequence[Outcome], against: str, same_time: str, heading: Sequence[str]) -> str:
-    """Markdown: what was run, and a table for equal steps and for equal time."""
+    """Markdown: what was run, a table for equal steps, and one for equal time once all arms have had it."""
     parts = ["\n".join(heading), _table(outcomes, "steps", against, "Equal steps")]
-    if same_time:
+    if same_time and all(outcome.time for outcome in outcomes):
         parts.append(_table(outcomes, "time", against, f"Equal time, that of {same_time}"))
     parts.append(_NOTE)
     return "\n\n".join(parts) + "\n"

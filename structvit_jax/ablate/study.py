@@ -14,6 +14,8 @@ from structvit_jax.ablate.grid import Ablation
 from structvit_jax.training.run import as_json
 from structvit_jax.training.storage import naming_failures, write
 
+_ALIKE = 0.05  # of the time of a step
+
 
 def run(config: ml_collections.ConfigDict, workdir: epath.Path, words: str) -> list[results.Outcome]:
     """Trains all that is not trained yet, and writes what it comes to.
@@ -44,9 +46,10 @@ def run(config: ml_collections.ConfigDict, workdir: epath.Path, words: str) -> l
 
 
 def _timed(ablation: Ablation, outcome: results.Outcome, seconds: float) -> results.Outcome:
-    """The outcome with runs of as many steps as take the time of all steps of `seconds` each."""
+    """The outcome with runs of as many steps as take the time of all steps of `seconds` each. Where those are
+    as many as configured, but for what turns differ by anyway, the runs are those of equal steps."""
     steps = max(1, round(ablation.steps * seconds / outcome.seconds))
-    if steps == ablation.steps:
+    if abs(steps - ablation.steps) <= _ALIKE * ablation.steps:
         return outcome._replace(time=outcome.steps)
     return outcome._replace(time=ablation.runs(outcome.arm, outcome.lr, steps))
 
@@ -63,7 +66,6 @@ def _write(
     against = config.ablate.against or names[0]
     if against not in names:  # not done yet
         against = names[0]
-    timed = config.ablate.same_time if all(outcome.time for outcome in outcomes) else ""
     heading = [
         f"`python -m structvit_jax.ablate {words}`",
         f"on {_machine()}, {datetime.date.today():%B %Y}, structvit_jax {structvit_jax.__version__};"
@@ -72,7 +74,7 @@ def _write(
         f" learning rates of {', '.join(f'{rate:g}' for rate in config.ablate.lrs) or config.optimizer.lr},"
         " each arm's own chosen on other clips.",
     ]
-    write(workdir / "ablation.md", results.document(outcomes, against, timed, heading))
+    write(workdir / "ablation.md", results.document(outcomes, against, config.ablate.same_time, heading))
     write(workdir / "ablation.json", results.numbers(outcomes, as_json(config)))
     write(workdir / "ablation.png", results.plot(outcomes, 1 / ablation.classes))
 
