@@ -26,6 +26,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.std = (0.2, 0.2, 0.2)
     config.data.workers = 2  # clips are made by Python, which threads would wait for
 
+    config.model.name = "deit_tiny_video"
     config.model.patch, config.model.num_frames = 4, 4
     config.train.duration = "800 steps"
     config.optimizer.warmup = "100 steps"
