@@ -146,6 +146,17 @@ def test_it_goes_on_where_it_was(outcome, monkeypatch):
     assert trained == [gone]
 
 
+def test_times_too_alike_to_tell_apart_take_no_further_runs(tmp_path, monkeypatch):
+    workdir, longer = epath.Path(tmp_path), config(same_time="D = 2", lrs=())
+    longer.train.duration = "100 steps"
+    monkeypatch.setattr(grid.loop, "train", pretend)
+    write_json(workdir / "times.json", {"plain": 0.5, "D = 2": 0.52})
+    assert all(one.time is one.steps for one in study.run(longer, workdir, ""))
+    write_json(workdir / "times.json", {"plain": 0.5, "D = 2": 0.54})
+    plain, _ = study.run(longer, workdir, "")
+    assert {run.steps for run in plain.time} == {108}
+
+
 def test_another_ablation_is_refused(outcome):
     workdir, _, _ = outcome
     other = config()
