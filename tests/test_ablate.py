@@ -5,11 +5,12 @@ import re
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from etils import epath
 from PIL import Image
 from scipy import stats
 
-from structvit_jax.ablate import arms, compare, grid, study, summarize
+from structvit_jax.ablate import arms, compare, grid, results, study, summarize
 from structvit_jax.config import default_config, durations
 from structvit_jax.data.digits import DigitMotions, MovingDigits
 from structvit_jax.errors import UserError
@@ -198,6 +199,51 @@ def test_the_default_grid():
 
     names = [arm.name for arm in arms(ablate_digits.get_config())]
     assert {"plain attention", "ConvSA", "D = 4"} <= set(names)
+
+
+def published():
+    """docs/ablate_digits.json as outcomes."""
+    told = json.loads((ROOT / "docs" / "ablate_digits.json").read_text())
+    return told["settings"], [
+        results.Outcome(
+            grid.Arm(arm["arm"], arm["changes"]),
+            grid.Size(arm["params"], arm["macs"]),
+            arm["seconds"],
+            arm["lr"],
+            *([grid.Found(**run) for run in arm[kind]] for kind in ("tried", "steps", "time")),
+        )
+        for arm in told["arms"]
+    ]
+
+
+def test_the_published_tables_are_those_of_the_published_runs():
+    settings, outcomes = published()
+    against, same_time = settings["ablate"]["against"], settings["ablate"]["same_time"]
+    _, *tables = results.document(outcomes, against, same_time, [""]).split("###")
+    text = (ROOT / "docs" / "ABLATIONS.md").read_text()
+    for table in tables:
+        rows = [line for line in table.splitlines() if line.startswith("|")]
+        assert len(rows) == len(outcomes) + 2 and "\n".join(rows) in text
+
+
+def test_the_published_runs_are_of_the_default_grid():
+    """As it is now: arms, sizes of their models, learning rates, seeds, and the best of the rates."""
+    from configs import ablate_digits
+
+    config = ablate_digits.get_config()
+    settings, outcomes = published()
+    now = json.loads(json.dumps(as_json(config)))
+    for section in ("ablate", "data", "optimizer", "train"):
+        assert settings[section] == {key: now[section].get(key) for key in settings[section]}
+    ablation = grid.Ablation(config, epath.Path("nowhere"))
+    assert [outcome.arm for outcome in outcomes] == ablation.arms
+    for outcome in outcomes:
+        assert outcome.size == ablation.size(outcome.arm)
+        means = {
+            rate: np.mean([run.top1 for run in outcome.tried if run.lr == rate]) for rate in config.ablate.lrs
+        }
+        assert outcome.lr == max(means, key=means.get)
+        assert [run.seed for run in outcome.steps] == list(range(config.ablate.seeds))
 
 
 def test_clips_that_turn_or_drift():
