@@ -115,8 +115,11 @@ def test_the_table_says_what_the_runs_say(outcome):
     workdir, found, _ = outcome
     text = (workdir / "ablation.md").read_text()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line[:1] == "|"]
-    head, _, plain, struct, *timed = rows
+    head, _, plain, struct, *timed, rates, _, tuned, _ = rows
     assert len(timed) == 4 and head[:4] == ["arm", "top-1", "seeds", "difference from plain"]
+    assert rates == ["arm", "0.001", "0.01"] and tuned[0] == "plain"
+    for cell, run in zip(tuned[1:], found[0].tried, strict=True):
+        assert cell == (f"**{run.top1:.3f}**" if run.lr == found[0].lr else f"{run.top1:.3f}")
     for row, one in zip((plain, struct), found, strict=True):
         top1 = [run.top1 for run in one.steps]
         assert row[1] == f"{np.mean(top1):.3f} ± {np.std(top1, ddof=1):.3f}"

@@ -33,32 +33,54 @@ class Outcome(NamedTuple):
 
 
 def document(outcomes: Sequence[Outcome], against: str, same_time: str, heading: Sequence[str]) -> str:
-    """Markdown: what was run, a table for equal steps, and one for equal time once all arms have had it."""
-    parts = ["\n".join(heading), _table(outcomes, "steps", against, "Equal steps")]
+    """Markdown: what was run, a table for equal steps, one for equal time once all arms have had it, and what
+    learning rates were chosen by."""
+    parts = ["\n".join(heading), _scores(outcomes, "steps", against, "Equal steps")]
     if same_time and all(outcome.time for outcome in outcomes):
-        parts.append(_table(outcomes, "time", against, f"Equal time, that of {same_time}"))
+        parts.append(_scores(outcomes, "time", against, f"Equal time, that of {same_time}"))
+    if all(outcome.tried for outcome in outcomes):
+        parts.append(_rates(outcomes))
     parts.append(_NOTE)
     return "\n\n".join(parts) + "\n"
 
 
-def _table(outcomes: Sequence[Outcome], kind: str, against: str, title: str) -> str:
+def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
+    return "\n".join([f"### {title}", "", *lines])
+
+
+def _scores(outcomes: Sequence[Outcome], kind: str, against: str, title: str) -> str:
     head = ["arm", "top-1", "seeds", f"difference from {against}", "steps", "lr", "ms a step"]
     head += ["parameters", "multiply-accumulates"]
     base = next(_top1(outcome, kind) for outcome in outcomes if outcome.arm.name == against)
     rows = [_row(outcome, kind, base, outcome.arm.name == against) for outcome in outcomes]
-    lines = [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
-    return "\n".join([f"### {title}", "", *lines])
+    return _table(title, head, rows)
+
+
+def _rates(outcomes: Sequence[Outcome]) -> str:
+    rates = list(dict.fromkeys(run.lr for run in outcomes[0].tried))
+    rows = []
+    for outcome in outcomes:
+        scores = [_spread([run.top1 for run in outcome.tried if run.lr == rate]) for rate in rates]
+        marked = [f"**{it}**" if rate == outcome.lr else it for rate, it in zip(rates, scores, strict=True)]
+        rows.append([outcome.arm.name, *marked])
+    title = "Top-1 on clips to tune on, by learning rate, in **bold** what was chosen"
+    return _table(title, ["arm", *(f"{rate:g}" for rate in rates)], rows)
+
+
+def _spread(top1: Sequence[float]) -> str:
+    summary = summarize(top1)
+    deviation = "" if math.isnan(summary.deviation) else f" ± {summary.deviation:.3f}"
+    return f"{summary.mean:.3f}{deviation}"
 
 
 def _row(outcome: Outcome, kind: str, base: Sequence[float], is_base: bool) -> list[str]:
     found = getattr(outcome, kind)
     top1 = _top1(outcome, kind)
-    summary = summarize(top1)
-    deviation = "" if math.isnan(summary.deviation) else f" ± {summary.deviation:.3f}"
     return [
         outcome.arm.name,
-        f"{summary.mean:.3f}{deviation}",
-        str(summary.seeds),
+        _spread(top1),
+        str(len(top1)),
         "" if is_base else _difference(top1, base),
         str(found[0].steps),
         f"{outcome.lr:g}",
