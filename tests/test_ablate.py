@@ -91,6 +91,7 @@ def test_real_runs(tmp_path):
         result = json.loads((workdir / one.arm.folder / "steps" / "seed=0" / "result.json").read_text())
         assert (run.top1, run.steps, run.lr) == (result["top1"], 3, 1e-3) and run.took > 0
         assert result["examples"] == 24 and not one.tried
+    assert "; a learning rate of 0.001.\n" in (workdir / "ablation.md").read_text()
     times = json.loads((workdir / "times.json").read_text())
     assert [one.seconds for one in found] == list(times.values()) and min(times.values()) > 1e-5
 
@@ -204,9 +205,9 @@ def test_the_default_grid():
     assert {"plain attention", "ConvSA", "D = 4"} <= set(names)
 
 
-def published():
-    """docs/ablate_digits.json as outcomes."""
-    told = json.loads((ROOT / "docs" / "ablate_digits.json").read_text())
+def published(name):
+    """A file of docs/ as settings and outcomes."""
+    told = json.loads((ROOT / "docs" / name).read_text())
     return told["settings"], [
         results.Outcome(
             grid.Arm(arm["arm"], arm["changes"]),
@@ -219,14 +220,30 @@ def published():
     ]
 
 
-def test_the_published_tables_are_those_of_the_published_runs():
-    settings, outcomes = published()
+@pytest.mark.parametrize(
+    ("name", "tables"), [("ablate_digits.json", 3), ("ablate_digits_2400_steps.json", 1)]
+)
+def test_the_published_tables_are_those_of_the_published_runs(name, tables):
+    settings, outcomes = published(name)
     against, same_time = settings["ablate"]["against"], settings["ablate"]["same_time"]
-    _, *tables = results.document(outcomes, against, same_time, [""]).split("###")
+    _, *found = results.document(outcomes, against, same_time, [""]).split("###")
+    assert len(found) == tables
     text = (ROOT / "docs" / "ABLATIONS.md").read_text()
-    for table in tables:
+    for table in found:
         rows = [line for line in table.splitlines() if line.startswith("|")]
         assert len(rows) == len(outcomes) + 2 and "\n".join(rows) in text
+
+
+def test_the_published_comparison_with_the_paper():
+    """Its column of what was found here: differences between two arms after as many steps."""
+    _, outcomes = published("ablate_digits.json")
+    top1 = {outcome.arm.name: [run.top1 for run in outcome.steps] for outcome in outcomes}
+    text = (ROOT / "docs" / "ABLATIONS.md").read_text()
+    rows = re.findall(r"^\| (.+), less (.+) \| [-+]\d\.\d \| \**([^*|]+?)\** \| .+ \|$", text, re.MULTILINE)
+    assert len(rows) == 8
+    for ours, theirs, told in rows:
+        found = compare(top1[ours], top1[theirs])
+        assert told == f"{found.difference:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
 
 
 def test_the_published_runs_are_of_the_default_grid():
@@ -234,18 +251,17 @@ def test_the_published_runs_are_of_the_default_grid():
     from configs import ablate_digits
 
     config = ablate_digits.get_config()
-    settings, outcomes = published()
-    now = json.loads(json.dumps(as_json(config)))
+    settings, outcomes = published("ablate_digits.json")
+    now = as_json(config)
     for section in ("ablate", "data", "optimizer", "train"):
         assert settings[section] == {key: now[section].get(key) for key in settings[section]}
     ablation = grid.Ablation(config, epath.Path("nowhere"))
     assert [outcome.arm for outcome in outcomes] == ablation.arms
     for outcome in outcomes:
         assert outcome.size == ablation.size(outcome.arm)
-        means = {
-            rate: np.mean([run.top1 for run in outcome.tried if run.lr == rate]) for rate in config.ablate.lrs
-        }
-        assert outcome.lr == max(means, key=means.get)
+        scores = {rate: [run.top1 for run in outcome.tried if run.lr == rate] for rate in config.ablate.lrs}
+        assert {len(top1) for top1 in scores.values()} == {config.ablate.tune_seeds}
+        assert outcome.lr == max(scores, key=lambda rate: np.mean(scores[rate]))
         assert [run.seed for run in outcome.steps] == list(range(config.ablate.seeds))
 
 

@@ -10,6 +10,7 @@ arm. The same command goes on where it was interrupted.
 
 from __future__ import annotations
 
+import shlex
 import sys
 
 from absl import flags
@@ -34,7 +35,7 @@ def main(argv: list[str]) -> None:
 
     mesh.select_devices(config.mesh.device)
     mesh.use_compilation_cache(config.mesh.compilation_cache)
-    study.run(config, epath.Path(_WORKDIR.value or f"runs/{path.stem}"), " ".join(sys.argv[1:]))
+    study.run(config, epath.Path(_WORKDIR.value or f"runs/{path.stem}"), shlex.join(sys.argv[1:]))
 
 
 if __name__ == "__main__":
