@@ -38,9 +38,9 @@ def document(outcomes: Sequence[Outcome], against: str, same_time: str, heading:
     parts = ["\n".join(heading), _scores(outcomes, "steps", against, "Equal steps")]
     if same_time and all(outcome.time for outcome in outcomes):
         parts.append(_scores(outcomes, "time", against, f"Equal time, that of {same_time}"))
+    parts.append(_NOTE)
     if all(outcome.tried for outcome in outcomes):
         parts.append(_rates(outcomes))
-    parts.append(_NOTE)
     return "\n\n".join(parts) + "\n"
 
 
