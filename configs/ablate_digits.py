@@ -47,7 +47,7 @@ def get_config() -> ml_collections.ConfigDict:
     )
     config.ablate.against = "ConvSA"
     config.ablate.same_time = "D = 4"
-    config.ablate.lrs = (2e-3, 4e-3, 8e-3)  # at 1.6e-2 some seeds do well and others hardly learn
+    config.ablate.lrs = (2e-3, 4e-3, 8e-3)  # why not 1.6e-2: docs/ABLATIONS.md
     config.ablate.tune_seeds = 3
     config.ablate.seeds = 5
     return config

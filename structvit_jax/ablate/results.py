@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from structvit_jax.ablate.grid import Arm, Found, Size
-from structvit_jax.ablate.statistics import compare, summarize
+from structvit_jax.ablate.statistics import Summary, compare, summarize
 
 _NOTE = (
     "Differences are taken seed by seed, with 95 % confidence intervals of their mean (Student's t over"
@@ -61,15 +61,15 @@ def _rates(outcomes: Sequence[Outcome]) -> str:
     rates = list(dict.fromkeys(run.lr for run in outcomes[0].tried))
     rows = []
     for outcome in outcomes:
-        scores = [_spread([run.top1 for run in outcome.tried if run.lr == rate]) for rate in rates]
+        tried = [[run.top1 for run in outcome.tried if run.lr == rate] for rate in rates]
+        scores = [_spread(summarize(top1)) for top1 in tried]
         marked = [f"**{it}**" if rate == outcome.lr else it for rate, it in zip(rates, scores, strict=True)]
         rows.append([outcome.arm.name, *marked])
     title = "Top-1 on clips to tune on, by learning rate, in **bold** what was chosen"
     return _table(title, ["arm", *(f"{rate:g}" for rate in rates)], rows)
 
 
-def _spread(top1: Sequence[float]) -> str:
-    summary = summarize(top1)
+def _spread(summary: Summary) -> str:
     deviation = "" if math.isnan(summary.deviation) else f" ± {summary.deviation:.3f}"
     return f"{summary.mean:.3f}{deviation}"
 
@@ -77,10 +77,11 @@ def _spread(top1: Sequence[float]) -> str:
 def _row(outcome: Outcome, kind: str, base: Sequence[float], is_base: bool) -> list[str]:
     found = getattr(outcome, kind)
     top1 = _top1(outcome, kind)
+    summary = summarize(top1)
     return [
         outcome.arm.name,
-        _spread(top1),
-        str(len(top1)),
+        _spread(summary),
+        str(summary.seeds),
         "" if is_base else _difference(top1, base),
         str(found[0].steps),
         f"{outcome.lr:g}",

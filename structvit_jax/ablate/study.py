@@ -70,19 +70,11 @@ def _write(
         f"`python -m structvit_jax.ablate {words}`",
         f"on {_machine()}, {datetime.date.today():%B %Y}, structvit_jax {structvit_jax.__version__};"
         f" {_effort(outcomes)}.",
-        f"{config.data.name}: {config.data.test_examples} test clips, batches of {config.data.batch_size};"
-        f" {_rates(config)}.",
+        f"{config.data.name}: {config.data.test_examples} test clips, batches of {config.data.batch_size}.",
     ]
     write(workdir / "ablation.md", results.document(outcomes, against, config.ablate.same_time, heading))
     write(workdir / "ablation.json", results.numbers(outcomes, as_json(config)))
     write(workdir / "ablation.png", results.plot(outcomes, 1 / ablation.classes))
-
-
-def _rates(config: ml_collections.ConfigDict) -> str:
-    rates = [f"{rate:g}" for rate in config.ablate.lrs or [config.optimizer.lr]]
-    if len(rates) == 1:
-        return f"a learning rate of {rates[0]}"
-    return f"learning rates of {', '.join(rates)}, each arm's own chosen on other clips"
 
 
 def _effort(outcomes: list[results.Outcome]) -> str:
