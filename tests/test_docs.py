@@ -109,7 +109,7 @@ def test_the_commands_that_fine_tune(command, tmp_path):
     ]
     done = command(*shlex.split(train)[3:], *SHORT, *tiny, f"--workdir={tmp_path / 'runs' / 'folder'}")
     assert done.returncode == 0, done.stderr
-    assert "as plain attention: 6 arrays" in done.stdout and "made new, for " in done.stdout
+    assert "as plain attention: 6 arrays" in done.stdout and "re-initialised, for " in done.stdout
     *python, module, run, root = shlex.split(evaluate)
     assert python == ["python", "-m"] and run == "runs/folder"
     done = command(run, root, module=module, first=functools.partial(os.chdir, tmp_path))

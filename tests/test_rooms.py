@@ -11,10 +11,10 @@ PACKAGE = ROOT / "structvit_jax"
 ROOMS = {
     "ops": ({"jax", "numpy"}, {"ops"}),
     "models": ({"jax", "numpy", "flax"}, {"ops", "models", "errors"}),
-    "convert": ({"jax", "numpy", "safetensors", "torch"}, {"convert", "models", "errors"}),
+    "convert": ({"jax", "numpy", "safetensors", "torch"}, {"convert", "models", "class_names", "errors"}),
     "convert/__main__": (
         {"absl", "jax", "numpy", "etils", "ml_collections"},
-        {"convert", "models", "training", "recipes", "errors"},
+        {"convert", "models", "training", "recipes", "errors", ""},
     ),
     "data": (
         {
@@ -30,7 +30,7 @@ ROOMS = {
             "etils",
             "tqdm",
         },
-        {"data", "errors"},
+        {"data", "class_names", "errors"},
     ),
     "config": ({"ml_collections"}, {"models", "errors"}),
     "recipes": ({"ml_collections"}, {"config", "errors"}),
@@ -82,6 +82,7 @@ ROOMS = {
         {"command", "data", "config", "errors", "training", "chips", "show", "plan", "sheet", "bench"},
     ),
     "traffic": ({"jaxlib"}, {"traffic", "errors"}),
+    "class_names": (set(), set()),
     "errors": (set(), set()),
     "__init__": (set(), set()),
 }
@@ -121,5 +122,5 @@ def test_imports_stay_within_the_room(path: Path):
 def test_the_house_stays_small():
     """Places to look at when this fails, not a score: split by subject, not by size."""
     lengths = {path: len(path.read_text().splitlines()) for path in FILES}
-    assert len(lengths) <= 119
+    assert len(lengths) <= 122
     assert max(lengths.values()) <= 400, max(lengths, key=lengths.__getitem__)

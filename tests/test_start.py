@@ -74,7 +74,7 @@ def test_fine_tuning_in_one_command_each(digits, command, tmp_path):
         "fine-tuning: starting at step 0 from the deit_tiny in",
         "carried over: ",
         "structure kernels that start as plain attention: 4 arrays",
-        "made new, for 4 classes instead of 10: 2 arrays, 132 values: head.bias, head.kernel",
+        "re-initialised, for 4 classes instead of 10: 2 arrays, 132 values: head.bias, head.kernel",
     ):
         assert phrase in said, said
     data = json.loads((tmp_path / "classes" / "config.json").read_text())["data"]
@@ -93,14 +93,14 @@ def test_fine_tuning_in_one_command_each(digits, command, tmp_path):
     said = tune("larger", f"{OWN}:deit_tiny_struct_8,finetune", *larger)
     assert "structure kernels with patterns repeated, 4 to 8: 4 arrays" in said
     assert "positions resized: 1 arrays, 512 values: pos_embed" in said
-    assert "made new" not in said
+    assert "re-initialised" not in said
 
     video = ["--config=configs/moving_digits.py", "--config.model.name=deit_tiny_struct_2_video"]
     said = tune("video", *video, f"--config.init_from={digits}")
     for phrase in (
         "inflated in time (average): 1 arrays",
         "start as plain attention: 4 arrays",
-        "made new, for 8 classes instead of 10",
+        "re-initialised, for 8 classes instead of 10",
         "note: config.data.mean is (0.08, 0.08, 0.08); the weights were trained with (0.3, 0.3, 0.3)",
     ):
         assert phrase in said, said
@@ -210,15 +210,16 @@ def test_the_convert_command(tmp_path, command, capsys):
     assert all(np.array_equal(returned.arrays[key], value) for key, value in released.items())
     structvit = tmp_path / "structvit.safetensors"
     convert_command.main([str(folder), str(structvit)])
-    again = convert.read_released(str(structvit), model="structvit_tiny_4_1_video")
+    again = convert.read_released(str(structvit))
+    assert again.model["name"] == "structvit_tiny_4_1_video" and again.inputs.channels == "bgr"
     with open_checkpoint(str(folder)) as (checkpoints, step):
         arrays, _ = checkpoints.whole(step, make_mesh(1, 1, jax.devices()[:1]))
-        assert checkpoints.card(step)["class_names"] is None
+        assert checkpoints.card(step)["class_names"] == list(convert.RELEASED["something"].class_names())
     assert all(np.array_equal(again.arrays[name], array) for name, array in arrays.items())
 
     for arguments, phrase in [
-        ([path, folder], "is there already"),
-        ([folder, tmp_path / "x", "--data=k400"], "--model alone has a meaning"),
+        ([path, folder], "already exists"),
+        ([folder, tmp_path / "x", "--data=k400"], "is no file of PyTorch weights"),
         ([path, tmp_path / "x", "--model=uniformer_tiny"], "holds a video model"),
         ([path, tmp_path / "x", "--model=structvit_s_4_1_video"], "another network than the model"),
     ]:

@@ -1,6 +1,6 @@
-"""Weights from elsewhere: read from the released PyTorch files, recognised, fitted to a model of ours.
+"""Convert weights: read the released PyTorch files, recognise their model, and fit them to another.
 
-`python -m structvit_jax.convert SOURCE DESTINATION` does it for files; `config.init_from` takes them as well.
+`python -m structvit_jax.convert SOURCE DESTINATION` does this for files; `config.init_from` takes them too.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from typing import TypeVar
 import numpy as np
 
 from structvit_jax.convert.adapt import NOISE, Adapted, Rules, adapt
+from structvit_jax.convert.description import Description, Inputs
 from structvit_jax.convert.files import is_weights_file
 from structvit_jax.convert.names import from_torch, to_torch, torch_key
-from structvit_jax.convert.source import RELEASED, Inputs, Source, read_released, recognise
+from structvit_jax.convert.source import RELEASED, Source, read_released, recognise
 from structvit_jax.models import Network
 from structvit_jax.models.weights import like, split, update
 
@@ -30,10 +31,11 @@ def load_uniformer(
     noise: float = NOISE,
     seed: int = 0,
 ) -> Model:
-    """Copies a PyTorch UniFormer's weights into `model` and returns it.
+    """Copy a PyTorch UniFormer's weights into `model` and return it.
 
-    A StructViT computes what the UniFormer does, to rounding, at stride 1: its kernels start as plain
-    attention. Image weights are inflated for a video model, whose logits then are not theirs.
+    The model shares no memory with `state_dict`. A StructViT computes what the UniFormer does, to rounding,
+    at stride 1: its kernels start as plain attention. Image weights are inflated for a video model, whose
+    logits then are not theirs.
 
     Args:
       model: a UniFormer or StructViT of the weights' size.
@@ -64,6 +66,7 @@ __all__ = [
     "NOISE",
     "RELEASED",
     "Adapted",
+    "Description",
     "Inputs",
     "Rules",
     "Source",

@@ -1,4 +1,4 @@
-"""Weights of one model fitted to another: what is kept, what changes its shape, what starts anew.
+"""Fit the weights of one model to another: what is kept, what changes its shape, what is re-initialised.
 
 The rules keep the function where that is possible. Plain attention becomes D equal patterns, each the centre
 of its window, whose joint softmax and sum are plain attention again; patterns are repeated, windows grow by
@@ -12,15 +12,16 @@ import collections
 import dataclasses
 import re
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
+from structvit_jax import class_names
 from structvit_jax.convert.names import Arrays
 from structvit_jax.convert.source import Source
 from structvit_jax.errors import UserError
+from structvit_jax.models.positions import resize_positions
 from structvit_jax.models.variants import Variant
 
 NOISE = 0.1
@@ -69,20 +70,23 @@ def adapt(
     source: Source,
     fresh: Mapping[str, Any],
     variant: Variant,
-    class_names: Sequence[str] | None,
+    names: Sequence[str] | None,
     rules: Rules,
     *,
     strict: bool = False,
 ) -> Adapted:
-    """Fits weights to a model.
+    """Fit weights to a model.
+
+    The head is kept if both name the same classes, see `structvit_jax.class_names.match`, and then takes the
+    model's order of them. Otherwise it is re-initialised, with a note that says why.
 
     Args:
       source: the weights.
-      fresh: the model's own parameters and batch statistics, for what starts anew.
+      fresh: the model's own parameters and batch statistics, for what is re-initialised.
       variant: of the model.
-      class_names: of the model, in order; None if nothing names them.
+      names: the model's class names, in order; None if its classes are those of the weights, in their order.
       rules: how.
-      strict: nothing may be made new or left out.
+      strict: nothing may be re-initialised or left out.
 
     Raises:
       UserError: weights of another network, or names that do not fit, all at once.
@@ -90,19 +94,19 @@ def adapt(
     _check_same(source, variant)
     result, problems = Adapted(), []
     left = _fold_scales(source.arrays, fresh, result)
-    heads = _heads(source, class_names, fresh)
+    fit_head = _heads(source, names, fresh, result)
     for name, own in fresh.items():
         given = left.pop(name, None)
         own = np.asarray(own)
         if re.fullmatch(_HEAD, name):
-            kind, array = heads(given, own)
+            kind, array = fit_head(name, given, own)
         elif re.fullmatch(_STRUCTURE, name):
             kind, array = _structure(name, given, own, rules)
         else:
             kind, array = _fit(name, given, own, rules)
         if array is None:
             problems.append(kind)
-        elif strict and kind.startswith("made new"):
+        elif strict and kind.startswith("re-initialised"):
             problems.append(f"{name} would be {kind}")
         else:
             result.put(kind, name, array)
@@ -156,31 +160,35 @@ def inflate(kernel: np.ndarray, frames: int, how: str) -> np.ndarray:
 
 
 def _positions(given: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Learned positions for another grid, as the model itself resizes them; of images, for every frame."""
+    """Return positions for another grid, as the model itself resizes them; of images, for every frame."""
     inner = shape[len(shape) - given.ndim :]
-    resized = np.asarray(jax.image.resize(given, inner, method="cubic", antialias=False))
-    return np.broadcast_to(resized, shape).copy()
+    return np.broadcast_to(np.asarray(resize_positions(given, inner[:-1])), shape).copy()
 
 
-def _structure(name: str, given: np.ndarray | None, own: np.ndarray, rules: Rules) -> tuple[str, np.ndarray]:
+def _structure(
+    name: str, given: np.ndarray | None, own: np.ndarray, rules: Rules
+) -> tuple[str, np.ndarray | None]:
     """Kernels of StructSA, [*window, heads, channels or 1, D]."""
     if given is None and rules.kernels == "fresh":
-        return "made new", own
+        return "re-initialised", own
     kind = "structure kernels that start as plain attention" if given is None else ""
     if given is None:
         given = np.ones((*[1] * (own.ndim - 3), *own.shape[-3:-1], 1), own.dtype)
     if given.shape == own.shape:
         return "carried over", given
+    if given.ndim not in (own.ndim, own.ndim - 1):
+        return f"misshapen {name}: {given.shape} for {own.shape}", None
     if given.ndim < own.ndim:
         given, kind = inflate(given, own.shape[0], rules.inflate), f"inflated in time ({rules.inflate})"
     copies, rest = divmod(own.shape[-1], given.shape[-1])
-    margins = [(n - k) // 2 for k, n in zip(given.shape[:-3], own.shape[:-3], strict=True)]
+    margins = [(n - k) / 2 for k, n in zip(given.shape[:-3], own.shape[:-3], strict=True)]
+    grows = all(margin >= 0 and margin.is_integer() for margin in margins)
     channels = given.shape[-2] in (1, own.shape[-2])
-    if rest or min(margins) < 0 or not channels or given.shape[-3] != own.shape[-3]:
-        return f"made new, since {given.shape} cannot become {own.shape}", own
+    if rest or not grows or not channels or given.shape[-3] != own.shape[-3]:
+        return f"re-initialised, since {given.shape} cannot become {own.shape}", own
     if copies > 1 and not kind:
         kind = f"structure kernels with patterns repeated, {given.shape[-1]} to {own.shape[-1]}"
-    padded = np.pad(given, [(m, m) for m in margins] + [(0, 0)] * 3)
+    padded = np.pad(given, [(int(m), int(m)) for m in margins] + [(0, 0)] * 3)
     repeated = np.repeat(np.broadcast_to(padded, (*own.shape[:-1], given.shape[-1])), copies, axis=-1)
     if name.endswith("value_kernels"):
         repeated = repeated + _apart(name, repeated.shape, copies, rules)
@@ -202,32 +210,54 @@ def _fold_scales(arrays: Mapping[str, np.ndarray], fresh: Mapping[str, Any], res
         last = {"gamma_1": "attn.proj" if f"{block}.attn.proj.kernel" in arrays else "attn.conv2"}
         layer = f"{block}.{last.get(which, 'mlp.fc2')}"
         scale = arrays.pop(name)
+        if np.shape(arrays.get(f"{layer}.bias")) != scale.shape or f"{layer}.kernel" not in arrays:
+            raise UserError(f"{name} has no layer of its size before it")
         for part in ("kernel", "bias"):
             arrays[f"{layer}.{part}"] = arrays[f"{layer}.{part}"] * scale
         result.put("layer scales multiplied into the layers before them", name, None)
     return arrays
 
 
-def _heads(source: Source, names: Sequence[str] | None, fresh: Mapping[str, Any]) -> Any:
-    """What fits head and dense head: carried over for the same classes, in the model's order of them."""
+def _heads(
+    source: Source, names: Sequence[str] | None, fresh: Mapping[str, Any], result: Adapted
+) -> Callable[[str, np.ndarray | None, np.ndarray], tuple[str, np.ndarray | None]]:
+    """Return what fits head and dense head: carried over by class name, in the model's order."""
     classes = np.asarray(fresh["head.bias"]).size if "head.bias" in fresh else 0
-    order: Any = slice(None)
-    if classes != source.num_classes:
-        new, kind = f"made new, for {classes} classes instead of {source.num_classes}", ""
-    elif source.class_names is None or names is None:
-        new, kind = "", "carried over"
-    elif set(source.class_names) == set(names):
-        order = [source.class_names.index(name) for name in names]
-        new, kind = "", "carried over" if tuple(names) == source.class_names else "reordered by class name"
-    else:
-        new, kind = "made new, for classes of other names", ""
+    order, why = _class_order(source, names, classes, result)
 
-    def fit(given, own):
-        if new or given is None:
-            return new or "made new, as the weights have none", own
-        return kind, given[..., order]
+    def fit(name, given, own):
+        if order is None or given is None:
+            return f"re-initialised, {why or 'as the weights have none'}", own
+        if given.shape != own.shape:
+            return f"misshapen {name}: {given.shape} for {own.shape}", None
+        same = order == list(range(classes))
+        return "carried over" if same else "reordered by class name", given[..., order]
 
     return fit
+
+
+def _class_order(
+    source: Source, names: Sequence[str] | None, classes: int, result: Adapted
+) -> tuple[list[int] | None, str]:
+    """Return the weights' number of each of the model's classes; or None, and why the head is not kept."""
+    if classes != source.num_classes:
+        return None, f"for {classes} classes instead of {source.num_classes}"
+    if names is None:
+        return list(range(classes)), ""
+    if source.class_names is None:
+        result.notes.append(
+            f"warning: the head is not kept: {source.where} does not name its {classes} classes. To keep it,"
+            " name them with python -m structvit_jax.convert SOURCE DESTINATION --labels=FILE"
+        )
+        return None, "as the weights do not name their classes"
+    order = class_names.match(names, source.class_names)
+    if order is None:
+        lacking, added = class_names.difference(names, source.class_names)
+        result.notes.append(
+            f"warning: the head is not kept: the weights have {classes} classes of other names than the data"
+            f" (only the weights have {lacking}; only the data have {added})"
+        )
+    return order, "for classes of other names"
 
 
 def _notes(theirs: Variant, ours: Variant, rules: Rules) -> list[str]:

@@ -1,10 +1,18 @@
-"""Files of PyTorch weights: .pth (and .pt, .bin, .tar) through torch, .safetensors without it."""
+"""Files of PyTorch weights: .pth (and .pt, .bin, .tar) through torch, .safetensors without it.
+
+What a file holds is data: no code of it runs, and its sizes are checked before memory is taken for them.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import re
-from collections.abc import Mapping
+import shutil
+import warnings
+import zipfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,23 +23,36 @@ from structvit_jax.errors import UserError
 SAFETENSORS = ".safetensors"
 TORCH = (".pth", ".pt", ".bin", ".tar")
 SUFFIXES = (SAFETENSORS, *TORCH)
-# Under which the authors' programs save weights; averaged ones first, as they are what is evaluated.
-_PLACES = ("state_dict_ema", "model_ema", "model", "model_state", "state_dict")
+DESCRIPTION = "structvit_jax"  # beside the weights: what they are, see structvit_jax.convert.description
+RAW, AVERAGED = "raw", "ema"  # the trained weights, and their moving average
+# Names under which the authors' programs save weights. Their evaluation scripts load the raw ones.
+_PLACES = {RAW: ("model", "model_state", "state_dict"), AVERAGED: ("model_ema", "state_dict_ema")}
+_FLOATS = ("F16", "BF16", "F32", "F64")  # dtypes of safetensors
+_INTEGERS = ("I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64", "BOOL")  # of counters
+_LONGEST_DESCRIPTION = 2**24  # characters
 _INSTALL = "pip install 'structvit_jax[torch]'"
 
 
 class StateDict(NamedTuple):
+    """The weights in a file."""
+
     arrays: dict[str, np.ndarray]  # PyTorch's keys to arrays in PyTorch's layout
-    place: str  # under which the file holds them; "" at the top
+    place: str  # the name under which the file holds them; "" at the top level
+    other: str  # the same for the raw or averaged weights that were not taken; "" without any
+    description: Any  # plain data that `write` put beside them, not validated; None without any
 
 
 def is_weights_file(path: str) -> bool:
-    """Whether a path names a file of PyTorch weights, and not a run or checkpoint of ours."""
+    """Return whether a path names a file of PyTorch weights, and not a run or checkpoint."""
     return str(path).endswith(SUFFIXES)
 
 
-def read(path: str) -> StateDict:
-    """The weights in a file. Of a .pth only tensors and plain containers are loaded: no code of it runs.
+def read(path: str, which: str = "") -> StateDict:
+    """Read the weights in a file. Of a .pth only tensors and plain containers are loaded: no code of it runs.
+
+    Args:
+      path: the file.
+      which: of files that hold both, RAW or AVERAGED weights; "" takes the raw ones, if there are any.
 
     Raises:
       UserError: no such file, one that is damaged or holds something else, or torch is missing.
@@ -39,46 +60,147 @@ def read(path: str) -> StateDict:
     path = os.path.expanduser(path)
     if not os.path.isfile(path):
         raise UserError(f"no file {path}")
-    content = _safetensors(path) if path.endswith(SAFETENSORS) else _torch_load(path)
-    state_dict, place = content, ""
-    if isinstance(content, Mapping):
-        place = next((name for name in _PLACES if isinstance(content.get(name), Mapping)), "")
-        state_dict = content[place] if place else content
-    if not isinstance(state_dict, Mapping) or not state_dict:
-        raise UserError(f"{path} holds no weights: {_what(content)}")
-    arrays = {key.removeprefix("module."): _array(value) for key, value in state_dict.items()}
-    if strange := [key for key, array in arrays.items() if array is None]:
-        raise UserError(f"{path} holds no weights, or not only: {strange[0]} is no tensor")
-    return StateDict(arrays, place)  # type: ignore[arg-type]
+    if path.endswith(SAFETENSORS):
+        arrays, description = _read_safetensors(path)
+        place = other = ""
+        if which == AVERAGED:
+            raise UserError(f"{path} holds one set of weights; leave --weights out")
+    else:
+        state_dict, place, other, description = _choose(path, _load_torch(path), which)
+        arrays = _to_numpy(path, state_dict)
+    return StateDict({key.removeprefix("module."): a for key, a in arrays.items()}, place, other, description)
 
 
-def write(path: str, state_dict: Mapping[str, np.ndarray]) -> None:
-    """Writes a state dict: bare in .safetensors, under "model" in .pth.
+def write(
+    path: str, state_dict: Mapping[str, np.ndarray], description: Mapping[str, Any] | None = None
+) -> None:
+    """Write a state dict: at the top level of a .safetensors file, under "model" in a .pth.
+
+    Args:
+      path: the file, which is overwritten; see `create`.
+      state_dict: PyTorch's keys to arrays in PyTorch's layout.
+      description: plain data that is saved beside them.
 
     Raises:
-      UserError: the file is there already, or torch is missing.
+      UserError: torch is missing, or the file cannot be written.
     """
-    if os.path.exists(path):
-        raise UserError(f"{path} is there already; choose another name")
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    part = f"{path}.part"
-    if path.endswith(SAFETENSORS):
-        import safetensors.numpy
+    with _naming(path):
+        if path.endswith(SAFETENSORS):
+            import safetensors.numpy
 
-        safetensors.numpy.save_file({key: np.asarray(array) for key, array in state_dict.items()}, part)
+            metadata = {"format": "pt"}
+            if description is not None:
+                metadata[DESCRIPTION] = json.dumps(description)
+            arrays = {key: np.asarray(array) for key, array in state_dict.items()}
+            Path(path).write_bytes(safetensors.numpy.save(arrays, metadata))
+        else:
+            torch = _torch()
+            content: dict[str, Any] = {
+                "model": {k: torch.from_numpy(np.array(a)) for k, a in state_dict.items()}
+            }
+            if description is not None:
+                content[DESCRIPTION] = description
+            with open(path, "wb") as file:
+                torch.save(content, file)
+
+
+@contextlib.contextmanager
+def create(path: str) -> Iterator[str]:
+    """Yield a temporary name beside `path`, for a file or folder that is renamed to `path` at the end.
+
+    What an earlier process left under the temporary name when it was killed is removed. Nothing stays of a
+    body that raises.
+
+    Raises:
+      UserError: `path` exists, or cannot be written; at once, before the body runs.
+    """
+    final = Path(os.path.expanduser(path))
+    part = final.with_name(f".part-{final.name}")
+    if os.path.lexists(final):
+        raise UserError(f"{path} already exists; choose another name")
+    with _naming(path):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        _remove(part)
+        part.touch()
+        part.unlink()
+    try:
+        yield str(part)
+        if os.path.lexists(final):
+            raise UserError(f"{path} already exists; choose another name")
+        with _naming(path):
+            part.rename(final)
+    finally:
+        with contextlib.suppress(OSError):
+            _remove(part)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
     else:
-        torch = _torch()
-        torch.save({"model": {key: torch.from_numpy(np.array(a)) for key, a in state_dict.items()}}, part)
-    os.replace(part, path)
+        path.unlink(missing_ok=True)
 
 
-def _safetensors(path: str) -> dict[str, np.ndarray]:
-    import safetensors.numpy
+@contextlib.contextmanager
+def _naming(path: str) -> Iterator[None]:
+    """Turn a failure to write into one line."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; choose another place") from error
+    except RuntimeError as error:  # torch's, for a full disk
+        raise UserError(f"cannot write {path}: {_one_line(error)}; choose another place") from error
+
+
+def _read_safetensors(path: str) -> tuple[dict[str, np.ndarray], Any]:
+    """Return the arrays and the description. The library checks the header against the size of the file."""
+    import safetensors
 
     try:
-        return safetensors.numpy.load_file(path)
-    except (safetensors.SafetensorError, OSError, ValueError, KeyError) as error:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            dtypes = {key: file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
+            if not dtypes:
+                raise UserError(f"{path} holds no weights: it is empty")
+            for key, dtype in dtypes.items():
+                if dtype not in (*_FLOATS, *_INTEGERS):
+                    raise _unsuitable(path, key, f"{dtype} numbers")
+            metadata = file.metadata() or {}
+            arrays = {key: _single(file.get_tensor(key)) for key in dtypes}
+    except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"{path} cannot be read: {_one_line(error)}") from error
+    return arrays, _parse(path, metadata[DESCRIPTION]) if DESCRIPTION in metadata else None
+
+
+def _parse(path: str, text: str) -> Any:
+    try:
+        if len(text) > _LONGEST_DESCRIPTION:
+            raise ValueError("it is too long")
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{path}: its metadata {DESCRIPTION!r} is not valid JSON: {_one_line(error)}"
+        ) from error
+
+
+def _choose(path: str, content: Any, which: str) -> tuple[Mapping[Any, Any], str, str, Any]:
+    """Return the state dict in what a .pth holds, its name, that of the other one, and the description."""
+    if not isinstance(content, Mapping):
+        raise UserError(f"{path} holds no weights: a {type(content).__name__}")
+    places = {
+        kind: next((name for name in names if isinstance(content.get(name), Mapping)), "")
+        for kind, names in _PLACES.items()
+    }
+    taken = which or (RAW if places[RAW] else AVERAGED)
+    place, other = places[taken], places[AVERAGED if taken == RAW else RAW]
+    if not place and (which == AVERAGED or other):
+        held = f"it has {other!r}" if other else "it holds one set of weights"
+        raise UserError(f"{path} has no {which} weights ({held}); leave --weights out")
+    state_dict = content[place] if place else content
+    if not state_dict:
+        raise UserError(f"{path} holds no weights: {_what(content)}")
+    return state_dict, place, other, content.get(DESCRIPTION) if place else None
 
 
 def _torch() -> Any:
@@ -89,31 +211,83 @@ def _torch() -> Any:
     return torch
 
 
-def _torch_load(path: str) -> Any:
+def _load_torch(path: str) -> Any:
+    """Load tensors and plain containers. torch's own messages are never repeated: they advise to run the
+    code in the file."""
     torch = _torch()
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        if zipfile.is_zipfile(path):
+            _check_archive(path)
+        with warnings.catch_warnings(action="ignore"):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except Exception as error:  # of whatever type: the file may hold anything
-        reason = _one_line(error)
-        if refused := re.search(r"WeightsUnpickler error: (.*?)(\. |$)", str(error)):
-            reason = f"it holds more than weights, which is not loaded ({refused[1]})"
-        raise UserError(f"{path} cannot be read: {reason}") from error
+        raise UserError(f"{path} cannot be read: {_why(error)}") from error
 
 
-def _array(value: Any) -> np.ndarray | None:
-    """A tensor of torch or NumPy as an array; halves become float32."""
-    if not isinstance(value, np.ndarray):
-        if not hasattr(value, "detach"):
-            return None
+def _check_archive(path: str) -> None:
+    """torch stores its records as they are; a compressed one may unpack to any size."""
+    with zipfile.ZipFile(path) as archive:
+        if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
+            raise UserError(
+                f"{path} cannot be read: it is a compressed archive or a TorchScript program; save a state_dict()"
+            )
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if named := re.search(r"GLOBAL ([\w.]{1,100})", str(error)):
+        return f"it holds more than weights, which is not loaded: {named[1]}"
+    return "it is damaged, or not a file of PyTorch weights alone"
+
+
+def _to_numpy(path: str, state_dict: Mapping[Any, Any]) -> dict[str, np.ndarray]:
+    """Return tensors as arrays; float16 and bfloat16 become float32."""
+    torch, size, arrays = _torch(), 0, {}
+    for key, value in state_dict.items():
+        if not isinstance(key, str):
+            raise UserError(f"{path} holds no weights: its keys are not strings, as {str(key)[:50]!r}")
+        if not isinstance(value, torch.Tensor):
+            raise UserError(f"{path} holds no weights, or not only: {key} is no tensor")
+        if problem := _problem(value):
+            raise _unsuitable(path, key, problem)
+        size += value.numel() * value.element_size()
+    if size > os.path.getsize(path):  # tensors may repeat or share the numbers that the file holds
+        raise UserError(f"{path} cannot be read: its tensors have {size:,} bytes, more than the file")
+    for key, value in state_dict.items():
         value = value.detach()
-        value = (value.float() if value.is_floating_point() else value).numpy()
-    return value.astype(np.float32) if value.dtype.kind in "fV" else value
+        arrays[key] = _single((value.float() if value.is_floating_point() else value).numpy())
+    return arrays
 
 
-def _what(content: Any) -> str:
-    if isinstance(content, Mapping):
-        return f"a mapping with {', '.join(map(str, list(content)[:5])) or 'nothing in it'}"
-    return f"a {type(content).__name__}"
+def _problem(tensor: Any) -> str:
+    """Return what a tensor holds that weights cannot be; "" for ordinary numbers."""
+    if tensor.is_quantized:
+        return "quantised numbers"
+    if str(tensor.layout) != "torch.strided":
+        return "a sparse tensor"
+    if tensor.is_meta:
+        return "a tensor without numbers (of the meta device)"
+    if tensor.is_complex() or (tensor.is_floating_point() and tensor.element_size() < 2):
+        return f"{str(tensor.dtype).removeprefix('torch.')} numbers"
+    return ""
+
+
+def _unsuitable(path: str, key: str, what: str) -> UserError:
+    return UserError(
+        f"{path}: {key} holds {what}; save dense tensors of float16, bfloat16, float32 or float64 instead"
+    )
+
+
+def _single(array: np.ndarray) -> np.ndarray:
+    """Return floating-point numbers as float32, all others as they are."""
+    return array.astype(np.float32, copy=False) if array.dtype.kind in "fV" else array
+
+
+def _what(content: Mapping[Any, Any]) -> str:
+    return f"a mapping with {', '.join(map(str, list(content)[:5])) or 'nothing in it'}"
 
 
 def _one_line(error: Exception) -> str:

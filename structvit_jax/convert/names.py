@@ -48,28 +48,32 @@ _KNOWN = re.compile(  # all that a UniFormer or a StructViT can hold
 
 
 def from_torch(state_dict: Mapping[str, np.ndarray]) -> Arrays:
-    """A PyTorch UniFormer's state dict in our names and layouts, without BatchNorm's counters.
+    """Return a PyTorch UniFormer's state dict in our names and layouts, without BatchNorm's counters.
 
     Raises:
-      UserError: keys that no UniFormer has, all at once.
+      UserError: keys that no UniFormer has, all at once; or weights that are not floating-point numbers.
     """
     ours, strange = {}, []
     for key, value in state_dict.items():
         name, array = _ours(key, np.asarray(value))
         if _KNOWN.fullmatch(name):
+            if array.dtype.kind not in "fV":  # V is bfloat16
+                raise UserError(f"{key} holds {array.dtype} numbers; weights are floating-point numbers")
             ours[name] = array
         elif not key.endswith(_COUNTER):
             strange.append(key)
     if strange:
-        raise UserError(f"{len(strange)} keys that no UniFormer has: {', '.join(strange)}")
+        more = f" and {len(strange) - 5} more" if len(strange) > 5 else ""
+        listed = ", ".join(key[:100] for key in strange[:5])
+        raise UserError(f"{len(strange)} keys that no UniFormer has: {listed}{more}")
     return ours
 
 
 def to_torch(arrays: Mapping[str, np.ndarray]) -> Arrays:
-    """The reverse of `from_torch`; BatchNorm's counters are 0.
+    """Return our arrays under PyTorch's keys and in its layouts; BatchNorm's counters are 0.
 
     Raises:
-      UserError: weights of a DeiT, which has no keys of theirs.
+      UserError: weights of a DeiT, which the PyTorch model does not have.
     """
     position = arrays.get("blocks1.0.pos_embed.kernel")
     if position is None:

@@ -7,6 +7,7 @@ import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from structvit_jax import class_names
 from structvit_jax.data.digits import DigitMotions, Digits, MovingDigits
 from structvit_jax.data.index import read_splits
 from structvit_jax.data.label_maps import LabelMaps
@@ -86,23 +87,24 @@ class Dataset:
         return self.test.views
 
     def adopt_classes(self, names: Sequence[str]) -> bool:
-        """Numbers the labels as a trained model does; returns whether that is another order than the data's.
+        """Number the labels as a trained model does; return whether that is another order than the data's.
+
+        Names are matched as by `structvit_jax.class_names.match`.
 
         Raises:
-          UserError: the names differ.
+          UserError: the data have other classes.
         """
-        own = self.class_names
-        if tuple(names) == own:
-            return False
-        if len(own) != len(names) or set(own) != set(names):
-            lacking, new = sorted(set(names) - set(own)), sorted(set(own) - set(names))
+        own = self.train.source.class_names
+        order = class_names.match(own, names)
+        if order is None:
+            lacking, new = class_names.difference(own, names)
             raise UserError(
                 f"the data's {len(own)} classes are not the {len(names)} of the checkpoint: the data lack"
-                f" {_some(lacking)} and add {_some(new)}; point config.data at the data of the run"
+                f" {lacking} and add {new}; point config.data at the data of the run"
             )
         for reader in (self.train, self.test):
-            reader.adopt_classes(names)
-        return True
+            reader.adopt_classes(names, order)
+        return order != list(range(len(order)))
 
     def train_batches(
         self, batch_size: int, *, start_step: int, share: tuple[int, int] = WHOLE
@@ -143,11 +145,6 @@ def _open_folder(root: str, train: str, test: str, *, video: bool) -> tuple[Sour
         if folder := records.find_shards(root):
             return records.open_shards(folder, train, test)
     return read_splits(root, train, test, video=video)
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(map(repr, names[:3])) + more or "none"
 
 
 def load(data: Mapping[str, Any], augment: Mapping[str, Any], seed: int = 0) -> Dataset:

@@ -93,7 +93,8 @@ def _something_labels(annotations: str, version: str) -> tuple[str, ...]:
     stem = f"something-something-{version}-labels"
     path = _find(annotations, f"{stem}.json", f"{stem}.csv", "labels.json", "labels.csv")
     if path.endswith(".csv"):
-        return tuple(line.strip() for line in _lines(path) if line.strip())
+        rows = csv.reader(_lines(path), delimiter=";")  # as the examples: names with commas may be quoted
+        return tuple(row[0].strip() for row in rows if row and row[0].strip())
     numbers = {label: int(number) for label, number in _json(path).items()}
     return tuple(sorted(numbers, key=numbers.__getitem__))
 

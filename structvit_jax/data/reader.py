@@ -50,9 +50,9 @@ class Reader:
         self.class_names = source.class_names
         self._number = list(range(len(self.class_names)))  # of each of the source's classes
 
-    def adopt_classes(self, names: Sequence[str]) -> None:
-        """Numbers the classes in this order."""
-        self._number = [list(names).index(name) for name in self.source.class_names]
+    def adopt_classes(self, names: Sequence[str], order: Sequence[int]) -> None:
+        """Number the classes as in `names`; `order` is the number of each of the source's classes there."""
+        self._number = list(order)
         self.class_names = tuple(names)
 
     @property

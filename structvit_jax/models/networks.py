@@ -20,6 +20,7 @@ from flax import nnx
 from structvit_jax.errors import UserError
 from structvit_jax.models.blocks import Block, Place, run_blocks, split_key
 from structvit_jax.models.layers import BatchNorm, Conv, HostRngs, LayerNorm, Linear, linear_init
+from structvit_jax.models.positions import resize_positions
 from structvit_jax.models.variants import Variant, get_variant
 from structvit_jax.ops import gelu
 
@@ -197,7 +198,7 @@ class DeiT(Network):
     """DeiT without a class token, which has no place on the grid: LayerNorm, then the mean over positions.
 
     Positions are learned, jointly over time and space, for the variant's own grid, and resized
-    bicubically for others.
+    bicubically for other grids, as in torch.
     """
 
     def __init__(self, v: Variant, *, num_classes: int, rngs):
@@ -224,9 +225,7 @@ class DeiT(Network):
         self._check(x)
         x = mix(self.patch_embed(x))
         positions = self.pos_embed[...]
-        if positions.shape != x.shape[1:]:
-            positions = jax.image.resize(positions, x.shape[1:], method="cubic", antialias=False)
-        x = place(x + positions.astype(x.dtype))
+        x = place(x + resize_positions(positions, x.shape[1:-1]).astype(x.dtype))
         ends = [math.ceil(len(self.blocks) * quarter / 4) for quarter in range(5)]
         quarters = [end - start for start, end in itertools.pairwise(ends)]
         maps = []

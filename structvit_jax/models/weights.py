@@ -59,9 +59,9 @@ def batch_stats(model: nnx.Module) -> Arrays:
 
 
 def like(weights: Weights, arrays: Mapping[str, Any]) -> Weights:
-    """These arrays in the places of a model's own, and with their types."""
+    """Return copies of these arrays in the places of a model's own, and with their types."""
     return Weights(
-        *({name: jnp.asarray(arrays[name], own.dtype) for name, own in part.items()} for part in weights)
+        *({name: jnp.array(arrays[name], own.dtype) for name, own in part.items()} for part in weights)
     )
 
 

@@ -25,7 +25,14 @@ from structvit_jax.training.placement import replicated
 from structvit_jax.training.processes import say
 from structvit_jax.training.profile import Profile
 from structvit_jax.training.program import compile_train_step, naming_memory
-from structvit_jax.training.run import Run, adopt_classes, as_json, differences, keep
+from structvit_jax.training.run import (
+    Run,
+    adopt_classes,
+    as_json,
+    differences,
+    keep,
+    warn_of_single_examples,
+)
 from structvit_jax.training.start import starting_state
 from structvit_jax.training.step import TrainState
 from structvit_jax.training.storage import CONFIG, PREDICTIONS, RESULT, naming_failures, read_json, write_json
@@ -98,6 +105,7 @@ def _train(session: Session, stop: processes.StopSignal, started: float) -> dict
             return result
     else:
         check_batch(run.mesh, "data.batch_size", config.data.batch_size, config.train.accumulate)
+        warn_of_single_examples(run)
         if processes.is_first():
             write_json(workdir / CONFIG, as_json(config))
     evaluator = Evaluator(run.model, config, run.mesh, data)

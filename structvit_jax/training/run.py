@@ -99,6 +99,18 @@ def _check_token_labels(config: ml_collections.ConfigDict) -> None:
         )
 
 
+def warn_of_single_examples(run: Run) -> None:
+    """Log a warning if each training step normalises one example: batch statistics then subtract from its
+    features the very mean that the head would read."""
+    config = run.config
+    if run.model.variant.network == "uniformer" and config.data.batch_size == config.train.accumulate:
+        say(
+            "warning: each training step normalises a single example (config.data.batch_size /"
+            " config.train.accumulate is 1): in training mode the logits of this model are then the same for"
+            " every input. Use at least two examples"
+        )
+
+
 def keep(run: Run) -> Keep:
     """Which checkpoints of a run stay."""
     options = run.config.checkpoint
@@ -126,14 +138,17 @@ def make_card(
 
 
 def adopt_classes(data: Any, card: dict[str, Any]) -> None:
-    """Numbers the labels of the data as the model of a checkpoint does, by name.
+    """Number the labels of the data as the model of a checkpoint does, by name.
 
     Raises:
-      UserError: the names differ.
+      UserError: other classes, or a checkpoint that does not name its classes.
     """
     if card["class_names"] is None:
-        say("note: the weights do not name their classes; the data's order of them is taken")
-    elif data.adopt_classes(card["class_names"]):
+        raise UserError(
+            "the checkpoint does not name its classes, so its outputs cannot be matched to the data's labels;"
+            " name them with python -m structvit_jax.convert CHECKPOINT DESTINATION --labels=FILE, one a line"
+        )
+    if data.adopt_classes(card["class_names"]):
         say("note: the data order their classes unlike the checkpoint; labels follow it by name")
 
 

@@ -100,13 +100,13 @@ def _check_frozen(run: Run, card: dict[str, Any], path: epath.Path) -> None:
 
 
 def _fitted(run: Run, fresh: Weights) -> Weights:
-    """Weights of config.init_from in the model's shapes, with what became of them said."""
+    """Return the weights of config.init_from in the model's shapes, and log what became of them."""
     source = find_weights(run.config.init_from, run.mesh)
     rules = convert.Rules(**run.config.init, seed=run.config.train.seed)
     names = tuple(run.data.class_names)
     adapted = convert.adapt(source, fresh.params | fresh.batch_stats, run.model.variant, names, rules)
     say(f"fine-tuning: starting at step 0 from the {source.model['name']} in {source.where}")
-    for line in adapted.lines():
+    for line in (*source.notes, *adapted.lines()):
         say(f"  {line}")
     for key, value in _described(source).items():
         if value is not None and list(value) != list(run.config.data[key]):
@@ -116,7 +116,7 @@ def _fitted(run: Run, fresh: Weights) -> Weights:
 
 
 def find_weights(path: str, mesh: Mesh) -> convert.Source:
-    """The weights that a path names: a released file, or a checkpoint of ours.
+    """Return the weights that a path names: a released file, or a checkpoint.
 
     Raises:
       UserError: there are none, or they cannot be used.

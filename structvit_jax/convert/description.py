@@ -1,0 +1,136 @@
+"""The description beside exported weights: model, class names and inputs, so that reading needs no flags.
+
+It is plain data, JSON in a .safetensors and a dict in a .pth. What comes from a file is validated against the
+file's arrays before it is used.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from structvit_jax.errors import UserError
+from structvit_jax.models.variants import OVERRIDES, get_variant
+
+# How a program runs, which is not a property of the weights.
+_NOT_OF_WEIGHTS = ("attention", "dtype", "remat", "scan_blocks")
+_LONGEST_NAME = 1000  # characters of a class name
+_LONGEST_ARGUMENT = 100
+
+
+class Inputs(NamedTuple):
+    """What weights expect of an image or frame."""
+
+    mean: tuple[float, float, float]  # subtracted from channels scaled to 0..1
+    std: tuple[float, float, float]  # then divided by
+    channels: str = "rgb"  # or "bgr"
+
+
+class Description(NamedTuple):
+    """What is known of weights beside their arrays."""
+
+    model: dict[str, Any]  # arguments of `get_variant`
+    class_names: tuple[str, ...] | None  # in the order of the head's outputs; None if unknown
+    inputs: Inputs | None  # None if unknown
+
+    def as_plain(self, version: str) -> dict[str, Any]:
+        """Return the description in plain types, with the version of the package that writes it."""
+        model = {key: value for key, value in self.model.items() if key not in _NOT_OF_WEIGHTS}
+        return {
+            "version": version,
+            "model": {
+                key: list(value) if isinstance(value, tuple) else value for key, value in model.items()
+            },
+            "class_names": None if self.class_names is None else list(self.class_names),
+            "inputs": None if self.inputs is None else _plain_inputs(self.inputs),
+        }
+
+
+def parse(plain: Any, facts: Mapping[str, Any], classes: int) -> Description:
+    """Validate what a file holds as its description.
+
+    Args:
+      plain: see `Description.as_plain`; may be anything.
+      facts: fields of the variant that the shapes of the file's arrays determine.
+      classes: outputs of the file's head.
+
+    Raises:
+      UserError: a description that is malformed, or not of these arrays.
+    """
+    if not isinstance(plain, Mapping):
+        raise UserError("its description is no mapping")
+    return Description(
+        _parse_model(plain.get("model"), facts),
+        _parse_class_names(plain.get("class_names"), classes),
+        _parse_inputs(plain.get("inputs")),
+    )
+
+
+def _parse_model(model: Any, facts: Mapping[str, Any]) -> dict[str, Any]:
+    fields = ("name", *OVERRIDES)
+    if not isinstance(model, Mapping) or "name" not in model:
+        raise UserError("its description has no name of a model")
+    if not isinstance(model["name"], str):
+        raise UserError("its description has a name of the model that is no string")
+    arguments = {
+        key: _parse_field(model[key]) for key in fields if key in model and key not in _NOT_OF_WEIGHTS
+    }
+    variant = get_variant(**arguments)
+    for key, value in facts.items():
+        described = getattr(variant, key)
+        if key in ("key_window", "value_window") and isinstance(described, int):
+            described = (described,) * variant.grid_axes
+        if key == "value_window" and variant.aggregation == "element":
+            described = (1,) * variant.grid_axes
+        if described != value:
+            raise UserError(f"its description says {key} {described}, and its arrays have {value}")
+    return arguments
+
+
+def _parse_field(value: Any) -> Any:
+    """Return a number, string or tuple of integers; lists of a few integers become tuples."""
+    if isinstance(value, list | tuple) and len(value) <= 8 and all(type(item) is int for item in value):
+        return tuple(value)
+    if isinstance(value, bool | int | float) or (isinstance(value, str) and len(value) <= _LONGEST_ARGUMENT):
+        return value
+    raise UserError("its description has an argument of the model that is no number, word or short list")
+
+
+def _parse_class_names(names: Any, classes: int) -> tuple[str, ...] | None:
+    if names is None:
+        return None
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise UserError("its description has class names that are no list of strings")
+    check_class_names(names, classes)
+    return tuple(names)
+
+
+def check_class_names(names: Sequence[str], classes: int) -> None:
+    """Raise UserError unless there is one name for each of so many classes, and no name twice."""
+    if len(names) != classes:
+        raise UserError(f"there are {len(names)} class names for {classes} classes")
+    if len(set(names)) < classes:
+        twice = next(name for index, name in enumerate(names) if name in names[:index])
+        raise UserError(f"the class name {twice[:100]!r} is there more than once")
+    if any(len(name) > _LONGEST_NAME for name in names):
+        raise UserError(f"a class name is longer than {_LONGEST_NAME} characters")
+
+
+def _parse_inputs(inputs: Any) -> Inputs | None:
+    if inputs is None:
+        return None
+    try:
+        mean, std = (tuple(map(float, inputs[key])) for key in ("mean", "std"))
+        channels = inputs["channels"]
+        if len(mean) != 3 or len(std) != 3 or not all(map(math.isfinite, mean + std)) or min(std) <= 0:
+            raise ValueError
+        if channels not in ("rgb", "bgr"):
+            raise ValueError
+    except (TypeError, ValueError, KeyError, OverflowError) as error:
+        raise UserError("its description of the inputs needs mean, std (above 0) and channels") from error
+    return Inputs(mean, std, channels)  # type: ignore[arg-type]
+
+
+def _plain_inputs(inputs: Inputs) -> dict[str, Any]:
+    return {"mean": list(inputs.mean), "std": list(inputs.std), "channels": inputs.channels}
