@@ -69,6 +69,7 @@ def token_labels(model: str) -> ml_collections.ConfigDict:
     MixToken in the place of mixup and cutmix, the moving average evaluated. Needs config.data.label_maps."""
     config = _images(model)
     config.model.token_labels = True
+    config.data.crop_fraction = 0.9
     config.augment.mix_token = 1.0
     config.train.duration = "310 epochs"
     config.optimizer.lr = 1.2e-3 if "_l_" in model else 1.6e-3
@@ -85,6 +86,7 @@ def token_labels_384(model: str) -> ml_collections.ConfigDict:
     """Fine-tuning at 384 with token labelling: 60 epochs at 5e-6, batch 512 (L: 256). Needs
     config.data.label_maps."""
     config = _at_384(token_labels(model))
+    config.data.crop_fraction = 0.9
     config.optimizer.ema = 0.0
     return config
 
@@ -151,6 +153,7 @@ def _images(model: str) -> ml_collections.ConfigDict:
     config.data.std = (0.229, 0.224, 0.225)
     config.data.batch_size = 1024
     config.augment.randaugment = RANDAUGMENT_IMAGES
+    config.augment.crop_aspect = (3 / 4, 4 / 3)
     config.augment.flip = 0.5
     config.eval.every = "5 epochs"
     return config
@@ -163,6 +166,7 @@ def _video(model: str) -> ml_collections.ConfigDict:
     config.data.std = (0.225, 0.225, 0.225)
     config.data.batch_size = 128  # 64 clips, each twice
     config.augment.randaugment = RANDAUGMENT_VIDEO
+    config.augment.crop_aspect = (0.75, 1.3333)  # UniFormer's
     config.augment.repeats = 2
     config.augment.mixup = 0.8
     config.augment.cutmix = 1.0
@@ -179,7 +183,6 @@ def _both(model: str) -> ml_collections.ConfigDict:
     config.data.size = 224
     config.data.workers = 8
     config.augment.crop_area = (0.08, 1.0)
-    config.augment.crop_aspect = (3 / 4, 4 / 3)
     config.augment.erase = 0.25
     config.train.label_smoothing = 0.1
     config.eval.batch_size = 64

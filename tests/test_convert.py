@@ -316,6 +316,29 @@ def test_a_description_is_validated(tmp_path):
         assert "weights.safetensors: " in str(error.value) and "\n" not in str(error.value)
 
 
+def test_the_command_names_classes(tmp_path):
+    path, labels = released("uniformer_tiny", 10, tmp_path), tmp_path / "labels.txt"
+    labels.write_bytes("\ufeffa\r\nb \n\n".encode() + "".join(f"class {i}\n" for i in range(8)).encode())
+    named, again = (str(tmp_path / name) for name in ("named.safetensors", "again.pth"))
+    convert_command.main([path, named, "--data=imagenet", f"--labels={labels}"])
+    convert_command.main([named, again])  # without a flag
+    names = convert.read_released(again).class_names
+    assert names is not None and names[:3] == ("a", "b", "class 0")
+    for content, phrase in [
+        (b"a\nb\n", "labels.txt does not fit .*: there are 2 class names for 10 classes"),
+        (b"a\n" * 10, "'a' is there more than once"),
+        (b"\xff\xfea", "labels.txt is not UTF-8 text"),
+    ]:
+        labels.write_bytes(content)
+        with pytest.raises(UserError, match=phrase):
+            convert_command.main([named, str(tmp_path / "x.pth"), f"--labels={labels}"])
+    with pytest.raises(UserError, match="cannot read --labels"):
+        convert_command.main([named, str(tmp_path / "x.pth"), f"--labels={tmp_path}"])
+    for taken in (named, "/dev/null"):  # refused before the source is opened
+        with pytest.raises(UserError, match="already exists"):
+            convert_command.main([str(tmp_path / "nothing.pth"), taken])
+
+
 def test_what_is_created_appears_whole_or_not_at_all(tmp_path):
     new = tmp_path / "folder" / "new"
     left = tmp_path / "folder" / ".part-new"

@@ -10,6 +10,7 @@ import pytest
 from conftest import records
 from test_start import SHORT, SMALL
 
+from structvit_jax import recipes
 from structvit_jax.data.label_maps import LabelMapWriter, digest
 
 TINY = [
@@ -24,6 +25,16 @@ TINY = [
 # The rest takes minutes: EVERY_RECIPE=1 python -m pytest tests/test_recipes.py
 every = pytest.mark.skipif(not os.environ.get("EVERY_RECIPE"), reason="EVERY_RECIPE is not set")
 CLIPS = ["--config.data.frames=2", "--config.data.test_clips=2", "--config.data.test_crops=1"]
+
+
+def test_crops_are_those_of_the_release():
+    video, images, labelled, fine = (
+        make("structvit_s_4_1" + "_video" * (make is recipes.dense_video))
+        for make in (recipes.dense_video, recipes.images, recipes.token_labels, recipes.token_labels_384)
+    )
+    assert video.augment.crop_aspect == (0.75, 1.3333) and images.augment.crop_aspect == (3 / 4, 4 / 3)
+    assert images.data.crop_fraction == 0.875
+    assert labelled.data.crop_fraction == fine.data.crop_fraction == 0.9  # of its 384, too
 
 
 @pytest.fixture

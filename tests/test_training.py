@@ -19,6 +19,7 @@ from structvit_jax.models import weights
 from structvit_jax.ops.devices import Target
 from structvit_jax.training import losses, mesh, optim, placement, step
 from structvit_jax.training.evaluation import Evaluator
+from structvit_jax.training.run import warn_of_single_examples
 from structvit_jax.training.step import init_state, make_train_step
 
 
@@ -423,3 +424,22 @@ def test_digest_covers_names_types_shapes_and_bytes():
     assert weights.sha256(weights.Weights({"a": a}, {"b": a})) == weights.sha256(
         weights.Weights({"b": a}, {"a": a})
     )
+
+
+@pytest.mark.parametrize(("name", "batch", "parts", "warns"), [
+    ("uniformer_tiny", 1, 1, True),
+    ("uniformer_tiny", 4, 4, True),
+    ("uniformer_tiny", 4, 2, False),
+    ("deit_tiny", 1, 1, False),
+])  # fmt: skip
+def test_single_examples_are_warned_of(name, batch, parts, warns, capsys):
+    """BatchNorm subtracts the mean that the head reads: training on one example learns nothing."""
+    config = default_config()
+    config.data.batch_size, config.train.accumulate = batch, parts
+    model = create_model(name, num_classes=3)
+    warn_of_single_examples(types.SimpleNamespace(config=config, model=model))
+    assert ("normalises a single example" in capsys.readouterr().out) == warns
+    if warns and batch == 1:
+        model.train()
+        logits = [model(jax.random.normal(jax.random.key(seed), (1, 32, 32, 3))) for seed in range(2)]
+        np.testing.assert_allclose(*logits, atol=1e-5)

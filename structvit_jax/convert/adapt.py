@@ -93,7 +93,7 @@ def adapt(
     """
     _check_same(source, variant)
     result, problems = Adapted(), []
-    left = _fold_scales(source.arrays, fresh, result)
+    left = _fold_scales(source, fresh, result)
     fit_head = _heads(source, names, fresh, result)
     for name, own in fresh.items():
         given = left.pop(name, None)
@@ -202,16 +202,17 @@ def _apart(name: str, shape: tuple[int, ...], copies: int, rules: Rules) -> np.n
     return (noise - noise.mean(axis=-1, keepdims=True)).reshape(shape)
 
 
-def _fold_scales(arrays: Mapping[str, np.ndarray], fresh: Mapping[str, Any], result: Adapted) -> Arrays:
-    """The arrays, with layer scales that the model has not multiplied into the layers before them."""
-    arrays = dict(arrays)
+def _fold_scales(source: Source, fresh: Mapping[str, Any], result: Adapted) -> Arrays:
+    """Return the arrays, with layer scales that the model lacks multiplied into the layers before them."""
+    arrays = dict(source.arrays)
     for name in [name for name in arrays if re.fullmatch(_SCALE, name) and name not in fresh]:
         block, _, which = name.rpartition(".")
         last = {"gamma_1": "attn.proj" if f"{block}.attn.proj.kernel" in arrays else "attn.conv2"}
         layer = f"{block}.{last.get(which, 'mlp.fc2')}"
         scale = arrays.pop(name)
-        if np.shape(arrays.get(f"{layer}.bias")) != scale.shape or f"{layer}.kernel" not in arrays:
-            raise UserError(f"{name} has no layer of its size before it")
+        bias = arrays.get(f"{layer}.bias")
+        if bias is None or bias.shape != scale.shape or f"{layer}.kernel" not in arrays:
+            raise UserError(f"{source.where}: {name} has no layer of its size before it")
         for part in ("kernel", "bias"):
             arrays[f"{layer}.{part}"] = arrays[f"{layer}.{part}"] * scale
         result.put("layer scales multiplied into the layers before them", name, None)

@@ -231,7 +231,8 @@ def _check_archive(path: str) -> None:
     with zipfile.ZipFile(path) as archive:
         if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
             raise UserError(
-                f"{path} cannot be read: it is a compressed archive or a TorchScript program; save a state_dict()"
+                f"{path} cannot be read: it is a compressed archive or a TorchScript program; save a"
+                " state_dict() with torch.save"
             )
 
 

@@ -171,7 +171,7 @@ def _facts(arrays: Arrays) -> dict[str, Any]:
       UserError: arrays of no UniFormer, or of sizes that no model has.
     """
     depths = tuple(_depth(arrays, stage) for stage in range(1, 5))
-    needed = ("head.kernel", "blocks1.0.pos_embed.kernel", "blocks1.0.attn.depthwise.kernel")
+    needed: tuple[str, ...] = ("head.kernel", "blocks1.0.pos_embed.kernel", "blocks1.0.attn.depthwise.kernel")
     if "patch_embed1.proj.kernel" in arrays:
         needed += ("patch_embed1.proj.kernel",)
     if not all(depths) or any(np.ndim(arrays.get(name, 0)) < 2 for name in needed):

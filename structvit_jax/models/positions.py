@@ -9,11 +9,12 @@ import numpy as np
 _A = -0.75  # of the cubic kernel, as in torch; jax.image.resize and Pillow have -0.5
 
 
-def resize_positions(positions: jax.Array, grid: tuple[int, ...]) -> jax.Array:
+def resize_positions(positions: jax.Array | np.ndarray, grid: tuple[int, ...]) -> jax.Array:
     """Resize positions [*old_grid, width] to [*grid, width] along every axis of the grid.
 
     Equals torch's interpolate(mode="bicubic", align_corners=False) without antialiasing.
     """
+    positions = jnp.asarray(positions)
     for axis, size in enumerate(grid):
         if positions.shape[axis] != size:
             matrix = jnp.asarray(_matrix(positions.shape[axis], size), positions.dtype)

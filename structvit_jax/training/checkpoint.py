@@ -132,12 +132,7 @@ class Checkpoints:
         return self._restore(step, **{item: ocp.args.StandardRestore(abstract(like, mesh))})[item]
 
     def state(self, step: int, like: TrainState, mesh: Mesh, advice: str) -> TrainState:
-        """The whole state after a step; errors as for `weights`."""
-        if not self.has(step, _OPTIMIZER):
-            raise UserError(
-                f"{self.path(step)} holds weights alone, with no state of an optimizer to resume;"
-                f" start from them with --config.init_from={self.path(step)} and another --workdir"
-            )
+        """The whole state after a step that is resumable; errors as for `weights`."""
         weights = self.weights(step, like.weights, mesh, advice)
         optimizer = ocp.args.StandardRestore(abstract(like.optimizer, mesh))
         optimizer = self._restore(step, optimizer=optimizer)[_OPTIMIZER]
@@ -146,6 +141,14 @@ class Checkpoints:
             average = self.weights(step, like.average, mesh, advice, averaged=True)
         step_ = jax.device_put(jax.numpy.int32(step), like.step.sharding)
         return TrainState(step_, weights, optimizer, average)
+
+    def check_resumable(self, step: int) -> None:
+        """Raise UserError if a step holds weights alone, as converted ones do."""
+        if not self.has(step, _OPTIMIZER):
+            raise UserError(
+                f"{self.path(step)} holds weights alone, with no state of an optimizer to resume;"
+                f" start from them with --config.init_from={self.path(step)} and another --workdir"
+            )
 
     def whole(self, step: int, mesh: Mesh) -> tuple[dict[str, np.ndarray], bool]:
         """All arrays of the weights of a step as they were saved, in every process, and whether they are the

@@ -80,6 +80,7 @@ def _resumed(run: Run, checkpoints: Checkpoints, step: int) -> TrainState:
         say(f"{where}: the checkpoint is already past the last step")
     else:
         say(f"resuming from {where}")
+    checkpoints.check_resumable(step)
     card = checkpoints.card(step)
     adopt_classes(run.data, card)
     _check_frozen(run, card, checkpoints.path(step))
