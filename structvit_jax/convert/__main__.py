@@ -6,7 +6,7 @@ SOURCE is a .pth (the extra torch) or .safetensors file of a UniFormer or Struct
 DESTINATION is a new folder, which config.init_from and structvit_jax.evaluate take, or a .pth or .safetensors
 file, which gets PyTorch's keys, with model, class names and normalisation beside them.
 --model=structvit_s_4_1 makes a StructViT that computes what the UniFormer does; --model=uniformer_s_video
-inflates it. What neither the file nor the shapes of its weights tell is asked for.
+inflates it. What neither the file nor the shapes of its weights determine has to be given.
 """
 
 from __future__ import annotations

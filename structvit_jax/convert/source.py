@@ -1,6 +1,6 @@
 """Weights from a file or checkpoint, with all that is known of them: model, classes and inputs.
 
-Names and shapes of the arrays tell the model. What they cannot tell (the width of heads, normalisation, the
+Names and shapes of the arrays determine the model. What they leave open (the width of heads, normalisation, the
 order of channels, the names of the classes) is in the description that `python -m structvit_jax.convert`
 writes beside exported weights, follows from what was released, or has to be given.
 """
@@ -89,8 +89,8 @@ def read_released(
 
     Args:
       path: a .pth or .safetensors file.
-      model: name of the model, for files of a StructViT without a description: shapes do not tell the stride.
-      data: a name in RELEASED, where the number of classes does not tell it.
+      model: name of the model, for files of a StructViT without a description: shapes leave the stride open.
+      data: a name in RELEASED, where the number of classes does not determine it.
       head_width: 32 or 64, where the release has both.
       which: "raw" or "ema", of files that hold both; "" takes the raw weights, if there are any.
 
@@ -125,7 +125,7 @@ def read_released(
 
 
 def _choice(path: str, state_dict: files.StateDict) -> list[str]:
-    """Say which weights were taken, where the file holds raw and averaged ones."""
+    """Return a note on which weights were taken, where the file holds raw and averaged ones."""
     if not state_dict.other:
         return []
     averaged = "ema" in state_dict.place
@@ -212,20 +212,20 @@ def _scales(variant: Variant) -> list[bool]:
 
 
 def _heads(path: str, arguments: dict[str, Any], given: int) -> dict[str, int]:
-    """The width of heads, where it is not that of our variant of this name."""
+    """Return the width of heads, where it is not that of the variant of this name."""
     variant = get_variant(**arguments)
     if given:
         return {"head_width": given} if given != variant.head_width else {}
     if variant.stem == "conv" or (arguments.get("token_labels") and variant.layer_scale is None):
         raise UserError(
-            f"{path}: shapes do not tell whether its heads are 32 wide, as the authors' first models of this"
+            f"{path}: shapes do not determine whether its heads are 32 wide, as the authors' first models of this"
             f" kind, or 64, as those whose names end in _dim64; {_give('--head_width=32')} or 64"
         )
     return {}
 
 
 def _release(path: str, arguments: dict[str, Any], classes: int, given: str) -> Release:
-    """The data set that weights without a description were trained on."""
+    """Return the data set that weights without a description were trained on."""
     if given:
         return RELEASED[known("--data", given, RELEASED)]
     if arguments.get("token_labels"):
@@ -238,7 +238,7 @@ def _release(path: str, arguments: dict[str, Any], classes: int, given: str) -> 
         if release.classes == classes and release.video == video:
             return release
     raise UserError(
-        f"{path}: {classes} classes, so nothing tells its normalisation and order of channels;"
+        f"{path}: {classes} classes, so its normalisation and channel order are unknown;"
         f" {_give('--data=NAME')}, of {', '.join(RELEASED)}"
     )
 
