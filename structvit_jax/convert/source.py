@@ -218,8 +218,8 @@ def _heads(path: str, arguments: dict[str, Any], given: int) -> dict[str, int]:
         return {"head_width": given} if given != variant.head_width else {}
     if variant.stem == "conv" or (arguments.get("token_labels") and variant.layer_scale is None):
         raise UserError(
-            f"{path}: shapes do not determine whether its heads are 32 wide, as in the authors' first models of"
-            f" this kind, or 64, as those whose names end in _dim64; {_give('--head_width=32')} or 64"
+            f"{path}: shapes do not determine whether its heads are 32 wide, as in the authors' first models"
+            f" of this kind, or 64, as those whose names end in _dim64; {_give('--head_width=32')} or 64"
         )
     return {}
 
