@@ -15,9 +15,8 @@ import jax
 from etils import epath
 
 from structvit_jax.errors import UserError
-from structvit_jax.training.goodput import Goodput
+from structvit_jax.training.goodput import Goodput, Progress
 from structvit_jax.training.processes import available_cores, is_first, say
-from structvit_jax.training.progress import Progress
 from structvit_jax.training.storage import METRICS, is_bucket, write
 
 # tensorboardX imports these where they are installed, which takes seconds; it is given no tensor, no bucket.
@@ -99,10 +98,11 @@ class RunLog:
         last = records[-1]
         self._scalars("speed", {"step": last["step"], **speed})
         self._progress.add(len(records), seconds, self._waited)
+        eta = self._progress.remaining(self._total - last["step"])
         say(
             f"step {last['step']}/{self._total}  loss {_mean(records, 'loss'):.4f}"
             f"  top1 {_mean(records, 'top1'):.3f}  lr {last['lr']:.2e}  {rate:.1f} {self._unit}/s"
-            f"  data-wait {speed['data_wait']:.0%}  ETA {_clock(self._progress.remaining(self._total - last['step']))}"
+            f"  data-wait {speed['data_wait']:.0%}  ETA {_clock(eta)}"
         )
         if advice := self._progress.advice():
             say(advice)
