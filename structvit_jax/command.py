@@ -16,7 +16,6 @@ from ml_collections import config_flags
 from structvit_jax.config import check_config, from_card
 from structvit_jax.errors import UserError, did_you_mean, exit_in_one_line
 
-
 _NO_CONFIGS = (
     " The configurations are in the repository, in configs/, and are not installed with the package: run this"
     " in a clone, or give the path of such a file with --config=PATH"

@@ -9,7 +9,8 @@ environment with JAX and flatbuffers, which JAX needs to load programs and does 
     program = jax.export.deserialize(open("OUT.jax", "rb").read())
     logits = program.call(pixels)  # uint8 [batch, [time,] height, width, 3] -> float32 [batch, classes]
 
-It takes any number of examples. JAX promises to run programs that were exported by versions up to six months older than it.
+It takes any number of examples. JAX promises to run programs that were exported by versions up to six
+months older than it.
 """
 
 from __future__ import annotations
