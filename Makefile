@@ -1,6 +1,6 @@
 # make run    set up and train the default model      make test   set up, lint and test
 # make lint   ruff and mypy alone                     make lock   resolve requirements.lock anew
-# make browser  the page of structvit_jax.explain in Chromium, a minute (Debian: apt install chromium)
+# make browser  pages of explain and report in Chromium, a minute (Debian: apt install chromium)
 # make kills  kill runs at random moments, 40 minutes (ARGS="--kills 0 --layouts": compare layouts instead)
 
 PYTHON ?= python3

@@ -16,6 +16,11 @@ from ml_collections import config_flags
 from structvit_jax.config import check_config, from_card
 from structvit_jax.errors import UserError, did_you_mean, exit_in_one_line
 
+_NO_CONFIGS = (
+    " The configurations are in the repository, in configs/, and are not installed with the package: run this"
+    " in a clone, or give the path of such a file with --config=PATH"
+)
+
 
 @contextlib.contextmanager
 def naming_flags() -> Iterator[None]:
@@ -58,7 +63,7 @@ def config_path(argv: Sequence[str]) -> epath.Path:
     if path.suffix != ".py" or not path.is_file():
         folder = path if path.is_dir() else path.parent
         known = [str(file) for file in folder.glob("*.py")] if folder.is_dir() else []
-        hint = did_you_mean("" if path.is_dir() else str(path), known) if known else ""
+        hint = did_you_mean("" if path.is_dir() else str(path), known) if known else _NO_CONFIGS
         raise UserError(f"no configuration file (.py) at {str(path)!r}.{hint}")
     return path
 

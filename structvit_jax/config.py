@@ -141,7 +141,7 @@ def _optimizer() -> ml_collections.ConfigDict:
 def _eval() -> ml_collections.ConfigDict:
     """Evaluations, on the way and at the end."""
     scoring = ml_collections.ConfigDict()
-    scoring.every = ""  # evaluate at this interval; "" at the end only
+    scoring.every = ""  # evaluate at this interval and at the end; "" at the end only
     scoring.batch_size = 256  # examples at a time, each with all its views
     scoring.average = "logits"  # over views: of "logits" or of "softmax"
     scoring.ema = True  # scores the moving average, where there is one, and not the weights themselves

@@ -1,14 +1,16 @@
-"""A trained model as a program by itself: runs wherever JAX does, without this package.
+"""Export a trained model as a program of its own: it runs wherever JAX does, without this package.
 
     python -m structvit_jax.export --checkpoint=RUN OUT.jax [--platforms=cpu,cuda,tpu]
 
 Writes OUT.jax, a program serialised by `jax.export` with the weights inside, and OUT.jax.json, its card: what
-it takes and returns, the names of its classes, and where it comes from. It takes any number of examples:
+to install, what the program takes and returns, the names of its classes, and where it comes from. In an
+environment with JAX and flatbuffers, which JAX needs to load programs and does not install by itself:
 
     program = jax.export.deserialize(open("OUT.jax", "rb").read())
     logits = program.call(pixels)  # uint8 [batch, [time,] height, width, 3] -> float32 [batch, classes]
 
-JAX promises to run programs that were exported by versions up to six months older than it.
+It takes any number of examples. JAX promises to run programs that were exported by versions up to six
+months older than it.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from structvit_jax.training.storage import naming_failures, write, write_json
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 _USUAL = ("cpu", "cuda", "tpu")
+_INSTALL = "pip install jax flatbuffers"  # with JAX's extra for the accelerator, such as jax[cuda13]
 _PLATFORMS = flags.DEFINE_list("platforms", list(_USUAL), "What the program runs on.")
 _SAMPLING = ("frames", "stride", "sampling", "size", "crop_fraction", "test_clips", "test_crops")
 
@@ -58,11 +61,12 @@ def export(trained: Trained, platforms: Sequence[str] = _USUAL) -> jax.export.Ex
 
 
 def card(trained: Trained, program: jax.export.Exported, content: bytes) -> dict[str, Any]:
-    """What is told of a program beside it."""
+    """Return the card of a program: how to run it, and where it comes from."""
     data = trained.config.data
     axes = ["batch", *["time"] * (data.frames > 0), "height", "width", "channels"]
     return {
         "model": trained.config.model.name,
+        "install": _INSTALL,
         "checkpoint": trained.where,
         "input": {
             "type": "uint8",

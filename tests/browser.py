@@ -1,8 +1,9 @@
-"""The page of structvit_jax.explain in a real browser: `make browser`, a minute; not part of the tests.
+"""Pages of explain and report in a real browser: `make browser`, a minute; not part of the tests.
 
 Pages of models with random weights are opened in Chromium, headless. What their script computes is compared
 with the model's own maps; a query is clicked, keys are pressed, layers and heads are chosen, and the maps
-have to change. Without Chromium or Playwright it says so, and that nothing was tested.
+have to change. A report has to keep class names in one piece, and bars beside their numbers. Without
+Chromium or Playwright it says so, and that nothing was tested.
 """
 
 import argparse
@@ -15,10 +16,15 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from etils import epath
 
 from structvit_jax import create_model
+from structvit_jax.config import default_config
 from structvit_jax.explain import layers, page, query_maps
 from structvit_jax.explain.maps import position_of
+from structvit_jax.report import page as report
+from structvit_jax.report.predictions import Predictions
+from structvit_jax.report.record import Record
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 OPTIONS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
@@ -36,6 +42,39 @@ ASK = """() => {
     window.structvit.update();
     return performance.now() - started;
 }"""
+
+
+WHOLE_WORDS = """() => {  // the words of class names that are broken over lines
+    const broken = [];
+    for (const element of document.querySelectorAll(".cards dd, .classes th, table.matrix th")) {
+        const text = element.firstChild, words = element.textContent.matchAll(/[^ -]+/g);
+        for (const word of words) {
+            const range = document.createRange();
+            range.setStart(text, word.index);
+            range.setEnd(text, word.index + word[0].length);
+            if (range.getClientRects().length > 1) broken.push(word[0]);
+        }
+    }
+    return broken;
+}"""
+BARS = """() => Array.from(document.querySelectorAll(".classes td .share"), (bar) => {
+    const range = document.createRange();
+    range.selectNodeContents(bar.previousSibling);
+    const [text, box] = [range.getBoundingClientRect(), bar.getBoundingClientRect()];
+    return [box.left - text.right, box.height / text.height, box.top - text.top, text.bottom - box.bottom];
+})"""
+CLASSES = (
+    "Ankle boot",
+    "Bag",
+    "Coat",
+    "Dress",
+    "Pullover",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "T-shirt",
+    "Trouser",
+)
 
 
 def build(names, shape, overrides):
@@ -150,6 +189,35 @@ def small_pages():
     yield "image", *build(["structvit_tiny_3_1"], (48, 48), {"structvit_tiny_3_1": shared})
 
 
+def report_page():
+    """A report on made-up predictions of the digits, under the names of other classes."""
+    config = default_config()
+    config.data.name, config.data.frames, config.data.size = "digits", 0, 32
+    rng = np.random.default_rng(0)
+    ids = np.array([f"digits/test/{number}" for number in range(360)])
+    scores = rng.normal(size=(len(ids), len(CLASSES)))
+    found = Predictions(ids, rng.integers(len(CLASSES), size=len(ids)), scores, CLASSES, 0)
+    record = Record(epath.Path("run"), "run", config, (), {}, found, {})
+    return report.page([record], hardest=12)
+
+
+def check_report(browser, folder, screenshots):
+    """Class names are in one piece, and bars beside their numbers, as high as these."""
+    path = Path(folder) / "report.html"
+    path.write_text(report_page())
+    for device, (width, height) in WIDTHS.items():
+        tab = browser.new_page(viewport={"width": width, "height": height})
+        tab.goto(path.as_uri())
+        check_width(tab)
+        if screenshots:
+            tab.screenshot(path=f"{screenshots}/report_{device}.png", full_page=True)
+        assert not (broken := tab.evaluate(WHOLE_WORDS)), broken
+        bars = np.array(tab.evaluate(BARS))
+        assert len(bars) == len(CLASSES) and (bars[:, 0] > 0).all() and (bars[:, 1] > 0.6).all(), bars
+        assert (bars[:, 2:] > -2).all(), bars
+        print(f"report, {device}: class names in one piece, bars beside their numbers")
+
+
 def check_large(browser, folder):
     """The page of StructViT-S on 16 frames of 224 x 224 opens, and answers a click, in good time."""
     name = "structvit_s_4_1_video"
@@ -193,6 +261,7 @@ def main():
                     tab.screenshot(path=f"{options.screenshots}/{kind}_{device}.png", full_page=True)
                 assert not tab.complaints, tab.complaints
                 print(f"{kind}, {device}: {compared} queries as the model's, pointing and keys work")
+        check_report(browser, folder, options.screenshots)
         check_large(browser, folder)
         browser.close()
 

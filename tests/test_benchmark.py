@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from structvit_jax import bench, cost, create_model
 from structvit_jax.bench import parts, report, timing
@@ -118,6 +119,16 @@ def _as_torch_input(part, x):
     if part.name.endswith("patterns"):
         return x.reshape(x.shape[0], -1, x.shape[-2] * x.shape[-1])
     return _as_torch(part, x)
+
+
+def test_the_legend_names_what_is_drawn(monkeypatch):
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    times, rates = timing.Times((1.0, 2.0)), timing.Rates(operations=10.0, bytes=16.0)
+    for peers in ({}, {"compiled": times}):
+        report.plot([report.Row("blocks1", "forward", times, 10.0, 8.0, peers)], rates, "")
+    alone, beside = ({text.get_text() for text in f.axes[0].get_legend().get_texts()} for f in figures)
+    assert alone == {"structvit_jax", "floor"} and beside == alone | {"PyTorch's best"}
 
 
 def test_the_command(command, tmp_path):

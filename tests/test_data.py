@@ -146,6 +146,17 @@ def test_images_are_cropped_before_the_policy_and_clips_after_it():
         assert seen == [(expected, (128, 128, 128))]  # for images the mean, 0.5
 
 
+@pytest.mark.parametrize("rule", ["dense", "strided", "segment"])
+def test_images_draw_no_frames(rule, monkeypatch):
+    """One generator for each copy of an image; a video of one frame repeats it, as every rule does."""
+    reader, calls = load(**DIGITS, sampling=rule).train, []
+    monkeypatch.setattr(reader, "generator", lambda *path: calls.append(path) or np.random.default_rng(path))
+    reader.train(0, 5, range(2))
+    assert calls == [(2, 0, 5, 0), (2, 0, 5, 1)]
+    clip = load(**{**DIGITS, "frames": 4}, sampling=rule).train
+    assert clip._drawn(1, 0, 5).tolist() == clip.frames(1, np.random.default_rng(0)).tolist() == [0] * 4
+
+
 def test_every_test_example_is_on_one_host(clips):
     for hosts in (2, 4):
         shares = [take(clips.test_batches(8, share=(host, hosts)), 99) for host in range(hosts)]

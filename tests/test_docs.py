@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import clips
 import numpy as np
@@ -143,22 +144,43 @@ def test_python_blocks(body):
     exec(compile(body, "README", "exec"), {})
 
 
-def test_the_notebook(tmp_path, monkeypatch):
+@pytest.fixture(params=["docs", "."])
+def clone(request, tmp_path, monkeypatch):
+    """A clone in which a notebook is opened in docs/, as Jupyter does, or at the root."""
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path / request.param)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if Path(path).resolve() != ROOT])
+    for name in [name for name in sys.modules if name.partition(".")[0] == "configs"]:
+        monkeypatch.delitem(sys.modules, name)
+    return tmp_path
+
+
+def test_the_notebook_finds_the_configurations(clone):
+    exec(code_cells()[0], {})
+    assert importlib.import_module("configs.moving_digits").__file__.startswith(str(clone))
+
+
+def code_cells():
+    cells = json.loads((ROOT / "docs" / "tour.ipynb").read_text())["cells"]
+    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+
+
+@pytest.mark.parametrize("clone", ["docs"], indirect=True)
+def test_the_notebook(clone, monkeypatch, caplog):
     """Its cells, one after the other, with a short training of a small model in the place of two minutes."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(ROOT))
     shown = []
     display = types.SimpleNamespace(Image=len, display=shown.append)
     shell = types.SimpleNamespace(display=display, version_info=(9, 0), get_ipython=lambda: None)
     monkeypatch.setitem(sys.modules, "IPython", shell)  # matplotlib asks it, too
     monkeypatch.setitem(sys.modules, "IPython.display", display)
-    cells = json.loads((ROOT / "docs" / "tour.ipynb").read_text())["cells"]
     small = "".join(map(_assignment, (*SHORT, *SMALL)))
     names = {}
-    for cell in cells:
-        if cell["cell_type"] == "code":
-            code = "".join(cell["source"]).replace("digits(200)", "digits(8)")
-            exec(code.replace('config.train.duration = "200 steps"\n', small), names)
+    for code in code_cells():
+        code = code.replace("digits(200)", "digits(8)")
+        exec(code.replace('config.train.duration = "200 steps"\n', small), names)
+    assert not [record for record in caplog.records if record.name == "absl"]
+    assert (clone / "runs" / "notebook" / "result.json").exists()
     assert names["result"]["step"] == 2 and len(shown) == 2 and min(shown) > 10_000
     apart = np.abs(names["output"] - names["whole"][0][names["query"].position][0]).max()
     assert apart <= 1e-5 * np.abs(names["output"]).max()

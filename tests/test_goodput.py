@@ -1,21 +1,23 @@
 """Where the time and the memory go: goodput, accumulation, profiles, and what does not fit."""
 
 import json
+import types
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import COMPILED_SOON, QUICK
+from conftest import COMPILED_SOON, QUICK, records
 from etils import epath
 from test_training import setup, small_config
 
 from structvit_jax import data
 from structvit_jax.config import default_config
 from structvit_jax.errors import UserError
-from structvit_jax.training import goodput, mesh, program
+from structvit_jax.training import goodput, log, mesh, program
 from structvit_jax.training.goodput import Goodput
+from structvit_jax.training.loop import evaluation_due
 
 
 class Clock:
@@ -70,6 +72,84 @@ def test_a_run_tells_its_goodput(finished):
     assert " s in steps; " in line and "compile" in line
     written = json.loads((workdir / "goodput.json").read_text())
     assert written["sessions"] == 1 and min(written["seconds"][name] for name in ("step", "compile")) > 0
+
+
+# Progress lines
+
+
+@pytest.fixture
+def run_log(tmp_path, monkeypatch, capsys):
+    """Logs intervals of (steps, seconds per step, seconds of these spent waiting), each ended by a flush;
+    returns the lines printed."""
+    clock = Clock(monkeypatch)
+    monkeypatch.setattr(log, "available_cores", lambda: 8)
+    array = dict.fromkeys(("loss", "top1", "lr", "grad_norm"), np.float32(1))
+    array |= {"index": np.zeros(1, np.int32), "skipped": np.bool_(False)}
+
+    def lines(total, *intervals, workers=0):
+        config = default_config()
+        config.data.workers = workers
+        source = types.SimpleNamespace(unit="images", train_id=str)
+        workdir = epath.Path(tmp_path)
+        step = 0
+        with log.RunLog(workdir, 0, total, config, source, Goodput(workdir), lambda: None) as run_log:
+            for steps, seconds, waited in intervals:
+                for _ in range(steps):
+                    step += 1
+                    clock.pass_(seconds)
+                    run_log.step(step, dict(array), waited)
+                run_log.flush()
+        return capsys.readouterr().out.splitlines()
+
+    return lines
+
+
+def remaining(line):
+    hours, minutes, seconds = map(int, line.partition("ETA ")[2].split(":"))
+    return 3600 * hours + 60 * minutes + seconds
+
+
+def test_the_remaining_time_does_not_jump(run_log):
+    """Slow first and last steps of an interval weigh as little as they last."""
+    quiet, slow = (100, 0.1, 0.0), (2, 1.0, 0.0)
+    printed = run_log(1000, quiet, quiet, slow, quiet, quiet, slow, quiet)
+    found = [(int(line.split()[1].partition("/")[0]), remaining(line)) for line in printed]
+    assert len(found) > 7
+    for step, seconds in found:
+        assert 0.95 <= (seconds + 1) / (0.1 * (1000 - step)) <= 1.25, found
+
+
+@pytest.mark.parametrize(
+    ("workers", "waited", "advice"),
+    [
+        (0, 0.09, "try --config.data.workers=8 (now 0, 8 CPU cores available)"),
+        (2, 0.05, "try --config.data.workers=4 (now 2, 8 CPU cores available)"),
+        (8, 0.05, "and config.data.workers=8 already uses the 8 CPU cores available"),
+    ],
+)
+def test_waiting_for_data_is_advised_on_once(run_log, tmp_path, workers, waited, advice):
+    printed = run_log(200, (40, 0.1, waited), (60, 0.1, waited), (100, 0.1, waited), workers=workers)
+    notes = [number for number, line in enumerate(printed) if line.startswith("note: ")]
+    (number,) = notes
+    assert advice in printed[number]
+    assert int(printed[number - 1].split()[1].partition("/")[0]) >= 50
+    assert all(line.keys() == {"step", "loss", "top1", "lr", "grad_norm"} for line in records(tmp_path))
+
+
+def test_a_short_wait_for_data_needs_no_advice(run_log):
+    """Workers take seconds to start, which the first batch waits for."""
+    printed = run_log(100, (1, 6.0, 5.0), (99, 0.1, 0.02))
+    assert not [line for line in printed if line.startswith("note: ")]
+    assert "data-wait 20%" in printed[-1]
+
+
+def test_no_evaluation_right_before_the_final_one():
+    """configs/digits.py: 449 steps, an evaluation every 112."""
+    due = [step for step in range(1, 450) if evaluation_due(step, 112, 449)]
+    assert due == [112, 224, 336]
+    assert [step for step in range(1, 13) if evaluation_due(step, 6, 12)] == [6]
+    assert [step for step in range(1, 5) if evaluation_due(step, 1, 4)] == [1, 2, 3]
+    assert not any(evaluation_due(step, 0, 12) for step in range(1, 13))
 
 
 # Accumulation, profile, memory

@@ -11,7 +11,9 @@ from conftest import CONFIG, QUICK, ROOT, Command, records, refusal, run
 from ml_collections import ConfigDict
 
 from structvit_jax import data
+from structvit_jax.command import config_path
 from structvit_jax.config import default_config
+from structvit_jax.errors import UserError
 from structvit_jax.models.weights import sha256
 from structvit_jax.training.checkpoint import Checkpoints
 from structvit_jax.training.run import Run
@@ -157,6 +159,13 @@ def test_mistakes_are_one_clear_line(arguments, phrase, refused, tmp_path):
         "def get_config():\n    c = default_config()\n    c.eval.batchsize = 3\n    return c\n"
     )
     assert phrase in refused(*[argument.format(tmp=tmp_path, typo=typo) for argument in arguments])
+
+
+@pytest.mark.parametrize("path", ["configs/digits.py", "digits.py"])
+def test_outside_a_clone_the_configurations_are_elsewhere(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"no configuration file .* at '{path}'. .* run this in a clone"):
+        config_path(["main", f"--config={path}"])
 
 
 def test_a_checkpoint_of_another_model_is_refused_and_kept(finished, refused):

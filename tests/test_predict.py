@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import clips
@@ -13,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
+from packaging.requirements import Requirement
 from PIL import Image
 
 import structvit_jax
@@ -70,6 +72,12 @@ def test_examples_of_the_test_split(run):
     good, bad = trained.predict(["test:4", "test:9"])
     np.testing.assert_allclose(good.scores, scores[4], rtol=1e-4, atol=1e-5)
     assert (good.id, bad.problem) == ("test:4", "the test examples are test:0 to test:8")
+
+
+def test_a_library_user_sees_no_warnings_of_other_packages(run, caplog):
+    trained = structvit_jax.load_trained(str(run))
+    list(trained.predict(["test:0"]))
+    assert not caplog.records
 
 
 def test_features_are_what_the_head_sees(root, run):
@@ -175,7 +183,15 @@ def test_mistakes_are_one_line(command, run, tmp_path, words, complaint):
 
 
 ELSEWHERE = """
-import sys, json
+import sys
+absent = set(sys.argv.pop(1).split(","))
+
+class Absent:
+    def find_spec(name, *_):
+        if name.partition(".")[0] in absent:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Absent)
 import jax, numpy as np
 program = jax.export.deserialize(open(sys.argv[1], "rb").read())
 for given, result in zip(sys.argv[2::2], sys.argv[3::2], strict=True):
@@ -184,9 +200,21 @@ assert not any(name.startswith("structvit_jax") for name in sys.modules)
 """
 
 
+def not_installed_by(*names):
+    """Modules of this environment that another one lacks, in which only these packages were installed."""
+    found, wanted = set(), list(names)
+    while wanted:
+        if (name := wanted.pop()) not in found:
+            found.add(name)
+            needed = map(Requirement, metadata.requires(name) or [])
+            wanted += [one.name for one in needed if not one.marker or one.marker.evaluate({"extra": ""})]
+    modules = metadata.packages_distributions()
+    return ",".join(name for name, packages in modules.items() if found.isdisjoint(packages))
+
+
 @pytest.mark.parametrize("model", ["deit_tiny_struct_2_video", "structvit_tiny_2_2"])
 def test_a_program_gives_the_models_numbers_without_the_package(command, model, tmp_path):
-    """In a process that cannot import it, for two numbers of examples; and its card says what it is."""
+    """In an environment with what its card asks for alone, for two numbers of examples."""
     config = default_config()
     config.model.name, config.data.batch_size, config.eval.batch_size = model, 8, 16
     config.data.train_examples = config.data.test_examples = 16
@@ -203,7 +231,9 @@ def test_a_program_gives_the_models_numbers_without_the_package(command, model, 
     trained = structvit_jax.load_trained(str(workdir))
     structure, arrays = weights.split(trained.network)
     network = jax.jit(lambda x: structure.model(arrays)(x))
-    words, rng = [sys.executable, "-I", "-c", ELSEWHERE, file], np.random.default_rng(0)
+    card = json.loads((tmp_path / "model.jax.json").read_text())
+    absent = not_installed_by(*card["install"].removeprefix("pip install ").split())
+    words, rng = [sys.executable, "-I", "-c", ELSEWHERE, absent, file], np.random.default_rng(0)
     given = [rng.integers(0, 256, (count, *trained.reader.shape), np.uint8) for count in (1, 3)]
     for pixels in given:
         places = [tmp_path / f"{name}{len(pixels)}.npy" for name in ("in", "out")]
@@ -215,7 +245,6 @@ def test_a_program_gives_the_models_numbers_without_the_package(command, model, 
         difference = np.abs(np.load(tmp_path / f"out{len(pixels)}.npy") - expected).max()
         assert difference <= 1e-6 * np.abs(expected).max()
 
-    card = json.loads((tmp_path / "model.jax.json").read_text())
     assert card["platforms"] == ["cpu", "cuda", "tpu"]
     assert card["input"]["shape"] == [None, *trained.reader.shape]
     assert tuple(card["class_names"]) == trained.class_names

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-import os
 import platform
 import re
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ import jax
 from etils import epath
 
 from structvit_jax.bench.timing import Rates, Times
+from structvit_jax.training.processes import available_cores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +67,7 @@ def _cpu() -> str:
         model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     except OSError:
         model = None
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{cores} cores of {model[1] if model else platform.processor() or 'a CPU'}"
+    return f"{available_cores()} cores of {model[1] if model else platform.processor() or 'a CPU'}"
 
 
 def tell(row: Row, rates: Rates) -> str:
@@ -159,9 +158,11 @@ def plot(rows: Sequence[Row], rates: Rates, title: str) -> bytes:
         ours = [1e3 * row.times * row.ours.median for row in chosen]
         floors = [1e3 * row.times * max(row.floors(rates)) for row in chosen]
         peers = [1e3 * row.times * row.peers[row.peer].median if row.peer else 0.0 for row in chosen]
-        axes.barh([y + 0.2 for y in places], peers, 0.35, color="#d9a441", label="PyTorch's best")
-        axes.barh([y - 0.2 for y in places], ours, 0.35, color="#31688e", label="structvit_jax")
-        axes.scatter(floors, [y - 0.2 for y in places], marker="|", s=90, color="black", label="floor")
+        offset = 0.2 if any(peers) else 0.0  # beside PyTorch's bars
+        if any(peers):
+            axes.barh([y + offset for y in places], peers, 0.35, color="#d9a441", label="PyTorch's best")
+        axes.barh([y - offset for y in places], ours, 0.35, color="#31688e", label="structvit_jax")
+        axes.scatter(floors, [y - offset for y in places], marker="|", s=90, color="black", label="floor")
         axes.set_yticks(places, [f"{row.name} x {row.times}" for row in chosen], fontsize=8)
         axes.invert_yaxis()
         axes.set_xlabel(f"{phase}: ms in one step, all blocks of a stage")

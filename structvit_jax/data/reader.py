@@ -93,7 +93,7 @@ class Reader:
         """
         media, label = self.source.open(index)
         with contextlib.closing(media):
-            picked = self.frames(media.count, self.generator(1, epoch, index))
+            picked = self._drawn(media.count, epoch, index)
             clip = self.decode(media, [picked])[0]
         drawn = [self.transform(clip, self.generator(2, epoch, index, copy)) for copy in copies]
         read: dict[str, Any] = {"inputs": [pixels for pixels, _ in drawn], "labels": self._number[label]}
@@ -126,6 +126,12 @@ class Reader:
 
     def generator(self, *path: int) -> np.random.Generator:
         return np.random.default_rng((self.seed, *path, 1))  # trailing zeros would not count
+
+    def _drawn(self, count: int, epoch: int, index: int) -> np.ndarray:
+        """Return the frame numbers of one clip for training."""
+        if count == 1:  # every rule repeats the only frame, and images are spared a generator
+            return np.zeros(max(self.data.frames, 1), np.int64)
+        return self.frames(count, self.generator(1, epoch, index))
 
     def frames(self, count: int, draw: sampling.Draw) -> np.ndarray:
         """The frame numbers of one clip."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import logging
 import re
 import sys
 from collections.abc import Iterator
@@ -63,6 +64,7 @@ class Checkpoints:
 
     def __init__(self, workdir: epath.PathLike, keep: Keep | None = None):
         """`keep` opens them for writing too."""
+        logging.getLogger("absl").addFilter(_drop_orbax_warnings)
         self._folder = epath.Path(workdir) / FOLDER
         self._writes = keep is not None
         options = ocp.CheckpointManagerOptions(create=False, read_only=True)
@@ -317,6 +319,11 @@ def _steps(folder: epath.Path) -> list[int]:
     """The steps in a folder whose save was finished, newest first."""
     paths = [path for path in _entries(folder) if path.name.isdigit() and not _is_unfinished(path)]
     return sorted((int(path.name) for path in paths), reverse=True)
+
+
+def _drop_orbax_warnings(record: logging.LogRecord) -> bool:
+    """Keep Orbax's notes on its own options out of the caller's output; errors pass, and other packages."""
+    return record.levelno >= logging.ERROR or "/orbax/" not in record.pathname
 
 
 def _leave_out_closed_loops(unraisable: Any) -> None:

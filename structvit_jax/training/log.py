@@ -1,4 +1,4 @@
-"""What a run says and writes as it goes: progress lines, metrics.jsonl, skipped.jsonl, TensorBoard events."""
+"""Output of a run in progress: progress lines, metrics.jsonl, skipped.jsonl, TensorBoard events."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import jax
 from etils import epath
 
 from structvit_jax.errors import UserError
-from structvit_jax.training.goodput import Goodput
-from structvit_jax.training.processes import is_first, say
+from structvit_jax.training.goodput import Goodput, Progress
+from structvit_jax.training.processes import available_cores, is_first, say
 from structvit_jax.training.storage import METRICS, is_bucket, write
 
 # tensorboardX imports these where they are installed, which takes seconds; it is given no tensor, no bucket.
@@ -65,12 +65,17 @@ class RunLog:
         self._resumed_after = last  # a final evaluation may have been written already
         self._in_row = self._metrics.skipped_at_the_end()
         self._board = _Board(workdir / "tensorboard", start_step) if is_first() else None
+        self._progress = Progress(config.data.workers, available_cores())
+        self._started = False
         self._since, self._waited, self._next_write = time.monotonic(), 0.0, 0.0
 
     def step(self, step: int, metrics: dict[str, jax.Array], waited: float) -> None:
-        """Notes a step's metrics (still on their way) and the seconds spent waiting for its batch."""
+        """Record a step's metrics, which may not be computed yet, and the seconds that its batch took."""
         self._pending.append((step, metrics))
-        self._waited += waited
+        if self._started:
+            self._waited += waited
+        else:  # for workers to start, which is not part of the speed
+            self._started, self._since = True, self._since + waited
         if len(self._pending) > _STEPS_AHEAD:
             jax.block_until_ready(self._pending[-1 - _STEPS_AHEAD][1])
         if time.monotonic() - self._since >= _SECONDS_BETWEEN_LINES:
@@ -79,7 +84,7 @@ class RunLog:
                 self.write()
 
     def flush(self) -> None:
-        """Takes in what is pending and says where the run is.
+        """Collect the pending metrics and print a progress line.
 
         Raises:
           UserError: as many steps in a row as config.train.max_skipped were skipped.
@@ -92,12 +97,15 @@ class RunLog:
         speed = {f"{self._unit}_per_second": rate, "data_wait": self._waited / seconds}
         last = records[-1]
         self._scalars("speed", {"step": last["step"], **speed})
-        eta = (self._total - last["step"]) * seconds / len(records)
+        self._progress.add(len(records), seconds, self._waited)
+        eta = self._progress.remaining(self._total - last["step"])
         say(
             f"step {last['step']}/{self._total}  loss {_mean(records, 'loss'):.4f}"
             f"  top1 {_mean(records, 'top1'):.3f}  lr {last['lr']:.2e}  {rate:.1f} {self._unit}/s"
             f"  data-wait {speed['data_wait']:.0%}  ETA {_clock(eta)}"
         )
+        if advice := self._progress.advice():
+            say(advice)
         self._pending.clear()
         self.restart_clock()
 
@@ -125,7 +133,7 @@ class RunLog:
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Leaves what was done since the last line (a save, an evaluation) out of the next one's rate."""
+        """Exclude the time since the last progress line (a save, an evaluation) from the next rate."""
         self._since, self._waited = time.monotonic(), 0.0
 
     def __enter__(self) -> RunLog:

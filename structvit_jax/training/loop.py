@@ -38,6 +38,7 @@ from structvit_jax.training.step import TrainState
 from structvit_jax.training.storage import CONFIG, PREDICTIONS, RESULT, naming_failures, read_json, write_json
 from structvit_jax.training.unreadable import Unreadable
 
+_LEAST_INTERVAL = 0.1  # of config.eval.every, between an evaluation and the final one
 # Keys of the data that change no score.
 _INDIFFERENT = tuple(f"config.data.{key} " for key in ("batch_size", "workers", "max_bad_share"))
 
@@ -179,7 +180,7 @@ def take_steps(
             state, metrics = step_fn(state, batch)
             log.step(step, metrics, waited)
             scores = None
-            if eval_every and step % eval_every == 0 and step < total:
+            if evaluation_due(step, eval_every, total):
                 log.flush()
                 goodput.switch("evaluate")
                 scored = state.scored(run.config.eval.ema)
@@ -190,6 +191,12 @@ def take_steps(
                 save(session, state, log, goodput, scores)
                 saved = step
     return state
+
+
+def evaluation_due(step: int, every: int, total: int) -> bool:
+    """Whether to evaluate after a step: at multiples of `every` (0 is never), but not right before the final
+    evaluation, which follows step `total` anyway."""
+    return every > 0 and step % every == 0 and total - step >= _LEAST_INTERVAL * every
 
 
 def save(

@@ -90,6 +90,13 @@ def share() -> tuple[int, int]:
     return jax.process_index(), jax.process_count()
 
 
+def available_cores() -> int:
+    """CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def several() -> bool:
     """Whether the run has more than one process; this opens no device."""
     return (distributed().num_processes or 1) > 1
