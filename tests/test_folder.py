@@ -247,7 +247,7 @@ def test_odd_folders(tmp_path, root):
 
 def test_mended_files_no_longer_count(tmp_path):
     problem = Problem("train/a.mp4", "empty file")
-    with pytest.raises(UserError, match=r"mend or remove those in .*unreadable\.tsv, or raise it"):
+    with pytest.raises(UserError, match=r"fix or remove those in .*unreadable\.tsv, or raise it"):
         Unreadable(epath.Path(tmp_path), 10, 0.05).note("train", [problem])
     Unreadable(epath.Path(tmp_path), 10, 0.05).note("train", [])
     Unreadable(epath.Path(tmp_path), 10, 0.15).note("train", [problem])

@@ -128,7 +128,11 @@ def test_values_of_32_bits_and_floats():
     for order in "<>":
         expected = rgb(np.uint8(np.rint(fractions.astype(float) * 255)))
         assert (read(of_array(fractions, order)) == expected).all()
-        for values in (fractions * 900 - 300, (GREY16.astype(np.int32) - 2**15) * 40000, GREY16.view(np.int16)):
+        for values in (
+            fractions * 900 - 300,
+            (GREY16.astype(np.int32) - 2**15) * 40000,
+            GREY16.view(np.int16),
+        ):
             own = values.astype(float)
             own = rgb(np.uint8(np.rint((own - own.min()) / (own.max() - own.min()) * 255)))
             assert np.abs(read(of_array(values, order)).astype(int) - own).max() <= 1
@@ -204,7 +208,9 @@ def test_cmyk_ycbcr_and_lab():
     naive = (255 - smooth[..., :3].astype(int)) * (255 - smooth[..., 3:].astype(int)) / 255
     assert np.abs(read(saved(Image.fromarray(smooth, "CMYK"), "JPEG", quality=100)) - naive).max() <= 4
     flat = np.full((16, 16, 3), (200, 90, 40), np.uint8)
-    assert np.abs(read(saved(Image.fromarray(flat), "TIFF", compression="jpeg")).astype(int) - flat).max() <= 4
+    assert (
+        np.abs(read(saved(Image.fromarray(flat), "TIFF", compression="jpeg")).astype(int) - flat).max() <= 4
+    )
     # L* 0 to 100 in 0 to 255, a* and b* signed; by the formulas of CIE for the white point D50.
     lab = np.uint8([[[0, 0, 0], [255, 0, 0], [136, 0, 0], [138, 81, 70]]])
     content = tiff(lab.tobytes(), 4, 1, 8, photometric=8, samples=3)

@@ -19,6 +19,7 @@ import structvit_jax
 from structvit_jax import data, predict
 from structvit_jax.config import default_config
 from structvit_jax.data.files import find
+from structvit_jax.data.limits import Limits
 from structvit_jax.models import weights
 from structvit_jax.training import loop
 
@@ -140,7 +141,7 @@ def test_long_videos_in_parts(run, tmp_path):
         (alone,) = trained.predict([str(tmp_path / "alone.mp4")])
         np.testing.assert_allclose(part.scores, alone.scores, atol=2e-3)
     assert not np.allclose(parts[0].scores, parts[1].scores, atol=4e-3)
-    assert len(find([str(tmp_path / "long.mp4")], video=True, every=10)) == 1
+    assert len(find([str(tmp_path / "long.mp4")], video=True, other="", every=10, limits=Limits())) == 1
 
 
 def test_a_long_video_takes_no_more_memory_than_its_first_minute(run, tmp_path):

@@ -106,9 +106,7 @@ def _load(plugin: str) -> None:
         try:
             import pillow_heif
         except ImportError as error:
-            raise DecodeError(
-                "a HEIF image needs pillow-heif: pip install 'structvit_jax[heif]'"
-            ) from error
+            raise DecodeError("a HEIF image needs pillow-heif: pip install 'structvit_jax[heif]'") from error
         pillow_heif.register_heif_opener(decode_threads=1)  # workers are the parallelism
     elif not _has_avif():
         raise DecodeError("an AVIF image needs Pillow 11.3 or later: pip install --upgrade pillow")
@@ -156,7 +154,7 @@ def _stretched(values: np.ndarray) -> np.ndarray:
     """Return int32 or float32 values as uint8, scaled as the module says."""
     finite = values[np.isfinite(values)].astype(np.float64)
     low, high = (finite.min(), finite.max()) if finite.size else (0.0, 0.0)
-    if values.dtype.kind == "f" and 0 <= low and high <= 1:
+    if values.dtype.kind == "f" and low >= 0 and high <= 1:
         low, high = 0.0, 1.0
     values = np.nan_to_num(values.astype(np.float64), nan=low, posinf=high, neginf=low)
     return np.rint((values - low) * (255 / ((high - low) or 1.0))).astype(np.uint8)

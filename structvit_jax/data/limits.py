@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from structvit_jax.errors import DecodeError
 
@@ -15,6 +15,11 @@ class Limits(NamedTuple):
     pixels: int = 2**26  # of a picture, width x height: 8192 x 8192
     frames: int = 2**20  # of a video file or of a folder of frames
     bad_frames: float = 0.0  # fraction of the frames read that may be replaced by their nearest neighbours
+
+    @classmethod
+    def of(cls, data: Any) -> Limits:
+        """Return the limits in the section `data` of a configuration."""
+        return cls(data.max_pixels, data.max_frames, data.max_bad_frames)
 
     def check_picture(self, width: int, height: int) -> None:
         """Raise DecodeError if a picture of this size has too many pixels."""

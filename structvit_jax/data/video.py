@@ -115,7 +115,7 @@ class VideoFile:
     def _decoded(self, times: set[int], short_side: int) -> dict[int, np.ndarray]:
         """Decode the frames at some times; without those that are damaged, if damage is tolerated."""
         tolerant = self._limits.bad_frames > 0
-        pictures: dict[int, np.ndarray] = {}
+        pictures: dict[Any, np.ndarray] = {}
         convert = VideoReformatter()  # one for all frames: setting it up costs more than using it
         with decoding():
             for key, group in self._groups(times):
@@ -230,9 +230,13 @@ def _open(file: str | bytes, limits: Limits) -> Any:
         if not head:
             raise DecodeError("empty file")
         if head == b"\0\0\1\xba":
-            raise DecodeError("an MPEG program stream does not keep the times of its frames; convert it to mp4")
+            raise DecodeError(
+                "an MPEG program stream does not keep the times of its frames; convert it to mp4"
+            )
         options = _OPTIONS | {"max_pixels": str(limits.pixels)}
-        if head[:3] == b"FLV":  # its streams are unknown until pictures are decoded, to which no option applies
+        if (
+            head[:3] == b"FLV"
+        ):  # its streams are unknown until pictures are decoded, to which no option applies
             with _open_container(file, options | {"codec_whitelist": "none"}) as container:
                 _check_size(container, limits)
         container = _open_container(file, options)
@@ -352,9 +356,7 @@ def _shown(packet, hides: bool) -> bool:
     return not hides or bool(bytes(packet)[0] >> 4 & 1)
 
 
-def _decode(
-    container, stream, key: _Packet, wanted: set[int], tolerant: bool
-) -> Iterator[av.VideoFrame]:
+def _decode(container, stream, key: _Packet, wanted: set[int], tolerant: bool) -> Iterator[av.VideoFrame]:
     """Yield the wanted frames after a key frame; decode others only where frames are predicted from them.
 
     If `tolerant`, packets that cannot be decoded are skipped.
