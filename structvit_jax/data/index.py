@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from structvit_jax.data.container import VIDEOS
 from structvit_jax.data.image import IMAGES
 from structvit_jax.data.limits import Limits
 from structvit_jax.data.media import Media, frame_names, open_media, without_extension
-from structvit_jax.data.video import VIDEOS
 from structvit_jax.errors import DecodeError, UserError, did_you_mean
 
 LABELS = "labels.txt"

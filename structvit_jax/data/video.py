@@ -2,9 +2,6 @@
 
 Frame i is the i-th picture by presentation time. The container's announced frame count is never used: it is
 wrong or missing in webm, mkv and damaged files.
-
-FFmpeg opens regular files and bytes in memory only, and only the containers in `CONTAINERS`. Playlists and
-session descriptions, which name further files and addresses, are refused before they are parsed.
 """
 
 from __future__ import annotations
@@ -13,7 +10,6 @@ import bisect
 import contextlib
 import io
 import itertools
-import os
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -21,21 +17,10 @@ import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
-from structvit_jax.data.limits import Limits, file_size
+from structvit_jax.data.container import open_container
+from structvit_jax.data.limits import Limits
 from structvit_jax.errors import DecodeError, decoding
 
-# Containers that are opened, by FFmpeg's name, with their file extensions.
-CONTAINERS = {
-    "mov": (".mp4", ".mov", ".m4v", ".3gp"),
-    "matroska": (".mkv", ".webm"),
-    "avi": (".avi",),
-    "mpegts": (".ts",),
-    "asf": (".wmv", ".asf"),
-    "flv": (".flv",),
-}
-_PROGRAM_STREAM = (".mpg", ".mpeg")  # counted as videos, and refused with a reason
-VIDEOS = (*(extension for extensions in CONTAINERS.values() for extension in extensions), *_PROGRAM_STREAM)
-_OPTIONS = {"format_whitelist": ",".join(CONTAINERS), "protocol_whitelist": "file"}
 _SKIPPING = ("h264", "hevc", "mpeg4", "vp8", "vp9")  # decoders that may leave out single pictures
 _UNINDEXED = ("avi", "mpegts")  # containers whose times are only right when read from the beginning
 _FAR = 2**62  # a time that FFmpeg's int64 holds
@@ -63,7 +48,7 @@ class VideoFile:
         limits: Limits = Limits(),  # noqa: B008 - immutable
     ):
         self._limits, self.repaired = limits, 0
-        self._container = _open(file, limits)
+        self._container = open_container(file, limits)
         self._stream = self._container.streams.video[0]
         try:
             with decoding():
@@ -117,10 +102,16 @@ class VideoFile:
         tolerant = self._limits.bad_frames > 0
         pictures: dict[Any, np.ndarray] = {}
         convert = VideoReformatter()  # one for all frames: setting it up costs more than using it
-        with decoding():
-            for key, group in self._groups(times):
-                for frame in _decode(self._container, self._stream, key, group, tolerant):
-                    pictures[frame.pts] = _picture(frame, convert, short_side)
+        try:
+            with decoding():
+                for key, group in self._groups(times):
+                    for frame in _decode(self._container, self._stream, key, group, tolerant):
+                        pictures[frame.pts] = _picture(frame, convert, short_side)
+        except DecodeError as error:
+            if self._stream.codec_context.width:
+                raise
+            limit = f"--config.data.max_pixels={self._limits.pixels}"
+            raise DecodeError(f"{error}; its pictures may have more pixels than {limit} allows") from error
         return pictures
 
     def _neighbour(self, time: int, short_side: int) -> np.ndarray:
@@ -214,70 +205,6 @@ class _Index(NamedTuple):
         while self.time(here) < bound:
             here += 1
         return here
-
-
-def _open(file: str | bytes, limits: Limits) -> Any:
-    """Open a file. Its video is decoded by one thread: workers are the parallelism."""
-    with decoding():
-        if isinstance(file, str):
-            if os.path.isdir(file):
-                raise DecodeError("a folder without pictures, not a video file")
-            file_size(file)
-            with open(file, "rb") as start:
-                head = start.read(4)
-        else:
-            head = file[:4]
-        if not head:
-            raise DecodeError("empty file")
-        if head == b"\0\0\1\xba":
-            raise DecodeError(
-                "an MPEG program stream does not keep the times of its frames; convert it to mp4"
-            )
-        options = _OPTIONS | {"max_pixels": str(limits.pixels)}
-        if (
-            head[:3] == b"FLV"
-        ):  # its streams are unknown until pictures are decoded, to which no option applies
-            with _open_container(file, options | {"codec_whitelist": "none"}) as container:
-                _check_size(container, limits)
-        container = _open_container(file, options)
-    try:
-        if problem := _unsupported(container):
-            raise DecodeError(problem)
-        _check_size(container, limits)
-    except DecodeError:
-        container.close()
-        raise
-    codec = container.streams.video[0].codec_context
-    codec.thread_count, codec.options = 1, {"max_pixels": str(limits.pixels)}
-    return container
-
-
-def _open_container(file: str | bytes, options: dict[str, str]) -> Any:
-    source = io.BytesIO(file) if isinstance(file, bytes) else f"file:{file}"
-    try:
-        return av.open(source, options=options, metadata_errors="replace")
-    except av.ArgumentError as error:  # FFmpeg's answer to a format that is not on the list
-        known = ", ".join(sorted(extension[1:] for extension in VIDEOS if extension not in _PROGRAM_STREAM))
-        raise DecodeError(f"not one of the containers that are read ({known})") from error
-
-
-def _check_size(container: Any, limits: Limits) -> None:
-    for stream in container.streams.video[:1]:
-        if stream.codec_context is not None:
-            limits.check_picture(stream.codec_context.width, stream.codec_context.height)
-
-
-def _unsupported(container) -> str | None:
-    """Return why a container's video cannot be read, or None."""
-    video = container.streams.video
-    if not video:
-        return "no video stream"
-    if (codec := video[0].codec_context) is None:
-        return "no decoder for its video"
-    kind = container.format.name
-    if kind == "avi" and codec.name in ("h264", "hevc") and codec.has_b_frames:
-        return f"{codec.name} in {kind} does not keep the times of its frames; convert it to mp4 or mkv"
-    return None
 
 
 def _demux(container, stream, start: float | None, end: float | None, limits: Limits) -> _Index:
