@@ -369,7 +369,7 @@ def test_samples_without_bytes_are_bounded(folder):
     for file in (bomb, content + struct.pack(">I4sI4sII", 24, b"moof", 16, b"trun", 0, 2**31)):
         with pytest.raises(DecodeError, match="2147483648 frames, more than"):
             VideoFile(file)
-    containers._check_samples(content, Limits(frames=1))  # as many bytes as entries
+    containers._check_boxes(io.BytesIO(content), Limits(frames=1))  # as many bytes as entries
     with pytest.raises(DecodeError, match="compressed header"):
         VideoFile(content.replace(b"free", b"cmov"))
 

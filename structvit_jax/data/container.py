@@ -43,26 +43,21 @@ def open_container(file: str | bytes, limits: Limits) -> Any:
     Raises:
       DecodeError: no file, no video, another container, or one that exceeds the limits.
     """
+    options = _OPTIONS | {"max_pixels": str(limits.pixels)}
     with decoding():
-        if isinstance(file, str):
-            if os.path.isdir(file):
-                raise DecodeError("a folder without pictures, not a video file")
-            file_size(file)
-            with open(file, "rb") as start:
-                head = start.read(4)
-        else:
-            head = file[:4]
-        if not head:
+        if isinstance(file, str) and os.path.isdir(file):
+            raise DecodeError("a folder without pictures, not a video file")
+        if not (file_size(file) if isinstance(file, str) else len(file)):
             raise DecodeError("empty file")
+        with io.BytesIO(file) if isinstance(file, bytes) else open(file, "rb") as opened:
+            head = opened.read(4)
+            if not head.startswith(_OTHERS):
+                _check_boxes(opened, limits)
         if head == b"\0\0\1\xba":
             raise DecodeError(
                 "an MPEG program stream does not keep the times of its frames; convert it to mp4"
             )
-        _check_samples(file, limits)
-        options = _OPTIONS | {"max_pixels": str(limits.pixels)}
-        if (
-            head[:3] == b"FLV"
-        ):  # its streams are unknown until pictures are decoded, to which no option applies
+        if head.startswith(b"FLV"):  # FFmpeg would decode pictures to find its streams, whatever their size
             with _open(file, options | {"codec_whitelist": "none"}) as container:
                 _check_size(container, limits)
         container = _open(file, options)
@@ -74,7 +69,7 @@ def open_container(file: str | bytes, limits: Limits) -> Any:
         container.close()
         raise
     codec = container.streams.video[0].codec_context
-    codec.thread_count, codec.options = 1, {"max_pixels": str(limits.pixels)}
+    codec.thread_count, codec.options = 1, {"max_pixels": options["max_pixels"]}
     return container
 
 
@@ -106,7 +101,7 @@ def _unsupported(container) -> str | None:
     return None
 
 
-def _check_samples(file: str | bytes, limits: Limits) -> None:
+def _check_boxes(file: BinaryIO, limits: Limits) -> None:
     """Check the number of samples that an MP4 or QuickTime file announces, before FFmpeg opens it.
 
     FFmpeg takes some 40 bytes for each. Most tables have an entry for each sample, so the file is as large; a
@@ -116,12 +111,6 @@ def _check_samples(file: str | bytes, limits: Limits) -> None:
     Raises:
       DecodeError: more samples than `Limits.frames` and than bytes, or a header that is compressed.
     """
-    with io.BytesIO(file) if isinstance(file, bytes) else open(file, "rb") as opened:
-        if not opened.read(4).startswith(_OTHERS):
-            _check_boxes(opened, limits)
-
-
-def _check_boxes(file: BinaryIO, limits: Limits) -> None:
     samples, length = 0, file.seek(0, os.SEEK_END)
     for chunk in _headers(file, length):
         if b"cmov" in chunk:

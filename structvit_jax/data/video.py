@@ -62,7 +62,11 @@ class VideoFile:
         self.missing = self.count - len(self._times)
         if self.count < 1:
             self.close()
-            part = "" if start is None and end is None else f" from {start or 0} s to {end or 'the end'} s"
+            part = (
+                ""
+                if start is None and end is None
+                else f" from {start or 0} s to {'the end' if end is None else f'{end} s'}"
+            )
             raise DecodeError("no video frames" + part)
         self._span = index.time(stop - 1) - index.time(first)
 
@@ -237,7 +241,8 @@ def _demux(container, stream, start: float | None, end: float | None, limits: Li
                 keys.append(_Packet(pts, dts))
             if _shown(packet, hides):
                 times.append(pts)
-                limits.check_frames(len(times))
+                if len(times) > limits.frames:
+                    limits.check_frames(len(times))
     times = sorted(times)
     if times and container.format.name == "avi":  # counts from the first packet decoded, not shown
         first, stop = first + times[0] - origin, stop + times[0] - origin
