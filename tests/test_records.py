@@ -16,6 +16,7 @@ from etils import epath
 from PIL import Image
 
 from structvit_jax.data import records, shards
+from structvit_jax.data.index import Entry, Index
 from structvit_jax.errors import DecodeError, UserError
 
 VIDEO = {"name": "folder", "size": 24, "frames": 5, "augment__crop_area": (0.5, 1.0)}
@@ -152,6 +153,12 @@ def test_damaged_shards_are_one_line(written):
         with pytest.raises(UserError, match=r"cannot be read|no shards that can be read") as error:
             load(**VIDEO, root=str(written))
         assert "\n" not in str(error.value)
+
+
+def test_pipes_are_not_copied_into_shards(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    record = records.record(Index(str(tmp_path), [Entry("pipe.jpg", "a")], ("a",)), 0)
+    assert record["problem"] == "not a regular file" and not record["files"]
 
 
 def test_copying_to_a_bucket(tmp_path):

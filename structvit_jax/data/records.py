@@ -294,6 +294,8 @@ def _encoded(path: str) -> Iterator[bytes]:
 
 
 def _read(path: str) -> bytes:
+    if not os.path.isfile(path):
+        raise DecodeError("not a regular file")
     with open(path, "rb") as file:
         return file.read()
 
