@@ -57,7 +57,7 @@ class Unreadable:
         Raises as `note` does.
         """
         self._merge()
-        for split in self._short.keys() - self._reported:
+        for split in sorted(self._short.keys() - self._reported):
             names = self._short[split]
             clips = "1 clip has" if len(names) == 1 else f"{len(names)} clips have"
             say(f"note: {split}: {clips} {next(iter(names.values()))}; frames are repeated")
