@@ -37,5 +37,5 @@ def get_config(argument: str = "imagenet") -> ml_collections.ConfigDict:
     if "depth" in settings:
         config.model.depths = (int(settings.pop("depth")),)
     for key, value in settings.items():
-        config.model[key] = int(value) if value.isdigit() else value
+        config.model[key] = int(value) if value.isdecimal() else value
     return config

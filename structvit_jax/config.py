@@ -84,6 +84,11 @@ def _data() -> ml_collections.ConfigDict:
     data.test_crops = 1  # 1 is the middle; 3 are left, middle and right
     data.label_maps = ""  # a folder of them, for token labelling: see structvit_jax.label_maps
     data.workers = 0  # processes that decode; 0 reads in threads
+    data.max_pixels = 2**26  # of a picture or video frame (width x height); larger ones are not decoded
+    data.max_frames = 2**20  # of a video or folder of frames; longer ones are not read
+    data.max_bad_frames = (
+        0.0  # fraction of the frames read of a clip that may be replaced by their neighbours
+    )
     data.max_bad_share = 0.05  # of the training examples that may turn out unreadable before the run stops
     return data
 
@@ -286,6 +291,8 @@ def steps_in(duration: str, key: str, batch_size: int, rows_per_epoch: int) -> i
         raise UserError(f"{key} is {duration!r}; write 'N steps', 'N epochs' or 'N examples'")
     number, unit = float(match[1]), match[2].rstrip("s")
     per_unit = {"step": 1.0, "epoch": rows_per_epoch / batch_size, "example": 1 / batch_size}[unit]
+    if not number * per_unit < 2**31:
+        raise UserError(f"{key} is {duration!r}; it takes fewer than 2**31 steps")
     return max(round(number * per_unit), 1 if number else 0)
 
 
@@ -319,13 +326,19 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (  # what they nee
         "optimizer.lag data.frames data.short_side data.workers eval.max_missing checkpoint.keep_best"
         " device_batch",
     ),
+    ("to lie from 1 to 178956970, Pillow's limit", lambda n: 1 <= n <= 178956970, "data.max_pixels"),
+    ("to lie from 1 to 2**31 - 1", lambda n: 1 <= n < 2**31, "data.max_frames"),
     ("to be None, rgb or bgr", lambda value: value in (None, "rgb", "bgr"), "data.channels"),
     ("to be warmup or start", lambda value: value in ("warmup", "start"), "optimizer.cosine_from"),
     ("to be average or centre", lambda value: value in ("average", "centre"), "init.inflate"),
     ("to be delta or fresh", lambda value: value in ("delta", "fresh"), "init.kernels"),
     ("to be logits or softmax", lambda value: value in ("logits", "softmax"), "eval.average"),
     ("to be 1 or 3", lambda n: n in (1, 3), "data.test_crops"),
-    ("to lie from 0 to 1", lambda p: 0 <= p <= 1, "augment.flip augment.erase data.max_bad_share"),
+    (
+        "to lie from 0 to 1",
+        lambda p: 0 <= p <= 1,
+        "augment.flip augment.erase data.max_bad_share data.max_bad_frames",
+    ),
     ("to lie above 0, up to 1", lambda x: 0 < x <= 1, "data.crop_fraction optimizer.layer_decay"),
     ("two numbers, from and to, above 0 and up to 1", _range(1), "augment.crop_area"),
     ("two numbers, from and to, above 0", _range(math.inf), "augment.crop_aspect"),

@@ -79,9 +79,19 @@ def _saving_features(predictions: Iterable[Prediction], folder: str) -> Iterator
 
 
 def _counting(predictions: Iterable[Prediction], count: dict[bool, int]) -> Iterator[Prediction]:
+    """Count the readable and unreadable ones, and print the notes on the readable."""
+    short: list[str] = []
     for prediction in predictions:
         count[not prediction.problem] += 1
+        for note in prediction.notes:
+            if note.kind == "short":
+                short.append(note.reason)
+            else:
+                print(f"note: {note.id}: {note.reason}", file=sys.stderr)
         yield prediction
+    if short:
+        clips = "1 clip has" if len(short) == 1 else f"{len(short)} clips have"
+        print(f"note: {clips} {short[0]}; frames are repeated", file=sys.stderr)
 
 
 def main(argv: list[str]) -> None:

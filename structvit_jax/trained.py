@@ -26,9 +26,11 @@ from jax.sharding import Mesh
 from structvit_jax import data
 from structvit_jax.config import from_card, model_arguments
 from structvit_jax.data.files import Files, find
+from structvit_jax.data.limits import Limits
 from structvit_jax.data.pipeline import WHOLE, test_batches
 from structvit_jax.data.reader import Reader
 from structvit_jax.models import Network, create_model
+from structvit_jax.models.variants import counterpart
 from structvit_jax.models.weights import Weights, split, update
 from structvit_jax.training.checkpoint import open_checkpoint
 from structvit_jax.training.evaluation import probabilities
@@ -45,6 +47,7 @@ class Prediction(NamedTuple):
     scores: np.ndarray  # float32 [classes], as an evaluation saves them: the mean over views
     probabilities: np.ndarray  # float32 [classes]: of these, their softmax if they are logits
     features: np.ndarray | None  # float32 [views, width], before the head, where they were asked for
+    notes: tuple[data.Problem, ...] = ()  # frames that were replaced or repeated
 
     def best(self, count: int = 5) -> list[tuple[str, float]]:
         """The most probable classes with their probabilities, the first the most probable."""
@@ -73,8 +76,12 @@ class Trained:
     def find(self, paths: Sequence[str], *, every: float = 0) -> Files:
         """The examples that paths of files and folders stand for; see `structvit_jax.data.files.find`."""
         video = self.config.data.frames > 0
-        entries = find(paths, video=video, every=every)
-        return Files(entries, self.class_names, video=video, test=lambda: self._test)
+        limits = Limits.of(self.config.data)
+        other = counterpart(self.config.model.name)
+        entries = find(paths, video=video, other=other, every=every, limits=limits)
+        return Files(
+            entries, self.class_names, video=video, other=other, test=lambda: self._test, limits=limits
+        )
 
     @functools.cached_property
     def _test(self) -> data.Source:
@@ -138,13 +145,15 @@ class Trained:
         return math.ceil(max(1, min(self.config.eval.batch_size, examples)) / mesh.size) * mesh.size
 
     def _told(self, batch: Any, source: Files, scores: np.ndarray, features: Any) -> Iterator[Prediction]:
-        problems = {problem.id: problem.reason for problem in batch["problems"]}
+        problems = {problem.id: problem.reason for problem in batch["problems"] if problem.left_out}
+        notes = [problem for problem in batch["problems"] if not problem.left_out]
         for row, index in enumerate(batch["index"]):
             if index < 0:
                 continue
             name = source.id(int(index))
             if batch["mask"][row]:
-                yield self.prediction(name, scores[row], features[row])
+                prediction = self.prediction(name, scores[row], features[row])
+                yield prediction._replace(notes=tuple(note for note in notes if note.id == name))
             else:
                 empty = np.full_like(scores[row], np.nan)
                 yield Prediction(name, problems[name], self.class_names, empty, empty, None)

@@ -190,6 +190,14 @@ def test_leftovers_of_killed_saves_are_removed(tmp_path):
     assert [path.name for path in folder.iterdir()] == ["3"]
 
 
+def test_folders_that_are_no_steps(tmp_path):
+    """Digits that int() does not read, or that it reads as another name."""
+    for name in ("\u00b2", "\u0663", "007", "9" * 200):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        with Checkpoints(tmp_path, Keep(2)) as checkpoints:
+            assert checkpoints.latest() is None
+
+
 @pytest.mark.parametrize("place", ["bucket"], indirect=True)
 @pytest.mark.parametrize(
     ("files", "unfinished"),

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from clips import load, same, take
 from conftest import ROOT
+from PIL import Image
 
 from structvit_jax.data.media import Decoded
-from structvit_jax.errors import UserError
+from structvit_jax.errors import DecodeError, UserError
 
 DIGITS = {"name": "digits", "frames": 0, "size": 32}
 
@@ -123,9 +124,39 @@ def test_channel_order():
     assert colours.crops(clip).shape == (3, 1, 32, 32, 3)
 
 
+def test_pictures_too_elongated_for_the_model_are_refused():
+    """Scaled to the model's size, the long side of one pixel by millions would take all memory."""
+    reader = load(**DIGITS, max_pixels=10_000).test
+    assert reader.decode(Decoded(np.zeros((1, 9, 1, 3), np.uint8)), [np.array([0])])[0].shape == (1, 9, 1, 3)
+    with pytest.raises(DecodeError, match="1 x 10 pixels: scaled to the model's 32 the long side would take"):
+        reader.decode(Decoded(np.zeros((1, 10, 1, 3), np.uint8)), [np.array([0])])
+
+
+def test_limits_reach_the_files(tmp_path):
+    for split in ("train", "val"):
+        for label in ("a", "b"):
+            (tmp_path / split / label).mkdir(parents=True)
+            Image.new("RGB", (20, 10)).save(tmp_path / split / label / "x.png")
+    for pixels, readable in ((200, 4), (199, 0)):
+        dataset = load(**DIGITS | {"name": "folder", "root": str(tmp_path), "size": 8, "max_pixels": pixels})
+        (batch,) = take(dataset.train_batches(4, start_step=0), 1)
+        assert batch["mask"].sum() == readable
+
+
+def test_clips_with_few_frames_are_noted():
+    (batch,) = take(load(train_examples=8, test_examples=8, frames=8).train_batches(4, start_step=0), 1)
+    assert batch["problems"] == ()
+    (batch,) = take(load(train_examples=8, test_examples=8, frames=9).train_batches(4, start_step=0), 1)
+    assert {(p.kind, p.reason) for p in batch["problems"]} == {("short", "fewer than the 9 frames of a clip")}
+    assert len(batch["problems"]) == 4 and batch["mask"].all()
+
+
 def test_unknown_name():
     with pytest.raises(UserError, match="'moving_digits'"):
         load(name="moving_digit")
+    for name in ("noise:\u00b2", "noise:" + "9" * 5000, "noise:0"):
+        with pytest.raises(UserError, match="write noise:CLASSES"):
+            load(name=name)
 
 
 def test_reading_opens_no_device():

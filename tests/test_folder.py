@@ -247,11 +247,27 @@ def test_odd_folders(tmp_path, root):
 
 def test_mended_files_no_longer_count(tmp_path):
     problem = Problem("train/a.mp4", "empty file")
-    with pytest.raises(UserError, match=r"mend or remove those in .*unreadable\.tsv, or raise it"):
+    with pytest.raises(UserError, match=r"fix or remove those in .*unreadable\.tsv, or raise it"):
         Unreadable(epath.Path(tmp_path), 10, 0.05).note("train", [problem])
     Unreadable(epath.Path(tmp_path), 10, 0.05).note("train", [])
     Unreadable(epath.Path(tmp_path), 10, 0.15).note("train", [problem])
     assert (tmp_path / "unreadable.tsv").read_text() == "train\ttrain/a.mp4\tempty file\n"
+
+
+def test_notes_do_not_count_as_unreadable(tmp_path, capsys):
+    """Replaced frames are reported once for each file, short clips once, with their number."""
+    notes = [Problem(f"train/{n}.mp4", "fewer than the 8 frames of a clip", "short") for n in range(3)]
+    repaired = Problem("train/3.mp4", "1 frame could not be decoded, replaced by the nearest", "repaired")
+    unreadable = Unreadable(epath.Path(tmp_path), 4, 0.0)
+    for _ in range(2):
+        unreadable.note("train", [*notes, repaired])
+        unreadable.note("train", notes)
+        unreadable.exchange()
+    assert capsys.readouterr().out.splitlines() == [
+        f"note: train example, train/3.mp4: {repaired.reason}",
+        "note: train: 3 clips have fewer than the 8 frames of a clip; frames are repeated",
+    ]
+    assert (tmp_path / "unreadable.tsv").read_text() == f"train\ttrain/3.mp4\t{repaired.reason}\n"
 
 
 def test_classes_in_another_order_are_matched_by_name(root):

@@ -3,12 +3,14 @@
 import csv
 import io
 import json
+import math
 import shutil
 import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
 
+import av
 import clips
 import jax
 import numpy as np
@@ -20,8 +22,11 @@ from PIL import Image
 import structvit_jax
 from structvit_jax import data, predict
 from structvit_jax.config import default_config
-from structvit_jax.data.files import find
+from structvit_jax.data.files import Files, find
+from structvit_jax.data.limits import Limits
+from structvit_jax.errors import DecodeError, UserError
 from structvit_jax.models import weights
+from structvit_jax.models.variants import counterpart
 from structvit_jax.training import loop
 
 PREDICT, EXPORT = {"module": "structvit_jax.predict"}, {"module": "structvit_jax.export"}
@@ -148,7 +153,68 @@ def test_long_videos_in_parts(run, tmp_path):
         (alone,) = trained.predict([str(tmp_path / "alone.mp4")])
         np.testing.assert_allclose(part.scores, alone.scores, atol=2e-3)
     assert not np.allclose(parts[0].scores, parts[1].scores, atol=4e-3)
-    assert len(find([str(tmp_path / "long.mp4")], video=True, every=10)) == 1
+    assert len(find([str(tmp_path / "long.mp4")], video=True, other="", every=10, limits=Limits())) == 1
+
+
+def test_parts_are_not_shorter_than_a_frame(tmp_path):
+    clips.write_video(tmp_path / "long.mp4", clips.pictures("left", 0))  # 16 frames a second
+    path = str(tmp_path / "long.mp4")
+
+    def parts(every):
+        return len(find([path], video=True, other="", every=every, limits=Limits()))
+
+    assert parts(1 / 16) == 16
+    for every in (0.06, 1e-9, 1e-320):
+        with pytest.raises(UserError, match=r"16 frames in 1 s, so parts need at least 0\.0625 s"):
+            parts(every)
+    for every in (math.nan, math.inf, -1.0):
+        with pytest.raises(UserError, match="is no number of seconds"):
+            parts(every)
+
+
+def test_notes_on_files_that_are_read_with_a_defect(run, tmp_path, capsys):
+    """Frames that repeat are counted; frames that are replaced are reported by file."""
+    clips.write_video(tmp_path / "short.mp4", clips.pictures("left", 0)[:5])
+    clips.write_video(tmp_path / "bad.avi", clips.pictures("up", 0), "mjpeg")
+    content = (tmp_path / "bad.avi").read_bytes()
+    with av.open(str(tmp_path / "bad.avi")) as container:
+        packet = [packet for packet in container.demux(video=0) if packet.size][1]
+    (tmp_path / "bad.avi").write_bytes(
+        content[: packet.pos + 8] + bytes(packet.size) + content[packet.pos + 8 + packet.size :]
+    )
+    trained = structvit_jax.load_trained(str(run))
+    (prediction,) = trained.predict([str(tmp_path / "bad.avi")])
+    assert prediction.problem and not prediction.notes
+    trained.config.data.max_bad_frames = 0.2
+    found = list(predict._counting(trained.predict([str(tmp_path)]), {True: 0, False: 0}))
+    assert [prediction.problem for prediction in found] == ["", ""]
+    assert capsys.readouterr().err.splitlines() == [
+        f"note: {tmp_path}/bad.avi: 1 frame could not be decoded, replaced by the nearest",
+        "note: 1 clip has fewer than the 8 frames of a clip; frames are repeated",
+    ]
+
+
+def test_the_other_kind_names_a_model_that_takes_it(run, tmp_path):
+    trained = structvit_jax.load_trained(str(run))
+    (tmp_path / "a.jpg").touch()
+    (prediction,) = trained.predict([str(tmp_path / "a.jpg")])
+    assert "frames (a model such as deit_tiny_struct_2 takes images)" in prediction.problem
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match=r"no images in .*such as uniformer_s_video takes videos"):
+        find([str(tmp_path / "folder")], video=False, other=counterpart("uniformer_s"), limits=Limits())
+    images = Files(
+        find([str(tmp_path / "b.mp4"), "test:" + "9" * 5000], video=False, other="m", limits=Limits()),
+        ("a",),
+        video=False,
+        other="deit_s_video",
+        test=lambda: trained._test,
+        limits=Limits(),
+    )
+    (tmp_path / "b.mp4").touch()
+    with pytest.raises(DecodeError, match=r"takes images \(a model such as deit_s_video takes videos"):
+        images.open(0)
+    with pytest.raises(DecodeError, match="the test examples are test:0 to test:8"):
+        images.open(1)
 
 
 def test_a_long_video_takes_no_more_memory_than_its_first_minute(run, tmp_path):

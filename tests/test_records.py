@@ -16,6 +16,7 @@ from etils import epath
 from PIL import Image
 
 from structvit_jax.data import records, shards
+from structvit_jax.data.index import Entry, Index
 from structvit_jax.errors import DecodeError, UserError
 
 VIDEO = {"name": "folder", "size": 24, "frames": 5, "augment__crop_area": (0.5, 1.0)}
@@ -69,6 +70,95 @@ def test_shards_give_the_same_batches(root, tmp_path, runner, capfd):
     assert same(*tests)
     with pytest.raises(UserError, match="holds shards already"):
         shards.main([str(root), str(out), "--train_split=some"])
+
+
+@pytest.fixture
+def written(tmp_path):
+    """A few clips, and shards of them."""
+    clips.write_folder(tmp_path / "files", {"train": 1, "val": 1})
+    shards.main([str(tmp_path / "files"), str(tmp_path / "out")])
+    return tmp_path / "out"
+
+
+def test_a_flipped_bit_is_one_unreadable_example(written):
+    (shard,) = (written / "clips" / "1.0.0").glob("clips-train.array_record-*")
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    dataset = load(**VIDEO, root=str(written))
+    (batch,) = take(dataset.train_batches(3, start_step=0), 1)
+    assert 1 <= len(batch["problems"]) <= 3
+    assert batch["mask"].sum() == 3 - len(batch["problems"])
+
+
+def test_values_of_a_record_are_checked(written):
+    source = load(**VIDEO, root=str(written)).train.source
+    record = source._records[0]
+    for changes, reason in (
+        ({"label": 3}, "label 3 of 3 classes"),
+        ({"label": -1}, "label -1 of 3 classes"),
+        ({"first": -1, "count": 4}, "frames -1 to 3 of 16"),
+        ({"first": 10, "count": 7}, "frames 10 to 17 of 16"),
+        ({"first": 0, "count": 2**40, "missing": 2**40 - 1}, "1099511627776 frames, more than"),
+        ({"first": 0, "count": 4, "missing": -1}, "frames 0 to 5 of 16"),
+        ({"files": []}, "out of range"),
+        ({"kind": b"pictures", "files": [b"#!/bin/sh"]}, "not an image"),
+    ):
+        source.__dict__["_records"] = [record | changes]
+        with pytest.raises(DecodeError, match=reason):
+            source.open(0)[0].frames([0])
+    source.__dict__["_records"] = [record | {"first": 3, "count": 9, "missing": 2}]
+    assert source.open(0)[0].count == 9
+
+
+@pytest.mark.parametrize(
+    ("name", "description"),
+    [
+        ("features.json", {"pythonClassName": "evil.Feature", "featuresDict": {"features": {}}}),
+        ("features.json", {"type": "evil.Feature", "content": {}}),
+        ("features.json", {"featuresDict": {"features": {"a": {"python_class_name": "evil.Feature"}}}}),
+        ("dataset_info.json", {"features": {"pythonClassName": "evil.Feature"}}),
+    ],
+)
+def test_a_description_imports_no_module(written, monkeypatch, name, description):
+    folder = written / "clips" / "1.0.0"
+    (written / "evil.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(str(written))
+    known = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps(known | description))
+    with pytest.raises(UserError, match=rf"{name} names 'evil\.Feature', which is no feature") as error:
+        load(**VIDEO, root=str(written))
+    assert "\n" not in str(error.value)
+    (written / "image_set" / "1.0.0").mkdir(parents=True)
+    for file in ("features.json", "dataset_info.json"):
+        (folder / file).rename(written / "image_set" / "1.0.0" / file)
+    with pytest.raises(UserError, match=rf"{name} names 'evil\.Feature'"):
+        load(name="tfds:image_set", frames=0, root=str(written))
+
+
+def test_damaged_shards_are_one_line(written):
+    folder = written / "clips" / "1.0.0"
+    ids, info = folder / "ids-train.txt", folder / "dataset_info.json"
+    text = ids.read_text()
+    for content in (text + "one more\n", ""):
+        ids.write_text(content)
+        with pytest.raises(UserError, match=r"ids-train\.txt has . lines for 3 examples; write it again"):
+            load(**VIDEO, root=str(written))
+    ids.unlink()
+    with pytest.raises(UserError, match=r"ids-train\.txt cannot be read"):
+        load(**VIDEO, root=str(written))
+    ids.write_text(text)
+    for content in ("[" * 100_000, '{"name"', '{"name": "clips", "version": 3}', "\0"):
+        info.write_text(content)
+        with pytest.raises(UserError, match=r"cannot be read|no shards that can be read") as error:
+            load(**VIDEO, root=str(written))
+        assert "\n" not in str(error.value)
+
+
+def test_pipes_are_not_copied_into_shards(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    record = records.record(Index(str(tmp_path), [Entry("pipe.jpg", "a")], ("a",)), 0)
+    assert record["problem"] == "not a regular file" and not record["files"]
 
 
 def test_copying_to_a_bucket(tmp_path):

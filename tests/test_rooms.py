@@ -27,6 +27,7 @@ ROOMS = {
             "PIL",
             "tensorflow_datasets",
             "apache_beam",
+            "pillow_heif",
             "etils",
             "tqdm",
         },

@@ -370,6 +370,8 @@ def test_durations():
     [
         ("train.duration", "3 weeks", "is '3 weeks'; write 'N steps'"),
         ("train.duration", "", "needs a step at least"),
+        ("train.duration", "9" * 400 + " steps", r"it takes fewer than 2\*\*31 steps"),
+        ("checkpoint.every", "99999999999999999999 steps", r"it takes fewer than 2\*\*31 steps"),
         ("train.duration", "0 epochs", "needs a step at least"),
         ("optimizer.warmup", "101 steps", "longer than the run of 100"),
         ("eval.every", "often", r"config\.eval\.every is 'often'"),

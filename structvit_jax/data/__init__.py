@@ -11,6 +11,7 @@ from structvit_jax import class_names
 from structvit_jax.data.digits import DigitMotions, Digits, MovingDigits
 from structvit_jax.data.index import read_splits
 from structvit_jax.data.label_maps import LabelMaps
+from structvit_jax.data.limits import Limits
 from structvit_jax.data.noise import Noise
 from structvit_jax.data.pipeline import (
     WHOLE,
@@ -137,14 +138,14 @@ def _label_maps(train: Source, data: Any) -> LabelMaps | None:
     return LabelMaps(data.label_maps, [train.id(i) for i in range(len(train))], train.class_names)
 
 
-def _open_folder(root: str, train: str, test: str, *, video: bool) -> tuple[Source, Source]:
-    """Shards, if that is what the folder holds, or else its files."""
+def _open_folder(root: str, train: str, test: str, *, video: bool, limits: Limits) -> tuple[Source, Source]:
+    """Open shards, if that is what the folder holds, or else its files."""
     if os.path.isfile(os.path.join(root, "features.json")) or os.path.isdir(os.path.join(root, "clips")):
         from structvit_jax.data import records  # imported here: TFDS takes seconds
 
         if folder := records.find_shards(root):
-            return records.open_shards(folder, train, test)
-    return read_splits(root, train, test, video=video)
+            return records.open_shards(folder, train, test, limits)
+    return read_splits(root, train, test, video=video, limits=limits)
 
 
 def load(data: Mapping[str, Any], augment: Mapping[str, Any], seed: int = 0) -> Dataset:
@@ -161,6 +162,7 @@ def load(data: Mapping[str, Any], augment: Mapping[str, Any], seed: int = 0) -> 
     options, policy = (types.SimpleNamespace(**dict(section.items())) for section in (data, augment))
     options.root = os.path.expanduser(options.root)
     name, splits = options.name, (options.train_split, options.test_split)
+    limits = Limits.of(options)
     train: Source
     test: Source
     if name in BUILT_IN:
@@ -168,13 +170,13 @@ def load(data: Mapping[str, Any], augment: Mapping[str, Any], seed: int = 0) -> 
         tested = "tune" if options.test_split == "tune" else "test"
         train, test = make("train", options.train_examples, seed), make(tested, options.test_examples, seed)
     elif name == "folder":
-        train, test = _open_folder(options.root, *splits, video=options.frames > 0)
+        train, test = _open_folder(options.root, *splits, video=options.frames > 0, limits=limits)
     elif name.startswith("noise:"):
         train, test = (Noise(name, split, options, seed) for split in ("train", "test"))
     elif name.startswith("tfds:"):
         from structvit_jax.data import records  # imported here: TFDS takes seconds
 
-        train, test = records.open_images(name.removeprefix("tfds:"), options.root, *splits)
+        train, test = records.open_images(name.removeprefix("tfds:"), options.root, *splits, limits)
     else:
         raise unknown("data set", name, SOURCES)
     return Dataset(train, test, options, policy, seed)

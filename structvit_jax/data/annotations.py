@@ -14,8 +14,10 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
+from structvit_jax.data.container import VIDEOS
+from structvit_jax.data.image import IMAGES
 from structvit_jax.data.index import Entry, walk
-from structvit_jax.data.media import IMAGES, VIDEOS, frame_names
+from structvit_jax.data.media import frame_names
 from structvit_jax.errors import UserError
 
 

@@ -128,7 +128,7 @@ class RandAugment(NamedTuple):
             match = re.fullmatch(r"(m|n|mstd|inc)(\d+(?:\.\d+)?)", part)
             if match and match[1] == "inc":
                 increasing = match[2] == "1"
-            elif match and (match[1] != "n" or match[2].isdigit()):
+            elif match and (match[1] != "n" or match[2].isdecimal()):
                 name, kind = kinds[match[1]]
                 fields[name] = kind(match[2])
             else:

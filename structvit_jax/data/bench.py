@@ -28,6 +28,7 @@ import numpy as np
 from PIL import Image
 
 from structvit_jax.data.index import Entry, Index
+from structvit_jax.data.limits import Limits
 from structvit_jax.data.media import open_media
 from structvit_jax.data.pipeline import WHOLE, train_batches
 from structvit_jax.data.reader import Reader
@@ -68,6 +69,7 @@ def make_reader(path: str, frames: int, randaugment: str) -> Reader:
     """Reads one file again and again, as the paper's recipes do."""
     count = open_media(path).count
     data = types.SimpleNamespace(frames=frames, size=SIZE, short_side=0, channels="rgb", sampling="dense")
+    data.max_pixels = Limits().pixels
     data.stride = max(count // 5 // max(frames, 1), 1)
     data.mean, data.test_clips, data.test_crops, data.crop_fraction = (0.45,) * 3, 1, 1, 1.0
     augment = types.SimpleNamespace(randaugment=randaugment, flip=0.5, color_jitter=0.0)

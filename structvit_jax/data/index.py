@@ -17,7 +17,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from structvit_jax.data.media import IMAGES, VIDEOS, Media, frame_names, open_media, without_extension
+from structvit_jax.data.container import VIDEOS
+from structvit_jax.data.image import IMAGES
+from structvit_jax.data.limits import Limits
+from structvit_jax.data.media import Media, frame_names, open_media, without_extension
 from structvit_jax.errors import DecodeError, UserError, did_you_mean
 
 LABELS = "labels.txt"
@@ -50,8 +53,14 @@ class Index:
     class folders, lists and shards, however they are encoded.
     """
 
-    def __init__(self, root: str, entries: Iterable[Entry], class_names: Sequence[str]):
-        self.root, self.class_names = root, tuple(class_names)
+    def __init__(
+        self,
+        root: str,
+        entries: Iterable[Entry],
+        class_names: Sequence[str],
+        limits: Limits = Limits(),  # noqa: B008 - immutable
+    ):
+        self.root, self.class_names, self.limits = root, tuple(class_names), limits
         rows = sorted(entries, key=order)
         number = {name: i for i, name in enumerate(class_names)}
         self._paths = np.array([os.fsencode(row.path) for row in rows])
@@ -80,7 +89,7 @@ class Index:
         entry = self.entry(index)
         if self._labels[index] < 0:
             raise DecodeError(f"unknown label {entry.label!r}.{did_you_mean(entry.label, self.class_names)}")
-        media = open_media(os.path.join(self.root, entry.path), entry.start, entry.end)
+        media = open_media(os.path.join(self.root, entry.path), entry.start, entry.end, self.limits)
         return media, int(self._labels[index])
 
 
@@ -93,13 +102,21 @@ def _nan(time: float | None) -> float:
     return math.nan if time is None else time
 
 
-def read_splits(root: str, train: str, test: str, *, video: bool) -> tuple[Index, Index]:
+def read_splits(
+    root: str,
+    train: str,
+    test: str,
+    *,
+    video: bool,
+    limits: Limits = Limits(),  # noqa: B008 - immutable
+) -> tuple[Index, Index]:
     """The two splits of a folder, with the same classes.
 
     Args:
       root: the folder.
       train, test: names of the splits: of a list, with or without its ending, or of a folder.
       video: whether files are videos (or folders of frames), or else images.
+      limits: on the files.
 
     Raises:
       UserError: something is missing, empty or cannot be understood; names it.
@@ -121,7 +138,8 @@ def read_splits(root: str, train: str, test: str, *, video: bool) -> tuple[Index
                 f"{root}/{name}: none of its labels ({', '.join(labels)}, ...) is among the"
                 f" {len(class_names)} classes of {LABELS if read_labels(root) else train}"
             )
-    return Index(root, splits["train"], class_names), Index(root, splits["test"], class_names)
+    train_index, test_index = (Index(root, splits[key], class_names, limits) for key in ("train", "test"))
+    return train_index, test_index
 
 
 def read_split(root: str, name: str, key: str, video: bool) -> Iterator[Entry]:

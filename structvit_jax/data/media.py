@@ -1,8 +1,7 @@
-"""What an example's frames are read from: a video file, a folder of frames, one image, or encoded bytes."""
+"""Open the frames of an example: a video file, a folder of frames, one image, or encoded bytes."""
 
 from __future__ import annotations
 
-import io
 import os
 import re
 from collections.abc import Sequence
@@ -11,41 +10,50 @@ from typing import Protocol
 
 import cv2
 import numpy as np
-from PIL import Image, ImageOps
 
+from structvit_jax.data.container import VIDEOS
+from structvit_jax.data.image import IMAGES, read_image
+from structvit_jax.data.limits import Limits
 from structvit_jax.data.video import VideoFile, check_there, stack
-from structvit_jax.errors import DecodeError, decoding
-
-IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm")
-VIDEOS = (".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".3gp")
+from structvit_jax.errors import DecodeError
 
 cv2.setNumThreads(1)  # workers are the parallelism
 
 
 class Media(Protocol):
-    """Frames 0 to count - 1, in the order they are shown; `missing` of them, at the end, are lost."""
+    """Frames 0 to count - 1 in display order; the last `missing` of them are lost.
+
+    `repaired` frames of the last `frames` call could not be decoded and were replaced by their neighbours.
+    """
 
     count: int
     missing: int
 
+    @property
+    def repaired(self) -> int: ...
+
     def frames(self, wanted: Sequence[int], short_side: int = 0) -> np.ndarray:
-        """uint8 [len(wanted), height, width, 3], RGB; longer short sides are scaled to `short_side`.
+        """Return uint8 [len(wanted), height, width, 3], RGB; longer short sides are scaled to `short_side`.
 
         Raises:
-          DecodeError: one of them cannot be read.
+          DecodeError: a frame cannot be read.
         """
         ...
 
     def close(self) -> None:
-        """Frees what it holds open."""
+        """Free what is held open."""
         ...
 
 
 class Part:
-    """Some of another's frames: `count` from `first` on, the last `missing` of them lost."""
+    """`count` frames of other media from frame `first` on; the last `missing` of them are lost."""
 
     def __init__(self, media: Media, first: int, count: int, missing: int):
         self._media, self._first, self.count, self.missing = media, first, count, missing
+
+    @property
+    def repaired(self) -> int:
+        return self._media.repaired
 
     def frames(self, wanted: Sequence[int], short_side: int = 0) -> np.ndarray:
         check_there(wanted, self.count, self.missing)
@@ -55,25 +63,30 @@ class Part:
         self._media.close()
 
 
-def open_media(path: str, start: float | None = None, end: float | None = None) -> Media:
-    """The frames of a file or of a folder of frames, or of the part from `start` to `end` seconds.
+def open_media(
+    path: str,
+    start: float | None = None,
+    end: float | None = None,
+    limits: Limits = Limits(),  # noqa: B008 - immutable
+) -> Media:
+    """Open a file or a folder of frames, or the part of a video from `start` to `end` seconds.
 
     Raises:
-      DecodeError: it cannot be read.
+      DecodeError: it cannot be read, or exceeds the limits.
     """
     if path.lower().endswith(IMAGES):
-        return Pictures([path])
+        return Pictures([path], limits)
     if os.path.isdir(path) and (names := frame_names(os.listdir(path))):
         if start is not None or end is not None:
             raise DecodeError("a folder of frames has no seconds to start or end at")
-        return Pictures([os.path.join(path, name) for name in names])
-    return VideoFile(path, start, end)
+        return Pictures([os.path.join(path, name) for name in names], limits)
+    return VideoFile(path, start, end, limits)
 
 
 def frame_names(names: Sequence[str]) -> list[str]:
-    """The images among them, numbers counted as numbers: 2.jpg comes before 10.jpg."""
+    """Return the names of images, sorted with numbers as numbers: 2.jpg comes before 10.jpg."""
     images = [name for name in names if name.lower().endswith(IMAGES) and not name.startswith(".")]
-    return sorted(images, key=lambda name: [int(part) if part.isdigit() else part for part in _parts(name)])
+    return sorted(images, key=lambda name: [int(part) if part.isdecimal() else part for part in _parts(name)])
 
 
 def _parts(name: str) -> list[str]:
@@ -81,15 +94,22 @@ def _parts(name: str) -> list[str]:
 
 
 class Pictures:
-    """Encoded images, as paths or bytes, that are the frames of one example."""
+    """Encoded images, as paths or bytes, that are the frames of one example.
 
-    missing = 0
+    Raises:
+      DecodeError: more images than the limit.
+    """
 
-    def __init__(self, files: Sequence[str | bytes]):
-        self._files, self.count = files, len(files)
+    missing = repaired = 0
+
+    def __init__(self, files: Sequence[str | bytes], limits: Limits = Limits()):  # noqa: B008 - immutable
+        limits.check_frames(len(files))
+        self._files, self.count, self._limits = files, len(files), limits
 
     def frames(self, wanted: Sequence[int], short_side: int = 0) -> np.ndarray:
-        distinct = {int(index): _decode(self._files[index], short_side) for index in wanted}
+        distinct = {
+            int(index): _scaled(read_image(self._files[index], self._limits), short_side) for index in wanted
+        }
         return stack([distinct[int(index)] for index in wanted])
 
     def close(self) -> None:
@@ -99,7 +119,7 @@ class Pictures:
 class Decoded:
     """Frames made in memory: uint8 [count, height, width, 3]."""
 
-    missing = 0
+    missing = repaired = 0
 
     def __init__(self, pictures: np.ndarray):
         self._pictures, self.count = pictures, len(pictures)
@@ -112,12 +132,8 @@ class Decoded:
         """Nothing is open."""
 
 
-def _decode(file: str | bytes, short_side: int) -> np.ndarray:
-    with decoding():
-        if isinstance(file, str) and not os.path.getsize(file):
-            raise DecodeError("empty file")
-        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
-            picture = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+def _scaled(picture: np.ndarray, short_side: int) -> np.ndarray:
+    """Return a picture, scaled down if its short side is longer than `short_side`, which is not 0."""
     scale = short_side / min(picture.shape[:2]) if short_side else 1
     if scale >= 1:
         return picture
@@ -126,6 +142,6 @@ def _decode(file: str | bytes, short_side: int) -> np.ndarray:
 
 
 def without_extension(name: str) -> str:
-    """A file's name without what says its encoding, so that one clip is called the same in any of them."""
+    """Return a file name without a media extension: one clip has the same name in any encoding."""
     stem, dot, extension = name.rpartition(".")
     return stem if f"{dot}{extension}".lower() in IMAGES + VIDEOS else name

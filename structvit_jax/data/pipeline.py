@@ -6,7 +6,7 @@ A batch is a dict of arrays over its rows, and of what could not be read:
     labels    int32 [rows]
     mask      bool  [rows], False for padding and for examples that cannot be read; they count nowhere
     index     int32 [rows], the example's place in its source, -1 for padding
-    problems  tuple of Problem
+    problems  tuple of Problem: what could not be read, and notes on what could
 
 and with label maps, in training: `map_classes` and `map_scores` of the whole image, [rows, height, width, k],
 and `pose` [rows, 2, 3], which takes a point of the crop to the image's, see `structvit_jax.data.augment`.
@@ -23,7 +23,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import grain
 import numpy as np
@@ -36,10 +36,16 @@ Batch = dict[str, Any]
 
 
 class Problem(NamedTuple):
-    """An example that could not be read."""
+    """An example that could not be read, or a note on one that could."""
 
     id: str
     reason: str
+    # "repaired": some frames were replaced by their neighbours; "short": fewer frames than a clip has.
+    kind: Literal["unreadable", "repaired", "short"] = "unreadable"
+
+    @property
+    def left_out(self) -> bool:
+        return self.kind == "unreadable"
 
 
 class Share(NamedTuple):
@@ -131,12 +137,15 @@ def _empty(rows: int, arrays: Arrays) -> Batch:
 
 
 def _fill(batch: Batch, rows: slice, index: int, reader: Reader, read: Callable[[], Any], note: Note) -> None:
-    """Reads one example into its rows."""
+    """Read one example into its rows."""
     batch["index"][rows] = index
     identity = reader.source.id(index)
     note(identity)
     try:
-        for key, value in read().items():
+        example = read()
+        for kind, reason in example.pop("notes", {}).items():
+            batch["problems"] += (Problem(identity, reason, kind),)
+        for key, value in example.items():
             batch[key][rows] = value
         batch["mask"][rows] = True
     except DecodeError as error:

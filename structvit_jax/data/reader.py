@@ -12,6 +12,7 @@ from structvit_jax.data import sampling
 from structvit_jax.data.augment import Pose, RandAugment, color_jitter, random_crop, resize, test_crops
 from structvit_jax.data.label_maps import LabelMaps
 from structvit_jax.data.media import Media
+from structvit_jax.errors import DecodeError
 
 Arrays = dict[str, tuple[tuple[int, ...], type]]  # shapes and types, by key of a batch
 
@@ -86,7 +87,9 @@ class Reader:
         return own
 
     def train(self, epoch: int, index: int, copies: range) -> dict[str, Any]:
-        """Copies of an example for training, each augmented anew, as `arrays` says; its label once.
+        """Read copies of an example for training, each with its own augmentation, as `arrays` says.
+
+        The label comes once, and "notes" where there are any: kinds of `Problem` with their reasons.
 
         Raises:
           DecodeError: the example cannot be read.
@@ -95,8 +98,10 @@ class Reader:
         with contextlib.closing(media):
             picked = self._drawn(media.count, epoch, index)
             clip = self.decode(media, [picked])[0]
+            notes = self._notes(media)
         drawn = [self.transform(clip, self.generator(2, epoch, index, copy)) for copy in copies]
         read: dict[str, Any] = {"inputs": [pixels for pixels, _ in drawn], "labels": self._number[label]}
+        read |= notes
         if self.maps:
             classes, scores = self.maps.read(index)
             read |= {"map_classes": np.array(self._number)[classes], "map_scores": scores}
@@ -104,15 +109,17 @@ class Reader:
         return read
 
     def test(self, index: int) -> dict[str, Any]:
-        """All views of an example, clip by clip (uint8 [views, *shape]), and its label; errors as `train`."""
+        """Read all views of an example, clip by clip (uint8 [views, *shape]), as `train` otherwise."""
         media, label = self.source.open(index)
         with contextlib.closing(media):
             clips = range(self.data.test_clips)
             picked = [self.frames(media.count, (clip, len(clips))) for clip in clips]
             views = [self.crops(clip) for clip in self.decode(media, picked)]
+            notes = self._notes(media)
         return {
             "inputs": np.concatenate(views).reshape(self.views, *self.shape),
             "labels": self._number[label],
+            **notes,
         }
 
     def whole(self, index: int) -> dict[str, Any]:
@@ -138,12 +145,33 @@ class Reader:
         return self._rule(count, max(self.data.frames, 1), self.data.stride, draw)
 
     def decode(self, media: Media, clips: list[np.ndarray]) -> list[np.ndarray]:
-        """The frames of several clips, each decoded once."""
+        """Decode the frames of several clips, each once.
+
+        Raises:
+          DecodeError: one cannot be read, or is too elongated to be scaled to the model's size.
+        """
         distinct, places = np.unique(np.concatenate(clips), return_inverse=True)
         pictures = media.frames(distinct.tolist(), self.data.short_side)
+        height, width = pictures.shape[1:3]
+        scaled = int(self.data.size / self.data.crop_fraction) ** 2 * max(height, width) // min(height, width)
+        if scaled > self.data.max_pixels:
+            raise DecodeError(
+                f"{width} x {height} pixels: scaled to the model's {self.data.size} the long side would take"
+                f" {scaled} pixels, more than --config.data.max_pixels={self.data.max_pixels} allows"
+            )
         if self.data.channels == "bgr":
             pictures = pictures[..., ::-1]
         return [pictures[place] for place in places.reshape(len(clips), -1)]
+
+    def _notes(self, media: Media) -> dict[str, dict[str, str]]:
+        """Return notes on an example that was read, under the key "notes"; {} if there are none."""
+        notes = {}
+        if media.repaired:
+            frames = "1 frame" if media.repaired == 1 else f"{media.repaired} frames"
+            notes["repaired"] = f"{frames} could not be decoded, replaced by the nearest"
+        if media.count < self.data.frames:
+            notes["short"] = f"fewer than the {self.data.frames} frames of a clip"
+        return {"notes": notes} if notes else {}
 
     def transform(self, clip: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, Pose]:
         """The augmentation of one clip for training, and whence its pixels come: RandAugment on whole frames

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -15,16 +17,34 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from structvit_jax.data.index import Index
+from structvit_jax.data.limits import Limits
 from structvit_jax.data.media import Media, Part, Pictures, frame_names
 from structvit_jax.data.video import VideoFile
-from structvit_jax.errors import DecodeError, UserError
+from structvit_jax.errors import DecodeError, UserError, decoding
+
+# Features that shards and image sets consist of. TFDS imports the module of any other that a file names.
+_FEATURES = frozenset(
+    f"{feature.__module__}.{feature.__name__}"
+    for feature in (
+        tfds.features.BBoxFeature,
+        tfds.features.ClassLabel,
+        tfds.features.FeaturesDict,
+        tfds.features.Image,
+        tfds.features.Scalar,
+        tfds.features.Sequence,
+        tfds.features.Tensor,
+        tfds.features.Text,
+    )
+)
+_FEATURES_FILES = ("features.json", "dataset_info.json")  # that may name feature classes
+_NAMING = ("type", "pythonClassName", "python_class_name")  # keys whose text is the name of one
 
 
 class _Records:
     """One split of a prepared TFDS data set; every process opens its files for itself."""
 
-    def __init__(self, builder: Any, split: str):
-        self._builder_dir, self._split = os.fspath(builder.data_path), split
+    def __init__(self, builder: Any, split: str, limits: Limits):
+        self._builder_dir, self._split, self._limits = os.fspath(builder.data_path), split, limits
         self.class_names: tuple[str, ...] = tuple(builder.info.features["label"].names)
         self._examples: int = _known_split(builder, split).num_examples
 
@@ -42,25 +62,45 @@ class _Records:
 
 
 class Shards(_Records):
-    """What `write_shards` wrote, in the order of the index that it was made from."""
+    """What `write_shards` wrote, in the order of the index that it was made from.
 
-    def __init__(self, builder: Any, split: str):
-        super().__init__(builder, split)
-        with open(os.path.join(self._builder_dir, _ids_file(split)), encoding="utf-8") as file:
-            self._ids = np.array([line.rstrip("\n").encode() for line in file])
+    Raises:
+      UserError: the list of ids is missing or incomplete.
+    """
+
+    def __init__(self, builder: Any, split: str, limits: Limits):
+        super().__init__(builder, split, limits)
+        path = os.path.join(self._builder_dir, _ids_file(split))
+        try:
+            with open(path, encoding="utf-8") as file:
+                self._ids = np.array([line.rstrip("\n").encode() for line in file])
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{path} cannot be read ({error}); write the shards again") from error
+        if len(self._ids) != len(self):
+            raise UserError(f"{path} has {len(self._ids)} lines for {len(self)} examples; write it again")
 
     def id(self, index: int) -> str:
         return self._ids[index].decode()
 
     def open(self, index: int) -> tuple[Media, int]:
-        record = self._records[index]
-        if problem := record["problem"].decode():
-            raise DecodeError(problem)
-        files = list(record["files"])
-        media: Media = VideoFile(files[0]) if record["kind"] == b"video" else Pictures(files)
-        if record["count"] >= 0:
-            media = Part(media, *(int(record[key]) for key in ("first", "count", "missing")))
-        return media, int(record["label"])
+        with decoding():  # a damaged record raises RuntimeError
+            record = self._records[index]
+            if problem := record["problem"].decode():
+                raise DecodeError(problem)
+            if not 0 <= record["label"] < len(self.class_names):
+                raise DecodeError(f"label {record['label']} of {len(self.class_names)} classes")
+            files = list(record["files"])
+            if record["kind"] != b"video":
+                return Pictures(files, self._limits), int(record["label"])
+            media = VideoFile(files[0], limits=self._limits)
+            if record["count"] < 0:
+                return media, int(record["label"])
+            first, count, missing = (int(record[key]) for key in ("first", "count", "missing"))
+            if not (first >= 0 and 0 <= missing <= count and first + count - missing <= media.count):
+                media.close()
+                raise DecodeError(f"frames {first} to {first + count - missing} of {media.count}")
+            self._limits.check_frames(count)
+            return Part(media, first, count, missing), int(record["label"])
 
 
 def _ids_file(split: str) -> str:
@@ -75,10 +115,11 @@ class Images(_Records):
         return f"{self._split}/{index}"
 
     def open(self, index: int) -> tuple[Media, int]:
-        record = self._records[index]
-        if record["label"] < 0:
-            raise DecodeError("has no label")
-        return Pictures([record["image"]]), int(record["label"])
+        with decoding():  # a damaged record raises RuntimeError
+            record = self._records[index]
+            if record["label"] < 0:
+                raise DecodeError("has no label")
+            return Pictures([record["image"]], self._limits), int(record["label"])
 
 
 def find_shards(root: str) -> str | None:
@@ -87,25 +128,71 @@ def find_shards(root: str) -> str | None:
     return next((folder for folder in folders if os.path.isfile(os.path.join(folder, "features.json"))), None)
 
 
-def open_shards(folder: str, train: str, test: str) -> tuple[Shards, Shards]:
-    """The two splits of a folder of shards."""
-    builder = tfds.builder_from_directory(folder)
-    return tuple(Shards(builder, split) for split in (train, test))  # type: ignore
+def open_shards(folder: str, train: str, test: str, limits: Limits) -> tuple[Shards, Shards]:
+    """Open the two splits of a folder of shards.
+
+    Raises:
+      UserError: no shards, or damaged ones.
+    """
+    _check_features(folder)
+    try:
+        with decoding():
+            builder = tfds.builder_from_directory(folder)
+    except DecodeError as error:
+        raise UserError(f"{folder} holds no shards that can be read: {error}") from error
+    return Shards(builder, train, limits), Shards(builder, test, limits)
 
 
-def open_images(name: str, root: str, train: str, test: str) -> tuple[Images, Images]:
-    """The two splits of a TFDS data set, as "imagenet2012" or "imagenette/160px-v2".
+def _check_features(folder: str) -> None:
+    """Check the classes that a data set's description names, before TFDS imports their modules.
+
+    Raises:
+      UserError: one that is not in `_FEATURES`, or a file that is no JSON.
+    """
+    for path in (os.path.join(folder, name) for name in _FEATURES_FILES):
+        try:
+            with open(path, encoding="utf-8") as file:
+                names = set(_named_classes(json.load(file)))
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, RecursionError) as error:
+            raise UserError(f"{path} cannot be read: {str(error) or type(error).__name__}") from error
+        if foreign := sorted(names - _FEATURES):
+            raise UserError(
+                f"{path} names {foreign[0][:80]!r}, which is no feature of shards or image sets; write the"
+                " shards again with structvit_jax.data.shards"
+            )
+
+
+def _named_classes(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        yield from (
+            text
+            for key in _NAMING
+            if isinstance(text := value.get(key), str) and ("." in text or key != "type")
+        )
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _named_classes(item)
+
+
+def open_images(name: str, root: str, train: str, test: str, limits: Limits) -> tuple[Images, Images]:
+    """Open the two splits of a TFDS data set, such as "imagenet2012" or "imagenette/160px-v2".
 
     Args:
       name: of the data set, with its configuration if it has several.
       root: TFDS's data_dir; "" is ~/tensorflow_datasets.
       train, test: names of its splits.
+      limits: on the images.
 
     Raises:
       UserError: an unknown data set, or one that is not prepared as ArrayRecord, or has no images and labels.
     """
     where = root or os.path.join("~", "tensorflow_datasets")
     prepare = f"tfds build {name} --file_format=array_record" + (f" --data_dir={root}" if root else "")
+    top = os.path.join(os.path.expanduser(where), re.split("[:/]", name)[0])
+    for folder, _, files in os.walk(top):
+        if not set(files).isdisjoint(_FEATURES_FILES):
+            _check_features(folder)
     try:
         builder = tfds.builder(name, data_dir=root or None, file_format="array_record")
     except (tfds.core.DatasetNotFoundError, ValueError, AttributeError, ImportError) as error:
@@ -122,7 +209,7 @@ def open_images(name: str, root: str, train: str, test: str) -> tuple[Images, Im
     features = dict(builder.info.features)
     if "image" not in features or not hasattr(features.get("label"), "names"):
         raise UserError(f"{name} is no image classification set; its features are {', '.join(features)}")
-    return tuple(Images(builder, split) for split in (train, test))  # type: ignore
+    return Images(builder, train, limits), Images(builder, test, limits)
 
 
 def _known_split(builder, split: str) -> Any:
@@ -207,6 +294,8 @@ def _encoded(path: str) -> Iterator[bytes]:
 
 
 def _read(path: str) -> bytes:
+    if not os.path.isfile(path):
+        raise DecodeError("not a regular file")
     with open(path, "rb") as file:
         return file.read()
 

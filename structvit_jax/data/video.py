@@ -1,4 +1,4 @@
-"""Chosen frames of a video file: demultiplexed in full, decoded only where needed.
+"""Read chosen frames of a video file: demultiplex all of it, decode only what is needed.
 
 Frame i is the i-th picture by presentation time. The container's announced frame count is never used: it is
 wrong or missing in webm, mkv and damaged files.
@@ -6,10 +6,10 @@ wrong or missing in webm, mkv and damaged files.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import io
 import itertools
-import os
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -17,83 +17,128 @@ import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
+from structvit_jax.data.container import open_container
+from structvit_jax.data.limits import Limits
 from structvit_jax.errors import DecodeError, decoding
 
 _SKIPPING = ("h264", "hevc", "mpeg4", "vp8", "vp9")  # decoders that may leave out single pictures
 _UNINDEXED = ("avi", "mpegts")  # containers whose times are only right when read from the beginning
+_FAR = 2**62  # a time that FFmpeg's int64 holds
+_REACHES = (1, 4, 16, 64)  # frames on either side among which a damaged frame's replacement is looked for
 
 
 class VideoFile:
     """A video, or the part of it from `start` to `end` seconds.
 
     Attributes:
-      count: frames to sample from. Of a file that was cut off it includes those that are missing, so that
-        sampling does not drift; asking for one of them is an error.
-      missing: how many of these are missing.
+      count: frames to sample from. For a file that was cut off it includes the missing ones, so that
+        sampling does not drift; asking for a missing frame is an error.
+      missing: number of missing frames, which are the last ones.
+      repaired: frames of the last `frames` call that could not be decoded and were replaced.
 
     Raises:
-      DecodeError: no video in it, or nothing that can be read.
+      DecodeError: no video, a container that is not supported, a limit that is exceeded, or damage.
     """
 
-    def __init__(self, file: str | bytes, start: float | None = None, end: float | None = None):
-        self._container = _open(file)
+    def __init__(
+        self,
+        file: str | bytes,
+        start: float | None = None,
+        end: float | None = None,
+        limits: Limits = Limits(),  # noqa: B008 - immutable
+    ):
+        self._limits, self.repaired = limits, 0
+        self._container = open_container(file, limits)
         self._stream = self._container.streams.video[0]
         try:
             with decoding():
-                index = _demux(self._container, self._stream, start, end)
+                index = _demux(self._container, self._stream, start, end, limits)
         except DecodeError:
             self.close()
             raise
-        first, stop = (int(np.searchsorted(index.times, bound)) for bound in (index.start, index.end))
+        first, stop = index.position(index.start), index.position(index.end)
         self._times, self._keys = index.times[first:stop], index.keys
         self.count = stop - first
-        self.missing = max(stop - max(first, index.present), 0)
+        self.missing = self.count - len(self._times)
         if self.count < 1:
             self.close()
-            part = "" if start is None and end is None else f" from {start or 0} s to {end or 'the end'} s"
+            part = (
+                ""
+                if start is None and end is None
+                else f" from {start or 0} s to {'the end' if end is None else f'{end} s'}"
+            )
             raise DecodeError("no video frames" + part)
+        self._span = index.time(stop - 1) - index.time(first)
 
     def close(self) -> None:
-        """Frees the file and the decoder; waiting for garbage collection would hold many of them."""
+        """Free the file and the decoder; waiting for garbage collection would keep many of them open."""
         self._container.close()
 
     @property
     def seconds(self) -> float:
-        """From the first frame to the last, and as much longer as frames are apart in the mean."""
-        span = float((self._times[-1] - self._times[0]) * self._stream.time_base)
-        return span * self.count / max(self.count - 1, 1)
+        """Duration: from the first frame to the last, plus the mean distance between frames."""
+        return float(self._span * self._stream.time_base) * self.count / max(self.count - 1, 1)
 
     def frames(self, wanted: Sequence[int], short_side: int = 0) -> np.ndarray:
-        """uint8 [len(wanted), height, width, 3], upright, RGB.
+        """Return uint8 [len(wanted), height, width, 3], upright, RGB.
 
         Args:
-          wanted: frame numbers below `count`, in any order, repeated as may be.
-          short_side: pictures whose short side is longer are scaled to this while converting; 0 never.
+          wanted: frame numbers below `count`, in any order, with or without repetitions.
+          short_side: scale pictures whose short side is longer to this while converting; 0 never scales.
 
         Raises:
-          DecodeError: one of them is missing or damaged.
+          DecodeError: a frame is missing, or more frames are damaged than `Limits.bad_frames` allows.
         """
         check_there(wanted, self.count, self.missing)
         times = [self._times[index] for index in wanted]
-        pictures: dict[Any, np.ndarray] = {}
-        convert = VideoReformatter()  # one for all frames: setting it up costs more than using it
-        with decoding():
-            for key, group in self._groups(set(times)):
-                for frame in _decode(self._container, self._stream, key, group):
-                    pictures[frame.pts] = _picture(frame, convert, short_side)
-        if lost := set(times) - pictures.keys():
-            raise DecodeError(f"frame {self._times.index(min(lost))} of {self.count} cannot be decoded")
+        pictures = self._decoded(set(times), short_side)
+        lost = sorted(set(times) - pictures.keys())
+        if len(lost) > self._limits.bad_frames * len(set(times)):
+            more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+            number = self._times.index(lost[0])
+            raise DecodeError(f"frame {number}{more} of {self.count} frames cannot be decoded")
+        pictures |= {time: self._neighbour(time, short_side) for time in lost}
+        self.repaired = len(lost)
         return stack([pictures[time] for time in times])
 
+    def _decoded(self, times: set[int], short_side: int) -> dict[int, np.ndarray]:
+        """Decode the frames at some times; without those that are damaged, if damage is tolerated."""
+        tolerant = self._limits.bad_frames > 0
+        pictures: dict[Any, np.ndarray] = {}
+        convert = VideoReformatter()  # one for all frames: setting it up costs more than using it
+        try:
+            with decoding():
+                for key, group in self._groups(times):
+                    for frame in _decode(self._container, self._stream, key, group, tolerant):
+                        pictures[frame.pts] = _picture(frame, convert, short_side)
+        except DecodeError as error:
+            if self._stream.codec_context.width:
+                raise
+            limit = f"--config.data.max_pixels={self._limits.pixels}"
+            raise DecodeError(f"{error}; its pictures may have more pixels than {limit} allows") from error
+        return pictures
+
+    def _neighbour(self, time: int, short_side: int) -> np.ndarray:
+        """Decode the nearest frame that can be decoded, of two the earlier: a function of the file alone."""
+        here = bisect.bisect_left(self._times, time)
+        for reach in _REACHES:
+            near = self._times[max(here - reach, 0) : here + reach + 1]
+            if found := self._decoded(set(near), short_side):
+                return found[min(found, key=lambda other: (abs(other - time), other))]
+        raise DecodeError(f"no frame near frame {here} of {self.count} can be decoded")
+
     def cut(self) -> tuple[bytes, int]:
-        """A Matroska file of these frames alone, copied without decoding, and how many come before the first
-        of them: decoding begins at a key frame.
+        """Copy these frames into a Matroska file without decoding them.
+
+        Returns:
+          The file, and the number of frames in it before the first wanted one: decoding has to begin at a
+          key frame.
 
         Raises:
           DecodeError: there is no key frame to begin at.
         """
         check_there([0], self.count, self.missing)
-        wanted = set(self._times[: self.count - self.missing])
+        wanted = set(self._times)
         (key, _), *_ = self._groups({min(wanted)})
         target, before = io.BytesIO(), 0
         with decoding(), av.open(target, "w", format="matroska") as out:
@@ -109,23 +154,24 @@ class VideoFile:
         return target.getvalue(), before
 
     def _groups(self, times: set[int]) -> Iterator[tuple[_Packet, set[int]]]:
-        """The wanted times after each key frame."""
-        if not self._keys or self._keys[0].pts > min(times):
+        """Yield the wanted times after each key frame."""
+        early = {time for time in times if not self._keys or time < self._keys[0].pts}
+        if early and not self._limits.bad_frames:
             raise DecodeError("no key frame to start decoding from")
         starts = [key.pts for key in self._keys]
-        place = {time: int(np.searchsorted(starts, time, side="right")) - 1 for time in times}
+        place = {time: bisect.bisect_right(starts, time) - 1 for time in times - early}
         for number in sorted(set(place.values())):
-            yield self._keys[number], {time for time in times if place[time] == number}
+            yield self._keys[number], {time for time in place if place[time] == number}
 
 
 def check_there(wanted: Sequence[int], count: int, missing: int) -> None:
-    """Raises DecodeError if one of the wanted frames is among the last, missing ones."""
+    """Raise DecodeError if one of the wanted frames is among the last, missing ones."""
     if max(wanted) >= count - missing:
         raise DecodeError(f"cut off: {missing} of {count} frames are missing, frame {max(wanted)} among them")
 
 
 def stack(pictures: Sequence[np.ndarray]) -> np.ndarray:
-    """The frames of a clip as one array; raises DecodeError if they differ in size."""
+    """Return the frames of a clip as one array; raise DecodeError if they differ in size."""
     if len({picture.shape for picture in pictures}) > 1:
         raise DecodeError("its frames differ in size")
     return np.stack(pictures)
@@ -137,50 +183,42 @@ class _Packet(NamedTuple):
 
 
 class _Index(NamedTuple):
-    """What a file holds, in its stream's unit of time."""
+    """The pictures of a file, in its stream's unit of time."""
 
-    times: list[int]  # of all pictures, in order; where the file was cut off, with those it should have
-    present: int  # so many of them it has
-    keys: list[_Packet]  # pictures that decoding can start from
+    times: list[int]  # of the pictures, in order
+    keys: list[_Packet]  # pictures that decoding can start from, shown or not
     start: float  # of the part asked for
     end: float
+    lost: int = 0  # pictures missing after these, where the file was cut off
+    spacing: float = 1.0  # time between those
+
+    def time(self, number: int) -> int:
+        """Return the time of a picture, missing or not."""
+        beyond = number + 1 - len(self.times)
+        return self.times[number] if beyond <= 0 else self.times[-1] + round(self.spacing * beyond)
+
+    def position(self, bound: float) -> int:
+        """Return the number of pictures before a time, missing ones included."""
+        present, whole = len(self.times), len(self.times) + self.lost
+        here = bisect.bisect_left(self.times, bound)
+        if here < present or not self.lost:
+            return here
+        if bound > self.time(whole - 1):
+            return whole
+        here = present + max(int((bound - self.times[-1]) / self.spacing) - 2, 0)
+        while self.time(here) < bound:
+            here += 1
+        return here
 
 
-def _open(file: str | bytes) -> Any:
-    """The file, opened. Its video is decoded by one thread: workers are the parallelism."""
-    with decoding():
-        if isinstance(file, str) and os.path.isdir(file):
-            raise DecodeError("a folder without pictures, not a video file")
-        if not (len(file) if isinstance(file, bytes) else os.stat(file).st_size):
-            raise DecodeError("empty file")
-        container = av.open(io.BytesIO(file) if isinstance(file, bytes) else file, metadata_errors="replace")
-    if problem := _unsupported(container):
-        container.close()
-        raise DecodeError(problem)
-    container.streams.video[0].codec_context.thread_count = 1
-    return container
-
-
-def _unsupported(container) -> str | None:
-    video = container.streams.video
-    if not video:
-        return "no video stream"
-    if (codec := video[0].codec_context) is None:
-        return "no decoder for its video"
-    kind = container.format.name
-    if kind == "mpeg" or (kind == "avi" and codec.name in ("h264", "hevc") and codec.has_b_frames):
-        return f"{codec.name} in {kind} does not keep the times of its frames; convert it to mp4 or mkv"
-    return None
-
-
-def _demux(container, stream, start: float | None, end: float | None) -> _Index:
-    """Reads all packets of the part asked for."""
+def _demux(container, stream, start: float | None, end: float | None, limits: Limits) -> _Index:
+    """Read all packets of the part asked for."""
     base, origin = float(stream.time_base), stream.start_time or 0
     # Half a unit of tolerance: seconds written with rounding still name the frame they mean.
     first = -np.inf if start is None else origin + start / base - 0.5
     stop = np.inf if end is None else origin + end / base - 0.5
     if start and container.format.name not in _UNINDEXED:
-        container.seek(int(first), stream=stream)
+        container.seek(int(min(max(first, -_FAR), _FAR)), stream=stream)
     # Where the stream does not say how long it is, the container does, for all streams together.
     streams = [stream] if stream.duration else [s for s in container.streams if s.type in ("video", "audio")]
     number, hides = stream.index, stream.codec_context.name == "vp8"
@@ -195,25 +233,32 @@ def _demux(container, stream, start: float | None, end: float | None) -> _Index:
                 continue
             last = max(last, pts * bases[packet.stream_index])
             ended = max(ended, (pts + (packet.duration or 0)) * bases[packet.stream_index])
-            if packet.stream_index != number or not _shown(packet, hides):
+            if packet.stream_index != number or not packet.size:
                 continue
             if dts >= stop and container.format.name not in _UNINDEXED:
-                return _Index(sorted(times), len(times), sorted(keys), first, stop)
-            times.append(pts)
-            if packet.is_keyframe:
+                return _Index(sorted(times), sorted(keys), first, stop)
+            if packet.is_keyframe:  # before an edit list it is not shown, and decoding starts from it
                 keys.append(_Packet(pts, dts))
+            if _shown(packet, hides):
+                times.append(pts)
+                if len(times) > limits.frames:
+                    limits.check_frames(len(times))
     times = sorted(times)
     if times and container.format.name == "avi":  # counts from the first packet decoded, not shown
         first, stop = first + times[0] - origin, stop + times[0] - origin
-    lost = _lost(container, stream, times, last, ended)
-    return _Index(times + lost, len(times), sorted(keys), first, stop)
+    lost, spacing = _lost(container, stream, times, last, ended)
+    limits.check_frames(len(times) + lost)
+    return _Index(times, sorted(keys), first, stop, lost, spacing)
 
 
-def _lost(container, stream, times: list[int], last: float, ended: float) -> list[int]:
-    """Where pictures should be after the last packet of any stream, if that comes more than two frames
-    before the announced end. `last` and `ended` are its time and that plus its duration, in seconds."""
+def _lost(container, stream, times: list[int], last: float, ended: float) -> tuple[int, float]:
+    """Estimate how many pictures are missing at the end, and the time between them.
+
+    Pictures are missing where the last packet of any stream comes more than two frames before the announced
+    end. `last` and `ended` are its time and that plus its duration, in seconds.
+    """
     if not times:
-        return []
+        return 0, 1.0
     if stream.duration:
         announced = float((stream.duration + (stream.start_time or 0)) * stream.time_base)
     else:
@@ -223,9 +268,9 @@ def _lost(container, stream, times: list[int], last: float, ended: float) -> lis
     usual, mean = float(np.median(gaps)), float(np.mean(gaps))
     spacing = base * max(usual, mean)  # rates vary, and a last picture may be shown for long
     if announced - last <= 2 * spacing or announced - ended <= spacing:
-        return []
-    count = round((announced / base - times[-1]) / max(usual, 1)) - 1
-    return [times[-1] + round(usual * (number + 1)) for number in range(count)]
+        return 0, 1.0
+    usual = max(usual, 1.0)
+    return max(round((announced / base - times[-1]) / usual) - 1, 0), usual
 
 
 def _stamps(packet) -> tuple[Any, Any]:
@@ -237,29 +282,35 @@ def _stamps(packet) -> tuple[Any, Any]:
 
 
 def _shown(packet, hides: bool) -> bool:
-    """Whether a packet is a picture to show; VP8 hides some, in packets of their own, to predict from."""
-    if packet.is_discard or not packet.size:
+    """Return whether a packet is a picture to show; VP8 hides some, in separate packets, to predict from."""
+    if packet.is_discard:
         return False
     return not hides or bool(bytes(packet)[0] >> 4 & 1)
 
 
-def _decode(container, stream, key: _Packet, wanted: set[int]) -> Iterator[av.VideoFrame]:
-    """The wanted frames after a key frame; others are decoded only where frames are predicted from them."""
+def _decode(container, stream, key: _Packet, wanted: set[int], tolerant: bool) -> Iterator[av.VideoFrame]:
+    """Yield the wanted frames after a key frame; decode others only where frames are predicted from them.
+
+    If `tolerant`, packets that cannot be decoded are skipped.
+    """
     codec, ahead = stream.codec_context, set(wanted)
+    skipped: tuple[type[Exception], ...] = (av.FFmpegError,) if tolerant else ()
     for packet in _packets_from(container, stream, key):
         pts = _stamps(packet)[0]
         if codec.name in _SKIPPING:
             codec.skip_frame = "DEFAULT" if pts is None or pts in wanted else "NONREF"
-        yield from (frame for frame in packet.decode() if frame.pts in wanted)
+        with contextlib.suppress(*skipped):
+            yield from (frame for frame in packet.decode() if frame.pts in wanted)
         ahead.discard(pts)
         if not ahead:  # all have been given to the decoder, which may hold some back for reordering
             break
     if not ahead:
-        yield from (frame for frame in codec.decode(None) if frame.pts in wanted)
+        with contextlib.suppress(*skipped):
+            yield from (frame for frame in codec.decode(None) if frame.pts in wanted)
 
 
 def _packets_from(container, stream, key: _Packet) -> Iterator[Any]:
-    """The packets from a key frame on. Some containers seek by one clock, some by the other."""
+    """Yield the packets from a key frame on. Some containers seek by one clock, some by the other."""
     for target in key:
         container.seek(target, stream=stream)
         packets = container.demux(stream)

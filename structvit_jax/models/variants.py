@@ -119,6 +119,13 @@ def list_models(pattern: str = "*") -> list[str]:
     return sorted(fnmatch.filter(names, pattern))
 
 
+def counterpart(name: str) -> str:
+    """Return the name of a model's form for images, if it takes videos, or for videos, if it takes images."""
+    if name.endswith("_video"):
+        return name.removesuffix("_video")
+    return "uniformer_b_video" if name in _IMAGES_ONLY else f"{name}_video"
+
+
 def get_variant(name: str, **overrides) -> Variant:
     """The variant behind a name, with overrides.
 

@@ -96,7 +96,7 @@ def mismatches(expected: Mapping[str, jax.Array], given: Mapping[str, jax.Array]
 
 
 def _path(name: str) -> tuple:
-    return tuple(int(part) if part.isdigit() else part for part in name.split("."))
+    return tuple(int(part) if part.isdecimal() else part for part in name.split("."))
 
 
 def _flat(state: nnx.State) -> Arrays:

@@ -308,7 +308,13 @@ def _is_unfinished(path: epath.Path) -> bool:
         return atomicity.TMP_DIR_SUFFIX in path.name
     if (path / FILE).exists():
         return read_json(path / FILE) == {}
-    return path.name.isdigit() and not (path / atomicity.COMMIT_SUCCESS_FILE).exists()
+    return _is_step(path) and not (path / atomicity.COMMIT_SUCCESS_FILE).exists()
+
+
+def _is_step(path: epath.Path) -> bool:
+    """Return whether a folder is named after a step, as `str` writes it."""
+    name = path.name
+    return name.isascii() and name.isdecimal() and len(name) <= 18 and str(int(name)) == name
 
 
 def _entries(folder: epath.Path) -> list[epath.Path]:
@@ -317,7 +323,7 @@ def _entries(folder: epath.Path) -> list[epath.Path]:
 
 def _steps(folder: epath.Path) -> list[int]:
     """The steps in a folder whose save was finished, newest first."""
-    paths = [path for path in _entries(folder) if path.name.isdigit() and not _is_unfinished(path)]
+    paths = [path for path in _entries(folder) if _is_step(path) and not _is_unfinished(path)]
     return sorted((int(path.name) for path in paths), reverse=True)
 
 
@@ -354,7 +360,7 @@ def _policy(keep: Keep):
 def _locate(path: str) -> tuple[epath.Path, int | None]:
     """Splits "RUN/checkpoints/STEP" into (RUN, STEP); of "RUN" alone the step is None, the latest."""
     folder = epath.Path(path)
-    if folder.name.isdigit() and folder.parent.name == FOLDER:
+    if _is_step(folder) and folder.parent.name == FOLDER:
         return folder.parent.parent, int(folder.name)
     return folder, None
 

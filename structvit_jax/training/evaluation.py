@@ -39,7 +39,7 @@ class Evaluation(NamedTuple):
     labels: np.ndarray  # int32 [examples], -1 where the example could not be read
     scores: np.ndarray  # float32 [examples, classes], the mean over views
     hits: dict[str, np.ndarray]  # bool [examples] for "top1" and "top5"
-    problems: tuple[Any, ...]  # of data.Problem
+    problems: tuple[Any, ...]  # of data.Problem, notes included
     tolerated: int  # how many may be missing
 
     def summary(self) -> Scores:
@@ -47,10 +47,11 @@ class Evaluation(NamedTuple):
         seen = self.labels >= 0
         count, missing = int(seen.sum()), int((~seen).sum())
         if missing > self.tolerated or not count:
-            first = "; ".join(f"{problem.id}: {problem.reason}" for problem in self.problems[:3])
+            unreadable = [problem for problem in self.problems if problem.left_out]
+            first = "; ".join(f"{problem.id}: {problem.reason}" for problem in unreadable[:3])
             raise UserError(
                 f"no score: {missing} of {len(seen)} test examples cannot be read ({first}"
-                f"{'; ...' if missing > 3 else ''}); mend or remove them, or accept that they are left out"
+                f"{'; ...' if missing > 3 else ''}); fix or remove them, or accept that they are left out"
                 f" with --config.eval.max_missing={missing}"
             )
         top1, labels = self.hits["top1"][seen], self.labels[seen]

@@ -40,7 +40,9 @@ from structvit_jax.training.unreadable import Unreadable
 
 _LEAST_INTERVAL = 0.1  # of config.eval.every, between an evaluation and the final one
 # Keys of the data that change no score.
-_INDIFFERENT = tuple(f"config.data.{key} " for key in ("batch_size", "workers", "max_bad_share"))
+_INDIFFERENT = tuple(
+    f"config.data.{key} " for key in ("batch_size", "workers", "max_bad_share", "max_pixels", "max_frames")
+)
 
 
 def train(config: ml_collections.ConfigDict, workdir: epath.Path, data: Any) -> dict[str, Any]:

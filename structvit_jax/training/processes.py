@@ -47,7 +47,7 @@ def join(heartbeat: int, stoppable: bool) -> None:
     }
     if given:
         address, count, number = (os.environ[name] for name in names)
-        if not (count.isdigit() and number.isdigit() and int(number) < int(count)):
+        if not (count.isdecimal() and number.isdecimal() and int(number) < int(count)):
             raise UserError(f"JAX_PROCESS_ID={number} of JAX_NUM_PROCESSES={count} is none of 0 to N - 1")
         options |= {"coordinator_address": address, "num_processes": int(count), "process_id": int(number)}
     place = f" at {options['coordinator_address']}" if given else ""

@@ -1,4 +1,4 @@
-"""Examples that could not be read: told once, listed in the workdir, and counted against a limit."""
+"""Examples that could not be read, or not whole: printed once, listed, and counted against a limit."""
 
 from __future__ import annotations
 
@@ -16,55 +16,84 @@ FILE = "unreadable.tsv"
 
 
 class Unreadable:
-    """The list WORKDIR/unreadable.tsv: split, example and reason, a line each. It outlives a restart; what
-    counts against the limit is what this session has met, since files may have been mended."""
+    """The list WORKDIR/unreadable.tsv: split, example and reason, one line each.
+
+    Examples of which frames were replaced are listed too, but do not count against the limit. The list
+    outlives a restart; the limit applies to what this session has met, since files may have been fixed.
+    """
 
     def __init__(self, workdir: epath.Path, train_examples: int, max_share: float):
         self._path = workdir / FILE
         self._limit, self._examples = max_share * train_examples, train_examples
         self._text = processes.decide(lambda: self._path.read_text() if self._path.exists() else "")
         self._listed = {tuple(line.split("\t")[:2]) for line in self._text.splitlines()}
-        self._pending: list[tuple[str, str, str]] = []  # met by this process, not known to the others
+        self._pending: list[tuple[str, str, str, str]] = []  # met by this process, not known to the others
+        self._short: dict[str, dict[str, str]] = {}  # by split, clips with few frames and the reason
+        self._reported: set[str] = set()  # splits whose number of these is printed
         self._met: dict[str, str] = {}  # training examples that count, with reasons
 
     def note(self, split: str, problems: Iterable[Any]) -> None:
-        """Takes what batches of a split say; with several processes it is told at the next `exchange`.
+        """Take the problems of a batch of a split; several processes print them at the next `exchange`.
 
         Raises:
           UserError: more of the training examples than config.data.max_bad_share are unreadable.
         """
-        problems = [(split, problem.id, " ".join(problem.reason.split())) for problem in problems]
+        problems = [
+            (split, problem.id, " ".join(problem.reason.split()), problem.kind) for problem in problems
+        ]
+        if split in self._reported:
+            problems = [problem for problem in problems if problem[3] != "short"]
         if not problems:
             return
         self._pending += problems
         self._count(problems)
         if processes.share()[1] == 1:
-            self.exchange()
+            self._merge()
         self._judge()
 
     def exchange(self) -> None:
-        """Brings together what all processes have met; all have to call it. Raises as `note` does."""
+        """Merge the problems of all processes; all have to call it. Print, once, how many clips are short.
+
+        Raises as `note` does.
+        """
+        self._merge()
+        for split in sorted(self._short.keys() - self._reported):
+            names = self._short[split]
+            clips = "1 clip has" if len(names) == 1 else f"{len(names)} clips have"
+            say(f"note: {split}: {clips} {next(iter(names.values()))}; frames are repeated")
+            self._reported.add(split)
+        self._short.clear()
+        self._judge()
+
+    def _merge(self) -> None:
         everybody = [problem for mine in processes.gather(self._pending) for problem in mine]
         self._pending.clear()
         self._count(everybody)
-        new = [problem for problem in everybody if problem[:2] not in self._listed]
+        for split, name, reason, kind in everybody:
+            if kind == "short" and split not in self._reported:
+                self._short.setdefault(split, {})[name] = reason
+        new = [problem for problem in everybody if problem[3] != "short" and problem[:2] not in self._listed]
         new = list({problem[:2]: problem for problem in new}.values())
-        for split, name, reason in new:
+        for split, name, reason, kind in new:
             self._listed.add((split, name))
             self._text += f"{split}\t{name}\t{reason}\n"
-            say(f"warning: {split} example left out, {name}: {reason}")
+            what = f"warning: {split} example left out" if kind == "unreadable" else f"note: {split} example"
+            say(f"{what}, {name}: {reason}")
         if new and processes.is_first():
             write(self._path, self._text)
-        self._judge()
 
-    def _count(self, problems):
-        self._met |= {name: reason for split, name, reason in problems if split == "train"}
+    def _count(self, problems: Iterable[tuple[str, str, str, str]]) -> None:
+        self._met |= {
+            name: reason
+            for split, name, reason, kind in problems
+            if split == "train" and kind == "unreadable"
+        }
 
     def _judge(self):
         if len(self._met) > self._limit:
             some = "; ".join(f"{name}: {reason}" for name, reason in list(self._met.items())[:3])
             raise UserError(
                 f"{len(self._met)} of {self._examples} training examples cannot be read, more than"
-                f" config.data.max_bad_share allows ({some}); mend or remove those in {self._path}, or raise"
+                f" config.data.max_bad_share allows ({some}); fix or remove those in {self._path}, or raise"
                 " it"
             )

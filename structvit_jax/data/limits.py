@@ -1,0 +1,51 @@
+"""Limits on what a media file may ask for, checked before memory is taken."""
+
+from __future__ import annotations
+
+import os
+import stat
+from typing import Any, NamedTuple
+
+from structvit_jax.errors import DecodeError
+
+
+class Limits(NamedTuple):
+    """Limits of one example; the configuration keys are `data.max_pixels` and so on."""
+
+    pixels: int = 2**26  # of a picture, width x height: 8192 x 8192
+    frames: int = 2**20  # of a video file or of a folder of frames
+    bad_frames: float = 0.0  # fraction of the frames read that may be replaced by their nearest neighbours
+
+    @classmethod
+    def of(cls, data: Any) -> Limits:
+        """Return the limits in the section `data` of a configuration."""
+        return cls(data.max_pixels, data.max_frames, data.max_bad_frames)
+
+    def check_picture(self, width: int, height: int) -> None:
+        """Raise DecodeError if a picture of this size has too many pixels."""
+        if width * height > self.pixels:
+            raise DecodeError(
+                f"{width} x {height} pixels, more than --config.data.max_pixels={self.pixels} allows"
+            )
+
+    def check_frames(self, count: float) -> None:
+        """Raise DecodeError if a file has, or announces, too many frames."""
+        if not count <= self.frames:
+            raise DecodeError(f"{count:.0f} frames, more than --config.data.max_frames={self.frames} allows")
+
+
+def file_size(path: str) -> int:
+    """Return the size of a regular file in bytes.
+
+    Raises:
+      DecodeError: no such file, an empty one, or a pipe, device or folder, which may never end.
+    """
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError) as error:
+        raise DecodeError(getattr(error, "strerror", None) or str(error)) from error
+    if not stat.S_ISREG(status.st_mode):
+        raise DecodeError("not a regular file")
+    if not status.st_size:
+        raise DecodeError("empty file")
+    return status.st_size
