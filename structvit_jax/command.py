@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -38,14 +37,8 @@ def naming_flags() -> Iterator[None]:
 def run_command(main: Callable[[list[str]], None]) -> None:
     """What a module does that is a command: a user's mistake is one line and its exit code."""
     logging.set_verbosity(logging.FATAL)  # Orbax logs its whole life; what matters it raises
-    try:
-        with exit_in_one_line():
-            main(sys.argv)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:  # what read the output has ended
-        os._exit(1)
+    with exit_in_one_line():
+        main(sys.argv)
 
 
 def config_path(argv: Sequence[str]) -> epath.Path:

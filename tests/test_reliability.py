@@ -62,7 +62,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(finished, command, tmp_path
     assert process.wait().returncode == RESUMABLE, process.stderr
     (line,) = process.stderr.splitlines()
     (saved,) = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
-    assert line == f"stopped by a signal after step {saved} of 12; the same command resumes"
+    assert line == f"stopped by a signal after step {saved} of 12; re-run the command to resume"
     assert not (tmp_path / "run" / "lock.json").exists()
     resumed = command(*arguments)
     assert resumed.returncode == 0, resumed.stderr
@@ -76,8 +76,9 @@ def slow_test():
 
     def slow(self, *arguments, **options):
         for batch in batches(self, *arguments, **options):
-            time.sleep(1)
             yield batch
+            print("a slow test batch", flush=True)
+            time.sleep(1)
 
     data.Dataset.test_batches = slow
 
@@ -88,11 +89,11 @@ def test_a_signal_in_the_last_evaluation_ends_it(finished, copy, command, tmp_pa
     (copy / "result.json").unlink()
     arguments = [*QUICK, f"--workdir={copy}", "--config.eval.batch_size=4"]
     process = Command(tmp_path / "output", *arguments, first=slow_test)
-    process.when(lambda: "evaluating" in process.stdout)
+    process.when(lambda: "a slow test batch" in process.stdout)
     process.signal(signal.SIGTERM)
     assert process.wait().returncode == RESUMABLE, process.stderr
     assert process.stderr == (
-        "stopped by a signal in the evaluation after step 12; the same command evaluates again\n"
+        "stopped by a signal in the evaluation after step 12; re-run the command to evaluate\n"
     )
     assert command(*arguments).returncode == 0
     assert (copy / "result.json").read_bytes() == result
@@ -108,7 +109,7 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path):
     assert process.wait().returncode == 130, process.stderr
     assert time.monotonic() - started < 10
     (line,) = process.stderr.splitlines()
-    assert line == "interrupted; the same command goes on from the last checkpoint"
+    assert line == "interrupted; re-run the command to resume from the last checkpoint"
 
 
 # Disks that refuse

@@ -20,7 +20,7 @@ ROOMS = {
         {
             "numpy",
             "absl",
-            "grain",
+            "cloudpickle",
             "sklearn",
             "av",
             "cv2",
@@ -61,7 +61,7 @@ ROOMS = {
     "sheet": ({"jax", "numpy", "PIL", "etils", "ml_collections"}, {"training"}),
     "training": (
         {"jax", "numpy", "optax", "orbax", "etils", "ml_collections", "tensorboardX"},
-        {"training", "convert", "models", "ops", "config", "errors", ""},
+        {"training", "convert", "models", "ops", "config", "signals", "errors", ""},
     ),
     "bench": (
         {"jax", "numpy", "flax", "etils", "ml_collections", "matplotlib", "torch"},
@@ -79,11 +79,12 @@ ROOMS = {
     ),
     "main": (
         {"absl", "etils", "ml_collections"},
-        {"command", "data", "config", "errors", "training", "chips", "show", "plan", "sheet", "bench"},
+        {"command", "data", "config", "errors", "training", "chips", "show", "plan", "sheet", "bench", "signals"},
     ),
     "traffic": ({"jaxlib"}, {"traffic", "errors"}),
     "errors": (set(), set()),
-    "__init__": (set(), set()),
+    "signals": (set(), {"errors"}),
+    "__init__": (set(), {"signals"}),
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 
@@ -121,5 +122,5 @@ def test_imports_stay_within_the_room(path: Path):
 def test_the_house_stays_small():
     """Places to look at when this fails, not a score: split by subject, not by size."""
     lengths = {path: len(path.read_text().splitlines()) for path in FILES}
-    assert len(lengths) <= 119
+    assert len(lengths) <= 121
     assert max(lengths.values()) <= 400, max(lengths, key=lengths.__getitem__)

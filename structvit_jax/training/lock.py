@@ -61,6 +61,10 @@ class WorkdirLock:
     def __exit__(self, *exception: object) -> None:
         self._closing.set()
         self._thread.join()
+        self.release()
+
+    def release(self) -> None:
+        """Remove the lock if it is this run's."""
         if self._read().get("token") == self._token:
             self._path.unlink()
 

@@ -12,6 +12,7 @@ import jax
 import ml_collections
 from etils import epath
 
+from structvit_jax import signals
 from structvit_jax.errors import Stopped, UserError
 from structvit_jax.models.weights import Weights, sha256, split
 from structvit_jax.training import processes
@@ -77,6 +78,7 @@ def open_workdir(run: Run, workdir: epath.Path) -> Iterator[Session]:
         stack.enter_context(naming_failures(workdir))
         if processes.is_first():
             (workdir / FOLDER).mkdir(parents=True, exist_ok=True)
+            stack.enter_context(signals.LISTENER.cleanup(lock.release))
             stack.enter_context(lock)
         processes.meet()  # the others look at it when it is there, and locked
         checkpoints = stack.enter_context(Checkpoints(workdir, keep(run)))
@@ -126,7 +128,7 @@ def _stop_in_the_end(stop: processes.StopSignal, total: int, batch: int) -> None
     """Ends the last evaluation on a signal: all that was trained is saved."""
     if stop.before(total + 1 + batch):
         raise Stopped(
-            f"stopped by a signal in the evaluation after step {total}; the same command evaluates again"
+            f"stopped by a signal in the evaluation after step {total}; re-run the command to evaluate"
         )
 
 
@@ -158,7 +160,7 @@ def take_steps(
                 if saved < step - 1:
                     save(session, state, log, goodput)
                 raise Stopped(
-                    f"stopped by a signal after step {step - 1} of {total}; the same command resumes"
+                    f"stopped by a signal after step {step - 1} of {total}; re-run the command to resume"
                 )
             goodput.switch("input")
             asked = time.monotonic()
