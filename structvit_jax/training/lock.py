@@ -1,19 +1,28 @@
-"""The lock of a workdir, that two runs never write into at once.
+"""The lock of a workdir: two runs never write into it at once.
 
-It is a small file that its owner writes anew every few seconds. Neither exclusive creation nor a common clock
-is taken for granted, since a bucket has neither: who wants the lock writes its own name, waits, and owns the
-lock if the name is still there. An owner that is gone stops renewing; one that sees another name stops its
-run.
+It is a small file that its owner rewrites every few seconds. Two mechanisms decide between runs that start at
+the same time:
+
+- On one machine, `flock` on the workdir itself: looking for an owner and writing the file happen under it, so
+  that they exclude each other for sure, however slow the disk is. The kernel drops it with the process, and it
+  leaves no file.
+- Between machines, in a bucket or on a network file system that keeps `flock` to each of them, nothing of the
+  kind can be relied on, nor can a common clock: a run writes its name, waits for a rival's write to arrive,
+  and owns the lock if its name is still there. It waits longer where its own write took long.
+
+An owner that has died stops rewriting the file; one that sees another name in it stops its run.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import socket
 import threading
 import time
 import uuid
+from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
@@ -26,6 +35,7 @@ FILE = "lock.json"
 _RENEW = 10.0  # seconds between signs of life
 _EXPIRY = 60.0  # seconds without one after which an owner that cannot be asked counts as gone
 _SETTLE = {True: 2.0, False: 0.1}  # seconds for a rival's write to arrive, in a bucket and on a disk
+_SLOWER = 3  # how many times as long as our own write a rival's may take
 
 
 class WorkdirLock:
@@ -49,9 +59,12 @@ class WorkdirLock:
         self._closing = threading.Event()
 
     def __enter__(self) -> WorkdirLock:
-        self._wait_until_free()
-        self._write()
-        time.sleep(_SETTLE[is_bucket(self._path)])
+        with self._alone_on_this_machine():
+            self._wait_until_free()
+            started = time.monotonic()
+            self._write()
+        took = time.monotonic() - started
+        time.sleep(max(_SETTLE[is_bucket(self._path)], _SLOWER * took))
         if (found := self._read()).get("token") != self._token:
             raise UserError(self._taken(found))
         self._thread = threading.Thread(target=self._keep, daemon=True)
@@ -72,6 +85,20 @@ class WorkdirLock:
         """Raises UserError if the lock was lost; ask before writing."""
         if self._lost:
             raise UserError(self._lost)
+
+    @contextlib.contextmanager
+    def _alone_on_this_machine(self) -> Iterator[None]:
+        """Exclude other runs of this machine that enter, where the file system can."""
+        if is_bucket(self._path):
+            yield
+            return
+        descriptor = os.open(self._path.parent, os.O_RDONLY)
+        try:
+            with contextlib.suppress(OSError):  # a file system without flock
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
 
     def _wait_until_free(self):
         """Returns when nobody holds the lock: an owner that is known to be gone is not waited for, one on
