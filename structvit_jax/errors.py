@@ -100,7 +100,7 @@ class _Output(io.FileIO):
             if isinstance(error, BrokenPipeError):
                 raise
             raise UserError(
-                f"standard output cannot be written: {error.strerror}; send it elsewhere and re-run the command"
+                f"standard output cannot be written: {error.strerror}; redirect it and re-run the command"
             ) from error
 
 

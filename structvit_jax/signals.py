@@ -1,8 +1,8 @@
 """What SIGTERM, SIGINT and SIGHUP do while a run is trained.
 
-Until a run has something to save, a signal ends the process at once with exit code 75: files are written whole
-or not at all, so nothing can be lost. From the first step on the signal is noted, and the run saves and stops
-after the step under way. A second Ctrl-C ends it at once with exit code 130.
+Until a run has something to save, a signal ends the process at once with exit code 75: files are written
+whole or not at all, so nothing is lost. From the first step on the signal is noted, and the run saves and
+stops after the step under way. A second Ctrl-C ends it at once with exit code 130.
 
 A thread acts on the signals. Python calls handlers in the main thread, which compiling a program can keep
 busy for minutes. Nothing but the standard library is imported here: `python -m structvit_jax.main` starts
@@ -113,7 +113,9 @@ class SignalListener:
         if self._first is None:
             self._first = now
             if not self._deferring:
-                self._exit(RESUMABLE, "stopped by a signal with nothing to save; re-run the command to resume")
+                self._exit(
+                    RESUMABLE, "stopped by a signal with nothing to save; re-run the command to resume"
+                )
             if self._forwarding and number != signal.SIGTERM:
                 os.kill(os.getpid(), signal.SIGTERM)
         elif number == signal.SIGINT and now - self._first > _SAME:

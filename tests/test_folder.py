@@ -130,7 +130,9 @@ def test_a_killed_worker_is_an_error_that_names_it(root):
     children = [int(pid) for pid in os.listdir("/proc") if pid.isdigit() and is_worker(int(pid))]
     assert children
     os.kill(children[0], signal.SIGKILL)
-    with pytest.raises(UserError, match=rf"pid {children[0]}\) died with exit code -9, reading train/\w+/\d+"):
+    with pytest.raises(
+        UserError, match=rf"pid {children[0]}\) died with exit code -9, reading train/\w+/\d+"
+    ):
         for _ in range(50):
             next(stream)
     assert time.monotonic() - started < 20

@@ -49,7 +49,7 @@ def test_a_killed_owner_is_not_waited_for(place):
 
 
 def test_slow_disks_let_no_second_owner_in(tmp_path, monkeypatch):
-    """Though the second starts before the first has written its name, and writes after the first has looked."""
+    """Though both find the workdir free before one of them has written its name."""
     fsync, slow = os.fsync, threading.Event()
 
     def slower(descriptor):

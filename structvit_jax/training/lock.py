@@ -3,8 +3,8 @@
 It is a small file that its owner rewrites every few seconds. Two mechanisms decide between runs that start at
 the same time:
 
-- On one machine, `flock` on the workdir itself: looking for an owner and writing the file happen under it, so
-  that they exclude each other for sure, however slow the disk is. The kernel drops it with the process, and it
+- On one machine, `flock` on the workdir itself: they look for an owner and write the file under it, so that
+  one excludes the others for sure, however slow the disk is. The kernel drops it with the process, and it
   leaves no file.
 - Between machines, in a bucket or on a network file system that keeps `flock` to each of them, nothing of the
   kind can be relied on, nor can a common clock: a run writes its name, waits for a rival's write to arrive,
@@ -47,13 +47,7 @@ class WorkdirLock:
 
     def __init__(self, workdir: epath.Path, *, expiry: float = _EXPIRY, renew: float = _RENEW):
         self._path, self._expiry, self._renew = workdir / FILE, expiry, renew
-        self._owner: dict[str, Any] = {
-            "host": socket.gethostname(),
-            "boot": _boot(),
-            "namespace": _pid_namespace(),
-            "pid": os.getpid(),
-            "born": _born(),
-        }
+        self._owner: dict[str, Any] = {**_machine(), "pid": os.getpid(), "born": _born()}
         self._token, self._beat = uuid.uuid4().hex, 0
         self._lost = ""
         self._closing = threading.Event()
@@ -106,7 +100,7 @@ class WorkdirLock:
         found = self._read()
         if not found:
             return
-        if self._same_machine(found):
+        if _is_here(found):
             if _is_alive(found):
                 raise UserError(self._taken(found))
             return
@@ -121,14 +115,7 @@ class WorkdirLock:
                 raise UserError(self._taken(now))
 
     def _read(self):
-        """What the file says; empty without one, and for what a kill left of one."""
-        try:
-            return read_json(self._path) or {}
-        except FileNotFoundError:
-            return {}
-
-    def _same_machine(self, owner):
-        return all(owner.get(key) == self._owner[key] for key in ("host", "boot", "namespace"))
+        return _read(self._path)
 
     def _taken(self, owner):
         return (
@@ -138,8 +125,8 @@ class WorkdirLock:
 
     def _gone(self):
         return (
-            f"{self._path} is gone: it was removed, or another run has come and ended while this one could"
-            " not renew it; the same command goes on"
+            f"{self._path} is gone: it was removed, or another run has started and ended while this one could"
+            " not renew it; re-run the command to resume"
         )
 
     def _write(self):
@@ -154,6 +141,29 @@ class WorkdirLock:
                     self._lost = self._taken(found) if found else self._gone()
                     return
                 self._write()
+
+
+def live_owner(workdir: epath.Path) -> str:
+    """Describe the run that holds the lock of a workdir; "" if none does, or one that is known to be dead."""
+    owner = _read(workdir / FILE)
+    return _describe(owner) if owner and not (_is_here(owner) and not _is_alive(owner)) else ""
+
+
+def _read(path: epath.Path) -> dict[str, Any]:
+    """Return the owner that the file names; empty without a file, and for what a kill left of one."""
+    try:
+        return read_json(path) or {}
+    except FileNotFoundError:
+        return {}
+
+
+def _machine() -> dict[str, Any]:
+    """Return what process numbers are unique in."""
+    return {"host": socket.gethostname(), "boot": _boot(), "namespace": _pid_namespace()}
+
+
+def _is_here(owner: dict[str, Any]) -> bool:
+    return all(owner.get(key) == value for key, value in _machine().items())
 
 
 def _describe(owner: dict[str, Any]) -> str:

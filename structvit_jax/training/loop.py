@@ -16,7 +16,7 @@ from structvit_jax import signals
 from structvit_jax.errors import Stopped, UserError
 from structvit_jax.models.weights import Weights, sha256, split
 from structvit_jax.training import processes
-from structvit_jax.training.checkpoint import FOLDER, Checkpoints, open_checkpoint
+from structvit_jax.training.checkpoint import FOLDER, Checkpoints, open_checkpoint, rereading
 from structvit_jax.training.evaluation import Evaluation, Evaluator, Scores
 from structvit_jax.training.goodput import Goodput
 from structvit_jax.training.lock import WorkdirLock
@@ -232,12 +232,7 @@ def evaluate(config: ml_collections.ConfigDict, path: epath.Path, out: epath.Pat
     """
     with naming_failures(out or path), naming_memory(config):
         run = Run.prepare(config, data)
-        with open_checkpoint(str(path)) as (checkpoints, step):
-            card, where = checkpoints.card(step), checkpoints.path(step)
-            adopt_classes(data, card)
-            advice = "configure the model that was saved"
-            like = split(run.model)[1]
-            weights = checkpoints.weights(step, like, run.mesh, advice, averaged=config.eval.ema)
+        card, where, step, weights = _restore(run, path)
         say(f"evaluating step {step} of {where.parent.parent} on {describe_test(data)}")
         changed = differences(card["config"], as_json(config))
         for line in changed:
@@ -254,6 +249,17 @@ def evaluate(config: ml_collections.ConfigDict, path: epath.Path, out: epath.Pat
             if other:
                 say(f"on other data than the run's: {out / 'result.json'} stays; see result_other.json")
             write_result(out, result, evaluation, data, "_other" * other)
+
+
+@rereading
+def _restore(run: Run, path: epath.Path) -> tuple[dict[str, Any], epath.Path, int, Weights]:
+    """Return the card, the folder, the step and the weights of a checkpoint; the data adopt its classes."""
+    with open_checkpoint(str(path)) as (checkpoints, step):
+        card = checkpoints.card(step)
+        adopt_classes(run.data, card)
+        advice, like = "configure the model that was saved", split(run.model)[1]
+        weights = checkpoints.weights(step, like, run.mesh, advice, averaged=run.config.eval.ema)
+        return card, checkpoints.path(step), step, weights
 
 
 def _is_other_data(change: str) -> bool:
