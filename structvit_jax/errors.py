@@ -104,14 +104,20 @@ class _Output(io.FileIO):
             ) from error
 
 
+class _OutputBuffer(io.BufferedWriter):
+    """The buffer before an `_Output`."""
+
+
 def _protect_output() -> None:
     """Make sys.stdout report failures as `_Output` does, and print any text in any encoding."""
     stream = sys.stdout
     if stream is None:  # closed
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for the rest of the process
-    elif type(stream) is io.TextIOWrapper and not isinstance(stream.buffer.raw, _Output):
+    elif type(stream) is io.TextIOWrapper and not isinstance(stream.buffer, _OutputBuffer | _Output):
+        output = _Output(stream)
+        buffered = isinstance(stream.buffer, io.BufferedWriter)  # not with python -u
         sys.stdout = io.TextIOWrapper(
-            io.BufferedWriter(_Output(stream)),
+            _OutputBuffer(output) if buffered else output,
             stream.encoding,
             "backslashreplace",
             line_buffering=stream.line_buffering,

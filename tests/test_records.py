@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -15,7 +16,7 @@ from conftest import ROOT
 from etils import epath
 from PIL import Image
 
-from structvit_jax.data import records, shards
+from structvit_jax.data import index, records, shards
 from structvit_jax.errors import DecodeError, UserError
 
 VIDEO = {"name": "folder", "size": 24, "frames": 5, "augment__crop_area": (0.5, 1.0)}
@@ -69,6 +70,26 @@ def test_shards_give_the_same_batches(root, tmp_path, runner, capfd):
     assert same(*tests)
     with pytest.raises(UserError, match="holds shards already"):
         shards.main([str(root), str(out), "--train_split=some"])
+
+
+def stopped():
+    raise InterruptedError
+
+
+def test_shards_that_were_killed_are_written_again(root, tmp_path, monkeypatch):
+    """Even when all is written but the list of ids."""
+    out = tmp_path / "out"
+    arguments = [str(root), str(out), "--train_split=some"]
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda *arguments, **options: None)  # a kill cleans nothing up
+        patch.setattr(index.Index, "id", lambda self, number: stopped())
+        with pytest.raises(InterruptedError):
+            shards.main(arguments)
+    assert records.find_shards(str(out)) is None
+    shards.main(arguments)
+    assert [path.name for path in out.iterdir()] == ["clips"]
+    dataset = load(**VIDEO, root=str(out), train_split="some")
+    assert dataset.train.source.id(0) == "long.mp4#0-1.5"
 
 
 def test_copying_to_a_bucket(tmp_path):
