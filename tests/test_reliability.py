@@ -1,11 +1,15 @@
 """What a run survives, in one process: signals, full disks, NaN, broken buckets."""
 
+import contextlib
 import functools
 import json
+import os
 import resource
 import shutil
 import signal
+import sys
 import time
+from pathlib import Path
 
 import chex
 import jax
@@ -68,6 +72,79 @@ def test_a_signal_saves_and_the_same_command_goes_on(finished, command, tmp_path
     assert resumed.returncode == 0, resumed.stderr
     assert f"resuming from {tmp_path}/run/checkpoints/{saved}" in resumed.stdout
     assert same_as(finished, tmp_path / "run")
+
+
+# Two workers whose batches take ten times as long as a step: the run waits for them nearly all the time.
+WORKERS = [*QUICK, "--config.data.workers=2", "--config.augment.randaugment=rand-m9-n8-mstd0.5-inc1"]
+WORKERS += ["--config.data.size=32", "--config.train.duration=300 steps", "--config.eval.every="]
+WORKERS += ["--config.checkpoint.every="]
+
+
+def on_terminal(name):
+    """In a command: it leads a session, of which `name` is the terminal."""
+    os.setsid()
+    terminal = os.open(name, os.O_RDWR)
+    for stream in (1, 2):
+        os.dup2(terminal, stream)
+    sys.stdout = open(os.dup(1), "w")  # noqa: SIM115 - for the rest of the process
+
+
+def test_a_signal_to_the_group_spares_the_workers(tmp_path):
+    """The run saves. Two Ctrl-C at once are one, from the terminal and from what started the run."""
+    process = Command(tmp_path / "output", *WORKERS, f"--workdir={tmp_path / 'run'}", first=os.setsid)
+    process.when(lambda: "\nstep " in process.stdout)
+    workers = children(process.process.pid)
+    assert len(workers) == 2
+    os.killpg(process.process.pid, signal.SIGINT)
+    process.signal(signal.SIGINT)
+    assert process.wait().returncode == RESUMABLE, process.stderr
+    (saved,) = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
+    (line,) = process.stderr.splitlines()
+    assert line == f"stopped by a signal after step {saved} of 300; re-run the command to resume"
+    assert not any(map(exists, workers))
+
+
+def test_a_terminal_that_hangs_up(tmp_path):
+    """SIGHUP comes, and nothing can be printed any more."""
+    ours, theirs = os.openpty()
+    first = functools.partial(on_terminal, os.ttyname(theirs))
+    process = Command(tmp_path / "output", *WORKERS, f"--workdir={tmp_path / 'run'}", first=first)
+    printed = b""
+    while b"\nstep " not in printed:
+        printed += os.read(ours, 1000)
+    os.close(ours)
+    os.close(theirs)
+    assert process.wait().returncode == RESUMABLE
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 1
+
+
+def test_a_killed_run_leaves_nothing(tmp_path):
+    arguments = [*WORKERS, f"--workdir={tmp_path / 'run'}"]
+    (tmp_path / "temporary").mkdir()
+    process = Command(tmp_path / "output", *arguments, TMPDIR=str(tmp_path / "temporary"))
+    process.when(lambda: "\nstep " in process.stdout)
+    workers = children(process.process.pid)
+    assert len(workers) == 2
+    process.signal(signal.SIGKILL)
+    process.wait()
+    deadline = time.monotonic() + 10
+    while any(map(exists, workers)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not any(map(exists, workers)) and not list((tmp_path / "temporary").iterdir())
+
+
+def children(parent):
+    """Process ids of the children of a process."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            if int(path.read_text().rsplit(")", 1)[1].split()[1]) == parent:
+                found.append(int(path.parent.name))
+    return found
+
+
+def exists(pid):
+    return Path(f"/proc/{pid}").exists()
 
 
 def slow_test():
