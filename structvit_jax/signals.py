@@ -36,6 +36,7 @@ class SignalListener:
         self._old: dict[int, Any] = {}  # handlers before
         self._ends_process = self._deferring = self._forwarding = self._interrupting = False
         self._first: float | None = None  # when the first signal came
+        self._own = 0  # SIGINTs of our own making that are still to come
         self._cleanups: list[Callable[[], None]] = []
 
     @property
@@ -119,9 +120,13 @@ class SignalListener:
             if self._forwarding and number != signal.SIGTERM:
                 os.kill(os.getpid(), signal.SIGTERM)
         elif number == signal.SIGINT and now - self._first > _SAME:
+            if self._own:
+                self._own -= 1
+                return
             if self._ends_process:
                 self._exit(INTERRUPTED, "interrupted; re-run the command to resume from the last checkpoint")
             self._interrupting = True
+            self._own += 1
             _thread.interrupt_main()
 
     def _exit(self, code: int, line: str) -> NoReturn:

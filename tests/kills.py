@@ -5,8 +5,8 @@
 --kills: SIGKILL and SIGTERM, at random moments and during saves, in runs of one process and in either
 process of runs of two, half of the runs with data workers.
 
---signals: SIGTERM, SIGINT and SIGHUP to the process group of runs with data workers, during imports, start-up,
-compiling, steps, saves and evaluation. Each has to end the run with exit code 75 and one line.
+--signals: SIGTERM, SIGINT and SIGHUP to the process group of runs with data workers, during imports,
+start-up, compiling, steps, saves and evaluation. Each has to end the run with exit code 75 and one line.
 
 After each, no process of the run may be alive, and nothing may be left in shared memory or the temporary
 folder. Every run is started again with the same command until it is complete, and has to end with the

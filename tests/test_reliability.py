@@ -25,7 +25,7 @@ from gcsfs.retry import HttpError
 from structvit_jax import data
 from structvit_jax.config import default_config
 from structvit_jax.errors import RESUMABLE, UserError
-from structvit_jax.training import lock, log, step
+from structvit_jax.training import lock, log, processes, step
 from structvit_jax.training.checkpoint import Checkpoints
 from structvit_jax.training.storage import naming_failures
 
@@ -189,6 +189,22 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path):
     assert line == "interrupted; re-run the command to resume from the last checkpoint"
 
 
+def test_in_a_program_of_someone_else_signals_raise():
+    """Nothing ends it: the first is noted, a second Ctrl-C raises, once, and handlers are given back."""
+    before = signal.getsignal(signal.SIGINT)
+    with processes.StopSignal() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.3)
+        assert stop.before(1)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(10)
+        time.sleep(0.3)
+    assert signal.getsignal(signal.SIGINT) == before
+    with processes.StopSignal() as stop:
+        assert not stop.before(1)
+
+
 # Disks that refuse
 
 
@@ -239,7 +255,7 @@ def test_a_workdir_that_vanishes(finished, command, tmp_path):
     process = Command(tmp_path / "output", *QUICK, f"--workdir={tmp_path / 'run'}", first=SLOWLY)
     process.when((tmp_path / "run" / "checkpoints" / "3").exists)
     (tmp_path / "run").rename(tmp_path / "away")
-    assert f"{tmp_path}/run" in refusal(process.wait())
+    assert f"{tmp_path}/run is gone: it was removed or renamed" in refusal(process.wait())
     shutil.rmtree(tmp_path / "run", ignore_errors=True)
     (tmp_path / "away").rename(tmp_path / "run")
     resumed = command(*QUICK, f"--workdir={tmp_path / 'run'}")
