@@ -83,27 +83,31 @@ def start(folder, count, workdir, arguments=RUN, first=SLOWLY, layout=()):
 
 
 class Traces:
-    """Finds what runs leave on the machine: those that have TMPDIR, which is this object's own, as theirs."""
+    """Finds what runs leave on the machine. They have a temporary folder of their own, which marks their
+    helpers as well."""
 
     def __init__(self, folder):
         self.folder = folder
         folder.mkdir(parents=True)
         os.environ["TMPDIR"] = str(folder)
-        self.known = set(os.listdir("/dev/shm"))
+        self.used = set()
+
+    def before(self, run):
+        """Note what processes use before they get a signal: their names in shared memory."""
+        pids = [str(command.process.pid) for command in run] + [pid for pid, _ in self._processes()]
+        self.used = set().union(*map(mapped, pids))
 
     def left(self):
         """What is left, in words, after waiting for it to go."""
         deadline = time.monotonic() + LEFT
         while (left := self._left()) and time.monotonic() < deadline:
             time.sleep(0.1)
-        self.known |= set(os.listdir("/dev/shm"))
         return left
 
     def _left(self):
         left = [f"process {pid}: {words}" for pid, words in self._processes()]
         left += [f"temporary {path.name}" for path in self.folder.iterdir()]
-        new = set(os.listdir("/dev/shm")) - self.known
-        return left + [f"shared memory {name}" for name in new - mapped()]
+        return left + [f"shared memory {name}" for name in self.used & set(os.listdir("/dev/shm"))]
 
     def _processes(self):
         """Programs with this TMPDIR: workers, helpers. A `Command` has been forked and has another."""
@@ -116,13 +120,11 @@ class Traces:
                         yield place.name, words
 
 
-def mapped():
-    """Names in /dev/shm that living processes use, whoever they are."""
-    names = set()
-    for path in Path("/proc").glob("[0-9]*/maps"):
-        with contextlib.suppress(OSError):
-            names |= set(re.findall(r" /dev/shm/(\S+)", path.read_text()))
-    return names
+def mapped(pid):
+    """Names in /dev/shm that a process uses."""
+    with contextlib.suppress(OSError):
+        return set(re.findall(r" /dev/shm/(\S+)", Path(f"/proc/{pid}/maps").read_text()))
+    return set()
 
 
 def grouped(slow):
@@ -221,6 +223,7 @@ class GroupSignals:
         while not reached(run, stage, workdir):
             time.sleep(0.001)
         time.sleep(self.chance.uniform(0, 0.3 if stage == "imports" else self.slow))
+        self.traces.before([run])
         sent = time.monotonic()
         os.killpg(run.process.pid, number)
         code = run.end(PATIENCE)
@@ -252,7 +255,7 @@ def wait(run, seconds=None):
     return codes
 
 
-def kill(run, workdir, number, when, chance):
+def kill(run, workdir, number, when, chance, traces):
     """Sends a signal to one of a run's processes; returns which, or None if the run was complete before."""
     victim = chance.randrange(len(run))
     phase, delay = chance.choice(("devices:", "compiled in", "compiled in")), chance.uniform(0, 2.5)
@@ -271,6 +274,7 @@ def kill(run, workdir, number, when, chance):
     time.sleep(delay if when == "at random" else chance.uniform(0, 0.05))
     if not all(command.process.is_alive() for command in run):
         return None
+    traces.before(run)
     os.kill(run[victim].process.pid, number)
     return victim
 
@@ -330,7 +334,7 @@ class Harness:
         for _ in range(self.chance.randint(2, 6)):
             _, sent, when = kind = self.chance.choice(kinds)
             run = start(self.folder / "output", count, workdir, arguments)
-            victim = kill(run, workdir, sent, when, self.chance)
+            victim = kill(run, workdir, sent, when, self.chance, self.traces)
             codes = wait(run, PATIENCE)
             if left := self.traces.left():
                 self.problem(f"run {number}: {describe(kind)} left {left}")
