@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import Any
 
 __version__ = "0.1.0"
@@ -11,6 +12,11 @@ __all__ = ["StructAttention", "convert", "cost", "create_model", "list_models", 
 # Loaded on first use: processes that only read data load no models.
 _ROOMS = dict.fromkeys(("StructAttention", "cost", "create_model", "list_models"), "models")
 _ROOMS["load_trained"] = "trained"
+
+if sys.argv[:1] == ["-m"]:  # `python -m structvit_jax.COMMAND`, whose imports take seconds
+    from structvit_jax import signals
+
+    signals.prepare_command(trains=any(word.endswith("structvit_jax.main") for word in sys.orig_argv))
 
 
 def __getattr__(name: str) -> Any:

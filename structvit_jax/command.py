@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -43,14 +42,8 @@ def naming_flags() -> Iterator[None]:
 def run_command(main: Callable[[list[str]], None]) -> None:
     """What a module does that is a command: a user's mistake is one line and its exit code."""
     logging.set_verbosity(logging.FATAL)  # Orbax logs its whole life; what matters it raises
-    try:
-        with exit_in_one_line():
-            main(sys.argv)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:  # what read the output has ended
-        os._exit(1)
+    with exit_in_one_line():
+        main(sys.argv)
 
 
 def config_path(argv: Sequence[str]) -> epath.Path:
@@ -109,24 +102,23 @@ def _words(argv):
 
 
 def _of_card(argv, checkpoint):
-    """The checkpoint's folder, the configuration of its card with what flags change of it, and positional
-    arguments."""
+    """Return the checkpoint as it was given, the configuration of its card with what flags change of it, and
+    positional arguments. A run that is training may replace its newest checkpoint meanwhile."""
     from structvit_jax.training import (
         mesh,  # here, so that a mistake in other commands' flags is told at once
     )
-    from structvit_jax.training.checkpoint import open_checkpoint
+    from structvit_jax.training.checkpoint import read_card
 
     key = "--config.mesh.device="  # asked first, since reading the card opens a device
     mesh.select_devices(next((word.removeprefix(key) for word in argv if word.startswith(key)), "auto"))
-    with open_checkpoint(checkpoint) as (checkpoints, step):
-        where, card = str(checkpoints.path(step)), checkpoints.card(step)
+    card = read_card(checkpoint)
     with naming_flags():
         config = from_card(card["config"])
         flag = config_flags.DEFINE_config_dict("config", config, "See structvit_jax.config.")
         words = flags.FLAGS(list(argv))[1:]
     check_config(flag.value)
     mesh.use_compilation_cache(flag.value.mesh.compilation_cache)
-    return where, flag.value, words
+    return checkpoint, flag.value, words
 
 
 def _unknown_key(message: str) -> str:

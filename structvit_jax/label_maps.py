@@ -8,7 +8,7 @@ applies its head to every position. FOLDER becomes the config.data.label_maps of
 
     python -m structvit_jax.main --config=... --config.data.label_maps=FOLDER --config.model.token_labels=True
 
-What was interrupted goes on where it was.
+Re-run the command to resume after an interruption.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from tqdm import tqdm
 
 from structvit_jax import data
 from structvit_jax.command import checkpoint_config, run_command
-from structvit_jax.data.label_maps import LabelMapWriter, digest
+from structvit_jax.data.label_maps import LabelMapWriter, check_destination, digest
 from structvit_jax.errors import UserError
-from structvit_jax.models.weights import split
+from structvit_jax.models.weights import Weights, sha256, split
 from structvit_jax.ops import batch_split_over
-from structvit_jax.training.checkpoint import open_checkpoint
+from structvit_jax.training.checkpoint import open_checkpoint, rereading
 from structvit_jax.training.mesh import check_batch, put_batch
 from structvit_jax.training.placement import batch_sharding
 from structvit_jax.training.run import Run
 from structvit_jax.training.step import normalize
 
-_TOP = flags.DEFINE_integer("top", 5, "How many classes are kept at each place.")
+_TOP = flags.DEFINE_integer("top", 5, "How many classes are kept at each place.", lower_bound=1)
 
 
 def main(argv: list[str]) -> None:
@@ -47,17 +47,20 @@ def main(argv: list[str]) -> None:
 
 
 def write(config: ml_collections.ConfigDict, teacher: str, dataset: data.Dataset, folder: str) -> str:
-    """Writes the maps of the training split, and says what they are."""
+    """Write the maps of the training split, and return a line that describes them."""
+    check_destination(folder)
     run = Run.prepare(config, dataset)
     check_batch(run.mesh, "eval.batch_size", config.eval.batch_size)
     structure, like = split(run.model)
-    with open_checkpoint(teacher) as (checkpoints, step):
-        weights = checkpoints.weights(step, like, run.mesh, "configure the teacher's model", averaged=True)
+    weights = _restore(teacher, like, run)
     height, width = run.model.grid(config.data.size)
     top = min(_TOP.value, len(dataset.class_names))
     images = dataset.train_examples
     card = {
         "teacher": str(teacher),
+        "params_sha256": sha256(weights),
+        "size": config.data.size,
+        "normalization": [list(config.data.mean), list(config.data.std), config.data.channels],
         "class_names": list(dataset.class_names),
         "images": images,
         "ids": digest([dataset.train_id(i) for i in range(images)]),
@@ -85,6 +88,12 @@ def write(config: ml_collections.ConfigDict, teacher: str, dataset: data.Dataset
             progress.update(int(rows.sum()))
     writer.finish()
     return f"{folder}: maps of {images} images, {height}x{width}, {top} classes at each place"
+
+
+@rereading
+def _restore(teacher: str, like: Weights, run: Run) -> Weights:
+    with open_checkpoint(teacher) as (checkpoints, step):
+        return checkpoints.weights(step, like, run.mesh, "configure the teacher's model", averaged=True)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from structvit_jax import data
+from structvit_jax import data, signals
 from structvit_jax.command import config_path, naming_flags
 from structvit_jax.config import check_config
 from structvit_jax.errors import UserError, exit_in_one_line
@@ -40,6 +40,8 @@ def main(argv: Sequence[str]) -> None:
     check_config(config)
     if _PEER.value and _MODE.value != "bench":
         raise UserError("--peer is for --mode=bench")
+    if _MODE.value != "train":
+        signals.LISTENER.stop()
     from structvit_jax.training import processes, watch  # here, so that a mistake in flags is told at once
 
     if _MODE.value in ("train", "eval"):
@@ -94,7 +96,8 @@ def _parse(argv: Sequence[str]) -> list[str]:
 
 
 def run() -> None:
-    """The command line: a user's mistake is one line and exit code 2."""
+    """Run the command line: a user's mistake is one line and exit code 2."""
+    signals.prepare_command(trains=True)
     logging.set_verbosity(logging.FATAL)  # Orbax logs its whole life; what matters it raises
     try:
         with exit_in_one_line():
@@ -104,13 +107,6 @@ def run() -> None:
             raise
         sys.stdout.flush()
         os._exit(end.__cause__.exit_code)  # Python's own end would let the threads of failed saves complain
-    except KeyboardInterrupt:
-        trains = flags.FLAGS.is_parsed() and _MODE.value == "train"
-        then = "; the same command goes on from the last checkpoint" if trains else ""
-        print(f"interrupted{then}", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:  # what read the output has ended
-        os._exit(1)
 
 
 if __name__ == "__main__":

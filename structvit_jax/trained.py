@@ -32,7 +32,7 @@ from structvit_jax.data.reader import Reader
 from structvit_jax.models import Network, create_model
 from structvit_jax.models.variants import counterpart
 from structvit_jax.models.weights import Weights, split, update
-from structvit_jax.training.checkpoint import open_checkpoint
+from structvit_jax.training.checkpoint import open_checkpoint, rereading
 from structvit_jax.training.evaluation import probabilities
 from structvit_jax.training.mesh import make_mesh, put_batch
 from structvit_jax.training.step import make_eval_step, normalize
@@ -168,6 +168,7 @@ class Trained:
         return jnp.moveaxis(jax.lax.map(of_view, jnp.moveaxis(inputs, 1, 0)), 0, 1)
 
 
+@rereading
 def load_trained(checkpoint: str, config: ml_collections.ConfigDict | None = None) -> Trained:
     """The model of a checkpoint of ours, with the moving average of its weights where there is one and
     config.eval.ema is set.

@@ -151,6 +151,11 @@ class Command:
         self.process.join(300)
         return self
 
+    def end(self, seconds):
+        """The exit code, if it ends in this time."""
+        self.process.join(seconds)
+        return self.returncode
+
     def signal(self, number):
         """Sends a signal; the command has to be running still."""
         assert self.process.is_alive(), self.stdout + self.stderr

@@ -16,6 +16,7 @@ from structvit_jax.errors import Stopped, UserError
 from structvit_jax.models.weights import Weights
 from structvit_jax.training import checkpoint, digests, mesh, optim
 from structvit_jax.training.checkpoint import Checkpoints, Keep
+from structvit_jax.training.lock import WorkdirLock
 from structvit_jax.training.step import init_state
 
 
@@ -220,3 +221,74 @@ def test_a_save_in_a_bucket_is_finished_by_its_digests(place, files, unfinished)
         with pytest.raises(UserError, match=r"is damaged \(.*sha256\.json"):
             Checkpoints(place, Keep(1))
     assert folder.exists() != unfinished
+
+
+# Beside a run that is training
+
+
+def save(place, number, keep):
+    with Checkpoints(place, keep) as checkpoints:
+        checkpoints.save(tiny_state(number), {"of": number})
+
+
+def test_the_next_checkpoint_is_read_when_a_run_replaces_one(tmp_path, monkeypatch):
+    """After its files are compared, and half-way through that; a step that is named is not replaced."""
+    save(tmp_path, 1, Keep(1))
+    restore, damage = Checkpoints._restore, checkpoint.damage
+    pending = [2]
+
+    def restore_late(self, step, **items):
+        while pending:
+            save(tmp_path, pending.pop(), Keep(1))
+        return restore(self, step, **items)
+
+    def compare_late(folder, part=""):
+        while pending:
+            save(tmp_path, pending.pop(), Keep(2))
+            (folder / "card" / "metadata").unlink()  # its removal has begun
+        return damage(folder, part)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "_restore", restore_late)
+        assert checkpoint.read_card(str(tmp_path)) == {"of": 2}
+    pending = [3]
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "damage", compare_late)
+        assert checkpoint.read_card(str(tmp_path)) == {"of": 3}
+    with pytest.raises(UserError, match=r"no finished checkpoint at .*; .* holds these steps: 3, 2"):
+        checkpoint.read_card(f"{tmp_path}/checkpoints/1")
+
+
+def test_no_advice_to_move_what_a_run_is_writing(tmp_path):
+    save(tmp_path, 1, Keep(1))
+    flip(tmp_path / "checkpoints" / "1" / "card" / "metadata")
+    with WorkdirLock(epath.Path(tmp_path)):
+        with pytest.raises(UserError, match=r"damaged .* being written by a run .* try again") as caught:
+            checkpoint.read_card(str(tmp_path))
+        assert "move them away" not in str(caught.value)
+    with pytest.raises(UserError, match="move them away"):
+        checkpoint.read_card(str(tmp_path))
+
+
+def test_files_without_permission_are_not_damaged(tmp_path, monkeypatch):
+    """The older checkpoint is not used in silence. (As root nothing lacks permission.)"""
+    for number in (1, 2):
+        save(tmp_path, number, Keep(2))
+    closed = tmp_path / "checkpoints" / "2" / "card" / "metadata"
+    open_file = type(epath.Path("/")).open
+
+    def refuse(self, *arguments, **options):
+        if str(self) == str(closed):
+            raise PermissionError(13, "Permission denied", str(self))
+        return open_file(self, *arguments, **options)
+
+    monkeypatch.setattr(type(epath.Path("/")), "open", refuse)
+    with pytest.raises(UserError, match=f"{closed} cannot be read: Permission denied"):
+        checkpoint.read_card(str(tmp_path))
+
+
+def test_a_file_in_the_place_of_checkpoints(tmp_path, refused):
+    (tmp_path / "checkpoints").write_text("")
+    with pytest.raises(UserError, match="checkpoints is a file"):
+        checkpoint.read_card(str(tmp_path))
+    assert "checkpoints" in refused(*QUICK, f"--workdir={tmp_path}")

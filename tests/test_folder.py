@@ -130,7 +130,9 @@ def test_a_killed_worker_is_an_error_that_names_it(root):
     children = [int(pid) for pid in os.listdir("/proc") if pid.isdigit() and is_worker(int(pid))]
     assert children
     os.kill(children[0], signal.SIGKILL)
-    with pytest.raises(UserError, match=rf"exit code -9: pid {children[0]}, reading train/\w+/\d+"):
+    with pytest.raises(
+        UserError, match=rf"pid {children[0]}\) died with exit code -9, reading train/\w+/\d+"
+    ):
         for _ in range(50):
             next(stream)
     assert time.monotonic() - started < 20
@@ -143,7 +145,7 @@ def is_worker(pid):
         command = Path(f"/proc/{pid}/cmdline").read_text()
     except OSError:
         return False
-    return int(stat[1]) == os.getpid() and "spawn_main" in command
+    return int(stat[1]) == os.getpid() and "workers.py" in command
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import functools
 import os
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -45,6 +46,39 @@ def test_a_killed_owner_is_not_waited_for(place):
     owner.wait()
     owner.stdout.close()
     assert not (place / lock.FILE).exists()
+
+
+def test_slow_disks_let_no_second_owner_in(tmp_path, monkeypatch):
+    """Though both find the workdir free before one of them has written its name."""
+    fsync, slow = os.fsync, threading.Event()
+
+    def slower(descriptor):
+        if threading.current_thread() is late:
+            slow.set()
+            time.sleep(0.5)
+        fsync(descriptor)
+
+    def enter(name):
+        try:
+            with WorkdirLock(epath.Path(tmp_path)):
+                held.append(name)
+                done.wait(10)
+        except UserError as error:
+            refused.append(str(error))
+
+    held, refused, done = [], [], threading.Event()
+    late = threading.Thread(target=enter, args=("late",))
+    first = threading.Thread(target=enter, args=("first",))
+    monkeypatch.setattr(os, "fsync", slower)
+    late.start()
+    slow.wait(10)
+    first.start()
+    while len(held) + len(refused) < 2 and first.is_alive():
+        time.sleep(0.01)
+    done.set()
+    late.join()
+    first.join()
+    assert held == ["late"] and "is being written by another run" in refused[0]
 
 
 def elsewhere(place, monkeypatch, **options):

@@ -88,20 +88,26 @@ def test_two_processes_are_stopped_and_end_like_one(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("victim", "fate"), [(0, "is gone"), (1, "has given no sign of life for 5 s; it is lost")]
+    ("victim", "number"), [(0, signal.SIGKILL), (1, signal.SIGKILL), (0, signal.SIGSTOP)]
 )
-def test_a_killed_process_is_named(tmp_path, victim, fate):
-    """For process 0, JAX alone would abort the others in its own words."""
+def test_a_lost_process_is_named(tmp_path, victim, number):
+    """For process 0, killed or stopped, JAX alone would abort the others with a stack trace."""
     both = processes(tmp_path / "a", *WIDE, f"--workdir={tmp_path / 'run'}")
     both[0].when(lambda: "compiling" in both[0].stdout)
-    both[victim].signal(signal.SIGKILL)
-    killed, other = time.monotonic(), both[1 - victim]
+    both[victim].signal(number)
+    lost, other = time.monotonic(), both[1 - victim]
     assert other.wait().returncode == RESUMABLE, other.stderr
-    assert time.monotonic() - killed < 5 + 10
-    assert other.stderr.splitlines()[-1] == (
-        f"error: {named(both[victim], victim)} {fate}; process {1 - victim} of 2 ends with it;"
-        " the same command resumes"
-    )
+    assert time.monotonic() - lost < 5 + 10
+    name = named(both[victim], victim)
+    fate = f"no heartbeat from {name} for 5 s; assuming it is dead"
+    if (victim, number) == (0, signal.SIGKILL):
+        fate = f"{name} is gone"
+    line = f"error: {fate}; process {1 - victim} of 2 ends with it; re-run the command to resume"
+    assert other.stderr.splitlines()[-1] == line
+    if number == signal.SIGSTOP:
+        assert other.stderr == f"{line}\n"
+        both[0].signal(signal.SIGCONT)
+        assert both[0].wait().returncode == RESUMABLE, both[0].stderr
 
 
 def test_a_mistake_of_one_process_ends_both(tmp_path):

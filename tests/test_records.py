@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -159,6 +160,26 @@ def test_pipes_are_not_copied_into_shards(tmp_path):
     os.mkfifo(tmp_path / "pipe.jpg")
     record = records.record(Index(str(tmp_path), [Entry("pipe.jpg", "a")], ("a",)), 0)
     assert record["problem"] == "not a regular file" and not record["files"]
+
+
+def stopped():
+    raise InterruptedError
+
+
+def test_shards_that_were_killed_are_written_again(root, tmp_path, monkeypatch):
+    """Even when all is written but the list of ids."""
+    out = tmp_path / "out"
+    arguments = [str(root), str(out), "--train_split=some"]
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda *arguments, **options: None)  # a kill cleans nothing up
+        patch.setattr(Index, "id", lambda self, number: stopped())
+        with pytest.raises(InterruptedError):
+            shards.main(arguments)
+    assert records.find_shards(str(out)) is None
+    shards.main(arguments)
+    assert [path.name for path in out.iterdir()] == ["clips"]
+    dataset = load(**VIDEO, root=str(out), train_split="some")
+    assert dataset.train.source.id(0) == "long.mp4#0-1.5"
 
 
 def test_copying_to_a_bucket(tmp_path):

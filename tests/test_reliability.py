@@ -1,11 +1,15 @@
 """What a run survives, in one process: signals, full disks, NaN, broken buckets."""
 
+import contextlib
 import functools
 import json
+import os
 import resource
 import shutil
 import signal
+import sys
 import time
+from pathlib import Path
 
 import chex
 import jax
@@ -21,7 +25,7 @@ from gcsfs.retry import HttpError
 from structvit_jax import data
 from structvit_jax.config import default_config
 from structvit_jax.errors import RESUMABLE, UserError
-from structvit_jax.training import lock, log, step
+from structvit_jax.training import lock, log, processes, step
 from structvit_jax.training.checkpoint import Checkpoints
 from structvit_jax.training.storage import naming_failures
 
@@ -62,12 +66,85 @@ def test_a_signal_saves_and_the_same_command_goes_on(finished, command, tmp_path
     assert process.wait().returncode == RESUMABLE, process.stderr
     (line,) = process.stderr.splitlines()
     (saved,) = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
-    assert line == f"stopped by a signal after step {saved} of 12; the same command resumes"
+    assert line == f"stopped by a signal after step {saved} of 12; re-run the command to resume"
     assert not (tmp_path / "run" / "lock.json").exists()
     resumed = command(*arguments)
     assert resumed.returncode == 0, resumed.stderr
     assert f"resuming from {tmp_path}/run/checkpoints/{saved}" in resumed.stdout
     assert same_as(finished, tmp_path / "run")
+
+
+# Two workers whose batches take ten times as long as a step: the run waits for them nearly all the time.
+WORKERS = [*QUICK, "--config.data.workers=2", "--config.augment.randaugment=rand-m9-n8-mstd0.5-inc1"]
+WORKERS += ["--config.data.size=32", "--config.train.duration=300 steps", "--config.eval.every="]
+WORKERS += ["--config.checkpoint.every="]
+
+
+def on_terminal(name):
+    """In a command: it leads a session, of which `name` is the terminal."""
+    os.setsid()
+    terminal = os.open(name, os.O_RDWR)
+    for stream in (1, 2):
+        os.dup2(terminal, stream)
+    sys.stdout = open(os.dup(1), "w")  # noqa: SIM115 - for the rest of the process
+
+
+def test_a_signal_to_the_group_spares_the_workers(tmp_path):
+    """The run saves. Two Ctrl-C at once are one, from the terminal and from what started the run."""
+    process = Command(tmp_path / "output", *WORKERS, f"--workdir={tmp_path / 'run'}", first=os.setsid)
+    process.when(lambda: "\nstep " in process.stdout)
+    workers = children(process.process.pid)
+    assert len(workers) == 2
+    os.killpg(process.process.pid, signal.SIGINT)
+    process.signal(signal.SIGINT)
+    assert process.wait().returncode == RESUMABLE, process.stderr
+    (saved,) = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
+    (line,) = process.stderr.splitlines()
+    assert line == f"stopped by a signal after step {saved} of 300; re-run the command to resume"
+    assert not any(map(exists, workers))
+
+
+def test_a_terminal_that_hangs_up(tmp_path):
+    """SIGHUP comes, and nothing can be printed any more."""
+    ours, theirs = os.openpty()
+    first = functools.partial(on_terminal, os.ttyname(theirs))
+    process = Command(tmp_path / "output", *WORKERS, f"--workdir={tmp_path / 'run'}", first=first)
+    printed = b""
+    while b"\nstep " not in printed:
+        printed += os.read(ours, 1000)
+    os.close(ours)
+    os.close(theirs)
+    assert process.wait().returncode == RESUMABLE
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 1
+
+
+def test_a_killed_run_leaves_nothing(tmp_path):
+    arguments = [*WORKERS, f"--workdir={tmp_path / 'run'}"]
+    (tmp_path / "temporary").mkdir()
+    process = Command(tmp_path / "output", *arguments, TMPDIR=str(tmp_path / "temporary"))
+    process.when(lambda: "\nstep " in process.stdout)
+    workers = children(process.process.pid)
+    assert len(workers) == 2
+    process.signal(signal.SIGKILL)
+    process.wait()
+    deadline = time.monotonic() + 10
+    while any(map(exists, workers)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not any(map(exists, workers)) and not list((tmp_path / "temporary").iterdir())
+
+
+def children(parent):
+    """Process ids of the children of a process."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            if int(path.read_text().rsplit(")", 1)[1].split()[1]) == parent:
+                found.append(int(path.parent.name))
+    return found
+
+
+def exists(pid):
+    return Path(f"/proc/{pid}").exists()
 
 
 def slow_test():
@@ -76,8 +153,9 @@ def slow_test():
 
     def slow(self, *arguments, **options):
         for batch in batches(self, *arguments, **options):
-            time.sleep(1)
             yield batch
+            print("a slow test batch", flush=True)
+            time.sleep(1)
 
     data.Dataset.test_batches = slow
 
@@ -88,11 +166,11 @@ def test_a_signal_in_the_last_evaluation_ends_it(finished, copy, command, tmp_pa
     (copy / "result.json").unlink()
     arguments = [*QUICK, f"--workdir={copy}", "--config.eval.batch_size=4"]
     process = Command(tmp_path / "output", *arguments, first=slow_test)
-    process.when(lambda: "evaluating" in process.stdout)
+    process.when(lambda: "a slow test batch" in process.stdout)
     process.signal(signal.SIGTERM)
     assert process.wait().returncode == RESUMABLE, process.stderr
     assert process.stderr == (
-        "stopped by a signal in the evaluation after step 12; the same command evaluates again\n"
+        "stopped by a signal in the evaluation after step 12; re-run the command to evaluate\n"
     )
     assert command(*arguments).returncode == 0
     assert (copy / "result.json").read_bytes() == result
@@ -108,7 +186,23 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path):
     assert process.wait().returncode == 130, process.stderr
     assert time.monotonic() - started < 10
     (line,) = process.stderr.splitlines()
-    assert line == "interrupted; the same command goes on from the last checkpoint"
+    assert line == "interrupted; re-run the command to resume from the last checkpoint"
+
+
+def test_in_a_program_of_someone_else_signals_raise():
+    """Nothing ends it: the first is noted, a second Ctrl-C raises, once, and handlers are given back."""
+    before = signal.getsignal(signal.SIGINT)
+    with processes.StopSignal() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.3)
+        assert stop.before(1)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(10)
+        time.sleep(0.3)
+    assert signal.getsignal(signal.SIGINT) == before
+    with processes.StopSignal() as stop:
+        assert not stop.before(1)
 
 
 # Disks that refuse
@@ -161,7 +255,7 @@ def test_a_workdir_that_vanishes(finished, command, tmp_path):
     process = Command(tmp_path / "output", *QUICK, f"--workdir={tmp_path / 'run'}", first=SLOWLY)
     process.when((tmp_path / "run" / "checkpoints" / "3").exists)
     (tmp_path / "run").rename(tmp_path / "away")
-    assert f"{tmp_path}/run" in refusal(process.wait())
+    assert f"{tmp_path}/run is gone: it was removed or renamed" in refusal(process.wait())
     shutil.rmtree(tmp_path / "run", ignore_errors=True)
     (tmp_path / "away").rename(tmp_path / "run")
     resumed = command(*QUICK, f"--workdir={tmp_path / 'run'}")

@@ -20,7 +20,7 @@ ROOMS = {
         {
             "numpy",
             "absl",
-            "grain",
+            "cloudpickle",
             "sklearn",
             "av",
             "cv2",
@@ -62,7 +62,7 @@ ROOMS = {
     "sheet": ({"jax", "numpy", "PIL", "etils", "ml_collections"}, {"training"}),
     "training": (
         {"jax", "numpy", "optax", "orbax", "etils", "ml_collections", "tensorboardX"},
-        {"training", "convert", "models", "ops", "config", "errors", ""},
+        {"training", "convert", "models", "ops", "config", "signals", "errors", ""},
     ),
     "bench": (
         {"jax", "numpy", "flax", "etils", "ml_collections", "matplotlib", "torch"},
@@ -80,12 +80,25 @@ ROOMS = {
     ),
     "main": (
         {"absl", "etils", "ml_collections"},
-        {"command", "data", "config", "errors", "training", "chips", "show", "plan", "sheet", "bench"},
+        {
+            "command",
+            "data",
+            "config",
+            "errors",
+            "training",
+            "chips",
+            "show",
+            "plan",
+            "sheet",
+            "bench",
+            "signals",
+        },
     ),
     "traffic": ({"jaxlib"}, {"traffic", "errors"}),
     "class_names": (set(), set()),
     "errors": (set(), set()),
-    "__init__": (set(), set()),
+    "signals": (set(), {"errors"}),
+    "__init__": (set(), {"signals"}),
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

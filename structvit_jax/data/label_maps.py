@@ -1,8 +1,9 @@
 """Label maps for token labelling: for every training image, the classes that a teacher sees in each part.
 
 A folder holds `classes.npy`, uint16 [images, height, width, k], `scores.npy`, float16 of the same shape, the
-probabilities of these k classes, and `maps.json`, which is written last. The map covers the whole image. An
-image that could not be read has NaN.
+probabilities of these k classes, and a card that describes them: `maps.json`, which is called
+`unfinished.json` until all maps are written. A map covers the whole image. An image that could not be read
+has NaN.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from structvit_jax.errors import UserError
+from structvit_jax.errors import DecodeError, UserError
 
-_CARD = "maps.json"
+_CARD, _UNFINISHED = "maps.json", "unfinished.json"
 _ARRAYS = {"classes": np.uint16, "scores": np.float16}
 
 
@@ -30,24 +31,25 @@ class LabelMaps:
 
     def __init__(self, folder: str, ids: Sequence[str], class_names: Sequence[str]):
         path = os.path.join(folder, _CARD)
-        try:
-            with open(path, encoding="utf-8") as file:
-                self.card = json.load(file)
-        except (OSError, ValueError) as error:
+        self.card = _read_card(path)
+        if self.card is None:
             raise UserError(
                 f"config.data.label_maps: no finished label maps in {folder};"
-                " python -m structvit_jax.label_maps TEACHER FOLDER writes them, and goes on where it was"
-            ) from error
-        if self.card["ids"] != digest(ids):
-            raise UserError(
-                f"{path} is of {self.card['images']} other images than the {len(ids)} of the training split"
+                " python -m structvit_jax.label_maps TEACHER FOLDER writes them, and resumes after a stop"
             )
-        if set(self.card["class_names"]) != set(class_names):
+        if self.card.get("ids") != digest(ids):
+            raise UserError(
+                f"{path} is of {self.card.get('images')} other images than the {len(ids)} of the training"
+                " split"
+            )
+        names = self.card.get("class_names")
+        if not isinstance(names, list) or sorted(map(str, names)) != sorted(class_names):
             raise UserError(f"{path}: the teacher's classes are not those of the data")
         number = {name: number for number, name in enumerate(class_names)}
-        self._number = np.array([number[name] for name in self.card["class_names"]], np.uint16)
-        arrays = (np.load(os.path.join(folder, f"{name}.npy"), mmap_mode="r") for name in _ARRAYS)
-        self._classes, self._scores = arrays
+        self._number = np.array([number[str(name)] for name in names], np.uint16)
+        self._classes, self._scores = (_open(folder, name, len(ids)) for name in _ARRAYS)
+        if self._classes.shape != self._scores.shape:
+            raise UserError(f"{folder}: classes.npy and scores.npy are of different shapes; write them again")
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -55,30 +57,91 @@ class LabelMaps:
         return self._scores.shape[1:]
 
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """An image's classes, numbered as the data's, and their probabilities."""
-        return self._number[self._classes[index]], np.array(self._scores[index])
+        """Return an image's classes, numbered as the data's, and their probabilities.
+
+        Raises:
+          DecodeError: a class has no name.
+        """
+        classes = self._classes[index]
+        if classes.max(initial=0) >= len(self._number):
+            raise DecodeError("its label map is damaged")
+        return self._number[classes], np.array(self._scores[index])
+
+
+def _read_card(path: str) -> dict[str, Any] | None:
+    try:
+        with open(path, encoding="utf-8") as file:
+            card = json.load(file)
+    except (OSError, ValueError):
+        return None
+    return card if isinstance(card, dict) else None
+
+
+def _open(folder: str, name: str, images: int) -> np.ndarray:
+    """Return an array of a folder of maps, mapped from disk.
+
+    Raises:
+      UserError: it is damaged.
+    """
+    path = os.path.join(folder, f"{name}.npy")
+    try:
+        array = np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path} cannot be read ({error}); write the label maps again") from error
+    if array.ndim != 4 or len(array) != images or array.dtype != _ARRAYS[name]:
+        raise UserError(f"{path} is {array.dtype} {array.shape}; write the label maps again")
+    return array
+
+
+def check_destination(folder: str) -> None:
+    """Check that label maps can be written into a folder: a new or empty one, or unfinished label maps.
+
+    Raises:
+      UserError: it holds something else, such as data.
+    """
+    if not os.path.exists(folder):
+        return
+    if not os.path.isdir(folder):
+        raise UserError(f"{folder} is a file; choose a folder for the label maps")
+    names = os.listdir(folder)
+    if _CARD in names:
+        raise UserError(f"{folder} holds finished label maps; choose another folder")
+    if names and _UNFINISHED not in names:
+        raise UserError(f"{folder} holds something else than label maps; choose a new folder for them")
 
 
 class LabelMapWriter:
-    """Writes maps in the order of the images; one that was interrupted goes on where it was.
+    """Writes maps in the order of the images; one that was interrupted resumes.
 
     Raises:
-      UserError: the folder holds maps of other images, or finished ones.
+      UserError: the folder holds finished maps, unfinished ones of another card, or something else.
     """
 
     def __init__(self, folder: str, card: dict[str, Any], shape: tuple[int, int, int, int]):
-        """`shape` is [images, height, width, k]; `card` says what the maps are of."""
-        self._folder, self._card, self._arrays = folder, card, {}
-        if os.path.exists(os.path.join(folder, _CARD)):
-            raise UserError(f"{folder} holds finished label maps; choose another folder")
+        """`shape` is [images, height, width, k]; `card` identifies what the maps are of, all but its
+        "teacher", a path for people to read."""
+        check_destination(folder)
+        self._folder, self._arrays = folder, {}
+        self._card = json.loads(json.dumps({**card, "shape": shape}))  # as it is read
+        unfinished = os.path.join(folder, _UNFINISHED)
+        if os.path.exists(unfinished):
+            self._check_same(_read_card(unfinished) or {})
         os.makedirs(folder, exist_ok=True)
+        _write_card(unfinished, self._card)
         for name, dtype in _ARRAYS.items():
             path = os.path.join(folder, f"{name}.npy")
-            mode = "r+" if os.path.exists(path) else "w+"
-            array = np.lib.format.open_memmap(path, mode, dtype=dtype, shape=shape)
-            if array.shape != shape:
-                raise UserError(f"{path} is of shape {array.shape}, not {shape}: begun for others; remove it")
-            self._arrays[name] = array
+            if not os.path.exists(path):
+                np.lib.format.open_memmap(f"{path}.part", "w+", dtype=dtype, shape=shape)
+                os.replace(f"{path}.part", path)
+            self._arrays[name] = np.lib.format.open_memmap(path, "r+")
+
+    def _check_same(self, begun: dict[str, Any]) -> None:
+        differing = [key for key in self._card if key != "teacher" and begun.get(key) != self._card[key]]
+        if differing:
+            raise UserError(
+                f"{self._folder} holds unfinished label maps of {begun.get('teacher', 'an unknown teacher')}"
+                f" with other {', '.join(differing)}; remove them or choose another folder"
+            )
 
     @property
     def done(self) -> int:
@@ -92,13 +155,16 @@ class LabelMapWriter:
         self._arrays["scores"][start : start + len(scores)] = scores
 
     def finish(self) -> None:
-        """Writes the card, with which the maps count."""
+        """Declare the maps finished."""
         for array in self._arrays.values():
             array.flush()
-        partial = os.path.join(self._folder, f"{_CARD}.part")
-        with open(partial, "w", encoding="utf-8") as file:
-            json.dump(self._card, file, indent=2)
-        os.replace(partial, os.path.join(self._folder, _CARD))
+        os.replace(os.path.join(self._folder, _UNFINISHED), os.path.join(self._folder, _CARD))
+
+
+def _write_card(path: str, card: dict[str, Any]) -> None:
+    with open(f"{path}.part", "w", encoding="utf-8") as file:
+        json.dump(card, file, indent=2)
+    os.replace(f"{path}.part", path)
 
 
 def digest(ids: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""Batches as a pure function of (seed, step), read ahead by grain in threads or processes.
+"""Batches as a pure function of (seed, step), read ahead in threads or processes.
 
 A batch is a dict of arrays over its rows, and of what could not be read:
 
@@ -15,21 +15,18 @@ Several hosts read equal shares of a batch: host h of n has the h-th n-th of its
 
 from __future__ import annotations
 
+import collections
 import functools
-import gc
 import itertools
-import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Literal, NamedTuple, NoReturn
 
-import grain
 import numpy as np
-from absl import flags
 
 from structvit_jax.data.reader import Arrays, Reader
+from structvit_jax.data.workers import Lost, Note, in_processes
 from structvit_jax.errors import DecodeError, UserError
 
 Batch = dict[str, Any]
@@ -157,71 +154,38 @@ def _order(seed: int, epoch: int, examples: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(examples)
 
 
-Note = Callable[[str], None]
-
-
-class _Noted:
-    """Reads a batch, and notes in a file of this process's own what is being read, in case it dies."""
-
-    def __init__(self, read: Callable[..., Batch], folder: str | None):
-        self._read, self._folder = read, folder
-        self._file: int | None = None
-
-    def __call__(self, number: int) -> Batch:
-        return self._read(number, self._note)
-
-    def _note(self, identity: str) -> None:
-        if self._folder is None:
-            return
-        if self._file is None:
-            self._file = os.open(os.path.join(self._folder, str(os.getpid())), os.O_WRONLY | os.O_CREAT)
-        os.pwrite(self._file, os.fsencode(identity).ljust(_NOTE)[:_NOTE], 0)  # whole at any moment
-
-
-_NOTE = 512
-
-
-def _prefetched(read: Callable[..., Batch], start: int, stop: int, workers: int) -> Iterator[Batch]:
-    """Batches start to stop, read ahead; the order does not depend on the number of workers.
+def _prefetched(read: Callable[[int, Note], Batch], start: int, stop: int, workers: int) -> Iterator[Batch]:
+    """Yield batches start to stop, read ahead; the order does not depend on the number of workers.
 
     Raises:
-      UserError: a worker was killed; names what it was reading.
+      UserError: a worker died; names what it was reading.
     """
-    notes = tempfile.mkdtemp(prefix="structvit_jax_workers_") if workers else None
-    data = grain.MapDataset.range(start, stop).map(_Noted(read, notes))
     if workers:
-        if not flags.FLAGS.is_parsed():  # grain reads flags of its own; there are none outside a command
-            flags.FLAGS.mark_as_parsed()
-        ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
-        options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1)
-        iterator = iter(data.to_iter_dataset(ahead).mp_prefetch(options))
-    else:
-        iterator = iter(data.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)))
+        return in_processes(read, range(start, stop), workers, ahead=_AHEAD, lost=_died)
+    return _in_threads(read, range(start, stop))
+
+
+def _in_threads(read: Callable[[int, Note], Batch], numbers: range) -> Iterator[Batch]:
+    """Yield batches that two threads read ahead."""
+    pool = ThreadPoolExecutor(2, thread_name_prefix="read-ahead")
+    pending: collections.deque[Future[Batch]] = collections.deque()
     try:
-        yield from iterator
-    except RuntimeError as error:
-        if notes is None or "terminated unexpectedly" not in str(error):
-            raise
-        raise UserError(_obituary(notes, str(error))) from error
+        for number in numbers:
+            pending.append(pool.submit(read, number, lambda identity: None))
+            if len(pending) > _AHEAD:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
     finally:
-        iterator.close()
-        if notes:
-            shutil.rmtree(notes, ignore_errors=True)
-            del iterator, data
-            gc.collect()  # their shared memory hangs in cycles, and Python would complain of it at exit
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _obituary(notes: str, message: str) -> str:
-    """Which of the workers that left notes are gone, and what they were reading."""
-    code = next((word.rstrip(".") for word in message.split() if word.rstrip(".").lstrip("-").isdigit()), "?")
-    dead = []
-    for pid in os.listdir(notes):
-        try:
-            os.kill(int(pid), 0)
-        except ProcessLookupError:
-            with open(os.path.join(notes, pid), "rb") as file:
-                dead.append(f"pid {pid}, reading {os.fsdecode(file.read().strip())}")
-    return (
-        f"a decode worker died with exit code {code}: {'; '.join(dead) or 'before it read anything'}."
-        " If memory ran out, use fewer --config.data.workers; the same command resumes"
+_AHEAD = 2  # batches that are read, or wait to be taken: in all, or for each worker
+
+
+def _died(worker: Lost) -> NoReturn:
+    raise UserError(
+        f"a data worker (pid {worker.pid}) died with exit code {worker.code}, reading"
+        f" {worker.note or 'nothing yet'}. If memory ran out, use fewer --config.data.workers; re-run the"
+        " command to resume"
     )

@@ -16,13 +16,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import itertools
-import multiprocessing
+import functools
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 
 from tqdm import tqdm
 
@@ -37,6 +34,7 @@ from structvit_jax.data.index import (
     read_split,
     write_list,
 )
+from structvit_jax.data.workers import Note, in_processes
 from structvit_jax.errors import DecodeError, UserError, exit_in_one_line, known
 
 _SOURCES = ("folder", "list", *DATA_SETS)
@@ -179,49 +177,21 @@ def check(indices: dict[str, Index], workers: int, out: str) -> int:
 
 
 def _reasons(index: Index, workers: int) -> Iterator[tuple[int, str]]:
-    """Number and reason of every example, "" if it can be read; found even if it kills its decoder."""
-    pool, numbers = _pool(index, workers), iter(range(len(index)))
-    while window := list(itertools.islice(numbers, 32 * workers)):
-        reasons = _in_pool(pool, window)
-        if lost := [number for number in window if number not in reasons]:  # a process died: one by one then
-            pool.shutdown()
-            for number in lost:
-                with _pool(index, 1) as alone:
-                    reasons |= {number: "kills the process that decodes it"} | _in_pool(alone, [number])
-            pool = _pool(index, workers)
-        yield from ((number, reasons[number]) for number in window)
-    pool.shutdown()
+    """Yield number and reason of every example, "" if it can be read, also if it kills its decoder."""
+    numbers = range(len(index))
+    read = functools.partial(_reason, index)
+    found = in_processes(read, numbers, workers, ahead=_AHEAD, lost=lambda worker: _KILLED)
+    with contextlib.closing(found):
+        yield from zip(numbers, found, strict=True)
 
 
-def _pool(index: Index, workers: int) -> ProcessPoolExecutor:
-    context = multiprocessing.get_context("forkserver")
-    return ProcessPoolExecutor(workers, context, initializer=_Worker.start, initargs=(index,))
+_AHEAD = 16  # examples in the queue of each worker
+_KILLED = "kills the process that decodes it"
 
 
-def _in_pool(pool: ProcessPoolExecutor, numbers: Sequence[int]) -> dict[int, str]:
-    """The reasons of those examples that the pool survives."""
-    futures, reasons = {}, {}
-    with contextlib.suppress(BrokenProcessPool):
-        for number in numbers:
-            futures[number] = pool.submit(_Worker.reason, number)
-    for number, future in futures.items():
-        with contextlib.suppress(BrokenProcessPool):
-            reasons[number] = future.result()
-    return reasons
-
-
-class _Worker:
-    """What a process that decodes holds, instead of getting it with every example."""
-
-    index: Index
-
-    @classmethod
-    def start(cls, index: Index) -> None:
-        cls.index = index
-
-    @classmethod
-    def reason(cls, number: int) -> str:
-        return reason_of(cls.index, number)
+def _reason(index: Index, number: int, note: Note) -> str:
+    del note  # a worker reads one example at a time
+    return reason_of(index, number)
 
 
 def reason_of(index: Index, number: int) -> str:

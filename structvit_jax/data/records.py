@@ -103,6 +103,9 @@ class Shards(_Records):
             return Part(media, first, count, missing), int(record["label"])
 
 
+_FEATURES = "features.json"  # TFDS's description of what a record holds
+
+
 def _ids_file(split: str) -> str:
     """Beside the shards, so that ids are known without reading clips."""
     return f"ids-{split}.txt"
@@ -125,7 +128,7 @@ class Images(_Records):
 def find_shards(root: str) -> str | None:
     """The folder below `root` (or itself) that holds our shards."""
     folders = [os.path.join(root, "clips", "1.0.0"), root]
-    return next((folder for folder in folders if os.path.isfile(os.path.join(folder, "features.json"))), None)
+    return next((folder for folder in folders if os.path.isfile(os.path.join(folder, _FEATURES))), None)
 
 
 def open_shards(folder: str, train: str, test: str, limits: Limits) -> tuple[Shards, Shards]:
@@ -303,7 +306,10 @@ def _read(path: str) -> bytes:
 def write_shards(
     indices: dict[str, Index], out: str, *, shards: int = 0, runner: str = "", options: Iterable[str] = ()
 ) -> None:
-    """Writes one split per index below `out`.
+    """Write one split per index below `out`.
+
+    They are written into a folder beside their place, which gets its name when it is complete. After a kill
+    the same call starts again.
 
     Args:
       indices: the splits by name.
@@ -315,7 +321,8 @@ def write_shards(
     Raises:
       UserError: `out` holds shards already, or Beam is not installed.
     """
-    if (epath.Path(out) / Clips.name / "1.0.0").exists():
+    place = epath.Path(out) / Clips.name / "1.0.0"
+    if (place / _FEATURES).exists():
         raise UserError(f"{out} holds shards already; remove them or choose another folder")
     config: dict[str, Any] = {"num_shards": shards or None}
     if runner:
@@ -326,24 +333,30 @@ def write_shards(
                 'Apache Beam is not installed: pip install -c requirements.lock -e ".[beam]"'
             ) from error
         config |= {"beam_runner": runner, "beam_options": PipelineOptions([f"--{o}" for o in options])}
-    local = tempfile.mkdtemp(prefix="structvit_jax_shards_") if "://" in out else out
+    in_bucket = "://" in out
+    partial = (
+        tempfile.mkdtemp(prefix="structvit_jax_shards_") if in_bucket else os.path.join(out, "clips.part")
+    )
+    shutil.rmtree(partial, ignore_errors=True)  # of a start that was killed
     try:
-        builder = Clips(indices=indices, beam=bool(runner), data_dir=local, file_format="array_record")
+        builder = Clips(indices=indices, beam=bool(runner), data_dir=partial, file_format="array_record")
         builder.download_and_prepare(download_config=tfds.download.DownloadConfig(**config))
         for split, index in indices.items():
             ids = "".join(index.id(number) + "\n" for number in range(len(index)))
             (epath.Path(builder.data_path) / _ids_file(split)).write_text(ids)
-        if local != out:
-            copy_tree(epath.Path(local) / Clips.name, epath.Path(out) / Clips.name)
+        if in_bucket:
+            copy_tree(epath.Path(builder.data_path), place)
+        else:
+            place.parent.mkdir(exist_ok=True)
+            epath.Path(builder.data_path).rename(place)
     finally:
-        if local != out:
-            shutil.rmtree(local, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def copy_tree(source: epath.Path, target: epath.Path) -> None:
-    """Copies a folder to where Beam cannot write ArrayRecord itself."""
+    """Copy a folder to where Beam cannot write ArrayRecord itself, the file that identifies it last."""
     target.mkdir(parents=True, exist_ok=True)
-    for item in source.iterdir():
+    for item in sorted(source.iterdir(), key=lambda item: item.name == _FEATURES):
         if item.is_dir():
             copy_tree(item, target / item.name)
         else:

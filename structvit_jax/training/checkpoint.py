@@ -7,14 +7,13 @@ digests was not finished, one whose files differ is damaged, and the newest one 
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import functools
 import logging
 import re
 import sys
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import jax
 import numpy as np
@@ -22,18 +21,21 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import Mesh
 from orbax.checkpoint import checkpoint_managers
-from orbax.checkpoint.path import atomicity
 
-from structvit_jax.errors import Stopped, UserError
+from structvit_jax.errors import RESUMABLE, Stopped, UserError
 from structvit_jax.models.weights import Weights, mismatches
 from structvit_jax.training import processes
-from structvit_jax.training.digests import FILE, damage, write_digests
+from structvit_jax.training.commit import FOLDER, InBucket, OnDisk, is_step, is_unfinished
+from structvit_jax.training.digests import damage
+from structvit_jax.training.lock import live_owner
 from structvit_jax.training.placement import abstract, replicated
 from structvit_jax.training.processes import say
 from structvit_jax.training.step import TrainState
-from structvit_jax.training.storage import absolute, is_bucket, read_json, unusable, write, write_json
+from structvit_jax.training.storage import absolute, is_bucket, read_json, unusable, write
 
-FOLDER = "checkpoints"
+P = ParamSpec("P")
+T = TypeVar("T")
+
 ASIDE = "damaged"  # where checkpoints that cannot be used are put
 _WEIGHTS, _OPTIMIZER, _AVERAGE = (
     "weights",
@@ -45,6 +47,7 @@ _METRIC = "top1"  # what the best checkpoints are best in
 # program of its own, and compiling some hundred of them held up the first save of a run. (Orbax's notes of
 # the parts' shapes are left out then; restoring does without them.)
 _LEAST_PART = 2**20
+_ATTEMPTS = 30  # to read a checkpoint before its run replaces it
 
 
 class Keep(NamedTuple):
@@ -77,7 +80,7 @@ class Checkpoints:
             options = ocp.CheckpointManagerOptions(
                 preservation_policy=_policy(keep),
                 best_fn=_rank,
-                temporary_path_class=_InBucket if is_bucket(self._folder) else _OnDisk,
+                temporary_path_class=InBucket if is_bucket(self._folder) else OnDisk,
             )
         self._manager = ocp.CheckpointManager(absolute(self._folder), options=options)
 
@@ -193,7 +196,7 @@ class Checkpoints:
     def _remove_unfinished(self) -> None:
         """Removes what kills left of saves."""
         for path in _entries(self._folder):
-            if _is_unfinished(path):
+            if is_unfinished(path):
                 path.rmtree()
 
     @functools.cached_property
@@ -202,6 +205,8 @@ class Checkpoints:
         damaged: dict[int, str] = {}
         newest = None
         for step in processes.decide(self.steps):
+            if newest is not None and not self._writes:
+                break
             # Of older ones Orbax reads the scores, to tell the best.
             part = "" if newest is None else "metrics/"
             if reason := processes.decide(functools.partial(damage, self.path(step), part)):
@@ -218,7 +223,7 @@ class Checkpoints:
             step = max(damaged)
             raise UserError(
                 f"{self.path(step)} is damaged ({damaged[step]}), and no other checkpoint in {self._folder}"
-                " is whole; move them away to start again"
+                f" is whole; {self._advice('move them away to start again')}"
             )
         return None
 
@@ -238,8 +243,15 @@ class Checkpoints:
 
     def _unreadable(self, step, reason):
         reason = " ".join(str(reason).split())[:300]
-        return UserError(
-            f"checkpoint {self.path(step)} cannot be read ({reason}); remove it to use an older one"
+        advice = self._advice("move it away to use an older one")
+        return UserError(f"checkpoint {self.path(step)} cannot be read ({reason}); {advice}")
+
+    def _advice(self, otherwise: str) -> str:
+        """What to do about a checkpoint: nothing to it while a run is writing there."""
+        run = self._folder.parent
+        owner = "" if self._writes else live_owner(run)
+        return (
+            f"{run} is being written by a run ({owner}); try again when it has saved" if owner else otherwise
         )
 
     def _saved(self, step, item):
@@ -263,67 +275,16 @@ class Checkpoints:
             )
 
 
-class _OnDisk(atomicity.AtomicRenameTemporaryPath):
-    """Gets its digests between Orbax's last write and the rename that commits."""
-
-    async def finalize(self) -> None:
-        final = self.get_final()
-        if not _is_checkpoint(final):
-            await super().finalize()
-            return
-        # still a temporary name: what a kill leaves of it is removed
-        self._final_path = self._tmp_path.with_name(self._tmp_path.name + "-written")
-        await super().finalize()
-        await asyncio.to_thread(write_digests, self._final_path)
-        await asyncio.to_thread(self._final_path.rename, final)
-        self._final_path = final
-
-
-class _InBucket(atomicity.CommitFileTemporaryPath):
-    """A bucket cannot rename: there are no digests in the file of them until the save is finished."""
-
-    async def create(self) -> epath.Path:
-        path = await super().create()
-        if _is_checkpoint(path):
-            await asyncio.to_thread(write_json, path / FILE, {})
-        return path
-
-    async def finalize(self) -> None:
-        await super().finalize()
-        if _is_checkpoint(self.get_final()):
-            await asyncio.to_thread(write_digests, self.get_final())
-
-
-def _is_checkpoint(path: epath.Path) -> bool:
-    """Whether it is a whole checkpoint, and not one of the items inside."""
-    return path.parent.name == FOLDER
-
-
-def _is_unfinished(path: epath.Path) -> bool:
-    """Whether a save never came to its end: on a disk it has a temporary name, in a bucket no digests yet.
-
-    Where that file is missing from a save that was committed, or holds anything else, it was damaged.
-    """
-    if not is_bucket(path):
-        return atomicity.TMP_DIR_SUFFIX in path.name
-    if (path / FILE).exists():
-        return read_json(path / FILE) == {}
-    return _is_step(path) and not (path / atomicity.COMMIT_SUCCESS_FILE).exists()
-
-
-def _is_step(path: epath.Path) -> bool:
-    """Return whether a folder is named after a step, as `str` writes it."""
-    name = path.name
-    return name.isascii() and name.isdecimal() and len(name) <= 18 and str(int(name)) == name
-
-
 def _entries(folder: epath.Path) -> list[epath.Path]:
-    return list(folder.iterdir()) if folder.exists() else []
+    try:
+        return list(folder.iterdir()) if folder.exists() else []
+    except NotADirectoryError as error:
+        raise UserError(f"{folder} is a file, where a run keeps its checkpoints; move it away") from error
 
 
 def _steps(folder: epath.Path) -> list[int]:
     """The steps in a folder whose save was finished, newest first."""
-    paths = [path for path in _entries(folder) if _is_step(path) and not _is_unfinished(path)]
+    paths = [path for path in _entries(folder) if is_step(path) and not is_unfinished(path)]
     return sorted((int(path.name) for path in paths), reverse=True)
 
 
@@ -360,18 +321,32 @@ def _policy(keep: Keep):
 def _locate(path: str) -> tuple[epath.Path, int | None]:
     """Splits "RUN/checkpoints/STEP" into (RUN, STEP); of "RUN" alone the step is None, the latest."""
     folder = epath.Path(path)
-    if _is_step(folder) and folder.parent.name == FOLDER:
+    if is_step(folder) and folder.parent.name == FOLDER:
         return folder.parent.parent, int(folder.name)
     return folder, None
 
 
-def newest_card(workdir: epath.Path) -> dict[str, Any] | None:
-    """The newest whole card in a workdir, if there is one. Every process may read it for itself."""
-    folder = workdir / FOLDER
-    for step in _steps(folder):
-        if not damage(folder / str(step), "card/"):
-            return read_json(folder / str(step) / "card" / "metadata")
-    return None
+class _ReplacedError(UserError):
+    """A run that is training has removed the checkpoint while it was read."""
+
+    exit_code = RESUMABLE
+
+
+def rereading(function: Callable[P, T]) -> Callable[P, T]:
+    """Decorate a function that opens a checkpoint: call it again when a run replaces that meanwhile.
+
+    A run that is training removes its older checkpoints. A function that is given the run and not one of its
+    steps then reads the next.
+    """
+
+    @functools.wraps(function)
+    def reread(*arguments: P.args, **options: P.kwargs) -> T:
+        for _ in range(_ATTEMPTS):
+            with contextlib.suppress(_ReplacedError):
+                return function(*arguments, **options)
+        return function(*arguments, **options)
+
+    return reread
 
 
 @contextlib.contextmanager
@@ -379,9 +354,24 @@ def open_checkpoint(path: str) -> Iterator[tuple[Checkpoints, int]]:
     """The checkpoints of a run, and the step that "RUN/checkpoints/STEP" names, of "RUN" its latest.
 
     Raises:
-      UserError: there is none, it is not finished, or it is damaged.
+      UserError: there is none, it is not finished, or it is damaged. See `rereading` for running runs.
     """
     run, named = _locate(path)
+    before = _steps(run / FOLDER)
+    try:
+        with _open(path, run, named) as opened:
+            yield opened
+    except Exception as error:
+        if _steps(run / FOLDER) == before:
+            raise
+        raise _ReplacedError(
+            f"the run in {run} replaces its checkpoints faster than they can be read; raise its"
+            " config.checkpoint.keep, or try again when it has ended"
+        ) from error
+
+
+@contextlib.contextmanager
+def _open(path: str, run: epath.Path, named: int | None) -> Iterator[tuple[Checkpoints, int]]:
     if not (run / FOLDER).exists():
         raise UserError(
             f"no checkpoint at {path}: it should be RUN/checkpoints/STEP, or RUN for its latest. Files of"
@@ -396,3 +386,20 @@ def open_checkpoint(path: str) -> Iterator[tuple[Checkpoints, int]]:
         if named is not None:
             checkpoints.check(step)
         yield checkpoints, step
+
+
+def newest_card(workdir: epath.Path) -> dict[str, Any] | None:
+    """The newest whole card in a workdir, if there is one. Every process may read it for itself."""
+    folder = workdir / FOLDER
+    for step in _steps(folder):
+        with contextlib.suppress(FileNotFoundError):  # a run that is training has removed it
+            if not damage(folder / str(step), "card/"):
+                return read_json(folder / str(step) / "card" / "metadata")
+    return None
+
+
+@rereading
+def read_card(path: str) -> dict[str, Any]:
+    """Return the card of the checkpoint that a path names, see `open_checkpoint`."""
+    with open_checkpoint(path) as (checkpoints, step):
+        return checkpoints.card(step)

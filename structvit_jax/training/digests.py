@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from etils import epath
 
+from structvit_jax.errors import UserError
 from structvit_jax.training.storage import read_json, write_json
 
 FILE = "sha256.json"
@@ -20,22 +21,28 @@ def write_digests(folder: epath.Path) -> None:
 
 
 def damage(folder: epath.Path, part: str = "") -> str:
-    """What is wrong with the files of a folder that has digests, or with those whose names begin with `part`;
-    "" if nothing is."""
+    """Return what is wrong with the files of a folder that has digests, or with those whose names begin with
+    `part`; "" if nothing is.
+
+    Raises:
+      UserError: a file may not be read, which is no damage.
+    """
     try:
         written = read_json(folder / FILE)
-    except FileNotFoundError:
-        return f"it has no {FILE}: its save was not finished"
-    except OSError as error:
-        return f"{FILE} cannot be read ({error.strerror or error})"
-    if not written:
-        return f"{FILE} is damaged"
-    written = {name: digest for name, digest in written.items() if name.startswith(part)}
-    missing = sorted(written.keys() - set(_files(folder, "")))
-    if missing:
-        return f"{missing[0]} is missing"
-    try:
+        if not written:
+            return f"{FILE} is damaged"
+        written = {name: digest for name, digest in written.items() if name.startswith(part)}
+        missing = sorted(written.keys() - set(_files(folder, "")))
+        if missing:
+            return f"{missing[0]} is missing"
         found = _digests(folder, sorted(written))
+    except PermissionError as error:
+        place = error.filename or folder
+        raise UserError(f"{place} cannot be read: {error.strerror}") from error
+    except FileNotFoundError as error:
+        if error.filename and str(error.filename) != str(folder / FILE):
+            return f"{error.filename} is missing"
+        return f"it has no {FILE}: its save was not finished"
     except OSError as error:
         return f"{error.filename or folder} cannot be read ({error.strerror or error})"
     changed = [name for name in written if written[name] != found[name]]

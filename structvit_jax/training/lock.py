@@ -1,19 +1,28 @@
-"""The lock of a workdir, that two runs never write into at once.
+"""The lock of a workdir: two runs never write into it at once.
 
-It is a small file that its owner writes anew every few seconds. Neither exclusive creation nor a common clock
-is taken for granted, since a bucket has neither: who wants the lock writes its own name, waits, and owns the
-lock if the name is still there. An owner that is gone stops renewing; one that sees another name stops its
-run.
+It is a small file that its owner rewrites every few seconds. Two mechanisms decide between runs that start at
+the same time:
+
+- On one machine, `flock` on the workdir itself: they look for an owner and write the file under it, so that
+  one excludes the others for sure, however slow the disk is. The kernel drops it with the process, and it
+  leaves no file.
+- Between machines, in a bucket or on a network file system that keeps `flock` to each of them, nothing of the
+  kind can be relied on, nor can a common clock: a run writes its name, waits for a rival's write to arrive,
+  and owns the lock if its name is still there. It waits longer where its own write took long.
+
+An owner that has died stops rewriting the file; one that sees another name in it stops its run.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import socket
 import threading
 import time
 import uuid
+from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
@@ -26,6 +35,7 @@ FILE = "lock.json"
 _RENEW = 10.0  # seconds between signs of life
 _EXPIRY = 60.0  # seconds without one after which an owner that cannot be asked counts as gone
 _SETTLE = {True: 2.0, False: 0.1}  # seconds for a rival's write to arrive, in a bucket and on a disk
+_SLOWER = 3  # how many times as long as our own write a rival's may take
 
 
 class WorkdirLock:
@@ -37,21 +47,18 @@ class WorkdirLock:
 
     def __init__(self, workdir: epath.Path, *, expiry: float = _EXPIRY, renew: float = _RENEW):
         self._path, self._expiry, self._renew = workdir / FILE, expiry, renew
-        self._owner: dict[str, Any] = {
-            "host": socket.gethostname(),
-            "boot": _boot(),
-            "namespace": _pid_namespace(),
-            "pid": os.getpid(),
-            "born": _born(),
-        }
+        self._owner: dict[str, Any] = {**_machine(), "pid": os.getpid(), "born": _born()}
         self._token, self._beat = uuid.uuid4().hex, 0
         self._lost = ""
         self._closing = threading.Event()
 
     def __enter__(self) -> WorkdirLock:
-        self._wait_until_free()
-        self._write()
-        time.sleep(_SETTLE[is_bucket(self._path)])
+        with self._alone_on_this_machine():
+            self._wait_until_free()
+            started = time.monotonic()
+            self._write()
+        took = time.monotonic() - started
+        time.sleep(max(_SETTLE[is_bucket(self._path)], _SLOWER * took))
         if (found := self._read()).get("token") != self._token:
             raise UserError(self._taken(found))
         self._thread = threading.Thread(target=self._keep, daemon=True)
@@ -61,6 +68,10 @@ class WorkdirLock:
     def __exit__(self, *exception: object) -> None:
         self._closing.set()
         self._thread.join()
+        self.release()
+
+    def release(self) -> None:
+        """Remove the lock if it is this run's."""
         if self._read().get("token") == self._token:
             self._path.unlink()
 
@@ -69,13 +80,27 @@ class WorkdirLock:
         if self._lost:
             raise UserError(self._lost)
 
+    @contextlib.contextmanager
+    def _alone_on_this_machine(self) -> Iterator[None]:
+        """Exclude other runs of this machine that enter, where the file system can."""
+        if is_bucket(self._path):
+            yield
+            return
+        descriptor = os.open(self._path.parent, os.O_RDONLY)
+        try:
+            with contextlib.suppress(OSError):  # a file system without flock
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
     def _wait_until_free(self):
         """Returns when nobody holds the lock: an owner that is known to be gone is not waited for, one on
         another machine until it has not renewed for the time of expiry."""
         found = self._read()
         if not found:
             return
-        if self._same_machine(found):
+        if _is_here(found):
             if _is_alive(found):
                 raise UserError(self._taken(found))
             return
@@ -90,14 +115,7 @@ class WorkdirLock:
                 raise UserError(self._taken(now))
 
     def _read(self):
-        """What the file says; empty without one, and for what a kill left of one."""
-        try:
-            return read_json(self._path) or {}
-        except FileNotFoundError:
-            return {}
-
-    def _same_machine(self, owner):
-        return all(owner.get(key) == self._owner[key] for key in ("host", "boot", "namespace"))
+        return _read(self._path)
 
     def _taken(self, owner):
         return (
@@ -107,8 +125,8 @@ class WorkdirLock:
 
     def _gone(self):
         return (
-            f"{self._path} is gone: it was removed, or another run has come and ended while this one could"
-            " not renew it; the same command goes on"
+            f"{self._path} is gone: it was removed, or another run has started and ended while this one could"
+            " not renew it; re-run the command to resume"
         )
 
     def _write(self):
@@ -123,6 +141,29 @@ class WorkdirLock:
                     self._lost = self._taken(found) if found else self._gone()
                     return
                 self._write()
+
+
+def live_owner(workdir: epath.Path) -> str:
+    """Describe the run that holds the lock of a workdir; "" if none does, or one that is known to be dead."""
+    owner = _read(workdir / FILE)
+    return _describe(owner) if owner and not (_is_here(owner) and not _is_alive(owner)) else ""
+
+
+def _read(path: epath.Path) -> dict[str, Any]:
+    """Return the owner that the file names; empty without a file, and for what a kill left of one."""
+    try:
+        return read_json(path) or {}
+    except FileNotFoundError:
+        return {}
+
+
+def _machine() -> dict[str, Any]:
+    """Return what process numbers are unique in."""
+    return {"host": socket.gethostname(), "boot": _boot(), "namespace": _pid_namespace()}
+
+
+def _is_here(owner: dict[str, Any]) -> bool:
+    return all(owner.get(key) == value for key, value in _machine().items())
 
 
 def _describe(owner: dict[str, Any]) -> str:

@@ -12,10 +12,11 @@ import jax
 import ml_collections
 from etils import epath
 
+from structvit_jax import signals
 from structvit_jax.errors import Stopped, UserError
 from structvit_jax.models.weights import Weights, sha256, split
 from structvit_jax.training import processes
-from structvit_jax.training.checkpoint import FOLDER, Checkpoints, open_checkpoint
+from structvit_jax.training.checkpoint import FOLDER, Checkpoints, open_checkpoint, rereading
 from structvit_jax.training.evaluation import Evaluation, Evaluator, Scores
 from structvit_jax.training.goodput import Goodput
 from structvit_jax.training.lock import WorkdirLock
@@ -87,6 +88,7 @@ def open_workdir(run: Run, workdir: epath.Path) -> Iterator[Session]:
         stack.enter_context(naming_failures(workdir))
         if processes.is_first():
             (workdir / FOLDER).mkdir(parents=True, exist_ok=True)
+            stack.enter_context(signals.LISTENER.cleanup(lock.release))
             stack.enter_context(lock)
         processes.meet()  # the others look at it when it is there, and locked
         checkpoints = stack.enter_context(Checkpoints(workdir, keep(run)))
@@ -137,7 +139,7 @@ def _stop_in_the_end(stop: processes.StopSignal, total: int, batch: int) -> None
     """Ends the last evaluation on a signal: all that was trained is saved."""
     if stop.before(total + 1 + batch):
         raise Stopped(
-            f"stopped by a signal in the evaluation after step {total}; the same command evaluates again"
+            f"stopped by a signal in the evaluation after step {total}; re-run the command to evaluate"
         )
 
 
@@ -169,7 +171,7 @@ def take_steps(
                 if saved < step - 1:
                     save(session, state, log, goodput)
                 raise Stopped(
-                    f"stopped by a signal after step {step - 1} of {total}; the same command resumes"
+                    f"stopped by a signal after step {step - 1} of {total}; re-run the command to resume"
                 )
             goodput.switch("input")
             asked = time.monotonic()
@@ -247,12 +249,7 @@ def evaluate(config: ml_collections.ConfigDict, path: epath.Path, out: epath.Pat
     """
     with naming_failures(out or path), naming_memory(config):
         run = Run.prepare(config, data)
-        with open_checkpoint(str(path)) as (checkpoints, step):
-            card, where = checkpoints.card(step), checkpoints.path(step)
-            adopt_classes(data, card)
-            advice = "configure the model that was saved"
-            like = split(run.model)[1]
-            weights = checkpoints.weights(step, like, run.mesh, advice, averaged=config.eval.ema)
+        card, where, step, weights = _restore(run, path)
         say(f"evaluating step {step} of {where.parent.parent} on {describe_test(data)}")
         changed = differences(card["config"], as_json(config))
         for line in changed:
@@ -269,6 +266,17 @@ def evaluate(config: ml_collections.ConfigDict, path: epath.Path, out: epath.Pat
             if other:
                 say(f"on other data than the run's: {out / 'result.json'} stays; see result_other.json")
             write_result(out, result, evaluation, data, "_other" * other)
+
+
+@rereading
+def _restore(run: Run, path: epath.Path) -> tuple[dict[str, Any], epath.Path, int, Weights]:
+    """Return the card, the folder, the step and the weights of a checkpoint; the data adopt its classes."""
+    with open_checkpoint(str(path)) as (checkpoints, step):
+        card = checkpoints.card(step)
+        adopt_classes(run.data, card)
+        advice, like = "configure the model that was saved", split(run.model)[1]
+        weights = checkpoints.weights(step, like, run.mesh, advice, averaged=run.config.eval.ema)
+        return card, checkpoints.path(step), step, weights
 
 
 def _is_other_data(change: str) -> bool:

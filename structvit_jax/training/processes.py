@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import os
 import pickle
-import signal
 import sys
 import threading
 from collections.abc import Callable
@@ -19,6 +18,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from structvit_jax import signals
 from structvit_jax.errors import RESUMABLE, UserError
 
 JOINING = 300  # seconds in which all have to have started
@@ -61,6 +61,8 @@ def join(heartbeat: int, stoppable: bool) -> None:
             raise UserError(f"the processes of the run do not find each other: {error}") from error
     finally:
         late.cancel()
+    if several() and stoppable:
+        signals.LISTENER.defer(forward=True)
 
 
 def give_up(waited: str) -> NoReturn:
@@ -126,30 +128,26 @@ def decide(choose: Callable[[], Any]) -> Any:
 
 
 class StopSignal:
-    """Notices SIGTERM (a preemption, a time limit) and Ctrl-C; a second Ctrl-C ends at once.
+    """Whether SIGTERM (a preemption, a time limit), Ctrl-C or SIGHUP has asked the run to stop.
 
-    Of several processes one that gets the signal is enough: JAX passes it on.
+    Of several processes one that gets the signal is enough: JAX itself receives SIGTERM and passes it on. See
+    `structvit_jax.signals` for what a signal does before the first question.
     """
 
     def __init__(self) -> None:
-        self._noticed, self._asked = False, 0
+        self._asked, self._started = 0, False
 
     def __enter__(self) -> StopSignal:
-        # of several processes, JAX itself handles SIGTERM
-        numbers = [signal.SIGINT] + [signal.SIGTERM] * (not several())
-        self._old = {number: signal.signal(number, self._note) for number in numbers}
+        if not signals.LISTENER.running:
+            signals.LISTENER.start(ends_process=False)
+            self._started = True
+        if several():
+            signals.LISTENER.defer(forward=True)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: object) -> None:
-        if self._noticed and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self._noticed = True
-        if several():
-            os.kill(os.getpid(), signal.SIGTERM)
+        if self._started:
+            signals.LISTENER.stop()
 
     def before(self, step: int) -> bool:
         """Whether to stop before a step: the same answer in all processes, which must ask in the same order.
@@ -157,8 +155,9 @@ class StopSignal:
         JAX answers yes for one number, the first that no process had asked for when the signal came. So
         a run that is resumed asks for all earlier steps too.
         """
+        signals.LISTENER.defer()
         if not several():
-            return self._noticed
+            return signals.LISTENER.noticed
         first, self._asked = self._asked + 1, step
         return any(multihost_utils.reached_preemption_sync_point(i) for i in range(first, step + 1))
 

@@ -17,7 +17,7 @@ from structvit_jax.config import INPUTS
 from structvit_jax.errors import UserError
 from structvit_jax.models.variants import get_variant
 from structvit_jax.models.weights import Weights, like, split
-from structvit_jax.training.checkpoint import Checkpoints, newest_card, open_checkpoint
+from structvit_jax.training.checkpoint import Checkpoints, newest_card, open_checkpoint, read_card, rereading
 from structvit_jax.training.processes import say
 from structvit_jax.training.run import Run, abstract_state, adopt_classes, as_json, differences
 from structvit_jax.training.step import TrainState, init_state
@@ -116,6 +116,7 @@ def _fitted(run: Run, fresh: Weights) -> Weights:
     return like(fresh, adapted.arrays)
 
 
+@rereading
 def find_weights(path: str, mesh: Mesh) -> convert.Source:
     """Return the weights that a path names: a released file, or a checkpoint.
 
@@ -148,8 +149,7 @@ def _read_released(path: str) -> convert.Source:
 def _inputs_of(path: str) -> dict[str, Any]:
     if convert.is_weights_file(path):
         return _described(_read_released(path))
-    with open_checkpoint(path) as (checkpoints, step):
-        return checkpoints.card(step)["config"]["data"]
+    return read_card(path)["config"]["data"]
 
 
 def _described(source: convert.Source) -> dict[str, Any]:

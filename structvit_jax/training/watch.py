@@ -56,7 +56,7 @@ class _Watch:
     def __init__(self, heartbeat: int):
         state = processes.distributed()
         self._store: Any = state.client
-        self._patience = heartbeat
+        self._patience, self._pause = heartbeat, min(1.0, heartbeat / 10)
         self._me, self._count = state.process_id, state.num_processes
         name = f"process {self._me} of {self._count} (host {socket.gethostname()}, pid {os.getpid()})"
         self._store.key_value_set(f"{_NAME}{self._me}", name)
@@ -68,10 +68,12 @@ class _Watch:
             processes.give_up(f"{processes.JOINING} s")
         # by key: the last sign of life, and when it was new; one that never gives any is lost too
         self._seen = {f"{_ALIVE}{i}": ("", time.monotonic()) for i in range(self._count)}
+        self._answers = 0  # of the store
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
         if self._me:
+            threading.Thread(target=self._watch_store, daemon=True).start()
             # JAX aborts when process 0 is gone, and has no hook for it: what is left is the signal itself
             self._address = processes.distributed().coordinator_address
             self._on_abort = ctypes.CFUNCTYPE(None, ctypes.c_int)(self._aborted)
@@ -101,8 +103,8 @@ class _Watch:
         self._exit(code)
 
     def _run(self) -> None:
-        beat, pause = 0, min(1.0, self._patience / 10)
-        while not self._closing.wait(pause):
+        beat = 0
+        while not self._closing.wait(self._pause):
             beat += 1
             try:
                 self._store.key_value_set(f"{_ALIVE}{self._me}", str(beat), allow_overwrite=True)
@@ -110,12 +112,25 @@ class _Watch:
                 signs = self._store.key_value_dir_get(_ALIVE)
             except jax.errors.JaxRuntimeError:
                 continue  # process 0 is gone, or going: JAX ends this process
+            self._answers += 1
             for key, value in failures:
                 if key != f"{_FAILED}{self._me}":
                     text, code = json.loads(value)
                     self._leave(f"{self._names[int(key.removeprefix(_FAILED))]} failed: {text}", code)
             for name in self._lost(signs):
-                self._leave(f"{name} has given no sign of life for {self._patience} s; it is lost", RESUMABLE)
+                self._leave_lost(name)
+
+    def _watch_store(self) -> None:
+        """End this process when process 0, which holds the store, stops answering without being gone.
+
+        Calls to the store hang while it is stopped, and JAX aborts later, with a stack trace.
+        """
+        pause, silent, answers = self._pause, 0.0, 0
+        while not self._closing.wait(pause):
+            silent = silent + pause if answers == self._answers else 0.0  # no time in which we were stopped
+            answers = self._answers
+            if silent > self._patience:
+                self._leave_lost(self._names[0])
 
     def _aborted(self, number: int) -> None:
         """Called in place of an abort: names process 0, if it cannot be reached."""
@@ -138,8 +153,11 @@ class _Watch:
         silent = [k for k, (_, since) in self._seen.items() if now - since > self._patience and k != own]
         return [self._names[int(key.removeprefix(_ALIVE))] for key in silent]
 
+    def _leave_lost(self, name: str) -> NoReturn:
+        self._leave(f"no heartbeat from {name} for {self._patience} s; assuming it is dead", RESUMABLE)
+
     def _leave(self, reason: str, code: int) -> NoReturn:
-        advice = "; the same command resumes" if code == RESUMABLE else ""
+        advice = "; re-run the command to resume" if code == RESUMABLE else ""
         me = f"process {self._me} of {self._count}"
         print(f"error: {reason}; {me} ends with it{advice}", file=sys.stderr, flush=True)
         self._exit(code)

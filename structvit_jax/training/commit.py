@@ -1,0 +1,67 @@
+"""How the save of a checkpoint is committed: with the digests of its files, or not at all."""
+
+from __future__ import annotations
+
+import asyncio
+
+from etils import epath
+from orbax.checkpoint.path import atomicity
+
+from structvit_jax.training.digests import FILE, write_digests
+from structvit_jax.training.storage import is_bucket, read_json, write_json
+
+FOLDER = "checkpoints"  # in a workdir
+
+
+class OnDisk(atomicity.AtomicRenameTemporaryPath):
+    """A save on a disk gets its digests between Orbax's last write and the rename that commits it."""
+
+    async def finalize(self) -> None:
+        final = self.get_final()
+        if not _is_checkpoint(final):
+            await super().finalize()
+            return
+        # still a temporary name: what a kill leaves of it is removed
+        self._final_path = self._tmp_path.with_name(self._tmp_path.name + "-written")
+        await super().finalize()
+        await asyncio.to_thread(write_digests, self._final_path)
+        await asyncio.to_thread(self._final_path.rename, final)
+        self._final_path = final
+
+
+class InBucket(atomicity.CommitFileTemporaryPath):
+    """A save in a bucket, which cannot rename: the file of digests is empty until the save is finished."""
+
+    async def create(self) -> epath.Path:
+        path = await super().create()
+        if _is_checkpoint(path):
+            await asyncio.to_thread(write_json, path / FILE, {})
+        return path
+
+    async def finalize(self) -> None:
+        await super().finalize()
+        if _is_checkpoint(self.get_final()):
+            await asyncio.to_thread(write_digests, self.get_final())
+
+
+def _is_checkpoint(path: epath.Path) -> bool:
+    """Whether it is a whole checkpoint, and not one of the items inside."""
+    return path.parent.name == FOLDER
+
+
+def is_unfinished(path: epath.Path) -> bool:
+    """Whether a save never came to its end: on a disk it has a temporary name, in a bucket no digests yet.
+
+    Where that file is missing from a save that was committed, or holds anything else, it was damaged.
+    """
+    if not is_bucket(path):
+        return atomicity.TMP_DIR_SUFFIX in path.name
+    if (path / FILE).exists():
+        return read_json(path / FILE) == {}
+    return is_step(path) and not (path / atomicity.COMMIT_SUCCESS_FILE).exists()
+
+
+def is_step(path: epath.Path) -> bool:
+    """Return whether a folder is named after a step, as `str` writes it."""
+    name = path.name
+    return name.isascii() and name.isdecimal() and len(name) <= 18 and str(int(name)) == name
