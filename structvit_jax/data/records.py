@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -104,6 +105,8 @@ def open_images(name: str, root: str, train: str, test: str) -> tuple[Images, Im
     Raises:
       UserError: an unknown data set, or one that is not prepared as ArrayRecord, or has no images and labels.
     """
+    if not re.fullmatch(r"\w+(/[\w.+-]+)?(:\d+\.\d+\.\d+)?", name):
+        raise UserError(f"tfds:{name} is not NAME, NAME/CONFIG or NAME/CONFIG:VERSION of a data set of TFDS")
     where = root or os.path.join("~", "tensorflow_datasets")
     prepare = f"tfds build {name} --file_format=array_record" + (f" --data_dir={root}" if root else "")
     try:

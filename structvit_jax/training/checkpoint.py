@@ -30,7 +30,17 @@ from structvit_jax.training.digests import FILE, damage, write_digests
 from structvit_jax.training.placement import abstract, replicated
 from structvit_jax.training.processes import say
 from structvit_jax.training.step import TrainState
-from structvit_jax.training.storage import absolute, is_bucket, read_json, unusable, write, write_json
+from structvit_jax.training.storage import (
+    absolute,
+    is_bucket,
+    naming_failures,
+    read_card,
+    read_json,
+    unusable,
+    workplace,
+    write,
+    write_json,
+)
 
 FOLDER = "checkpoints"
 ASIDE = "damaged"  # where checkpoints that cannot be used are put
@@ -114,7 +124,7 @@ class Checkpoints:
 
     def card(self, step: int) -> dict[str, Any]:
         """What the checkpoint of a step says of itself, see `Run.card`."""
-        return self._restore(step, card=ocp.args.JsonRestore())["card"]
+        return read_card(self.path(step))
 
     def weights(
         self, step: int, like: Weights, mesh: Mesh, advice: str, *, averaged: bool = False
@@ -343,7 +353,7 @@ def _policy(keep: Keep):
 
 def _locate(path: str) -> tuple[epath.Path, int | None]:
     """Splits "RUN/checkpoints/STEP" into (RUN, STEP); of "RUN" alone the step is None, the latest."""
-    folder = epath.Path(path)
+    folder = workplace(path)
     if folder.name.isdigit() and folder.parent.name == FOLDER:
         return folder.parent.parent, int(folder.name)
     return folder, None
@@ -354,7 +364,7 @@ def newest_card(workdir: epath.Path) -> dict[str, Any] | None:
     folder = workdir / FOLDER
     for step in _steps(folder):
         if not damage(folder / str(step), "card/"):
-            return read_json(folder / str(step) / "card" / "metadata")
+            return read_card(folder / str(step))
     return None
 
 
@@ -366,7 +376,9 @@ def open_checkpoint(path: str) -> Iterator[tuple[Checkpoints, int]]:
       UserError: there is none, it is not finished, or it is damaged.
     """
     run, named = _locate(path)
-    if not (run / FOLDER).exists():
+    with naming_failures(run):
+        exists = (run / FOLDER).exists()
+    if not exists:
         raise UserError(
             f"no checkpoint at {path}: it should be RUN/checkpoints/STEP, or RUN for its latest. Files of"
             " PyTorch weights (.pth, .safetensors) are for config.init_from, and for python -m"
