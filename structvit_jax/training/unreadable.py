@@ -22,7 +22,7 @@ class Unreadable:
     def __init__(self, workdir: epath.Path, train_examples: int, max_share: float):
         self._path = workdir / FILE
         self._limit, self._examples = max_share * train_examples, train_examples
-        self._text = processes.decide(lambda: self._path.read_text() if self._path.exists() else "")
+        self._text = processes.decide(self._read)
         self._listed = {tuple(line.split("\t")[:2]) for line in self._text.splitlines()}
         self._pending: list[tuple[str, str, str]] = []  # met by this process, not known to the others
         self._met: dict[str, str] = {}  # training examples that count, with reasons
@@ -56,6 +56,9 @@ class Unreadable:
         if new and processes.is_first():
             write(self._path, self._text)
         self._judge()
+
+    def _read(self) -> str:
+        return self._path.read_bytes().decode(errors="replace") if self._path.exists() else ""
 
     def _count(self, problems):
         self._met |= {name: reason for split, name, reason in problems if split == "train"}
