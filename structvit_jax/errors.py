@@ -1,14 +1,18 @@
-"""How things go wrong: exceptions, exit codes, and the words that help to mend a mistake."""
+"""Exceptions, exit codes, one-line error messages and did-you-mean suggestions."""
 
 from __future__ import annotations
 
 import contextlib
 import difflib
+import re
 import sys
 from collections.abc import Collection, Iterable, Iterator
 
-RESUMABLE = 75  # exit code (EX_TEMPFAIL): nothing needs mending, the same command goes on
-MISTAKE = 2  # exit code: a person has to change something first
+RESUMABLE = 75  # exit code (EX_TEMPFAIL): re-running the same command resumes
+MISTAKE = 2  # exit code: manual intervention is required first
+_BUCKET_CLIENTS = ("gcsfs", "aiohttp", "google")  # packages whose exceptions are failures of a bucket
+# Failures that may pass by themselves: no answer, or an overloaded server.
+_PASSING = r"\b(?:UNAVAILABLE|DEADLINE_EXCEEDED)\b|\b(?:429|50[0-4])\b"
 
 
 class UserError(ValueError):
@@ -43,21 +47,58 @@ def decoding() -> Iterator[None]:
         raise DecodeError(" ".join(reason.split())) from error
 
 
+def system_failure(error: BaseException) -> str:
+    """Return what the operating system or a bucket's client says in an exception; "" for other kinds of
+    exceptions, which are bugs."""
+    if not isinstance(error, OSError) and type(error).__module__.split(".")[0] not in _BUCKET_CLIENTS:
+        return ""
+    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(reason.split())[:300]
+
+
+def may_pass(error: BaseException, reason: str = "") -> bool:
+    """Return whether a failure may pass by itself; `reason` is searched where the exception has no code."""
+    code = getattr(error, "code", getattr(error, "status", reason))
+    return isinstance(error, TimeoutError | ConnectionError) or bool(re.search(_PASSING, str(code)))
+
+
 @contextlib.contextmanager
 def exit_in_one_line() -> Iterator[None]:
-    """For commands: a user's mistake becomes one line and its exit code, a run that stopped another."""
+    """Run the body of a command: an expected failure becomes one line on stderr and an exit code.
+
+    Expected are `UserError`, `Stopped`, and what the operating system or a bucket refuses. Any other
+    exception is a bug and keeps its traceback.
+    """
     try:
         yield
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(error.exit_code) from error
+    except BrokenPipeError:  # the reader of standard output has ended
+        raise
     except Stopped as stop:
         print(stop, file=sys.stderr)
         raise SystemExit(RESUMABLE) from stop
+    except UserError as error:
+        print(f"error: {printable(str(error))}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from error
+    except Exception as error:
+        if not (reason := system_failure(error)):
+            raise
+        where = getattr(error, "filename", None)
+        kind = UnreachableError if may_pass(error) else UserError
+        failure = kind(f"{where} cannot be used: {reason}" if where else reason)
+        print(f"error: {printable(str(failure))}", file=sys.stderr)
+        raise SystemExit(failure.exit_code) from failure
+
+
+def printable(text: str) -> str:
+    """Return text as one line that is safe to print: every unprintable character becomes its escape.
+
+    Escape sequences of terminals, line breaks and marks that reverse the direction of text are among them.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def did_you_mean(word: str, words: Iterable[str]) -> str:
-    """Returns ' Did you mean ...?' with the nearest of `words`, or all of them if none is near."""
+    """Return ' Did you mean ...?' with the nearest of `words`, or list them all if none is near."""
     words = sorted(words)
     near = difflib.get_close_matches(word, words, n=3, cutoff=0.6)
     if near:
