@@ -6,7 +6,7 @@ import dataclasses
 import fnmatch
 import math
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import ml_collections
@@ -207,21 +207,6 @@ def _override_types() -> dict[str, type]:
     }
 
 
-def from_card(saved: Mapping[str, Any]) -> ml_collections.ConfigDict:
-    """The configuration that a checkpoint's card holds; keys that are no more are left out."""
-    config = default_config()
-
-    def fill(section, values):
-        for key in section.keys() & values.keys():
-            if isinstance(section[key], ml_collections.ConfigDict):
-                fill(section[key], values[key])
-            else:
-                section[key] = tuple(values[key]) if isinstance(values[key], list) else values[key]
-
-    fill(config, saved)
-    return config
-
-
 def matching(patterns: str, names: Collection[str], complaint: str) -> set[str]:
     """The names that comma-separated shell patterns match, the last one that matches deciding: one that
     starts with ! takes names out again.
@@ -286,9 +271,9 @@ def steps_in(duration: str, key: str, batch_size: int, rows_per_epoch: int) -> i
     """
     if not duration:
         return 0
-    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*(steps?|epochs?|examples?)\s*", duration)
+    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{0,15})?)\s*(steps?|epochs?|examples?)\s*", duration)
     if not match:
-        raise UserError(f"{key} is {duration!r}; write 'N steps', 'N epochs' or 'N examples'")
+        raise UserError(f"{key} is {short(duration)}; write 'N steps', 'N epochs' or 'N examples'")
     number, unit = float(match[1]), match[2].rstrip("s")
     per_unit = {"step": 1.0, "epoch": rows_per_epoch / batch_size, "example": 1 / batch_size}[unit]
     if not number * per_unit < 2**31:
@@ -312,22 +297,30 @@ def _range(most: float) -> Callable[[Any], bool]:
     return lambda x: len(x) == 2 and 0 < x[0] <= x[1] <= most
 
 
+_LARGEST = 3.4e38  # just below the largest float32
+_BATCH = 2**38  # bytes of the pixels of a batch, or of the views of an example
 _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (  # what they need, and keys, a word each
     (
         "to be at least 1",
         lambda n: n >= 1,
-        "data.batch_size eval.batch_size data.stride data.size data.test_clips augment.repeats"
-        " train.accumulate train.max_skipped checkpoint.keep mesh.fsdp mesh.heartbeat bench.rounds"
+        "train.accumulate train.max_skipped checkpoint.keep mesh.fsdp mesh.heartbeat bench.rounds"
         " ablate.tune_seeds ablate.seeds",
     ),
     (
         "to be 0 or more",
         lambda n: n >= 0,
-        "optimizer.lag data.frames data.short_side data.workers eval.max_missing checkpoint.keep_best"
-        " device_batch",
+        "optimizer.lag data.workers eval.max_missing checkpoint.keep_best",
     ),
     ("to lie from 1 to 178956970, Pillow's limit", lambda n: 1 <= n <= 178956970, "data.max_pixels"),
     ("to lie from 1 to 2**31 - 1", lambda n: 1 <= n < 2**31, "data.max_frames"),
+    (
+        "to lie from 1 to 2**24",
+        lambda n: 1 <= n <= 2**24,
+        "data.batch_size eval.batch_size data.stride augment.repeats",
+    ),
+    ("to lie from 1 to 2**14", lambda n: 1 <= n <= 2**14, "data.size data.test_clips"),
+    ("to lie from 0 to 2**14", lambda n: 0 <= n <= 2**14, "data.frames data.short_side"),
+    ("to lie from 0 to 2**24", lambda n: 0 <= n <= 2**24, "device_batch"),
     ("to be None, rgb or bgr", lambda value: value in (None, "rgb", "bgr"), "data.channels"),
     ("to be warmup or start", lambda value: value in ("warmup", "start"), "optimizer.cosine_from"),
     ("to be average or centre", lambda value: value in ("average", "centre"), "init.inflate"),
@@ -342,10 +335,10 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (  # what they nee
     ("to lie above 0, up to 1", lambda x: 0 < x <= 1, "data.crop_fraction optimizer.layer_decay"),
     ("two numbers, from and to, above 0 and up to 1", _range(1), "augment.crop_area"),
     ("two numbers, from and to, above 0", _range(math.inf), "augment.crop_aspect"),
-    ("to be positive and finite", lambda x: 0 < x < math.inf, "optimizer.lr optimizer.eps"),
+    ("to be positive, and finite in float32", lambda x: 0 < x <= _LARGEST, "optimizer.lr optimizer.eps"),
     (
-        "to be finite and not negative",
-        lambda x: 0 <= x < math.inf,
+        "to be 0 or positive, and finite in float32",
+        lambda x: 0 <= x <= _LARGEST,
         "optimizer.weight_decay optimizer.clip_norm optimizer.warmup_lr optimizer.end_lr init.noise"
         " augment.color_jitter augment.mixup augment.cutmix augment.mix_token",
     ),
@@ -354,7 +347,11 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (  # what they nee
         lambda x: 0 <= x < 1,
         "optimizer.b1 optimizer.b2 optimizer.ema train.label_smoothing",
     ),
-    ("to lie from 0 to below 2**31", lambda n: 0 <= n < 2**31, "train.seed"),
+    (
+        "to lie from 0 to below 2**31",
+        lambda n: 0 <= n < 2**31,
+        "train.seed data.train_examples data.test_examples",
+    ),
     ("to be -1 or at least 1", lambda n: n == -1 or n >= 1, "mesh.data"),
     ("to be auto, cpu, gpu or tpu", lambda d: d in ("auto", "cpu", "gpu", "tpu"), "mesh.device"),
     ("three finite numbers, one per channel", _three(-math.inf), "data.mean"),
@@ -363,20 +360,39 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (  # what they nee
 
 
 def check_config(config: ml_collections.ConfigDict) -> None:
-    """Raises UserError, in one line, for the first value outside its range."""
+    """Raise UserError, in one line, for the first value outside its range."""
 
     def require(key, holds, needs):
         value = config
         for part in key.split("."):
             value = value[part]
-        if not holds(value):
-            raise UserError(f"config.{key} is {value!r}; it needs {needs}")
+        try:
+            fits = holds(value)
+        except (TypeError, ValueError):  # of another type than the range is for
+            fits = False
+        if not fits:
+            raise UserError(f"config.{key} is {short(value)}; it needs {needs}")
 
     for needs, holds, keys in _RANGES:
         for key in keys.split():
             require(key, holds, needs)
-    smallest = math.ceil(config.data.size / config.data.crop_fraction)
+    data = config.data
+    smallest = math.ceil(data.size / data.crop_fraction)
     fits = f"to be 0 or at least {smallest}, what config.data.size and crop_fraction ask for"
     require("data.short_side", lambda n: n == 0 or n >= smallest, fits)
-    if config.data.test_clips > 1 and not config.data.frames:
+    if data.test_clips > 1 and not data.frames:
         raise UserError("config.data.test_clips is more than 1, but there is one clip to an image")
+    example = max(1, data.frames) * data.size**2 * 3
+    views = example * data.test_clips * data.test_crops
+    for key, size in (("batch_size", example * data.batch_size), ("test_clips", views)):
+        if size > _BATCH:
+            raise UserError(
+                f"config.data.{key}={data[key]}, size={data.size} and frames={data.frames} make"
+                f" {size / 2**30:,.0f} GiB of pixels at a time; the limit is {_BATCH >> 30} GiB"
+            )
+
+
+def short(value: Any) -> str:
+    """Return a value as it is written in Python, its middle left out where it is long."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:60]}...{text[-20:]}"

@@ -1,4 +1,4 @@
-"""How things go wrong: exceptions, exit codes, and the words that help to mend a mistake."""
+"""Exceptions, exit codes, one-line error messages and did-you-mean suggestions."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ import difflib
 import errno
 import io
 import os
+import re
 import sys
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
-RESUMABLE = 75  # exit code (EX_TEMPFAIL): nothing needs mending, the same command goes on
-MISTAKE = 2  # exit code: a person has to change something first
+RESUMABLE = 75  # exit code (EX_TEMPFAIL): re-running the same command resumes
+MISTAKE = 2  # exit code: manual intervention is required first
 INTERRUPTED = 130  # exit code: Ctrl-C, as shells report it
+_BUCKET_CLIENTS = ("gcsfs", "aiohttp", "google")  # packages whose exceptions are failures of a bucket
+# Failures that may pass by themselves: no answer, or an overloaded server.
+_PASSING = r"\b(?:UNAVAILABLE|DEADLINE_EXCEEDED)\b|\b(?:429|50[0-4])\b"
 
 
 class UserError(ValueError):
@@ -48,11 +52,27 @@ def decoding() -> Iterator[None]:
         raise DecodeError(" ".join(reason.split())) from error
 
 
+def system_failure(error: BaseException) -> str:
+    """Return what the operating system or a bucket's client says in an exception; "" for other kinds of
+    exceptions, which are bugs."""
+    if not isinstance(error, OSError) and type(error).__module__.split(".")[0] not in _BUCKET_CLIENTS:
+        return ""
+    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(reason.split())[:300]
+
+
+def may_pass(error: BaseException, reason: str = "") -> bool:
+    """Return whether a failure may pass by itself; `reason` is searched where the exception has no code."""
+    code = getattr(error, "code", getattr(error, "status", reason))
+    return isinstance(error, TimeoutError | ConnectionError) or bool(re.search(_PASSING, str(code)))
+
+
 @contextlib.contextmanager
 def exit_in_one_line() -> Iterator[None]:
     """Run the body of a command: an expected failure becomes one line on stderr and an exit code.
 
-    Expected are a user's mistake, a run that stopped, Ctrl-C, and a standard output that cannot be written.
+    Expected are `UserError`, `Stopped`, Ctrl-C, a standard output that cannot be written, and what the
+    operating system or a bucket refuses. Any other exception is a bug and keeps its traceback.
     """
     _protect_output()
     try:
@@ -62,20 +82,28 @@ def exit_in_one_line() -> Iterator[None]:
             sys.stdout.flush()  # now, while a failure can be reported
     except BrokenPipeError:  # the reader of the output has ended, and expects no more
         os._exit(1)
-    except UserError as error:
-        _print_error(f"error: {error}")
-        raise SystemExit(error.exit_code) from error
     except Stopped as stop:
         _print_error(str(stop))
         raise SystemExit(RESUMABLE) from stop
     except KeyboardInterrupt as interrupt:
         _print_error("interrupted")
         raise SystemExit(INTERRUPTED) from interrupt
+    except UserError as error:
+        _print_error(f"error: {error}")
+        raise SystemExit(error.exit_code) from error
+    except Exception as error:
+        if not (reason := system_failure(error)):
+            raise
+        where = getattr(error, "filename", None)
+        kind = UnreachableError if may_pass(error) else UserError
+        failure = kind(f"{where} cannot be used: {reason}" if where else reason)
+        _print_error(f"error: {failure}")
+        raise SystemExit(failure.exit_code) from failure
 
 
 def _print_error(line: str) -> None:
     with contextlib.suppress(OSError):  # nowhere to print it; the exit code remains
-        print(line, file=sys.stderr, flush=True)
+        print(printable(line), file=sys.stderr, flush=True)
 
 
 class _Output(io.FileIO):
@@ -125,8 +153,16 @@ def _protect_output() -> None:
         )
 
 
+def printable(text: str) -> str:
+    """Return text as one line that is safe to print: every unprintable character becomes its escape.
+
+    Escape sequences of terminals, line breaks and marks that reverse the direction of text are among them.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def did_you_mean(word: str, words: Iterable[str]) -> str:
-    """Returns ' Did you mean ...?' with the nearest of `words`, or all of them if none is near."""
+    """Return ' Did you mean ...?' with the nearest of `words`, or list them all if none is near."""
     words = sorted(words)
     near = difflib.get_close_matches(word, words, n=3, cutoff=0.6)
     if near:

@@ -10,11 +10,11 @@ predictions.npz.
 from __future__ import annotations
 
 from absl import flags
-from etils import epath
 
 from structvit_jax import data
 from structvit_jax.command import checkpoint_config, run_command
 from structvit_jax.training import loop
+from structvit_jax.training.storage import workplace
 
 _OUT = flags.DEFINE_string("out", None, "Where result.json and predictions.npz go; by default nowhere.")
 
@@ -22,7 +22,7 @@ _OUT = flags.DEFINE_string("out", None, "Where result.json and predictions.npz g
 def main(argv: list[str]) -> None:
     checkpoint, config = checkpoint_config(argv, "CHECKPOINT")
     dataset = data.load(config.data, config.augment, config.train.seed)
-    loop.evaluate(config, epath.Path(checkpoint), epath.Path(_OUT.value) if _OUT.value else None, dataset)
+    loop.evaluate(config, workplace(checkpoint), workplace(_OUT.value) if _OUT.value else None, dataset)
 
 
 if __name__ == "__main__":

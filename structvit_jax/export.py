@@ -22,7 +22,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from absl import flags
-from etils import epath
 
 import structvit_jax
 from structvit_jax.command import checkpoint_and_paths, run_command
@@ -30,7 +29,7 @@ from structvit_jax.config import INPUTS
 from structvit_jax.errors import UserError, known
 from structvit_jax.ops import running_anywhere
 from structvit_jax.trained import Trained, load_trained
-from structvit_jax.training.storage import naming_failures, write, write_json
+from structvit_jax.training.storage import check_replaceable, naming_failures, workplace, write, write_json
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 _USUAL = ("cpu", "cuda", "tpu")
@@ -89,7 +88,8 @@ def main(argv: list[str]) -> None:
     checkpoint, config, paths = checkpoint_and_paths(argv, "OUT.jax")
     if len(paths) > 1:
         raise UserError(f"it writes one file; {', '.join(paths)} are {len(paths)}")
-    path = epath.Path(paths[0])
+    path = workplace(paths[0])
+    check_replaceable(path)
     trained = load_trained(checkpoint, config)
     program = export(trained, _PLATFORMS.value)
     content = bytes(program.serialize())

@@ -14,11 +14,10 @@ from collections.abc import Sequence
 
 import ml_collections
 from absl import app, flags, logging
-from etils import epath
 from ml_collections import config_flags
 
 from structvit_jax import data, signals
-from structvit_jax.command import config_path, naming_flags
+from structvit_jax.command import config_path, parse_flags
 from structvit_jax.config import check_config
 from structvit_jax.errors import UserError, exit_in_one_line
 
@@ -53,8 +52,9 @@ def main(argv: Sequence[str]) -> None:
 def _act(config: ml_collections.ConfigDict) -> None:
     """What --mode says."""
     from structvit_jax.training import start
+    from structvit_jax.training.storage import workplace
 
-    workdir = epath.Path(_WORKDIR.value or os.path.join("runs", config_path(sys.argv).stem))
+    workdir = workplace(_WORKDIR.value or os.path.join("runs", config_path(sys.argv).stem))
     config = start.settle_inputs(config, workdir)
     dataset = data.load(config.data, config.augment, config.train.seed)
     # here, so that a mistake in the data is told at once
@@ -87,12 +87,8 @@ def _act(config: ml_collections.ConfigDict) -> None:
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
-    """Reads the flags; whatever is wrong with them becomes one line that says what is near."""
-    if any(word.startswith(("--help", "-help")) or word in ("-h", "-?") for word in argv):
-        return flags.FLAGS(["main", "--help"])
-    config_path(argv)
-    with naming_flags():
-        return flags.FLAGS(list(argv))
+    """Read the flags for `app.run`, which takes positional arguments with the program's name."""
+    return [argv[0], *parse_flags(argv, config_file=True)]
 
 
 def run() -> None:

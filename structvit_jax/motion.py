@@ -25,7 +25,7 @@ from absl import flags
 from etils import epath
 from jax.typing import ArrayLike
 
-from structvit_jax.command import naming_flags, run_command
+from structvit_jax.command import parse_flags, run_command
 from structvit_jax.data.digits import MovingDigits
 from structvit_jax.errors import UserError
 from structvit_jax.ops import StructAttentionMaps, convolve_patterns, struct_attention_maps
@@ -212,8 +212,7 @@ def _draw_patterns(axes, weights, found):
 
 
 def main(argv: Sequence[str]) -> None:
-    with naming_flags():
-        paths = flags.FLAGS(list(argv))[1:]
+    paths = parse_flags(argv)
     if len(paths) > 1:
         raise UserError("it takes at most OUT.png, and --clips=N; see --help")
     select_devices("auto")

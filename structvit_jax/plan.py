@@ -30,6 +30,7 @@ from structvit_jax.training.mesh import check_batch, make_mesh
 from structvit_jax.training.processes import say
 from structvit_jax.training.program import memory_of, trace_train_step
 from structvit_jax.training.run import Run, abstract_state
+from structvit_jax.training.storage import write
 
 _FOLDER = "plan"  # of the workdir: the compiled programs' texts
 
@@ -101,7 +102,7 @@ def _measure(
     text = compiled.as_text()
     say(f"compiled in {time.monotonic() - started:.0f} s, a program of {text.count(chr(10)):,} lines")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+    write(path, text)
     moved = traffic.count(text, unknown=1)
     guessed = [name for name in moved.guessed if "augment" not in name]  # mixup's draw: a few scalars
     memory = memory_of(compiled)

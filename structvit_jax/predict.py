@@ -16,6 +16,7 @@ What cannot be read is told, left out, and makes the exit code 2 in the end.
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import sys
@@ -26,8 +27,9 @@ import numpy as np
 from absl import flags
 
 from structvit_jax.command import checkpoint_and_paths, run_command
-from structvit_jax.errors import UserError
+from structvit_jax.errors import UserError, printable
 from structvit_jax.trained import Prediction, load_trained
+from structvit_jax.training.storage import workplace, write
 
 _TOP = flags.DEFINE_integer("top", 5, "How many classes are told, the most probable first.", lower_bound=1)
 _FORMAT = flags.DEFINE_enum("format", "text", ["text", "jsonl", "csv"], "Of the lines.")
@@ -37,7 +39,7 @@ _FEATURES = flags.DEFINE_string("features", None, "Folder for an array of featur
 
 def _text(predictions: Iterable[Prediction], top: int, out: TextIO) -> None:
     for prediction in predictions:
-        found = "  ".join(f"{name} {share:.3f}" for name, share in prediction.best(top))
+        found = "  ".join(f"{printable(name)} {share:.3f}" for name, share in prediction.best(top))
         print(f"{prediction.id}: {prediction.problem or found}", file=out, flush=True)
 
 
@@ -49,7 +51,13 @@ def _jsonl(predictions: Iterable[Prediction], top: int, out: TextIO) -> None:
         else:
             best = prediction.best(top)
             line |= {"classes": [name for name, _ in best], "probabilities": [share for _, share in best]}
-        print(json.dumps(line, ensure_ascii=False), file=out, flush=True)
+        print(_json(line), file=out, flush=True)
+
+
+def _json(value: Any) -> str:
+    """Return JSON in which unprintable characters are escaped and all others are readable."""
+    text = json.dumps(value, ensure_ascii=False)
+    return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
 
 
 def _csv(predictions: Iterable[Prediction], top: int, out: TextIO) -> None:
@@ -60,7 +68,7 @@ def _csv(predictions: Iterable[Prediction], top: int, out: TextIO) -> None:
         if prediction.problem:
             writer.writerow([prediction.id, "", "", "", prediction.problem])
         for rank, (name, share) in enumerate([] if prediction.problem else prediction.best(top), 1):
-            writer.writerow([prediction.id, rank, name, share, ""])
+            writer.writerow([prediction.id, rank, printable(name), share, ""])
         out.flush()
 
 
@@ -68,13 +76,15 @@ _FORMATS: dict[str, Callable] = {"text": _text, "jsonl": _jsonl, "csv": _csv}
 
 
 def _saving_features(predictions: Iterable[Prediction], folder: str) -> Iterator[Prediction]:
-    """Writes the features of each below `folder`, under its path without what would lead out of there."""
+    """Write the features of each below `folder`, under its path without what would lead out of there."""
     for prediction in predictions:
         if prediction.features is not None:
             parts = [part for part in prediction.id.split("/") if part not in ("", ".", "..")]
-            path = os.path.join(folder, *parts) + ".npy"
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            np.save(path, prediction.features)
+            path = workplace(os.path.join(folder, *parts) + ".npy")
+            file = io.BytesIO()
+            np.save(file, prediction.features)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(path, file.getvalue())
         yield prediction
 
 

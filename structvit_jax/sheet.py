@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 from typing import Any
 
 import ml_collections
@@ -10,6 +11,7 @@ import numpy as np
 from etils import epath
 from PIL import Image, ImageDraw
 
+from structvit_jax.training import storage
 from structvit_jax.training.step import prepare_batch, step_keys
 
 _ROWS, _COLUMNS = (
@@ -43,9 +45,10 @@ def write(config: ml_collections.ConfigDict, data: Any, path: epath.Path) -> int
     else:
         shown = evenly_spaced(pixels.shape[1], _COLUMNS)
         sheet = _grid([[_picture(clip[frame]) for frame in shown] for clip in pixels[:_ROWS]], captions)
+    file = io.BytesIO()
+    sheet.save(file, "PNG")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
-        sheet.save(file, "PNG")
+    storage.write(path, file.getvalue())
     return min(len(pixels), _COLUMNS * _ROWS if data.train.is_image else _ROWS)
 
 

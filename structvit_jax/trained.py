@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import math
 import types
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -21,10 +20,10 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from jax.sharding import Mesh
 
 from structvit_jax import data
-from structvit_jax.config import from_card, model_arguments
+from structvit_jax.card import from_card
+from structvit_jax.config import model_arguments
 from structvit_jax.data.files import Files, find
 from structvit_jax.data.limits import Limits
 from structvit_jax.data.pipeline import WHOLE, test_batches
@@ -34,7 +33,7 @@ from structvit_jax.models.variants import counterpart
 from structvit_jax.models.weights import Weights, split, update
 from structvit_jax.training.checkpoint import open_checkpoint, rereading
 from structvit_jax.training.evaluation import probabilities
-from structvit_jax.training.mesh import make_mesh, put_batch
+from structvit_jax.training.mesh import fitting_batch, make_mesh, put_batch
 from structvit_jax.training.step import make_eval_step, normalize
 
 
@@ -132,17 +131,13 @@ class Trained:
         structure, weights = split(self.network)
         step = make_eval_step(structure, self.config, mesh, weights)
         pooled = jax.jit(self._pooled) if features else None
-        reader, size = self._reader(source), self._batch_size(len(source), mesh)
+        reader, size = self._reader(source), fitting_batch(mesh, self.config.eval.batch_size, len(source))
         stream: Any = test_batches(reader, size, share=WHOLE, workers=self.config.data.workers)
         with contextlib.closing(stream) as batches:
             for batch in batches:
                 scores = np.asarray(step(weights, put_batch(mesh, batch))["scores"])
                 kept = np.asarray(pooled(weights, batch["inputs"])) if pooled else [None] * len(scores)
                 yield from self._told(batch, source, scores, kept)
-
-    def _batch_size(self, examples: int, mesh: Mesh) -> int:
-        """As configured, but no more than there are, in equal parts for all devices."""
-        return math.ceil(max(1, min(self.config.eval.batch_size, examples)) / mesh.size) * mesh.size
 
     def _told(self, batch: Any, source: Files, scores: np.ndarray, features: Any) -> Iterator[Prediction]:
         problems = {problem.id: problem.reason for problem in batch["problems"] if problem.left_out}
@@ -182,7 +177,7 @@ def load_trained(checkpoint: str, config: ml_collections.ConfigDict | None = Non
     """
     with open_checkpoint(str(checkpoint)) as (checkpoints, step):
         card, where = checkpoints.card(step), str(checkpoints.path(step))
-        config = from_card(card["config"]) if config is None else config
+        config = from_card(card["config"], where) if config is None else config
         names = card["class_names"] or [f"class {i}" for i in range(checkpoints.classes(step))]
         network = create_model(**model_arguments(config), num_classes=len(names), seed=None)
         mesh = make_mesh(1, 1, jax.devices()[:1])

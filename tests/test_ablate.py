@@ -196,7 +196,7 @@ def test_the_command_needs_a_configuration(command):
     done = command("--config=configs/ablate_digit.py", **module)
     assert "Did you mean 'configs/ablate_digits.py'" in done.stderr
     done = command("--config=configs/ablate_digits.py", "--config.ablate.seds=3", **module)
-    assert done.returncode == 2 and "Did you mean 'seeds'" in done.stderr
+    assert done.returncode == 2 and "Did you mean config.ablate.seeds" in done.stderr
 
 
 def test_the_default_grid():

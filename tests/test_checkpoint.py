@@ -250,13 +250,13 @@ def test_the_next_checkpoint_is_read_when_a_run_replaces_one(tmp_path, monkeypat
 
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoints, "_restore", restore_late)
-        assert checkpoint.read_card(str(tmp_path)) == {"of": 2}
+        assert checkpoint.open_card(str(tmp_path)) == {"of": 2}
     pending = [3]
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "damage", compare_late)
-        assert checkpoint.read_card(str(tmp_path)) == {"of": 3}
+        assert checkpoint.open_card(str(tmp_path)) == {"of": 3}
     with pytest.raises(UserError, match=r"no finished checkpoint at .*; .* holds these steps: 3, 2"):
-        checkpoint.read_card(f"{tmp_path}/checkpoints/1")
+        checkpoint.open_card(f"{tmp_path}/checkpoints/1")
 
 
 def test_no_advice_to_move_what_a_run_is_writing(tmp_path):
@@ -264,10 +264,10 @@ def test_no_advice_to_move_what_a_run_is_writing(tmp_path):
     flip(tmp_path / "checkpoints" / "1" / "card" / "metadata")
     with WorkdirLock(epath.Path(tmp_path)):
         with pytest.raises(UserError, match=r"damaged .* being written by a run .* try again") as caught:
-            checkpoint.read_card(str(tmp_path))
+            checkpoint.open_card(str(tmp_path))
         assert "move them away" not in str(caught.value)
     with pytest.raises(UserError, match="move them away"):
-        checkpoint.read_card(str(tmp_path))
+        checkpoint.open_card(str(tmp_path))
 
 
 def test_files_without_permission_are_not_damaged(tmp_path, monkeypatch):
@@ -284,11 +284,11 @@ def test_files_without_permission_are_not_damaged(tmp_path, monkeypatch):
 
     monkeypatch.setattr(type(epath.Path("/")), "open", refuse)
     with pytest.raises(UserError, match=f"{closed} cannot be read: Permission denied"):
-        checkpoint.read_card(str(tmp_path))
+        checkpoint.open_card(str(tmp_path))
 
 
 def test_a_file_in_the_place_of_checkpoints(tmp_path, refused):
     (tmp_path / "checkpoints").write_text("")
     with pytest.raises(UserError, match="checkpoints is a file"):
-        checkpoint.read_card(str(tmp_path))
+        checkpoint.open_card(str(tmp_path))
     assert "checkpoints" in refused(*QUICK, f"--workdir={tmp_path}")

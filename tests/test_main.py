@@ -126,8 +126,11 @@ def test_a_killed_run_resumes_to_the_same_numbers(finished, command, tmp_path, k
     [
         ([CONFIG, "--config.data.test_examples=0"], "config.data.test_examples says how many"),
         (["--config=configs/moving_digts.py"], "Did you mean 'configs/moving_digits.py'"),
-        ([CONFIG, "--config.optimzer.lr=1"], "has no key 'optimzer'. Did you mean 'optimizer'?"),
-        (["--config={typo}"], "has no key 'batchsize'. Did you mean 'batch_size'"),
+        ([CONFIG, "--config.optimzer.lr=1"], "has no key 'optimzer.lr'. Did you mean config.optimizer.lr?"),
+        (
+            ["--config={typo}"],
+            "typo.py:4: the configuration has no key 'batchsize'. Did you mean config.data.batch_size or",
+        ),
         (["--config=configs"], "Known: configs/ablate_digits.py, configs/"),
         (["--config=configs/folder.py:deit_s,finetun"], "error: unknown stage 'finetun'. Did you mean"),
         (["--config=configs/ablations.py:imagnet"], "unknown data set 'imagnet'. Did you mean 'imagenet'?"),

@@ -236,7 +236,7 @@ def test_a_long_video_takes_no_more_memory_than_its_first_minute(run, tmp_path):
         (["--checkpoint=nowhere", "a.mp4"], "no checkpoint at nowhere: it should be RUN"),
         (["--checkpoint={run}", "{empty}"], "{empty}: there are no videos in this folder"),
         (["--checkpoint={run}", "--config.model.depths=(1,)", "a.mp4"], "leave config.model as it was saved"),
-        (["--checkpoint={run}", "--config.data.sise=3", "a.mp4"], "Did you mean 'size'?"),
+        (["--checkpoint={run}", "--config.data.sise=3", "a.mp4"], "Did you mean config.data.size or"),
         (["--checkpoint={run}", "--topp=3", "a.mp4"], "Unknown command line flag 'topp'"),
     ],
 )

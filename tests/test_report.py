@@ -423,7 +423,11 @@ def test_runs_on_a_disk_and_in_a_bucket(finished, place):
     [
         ("config.json", None, "holds no run: there is no config.json"),
         ("config.json", "{", "config.json is damaged: it holds no JSON object"),
-        ("config.json", '{"data": {"size": "large"}}', "config.json is damaged: "),
+        (
+            "config.json",
+            '{"data": {"size": "large"}}',
+            "config.json is not valid: config.data.size cannot be 'large'",
+        ),
         ("result.json", "[1]", "result.json is damaged"),
         ("predictions.npz", "PK", "predictions.npz is damaged: "),
         ("metrics.jsonl", '{"step": 1}\n{"step": 2, "lo', "metrics.jsonl:2 is damaged"),
@@ -452,8 +456,10 @@ def test_predictions_that_do_not_fit_together(copy, arrays):
 def test_places_that_cannot_be(copy):
     with pytest.raises(UserError, match=r"no folder at .*nowhere"):
         write_report([str(copy), str(copy / "nowhere")])
-    with pytest.raises(UserError, match=r"cannot be written: .*choose another place with --out"):
+    with pytest.raises(UserError, match=r"checkpoints is a folder and is not replaced"):
         write_report([str(copy)], str(copy / "checkpoints"))
+    with pytest.raises(UserError, match=r"cannot be written: .*choose another place with --out"):
+        write_report([str(copy)], str(copy / "config.json" / "page.html"))
 
 
 def test_the_command(copy, tmp_path):

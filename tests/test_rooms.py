@@ -9,7 +9,8 @@ from conftest import ROOT
 PACKAGE = ROOT / "structvit_jax"
 # Folder or file -> third-party modules that may be imported, and rooms of ours.
 ROOMS = {
-    "ops": ({"jax", "numpy"}, {"ops"}),
+    "cache": (set(), set()),
+    "ops": ({"jax", "numpy"}, {"ops", "cache"}),
     "models": ({"jax", "numpy", "flax"}, {"ops", "models", "errors"}),
     "convert": ({"jax", "numpy", "safetensors", "torch"}, {"convert", "models", "class_names", "errors"}),
     "convert/__main__": (
@@ -34,12 +35,13 @@ ROOMS = {
         {"data", "class_names", "errors"},
     ),
     "config": ({"ml_collections"}, {"models", "errors"}),
+    "card": ({"ml_collections"}, {"config", "models", "errors"}),
     "recipes": ({"ml_collections"}, {"config", "errors"}),
-    "command": ({"absl", "etils", "ml_collections"}, {"config", "training", "errors"}),
+    "command": ({"absl", "etils", "ml_collections"}, {"card", "config", "training", "errors"}),
     "evaluate": ({"absl", "etils"}, {"command", "data", "training", "errors"}),
     "report": (
         {"absl", "numpy", "etils", "ml_collections", "matplotlib", "PIL"},
-        {"report", "command", "data", "sheet", "training", "models", "config", "errors"},
+        {"report", "command", "data", "sheet", "training", "models", "card", "config", "errors"},
     ),
     "label_maps": (
         {"absl", "jax", "numpy", "ml_collections", "tqdm"},
@@ -47,9 +49,9 @@ ROOMS = {
     ),
     "trained": (
         {"jax", "numpy", "ml_collections"},
-        {"config", "data", "models", "training", "errors"},
+        {"card", "config", "data", "models", "training", "errors"},
     ),
-    "predict": ({"absl", "numpy"}, {"command", "trained", "errors"}),
+    "predict": ({"absl", "numpy"}, {"command", "trained", "training", "errors"}),
     "export": ({"absl", "jax", "etils"}, {"command", "config", "ops", "trained", "training", "errors", ""}),
     "explain": (
         {"absl", "jax", "numpy", "flax", "matplotlib", "PIL", "etils"},
@@ -62,7 +64,7 @@ ROOMS = {
     "sheet": ({"jax", "numpy", "PIL", "etils", "ml_collections"}, {"training"}),
     "training": (
         {"jax", "numpy", "optax", "orbax", "etils", "ml_collections", "tensorboardX"},
-        {"training", "convert", "models", "ops", "config", "signals", "errors", ""},
+        {"training", "convert", "models", "ops", "cache", "card", "config", "signals", "errors", ""},
     ),
     "bench": (
         {"jax", "numpy", "flax", "etils", "ml_collections", "matplotlib", "torch"},
@@ -136,5 +138,5 @@ def test_imports_stay_within_the_room(path: Path):
 def test_the_house_stays_small():
     """Places to look at when this fails, not a score: split by subject, not by size."""
     lengths = {path: len(path.read_text().splitlines()) for path in FILES}
-    assert len(lengths) <= 122
+    assert len(lengths) <= 130
     assert max(lengths.values()) <= 400, max(lengths, key=lengths.__getitem__)

@@ -129,7 +129,7 @@ def test_a_checkpoint_is_evaluated_by_itself(digits, refused, tmp_path):
     assert process.returncode == 0 and "leaked" not in process.stderr, process.stderr
     assert (tmp_path / "out" / "result.json").read_bytes() == (digits / "result.json").read_bytes()
     module = {"module": "structvit_jax.evaluate"}
-    assert "Did you mean 'test_crops'?" in refused(moved, "--config.data.test_crop=3", **module)
+    assert "Did you mean config.data.test_crops or" in refused(moved, "--config.data.test_crop=3", **module)
     assert "no checkpoint at" in refused(tmp_path / "none", **module)
 
 

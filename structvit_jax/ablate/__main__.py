@@ -14,10 +14,9 @@ import shlex
 import sys
 
 from absl import flags
-from etils import epath
 from ml_collections import config_flags
 
-from structvit_jax.command import config_path, naming_flags, run_command
+from structvit_jax.command import config_path, parse_flags, run_command
 from structvit_jax.config import check_config
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file, as configs/ablate_digits.py.")
@@ -25,17 +24,16 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Where the runs live; by default
 
 
 def main(argv: list[str]) -> None:
-    path = config_path(argv)
-    with naming_flags():
-        flags.FLAGS(list(argv))
+    parse_flags(argv, config_file=True)
     config = _CONFIG.value
     check_config(config)
     from structvit_jax.ablate import study  # here, so that a mistake in flags is told at once
     from structvit_jax.training import mesh
+    from structvit_jax.training.storage import workplace
 
     mesh.select_devices(config.mesh.device)
     mesh.use_compilation_cache(config.mesh.compilation_cache)
-    study.run(config, epath.Path(_WORKDIR.value or f"runs/{path.stem}"), shlex.join(sys.argv[1:]))
+    study.run(config, workplace(_WORKDIR.value or f"runs/{config_path(argv).stem}"), shlex.join(sys.argv[1:]))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from typing import Any, NamedTuple
 
@@ -119,9 +120,24 @@ class Ablation:
     def __init__(self, config: ml_collections.ConfigDict, workdir: epath.Path):
         self.arms = arms(config)
         self._config, self._workdir = config, workdir
+        for arm in self.arms:
+            for rate in self._rates:
+                changed(config, {"optimizer.lr": rate} | arm.changes)  # each is checked before any is trained
         self._dataset = data.load(config.data, config.augment, config.train.seed)
         self.classes = len(self._dataset.class_names)
         self.steps = durations(config, self._dataset.rows_per_epoch).total
+
+    @functools.cached_property
+    def _rates(self) -> list[float]:
+        """The learning rates to try.
+
+        Raises:
+          UserError: one that is not a number.
+        """
+        try:
+            return [float(rate) for rate in self._config.ablate.lrs] or [self._config.optimizer.lr]
+        except (TypeError, ValueError) as error:
+            raise UserError(f"config.ablate.lrs is {self._config.ablate.lrs}; it needs numbers") from error
 
     def size(self, arm: Arm) -> Size:
         arguments = model_arguments(changed(self._config, arm.changes))
@@ -146,8 +162,7 @@ class Ablation:
 
     def tuned(self, arm: Arm) -> tuple[float, list[Found]]:
         """The learning rate that is best on clips to tune on, by the mean over seeds; and all tried."""
-        options = self._config.ablate
-        rates = [float(rate) for rate in options.lrs] or [self._config.optimizer.lr]
+        options, rates = self._config.ablate, self._rates
         if len(rates) == 1:
             return rates[0], []
         tried = [
@@ -190,7 +205,6 @@ def _finished(config: ml_collections.ConfigDict, workdir: epath.Path, steps: int
     if not (workdir / CONFIG).exists():
         return None
     changes = differences(read_json(workdir / CONFIG) or {}, as_json(config))
-    changes = [line for line in changes if not line.startswith(("config.ablate.", "config.mesh."))]
     if changes:
         raise UserError(
             f"{workdir} is of another ablation: {'; '.join(changes[:3])}; choose another --workdir"

@@ -32,9 +32,10 @@ from structvit_jax.data.limits import Limits
 from structvit_jax.data.media import open_media
 from structvit_jax.data.pipeline import WHOLE, train_batches
 from structvit_jax.data.reader import Reader
-from structvit_jax.errors import exit_in_one_line
+from structvit_jax.errors import DecodeError, UserError, exit_in_one_line
 
 FRAMES, SIZE = 16, 224
+_LEAST = 16  # clips, to see how memory grows
 _LENGTH, _HEIGHT, _WIDTH = 300, 256, 340
 
 
@@ -169,6 +170,22 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--clips", type=int, default=40)
     parser.add_argument("--memory", type=int, default=2000)
     chosen = parser.parse_args(arguments)
+    if chosen.clips < 1 or (chosen.memory and chosen.memory < _LEAST):
+        parser.error(f"--clips should be at least 1, and --memory 0 or at least {_LEAST}")
+    try:
+        measure(chosen)
+    except DecodeError as error:
+        raise UserError(
+            f"{' or '.join(filter(None, (chosen.video, chosen.image)))} cannot be read: {error}"
+        ) from error
+
+
+def measure(chosen: argparse.Namespace) -> None:
+    """Print all measurements, of the given files or of generated ones.
+
+    Raises:
+      DecodeError: a file cannot be read.
+    """
     with tempfile.TemporaryDirectory() as folder:
         videos = [chosen.video]
         if not chosen.video:

@@ -21,7 +21,7 @@ from structvit_jax.data.container import VIDEOS
 from structvit_jax.data.image import IMAGES
 from structvit_jax.data.limits import Limits
 from structvit_jax.data.media import Media, frame_names, open_media, without_extension
-from structvit_jax.errors import DecodeError, UserError, did_you_mean
+from structvit_jax.errors import DecodeError, UserError, did_you_mean, printable
 
 LABELS = "labels.txt"
 LISTS = (".jsonl", ".csv", ".txt")
@@ -39,8 +39,7 @@ class Entry(NamedTuple):
     def id(self) -> str:
         """What reports and predictions call the example."""
         # One line of plain text, whatever bytes the file system holds.
-        name = os.fsencode(self.path).decode("utf-8", "backslashreplace")
-        name = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+        name = printable(os.fsencode(self.path).decode("utf-8", "backslashreplace"))
         if self.start is None and self.end is None:
             return name
         return f"{name}#{self.start or 0:g}-" + ("" if self.end is None else f"{self.end:g}")

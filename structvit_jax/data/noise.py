@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ class Noise:
         classes, examples = name.removeprefix("noise:"), data.train_examples
         if split == "test":
             examples = data.test_examples
-        if not classes.isdecimal() or len(classes) > 9 or not int(classes):
+        if not re.fullmatch("[1-9][0-9]{0,5}", classes):
             raise UserError(f"config.data.name is {name!r}; write noise:CLASSES, as noise:400")
         if examples < 1:
             raise UserError(f"noise is made on the fly: config.data.{split}_examples says how much")

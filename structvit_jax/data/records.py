@@ -36,7 +36,8 @@ _FEATURES = frozenset(
         tfds.features.Text,
     )
 )
-_FEATURES_FILES = ("features.json", "dataset_info.json")  # that may name feature classes
+_FEATURES_FILE = "features.json"  # TFDS's description of what a record holds
+_FEATURES_FILES = (_FEATURES_FILE, "dataset_info.json")  # that may name feature classes
 _NAMING = ("type", "pythonClassName", "python_class_name")  # keys whose text is the name of one
 
 
@@ -103,9 +104,6 @@ class Shards(_Records):
             return Part(media, first, count, missing), int(record["label"])
 
 
-_FEATURES = "features.json"  # TFDS's description of what a record holds
-
-
 def _ids_file(split: str) -> str:
     """Beside the shards, so that ids are known without reading clips."""
     return f"ids-{split}.txt"
@@ -128,7 +126,7 @@ class Images(_Records):
 def find_shards(root: str) -> str | None:
     """The folder below `root` (or itself) that holds our shards."""
     folders = [os.path.join(root, "clips", "1.0.0"), root]
-    return next((folder for folder in folders if os.path.isfile(os.path.join(folder, _FEATURES))), None)
+    return next((folder for folder in folders if os.path.isfile(os.path.join(folder, _FEATURES_FILE))), None)
 
 
 def open_shards(folder: str, train: str, test: str, limits: Limits) -> tuple[Shards, Shards]:
@@ -190,6 +188,8 @@ def open_images(name: str, root: str, train: str, test: str, limits: Limits) -> 
     Raises:
       UserError: an unknown data set, or one that is not prepared as ArrayRecord, or has no images and labels.
     """
+    if not re.fullmatch(r"\w+(/[\w.+-]+)?(:\d+\.\d+\.\d+)?", name):
+        raise UserError(f"tfds:{name} is not NAME, NAME/CONFIG or NAME/CONFIG:VERSION of a data set of TFDS")
     where = root or os.path.join("~", "tensorflow_datasets")
     prepare = f"tfds build {name} --file_format=array_record" + (f" --data_dir={root}" if root else "")
     top = os.path.join(os.path.expanduser(where), re.split("[:/]", name)[0])
@@ -322,7 +322,7 @@ def write_shards(
       UserError: `out` holds shards already, or Beam is not installed.
     """
     place = epath.Path(out) / Clips.name / "1.0.0"
-    if (place / _FEATURES).exists():
+    if (place / _FEATURES_FILE).exists():
         raise UserError(f"{out} holds shards already; remove them or choose another folder")
     config: dict[str, Any] = {"num_shards": shards or None}
     if runner:
@@ -356,7 +356,7 @@ def write_shards(
 def copy_tree(source: epath.Path, target: epath.Path) -> None:
     """Copy a folder to where Beam cannot write ArrayRecord itself, the file that identifies it last."""
     target.mkdir(parents=True, exist_ok=True)
-    for item in sorted(source.iterdir(), key=lambda item: item.name == _FEATURES):
+    for item in sorted(source.iterdir(), key=lambda item: item.name == _FEATURES_FILE):
         if item.is_dir():
             copy_tree(item, target / item.name)
         else:

@@ -98,6 +98,8 @@ _IMAGES_ONLY = {
 }
 _LISTED = ("4_1", "4_2", "8_1")  # the D_S of the paper's tables
 
+_LARGEST, _MOST_BLOCKS = 2**16, 1000  # of a size, and of all depths together
+
 _CHOICES = {
     "stem": ("patch", "conv"),
     "key_kernels": ("channel", "shared"),
@@ -157,10 +159,10 @@ def _by_name(name: str) -> Variant:
             f"{base} has no video form ({reason} only); see uniformer_s_video and uniformer_b_video"
         )
     structured: dict[str, Any] = {}
-    if match := re.fullmatch(r"structvit_(s|b|l|tiny)_([1-9]\d*)_([1-9]\d*)", base):
+    if match := re.fullmatch(r"structvit_(s|b|l|tiny)_([1-9]\d{0,4})_([1-9]\d{0,4})", base):
         base = f"uniformer_{match[1]}"
         structured = {"structure_dim": int(match[2]), "stride": int(match[3])}
-    elif match := re.fullmatch(r"(deit_s|deit_tiny)_struct_([1-9]\d*)", base):
+    elif match := re.fullmatch(r"(deit_s|deit_tiny)_struct_([1-9]\d{0,4})", base):
         base, structured = match[1], {"structure_dim": int(match[2])}
     if base not in VARIANTS:
         raise unknown("model", name, list_models())
@@ -176,10 +178,13 @@ def _problems(v: Variant):
     for key in ("depths", "widths"):
         sides = getattr(v, key)
         if not isinstance(sides, tuple) or len(sides) != stages or not all(map(_is_positive, sides)):
-            yield f"{key} is {sides!r}; a {v.network} takes {stages} positive integers"
+            yield f"{key} is {sides!r}; a {v.network} takes {stages} positive integers up to {_LARGEST}"
+            return  # what follows needs them
+    if sum(v.depths) > _MOST_BLOCKS:
+        yield f"depths is {v.depths!r}, more than {_MOST_BLOCKS} blocks"
     for key in ("head_width", "patch", "stride", "image_size", "num_frames", "tubelet"):
         if not _is_positive(getattr(v, key)):
-            yield f"{key} is {getattr(v, key)!r}; it takes a positive integer"
+            yield f"{key} is {getattr(v, key)!r}; it takes a positive integer up to {_LARGEST}"
     if not _is_positive(v.mixer_window) or v.mixer_window % 2 == 0:
         yield f"mixer_window is {v.mixer_window!r}; it takes an odd side"
     for key in ("key_window", "value_window"):
@@ -203,4 +208,4 @@ def _problems(v: Variant):
 
 
 def _is_positive(value) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) > 0
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and 0 < int(value) <= _LARGEST

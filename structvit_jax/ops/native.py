@@ -1,7 +1,8 @@
 """Operations for CPUs in C++ (cpu/*.cc), float32, which the machine's own compiler builds when needed.
 
-Where there is no compiler, `available` says so, and forms in JAX do the work. What is built is kept in the
-user's cache folder, by the text, the compiler and the kind of processor that it is built for.
+Where they cannot be built, `available` returns False and JAX implementations are used. The library is kept in
+a private folder of the user's cache. Its name has a digest of what it was built from (sources, compiler,
+processor) and a digest of the file itself, which is checked before the library is loaded.
 """
 
 from __future__ import annotations
@@ -12,11 +13,14 @@ import hashlib
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+
+from structvit_jax import cache
 
 _FOLDER = Path(__file__).with_name("cpu")
 _OPTIONS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC")
@@ -31,9 +35,9 @@ _OPERATIONS = (
 
 @functools.cache
 def available() -> bool:
-    """Whether they can be had here; the first call builds them, in some ten seconds."""
+    """Return whether they can be used here; the first call builds them, in about ten seconds."""
     try:
-        library = ctypes.CDLL(str(_built()))
+        library = _load()
     except (OSError, subprocess.SubprocessError):
         return False
     for name in _OPERATIONS:
@@ -103,8 +107,8 @@ def _call(name, shapes, *args, **attributes):
     return jax.ffi.ffi_call(f"structvit_{name}", made, vmap_method="sequential")(*args, **attributes)
 
 
-def _built() -> Path:
-    """The shared library, built if nobody has.
+def _load() -> ctypes.CDLL:
+    """Load the shared library, built if there is none that can be trusted.
 
     Raises:
       OSError, subprocess.SubprocessError: no compiler, or it fails.
@@ -112,19 +116,50 @@ def _built() -> Path:
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if compiler is None:
         raise FileNotFoundError("no C++ compiler")
-    include = jax.ffi.include_dir()
-    told = subprocess.run(
+    folder, problem = cache.user_folder("native")
+    if folder:
+        return ctypes.CDLL(str(_kept(folder, compiler)))
+    print(f"note: {problem}; C++ operations are built for this process alone", file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory() as scratch:  # a loaded library stays when its file is removed
+        return ctypes.CDLL(str(_build(compiler, Path(scratch))))
+
+
+def _kept(folder: Path, compiler: str) -> Path:
+    """Return the library in the cache, built if it is not there; files that were changed are removed."""
+    key = _digest(_ingredients(compiler))[:16]
+    for path in folder.glob(f"native-{key}-*.so"):
+        if path.name == _name(key, path):
+            return path
+        path.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        built = _build(compiler, Path(scratch))
+        path = folder / _name(key, built)
+        os.replace(built, path)  # another process may have done the same
+    return path
+
+
+def _name(key: str, path: Path) -> str:
+    return f"native-{key}-{_digest(path.read_bytes())}.so"
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _ingredients(compiler: str) -> bytes:
+    """Return all that the library depends on: the processor as the compiler sees it, sources and headers."""
+    macros = subprocess.run(
         [compiler, *_OPTIONS, "-E", "-dM", "-x", "c++", os.devnull], capture_output=True, check=True
     )
-    units, shared = (sorted(_FOLDER.glob(pattern)) for pattern in ("*.cc", "*.h"))
-    texts = [path.read_bytes() for path in (*units, *shared, Path(include, "xla/ffi/api/c_api.h"))]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "structvit_jax"
-    path = folder / f"native-{hashlib.sha256(b''.join([told.stdout, *texts])).hexdigest()[:16]}.so"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:  # another process may be building it
-            made = Path(scratch, path.name)
-            command = [compiler, *_OPTIONS, "-I", include, *map(str, units), "-o", str(made)]
-            subprocess.run(command, capture_output=True, check=True)
-            os.replace(made, path)
-    return path
+    sources = [path for pattern in ("*.cc", "*.h") for path in sorted(_FOLDER.glob(pattern))]
+    texts = [path.read_bytes() for path in (*sources, Path(jax.ffi.include_dir(), "xla/ffi/api/c_api.h"))]
+    return b"".join([macros.stdout, *texts])
+
+
+def _build(compiler: str, folder: Path) -> Path:
+    """Compile the library into a folder, readable by this user alone."""
+    built, units = folder / "native.so", map(str, sorted(_FOLDER.glob("*.cc")))
+    command = [compiler, *_OPTIONS, "-I", jax.ffi.include_dir(), *units, "-o", str(built)]
+    subprocess.run(command, capture_output=True, check=True)
+    built.chmod(0o700)
+    return built

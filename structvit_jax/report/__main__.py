@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from structvit_jax.command import naming_flags, run_command
+from structvit_jax.command import parse_flags, run_command
 from structvit_jax.errors import UserError
 
 _OUT = flags.DEFINE_string("out", None, "Where the page goes; by default report.html in the first WORKDIR.")
@@ -22,8 +22,7 @@ _HARDEST = flags.DEFINE_integer("hardest", 24, "How many examples of each run to
 
 
 def main(argv: Sequence[str]) -> None:
-    with naming_flags():
-        workdirs = flags.FLAGS(list(argv))[1:]
+    workdirs = parse_flags(argv)
     if not workdirs:
         raise UserError("say which run: python -m structvit_jax.report WORKDIR [WORKDIR ...]; see --help")
     from structvit_jax.report.page import write_report  # here, so that a mistake in flags is told at once

@@ -57,9 +57,10 @@ def _accuracies(label: str, scores: Sequence[ClassScore], names: Sequence[str]) 
 
 
 def _matrix(predictions: Predictions) -> Markup:
-    counts, names = predictions.confusion(), predictions.class_names
+    names = predictions.class_names
     if len(names) > DRAWN:
         return tag("p", f"Not drawn: {len(names)} classes are more than {DRAWN}.", class_="note")
+    counts = predictions.confusion()
     if len(names) > COUNTED:
         said = "Colour is the share of a row; the numbers of the classes are those of the tables above."
         figure = tag("figure", confusion(counts), tag("figcaption", said, class_="quiet"), class_="matrix")

@@ -16,7 +16,7 @@ from structvit_jax.report.markup import Markup, joined, table, tag
 from structvit_jax.report.record import Record, read_records
 from structvit_jax.training.goodput import ACTIVITIES
 from structvit_jax.training.run import as_json, changes
-from structvit_jax.training.storage import naming_failures, write
+from structvit_jax.training.storage import naming_failures, workplace, write
 
 FILE = "report.html"  # in the first workdir
 NOTHING = "–"  # in the place of what is not known
@@ -38,7 +38,7 @@ def write_report(workdirs: Sequence[str], out: str | None = None, hardest: int =
     """
     with naming_failures(epath.Path(workdirs[0])):
         records = read_records(workdirs)
-        path = epath.Path(out) if out else records[0].workdir / FILE
+        path = workplace(out) if out else records[0].workdir / FILE
         content = page(records, hardest)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,9 @@ from etils import epath
 from structvit_jax.errors import DecodeError, UserError, decoding
 from structvit_jax.training.evaluation import probabilities
 
+_LARGEST = 2**33  # bytes of the arrays in a file
+_ROWS = 1024  # of scores that are looked at together, to bound memory
+
 
 class ClassScore(NamedTuple):
     """How one class fared."""
@@ -38,26 +41,36 @@ class Predictions(NamedTuple):
     @property
     def found(self) -> np.ndarray:
         """The class [examples] with the highest score, of equal ones the first; -1 where a score is NaN."""
-        return np.where(np.isnan(self.scores).any(axis=1), -1, self.scores.argmax(axis=1))
+        highest = self.scores.argmax(axis=1)  # of a row with NaN, a NaN
+        return np.where(np.isnan(self.scores[np.arange(len(highest)), highest]), -1, highest)
 
     def confusion(self) -> np.ndarray:
-        """How many examples of each class (rows) were taken for each (columns); those with NaN are not."""
+        """Count how many examples of each class (rows) were taken for each (columns), without those with NaN.
+
+        The matrix is dense: for few classes only.
+        """
         classes, found = len(self.class_names), self.found
         pairs = (self.labels * classes + found)[found >= 0]
         return np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
 
     def by_class(self) -> list[ClassScore]:
         """Every class that has examples, the worst first, and of equal ones the largest."""
-        confusion = self.confusion()
-        examples = np.bincount(self.labels, minlength=len(self.class_names))
-        wrong = confusion * ~np.eye(len(confusion), dtype=bool)
-        confused = wrong.argmax(axis=1)
+        classes, found = len(self.class_names), self.found
+        examples = np.bincount(self.labels, minlength=classes)
+        right = np.bincount(self.labels[found == self.labels], minlength=classes)
+        wrong = (found >= 0) & (found != self.labels)
+        pairs, counts = np.unique(
+            self.labels[wrong].astype(np.int64) * classes + found[wrong], return_counts=True
+        )
+        confused: dict[int, tuple[int, int]] = {}  # the class that each was most often taken for; how often
+        for pair, times in zip(pairs.tolist(), counts.tolist(), strict=True):
+            true, other = divmod(pair, classes)
+            if times > confused.get(true, (0, 0))[1]:
+                confused[true] = other, times
         scores = []
         for number in np.flatnonzero(examples).tolist():
-            other = int(confused[number])
-            times = int(wrong[number, other])
-            right = int(confusion[number, number])
-            scores.append(ClassScore(number, int(examples[number]), right, other if times else None, times))
+            other, times = confused.get(number, (None, 0))
+            scores.append(ClassScore(number, int(examples[number]), int(right[number]), other, times))
         return sorted(scores, key=lambda score: (score.accuracy, -score.examples))
 
     def hardest(self, count: int, average: str) -> list[tuple[int, np.ndarray]]:
@@ -67,11 +80,15 @@ class Predictions(NamedTuple):
         """
         found = self.found
         wrong = np.flatnonzero((found >= 0) & (found != self.labels))
-        if not len(wrong):
-            return []
-        shares = probabilities(self.scores[wrong].astype(np.float64), average)
-        surest = np.argsort(-shares.max(axis=1), kind="stable")[:count]
-        return [(int(wrong[place]), shares[place]) for place in surest]
+        highest = np.empty(len(wrong))
+        for start in range(0, len(wrong), _ROWS):
+            rows = slice(start, start + _ROWS)
+            highest[rows] = self._probabilities(wrong[rows], average).max(axis=1)
+        surest = wrong[np.argsort(-highest, kind="stable")[:count]]
+        return list(zip(surest.tolist(), self._probabilities(surest, average), strict=True))
+
+    def _probabilities(self, rows: np.ndarray, average: str) -> np.ndarray:
+        return probabilities(self.scores[rows].astype(np.float64), average)
 
 
 def read_predictions(path: epath.Path) -> Predictions:
@@ -84,6 +101,8 @@ def read_predictions(path: epath.Path) -> Predictions:
     content = path.read_bytes()
     try:
         with decoding(), np.load(io.BytesIO(content)) as arrays:
+            if sum(entry.file_size for entry in arrays.zip.infolist()) > _LARGEST:
+                raise DecodeError(f"its arrays take more than {_LARGEST >> 30} GiB")
             ids, labels, scores, names = (arrays[key] for key in ("ids", "labels", "scores", "class_names"))
             if not scores.shape == (len(ids), len(names)) == (len(labels), len(names)):
                 raise DecodeError(f"{len(ids)} ids, {len(names)} classes and scores of {scores.shape}")

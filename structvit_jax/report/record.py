@@ -13,14 +13,23 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from structvit_jax.config import from_card, model_arguments
+from structvit_jax.card import from_card
+from structvit_jax.config import model_arguments
 from structvit_jax.errors import UserError
 from structvit_jax.models import create_model
 from structvit_jax.models.weights import split
 from structvit_jax.report.predictions import Predictions, read_predictions
 from structvit_jax.training import goodput
 from structvit_jax.training.checkpoint import newest_card
-from structvit_jax.training.storage import CONFIG, METRICS, PREDICTIONS, RESULT, absolute, read_json
+from structvit_jax.training.storage import (
+    CONFIG,
+    METRICS,
+    PREDICTIONS,
+    RESULT,
+    absolute,
+    read_json,
+    workplace,
+)
 
 Line = dict[str, Any]  # of metrics.jsonl
 
@@ -96,7 +105,7 @@ def read_records(words: Sequence[str]) -> list[Record]:
       UserError: one that holds no run, or a file that is damaged.
       OSError: one cannot be read.
     """
-    workdirs = [absolute(epath.Path(word)) for word in dict.fromkeys(words)]
+    workdirs = [absolute(workplace(word)) for word in dict.fromkeys(words)]
     last = [path.name for path in workdirs]
     names = [p.name if last.count(p.name) == 1 else str(p) for p in workdirs]
     return [_read_record(path, name) for path, name in zip(workdirs, names, strict=True)]
@@ -110,19 +119,11 @@ def _read_record(workdir: epath.Path, name: str) -> Record:
             f"{workdir} holds no run: there is no {CONFIG}, which python -m structvit_jax.main writes into"
             " its --workdir when it starts training"
         )
-    config = _read_config(workdir / CONFIG)
+    config = from_card(_read_object(workdir / CONFIG), workdir / CONFIG, any_model=True)
     lines, result = _read_lines(workdir / METRICS), _read_object(workdir / RESULT)
     path = workdir / PREDICTIONS
     found = read_predictions(path) if path.exists() else None
-    seconds = _read_object(workdir / goodput.FILE).get("seconds", {})
-    return Record(workdir, name, config, lines, result, found, seconds)
-
-
-def _read_config(path: epath.Path) -> ml_collections.ConfigDict:
-    try:
-        return from_card(_read_object(path))
-    except (TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path} is damaged: {' '.join(str(error).split())[:200]}") from error
+    return Record(workdir, name, config, lines, result, found, goodput.seconds_of(workdir))
 
 
 def _read_object(path: epath.Path) -> dict[str, Any]:
@@ -136,9 +137,9 @@ def _read_object(path: epath.Path) -> dict[str, Any]:
 
 def _read_lines(path: epath.Path) -> tuple[Line, ...]:
     lines: list[Line] = []
-    for number, text in enumerate(path.read_text().splitlines() if path.exists() else (), 1):
+    for number, text in enumerate(path.read_bytes().splitlines() if path.exists() else (), 1):
         line: Any = None
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):  # no JSON, or nested too deeply
             line = json.loads(text)
         if not _is_line(line):
             raise UserError(

@@ -31,7 +31,15 @@ from structvit_jax.training.lock import live_owner
 from structvit_jax.training.placement import abstract, replicated
 from structvit_jax.training.processes import say
 from structvit_jax.training.step import TrainState
-from structvit_jax.training.storage import absolute, is_bucket, read_json, unusable, write
+from structvit_jax.training.storage import (
+    absolute,
+    is_bucket,
+    naming_failures,
+    read_card,
+    unusable,
+    workplace,
+    write,
+)
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -119,7 +127,7 @@ class Checkpoints:
 
     def card(self, step: int) -> dict[str, Any]:
         """What the checkpoint of a step says of itself, see `Run.card`."""
-        return self._restore(step, card=ocp.args.JsonRestore())["card"]
+        return read_card(self.path(step))
 
     def weights(
         self, step: int, like: Weights, mesh: Mesh, advice: str, *, averaged: bool = False
@@ -320,7 +328,7 @@ def _policy(keep: Keep):
 
 def _locate(path: str) -> tuple[epath.Path, int | None]:
     """Splits "RUN/checkpoints/STEP" into (RUN, STEP); of "RUN" alone the step is None, the latest."""
-    folder = epath.Path(path)
+    folder = workplace(path)
     if is_step(folder) and folder.parent.name == FOLDER:
         return folder.parent.parent, int(folder.name)
     return folder, None
@@ -357,7 +365,8 @@ def open_checkpoint(path: str) -> Iterator[tuple[Checkpoints, int]]:
       UserError: there is none, it is not finished, or it is damaged. See `rereading` for running runs.
     """
     run, named = _locate(path)
-    before = _steps(run / FOLDER)
+    with naming_failures(run):
+        before = _steps(run / FOLDER)
     try:
         with _open(path, run, named) as opened:
             yield opened
@@ -372,7 +381,9 @@ def open_checkpoint(path: str) -> Iterator[tuple[Checkpoints, int]]:
 
 @contextlib.contextmanager
 def _open(path: str, run: epath.Path, named: int | None) -> Iterator[tuple[Checkpoints, int]]:
-    if not (run / FOLDER).exists():
+    with naming_failures(run):
+        exists = (run / FOLDER).exists()
+    if not exists:
         raise UserError(
             f"no checkpoint at {path}: it should be RUN/checkpoints/STEP, or RUN for its latest. Files of"
             " PyTorch weights (.pth, .safetensors) are for config.init_from, and for python -m"
@@ -389,17 +400,20 @@ def _open(path: str, run: epath.Path, named: int | None) -> Iterator[tuple[Check
 
 
 def newest_card(workdir: epath.Path) -> dict[str, Any] | None:
-    """The newest whole card in a workdir, if there is one. Every process may read it for itself."""
-    folder = workdir / FOLDER
-    for step in _steps(folder):
-        with contextlib.suppress(FileNotFoundError):  # a run that is training has removed it
-            if not damage(folder / str(step), "card/"):
-                return read_json(folder / str(step) / "card" / "metadata")
+    """Return the newest whole card in a workdir, if there is one. Every process may read it for itself."""
+    for step in _steps(workdir / FOLDER):
+        folder = workdir / FOLDER / str(step)
+        try:
+            if not damage(folder, "card/"):
+                return read_card(folder)
+        except (UserError, FileNotFoundError):
+            if folder.exists():  # otherwise a run that is training has removed it
+                raise
     return None
 
 
 @rereading
-def read_card(path: str) -> dict[str, Any]:
+def open_card(path: str) -> dict[str, Any]:
     """Return the card of the checkpoint that a path names, see `open_checkpoint`."""
     with open_checkpoint(path) as (checkpoints, step):
         return checkpoints.card(step)

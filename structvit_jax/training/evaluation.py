@@ -17,7 +17,7 @@ from structvit_jax.errors import UserError
 from structvit_jax.models import Network
 from structvit_jax.models.weights import Weights, split
 from structvit_jax.training import processes
-from structvit_jax.training.mesh import put_batch
+from structvit_jax.training.mesh import fitting_batch, put_batch
 from structvit_jax.training.step import make_eval_step
 from structvit_jax.training.storage import write
 
@@ -100,7 +100,8 @@ class Evaluator:
         """`before` is called with the number of every batch; it may end the evaluation by raising."""
         results: list[dict[str, Any]] = []
         problems: list[Any] = []
-        stream = self._data.test_batches(self._config.batch_size, share=processes.share())
+        size = fitting_batch(self._mesh, self._config.batch_size, self._data.test_examples)
+        stream = self._data.test_batches(size, share=processes.share())
         with contextlib.closing(stream) as batches:
             for number, batch in enumerate(batches):
                 if before:

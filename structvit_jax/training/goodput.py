@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 import time
+from typing import Any, NamedTuple
 
 from etils import epath
 
@@ -18,10 +20,39 @@ _SETTLED_STEPS, _SETTLED_SECONDS = 50, 60.0  # either is enough to judge the dat
 _HIGH_DATA_WAIT = 0.3  # of the time in steps
 
 
+class _Kept(NamedTuple):
+    """What earlier sessions of a run wrote."""
+
+    seconds: dict[str, float]  # by activity
+    sessions: int
+    at_save: dict[str, float]  # useful seconds so far, by the step that was saved
+
+
+def _read(workdir: epath.Path) -> _Kept:
+    """Read the file of a workdir; what is missing in it, or is not a number, counts as nothing."""
+    try:
+        found = read_json(workdir / FILE) or {}
+    except OSError:
+        found = {}
+    sessions = found.get("sessions")
+    seconds = {name: s for name, s in _times(found.get("seconds")).items() if name in ACTIVITIES}
+    saved = {step: s for step, s in _times(found.get("at_save")).items() if re.fullmatch("[0-9]{1,15}", step)}
+    return _Kept(seconds, sessions if isinstance(sessions, int) else 0, saved)
+
+
+def _times(value: Any) -> dict[str, float]:
+    items = value.items() if isinstance(value, dict) else ()
+    return {k: float(s) for k, s in items if isinstance(s, int | float) and 0 <= s < 1e15}
+
+
+def seconds_of(workdir: epath.Path) -> dict[str, float]:
+    """Return the seconds that a run has spent in each activity, over all its restarts; {} if unknown."""
+    return _read(workdir).seconds
+
+
 def wall_seconds(workdir: epath.Path) -> float:
-    """What a run has taken by now, over all its restarts; 0 where it left no word of it."""
-    path = workdir / FILE
-    return sum(((read_json(path) or {}) if path.exists() else {}).get("seconds", {}).values())
+    """Return the wall time that a run has taken, over all its restarts; 0 if unknown."""
+    return sum(seconds_of(workdir).values())
 
 
 class Goodput:
@@ -29,20 +60,17 @@ class Goodput:
 
     def __init__(self, workdir: epath.Path, started: float | None = None):
         """`started`: when this session began, by time.monotonic; now, if not given."""
-        try:
-            old = read_json(workdir / FILE) or {}
-        except OSError:
-            old = {}
+        old = _read(workdir)
         self._path = workdir / FILE
-        self._seconds = dict.fromkeys(ACTIVITIES, 0.0) | old.get("seconds", {})
-        self._at_save = old.get("at_save", {})  # useful seconds so far, by the step that was saved
-        self._sessions = old.get("sessions", 0) + 1
+        self._seconds = dict.fromkeys(ACTIVITIES, 0.0) | old.seconds
+        self._at_save = old.at_save
+        self._sessions = old.sessions + 1
         self._activity, self._since = "start", time.monotonic() if started is None else started
 
     def resume(self, step: int) -> None:
         """Counts what a former session did after `step` as lost."""
         useful = self._useful()
-        kept = self._at_save.get(str(step), 0.0 if step == 0 else useful)
+        kept = min(useful, self._at_save.get(str(step), 0.0 if step == 0 else useful))
         for activity in ("step", "input"):
             share = self._seconds[activity] / useful if useful else 0.0
             self._seconds["lost"] += share * (useful - kept)

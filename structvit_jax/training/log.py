@@ -180,16 +180,16 @@ class _Lines:
     """A file of JSON lines in order of their steps; kept in memory, written whole."""
 
     def __init__(self, path: epath.Path, step: int):
-        """Drops what a run that was killed wrote after the step that it resumes from."""
+        """Drop what a run that was killed wrote after the step that it resumes from, and damaged lines."""
         self.path, self._lines = path, list[str]()
-        text = path.read_text() if is_first() and path.exists() else ""
-        for line in text.splitlines():
+        content = path.read_bytes() if is_first() and path.exists() else b""
+        for line in content.splitlines():
             try:
                 if json.loads(line)["step"] <= step:
-                    self._lines.append(line)
-            except (ValueError, KeyError, TypeError):  # not of ours
+                    self._lines.append(line.decode())
+            except (ValueError, KeyError, TypeError, RecursionError):  # not a line that a run writes
                 continue
-        self._written = text
+        self._written = content
 
     def append(self, record: Mapping[str, Any]) -> None:
         self._lines.append(json.dumps(record))
@@ -208,10 +208,10 @@ class _Lines:
         return count
 
     def write(self) -> None:
-        text = "".join(line + "\n" for line in self._lines)
-        if text != self._written:
-            write(self.path, text)
-            self._written = text
+        content = "".join(line + "\n" for line in self._lines).encode()
+        if content != self._written:
+            write(self.path, content)
+            self._written = content
 
 
 class _Board:

@@ -6,6 +6,7 @@ import ctypes
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
 from importlib.util import find_spec
@@ -16,6 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
+from structvit_jax import cache
 from structvit_jax.errors import UserError
 from structvit_jax.training.placement import batch_sharding
 
@@ -23,10 +25,10 @@ MESH_AXES = ("data", "fsdp")
 
 
 def select_devices(device: str) -> None:
-    """Applies config.mesh.device, before JAX opens any.
+    """Apply config.mesh.device, before JAX opens any.
 
     Raises:
-      UserError: the device is not there, or there is an NVIDIA GPU that JAX does not see and the CPU
+      UserError: the device is not available, or there is an NVIDIA GPU that JAX does not see and the CPU
         was not asked for.
     """
     wants_cpu = device == "cpu" or os.environ.get("JAX_PLATFORMS") == "cpu"
@@ -36,8 +38,8 @@ def select_devices(device: str) -> None:
         jax.config.update("jax_platforms", {"gpu": "cuda"}.get(device, device))
     try:
         platform, reason = jax.devices()[0].platform, ""
-    except RuntimeError as error:
-        platform, reason = "none", " ".join(str(error).split())
+    except (RuntimeError, AssertionError) as error:  # AssertionError: JAX without a plug-in for GPUs
+        platform, reason = "none", " ".join(str(error).split()) or "its plug-in is not installed"
     if platform in ("cpu", "none") and not wants_cpu and _nvidia_gpu():
         raise UserError(
             "there is an NVIDIA GPU that JAX does not see: pip install -U 'jax[cuda13]' (drivers before"
@@ -80,9 +82,16 @@ def _nvidia_gpu() -> bool:
 
 
 def use_compilation_cache(folder: str) -> None:
-    """Applies config.mesh.compilation_cache: what was compiled once is read from there, by later runs too."""
-    if folder == "auto":
-        folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or "~/.cache/structvit_jax/compiled"
+    """Apply config.mesh.compilation_cache, from which later runs read what was compiled once.
+
+    Programs in it run without any check. So "auto" is a folder that only this user can write, or the one that
+    JAX_COMPILATION_CACHE_DIR names; where there is no such folder, nothing is kept.
+    """
+    if folder == "auto" and not (folder := os.environ.get("JAX_COMPILATION_CACHE_DIR", "")):
+        private, problem = cache.user_folder("compiled")
+        folder = str(private or "")
+        if problem:
+            print(f"note: {problem}; compiled programs are not kept", file=sys.stderr, flush=True)
     jax.config.update("jax_compilation_cache_dir", os.path.expanduser(folder) or None)
 
 
@@ -104,6 +113,11 @@ def make_mesh(data: int, fsdp: int, devices: Sequence[jax.Device] | None = None)
     if data * fsdp != len(devices):
         raise UserError(f"config.mesh asks for data={data} x fsdp={fsdp} devices; there are {len(devices)}")
     return jax.make_mesh((data, fsdp), MESH_AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+
+
+def fitting_batch(mesh: Mesh, batch_size: int, examples: int) -> int:
+    """Return the batch size for so many examples: no larger than needed, in equal parts for all devices."""
+    return -(-max(1, min(batch_size, examples)) // mesh.size) * mesh.size
 
 
 def check_batch(mesh: Mesh, key: str, batch_size: int, parts: int = 1) -> None:

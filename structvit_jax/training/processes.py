@@ -19,7 +19,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from structvit_jax import signals
-from structvit_jax.errors import RESUMABLE, UserError
+from structvit_jax.errors import RESUMABLE, UserError, printable
 
 JOINING = 300  # seconds in which all have to have started
 _LONG = 7 * 24 * 3600  # seconds: who does not come is noticed otherwise
@@ -82,9 +82,9 @@ def is_first() -> bool:
 
 
 def say(line: str) -> None:
-    """Prints a line, in one process of a run."""
+    """Print a line, in one process of a run."""
     if is_first():
-        print(line, flush=True)
+        print(printable(line), flush=True)
 
 
 def share() -> tuple[int, int]:

@@ -15,7 +15,8 @@ import optax
 from jax.sharding import Mesh
 
 import structvit_jax
-from structvit_jax.config import Durations, durations, model_arguments
+from structvit_jax.card import is_portable
+from structvit_jax.config import Durations, durations, model_arguments, short
 from structvit_jax.errors import UserError
 from structvit_jax.models import Network, create_model
 from structvit_jax.models.weights import split
@@ -158,10 +159,11 @@ def as_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """What changed between two configurations, a line each."""
+    """Return what changed between two configurations, a line each; how a machine runs them does not count."""
     return [
-        f"{key} is now {after!r}; the checkpoint was trained with {before!r}"
+        f"{key} is now {short(after)}; the checkpoint was trained with {short(before)}"
         for key, (before, after) in changes(old, new).items()
+        if is_portable(key.removeprefix("config."))
     ]
 
 

@@ -13,11 +13,12 @@ from etils import epath
 from jax.sharding import Mesh
 
 from structvit_jax import convert
-from structvit_jax.config import INPUTS
+from structvit_jax.card import from_card
+from structvit_jax.config import INPUTS, model_arguments
 from structvit_jax.errors import UserError
 from structvit_jax.models.variants import get_variant
 from structvit_jax.models.weights import Weights, like, split
-from structvit_jax.training.checkpoint import Checkpoints, newest_card, open_checkpoint, read_card, rereading
+from structvit_jax.training.checkpoint import Checkpoints, newest_card, open_card, open_checkpoint, rereading
 from structvit_jax.training.processes import say
 from structvit_jax.training.run import Run, abstract_state, adopt_classes, as_json, differences
 from structvit_jax.training.step import TrainState, init_state
@@ -38,7 +39,7 @@ def settle_inputs(config: ml_collections.ConfigDict, workdir: epath.Path) -> ml_
     with naming_failures(workdir):
         card = newest_card(workdir)
     if card:
-        found = card["config"]["data"]
+        found = _data_of(card, workdir)
     elif config.init_from and not _is_open(config):
         found = _inputs_of(config.init_from)
     config = config.copy_and_resolve_references()
@@ -92,7 +93,7 @@ def _resumed(run: Run, checkpoints: Checkpoints, step: int) -> TrainState:
 
 
 def _check_frozen(run: Run, card: dict[str, Any], path: epath.Path) -> None:
-    saved, now = card["config"]["optimizer"].get("freeze", ""), run.config.optimizer.freeze
+    saved, now = from_card(card["config"], path).optimizer.freeze, run.config.optimizer.freeze
     if saved != now:
         raise UserError(
             f"config.optimizer.freeze is {now!r}, and {path} was trained with {saved!r}: its optimizer has"
@@ -127,16 +128,16 @@ def find_weights(path: str, mesh: Mesh) -> convert.Source:
         return _read_released(path)
     with open_checkpoint(path) as (checkpoints, step):
         card = checkpoints.card(step)
+        config = from_card(card["config"], checkpoints.path(step))
         arrays, averaged = checkpoints.whole(step, mesh)
-    model = {key: value for key, value in card["config"]["model"].items() if value is not None}
-    names = card["class_names"]
+    model, names = model_arguments(config), card["class_names"]
     return convert.Source(
         arrays,
         get_variant(**model),
         model,
         arrays["head.bias"].size,
         None if names is None else tuple(names),
-        convert.Inputs(**{key: card["config"]["data"][key] for key in INPUTS}),
+        convert.Inputs(**{key: config.data[key] for key in INPUTS}),
         f"{checkpoints.path(step)}{' (averaged weights)' * averaged}",
     )
 
@@ -149,7 +150,11 @@ def _read_released(path: str) -> convert.Source:
 def _inputs_of(path: str) -> dict[str, Any]:
     if convert.is_weights_file(path):
         return _described(_read_released(path))
-    return read_card(path)["config"]["data"]
+    return _data_of(open_card(path), path)
+
+
+def _data_of(card: dict[str, Any], where: object) -> dict[str, Any]:
+    return dict(from_card(card["config"], where).data.items())
 
 
 def _described(source: convert.Source) -> dict[str, Any]:

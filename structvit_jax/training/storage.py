@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import re
+import stat
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from typing import Any
 
 from etils import epath
 
-from structvit_jax.errors import UnreachableError, UserError
+from structvit_jax.card import check_card
+from structvit_jax.errors import UnreachableError, UserError, may_pass, system_failure
 
 # What a run leaves in its workdir, for all that read it.
 CONFIG, METRICS, RESULT, PREDICTIONS = "config.json", "metrics.jsonl", "result.json", "predictions.npz"
-_CLIENTS = ("gcsfs", "aiohttp", "google")  # whose exceptions are a bucket's failures
-# What passes by itself: no answer, or one of the server's own troubles.
-_PASSING = r"\b(?:UNAVAILABLE|DEADLINE_EXCEEDED)\b|\b(?:429|50[0-4])\b"
 
 
 def is_bucket(path: epath.Path) -> bool:
@@ -30,23 +31,58 @@ def absolute(path: epath.Path) -> epath.Path:
     return path if is_bucket(path) else path.resolve()
 
 
+def workplace(text: str) -> epath.Path:
+    """Return the path of a file or folder to read or write, on a disk or in a bucket.
+
+    Raises:
+      UserError: another kind of URL, as s3:// or http://, or a bucket without its client.
+    """
+    scheme, separator, _ = text.partition("://")
+    if separator and scheme != "gs":
+        raise UserError(f"{text!r} cannot be used: name a folder, or gs://BUCKET/PATH")
+    if separator and find_spec("gcsfs") is None:
+        raise UserError(f"{text!r} needs gcsfs: pip install 'structvit_jax[gcs]'")
+    if separator:
+        logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # what matters it raises
+    return epath.Path(text)
+
+
 def write(path: epath.Path, content: str | bytes) -> None:
-    """Writes a file whole or not at all: an object of a bucket is, a file of a disk is renamed into place."""
+    """Write a file whole or not at all: an object in a bucket is, a file on a disk is renamed into place.
+
+    Raises:
+      UserError: there is something at `path` that is not a regular file, as a device or a link.
+    """
     content = content.encode() if isinstance(content, str) else content
+    check_replaceable(path)
     if is_bucket(path):
         path.write_bytes(content)
         return
     partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with partial.open("wb") as file:
+        partial.unlink(missing_ok=True)
+        with open(partial, "xb") as file:
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())  # else a machine that loses power may keep the name and not the content
+            os.fsync(file.fileno())  # otherwise a power failure may keep the name and lose the content
         partial.replace(path)
     except OSError:
         with contextlib.suppress(OSError):
             partial.unlink()
         raise
+
+
+def check_replaceable(path: epath.Path) -> None:
+    """Raise UserError if there is something at `path` that is not a regular file: it is never replaced."""
+    if is_bucket(path):
+        return
+    try:
+        mode = os.lstat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
+        raise UserError(f"{path} is {kind} and is not replaced; choose another output")
 
 
 def write_json(path: epath.Path, value: Mapping[str, Any]) -> None:
@@ -61,34 +97,48 @@ def read_json(path: epath.Path) -> dict[str, Any] | None:
       OSError: it is not there, or cannot be read.
     """
     try:
-        value = json.loads(path.read_text())
-    except ValueError:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):  # RecursionError: nested too deeply
         return None
     return value if isinstance(value, dict) else None
 
 
-@contextlib.contextmanager
-def naming_failures(workdir: epath.Path) -> Iterator[None]:
-    """Turns what a disk or bucket refuses into one line.
+def read_card(checkpoint: epath.Path) -> dict[str, Any]:
+    """Read the card of a checkpoint.
+
+    Args:
+      checkpoint: the folder of its step.
 
     Raises:
-      UserError: names the file and the reason; what was saved before stays as it was.
+      UserError: it is missing, or not a valid card.
+    """
+    path = checkpoint / "card" / "metadata"  # as Orbax names the JSON of an item
+    try:
+        return check_card(read_json(path), path)
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing: {checkpoint} is no checkpoint of structvit_jax") from error
+
+
+@contextlib.contextmanager
+def naming_failures(workdir: epath.Path) -> Iterator[None]:
+    """Turn what a disk or a bucket refuses into one line.
+
+    Raises:
+      UserError: names the file and the reason; what was saved before is kept.
       UnreachableError: a bucket does not answer.
     """
     try:
         yield
     except BrokenPipeError:  # of standard output
         raise
-    except OSError as error:
-        raise unusable(error.filename or workdir, error.strerror or str(error), workdir, error) from error
     except Exception as error:
-        if type(error).__module__.split(".")[0] not in _CLIENTS:
+        if not (reason := system_failure(error)):
             raise
-        raise unusable(workdir, str(error) or type(error).__name__, workdir, error) from error
+        raise unusable(getattr(error, "filename", None) or workdir, reason, workdir, error) from error
 
 
 def unusable(place: Any, reason: str, workdir: epath.Path, error: Exception) -> UserError:
-    """What to raise for a file that cannot be read or written: a mistake, unless it may pass by itself."""
+    """Return the error for a file that cannot be read or written; resumable if it may pass by itself."""
     if re.search("No such file|NOT_FOUND", reason) and not (is_bucket(workdir) or workdir.exists()):
         return UserError(
             f"{workdir} is gone: it was removed or renamed while the run was using it; put it back and"
@@ -96,7 +146,7 @@ def unusable(place: Any, reason: str, workdir: epath.Path, error: Exception) -> 
         )
     reason = f"{place} cannot be used: {' '.join(reason.split())[:300]}"
     kept = f"What was saved before in {workdir} is as it was"
-    code = getattr(error, "code", getattr(error, "status", reason if is_bucket(workdir) else ""))
-    if isinstance(error, TimeoutError | ConnectionError) or re.search(_PASSING, str(code)):
+    if may_pass(error, reason if is_bucket(workdir) else ""):
         return UnreachableError(f"{reason}. {kept}; the same command resumes")
-    return UserError(f"{reason}. {kept}; mend that and the same command goes on, or choose another --workdir")
+    advice = "resolve that and re-run the command to resume, or choose another --workdir"
+    return UserError(f"{reason}. {kept}; {advice}")

@@ -25,7 +25,7 @@ class Unreadable:
     def __init__(self, workdir: epath.Path, train_examples: int, max_share: float):
         self._path = workdir / FILE
         self._limit, self._examples = max_share * train_examples, train_examples
-        self._text = processes.decide(lambda: self._path.read_text() if self._path.exists() else "")
+        self._text = processes.decide(self._read)
         self._listed = {tuple(line.split("\t")[:2]) for line in self._text.splitlines()}
         self._pending: list[tuple[str, str, str, str]] = []  # met by this process, not known to the others
         self._short: dict[str, dict[str, str]] = {}  # by split, clips with few frames and the reason
@@ -88,6 +88,9 @@ class Unreadable:
             for split, name, reason, kind in problems
             if split == "train" and kind == "unreadable"
         }
+
+    def _read(self) -> str:
+        return self._path.read_bytes().decode(errors="replace") if self._path.exists() else ""
 
     def _judge(self):
         if len(self._met) > self._limit:
