@@ -238,7 +238,7 @@ def _of_card(argv, checkpoint):
     from structvit_jax.training import (
         mesh,  # here, so that a mistake in other commands' flags is told at once
     )
-    from structvit_jax.training.checkpoint import open_card
+    from structvit_jax.training.restore import open_card
 
     key = "--config.mesh.device="  # asked first, since reading the card opens a device
     mesh.select_devices(next((word.removeprefix(key) for word in argv if word.startswith(key)), "auto"))

@@ -28,9 +28,9 @@ from structvit_jax.data.label_maps import LabelMapWriter, check_destination, dig
 from structvit_jax.errors import UserError
 from structvit_jax.models.weights import Weights, sha256, split
 from structvit_jax.ops import batch_split_over
-from structvit_jax.training.checkpoint import open_checkpoint, rereading
 from structvit_jax.training.mesh import check_batch, put_batch
 from structvit_jax.training.placement import batch_sharding
+from structvit_jax.training.restore import open_checkpoint, rereading
 from structvit_jax.training.run import Run
 from structvit_jax.training.step import normalize
 

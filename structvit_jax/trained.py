@@ -31,9 +31,9 @@ from structvit_jax.data.reader import Reader
 from structvit_jax.models import Network, create_model
 from structvit_jax.models.variants import counterpart
 from structvit_jax.models.weights import Weights, split, update
-from structvit_jax.training.checkpoint import open_checkpoint, rereading
 from structvit_jax.training.evaluation import probabilities
 from structvit_jax.training.mesh import fitting_batch, make_mesh, put_batch
+from structvit_jax.training.restore import open_checkpoint, rereading
 from structvit_jax.training.step import make_eval_step, normalize
 
 

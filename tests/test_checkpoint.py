@@ -14,7 +14,7 @@ from etils import epath
 from structvit_jax.config import default_config
 from structvit_jax.errors import Stopped, UserError
 from structvit_jax.models.weights import Weights
-from structvit_jax.training import checkpoint, digests, mesh, optim
+from structvit_jax.training import checkpoint, digests, mesh, optim, restore
 from structvit_jax.training.checkpoint import Checkpoints, Keep
 from structvit_jax.training.lock import WorkdirLock
 from structvit_jax.training.step import init_state
@@ -228,19 +228,23 @@ def test_a_save_in_a_bucket_is_finished_by_its_digests(place, files, unfinished)
 
 def save(place, number, keep):
     with Checkpoints(place, keep) as checkpoints:
-        checkpoints.save(tiny_state(number), {"of": number})
+        checkpoints.save(tiny_state(number), card_of(number))
+
+
+def card_of(number):
+    return {"class_names": None, "config": {"model": {"name": "of"}}, "of": number}
 
 
 def test_the_next_checkpoint_is_read_when_a_run_replaces_one(tmp_path, monkeypatch):
     """After its files are compared, and half-way through that; a step that is named is not replaced."""
     save(tmp_path, 1, Keep(1))
-    restore, damage = Checkpoints._restore, checkpoint.damage
+    read_card, damage = checkpoint.read_card, checkpoint.damage
     pending = [2]
 
-    def restore_late(self, step, **items):
+    def read_late(folder):
         while pending:
             save(tmp_path, pending.pop(), Keep(1))
-        return restore(self, step, **items)
+        return read_card(folder)
 
     def compare_late(folder, part=""):
         while pending:
@@ -249,14 +253,14 @@ def test_the_next_checkpoint_is_read_when_a_run_replaces_one(tmp_path, monkeypat
         return damage(folder, part)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Checkpoints, "_restore", restore_late)
-        assert checkpoint.open_card(str(tmp_path)) == {"of": 2}
+        patch.setattr(checkpoint, "read_card", read_late)
+        assert restore.open_card(str(tmp_path)) == card_of(2)
     pending = [3]
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "damage", compare_late)
-        assert checkpoint.open_card(str(tmp_path)) == {"of": 3}
+        assert restore.open_card(str(tmp_path)) == card_of(3)
     with pytest.raises(UserError, match=r"no finished checkpoint at .*; .* holds these steps: 3, 2"):
-        checkpoint.open_card(f"{tmp_path}/checkpoints/1")
+        restore.open_card(f"{tmp_path}/checkpoints/1")
 
 
 def test_no_advice_to_move_what_a_run_is_writing(tmp_path):
@@ -264,10 +268,10 @@ def test_no_advice_to_move_what_a_run_is_writing(tmp_path):
     flip(tmp_path / "checkpoints" / "1" / "card" / "metadata")
     with WorkdirLock(epath.Path(tmp_path)):
         with pytest.raises(UserError, match=r"damaged .* being written by a run .* try again") as caught:
-            checkpoint.open_card(str(tmp_path))
+            restore.open_card(str(tmp_path))
         assert "move them away" not in str(caught.value)
     with pytest.raises(UserError, match="move them away"):
-        checkpoint.open_card(str(tmp_path))
+        restore.open_card(str(tmp_path))
 
 
 def test_files_without_permission_are_not_damaged(tmp_path, monkeypatch):
@@ -284,11 +288,11 @@ def test_files_without_permission_are_not_damaged(tmp_path, monkeypatch):
 
     monkeypatch.setattr(type(epath.Path("/")), "open", refuse)
     with pytest.raises(UserError, match=f"{closed} cannot be read: Permission denied"):
-        checkpoint.open_card(str(tmp_path))
+        restore.open_card(str(tmp_path))
 
 
 def test_a_file_in_the_place_of_checkpoints(tmp_path, refused):
     (tmp_path / "checkpoints").write_text("")
     with pytest.raises(UserError, match="checkpoints is a file"):
-        checkpoint.open_card(str(tmp_path))
+        restore.open_card(str(tmp_path))
     assert "checkpoints" in refused(*QUICK, f"--workdir={tmp_path}")

@@ -27,7 +27,7 @@ from structvit_jax.errors import UserError
 from structvit_jax.models import get_variant, weights
 from structvit_jax.models.positions import resize_positions
 from structvit_jax.training import loop
-from structvit_jax.training.checkpoint import open_checkpoint
+from structvit_jax.training.restore import open_checkpoint
 from structvit_jax.training.run import adopt_classes
 
 PARITY = Path(__file__).parent / "data" / "parity"

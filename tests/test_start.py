@@ -18,8 +18,8 @@ from structvit_jax import convert, create_model
 from structvit_jax.convert import __main__ as convert_command
 from structvit_jax.errors import UserError
 from structvit_jax.models import weights
-from structvit_jax.training.checkpoint import open_checkpoint
 from structvit_jax.training.mesh import make_mesh
+from structvit_jax.training.restore import open_checkpoint
 
 SHORT = [
     "--config.data.batch_size=8",

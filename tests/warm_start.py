@@ -25,8 +25,8 @@ from absl import logging
 from structvit_jax import convert, data, ops
 from structvit_jax.config import from_card, model_arguments
 from structvit_jax.models import StructAttention, create_model, weights
-from structvit_jax.training.checkpoint import open_checkpoint
 from structvit_jax.training.mesh import make_mesh
+from structvit_jax.training.restore import open_checkpoint
 from structvit_jax.training.start import find_weights
 from structvit_jax.training.step import normalize
 

@@ -40,7 +40,8 @@ from structvit_jax.errors import UserError, exit_in_one_line
 from structvit_jax.models import create_model
 from structvit_jax.models.weights import Weights, like, split
 from structvit_jax.training import start
-from structvit_jax.training.checkpoint import FOLDER, Checkpoints, Keep
+from structvit_jax.training.checkpoint import Checkpoints, Keep
+from structvit_jax.training.commit import FOLDER
 from structvit_jax.training.mesh import make_mesh
 from structvit_jax.training.run import as_json, make_card
 from structvit_jax.training.step import TrainState

@@ -28,7 +28,7 @@ from structvit_jax.errors import DecodeError, UserError, known
 from structvit_jax.explain import page, picture
 from structvit_jax.explain.maps import Layer, layers, position_of, query_maps, textured
 from structvit_jax.trained import Trained, load_trained
-from structvit_jax.training.checkpoint import FOLDER
+from structvit_jax.training.commit import FOLDER
 from structvit_jax.training.storage import naming_failures, write
 
 _QUERY = flags.DEFINE_list("query", None, "Frame, row and column of the position that is explained.")

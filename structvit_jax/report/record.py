@@ -20,7 +20,7 @@ from structvit_jax.models import create_model
 from structvit_jax.models.weights import split
 from structvit_jax.report.predictions import Predictions, read_predictions
 from structvit_jax.training import goodput
-from structvit_jax.training.checkpoint import newest_card
+from structvit_jax.training.restore import newest_card
 from structvit_jax.training.storage import (
     CONFIG,
     METRICS,

@@ -12,8 +12,8 @@ import functools
 import logging
 import re
 import sys
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -22,7 +22,7 @@ from etils import epath
 from jax.sharding import Mesh
 from orbax.checkpoint import checkpoint_managers
 
-from structvit_jax.errors import RESUMABLE, Stopped, UserError
+from structvit_jax.errors import Stopped, UserError
 from structvit_jax.models.weights import Weights, mismatches
 from structvit_jax.training import processes
 from structvit_jax.training.commit import FOLDER, InBucket, OnDisk, is_step, is_unfinished
@@ -34,15 +34,10 @@ from structvit_jax.training.step import TrainState
 from structvit_jax.training.storage import (
     absolute,
     is_bucket,
-    naming_failures,
     read_card,
     unusable,
-    workplace,
     write,
 )
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 ASIDE = "damaged"  # where checkpoints that cannot be used are put
 _WEIGHTS, _OPTIMIZER, _AVERAGE = (
@@ -55,7 +50,6 @@ _METRIC = "top1"  # what the best checkpoints are best in
 # program of its own, and compiling some hundred of them held up the first save of a run. (Orbax's notes of
 # the parts' shapes are left out then; restoring does without them.)
 _LEAST_PART = 2**20
-_ATTEMPTS = 30  # to read a checkpoint before its run replaces it
 
 
 class Keep(NamedTuple):
@@ -110,7 +104,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """All steps whose save was finished, newest first; they may be damaged."""
-        return _steps(self._folder)
+        return steps_in(self._folder)
 
     def path(self, step: int) -> epath.Path:
         """The folder of a step."""
@@ -290,7 +284,7 @@ def _entries(folder: epath.Path) -> list[epath.Path]:
         raise UserError(f"{folder} is a file, where a run keeps its checkpoints; move it away") from error
 
 
-def _steps(folder: epath.Path) -> list[int]:
+def steps_in(folder: epath.Path) -> list[int]:
     """The steps in a folder whose save was finished, newest first."""
     paths = [path for path in _entries(folder) if is_step(path) and not is_unfinished(path)]
     return sorted((int(path.name) for path in paths), reverse=True)
@@ -324,96 +318,3 @@ def _policy(keep: Keep):
             )
         )
     return checkpoint_managers.AnyPreservationPolicy(policies)
-
-
-def _locate(path: str) -> tuple[epath.Path, int | None]:
-    """Splits "RUN/checkpoints/STEP" into (RUN, STEP); of "RUN" alone the step is None, the latest."""
-    folder = workplace(path)
-    if is_step(folder) and folder.parent.name == FOLDER:
-        return folder.parent.parent, int(folder.name)
-    return folder, None
-
-
-class _ReplacedError(UserError):
-    """A run that is training has removed the checkpoint while it was read."""
-
-    exit_code = RESUMABLE
-
-
-def rereading(function: Callable[P, T]) -> Callable[P, T]:
-    """Decorate a function that opens a checkpoint: call it again when a run replaces that meanwhile.
-
-    A run that is training removes its older checkpoints. A function that is given the run and not one of its
-    steps then reads the next.
-    """
-
-    @functools.wraps(function)
-    def reread(*arguments: P.args, **options: P.kwargs) -> T:
-        for _ in range(_ATTEMPTS):
-            with contextlib.suppress(_ReplacedError):
-                return function(*arguments, **options)
-        return function(*arguments, **options)
-
-    return reread
-
-
-@contextlib.contextmanager
-def open_checkpoint(path: str) -> Iterator[tuple[Checkpoints, int]]:
-    """The checkpoints of a run, and the step that "RUN/checkpoints/STEP" names, of "RUN" its latest.
-
-    Raises:
-      UserError: there is none, it is not finished, or it is damaged. See `rereading` for running runs.
-    """
-    run, named = _locate(path)
-    with naming_failures(run):
-        before = _steps(run / FOLDER)
-    try:
-        with _open(path, run, named) as opened:
-            yield opened
-    except Exception as error:
-        if _steps(run / FOLDER) == before:
-            raise
-        raise _ReplacedError(
-            f"the run in {run} replaces its checkpoints faster than they can be read; raise its"
-            " config.checkpoint.keep, or try again when it has ended"
-        ) from error
-
-
-@contextlib.contextmanager
-def _open(path: str, run: epath.Path, named: int | None) -> Iterator[tuple[Checkpoints, int]]:
-    with naming_failures(run):
-        exists = (run / FOLDER).exists()
-    if not exists:
-        raise UserError(
-            f"no checkpoint at {path}: it should be RUN/checkpoints/STEP, or RUN for its latest. Files of"
-            " PyTorch weights (.pth, .safetensors) are for config.init_from, and for python -m"
-            " structvit_jax.convert, which makes a checkpoint of them"
-        )
-    with Checkpoints(run) as checkpoints:
-        step = checkpoints.latest() if named is None else named
-        if step is None or not checkpoints.path(step).exists():
-            kept = ", ".join(map(str, checkpoints.steps())) or "none"
-            raise UserError(f"no finished checkpoint at {path}; {run} holds these steps: {kept}")
-        if named is not None:
-            checkpoints.check(step)
-        yield checkpoints, step
-
-
-def newest_card(workdir: epath.Path) -> dict[str, Any] | None:
-    """Return the newest whole card in a workdir, if there is one. Every process may read it for itself."""
-    for step in _steps(workdir / FOLDER):
-        folder = workdir / FOLDER / str(step)
-        try:
-            if not damage(folder, "card/"):
-                return read_card(folder)
-        except (UserError, FileNotFoundError):
-            if folder.exists():  # otherwise a run that is training has removed it
-                raise
-    return None
-
-
-@rereading
-def open_card(path: str) -> dict[str, Any]:
-    """Return the card of the checkpoint that a path names, see `open_checkpoint`."""
-    with open_checkpoint(path) as (checkpoints, step):
-        return checkpoints.card(step)

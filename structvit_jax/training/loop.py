@@ -16,7 +16,8 @@ from structvit_jax import signals
 from structvit_jax.errors import Stopped, UserError
 from structvit_jax.models.weights import Weights, sha256, split
 from structvit_jax.training import processes
-from structvit_jax.training.checkpoint import FOLDER, Checkpoints, open_checkpoint, rereading
+from structvit_jax.training.checkpoint import Checkpoints
+from structvit_jax.training.commit import FOLDER
 from structvit_jax.training.evaluation import Evaluation, Evaluator, Scores
 from structvit_jax.training.goodput import Goodput
 from structvit_jax.training.lock import WorkdirLock
@@ -26,6 +27,7 @@ from structvit_jax.training.placement import replicated
 from structvit_jax.training.processes import say
 from structvit_jax.training.profile import Profile
 from structvit_jax.training.program import compile_train_step, naming_memory
+from structvit_jax.training.restore import open_checkpoint, rereading
 from structvit_jax.training.run import (
     Run,
     adopt_classes,

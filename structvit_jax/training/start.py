@@ -18,8 +18,9 @@ from structvit_jax.config import INPUTS, model_arguments
 from structvit_jax.errors import UserError
 from structvit_jax.models.variants import get_variant
 from structvit_jax.models.weights import Weights, like, split
-from structvit_jax.training.checkpoint import Checkpoints, newest_card, open_card, open_checkpoint, rereading
+from structvit_jax.training.checkpoint import Checkpoints
 from structvit_jax.training.processes import say
+from structvit_jax.training.restore import newest_card, open_card, open_checkpoint, rereading
 from structvit_jax.training.run import Run, abstract_state, adopt_classes, as_json, differences
 from structvit_jax.training.step import TrainState, init_state
 from structvit_jax.training.storage import naming_failures
