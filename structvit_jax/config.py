@@ -67,6 +67,9 @@ def _data() -> ml_collections.ConfigDict:
     data.root = ""  # of "folder": where the splits are
     data.train_split = "train"  # a folder of class folders, or a list, below the root
     data.test_split = "val"  # of moving digits "tune" is clips of training scans, to choose settings on
+    data.val_fraction = (
+        0.0  # of a folder's training examples, held out where it has no test split; 0: an error
+    )
     data.batch_size = 64  # clips or images per step, over all devices, repeats included
     data.train_examples = 0  # for data made on the fly: how many examples an epoch has
     data.test_examples = 0  # the same for the test split
@@ -339,7 +342,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (  # what they nee
     (
         "to lie from 0 to below 1",
         lambda x: 0 <= x < 1,
-        "optimizer.b1 optimizer.b2 optimizer.ema train.label_smoothing",
+        "optimizer.b1 optimizer.b2 optimizer.ema train.label_smoothing data.val_fraction",
     ),
     ("to lie from 0 to below 2**31", lambda n: 0 <= n < 2**31, "train.seed"),
     ("to be -1 or at least 1", lambda n: n == -1 or n >= 1, "mesh.data"),
@@ -350,20 +353,23 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (  # what they nee
 
 
 def check_config(config: ml_collections.ConfigDict) -> None:
-    """Raises UserError, in one line, for the first value outside its range."""
+    """Raise UserError, in one line, for the first value outside its range.
+
+    None is in range where a configuration leaves a key to be filled in, see `structvit_jax.open_keys`.
+    """
 
     def require(key, holds, needs):
         value = config
         for part in key.split("."):
             value = value[part]
-        if not holds(value):
+        if value is not None and not holds(value):
             raise UserError(f"config.{key} is {value!r}; it needs {needs}")
 
     for needs, holds, keys in _RANGES:
         for key in keys.split():
             require(key, holds, needs)
-    smallest = math.ceil(config.data.size / config.data.crop_fraction)
+    smallest = math.ceil((config.data.size or 1) / config.data.crop_fraction)
     fits = f"to be 0 or at least {smallest}, what config.data.size and crop_fraction ask for"
     require("data.short_side", lambda n: n == 0 or n >= smallest, fits)
-    if config.data.test_clips > 1 and not config.data.frames:
+    if config.data.test_clips > 1 and config.data.frames == 0:
         raise UserError("config.data.test_clips is more than 1, but there is one clip to an image")

@@ -33,6 +33,11 @@ class Noise:
     def __len__(self) -> int:
         return self._examples
 
+    @property
+    def made_from(self) -> str:
+        """What examples are made from, for a fingerprint."""
+        return f"noise of {len(self.class_names)} classes, numbers {self._entropy}"
+
     def id(self, index: int) -> str:
         return f"noise/{self._split}/{index}"
 

@@ -7,7 +7,7 @@ import functools
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from etils import epath
 from structvit_jax.data.index import Index
 from structvit_jax.data.media import Media, Part, Pictures, frame_names
 from structvit_jax.data.video import VideoFile
-from structvit_jax.errors import DecodeError, UserError
+from structvit_jax.errors import DecodeError, UserError, decoding
 
 
 class _Records:
@@ -52,6 +52,21 @@ class Shards(_Records):
     def id(self, index: int) -> str:
         return self._ids[index].decode()
 
+    @property
+    def is_video(self) -> bool:
+        """Whether the first example is a video, or a folder of frames."""
+        record = self._records[0]
+        return record["kind"] == b"video" or len(record["files"]) > 1
+
+    def stored(self, index: int) -> tuple[str, Sequence[str | bytes] | None]:
+        """Return an example's label and its files' contents; None in their place for a part of a file."""
+        with decoding():
+            record = self._records[index]
+        if problem := record["problem"].decode():
+            raise DecodeError(problem)
+        files = list(record["files"]) if record["count"] < 0 else None
+        return self.class_names[int(record["label"])], files
+
     def open(self, index: int) -> tuple[Media, int]:
         record = self._records[index]
         if problem := record["problem"].decode():
@@ -73,6 +88,13 @@ class Images(_Records):
 
     def id(self, index: int) -> str:
         return f"{self._split}/{index}"
+
+    def stored(self, index: int) -> tuple[str, Sequence[str | bytes] | None]:
+        """Return an example's label and the contents of its file."""
+        with decoding():
+            record = self._records[index]
+        label = int(record["label"])
+        return self.class_names[label] if label >= 0 else "", [record["image"]]
 
     def open(self, index: int) -> tuple[Media, int]:
         record = self._records[index]
