@@ -132,8 +132,16 @@ class Index:
         entry = self.entry(index)
         if self._labels[index] < 0:
             raise DecodeError(f"unknown label {entry.label!r}.{did_you_mean(entry.label, self.class_names)}")
-        media = open_media(self.path(index), entry.start, entry.end)
-        return media, int(self._labels[index])
+        return self.media(index), int(self._labels[index])
+
+    def media(self, index: int) -> Media:
+        """Return an example's frames, whatever its label.
+
+        Raises:
+          DecodeError: they cannot be read.
+        """
+        entry = self.entry(index)
+        return open_media(self.path(index), entry.start, entry.end)
 
 
 def order(entry: Entry) -> tuple[Any, ...]:

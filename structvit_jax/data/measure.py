@@ -49,7 +49,7 @@ def spread(values: Sequence[int]) -> Spread:
 def measure(source: Source, number: int) -> Measured:
     """Decode frames at the beginning, middle and end of an example, and return what it is like."""
     try:
-        media, _ = source.open(number)
+        media = source.media(number) if isinstance(source, Index) else source.open(number)[0]
         with contextlib.closing(media):
             if media.missing:
                 return Measured(problem=f"cut off: {media.missing} of {media.count} frames are missing")

@@ -28,6 +28,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
+import numpy as np
 from tqdm import tqdm
 
 from structvit_jax.data import folder
@@ -255,6 +256,7 @@ def check(
                 if one.problem:
                     bad.append(f"{split}\t{index.id(number)}\t{one.problem}")
                     bar.write(f"{split} {index.id(number)}: {one.problem}", file=sys.stdout)
+            bad += [f"{split}\t{name}\tunknown label {label!r}" for name, label in _unlabelled(index)]
     found = survey(indices, video=video, measured=measured)
     print(found.table())
     with writing(report):
@@ -263,11 +265,18 @@ def check(
         if bad:
             with open(report, "w", encoding="utf-8") as file:
                 file.writelines(line + "\n" for line in bad)
-    others = f"; {report} lists the others" if bad else ""
-    print(f"{total - len(bad):,} of {total:,} examples can be read{others}")
+    others = f"; {report} lists what is wrong" if bad else ""
+    unreadable = sum(len(split.unreadable) for split in found.splits)
+    print(f"{total - unreadable:,} of {total:,} examples can be read{others}")
     if then and not found.errors:
         print(f"next: {then}")
     return 1 if bad or found.errors else 0
+
+
+def _unlabelled(index: Index) -> Iterator[tuple[str, str]]:
+    """Yield the ids and labels of examples whose label is none of the classes."""
+    for number in np.flatnonzero(index.labels < 0).tolist():
+        yield index.id(number), index.entry(number).label
 
 
 def _measured(index: Index, workers: int) -> Iterator[tuple[int, Measured]]:

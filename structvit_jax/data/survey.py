@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import difflib
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from structvit_jax.data.folder import counts
 from structvit_jax.data.index import LABELS, Found, Index
 from structvit_jax.data.measure import Measured, Spread, duplicates, measure_some, spread
 from structvit_jax.data.reader import Source
-from structvit_jax.errors import UserError, did_you_mean
+from structvit_jax.errors import UserError
 
 SECONDS = 2.0  # that a look takes where it samples
 _ROWS = 15  # classes that a table lists
@@ -118,7 +119,7 @@ class Survey:
 
     def _class_rows(self) -> Iterator[tuple[str, list[str]]]:
         """Examples by class: the largest classes of the training split, those without examples last."""
-        known = [split.classes or {} for split in self.splits]
+        known = [{**split.unknown, **(split.classes or {})} for split in self.splits]
         if not any(known):
             yield "classes", [f"{len(self.class_names):,}"] * len(self.splits)
             return
@@ -181,7 +182,7 @@ def _errors(splits: Sequence[Split], sources: Sequence[Source]) -> Iterator[str]
     first, train = splits[0], sources[0]
     root = getattr(train, "root", "")
     for split, source in zip(splits, sources, strict=True):
-        near = did_you_mean(next(iter(split.unknown)), train.class_names) if split.unknown else ""
+        near = _near(next(iter(split.unknown)), train.class_names) if split.unknown else ""
         if split.unknown and root and os.path.isfile(os.path.join(root, LABELS)):
             yield (
                 f"{os.path.join(root, LABELS)} lacks {_several(split.unknown)} of {split.name}: add the"
@@ -217,10 +218,10 @@ def _warnings(splits: Sequence[Split], sources: Sequence[Source], frames: int) -
         return
     for split in splits[1:]:
         if split.classes is not None and (lacking := _without(first.classes, split.classes)):
-            yield f"{split.name} has no example of {_several(lacking)}, so that these are not tested"
+            yield f"{split.name} has no example of {_several(lacking)}: untested"
     names = dict.fromkeys(sources[0].class_names, 0)
     if lacking := _without(names, first.classes):
-        yield f"{first.name} has no example of {_several(lacking)}, so that these cannot be learned"
+        yield f"{first.name} has no example of {_several(lacking)}: it cannot be learned"
     least, most = min(first.classes.values()), max(first.classes.values())
     if most >= _IMBALANCE * least:
         yield f"the largest class of {first.name} has {most:,} examples, the smallest {least:,}"
@@ -228,6 +229,11 @@ def _warnings(splits: Sequence[Split], sources: Sequence[Source], frames: int) -
     if short:
         of = f"{len(short):,} of {len(first.measured):,} videos looked at"
         yield f"{of} are shorter than the {frames} frames of a clip; their frames are repeated"
+
+
+def _near(word: str, names: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, names, n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""
 
 
 def _without(wanted: Mapping[str, int], there: Mapping[str, int]) -> list[str]:
