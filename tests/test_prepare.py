@@ -202,7 +202,9 @@ def test_check_finds_every_bad_file(tmp_path, capsys, monkeypatch):
     assert "val/upp/9.mp4\tunknown label 'upp'" in report.read_text() and "next: " not in out
 
     shutil.rmtree(root / "val" / "upp")
-    other = tmp_path / "other" / "data"  # a clean check of other data of the same name leaves the report alone
+    other = (
+        tmp_path / "other" / "data"
+    )  # a clean check of other data of the same name leaves the report alone
     shutil.copytree(root / "val", other / "train")
     shutil.copytree(root / "val", other / "val")
     assert run("folder", other, "--check", "--workers", 2) == 0

@@ -34,6 +34,7 @@ ROOMS = {
     ),
     "config": ({"ml_collections"}, {"models", "errors"}),
     "recipes": ({"ml_collections"}, {"config", "errors"}),
+    "open_keys": ({"ml_collections"}, {"config", "models"}),
     "command": ({"absl", "etils", "ml_collections"}, {"config", "training", "errors"}),
     "evaluate": ({"absl", "etils"}, {"command", "data", "training", "errors"}),
     "report": (
@@ -61,7 +62,7 @@ ROOMS = {
     "sheet": ({"jax", "numpy", "PIL", "etils", "ml_collections"}, {"training"}),
     "training": (
         {"jax", "numpy", "optax", "orbax", "etils", "ml_collections", "tensorboardX"},
-        {"training", "convert", "models", "ops", "config", "errors", ""},
+        {"training", "convert", "models", "ops", "config", "open_keys", "errors", ""},
     ),
     "bench": (
         {"jax", "numpy", "flax", "etils", "ml_collections", "matplotlib", "torch"},
@@ -79,7 +80,10 @@ ROOMS = {
     ),
     "main": (
         {"absl", "etils", "ml_collections"},
-        {"command", "data", "config", "errors", "training", "chips", "show", "plan", "sheet", "bench"},
+        {
+            *("command", "data", "config", "open_keys", "errors", "training"),
+            *("chips", "show", "plan", "sheet", "bench"),
+        },
     ),
     "traffic": ({"jaxlib"}, {"traffic", "errors"}),
     "errors": (set(), set()),
@@ -121,5 +125,5 @@ def test_imports_stay_within_the_room(path: Path):
 def test_the_house_stays_small():
     """Places to look at when this fails, not a score: split by subject, not by size."""
     lengths = {path: len(path.read_text().splitlines()) for path in FILES}
-    assert len(lengths) <= 119
+    assert len(lengths) <= 124
     assert max(lengths.values()) <= 400, max(lengths, key=lengths.__getitem__)

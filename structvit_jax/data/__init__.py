@@ -10,7 +10,7 @@ from typing import Any
 
 from structvit_jax.data import folder
 from structvit_jax.data.digits import DigitMotions, Digits, MovingDigits
-from structvit_jax.data.fingerprint import Changes, Fingerprint, compare, fingerprint
+from structvit_jax.data.fingerprint import Changes, Fingerprint, compare, fingerprint_of
 from structvit_jax.data.label_maps import LabelMaps
 from structvit_jax.data.measure import typical
 from structvit_jax.data.noise import Noise
@@ -24,7 +24,7 @@ from structvit_jax.data.pipeline import (
     whole_batches,
 )
 from structvit_jax.data.reader import Arrays, Reader, Source
-from structvit_jax.data.survey import Survey, survey
+from structvit_jax.data.survey import Survey, look_at
 from structvit_jax.errors import UserError, unknown
 
 BUILT_IN: dict[str, Callable[[str, int, int], Source]] = {
@@ -94,19 +94,19 @@ class Dataset:
     @functools.cached_property
     def fingerprint(self) -> dict[str, Any]:
         """Identifies the data of both splits, see `structvit_jax.data.fingerprint`."""
-        return {"train": fingerprint(self.train.source), "test": fingerprint(self.test.source)}
+        return {"train": fingerprint_of(self.train.source), "test": fingerprint_of(self.test.source)}
 
     def changes_since(self, old: Mapping[str, Fingerprint], *, test_only: bool = False) -> Changes:
         """Compare the data with the fingerprint of a run's, both splits or the test split alone."""
         if test_only:
-            return compare(old, {"test": fingerprint(self.test.source)})
+            return compare(old, {"test": fingerprint_of(self.test.source)})
         return compare(old, self.fingerprint)
 
     def survey(self) -> Survey:
         """Look at both splits for a few seconds, see `structvit_jax.data.survey`."""
         train, test = self._names
         splits = {train: self.train.source, (test if test != train else f"{test} (again)"): self.test.source}
-        return survey(splits, video=not self.train.is_image, frames=self.train.data.frames)
+        return look_at(splits, video=not self.train.is_image, frames=self.train.data.frames)
 
     def adopt_classes(self, names: Sequence[str]) -> bool:
         """Number the labels as a trained model does; return whether that is another order than the data's.

@@ -277,9 +277,14 @@ def _are_frames(names: list[str]) -> bool:
 
 def counts(found: Mapping[str, int]) -> str:
     """Return counts by kind in words, the most first: "12 .tiff, 3 without extension"."""
-    words = {"no extension": "without extension"}
+
+    def said(kind: str, count: int) -> str:
+        if kind == "no extension":
+            return f"{count:,} without extension"
+        return f"{count:,} {kind[:-1] if count == 1 and kind in ('images', 'videos') else kind}"
+
     ranked = sorted(found.items(), key=lambda item: (-item[1], item[0]))
-    shown = [f"{count:,} {words.get(kind, kind)}" for kind, count in ranked[:6]]
+    shown = [said(kind, count) for kind, count in ranked[:6]]
     return ", ".join(shown) + (f" and {sum(c for _, c in ranked[6:]):,} others" if len(ranked) > 6 else "")
 
 

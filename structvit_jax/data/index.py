@@ -93,12 +93,10 @@ class Index:
 
     def ids(self) -> list[str]:
         """Return the ids of all examples; much faster than one by one."""
-        whole: list[bool] = [math.isnan(start) and math.isnan(end) for start, end in self._times.tolist()]
-        names = [raw.decode("latin-1") for raw in self._paths.tolist()]
-        return [
-            name if is_whole and name.isascii() and name.isprintable() else self.id(number)
-            for number, (name, is_whole) in enumerate(zip(names, whole, strict=True))
-        ]
+        text = b"".join(self._paths.tolist()).decode("latin-1")
+        if text.isascii() and text.isprintable() and bool(np.isnan(self._times).all()):
+            return [raw.decode("ascii") for raw in self._paths.tolist()]
+        return [self.id(number) for number in range(len(self))]
 
     @property
     def labels(self) -> np.ndarray:

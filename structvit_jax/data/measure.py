@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import os
+import stat
 import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -106,7 +107,8 @@ def duplicates(
     seen = 0
     for number, size in _sizes(test):
         seen += 1
-        sizes[size].append(number)
+        if size is not None:
+            sizes[size].append(number)
         if is_over():
             break
     digests: dict[int, dict[str, int]] = {}
@@ -114,7 +116,7 @@ def duplicates(
     compared = 0
     for number, size in _sizes(train):
         compared += 1
-        if size in sizes:
+        if size is not None and size in sizes:
             if size not in digests:
                 digests[size] = {_digest(test, other): other for other in sizes[size]}
             if (other := digests[size].get(_digest(train, number))) is not None:
@@ -138,16 +140,17 @@ def _is_one(train: Index, test: Index) -> bool:
     return len(train) == len(test) and train.root == test.root and train.entry(0) == test.entry(0)
 
 
-def _sizes(index: Index) -> Iterator[tuple[int, int]]:
-    """Numbers and file sizes of examples that are whole files, spread over the split."""
+def _sizes(index: Index) -> Iterator[tuple[int, int | None]]:
+    """Yield examples, spread over the split, with their file's size; None for what is not a whole file."""
     step = next(step for step in (7919, 7907, 7901, 1) if len(index) % step or step == 1)
     for place in range(len(index)):
         number = place * step % len(index)
-        entry = index.entry(number)
+        entry, size = index.entry(number), None
         if entry.start is None and entry.end is None:
             with contextlib.suppress(OSError, ValueError):
-                if os.path.isfile(path := index.path(number)):
-                    yield number, os.path.getsize(path)
+                status = os.stat(index.path(number))
+                size = status.st_size if stat.S_ISREG(status.st_mode) else None
+        yield number, size
 
 
 def _digest(index: Index, number: int) -> str:

@@ -45,7 +45,7 @@ from structvit_jax.data.index import (
 )
 from structvit_jax.data.measure import Measured, measure
 from structvit_jax.data.media import IMAGES
-from structvit_jax.data.survey import survey
+from structvit_jax.data.survey import look_at
 from structvit_jax.errors import UserError, exit_in_one_line, known
 
 _SOURCES = ("folder", "list", *DATA_SETS)
@@ -257,7 +257,7 @@ def check(
                     bad.append(f"{split}\t{index.id(number)}\t{one.problem}")
                     bar.write(f"{split} {index.id(number)}: {one.problem}", file=sys.stdout)
             bad += [f"{split}\t{name}\tunknown label {label!r}" for name, label in _unlabelled(index)]
-    found = survey(indices, video=video, measured=measured)
+    found = look_at(indices, video=video, measured=measured)
     print(found.table())
     with writing(report):
         with contextlib.suppress(FileNotFoundError):

@@ -1,6 +1,6 @@
 """One look at a data set before anything is trained: what is there, what is missing, what is wrong.
 
-`survey` reads the splits and returns a `Survey`: errors make a run pointless, warnings do not. `prepare
+`look_at` reads the splits and returns a `Survey`: errors make a run pointless, warnings do not. `prepare
 --check` decodes every example for it; `--mode=data` and the start of a training sample for a few seconds.
 """
 
@@ -133,7 +133,7 @@ class Survey:
             yield f"  {short}", [f"{one.get(name, 0):,}" for one in known]
 
 
-def survey(
+def look_at(
     splits: Mapping[str, Source],
     *,
     video: bool,
