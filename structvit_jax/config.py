@@ -353,23 +353,20 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (  # what they nee
 
 
 def check_config(config: ml_collections.ConfigDict) -> None:
-    """Raise UserError, in one line, for the first value outside its range.
-
-    None is in range where a configuration leaves a key to be filled in, see `structvit_jax.open_keys`.
-    """
+    """Raises UserError, in one line, for the first value outside its range."""
 
     def require(key, holds, needs):
         value = config
         for part in key.split("."):
             value = value[part]
-        if value is not None and not holds(value):
+        if not holds(value):
             raise UserError(f"config.{key} is {value!r}; it needs {needs}")
 
     for needs, holds, keys in _RANGES:
         for key in keys.split():
             require(key, holds, needs)
-    smallest = math.ceil((config.data.size or 1) / config.data.crop_fraction)
+    smallest = math.ceil(config.data.size / config.data.crop_fraction)
     fits = f"to be 0 or at least {smallest}, what config.data.size and crop_fraction ask for"
     require("data.short_side", lambda n: n == 0 or n >= smallest, fits)
-    if config.data.test_clips > 1 and config.data.frames == 0:
+    if config.data.test_clips > 1 and not config.data.frames:
         raise UserError("config.data.test_clips is more than 1, but there is one clip to an image")

@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise UserError(f"unexpected argument {argv[1]!r}; options start with --")
     config = _CONFIG.value
-    check_config(config)
+    open_keys.check_given(config)
     if _PEER.value and _MODE.value != "bench":
         raise UserError("--peer is for --mode=bench")
     from structvit_jax.training import processes, watch  # here, so that a mistake in flags is told at once

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import ml_collections
 from ml_collections import config_dict
 
-from structvit_jax.config import model_arguments, steps_in
+from structvit_jax.config import check_config, default_config, model_arguments, steps_in
 from structvit_jax.models.variants import get_variant
 
 OPEN = (
@@ -54,6 +54,14 @@ def leave_open(config: ml_collections.ConfigDict, *keys: str) -> None:
 def missing(config: ml_collections.ConfigDict) -> list[str]:
     """Return the keys that are open."""
     return [key for key in OPEN if _get(config, key) is None]
+
+
+def check_given(config: ml_collections.ConfigDict) -> None:
+    """Raise UserError for the first value outside its range, as `check_config`, whatever is left open."""
+    closed, defaults = config.copy_and_resolve_references(), default_config()
+    for key in missing(closed):
+        _fill(closed, key, 1 if key == "data.size" else _get(defaults, key))
+    check_config(closed)
 
 
 def fill_model(config: ml_collections.ConfigDict, is_video: Callable[[], bool]) -> None:
