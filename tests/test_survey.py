@@ -13,7 +13,7 @@ from clips import load
 from conftest import ROOT
 from PIL import Image
 
-from structvit_jax import open_keys
+from structvit_jax import data, open_keys
 from structvit_jax.config import check_config, steps_in
 from structvit_jax.data import prepare, shards
 from structvit_jax.data.fingerprint import compare
@@ -44,6 +44,7 @@ def test_what_is_found_and_what_is_ignored(tmp_path):
     """Classes that vanish, other kinds of files, sizes; all in a table and in a few lines."""
     write_images(tmp_path, {"train": {"a": 4, "b": 3}, "val": {"a": 1, "b": 1}}, (10, 20))
     (tmp_path / "train" / "c").mkdir()
+    (tmp_path / "train" / "\x1b[31m").mkdir()
     for name in ("a/x.odd", "a/y.odd", "a/noend", "a/clip.mp4", "c/z.odd", "a/.hidden"):
         (tmp_path / "train" / name).write_bytes(b"?")
     found = survey(tmp_path)
@@ -51,10 +52,11 @@ def test_what_is_found_and_what_is_ignored(tmp_path):
     assert (train.examples, val.examples, found.unit) == (7, 2, "images")
     assert train.classes == {"a": 4, "b": 3} and train.sides[0].middle == 20 and train.sides[1].most == 10
     assert train.found.ignored == {".odd": 3, "no extension": 1, "videos": 1}
-    assert train.found.empty == {"c": {".odd": 1}} and not found.errors
-    (warning,) = found.warnings
+    assert train.found.empty == {"\x1b[31m": {}, "c": {".odd": 1}} and not found.errors
+    assert "\x1b" not in found.table() + "".join(found.lines())
+    _, warning = found.warnings
     assert warning == "the class folder 'c' of train has no examples: only 1 .odd, ignored"
-    first, second = found.lines()
+    first, _, second = found.lines()
     assert first == (
         "data: 7 train + 2 val images, 2 classes of 3 to 4 (median 4); 20x10;"
         " ignored: 3 .odd, 1 without extension, 1 video"
@@ -323,6 +325,7 @@ def test_the_same_data_count_as_the_same(tmp_path):
     moved = shutil.copytree(root, tmp_path / "elsewhere" / "data")
     prepare.main(["folder", str(root), "--out", str(tmp_path / "lists")])
     shards.main([str(root), str(tmp_path / "shards"), "--images"])
+    assert not data.is_video(own(data__root=str(tmp_path / "shards")).data)
     for changes in prints(root, moved, tmp_path / "lists", tmp_path / "shards"):
         assert not changes.described and changes.alike == changes.sampled == 22
     assert json.loads(json.dumps(load(root=str(root), **IMAGES).fingerprint))["test"]["examples"] == 4

@@ -130,8 +130,8 @@ def read_splits(layout: Layout, *, video: bool) -> tuple[Index, Index]:
                 f" testing ({layout.option}val_fraction={layout.val_fraction:g})"
             )
         note = _note(layout, len(train), len(test))
-        return Index(layout.root, train, class_names, found), Index(
-            layout.root, test, class_names, Found(note=note)
+        return Index(layout.root, train, class_names, found=found), Index(
+            layout.root, test, class_names, found=Found(note=note)
         )
     test, test_found = read_split(layout.root, test_name, video=video)
     known = set(class_names)
@@ -142,7 +142,9 @@ def read_splits(layout: Layout, *, video: bool) -> tuple[Index, Index]:
                 f"{layout.join(name)}: none of its labels ({_some(sorted({e.label for e in entries}))}) is"
                 f" among the {len(class_names)} classes of {source}"
             )
-    return Index(layout.root, train, class_names, found), Index(layout.root, test, class_names, test_found)
+    return Index(layout.root, train, class_names, found=found), Index(
+        layout.root, test, class_names, found=test_found
+    )
 
 
 def _note(layout: Layout, train: int, test: int) -> str:
@@ -165,9 +167,11 @@ def read_split(root: str, name: str, *, video: bool) -> tuple[list[Entry], Found
     if not entries:
         kind, others = ("videos", "images") if video else ("images", "videos")
         if count := found.ignored.get(others):
+            model = "structvit_tiny_4_1" if video else "structvit_tiny_4_1_video"
             raise UserError(
-                f"{path} has no {kind}, but {count:,} {others}: take a model for {others}, as"
-                " configs/folder.py does by itself in a new --workdir"
+                f"{path} has no {kind}, but {count:,} {others}: take a model for {others}, such as"
+                f" --config.model.name={model} --config.data.frames={0 if video else 8}; in a new --workdir"
+                " configs/folder.py does by itself"
             )
         more = f"; ignored: {counts(found.ignored)}" if found.ignored else ""
         raise UserError(f"{path} is empty: there are no {kind} in it{more}")

@@ -13,8 +13,8 @@ from structvit_jax.errors import UserError
 class Noise:
     """Clips or images of random pixels, labels in turn. There is nothing to learn in them.
 
-    The name is "noise:CLASSES"; every example has just the frames and pixels that the configuration takes, and
-    64 pixels a side where it leaves them open.
+    The name is "noise:CLASSES"; every example has just the frames and pixels that the configuration takes,
+    and 64 pixels a side where it leaves them open.
     """
 
     def __init__(self, name: str, split: str, data: Any, seed: int):

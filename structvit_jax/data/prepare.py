@@ -179,7 +179,7 @@ def _from_folder(chosen: argparse.Namespace) -> tuple[dict[str, Index], bool]:
     elif more:
         with contextlib.suppress(UserError):  # test splits may have no labels
             entries, found = folder.read_split(root, more, video=video)
-            indices["test"] = Index(root, entries, train.class_names, found)
+            indices["test"] = Index(root, entries, train.class_names, found=found)
         if "test" not in indices:
             print(f"{os.path.join(root, more)}: no class folders with examples in it, left out")
     return indices, video

@@ -54,9 +54,13 @@ class Shards(_Records):
 
     @property
     def is_video(self) -> bool:
-        """Whether the first example is a video, or a folder of frames."""
-        record = self._records[0]
-        return record["kind"] == b"video" or len(record["files"]) > 1
+        """Whether the first readable example is a video or a folder of frames."""
+        for index in range(min(len(self), 16)):
+            with contextlib.suppress(DecodeError), decoding():
+                record = self._records[index]
+                if not record["problem"]:
+                    return record["kind"] == b"video" or len(record["files"]) > 1
+        return True
 
     def stored(self, index: int) -> tuple[str, Sequence[str | bytes] | None]:
         """Return an example's label and its files' contents; None in their place for a part of a file."""

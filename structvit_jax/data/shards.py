@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from structvit_jax.data.folder import Layout, read_splits
+from structvit_jax.data.folder import Layout, is_video, read_splits
 from structvit_jax.data.index import writing
 from structvit_jax.data.records import write_shards
 from structvit_jax.errors import exit_in_one_line
@@ -30,13 +30,15 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--train_split", default="train")
     parser.add_argument("--test_split", default="val")
     parser.add_argument("--val_fraction", type=float, default=0.0, help="to hold out without a test split")
-    parser.add_argument("--images", action="store_true", help="files are images, not videos")
+    parser.add_argument(
+        "--images", action="store_true", help="files are images; by default what most of them are"
+    )
     parser.add_argument("--shards", type=int, default=0, help="files per split")
     parser.add_argument("--beam_runner", default="", help="as DirectRunner; without it, one process")
     parser.add_argument("--beam_option", action="append", default=[], help="key=value, of Beam's pipeline")
     chosen = parser.parse_args(arguments)
     layout = Layout(chosen.root, chosen.train_split, chosen.test_split, chosen.val_fraction, option="--")
-    splits = read_splits(layout, video=not chosen.images)
+    splits = read_splits(layout, video=not chosen.images and is_video(layout))
     names = (name.strip("./") or "train" for name in (chosen.train_split, chosen.test_split))
     indices = dict(zip(names, splits, strict=True))
     with writing(chosen.out):

@@ -92,7 +92,7 @@ class Survey:
         )
         more = f"; ignored: {counts(ignored)}" if ignored else ""
         first = f"data: {named} {self.unit}{classes}{size}{more}"
-        return [first, *self.notes, *(f"warning: {line}" for line in self.warnings)]
+        return _printable([first, *self.notes, *(f"warning: {line}" for line in self.warnings)])
 
     def table(self) -> str:
         """Return the whole survey as a table of text, with all notes, warnings and errors."""
@@ -115,7 +115,7 @@ class Survey:
             "  ".join(f"{cell:<{w}}" for cell, w in zip([a, *b], wide, strict=True)).rstrip() for a, b in rows
         ]
         lines += [*self.notes, *(f"warning: {line}" for line in self.warnings)]
-        return "\n".join([*lines, *(f"error: {line}" for line in self.errors)])
+        return "\n".join(_printable([*lines, *(f"error: {line}" for line in self.errors)]))
 
     def _class_rows(self) -> Iterator[tuple[str, list[str]]]:
         """Examples by class: the largest classes of the training split, those without examples last."""
@@ -229,6 +229,13 @@ def _warnings(splits: Sequence[Split], sources: Sequence[Source], frames: int) -
     if short:
         of = f"{len(short):,} of {len(first.measured):,} videos looked at"
         yield f"{of} are shorter than the {frames} frames of a clip; their frames are repeated"
+
+
+def _printable(lines: Sequence[str]) -> list[str]:
+    """Escape what class and file names may have in them, such as control sequences of terminals."""
+    return [
+        "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line) for line in lines
+    ]
 
 
 def _near(word: str, names: Sequence[str]) -> str:
