@@ -19,7 +19,14 @@ from structvit_jax.models.variants import get_variant
 # Every key of a configuration is in one of these two, as a section or as section.key.
 PORTABLE = (
     *("init", "model", "augment", "train", "optimizer", "eval"),
-    *("data.name", "data.root", "data.train_split", "data.test_split", "data.label_maps"),
+    *(
+        "data.name",
+        "data.root",
+        "data.train_split",
+        "data.test_split",
+        "data.val_fraction",
+        "data.label_maps",
+    ),
     *("data.batch_size", "data.train_examples", "data.test_examples"),
     *("data.max_bad_share", "data.max_bad_frames"),
     *("data.mean", "data.std", "data.channels", "data.frames", "data.stride", "data.sampling"),

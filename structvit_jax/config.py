@@ -67,6 +67,9 @@ def _data() -> ml_collections.ConfigDict:
     data.root = ""  # of "folder": where the splits are
     data.train_split = "train"  # a folder of class folders, or a list, below the root
     data.test_split = "val"  # of moving digits "tune" is clips of training scans, to choose settings on
+    data.val_fraction = (
+        0.0  # of a folder's training examples, held out where it has no test split; 0: an error
+    )
     data.batch_size = 64  # clips or images per step, over all devices, repeats included
     data.train_examples = 0  # for data made on the fly: how many examples an epoch has
     data.test_examples = 0  # the same for the test split
@@ -345,7 +348,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (  # what they nee
     (
         "to lie from 0 to below 1",
         lambda x: 0 <= x < 1,
-        "optimizer.b1 optimizer.b2 optimizer.ema train.label_smoothing",
+        "optimizer.b1 optimizer.b2 optimizer.ema train.label_smoothing data.val_fraction",
     ),
     (
         "to lie from 0 to below 2**31",

@@ -11,12 +11,14 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import ml_collections
 from absl import app, flags, logging
+from etils import epath
 from ml_collections import config_flags
 
-from structvit_jax import data, signals
+from structvit_jax import data, open_keys, signals
 from structvit_jax.command import config_path, parse_flags
 from structvit_jax.config import check_config
 from structvit_jax.errors import UserError, exit_in_one_line
@@ -36,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise UserError(f"unexpected argument {argv[1]!r}; options start with --")
     config = _CONFIG.value
-    check_config(config)
+    open_keys.check_given(config)
     if _PEER.value and _MODE.value != "bench":
         raise UserError("--peer is for --mode=bench")
     if _MODE.value != "train":
@@ -49,17 +51,65 @@ def main(argv: Sequence[str]) -> None:
         _act(config)
 
 
-def _act(config: ml_collections.ConfigDict) -> None:
-    """What --mode says."""
+def _open(config: ml_collections.ConfigDict, workdir: epath.Path) -> _Opened:
+    """Fill in the keys that a configuration leaves open and open its data. Opens no device.
+
+    Raises:
+      UserError: a configuration or data that cannot be used; in training, data that make it pointless.
+    """
     from structvit_jax.training import start
+
+    left_open = open_keys.missing(config)
+    config = start.settle(config, workdir)
+    if left_open:
+        open_keys.fill_model(config, lambda: data.is_video(config.data))
+    splits = data.sources(config.data, config.train.seed)
+    lines = []
+    if left_open:
+        typical = data.typical(splits[0])
+        facts = open_keys.DataFacts(len(splits[0]), len(splits[1]), *typical[:3])
+        open_keys.fill(config, facts)
+        lines.append(open_keys.describe(config, facts))
+    check_config(config)
+    return _Opened(config, data.load(config.data, config.augment, config.train.seed, splits), lines)
+
+
+class _Opened(NamedTuple):
+    """What --mode acts on."""
+
+    config: ml_collections.ConfigDict
+    dataset: data.Dataset
+    lines: list[str]  # to print
+
+
+def _survey(dataset: data.Dataset) -> list[str]:
+    """Look at the data before training, and return the lines to print.
+
+    Raises:
+      UserError: data that make a training pointless.
+    """
+    if _MODE.value == "data":
+        found = dataset.survey()
+        print(found.table(), flush=True)
+        found.check()
+        return []
+    if _MODE.value != "train" or not dataset.in_files:
+        return []
+    found = dataset.survey()
+    found.check()
+    return found.lines()
+
+
+def _act(config: ml_collections.ConfigDict) -> None:
+    """Do what --mode says."""
     from structvit_jax.training.storage import workplace
 
     workdir = workplace(_WORKDIR.value or os.path.join("runs", config_path(sys.argv).stem))
-    config = start.settle_inputs(config, workdir)
-    dataset = data.load(config.data, config.augment, config.train.seed)
-    # here, so that a mistake in the data is told at once
+    config, dataset, lines = _open(config, workdir)
+    lines += _survey(dataset)
+    # here, so that a mistake in the data is reported at once
     from structvit_jax import bench, chips, plan, sheet, show
-    from structvit_jax.training import loop, mesh
+    from structvit_jax.training import loop, mesh, processes, storage
 
     cache = config.mesh.compilation_cache
     if _MODE.value == "plan" and config.topologies:
@@ -67,6 +117,8 @@ def _act(config: ml_collections.ConfigDict) -> None:
         cache = ""  # programs for other machines cannot be read back
     mesh.select_devices(config.mesh.device)
     mesh.use_compilation_cache(cache)
+    for line in lines:
+        processes.say(line)
     if _MODE.value == "show":
         print(show.describe(config, dataset))
         return
@@ -78,7 +130,9 @@ def _act(config: ml_collections.ConfigDict) -> None:
         return
     if _MODE.value == "data":
         path = workdir / "batch.png"
-        print(f"{path}: {sheet.write(config, dataset, path)} rows of the first batch, as the model gets them")
+        with storage.naming_failures(workdir):
+            rows = sheet.write(config, dataset, path)
+        print(f"{path}: {rows} rows of the first batch, as the model gets them")
         return
     if _MODE.value == "eval":
         loop.evaluate(config, workdir, workdir, dataset)

@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import COMPILER, ROOT
 
-from structvit_jax import convert, create_model, data, recipes, show
+from structvit_jax import convert, create_model, data, open_keys, recipes, show
 from structvit_jax.config import check_config
 from structvit_jax.models import weights
 
@@ -221,6 +221,10 @@ def test_configurations_build(name, own_clips):
     exec(compile(CONFIGS[name], name, "exec"), namespace)
     config = namespace["get_config"]()
     config.lock()
+    if open_keys.missing(config):
+        config = config.copy_and_resolve_references()
+        open_keys.fill_model(config, lambda: True)
+        open_keys.fill(config, open_keys.DataFacts(9, 9, 64, 64, 16))
     check_config(config)
     if config.data.name not in data.BUILT_IN:
         config.data.root = own_clips

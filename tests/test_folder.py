@@ -163,7 +163,22 @@ def is_worker(pid):
         (lambda r: (r / "train.csv").write_text("path,label\na.mp4,x,y\n"), "train.csv:2: a line needs"),
         (lambda r: (r / "train.csv").write_text("filename,label\na.mp4,x\n"), "one has to be path"),
         (lambda r: (r / "train.csv").write_bytes(b"path,label\na.mp4,\xe9\n"), "save it as UTF-8"),
-        (lambda r: [(r / "train").mkdir(), (r / "train.csv").write_text("")], "train and train.csv; choose"),
+        (lambda r: (r / "train.csv").write_text("path,label,start\na.mp4,x,inf\n"), "train.csv:2:"),
+        (lambda r: (r / "train.csv").write_text("path,label\na\0.mp4,x\n"), "zero byte"),
+        (lambda r: (r / "train.jsonl").write_text("[" * 100_000 + "\n"), "train.jsonl:1:"),
+        (
+            lambda r: (r / "train.jsonl").write_text(
+                '{"path": "a.mp4", "label": "x", "end": 1' + "0" * 4000 + "}\n"
+            ),
+            "train.jsonl:1:",
+        ),
+        (lambda r: os.mkfifo(r / "train.csv"), "train.csv is not a regular file"),
+        (lambda r: (r / "train.csv").symlink_to("/dev/zero"), "train.csv is not a regular file"),
+        (
+            lambda r: [(r / "train").mkdir(), (r / "train.csv").write_text("")],
+            "train/ and train.csv; choose one with --config.data.train_split=train/ or"
+            " --config.data.train_split=train.csv",
+        ),
         (
             lambda r: [(r / "train").mkdir(), (r / "train" / "a.mp4").write_text("")],
             "a.mp4 lies beside the class folders",
@@ -302,12 +317,8 @@ def test_bad_files_are_masked_listed_and_counted(root, command, tmp_path):
     shutil.copytree(root, place)
     reasons = clips.write_bad(place / "train" / "up")
     rows = [(os.path.relpath(path, place), path.parent.name) for path in files(place)]
-    rows += [
-        ("train/up/nowhere.mp4", "up"),
-        ("train/up/000.mp4/inside.mp4", "up"),
-        ("train/up/001.mp4", "upp"),
-    ]
-    reasons |= {"nowhere.mp4": "No such file", "inside.mp4": "Not a directory", "001.mp4": "unknown label"}
+    rows += [("train/up/nowhere.mp4", "up"), ("train/up/000.mp4/inside.mp4", "up")]
+    reasons |= {"nowhere.mp4": "No such file", "inside.mp4": "Not a directory"}
     write_csv(place / "listed.csv", rows)
     (place / "labels.txt").write_text("up\nleft\nright\n")
     (place / "val" / "up" / "broken.mp4").write_bytes(b"no video")

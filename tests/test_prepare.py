@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 
 import clips
+import numpy as np
 import pytest
 from clips import load
 from PIL import Image
@@ -180,7 +181,8 @@ def test_check_finds_every_bad_file(tmp_path, capsys, monkeypatch):
     reasons = clips.write_bad(root / "train" / "up")
     assert run("folder", root, "--check", "--workers", 2) == 1
     out = capsys.readouterr().out
-    found = dict(line.split("\t")[1:] for line in (tmp_path / "bad_files.txt").read_text().splitlines())
+    (report,) = tmp_path.glob("bad_files-data-*.txt")
+    found = dict(line.split("\t")[1:] for line in report.read_text().splitlines())
     assert {Path(name).name for name in found} == reasons.keys()
     assert "cut off" in found["train/up/cut.webm"]
     for name, reason in found.items():
@@ -195,9 +197,18 @@ def test_check_finds_every_bad_file(tmp_path, capsys, monkeypatch):
     (root / "val" / "upp").mkdir()
     clips.write_video(root / "val" / "upp" / "9.mp4", clips.pictures("up", 9))
     assert run("folder", root, "--check", "--workers", 2) == 1
-    assert "val val/upp/9.mp4: unknown label 'upp'. Did you mean 'up'?" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "error: val has the class 'upp', which train lacks" in out and "Did you mean 'up'?" in out
+    assert "val/upp/9.mp4\tunknown label 'upp'" in report.read_text() and "next: " not in out
 
     shutil.rmtree(root / "val" / "upp")
+    other = (
+        tmp_path / "other" / "data"
+    )  # a clean check of other data of the same name leaves the report alone
+    shutil.copytree(root / "val", other / "train")
+    shutil.copytree(root / "val", other / "val")
+    assert run("folder", other, "--check", "--workers", 2) == 0
+    assert report.exists()
     for path in (root / "train" / "up").iterdir():
         if path.name in reasons:
             path.unlink()
@@ -205,7 +216,7 @@ def test_check_finds_every_bad_file(tmp_path, capsys, monkeypatch):
     (root / "test" / "unlabelled.mp4").write_bytes(b"")
     (root / "train.tar.gz").write_bytes(b"")
     assert run("folder", root, "--check", "--workers", 2) == 0
-    assert not (tmp_path / "bad_files.txt").exists()  # the earlier check's is gone
+    assert not report.exists()  # the earlier check's is gone
 
     (root / "listed.csv").write_text("path,label\n")
     with pytest.raises(UserError, match="is empty"):
@@ -214,6 +225,9 @@ def test_check_finds_every_bad_file(tmp_path, capsys, monkeypatch):
 
 class Deadly:
     """An index whose third example kills its process."""
+
+    class_names = ("a",)
+    labels = np.zeros(5, int)
 
     def __len__(self):
         return 5
@@ -228,7 +242,7 @@ class Deadly:
 
 
 def test_a_file_that_kills_the_decoder_is_found(tmp_path, capsys):
-    assert prepare.check({"train": Deadly()}, 2, str(tmp_path)) == 1
+    assert prepare.check({"train": Deadly()}, 2, str(tmp_path / "bad_files.txt")) == 1
     assert (tmp_path / "bad_files.txt").read_text() == "train\tfile 2\tkills the process that decodes it\n"
     assert "4 of 5" in capsys.readouterr().out
 
@@ -240,7 +254,8 @@ def test_a_file_that_kills_the_decoder_is_found(tmp_path, capsys):
         (("folder", "nowhere", "--check"), "no folder 'nowhere'"),
         (("list", "nowhere.csv", "--check"), "no list 'nowhere.csv'"),
         (("folder", "."), "nothing to do"),
-        (("folder", ".", "--check"), "has no train, val or test"),
+        (("folder", ".", "--check"), "has neither a folder 'train' nor a list"),
+        (("folder", ".", "--check", "--val_fraction", "1"), "to lie from 0 to below 1"),
         (("folder", ".", "--check", "--workers", "0"), "needs to be at least 1"),
         (("kinetics400", ".", ".", "--check"), "has no file train.csv or kinetics"),
     ],

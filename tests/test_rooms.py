@@ -38,6 +38,7 @@ ROOMS = {
     "card": ({"ml_collections"}, {"config", "models", "errors"}),
     "recipes": ({"ml_collections"}, {"config", "errors"}),
     "command": ({"absl", "etils", "ml_collections"}, {"card", "config", "training", "errors"}),
+    "open_keys": ({"ml_collections"}, {"config", "models"}),
     "evaluate": ({"absl", "etils"}, {"command", "data", "training", "errors"}),
     "report": (
         {"absl", "numpy", "etils", "ml_collections", "matplotlib", "PIL"},
@@ -64,7 +65,19 @@ ROOMS = {
     "sheet": ({"jax", "numpy", "PIL", "etils", "ml_collections"}, {"training"}),
     "training": (
         {"jax", "numpy", "optax", "orbax", "etils", "ml_collections", "tensorboardX"},
-        {"training", "convert", "models", "ops", "cache", "card", "config", "signals", "errors", ""},
+        {
+            "training",
+            "convert",
+            "models",
+            "ops",
+            "cache",
+            "card",
+            "config",
+            "open_keys",
+            "signals",
+            "errors",
+            "",
+        },
     ),
     "bench": (
         {"jax", "numpy", "flax", "etils", "ml_collections", "matplotlib", "torch"},
@@ -83,17 +96,8 @@ ROOMS = {
     "main": (
         {"absl", "etils", "ml_collections"},
         {
-            "command",
-            "data",
-            "config",
-            "errors",
-            "training",
-            "chips",
-            "show",
-            "plan",
-            "sheet",
-            "bench",
-            "signals",
+            *("command", "data", "config", "open_keys", "errors", "training"),
+            *("chips", "show", "plan", "sheet", "bench", "signals"),
         },
     ),
     "traffic": ({"jaxlib"}, {"traffic", "errors"}),

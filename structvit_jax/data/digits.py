@@ -75,6 +75,11 @@ class MovingDigits:
     def __len__(self) -> int:
         return self._examples
 
+    @property
+    def made_from(self) -> str:
+        """What examples are made from, for a fingerprint."""
+        return f"{self.name}, numbers {self._entropy}"
+
     def id(self, index: int) -> str:
         return f"{self.name}/{self._split}/{index}"
 
@@ -171,6 +176,16 @@ class Digits:
 
     def __len__(self) -> int:
         return len(self._images)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Places among the class names."""
+        return np.array(self._labels)
+
+    @property
+    def made_from(self) -> str:
+        """What examples are made from, for a fingerprint."""
+        return "digits"
 
     def id(self, index: int) -> str:
         return f"digits/{self._split}/{index}"

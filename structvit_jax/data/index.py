@@ -1,18 +1,21 @@
-"""Which examples a split has: class folders or lists, in one order whatever they come from.
+"""The examples of a split, in an order that does not depend on how they are stored; lists and label files.
 
-A data set on disk is a folder ROOT with, for each split, either class folders (ROOT/train/CLASS/FILE, or
-CLASS/FOLDER_OF_FRAMES) or a list (ROOT/train.csv, ROOT/train.jsonl) of `path`, `label` and, if an example is
-part of a file, `start` and `end` in seconds. Paths are relative to the list. ROOT/labels.txt, one name per
-line, fixes the classes and their order; without it they are the sorted labels of the training split.
+A list (ROOT/train.csv, ROOT/train.jsonl) has `path`, `label` and, if an example is part of a file, `start`
+and `end` in seconds. Paths are relative to the list. ROOT/labels.txt, one name per line, fixes the classes
+and their order; without it they are the sorted labels of the training split. `structvit_jax.data.folder`
+finds the splits of a data set.
 """
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import csv
+import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +24,7 @@ from structvit_jax.data.container import VIDEOS
 from structvit_jax.data.image import IMAGES
 from structvit_jax.data.limits import Limits
 from structvit_jax.data.media import Media, frame_names, open_media, without_extension
-from structvit_jax.errors import DecodeError, UserError, did_you_mean, printable
+from structvit_jax.errors import DecodeError, UserError, decoding, did_you_mean, printable
 
 LABELS = "labels.txt"
 LISTS = (".jsonl", ".csv", ".txt")
@@ -45,6 +48,21 @@ class Entry(NamedTuple):
         return f"{name}#{self.start or 0:g}-" + ("" if self.end is None else f"{self.end:g}")
 
 
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What was found besides the examples of a split.
+
+    Attributes:
+      ignored: numbers of files that are no examples, by `kind_of`.
+      empty: class folders without examples, with the numbers of files ignored in each.
+      note: how the split was made, if it is not stored as such.
+    """
+
+    ignored: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    empty: Mapping[str, Mapping[str, int]] = dataclasses.field(default_factory=dict)
+    note: str = ""
+
+
 class Index:
     """The examples of one split, sorted; compact, since every worker holds a copy.
 
@@ -57,9 +75,12 @@ class Index:
         root: str,
         entries: Iterable[Entry],
         class_names: Sequence[str],
+        *,
         limits: Limits = Limits(),  # noqa: B008 - immutable
+        found: Found | None = None,
     ):
         self.root, self.class_names, self.limits = root, tuple(class_names), limits
+        self.found = found or Found()
         rows = sorted(entries, key=order)
         number = {name: i for i, name in enumerate(class_names)}
         self._paths = np.array([os.fsencode(row.path) for row in rows])
@@ -79,6 +100,36 @@ class Index:
     def id(self, index: int) -> str:
         return self.entry(index).id
 
+    def ids(self) -> list[str]:
+        """Return the ids of all examples; much faster than one by one."""
+        text = b"".join(self._paths.tolist()).decode("latin-1")
+        if text.isascii() and text.isprintable() and bool(np.isnan(self._times).all()):
+            return [raw.decode("ascii") for raw in self._paths.tolist()]
+        return [self.id(number) for number in range(len(self))]
+
+    @property
+    def labels(self) -> np.ndarray:
+        """int32 [examples]: places among the class names; -1 where the label is none of them."""
+        return self._labels
+
+    def unknown_labels(self) -> dict[str, int]:
+        """Return the labels that are none of the classes, with their numbers of examples."""
+        return dict(collections.Counter(self._unknown.values()))
+
+    def path(self, index: int) -> str:
+        """Return where an example is: a file, or a folder of frames."""
+        return os.path.join(self.root, os.fsdecode(self._paths[index]))
+
+    def stored(self, index: int) -> tuple[str, Sequence[str | bytes] | None]:
+        """Return an example's label and the paths of its files; None in their place for a part of a file."""
+        entry, path = self.entry(index), self.path(index)
+        if entry.start is not None or entry.end is not None:
+            return entry.label, None
+        with decoding():
+            if not os.path.isdir(path):
+                return entry.label, [path]
+            return entry.label, [os.path.join(path, name) for name in frame_names(os.listdir(path))]
+
     def open(self, index: int) -> tuple[Media, int]:
         """An example's frames and label.
 
@@ -88,8 +139,16 @@ class Index:
         entry = self.entry(index)
         if self._labels[index] < 0:
             raise DecodeError(f"unknown label {entry.label!r}.{did_you_mean(entry.label, self.class_names)}")
-        media = open_media(os.path.join(self.root, entry.path), entry.start, entry.end, self.limits)
-        return media, int(self._labels[index])
+        return self.media(index), int(self._labels[index])
+
+    def media(self, index: int) -> Media:
+        """Return an example's frames, whatever its label.
+
+        Raises:
+          DecodeError: they cannot be read.
+        """
+        entry = self.entry(index)
+        return open_media(self.path(index), entry.start, entry.end, self.limits)
 
 
 def order(entry: Entry) -> tuple[Any, ...]:
@@ -101,124 +160,76 @@ def _nan(time: float | None) -> float:
     return math.nan if time is None else time
 
 
-def read_splits(
-    root: str,
-    train: str,
-    test: str,
-    *,
-    video: bool,
-    limits: Limits = Limits(),  # noqa: B008 - immutable
-) -> tuple[Index, Index]:
-    """The two splits of a folder, with the same classes.
-
-    Args:
-      root: the folder.
-      train, test: names of the splits: of a list, with or without its ending, or of a folder.
-      video: whether files are videos (or folders of frames), or else images.
-      limits: on the files.
+def read_labels(root: str) -> tuple[str, ...]:
+    """Return the names in ROOT/labels.txt; none if there is no such file.
 
     Raises:
-      UserError: something is missing, empty or cannot be understood; names it.
+      UserError: it cannot be read as text, or has a name twice.
     """
-    if not root:
-        raise UserError("say where the data are: --config.data.root=DIR, with DIR/train and DIR/val")
-    if not os.path.isdir(root):
-        raise UserError(f"no folder {root!r}")
-    splits = {
-        key: list(read_split(root, name, key, video)) for key, name in (("train", train), ("test", test))
-    }
-    class_names = class_names_of(root, splits["train"])
-    known = set(class_names)
-    for key, entries in splits.items():
-        if not any(entry.label in known for entry in entries):
-            name = {"train": train, "test": test}[key]
-            labels = sorted({entry.label for entry in entries})[:3]
-            raise UserError(
-                f"{root}/{name}: none of its labels ({', '.join(labels)}, ...) is among the"
-                f" {len(class_names)} classes of {LABELS if read_labels(root) else train}"
-            )
-    train_index, test_index = (Index(root, splits[key], class_names, limits) for key in ("train", "test"))
-    return train_index, test_index
-
-
-def read_split(root: str, name: str, key: str, video: bool) -> Iterator[Entry]:
-    """The examples of a list or of class folders, unsorted; at least one.
-
-    `key` is "train" or "test", for the advice where there is no split of this name.
-    """
-    found = [n for n in (name, *(name + end for end in LISTS)) if os.path.exists(os.path.join(root, n))]
-    if not found:
-        there = ", ".join(sorted(n for n in os.listdir(root) if not n.startswith("."))[:8]) or "nothing"
-        raise UserError(
-            f"{root} has neither a folder {name!r} nor a list {name}.csv or {name}.jsonl (there is: {there});"
-            f" say which it is with {key}_split=NAME"
-        )
-    if len(found) > 1:
-        raise UserError(f"{root} has {' and '.join(found)}; choose one with {key}_split=NAME")
-    path = os.path.join(root, found[0])
-    entries = _walk(root, found[0], video) if os.path.isdir(path) else read_list(path)
-    empty = True
-    for entry in entries:
-        empty = False
-        yield entry
-    if empty:
-        kind = "videos" if video else "images"
-        raise UserError(f"{path} is empty: there are no {kind} in it (config.data.frames: 0 means images)")
-
-
-def read_labels(root: str) -> tuple[str, ...]:
-    """The names in ROOT/labels.txt; none if there is no such file."""
     path = os.path.join(root, LABELS)
     if not os.path.isfile(path):
         return ()
-    with open(path, encoding="utf-8") as file:
+    with _open_text(path) as file:
         names = tuple(line.strip() for line in file if line.strip())
     if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise UserError(f"{path} has the name {twice!r} more than once")
+        twice = next(name for name, count in collections.Counter(names).items() if count > 1)
+        raise UserError(f"{path} has the name {twice!r} more than once; remove one of the lines")
     return names
 
 
+@contextlib.contextmanager
+def _open_text(path: str) -> Iterator[Any]:
+    """Open a text file, with or without a byte order mark.
+
+    Raises:
+      UserError: it is no regular file, cannot be read, or is not UTF-8.
+    """
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe or device could be read forever
+        raise UserError(f"{path} is not a regular file; lists and label files have to be")
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            yield file
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} cannot be read as text: {error}; save it as UTF-8") from error
+
+
 def class_names_of(root: str, train: Iterable[Entry]) -> tuple[str, ...]:
-    """The classes in their order: those of ROOT/labels.txt, or the sorted labels of the training split.
+    """Return the classes in order: those of ROOT/labels.txt, or the sorted labels of the training split.
 
     Labels that are plain numbers without large gaps are numbers of classes, as in SlowFast's lists.
     """
     if names := read_labels(root):
         return names
     labels = {entry.label for entry in train}
-    if all(label.isdecimal() and str(int(label)) == label for label in labels):
+    if all(len(label) < 10 and label.isdecimal() and str(int(label)) == label for label in labels):
         count = max(map(int, labels)) + 1
         return tuple(map(str, range(count))) if count <= 2 * len(labels) else tuple(sorted(labels, key=int))
     return tuple(sorted(labels))
 
 
-def _walk(root: str, split: str, video: bool) -> Iterator[Entry]:
-    """root/split/CLASS/**/FILE; for videos, a folder that holds images is one example."""
-    top = os.path.join(root, split)
-    for label in sorted(os.listdir(top)):
-        if label.startswith("."):
-            continue
-        if not os.path.isdir(os.path.join(top, label)):
-            if label.lower().endswith(VIDEOS if video else IMAGES):
-                raise UserError(
-                    f"{top}/{label} lies beside the class folders; move it into that of its class"
-                )
-            continue
-        for name in examples_below(os.path.join(top, label), video):
-            if name != ".":  # a folder of a class is no clip
-                yield Entry(f"{os.path.normpath(split)}/{label}/{name}", label)
-
-
-def examples_below(top: str, video: bool) -> Iterator[str]:
-    """What is in a folder, as paths from it: images, or videos and folders that hold the frames of one, which
-    may be the folder itself, "."."""
+def examples_below(top: str, video: bool, ignored: collections.Counter[str] | None = None) -> Iterator[str]:
+    """Yield what is in a folder, as paths from it: images, or videos and folders that hold the frames of one,
+    which may be the folder itself, ".". Other files are counted in `ignored`, by `kind_of`."""
     for folder, files in walk(top):
         here = os.path.relpath(folder, top).replace(os.sep, "/")
         wanted = [name for name in files if name.lower().endswith(VIDEOS if video else IMAGES)]
-        if video and not wanted and frame_names(files):
+        frames = frame_names(files) if video and not wanted else []
+        if ignored is not None and len(wanted) + len(frames) < len(files):
+            taken = {*wanted, *frames}
+            ignored.update(kind_of(name) for name in files if name not in taken)
+        if frames:
             yield here
         yield from wanted if here == "." else (f"{here}/{name}" for name in wanted)
+
+
+def kind_of(name: str) -> str:
+    """Return a file's kind by its name: "images", "videos", an extension as ".txt", or "no extension"."""
+    name = name.lower()
+    if name.endswith(IMAGES):
+        return "images"
+    return "videos" if name.endswith(VIDEOS) else os.path.splitext(name)[1] or "no extension"
 
 
 def walk(top: str) -> Iterator[tuple[str, list[str]]]:
@@ -242,29 +253,29 @@ def walk(top: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def read_list(path: str) -> Iterator[Entry]:
-    """The lines of a list: JSON objects (.jsonl), or CSV with a header, or "path label" without one.
+    """Yield the lines of a list: JSON objects (.jsonl), or CSV with a header, or "path label" without one.
 
     Raises:
-      UserError: a line that cannot be understood; names it.
+      UserError: a file that cannot be read, or a line that cannot be understood; names it.
     """
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        rows = _json_rows(file) if path.endswith(".jsonl") else _csv_rows(file)
-        try:
-            for number, row in rows:
-                yield _entry(row, f"{path}:{number}")
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise UserError(f"{path} cannot be read as text: {error}; save it as UTF-8") from error
+    with _open_text(path) as file:
+        for number, row in _json_rows(file) if path.endswith(".jsonl") else _csv_rows(file):
+            yield _entry(row, f"{path}:{number}")
 
 
 def _entry(row: Any, where: str) -> Entry:
     try:
         path, label = row["path"], row["label"]
         start, end = (None if row.get(key) in (None, "") else float(row[key]) for key in ("start", "end"))
-    except (KeyError, TypeError, ValueError) as error:
+        if not all(time is None or math.isfinite(time) for time in (start, end)):
+            raise ValueError
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         needs = "a line needs path and label, and may have start and end in seconds"
         raise UserError(f"{where}: {needs}") from error
     if path in (None, "") or label in (None, ""):
         raise UserError(f"{where}: a path or label is empty")
+    if "\0" in f"{path}{label}":
+        raise UserError(f"{where}: a path or label has a zero byte in it")
     return Entry(str(path), str(label), start, end)
 
 
@@ -272,9 +283,10 @@ def _json_rows(file: Iterable[str]) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(file, 1):
         if line.strip():
             try:
-                yield number, json.loads(line)
-            except ValueError:
-                yield number, None
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                row = None
+            yield number, row
 
 
 def _csv_rows(file: Iterable[str]) -> Iterator[tuple[int, Any]]:
@@ -298,8 +310,21 @@ def _csv_rows(file: Iterable[str]) -> Iterator[tuple[int, Any]]:
         yield number, dict(zip(header, cells, strict=False)) if fits else None
 
 
+@contextlib.contextmanager
+def writing(out: str) -> Iterator[None]:
+    """Turn what the operating system refuses while files are written into one line.
+
+    Raises:
+      UserError: names the file and the reason.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{error.filename or out} cannot be written: {error.strerror or error}") from error
+
+
 def write_list(path: str, entries: Iterable[Entry]) -> int:
-    """Writes a JSON-lines list whole or not at all; returns how many lines it has."""
+    """Write a JSON-lines list whole or not at all, and return how many lines it has."""
     rows = [{key: value for key, value in entry._asdict().items() if value is not None} for entry in entries]
     partial = path + ".tmp"
     with open(partial, "w", encoding="utf-8") as file:

@@ -14,7 +14,8 @@ from structvit_jax.errors import UserError
 class Noise:
     """Clips or images of random pixels, labels in turn. There is nothing to learn in them.
 
-    The name is "noise:CLASSES"; every example has just the frames and pixels that the configuration takes.
+    The name is "noise:CLASSES"; every example has just the frames and pixels that the configuration takes,
+    and 64 pixels a side where it leaves them open.
     """
 
     def __init__(self, name: str, split: str, data: Any, seed: int):
@@ -26,13 +27,18 @@ class Noise:
         if examples < 1:
             raise UserError(f"noise is made on the fly: config.data.{split}_examples says how much")
         self.class_names = tuple(f"class {number}" for number in range(int(classes)))
-        side = max(data.size, data.short_side)
+        side = max(data.size or 64, data.short_side or 0)
         self._shape = (max(data.frames, 1) * data.stride, side, side, 3)
         self._split, self._examples = split, examples
         self._entropy = (0, 1) if split == "test" else (seed, 0)  # test data are the same for every seed
 
     def __len__(self) -> int:
         return self._examples
+
+    @property
+    def made_from(self) -> str:
+        """What examples are made from, for a fingerprint."""
+        return f"noise of {len(self.class_names)} classes, numbers {self._entropy}"
 
     def id(self, index: int) -> str:
         return f"noise/{self._split}/{index}"

@@ -1,15 +1,17 @@
-"""Makes lists to train from out of a data set's annotation files, and checks that every file can be decoded.
+"""Make lists to train from out of a data set's annotation files, and check a data set before training.
 
     python -m structvit_jax.data.prepare kinetics400 ANNOTATIONS VIDEOS --out DIR [--check]
-    python -m structvit_jax.data.prepare folder DIR --check [--images]
-    python -m structvit_jax.data.prepare list FILE [FILE ...] --check [--images]
+    python -m structvit_jax.data.prepare folder DIR --check [--train_split=train] [--test_split=val]
+    python -m structvit_jax.data.prepare list FILE [FILE ...] --check
 
 The first, likewise something_v1, something_v2, diving48, finegym99, finegym288 and imagenet, writes
 DIR/train.jsonl, DIR/val.jsonl and DIR/labels.txt, the names of annotated files that are not there into
 DIR/missing-SPLIT.txt, and compares the counts with those published; DIR becomes the config.data.root.
 
---check decodes frames at the beginning, middle and end of every example in parallel, prints each that cannot
-be read with its reason, also into bad_files.txt (in --out, or here), and exits with 1 if there are any.
+--check decodes frames at the beginning, middle and end of every example in parallel, and prints a table of
+the data set (see `structvit_jax.data.survey`) and the command to run next. Examples that cannot be read are
+listed with the reason, in bad_files.txt in --out or, without it, in a file named after the data. The exit
+code is 1 if there are any, or if training would be pointless.
 """
 
 from __future__ import annotations
@@ -17,30 +19,63 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import hashlib
 import os
+import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
+import numpy as np
 from tqdm import tqdm
 
+from structvit_jax.data import folder
 from structvit_jax.data.annotations import DATA_SETS, Prepared
+from structvit_jax.data.image import IMAGES
 from structvit_jax.data.index import (
     LABELS,
-    LISTS,
     Entry,
     Index,
     class_names_of,
+    order,
     read_list,
-    read_split,
     write_list,
+    writing,
 )
+from structvit_jax.data.measure import Measured, measure
+from structvit_jax.data.survey import look_at
 from structvit_jax.data.workers import Note, in_processes
-from structvit_jax.errors import DecodeError, UserError, exit_in_one_line, known
+from structvit_jax.errors import UserError, exit_in_one_line, known
 
 _SOURCES = ("folder", "list", *DATA_SETS)
+_CONFIGS = {"finegym99": "finegym", "finegym288": "finegym"}  # of data sets; others have one of their name
 
 
 def main(arguments: Sequence[str]) -> int:
+    chosen = _parse(arguments)
+    if not (chosen.out or chosen.check):
+        raise UserError("nothing to do: say --out=DIR for lists, --check to decode every file, or both")
+    if chosen.workers < 1:
+        raise UserError("--workers is how many processes decode; it needs to be at least 1")
+    if not 0 <= chosen.val_fraction < 1:
+        raise UserError(f"--val_fraction is {chosen.val_fraction:g}; it needs to lie from 0 to below 1")
+    if chosen.source in DATA_SETS:
+        indices = _from_annotations(chosen.source, chosen.paths, chosen.out)
+        video = chosen.source != "imagenet"
+    elif chosen.source == "folder":
+        indices, video = _from_folder(chosen)
+    else:
+        indices, video = _from_lists(chosen.paths, chosen.images)
+    if chosen.source not in DATA_SETS and chosen.out:
+        if os.path.realpath(chosen.out) == os.path.realpath(next(iter(indices.values())).root):
+            raise UserError(f"{chosen.out} holds the data themselves; choose another folder for the lists")
+        lists = {name: _absolute(index) for name, index in indices.items()}
+        _write(chosen.out, lists, _classes(indices))
+    if not chosen.check:
+        return 0
+    return check(indices, chosen.workers, _report(chosen), video=video, then=_next_command(chosen))
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -48,32 +83,63 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("paths", nargs="+", help="the folders or lists")
     parser.add_argument("--out", default="", help="where lists, labels and reports go")
     parser.add_argument("--check", action="store_true", help="decode every file")
-    parser.add_argument("--images", action="store_true", help="files are images (folder, list)")
+    parser.add_argument(
+        "--images", action="store_true", help="files are images; by default what most of them are"
+    )
+    parser.add_argument("--train_split", default="train", help="of a folder: the folder or list to train on")
+    parser.add_argument("--test_split", default="val", help="of a folder: the folder or list to test on")
+    parser.add_argument(
+        "--val_fraction", type=float, default=0.1, help="of a folder: held out without a test split"
+    )
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that decode")
     chosen = parser.parse_args(arguments)
     known("source", chosen.source, _SOURCES)
-    if not (chosen.out or chosen.check):
-        raise UserError("nothing to do: say --out=DIR for lists, --check to decode every file, or both")
-    if chosen.workers < 1:
-        raise UserError("--workers is how many processes decode; it needs to be at least 1")
-    if chosen.source in DATA_SETS:
-        indices = _from_annotations(chosen.source, chosen.paths, chosen.out)
-    elif chosen.source == "folder":
-        indices = _from_folder(chosen.paths, video=not chosen.images)
-    else:
-        indices = _from_lists(chosen.paths)
-    if chosen.source not in DATA_SETS and chosen.out:
-        if os.path.realpath(chosen.out) == os.path.realpath(next(iter(indices.values())).root):
-            raise UserError(f"{chosen.out} holds the data themselves; choose another folder for the lists")
-        _write(chosen.out, {name: _absolute(index) for name, index in indices.items()}, _classes(indices))
-    return check(indices, chosen.workers, chosen.out) if chosen.check else 0
+    return chosen
+
+
+def _report(chosen: argparse.Namespace) -> str:
+    """Return the file that lists unreadable examples, one for each data set."""
+    if chosen.out:
+        return os.path.join(chosen.out, "bad_files.txt")
+    places = [os.path.abspath(path) for path in chosen.paths]
+    name = os.path.splitext(os.path.basename(places[-1]))[0] or chosen.source
+    return f"bad_files-{name}-{hashlib.sha256(' '.join(places).encode(errors='replace')).hexdigest()[:6]}.txt"
+
+
+def _next_command(chosen: argparse.Namespace) -> str:
+    """Return the command that trains on the data; "" where lists were not written to train from."""
+    root = chosen.out or (chosen.paths[0] if chosen.source == "folder" else "")
+    if not root:
+        return ""
+    name = _CONFIGS.get(chosen.source, chosen.source) if chosen.source in DATA_SETS else "folder"
+    command = (
+        f"python -m structvit_jax.main --config=configs/{name}.py --config.data.root={shlex.quote(root)}"
+    )
+    if not chosen.out:
+        for key, default in (("train_split", "train"), ("test_split", "val"), ("val_fraction", 0.1)):
+            if (value := getattr(chosen, key)) != default:
+                command += f" --config.data.{key}={value}"
+    return command
+
+
+def _read(source: str, annotations: str, media: str) -> Prepared:
+    """Read annotation files; whatever in them is not as distributed becomes one line."""
+    try:
+        return DATA_SETS[source].read(annotations, media)
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        what = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{source}: the annotations in {annotations} are not as distributed: {what}"
+        ) from error
 
 
 def _from_annotations(source: str, paths: Sequence[str], out: str) -> dict[str, Index]:
     if len(paths) > 2:
         raise UserError(f"{source} takes a folder of annotations and a folder of files")
     dataset = DATA_SETS[source]
-    prepared: Prepared = dataset.read(paths[0], paths[-1])
+    prepared = _read(source, paths[0], paths[-1])
     for split, entries in prepared.splits.items():
         line = f"{split}: {len(entries):,} examples"
         if published := dataset.published.get(split):
@@ -81,9 +147,11 @@ def _from_annotations(source: str, paths: Sequence[str], out: str) -> dict[str, 
         if missing := prepared.missing.get(split):
             line += f", {len(missing):,} more are annotated, but their files are not there"
             if out:
-                os.makedirs(out, exist_ok=True)
-                with open(os.path.join(out, f"missing-{split}.txt"), "w", encoding="utf-8") as file:
-                    file.writelines(name + "\n" for name in sorted(set(missing)))
+                path = os.path.join(out, f"missing-{split}.txt")
+                with writing(path):
+                    os.makedirs(out, exist_ok=True)
+                    with open(path, "w", encoding="utf-8") as file:
+                        file.writelines(name + "\n" for name in sorted(set(missing)))
         print(line)
         if not entries:
             raise UserError(f"none of the files annotated for {split} is in {paths[-1]}")
@@ -92,29 +160,36 @@ def _from_annotations(source: str, paths: Sequence[str], out: str) -> dict[str, 
     return {name: Index("", entries, prepared.class_names) for name, entries in prepared.splits.items()}
 
 
-def _from_folder(paths: Sequence[str], video: bool) -> dict[str, Index]:
-    if len(paths) > 1 or not os.path.isdir(paths[0]):
-        raise UserError(f"no folder {paths[0]!r}" if len(paths) == 1 else "folder takes one folder")
-    root = paths[0]
-    splits = {name: list(read_split(root, name, name, video)) for name in _splits_in(root)}
-    if not splits:
-        raise UserError(f"{root} has no train, val or test, neither as a folder of classes nor as a list")
-    return _index(root, splits)
+def _from_folder(chosen: argparse.Namespace) -> tuple[dict[str, Index], bool]:
+    """Return the splits of a folder, a third named "test" among them, and whether they are videos."""
+    if len(chosen.paths) > 1 or not os.path.isdir(chosen.paths[0]):
+        raise UserError(
+            f"no folder {chosen.paths[0]!r}" if len(chosen.paths) == 1 else "folder takes one folder"
+        )
+    root = chosen.paths[0]
+    layout = folder.Layout(root, chosen.train_split, chosen.test_split, chosen.val_fraction, option="--")
+    video = not chosen.images and folder.is_video(layout)
+    train, test = folder.read_splits(layout, video=video)
+    indices = {_name(chosen.train_split): train, _name(chosen.test_split): test}
+    more = folder.Layout(root, train="test", option="--").find("train") if "test" not in indices else None
+    if more and not os.path.isdir(os.path.join(root, more)):
+        indices["test"] = Index(root, read_list(os.path.join(root, more)), train.class_names)
+    elif more:
+        with contextlib.suppress(UserError):  # test splits may have no labels
+            entries, found = folder.read_split(root, more, video=video)
+            indices["test"] = Index(root, entries, train.class_names, found=found)
+        if "test" not in indices:
+            print(f"{os.path.join(root, more)}: no class folders with examples in it, left out")
+    return indices, video
 
 
-def _splits_in(root: str) -> Iterator[str]:
-    """Those of train, val and test that are lists or have class folders; test splits may have no labels."""
-    for name in ("train", "val", "test"):
-        folder = os.path.join(root, name)
-        lists = [ending for ending in LISTS if os.path.isfile(folder + ending)]
-        is_folder = os.path.isdir(folder)
-        if lists or (is_folder and any(os.path.isdir(os.path.join(folder, n)) for n in os.listdir(folder))):
-            yield name
-        elif is_folder:
-            print(f"{folder}: no class folders in it, left out")
+def _name(split: str) -> str:
+    """Return what a split is called in lists and reports."""
+    return os.path.splitext(os.path.basename(split.rstrip("/")))[0].strip(".") or "train"
 
 
-def _from_lists(paths: Sequence[str]) -> dict[str, Index]:
+def _from_lists(paths: Sequence[str], images: bool) -> tuple[dict[str, Index], bool]:
+    """Return the splits of lists, and whether most of their examples are videos."""
     roots = {os.path.dirname(os.path.abspath(path)) for path in paths}
     if len(roots) > 1:
         raise UserError("the lists lie in different folders; check them one by one")
@@ -124,12 +199,11 @@ def _from_lists(paths: Sequence[str]) -> dict[str, Index]:
     splits = {os.path.splitext(os.path.basename(path))[0]: list(read_list(path)) for path in paths}
     if empty := [path for path, entries in zip(paths, splits.values(), strict=True) if not entries]:
         raise UserError(f"{empty[0]} is empty")
-    return _index(roots.pop(), splits)
-
-
-def _index(root: str, splits: dict[str, list[Entry]]) -> dict[str, Index]:
-    names = class_names_of(root, next(iter(splits.values())))  # the first split is the one to train on
-    return {name: Index(root, entries, names) for name, entries in splits.items()}
+    root, train = roots.pop(), next(iter(splits.values()))  # the first split is the one to train on
+    names = class_names_of(root, train)
+    pictures = sum(entry.path.lower().endswith(IMAGES) for entry in train)
+    video = not images and 2 * pictures <= len(train)
+    return {name: Index(root, entries, names) for name, entries in splits.items()}, video
 
 
 def _classes(indices: dict[str, Index]) -> tuple[str, ...]:
@@ -142,69 +216,83 @@ def _absolute(index: Index) -> list[Entry]:
 
 
 def _write(out: str, splits: dict[str, list[Entry]], class_names: Sequence[str]) -> None:
-    """Lists with paths relative to `out` where files lie below it."""
-    os.makedirs(out, exist_ok=True)
+    """Write lists with paths relative to `out` where files lie below it."""
     here = os.path.abspath(out) + os.sep
-    with open(os.path.join(out, LABELS), "w", encoding="utf-8") as file:
-        file.writelines(name + "\n" for name in class_names)
-    for name, entries in splits.items():
-        rows = [entry._replace(path=entry.path.removeprefix(here)) for entry in entries]
-        write_list(os.path.join(out, f"{name}.jsonl"), sorted(rows))
+    with writing(out):
+        os.makedirs(out, exist_ok=True)
+        with open(os.path.join(out, LABELS), "w", encoding="utf-8") as file:
+            file.writelines(name + "\n" for name in class_names)
+        for name, entries in splits.items():
+            rows = [entry._replace(path=entry.path.removeprefix(here)) for entry in entries]
+            write_list(os.path.join(out, f"{name}.jsonl"), sorted(rows, key=order))
     print(f"{out}: {', '.join(f'{name}.jsonl' for name in splits)}, {LABELS} ({len(class_names)} classes)")
 
 
-def check(indices: dict[str, Index], workers: int, out: str) -> int:
-    """Decodes frames of every example; returns 1 if any cannot be read, else 0."""
+def check(
+    indices: Mapping[str, Index], workers: int, report: str, *, video: bool = True, then: str = ""
+) -> int:
+    """Decode frames of every example and print a survey of the data set.
+
+    Args:
+      indices: the splits by name, the first the one to train on.
+      workers: processes that decode.
+      report: the file that lists examples that cannot be read; an earlier one is replaced or removed.
+      video: whether examples are videos, or else images.
+      then: the command to run next.
+
+    Returns:
+      1 if any example cannot be read or a training would be pointless, else 0.
+    """
     bad = []
     total = sum(map(len, indices.values()))
+    measured: dict[str, dict[int, Measured]] = {name: {} for name in indices}
     with tqdm(total=total, unit="file", file=sys.stderr, desc="checking") as bar:
         for split, index in indices.items():
-            for number, reason in _reasons(index, workers):
+            for number, one in _measured(index, workers):
                 bar.update()
-                if reason:
-                    bad.append(f"{split}\t{index.id(number)}\t{reason}")
-                    bar.write(f"{split} {index.id(number)}: {reason}", file=sys.stdout)
-    path = os.path.join(out or ".", "bad_files.txt")
-    with contextlib.suppress(FileNotFoundError):
-        os.remove(path)  # an earlier check's
-    if bad:
-        with open(path, "w", encoding="utf-8") as file:
-            file.writelines(line + "\n" for line in bad)
-    print(
-        f"{total - len(bad)} of {total} examples can be read" + (f"; {path} lists the others" if bad else "")
-    )
-    return 1 if bad else 0
+                measured[split][number] = one
+                if one.problem:
+                    bad.append(f"{split}\t{index.id(number)}\t{one.problem}")
+                    bar.write(f"{split} {index.id(number)}: {one.problem}", file=sys.stdout)
+            bad += [f"{split}\t{name}\tunknown label {label!r}" for name, label in _unlabelled(index)]
+    found = look_at(indices, video=video, measured=measured)
+    print(found.table())
+    with writing(report):
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(report)
+        if bad:
+            with open(report, "w", encoding="utf-8") as file:
+                file.writelines(line + "\n" for line in bad)
+    others = f"; {report} lists what is wrong" if bad else ""
+    unreadable = sum(len(split.unreadable) for split in found.splits)
+    print(f"{total - unreadable:,} of {total:,} examples can be read{others}")
+    if then and not found.errors:
+        print(f"next: {then}")
+    return 1 if bad or found.errors else 0
 
 
-def _reasons(index: Index, workers: int) -> Iterator[tuple[int, str]]:
-    """Yield number and reason of every example, "" if it can be read, also if it kills its decoder."""
+def _unlabelled(index: Index) -> Iterator[tuple[str, str]]:
+    """Yield the ids and labels of examples whose label is none of the classes."""
+    for number in np.flatnonzero(index.labels < 0).tolist():
+        yield index.id(number), index.entry(number).label
+
+
+def _measured(index: Index, workers: int) -> Iterator[tuple[int, Measured]]:
+    """Yield number and `Measured` of every example, even if it kills its decoder."""
     numbers = range(len(index))
-    read = functools.partial(_reason, index)
-    found = in_processes(read, numbers, workers, ahead=_AHEAD, lost=lambda worker: _KILLED)
+    measure_one = functools.partial(_measure, index)
+    found = in_processes(measure_one, numbers, workers, ahead=_AHEAD, lost=lambda worker: _KILLED)
     with contextlib.closing(found):
         yield from zip(numbers, found, strict=True)
 
 
 _AHEAD = 16  # examples in the queue of each worker
-_KILLED = "kills the process that decodes it"
+_KILLED = Measured(problem="kills the process that decodes it")
 
 
-def _reason(index: Index, number: int, note: Note) -> str:
+def _measure(index: Index, number: int, note: Note) -> Measured:
     del note  # a worker reads one example at a time
-    return reason_of(index, number)
-
-
-def reason_of(index: Index, number: int) -> str:
-    """Why an example cannot be read; "" if it can."""
-    try:
-        media, _ = index.open(number)
-        with contextlib.closing(media):
-            if media.missing:
-                return f"cut off: {media.missing} of {media.count} frames are missing"
-            media.frames(sorted({0, media.count // 2, media.count - 1}))
-    except DecodeError as error:
-        return str(error)
-    return ""
+    return measure(index, number)
 
 
 if __name__ == "__main__":

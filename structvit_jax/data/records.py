@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -83,6 +83,25 @@ class Shards(_Records):
     def id(self, index: int) -> str:
         return self._ids[index].decode()
 
+    @property
+    def is_video(self) -> bool:
+        """Whether the first readable example is a video or a folder of frames."""
+        for index in range(min(len(self), 16)):
+            with contextlib.suppress(DecodeError), decoding():
+                record = self._records[index]
+                if not record["problem"]:
+                    return record["kind"] == b"video" or len(record["files"]) > 1
+        return True
+
+    def stored(self, index: int) -> tuple[str, Sequence[str | bytes] | None]:
+        """Return an example's label and its files' contents; None in their place for a part of a file."""
+        with decoding():
+            record = self._records[index]
+        if problem := record["problem"].decode():
+            raise DecodeError(problem)
+        files = list(record["files"]) if record["count"] < 0 else None
+        return self.class_names[int(record["label"])], files
+
     def open(self, index: int) -> tuple[Media, int]:
         with decoding():  # a damaged record raises RuntimeError
             record = self._records[index]
@@ -114,6 +133,13 @@ class Images(_Records):
 
     def id(self, index: int) -> str:
         return f"{self._split}/{index}"
+
+    def stored(self, index: int) -> tuple[str, Sequence[str | bytes] | None]:
+        """Return an example's label and the contents of its file."""
+        with decoding():
+            record = self._records[index]
+        label = int(record["label"])
+        return self.class_names[label] if label >= 0 else "", [record["image"]]
 
     def open(self, index: int) -> tuple[Media, int]:
         with decoding():  # a damaged record raises RuntimeError

@@ -3,7 +3,7 @@
     python -m structvit_jax.data.shards ROOT OUT [--train_split=train] [--test_split=val] [--images]
         [--shards=N] [--beam_runner=DirectRunner] [--beam_option=key=value ...]
 
-ROOT is a folder as `structvit_jax.data.index` describes it, such as `structvit_jax.data.prepare` writes; OUT
+ROOT is a folder as `structvit_jax.data.folder` describes it, such as `structvit_jax.data.prepare` writes; OUT
 becomes the config.data.root to train from. Parts of long files are cut out without decoding. Examples that
 cannot be read keep their place, with the reason, so that batches are the same as from ROOT. With a Beam
 runner records are made in parallel (pip install -c requirements.lock -e ".[beam]"). If OUT is a bucket,
@@ -15,7 +15,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from structvit_jax.data.index import read_splits
+from structvit_jax.data.folder import Layout, is_video, read_splits
+from structvit_jax.data.index import writing
 from structvit_jax.data.records import write_shards
 from structvit_jax.errors import exit_in_one_line
 
@@ -28,16 +29,22 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("out")
     parser.add_argument("--train_split", default="train")
     parser.add_argument("--test_split", default="val")
-    parser.add_argument("--images", action="store_true", help="files are images, not videos")
+    parser.add_argument("--val_fraction", type=float, default=0.0, help="to hold out without a test split")
+    parser.add_argument(
+        "--images", action="store_true", help="files are images; by default what most of them are"
+    )
     parser.add_argument("--shards", type=int, default=0, help="files per split")
     parser.add_argument("--beam_runner", default="", help="as DirectRunner; without it, one process")
     parser.add_argument("--beam_option", action="append", default=[], help="key=value, of Beam's pipeline")
     chosen = parser.parse_args(arguments)
-    splits = read_splits(chosen.root, chosen.train_split, chosen.test_split, video=not chosen.images)
-    indices = dict(zip((chosen.train_split, chosen.test_split), splits, strict=True))
-    write_shards(
-        indices, chosen.out, shards=chosen.shards, runner=chosen.beam_runner, options=chosen.beam_option
-    )
+    layout = Layout(chosen.root, chosen.train_split, chosen.test_split, chosen.val_fraction, option="--")
+    splits = read_splits(layout, video=not chosen.images and is_video(layout))
+    names = (name.strip("./") or "train" for name in (chosen.train_split, chosen.test_split))
+    indices = dict(zip(names, splits, strict=True))
+    with writing(chosen.out):
+        write_shards(
+            indices, chosen.out, shards=chosen.shards, runner=chosen.beam_runner, options=chosen.beam_option
+        )
     print(f"{chosen.out}: {', '.join(f'{len(index)} {name}' for name, index in indices.items())} examples")
 
 

@@ -46,6 +46,14 @@ _LEAST_INTERVAL = 0.1  # of config.eval.every, between an evaluation and the fin
 _INDIFFERENT = tuple(
     f"config.data.{key} " for key in ("batch_size", "workers", "max_bad_share", "max_pixels", "max_frames")
 )
+# Keys that say which data are read; the fingerprint in a card says it better.
+_PLACES = tuple(
+    f"config.data.{key} "
+    for key in (
+        *("name", "root", "train_split", "test_split", "val_fraction", "train_examples", "test_examples"),
+        "label_maps",
+    )
+)
 
 
 def train(config: ml_collections.ConfigDict, workdir: epath.Path, data: Any) -> dict[str, Any]:
@@ -264,7 +272,7 @@ def evaluate(config: ml_collections.ConfigDict, path: epath.Path, out: epath.Pat
             unreadable = Unreadable(out, data.train_examples, config.data.max_bad_share)
             unreadable.note("test", evaluation.problems)
             unreadable.exchange()
-            other = out == where.parent.parent and any(map(_is_other_data, changed))
+            other = out == where.parent.parent and _is_other_data(changed, card, data)
             if other:
                 say(f"on other data than the run's: {out / 'result.json'} stays; see result_other.json")
             write_result(out, result, evaluation, data, "_other" * other)
@@ -281,9 +289,15 @@ def _restore(run: Run, path: epath.Path) -> tuple[dict[str, Any], epath.Path, in
         return card, checkpoints.path(step), step, weights
 
 
-def _is_other_data(change: str) -> bool:
-    """Whether a changed key makes a score incomparable with the run's own."""
-    return change.startswith(("config.data.", "config.eval.average")) and not change.startswith(_INDIFFERENT)
+def _is_other_data(changed: list[str], card: dict[str, Any], data: Any) -> bool:
+    """Return whether changed keys or changed test data make a score incomparable with the run's own."""
+    indifferent = _INDIFFERENT
+    if fingerprint := card.get("data"):
+        indifferent += _PLACES
+        if processes.decide(lambda: data.changes_since(fingerprint, test_only=True)).described:
+            return True
+    keys = ("config.data.", "config.eval.average")
+    return any(line.startswith(keys) and not line.startswith(indifferent) for line in changed)
 
 
 def make_result(run: Run, scores: Scores, step: int, weights: Weights) -> dict[str, Any]:

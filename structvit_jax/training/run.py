@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import optax
+from etils import epath
 from jax.sharding import Mesh
 
 import structvit_jax
@@ -21,7 +22,7 @@ from structvit_jax.errors import UserError
 from structvit_jax.models import Network, create_model
 from structvit_jax.models.weights import split
 from structvit_jax.ops import native
-from structvit_jax.training import optim
+from structvit_jax.training import optim, processes
 from structvit_jax.training.checkpoint import Keep
 from structvit_jax.training.mesh import check_batch, describe_devices, make_mesh
 from structvit_jax.training.placement import abstract
@@ -84,7 +85,7 @@ class Run:
 
     def card(self, scores: dict[str, float] | None = None) -> dict[str, Any]:
         """What a checkpoint of this run says of itself, with the scores of its evaluation if it had one."""
-        return make_card(self.data.class_names, self.config, scores)
+        return make_card(self.data.class_names, self.config, scores, self.data.fingerprint)
 
 
 def _check_token_labels(config: ml_collections.ConfigDict) -> None:
@@ -126,16 +127,42 @@ def abstract_state(run: Run) -> TrainState:
 
 
 def make_card(
-    class_names: Sequence[str] | None, config: ml_collections.ConfigDict, scores: dict[str, float] | None
+    class_names: Sequence[str] | None,
+    config: ml_collections.ConfigDict,
+    scores: dict[str, float] | None,
+    fingerprint: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What a checkpoint says of its weights: their classes in order (None if nothing names them), the
-    configuration, scores and code version."""
+    """Return what a checkpoint says of its weights: their classes in order (None if nothing names them),
+    configuration, scores, code version, and the data's fingerprint (None if they were not trained here)."""
     return {
         "class_names": None if class_names is None else list(class_names),
         "config": as_json(config),
         "metrics": scores,
         "version": structvit_jax.__version__,
+        "data": fingerprint,
     }
+
+
+def check_data(run: Run, card: dict[str, Any], path: epath.Path, is_complete: bool) -> None:
+    """Compare the data of a run with those that its checkpoint was trained on.
+
+    A run that is not complete may go on if half of a common sample is the same, as where files were repaired.
+
+    Raises:
+      UserError: a complete run of other data, or one of mostly other data.
+    """
+    if not card.get("data"):  # converted weights
+        return
+    changes = processes.decide(lambda: run.data.changes_since(card["data"]))
+    if not changes.described:
+        return
+    if is_complete or 2 * changes.alike < changes.sampled:
+        kind = "the complete run of" if is_complete else "a run on"
+        raise UserError(
+            f"{path} is {kind} other data ({changes.described}); choose another --workdir for these, or"
+            " evaluate the checkpoint on them with --mode=eval"
+        )
+    say(f"note: the data have changed ({changes.described})")
 
 
 def adopt_classes(data: Any, card: dict[str, Any]) -> None:

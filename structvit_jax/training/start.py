@@ -12,8 +12,8 @@ import ml_collections
 from etils import epath
 from jax.sharding import Mesh
 
-from structvit_jax import convert
-from structvit_jax.card import from_card
+from structvit_jax import convert, open_keys
+from structvit_jax.card import from_card, is_portable, keys_of
 from structvit_jax.config import INPUTS, model_arguments
 from structvit_jax.errors import UserError
 from structvit_jax.models.variants import get_variant
@@ -21,32 +21,48 @@ from structvit_jax.models.weights import Weights, like, split
 from structvit_jax.training.checkpoint import Checkpoints
 from structvit_jax.training.processes import say
 from structvit_jax.training.restore import newest_card, open_card, open_checkpoint, rereading
-from structvit_jax.training.run import Run, abstract_state, adopt_classes, as_json, differences
+from structvit_jax.training.run import (
+    Run,
+    abstract_state,
+    adopt_classes,
+    as_json,
+    check_data,
+    differences,
+)
 from structvit_jax.training.step import TrainState, init_state
 from structvit_jax.training.storage import naming_failures
 
 
-def settle_inputs(config: ml_collections.ConfigDict, workdir: epath.Path) -> ml_collections.ConfigDict:
-    """The configuration with every key of INPUTS said: as the workdir's newest checkpoint has it, or as the
-    weights of init_from expect it, or by default. Opens no device and waits for no other process.
+def settle(config: ml_collections.ConfigDict, workdir: epath.Path) -> ml_collections.ConfigDict:
+    """Return the configuration with open keys (None) filled in by what the run starts from.
+
+    These are the keys of INPUTS, and those of `structvit_jax.open_keys`. The workdir's newest checkpoint
+    decides both. Without one, the keys of INPUTS are those that the weights of init_from expect, or the
+    defaults, and the others stay open, for the data to decide. Opens no device and waits for no process.
 
     Raises:
       UserError: no weights at config.init_from, or such that something has to be said of them first.
     """
-    open_keys = [key for key in INPUTS if config.data[key] is None]
-    if not open_keys:
+    inputs = [f"data.{key}" for key in INPUTS if config.data[key] is None]
+    wanted = inputs + open_keys.missing(config)
+    if not wanted:
         return config
-    found: dict[str, Any] = {}
     with naming_failures(workdir):
         card = newest_card(workdir)
+    found: dict[str, Any] = {}
     if card:
-        found = _data_of(card, workdir)
-    elif config.init_from and not _is_open(config):
-        found = _inputs_of(config.init_from)
+        saved = from_card(card["config"], workdir)
+        found = {key: value for key, value in keys_of(saved) if is_portable(key)}
+    elif inputs and config.init_from and not _is_open(config):
+        found = {f"data.{key}": value for key, value in _inputs_of(config.init_from).items()}
     config = config.copy_and_resolve_references()
-    for key in open_keys:
-        value = found.get(key) or INPUTS[key]
-        config.data[key] = value if isinstance(value, str) else tuple(value)
+    for key in wanted:
+        section, name = key.split(".")
+        value = found.get(key)
+        if value is None and key in inputs:
+            value = INPUTS[name]
+        if value is not None:
+            config[section][name] = tuple(value) if isinstance(value, list) else value
     return config
 
 
@@ -72,7 +88,7 @@ def starting_state(run: Run, checkpoints: Checkpoints) -> TrainState:
 
 
 def _is_open(config: ml_collections.ConfigDict) -> bool:
-    """Whether a recipe leaves open which weights it starts from, as "<ImageNet weights>"."""
+    """Return whether a recipe leaves open which weights it starts from, as "<ImageNet weights>"."""
     return config.init_from.startswith("<")
 
 
@@ -85,6 +101,7 @@ def _resumed(run: Run, checkpoints: Checkpoints, step: int) -> TrainState:
     checkpoints.check_resumable(step)
     card = checkpoints.card(step)
     adopt_classes(run.data, card)
+    check_data(run, card, checkpoints.path(step), is_complete=step >= run.durations.total)
     _check_frozen(run, card, checkpoints.path(step))
     advice = "choose another --workdir, or the model that was saved"
     state = checkpoints.state(step, abstract_state(run), run.mesh, advice)
@@ -151,11 +168,8 @@ def _read_released(path: str) -> convert.Source:
 def _inputs_of(path: str) -> dict[str, Any]:
     if convert.is_weights_file(path):
         return _described(_read_released(path))
-    return _data_of(open_card(path), path)
-
-
-def _data_of(card: dict[str, Any], where: object) -> dict[str, Any]:
-    return dict(from_card(card["config"], where).data.items())
+    config = from_card(open_card(path)["config"], path)
+    return {key: config.data[key] for key in INPUTS}
 
 
 def _described(source: convert.Source) -> dict[str, Any]:

@@ -1,0 +1,309 @@
+"""Data sets on disk: where their splits are, which examples each has, and whether they are images or videos.
+
+A data set is a folder ROOT with, for each split, either class folders (ROOT/train/CLASS/FILE, or
+CLASS/FOLDER_OF_FRAMES) or a list (see `structvit_jax.data.index`). Where the test split is missing, a part of
+the training split can be held out for it; a folder of class folders alone (ROOT/CLASS/FILE) is then a
+training split.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import hashlib
+import os
+import re
+from collections.abc import Iterable, Mapping
+
+from structvit_jax.data.container import VIDEOS
+from structvit_jax.data.image import IMAGES
+from structvit_jax.data.index import (
+    LABELS,
+    LISTS,
+    Entry,
+    Found,
+    Index,
+    class_names_of,
+    examples_below,
+    kind_of,
+    order,
+    read_labels,
+    read_list,
+    walk,
+)
+from structvit_jax.data.limits import Limits
+from structvit_jax.data.media import frame_names, without_extension
+from structvit_jax.errors import UserError
+
+# Folders of these names are splits, not classes.
+_SPLITS = ("train", "training", "val", "valid", "validation", "dev", "eval", "test", "testing")
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where the splits of a data set are.
+
+    Attributes:
+      root: the folder.
+      train, test: names of the splits: of a list, with or without its ending, or of a folder ("train/" is the
+        folder where there is a list of that name too; "." is the root itself).
+      val_fraction: of the training examples to hold out where there is no test split; 0 requires one.
+      limits: on what a file may ask for.
+      option: how options are written in error messages, before "train_split" and the like.
+    """
+
+    root: str
+    train: str = "train"
+    test: str = "val"
+    val_fraction: float = 0.0
+    limits: Limits = Limits()  # noqa: RUF009 - immutable
+    option: str = "--config.data."
+
+    def find(self, key: str) -> str | None:
+        """Return the name of the folder or list of a split ("train" or "test"), None if there is none.
+
+        Raises:
+          UserError: there are several.
+        """
+        name = {"train": self.train, "test": self.test}[key]
+        found = [n for n in (name, *(name + end for end in LISTS)) if os.path.exists(self.join(n))]
+        if len(found) > 1:
+            names = [n.rstrip("/") + "/" if os.path.isdir(self.join(n)) else n for n in found]
+            choices = " or ".join(f"{self.option}{key}_split={n}" for n in names)
+            raise UserError(f"{self.root} has {' and '.join(names)}; choose one with {choices}")
+        return found[0] if found else None
+
+    def join(self, name: str) -> str:
+        return os.path.join(self.root, name)
+
+    def splits(self) -> tuple[str, str | None]:
+        """Return the names of the training and the test split; None for one to be held out.
+
+        Raises:
+          UserError: a split is missing; names the way out.
+        """
+        if not self.root:
+            raise UserError("say where the data are: --config.data.root=DIR, with DIR/train and DIR/val")
+        if not os.path.isdir(self.root):
+            raise UserError(f"no folder {self.root!r}")
+        train, test = self.find("train"), self.find("test")
+        if train is None and test is None and self.train == "train" and (classes := self._class_folders()):
+            if not self.val_fraction:
+                raise UserError(
+                    f"{self.root} has class folders ({_some(classes)}) but no 'train' and no {self.test!r}:"
+                    f" hold out a part for testing with {self.option}val_fraction=0.1, or make both"
+                )
+            train = "."
+        if train is None:
+            raise self._lacks("train", "")
+        if test is None and not self.val_fraction:
+            more = f", or hold out a part of {self.train!r} with {self.option}val_fraction=0.1"
+            raise self._lacks("test", more)
+        return train, test
+
+    def _class_folders(self) -> list[str]:
+        """Return the folders in the root that can be classes; none if one is named as a split."""
+        folders = [name for name in _names(self.root) if os.path.isdir(self.join(name))]
+        return [] if any(name.lower() in _SPLITS for name in folders) else folders
+
+    def _lacks(self, key: str, more: str) -> UserError:
+        name, there = {"train": self.train, "test": self.test}[key], _some(_names(self.root), 8)
+        return UserError(
+            f"{self.root} has neither a folder {name!r} nor a list {name}.csv or {name}.jsonl (there is:"
+            f" {there}); name it with {self.option}{key}_split=NAME{more}"
+        )
+
+
+def read_splits(layout: Layout, *, video: bool) -> tuple[Index, Index]:
+    """Return the training and the test split of a folder, with the same classes.
+
+    Args:
+      layout: where they are.
+      video: whether examples are videos (or folders of frames), or else images.
+
+    Raises:
+      UserError: something is missing, empty or cannot be understood; names it.
+    """
+    train_name, test_name = layout.splits()
+    train, found = read_split(layout.root, train_name, video=video)
+    class_names = class_names_of(layout.root, train)
+    if test_name is None:
+        train, test = hold_out(train, layout.val_fraction)
+        if not test:
+            raise UserError(
+                f"{layout.join(train_name)}: no class has two examples, so that none can be held out for"
+                f" testing ({layout.option}val_fraction={layout.val_fraction:g})"
+            )
+        test_found = Found(note=_note(layout, len(train), len(test)))
+        return _index(layout, train, class_names, found), _index(layout, test, class_names, test_found)
+    test, test_found = read_split(layout.root, test_name, video=video)
+    known = set(class_names)
+    for name, entries in ((train_name, train), (test_name, test)):
+        if not any(entry.label in known for entry in entries):
+            source = LABELS if read_labels(layout.root) else train_name
+            raise UserError(
+                f"{layout.join(name)}: none of its labels ({_some(sorted({e.label for e in entries}))}) is"
+                f" among the {len(class_names)} classes of {source}"
+            )
+    return _index(layout, train, class_names, found), _index(layout, test, class_names, test_found)
+
+
+def _index(layout: Layout, entries: list[Entry], class_names: tuple[str, ...], found: Found) -> Index:
+    return Index(layout.root, entries, class_names, limits=layout.limits, found=found)
+
+
+def _note(layout: Layout, train: int, test: int) -> str:
+    there = [name for name in _names(layout.root) if os.path.splitext(name)[0].lower() in _SPLITS]
+    others = [name for name in there if os.path.splitext(name)[0] != layout.train]
+    more = f"; to use {others[0]} instead: {layout.option}test_split={others[0]}" if others else ""
+    return (
+        f"{layout.root} has no split {layout.test!r}: {test:,} of {train + test:,} training examples are held"
+        f" out for it ({layout.option}val_fraction={layout.val_fraction:g}){more}"
+    )
+
+
+def read_split(root: str, name: str, *, video: bool) -> tuple[list[Entry], Found]:
+    """Return the examples of a list or of class folders, unsorted, at least one; and what else is there."""
+    path = os.path.join(root, name)
+    if not os.path.isdir(path):
+        entries, found = list(read_list(path)), Found()
+    else:
+        entries, found = _read_class_folders(root, name, video)
+    if not entries:
+        kind, others = ("videos", "images") if video else ("images", "videos")
+        if count := found.ignored.get(others):
+            model = "structvit_tiny_4_1" if video else "structvit_tiny_4_1_video"
+            raise UserError(
+                f"{path} has no {kind}, but {count:,} {others}: take a model for {others}, such as"
+                f" --config.model.name={model} --config.data.frames={0 if video else 8}; in a new --workdir"
+                " configs/folder.py does by itself"
+            )
+        more = f"; ignored: {counts(found.ignored)}" if found.ignored else ""
+        raise UserError(f"{path} is empty: there are no {kind} in it{more}")
+    return entries, found
+
+
+def _read_class_folders(root: str, split: str, video: bool) -> tuple[list[Entry], Found]:
+    """Read root/split/CLASS/**/FILE; for videos, a folder that holds images is one example."""
+    top = os.path.join(root, split)
+    prefix = "" if os.path.normpath(split) == "." else os.path.normpath(split) + "/"
+    entries: list[Entry] = []
+    total: collections.Counter[str] = collections.Counter()
+    empty: dict[str, Mapping[str, int]] = {}
+    for label in _names(top):
+        folder = os.path.join(top, label)
+        if not os.path.isdir(folder):
+            if label.lower().endswith(VIDEOS if video else IMAGES):
+                raise UserError(f"{folder} lies beside the class folders; move it into that of its class")
+            if label != LABELS:
+                total[kind_of(label)] += 1
+            continue
+        ignored: collections.Counter[str] = collections.Counter()
+        before = len(entries)
+        for name in examples_below(folder, video, ignored):
+            if name == ".":  # a class folder is not a clip
+                ignored["images"] += len(frame_names(os.listdir(folder)))
+            else:
+                entries.append(Entry(f"{prefix}{label}/{name}", label))
+        if len(entries) == before:
+            empty[label] = ignored
+        total += ignored
+    return entries, Found(total, empty)
+
+
+def hold_out(entries: Iterable[Entry], fraction: float) -> tuple[list[Entry], list[Entry]]:
+    """Split examples in two, stratified by class, the same way on every machine.
+
+    Of the n examples of a class, round(n * fraction) are held out, at least one, if one is left: those whose
+    paths without extension have the smallest SHA-256. Parts of one file stay together.
+
+    Returns:
+      The examples that are left, and those held out.
+    """
+    classes: dict[str, dict[bytes, list[Entry]]] = {}
+    for entry in entries:
+        key = os.fsencode(without_extension(entry.path))
+        classes.setdefault(entry.label, {}).setdefault(hashlib.sha256(key).digest(), []).append(entry)
+    left: list[Entry] = []
+    held: list[Entry] = []
+    for files in classes.values():
+        wanted = max(round(fraction * sum(map(len, files.values()))), 1)
+        taken = 0
+        for place, key in enumerate(sorted(files)):
+            is_taken = taken < wanted and place < len(files) - 1
+            (held if is_taken else left).extend(files[key])
+            taken += len(files[key]) * is_taken
+    return sorted(left, key=order), sorted(held, key=order)
+
+
+def is_video(layout: Layout) -> bool:
+    """Return whether most of the training examples of a folder are videos, or folders of frames.
+
+    Raises:
+      UserError: there are neither images nor videos.
+    """
+    name = layout.splits()[0]
+    path = layout.join(name)
+    if os.path.isdir(path):
+        found = _count_kinds(path)
+    else:
+        found = collections.Counter(
+            "images" if entry.path.lower().endswith(IMAGES) else "videos" for entry in read_list(path)
+        )
+    if not found["images"] + found["videos"]:
+        more = f"; ignored: {counts(found)}" if found else ""
+        raise UserError(f"{path} is empty: there are no images or videos in it{more}")
+    return found["videos"] >= found["images"]
+
+
+def _count_kinds(top: str) -> collections.Counter[str]:
+    """Count files below class folders by kind; a folder of numbered frames counts as a video."""
+    found: collections.Counter[str] = collections.Counter()
+    for label in _names(top):
+        if not os.path.isdir(class_folder := os.path.join(top, label)):
+            continue
+        for folder, files in walk(class_folder):
+            kinds = collections.Counter(map(kind_of, files))
+            below = folder != class_folder
+            if below and kinds["images"] and not kinds["videos"] and _are_frames(frame_names(files)):
+                kinds["videos"], kinds["images"] = 1, 0
+            found += kinds
+    return found
+
+
+def _are_frames(names: list[str]) -> bool:
+    """Return whether images are named as frames of a video: alike but for numbers that count from 0 or 1."""
+    matches = [re.fullmatch(r"(.*?)(\d{1,9})(\D*)", name, re.ASCII | re.DOTALL) for name in names]
+    parts = [match.groups() for match in matches if match]
+    numbers = [int(number) for _, number, _ in parts]
+    return (
+        len(parts) == len(names) > 1
+        and len({(before, after) for before, _, after in parts}) == 1
+        and numbers[0] in (0, 1)
+        and numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+    )
+
+
+def counts(found: Mapping[str, int]) -> str:
+    """Return counts by kind in words, the most first: "12 .tiff, 3 without extension"."""
+
+    def said(kind: str, count: int) -> str:
+        if kind == "no extension":
+            return f"{count:,} without extension"
+        return f"{count:,} {kind[:-1] if count == 1 and kind in ('images', 'videos') else kind}"
+
+    ranked = sorted(found.items(), key=lambda item: (-item[1], item[0]))
+    shown = [said(kind, count) for kind, count in ranked[:6]]
+    return ", ".join(shown) + (f" and {sum(c for _, c in ranked[6:]):,} others" if len(ranked) > 6 else "")
+
+
+def _names(folder: str) -> list[str]:
+    """Return what is in a folder, sorted, hidden files left out."""
+    try:
+        return sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read: {error.strerror}") from error
+
+
+def _some(names: list[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "") or "nothing"

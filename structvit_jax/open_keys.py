@@ -1,0 +1,162 @@
+"""Keys that a configuration leaves open (None), filled in by the data that it is used on.
+
+`configs/folder.py` leaves open the model, the sizes and the durations. Whatever the user sets, on the command
+line or in a configuration, is not None and stays. A run that is resumed keeps what its checkpoint says (see
+`structvit_jax.training.start.settle`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import ml_collections
+from ml_collections import config_dict
+
+from structvit_jax.config import check_config, default_config, model_arguments, steps_in
+from structvit_jax.models.variants import get_variant
+
+OPEN = (
+    "model.name",
+    "data.frames",
+    "data.size",
+    "data.short_side",
+    "data.batch_size",
+    "train.duration",
+    "optimizer.warmup",
+    "eval.every",
+    "checkpoint.every",
+)
+_LEAST_STEPS = 300  # of a run, by default
+_MOST_STEPS = {"images": 10_000, "videos": 5_000}  # hours on a few CPU cores
+_MOST_IMAGES = {True: 128, False: 64}  # in a batch, of a tiny model or another
+_CLIPS = 16  # in a batch
+
+
+class DataFacts(NamedTuple):
+    """What is known of a data set."""
+
+    train_examples: int
+    test_examples: int
+    width: int  # median, pixels
+    height: int
+    frames: int  # median
+
+
+def leave_open(config: ml_collections.ConfigDict, *keys: str) -> None:
+    """Set keys of OPEN to None, whatever their type."""
+    for key in keys:
+        section, name = key.split(".")
+        config[section][name] = config_dict.placeholder(type(config[section][name]))
+
+
+def missing(config: ml_collections.ConfigDict) -> list[str]:
+    """Return the keys that are open."""
+    return [key for key in OPEN if _get(config, key) is None]
+
+
+def check_given(config: ml_collections.ConfigDict) -> None:
+    """Raise UserError for the first value outside its range, as `check_config`, whatever is left open."""
+    closed, defaults = config.copy_and_resolve_references(), default_config()
+    for key in missing(closed):
+        _fill(closed, key, 1 if key == "data.size" else _get(defaults, key))
+    check_config(closed)
+
+
+def fill_model(config: ml_collections.ConfigDict, is_video: Callable[[], bool]) -> None:
+    """Set the model and the frames of a clip, where they are open: by each other, or else by the data.
+
+    `is_video` is called if both are open.
+    """
+    name, frames = config.model.name, config.data.frames
+    if frames is None and name is None:
+        video = is_video()
+    else:
+        video = name.endswith("_video") if frames is None else frames > 0
+    if name is None:
+        config.model.name = "structvit_tiny_4_1_video" if video else "structvit_tiny_4_1"
+    if frames is None:
+        clip = 8 if _is_tiny(config) else 16
+        config.data.frames = clip if video else 0
+
+
+def fill(config: ml_collections.ConfigDict, facts: DataFacts) -> None:
+    """Set all other open keys.
+
+    - size: that of the data, rounded up to what the model's strides divide, at most 64 (tiny models) or 224;
+    - batch: 16 clips; 16 to 128 images, so that an epoch has at least 32 steps;
+    - duration: 30 epochs (20 from weights), at least 300 and at most 10,000 steps (of clips 5,000);
+    - warm-up: 2 epochs, at most a tenth of the run; six evaluations; a checkpoint every epoch, but 50 to 500
+      steps apart.
+    """
+    video = config.data.frames > 0
+    _fill(config, "data.size", _size(config, min(facts.width, facts.height)))
+    least = math.ceil(config.data.size / config.data.crop_fraction)
+    _fill(config, "data.short_side", max(256, least) if video else 0)
+    _fill(config, "data.batch_size", _batch(config, facts.train_examples))
+    rows = facts.train_examples * config.augment.repeats
+    epoch = rows / config.data.batch_size
+    _fill(config, "train.duration", _duration(config, epoch))
+    total = steps_in(config.train.duration, "config.train.duration", config.data.batch_size, rows)
+    _fill(config, "optimizer.warmup", f"{int(min(2 * epoch, total / 10))} steps")
+    _fill(config, "eval.every", f"{math.ceil(total / 6)} steps" if total >= 60 else "")
+    _fill(config, "checkpoint.every", f"{round(min(max(epoch, 50), 500))} steps")
+
+
+def describe(config: ml_collections.ConfigDict, facts: DataFacts) -> str:
+    """Return what a configuration makes of the data, in one line."""
+    rows = facts.train_examples * config.augment.repeats
+    total = steps_in(config.train.duration, "config.train.duration", config.data.batch_size, rows)
+    unit, data, takes = "images", f"{facts.width}x{facts.height}", f"{config.data.size}"
+    if config.data.frames:
+        unit, data = "videos", f"{facts.frames} frames of {data}"
+        takes = f"{config.data.frames} frames of {config.data.size}"
+    return (
+        f"{unit}: {facts.train_examples:,} + {facts.test_examples:,} of {data}: {config.model.name} at"
+        f" {takes}, batch {config.data.batch_size}, {total:,} steps"
+    )
+
+
+def _size(config: ml_collections.ConfigDict, side: int) -> int:
+    """Return the height and width of inputs for pictures with such short sides."""
+    variant = get_variant(**model_arguments(config))
+    if variant.network == "deit":
+        return variant.image_size
+    stride, most = 8 * variant.patch, 64 if _is_tiny(config) else 224
+    return min(math.ceil(side / stride) * stride, max(most // stride, 1) * stride)
+
+
+def _batch(config: ml_collections.ConfigDict, examples: int) -> int:
+    wanted = _CLIPS
+    if not config.data.frames:
+        wanted = min(max(_power_of_two(examples / 32), 16), _MOST_IMAGES[_is_tiny(config)])
+    return min(wanted, max(_power_of_two(examples), 2))
+
+
+def _duration(config: ml_collections.ConfigDict, epoch: float) -> str:
+    epochs, most = 20 if config.init_from else 30, _MOST_STEPS["videos" if config.data.frames else "images"]
+    if epochs * epoch < _LEAST_STEPS:
+        return f"{_LEAST_STEPS} steps"
+    if epochs * epoch <= most:
+        return f"{epochs} epochs"
+    return f"{int(most / epoch)} epochs" if epoch <= most else f"{most} steps"
+
+
+def _power_of_two(number: float) -> int:
+    return 2 ** int(math.log2(number)) if number >= 1 else 1
+
+
+def _is_tiny(config: ml_collections.ConfigDict) -> bool:
+    return "tiny" in config.model.name
+
+
+def _get(config: ml_collections.ConfigDict, key: str) -> object:
+    section, name = key.split(".")
+    return config[section][name]
+
+
+def _fill(config: ml_collections.ConfigDict, key: str, value: object) -> None:
+    section, name = key.split(".")
+    if config[section][name] is None:
+        config[section][name] = value
