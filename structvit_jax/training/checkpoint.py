@@ -11,6 +11,7 @@ import contextlib
 import functools
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
@@ -24,7 +25,7 @@ from orbax.checkpoint import checkpoint_managers
 from structvit_jax.errors import RESUMABLE, Stopped, UserError
 from structvit_jax.models.weights import Weights, mismatches
 from structvit_jax.training import processes
-from structvit_jax.training.commit import FOLDER, InBucket, OnDisk, is_unfinished
+from structvit_jax.training.commit import FOLDER, InBucket, OnDisk, entries, is_unfinished, steps_in
 from structvit_jax.training.digests import damage
 from structvit_jax.training.lock import live_owner
 from structvit_jax.training.placement import abstract, replicated
@@ -47,6 +48,7 @@ _METRIC = "top1"  # what the best checkpoints are best in
 # the parts' shapes are left out then; restoring does without them.)
 _LEAST_PART = 2**20
 _ATTEMPTS = 30  # to read a checkpoint before its run replaces it
+_REMOVAL = 5.0  # seconds that removing one may take
 
 
 class Keep(NamedTuple):
@@ -100,7 +102,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """All steps whose save was finished, newest first; they may be damaged."""
-        return _steps(self._folder)
+        return steps_in(self._folder)
 
     def path(self, step: int) -> epath.Path:
         """The folder of a step."""
@@ -190,7 +192,7 @@ class Checkpoints:
 
     def _remove_unfinished(self) -> None:
         """Removes what kills left of saves."""
-        for path in _entries(self._folder):
+        for path in entries(self._folder):
             if is_unfinished(path):
                 path.rmtree()
 
@@ -270,19 +272,6 @@ class Checkpoints:
             )
 
 
-def _entries(folder: epath.Path) -> list[epath.Path]:
-    try:
-        return list(folder.iterdir()) if folder.exists() else []
-    except NotADirectoryError as error:
-        raise UserError(f"{folder} is a file, where a run keeps its checkpoints; move it away") from error
-
-
-def _steps(folder: epath.Path) -> list[int]:
-    """The steps in a folder whose save was finished, newest first."""
-    paths = [path for path in _entries(folder) if path.name.isdigit() and not is_unfinished(path)]
-    return sorted((int(path.name) for path in paths), reverse=True)
-
-
 def _leave_out_closed_loops(unraisable: Any) -> None:
     """When Orbax gives up a save, every write that is still under way would print a traceback."""
     if "Event loop is closed" not in str(unraisable.exc_value):
@@ -344,20 +333,30 @@ def open_checkpoint(path: str) -> Iterator[tuple[Checkpoints, int]]:
     """The checkpoints of a run, and the step that "RUN/checkpoints/STEP" names, of "RUN" its latest.
 
     Raises:
-      UserError: there is none, it is not finished, or it is damaged. See `rereading` for running runs.
+      UserError: there is none, it is not finished, or it is damaged. See `rereading`
+        for a run that is still training.
     """
     run, named = _locate(path)
-    before = _steps(run / FOLDER)
+    before = steps_in(run / FOLDER)
     try:
         with _open(path, run, named) as opened:
             yield opened
     except Exception as error:
-        if _steps(run / FOLDER) == before:
+        if not _is_removed(run / FOLDER, before, named):
             raise
         raise _ReplacedError(
             f"the run in {run} replaces its checkpoints faster than they can be read; raise its"
             " config.checkpoint.keep, or try again when it has ended"
         ) from error
+
+
+def _is_removed(folder: epath.Path, before: list[int], named: int | None) -> bool:
+    """Return whether a run removes the newest of the steps that were there before, or the named one."""
+    step = named if named is not None else max(before, default=-1)
+    deadline = time.monotonic() + _REMOVAL
+    while (steps := steps_in(folder)) != before and step in steps and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return step in before and step not in steps
 
 
 @contextlib.contextmanager
@@ -381,7 +380,7 @@ def _open(path: str, run: epath.Path, named: int | None) -> Iterator[tuple[Check
 def newest_card(workdir: epath.Path) -> dict[str, Any] | None:
     """The newest whole card in a workdir, if there is one. Every process may read it for itself."""
     folder = workdir / FOLDER
-    for step in _steps(folder):
+    for step in steps_in(folder):
         with contextlib.suppress(FileNotFoundError):  # a run that is training has removed it
             if not damage(folder / str(step), "card/"):
                 return read_json(folder / str(step) / "card" / "metadata")
