@@ -25,7 +25,7 @@ from orbax.checkpoint import checkpoint_managers
 from structvit_jax.errors import Stopped, UserError
 from structvit_jax.models.weights import Weights, mismatches
 from structvit_jax.training import processes
-from structvit_jax.training.commit import FOLDER, InBucket, OnDisk, is_step, is_unfinished
+from structvit_jax.training.commit import FOLDER, InBucket, OnDisk, entries, is_unfinished, steps_in
 from structvit_jax.training.digests import damage
 from structvit_jax.training.lock import live_owner
 from structvit_jax.training.placement import abstract, replicated
@@ -197,7 +197,7 @@ class Checkpoints:
 
     def _remove_unfinished(self) -> None:
         """Removes what kills left of saves."""
-        for path in _entries(self._folder):
+        for path in entries(self._folder):
             if is_unfinished(path):
                 path.rmtree()
 
@@ -275,19 +275,6 @@ class Checkpoints:
                 f" {card['config']['model']['name']} with {self.classes(step)} classes"
                 f" ({', '.join(problems[:3])}{more}); {advice}"
             )
-
-
-def _entries(folder: epath.Path) -> list[epath.Path]:
-    try:
-        return list(folder.iterdir()) if folder.exists() else []
-    except NotADirectoryError as error:
-        raise UserError(f"{folder} is a file, where a run keeps its checkpoints; move it away") from error
-
-
-def steps_in(folder: epath.Path) -> list[int]:
-    """The steps in a folder whose save was finished, newest first."""
-    paths = [path for path in _entries(folder) if is_step(path) and not is_unfinished(path)]
-    return sorted((int(path.name) for path in paths), reverse=True)
 
 
 def _drop_orbax_warnings(record: logging.LogRecord) -> bool:

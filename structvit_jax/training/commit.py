@@ -1,4 +1,5 @@
-"""How the save of a checkpoint is committed: with the digests of its files, or not at all."""
+"""The folder of a run's checkpoints: which steps it holds, and how a save is committed, with the digests of
+its files or not at all."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import asyncio
 from etils import epath
 from orbax.checkpoint.path import atomicity
 
+from structvit_jax.errors import UserError
 from structvit_jax.training.digests import FILE, write_digests
 from structvit_jax.training.storage import is_bucket, read_json, write_json
 
@@ -65,3 +67,17 @@ def is_step(path: epath.Path) -> bool:
     """Return whether a folder is named after a step, as `str` writes it."""
     name = path.name
     return name.isascii() and name.isdecimal() and len(name) <= 18 and str(int(name)) == name
+
+
+def entries(folder: epath.Path) -> list[epath.Path]:
+    """Return what is in a folder of checkpoints, nothing if there is none."""
+    try:
+        return list(folder.iterdir()) if folder.exists() else []
+    except NotADirectoryError as error:
+        raise UserError(f"{folder} is a file, where a run keeps its checkpoints; move it away") from error
+
+
+def steps_in(folder: epath.Path) -> list[int]:
+    """Return the steps in a folder whose save was finished, newest first."""
+    paths = [path for path in entries(folder) if is_step(path) and not is_unfinished(path)]
+    return sorted((int(path.name) for path in paths), reverse=True)

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, ParamSpec, TypeVar
 
 from etils import epath
 
 from structvit_jax.errors import RESUMABLE, UserError
-from structvit_jax.training.checkpoint import Checkpoints, steps_in
-from structvit_jax.training.commit import FOLDER, is_step
+from structvit_jax.training.checkpoint import Checkpoints
+from structvit_jax.training.commit import FOLDER, is_step, steps_in
 from structvit_jax.training.digests import damage
 from structvit_jax.training.storage import naming_failures, read_card, workplace
 
 P = ParamSpec("P")
 T = TypeVar("T")
 _ATTEMPTS = 30  # to read a checkpoint before its run replaces it
+_REMOVAL = 5.0  # seconds that removing one may take
 
 
 def _locate(path: str) -> tuple[epath.Path, int | None]:
@@ -65,12 +67,21 @@ def open_checkpoint(path: str) -> Iterator[tuple[Checkpoints, int]]:
         with _open(path, run, named) as opened:
             yield opened
     except Exception as error:
-        if steps_in(run / FOLDER) == before:
+        if not _is_removed(run / FOLDER, before, named):
             raise
         raise _ReplacedError(
             f"the run in {run} replaces its checkpoints faster than they can be read; raise its"
             " config.checkpoint.keep, or try again when it has ended"
         ) from error
+
+
+def _is_removed(folder: epath.Path, before: list[int], named: int | None) -> bool:
+    """Return whether a run removes the newest of the steps that were there before, or the named one."""
+    step = named if named is not None else max(before, default=-1)
+    deadline = time.monotonic() + _REMOVAL
+    while (steps := steps_in(folder)) != before and step in steps and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return step in before and step not in steps
 
 
 @contextlib.contextmanager
