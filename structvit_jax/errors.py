@@ -56,6 +56,19 @@ def exit_in_one_line() -> Iterator[None]:
         raise SystemExit(RESUMABLE) from stop
 
 
+def printable(text: str) -> str:
+    """Return a name or path as one line of plain text: control characters and undecodable bytes escaped."""
+
+    def shown(c: str) -> str:
+        if c.isprintable():
+            return c
+        if "\udc80" <= c <= "\udcff":  # a byte that is not UTF-8, as Python keeps it
+            return f"\\x{ord(c) - 0xDC00:02x}"
+        return c.encode("unicode_escape").decode()
+
+    return "".join(map(shown, text))
+
+
 def did_you_mean(word: str, words: Iterable[str]) -> str:
     """Returns ' Did you mean ...?' with the nearest of `words`, or all of them if none is near."""
     words = sorted(words)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from structvit_jax.data.media import IMAGES, VIDEOS, Media, frame_names, open_media, without_extension
-from structvit_jax.errors import DecodeError, UserError, did_you_mean
+from structvit_jax.errors import DecodeError, UserError, did_you_mean, printable
 
 LABELS = "labels.txt"
 LISTS = (".jsonl", ".csv", ".txt")
@@ -35,9 +35,7 @@ class Entry(NamedTuple):
     @property
     def id(self) -> str:
         """What reports and predictions call the example."""
-        # One line of plain text, whatever bytes the file system holds.
-        name = os.fsencode(self.path).decode("utf-8", "backslashreplace")
-        name = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+        name = printable(self.path)
         if self.start is None and self.end is None:
             return name
         return f"{name}#{self.start or 0:g}-" + ("" if self.end is None else f"{self.end:g}")
