@@ -96,8 +96,8 @@ def test_boxes(
 ) -> tuple[tuple[int, int], list[tuple[int, int]]]:
     """Return the size (height, width) that frames are scaled to for testing, and each crop's (top, left).
 
-    The short side is scaled to size / fraction; crops are size x size. One crop is the middle; three are left,
-    middle, right (top, middle, bottom of upright frames).
+    The short side is scaled to size / fraction; crops are size x size. One crop is the middle; three are
+    left, middle, right (top, middle, bottom of upright frames).
     """
     short = int(size / fraction)
     # Rounded down, as the references do.

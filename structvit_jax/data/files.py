@@ -38,8 +38,8 @@ class Files:
         return self._entries[index].id
 
     def true_class(self, index: int) -> str:
-        """Return the class of an example if it is known, otherwise "": of test:N by its split, of a file by the
-        nearest folder above it that is named after a class.
+        """Return the class of an example if it is known, otherwise "": of test:N by its split, of a file by
+        the nearest folder above it that is named after a class.
 
         Raises:
           DecodeError: there is no such test example.

@@ -134,7 +134,7 @@ class Reader:
         }
 
     def uncropped(self, index: int) -> tuple[np.ndarray, Crop]:
-        """Return the frames of the middle clip as they were recorded, and the part of them in the middle view.
+        """Return the frames of the middle clip as recorded, and the part of them in the middle view.
 
         Returns:
           uint8 [time, height, width, 3], RGB, with short sides up to `UNCROPPED_SIDE`, and the crop.
@@ -174,11 +174,9 @@ class Reader:
     def decode(
         self, media: Media, clips: list[np.ndarray], short_side: int | None = None
     ) -> list[np.ndarray]:
-        """Return the frames of several clips, each decoded once; `short_side` defaults to the configured one."""
+        """Return the frames of several clips, each decoded once; by default scaled as configured."""
         distinct, places = np.unique(np.concatenate(clips), return_inverse=True)
-        pictures = media.frames(
-            distinct.tolist(), self.data.short_side if short_side is None else short_side
-        )
+        pictures = media.frames(distinct.tolist(), self.data.short_side if short_side is None else short_side)
         if self.data.channels == "bgr":
             pictures = pictures[..., ::-1]
         return [pictures[place] for place in places.reshape(len(clips), -1)]

@@ -5,18 +5,19 @@
 
 Writes two files into DIR. explained.png shows one query, a position of the input, in one layer and head: its
 correlations with all positions, the attention of each of the D structure kernels beside the kernels that make
-it, and the final map, the weight with which each value counts. explained.html is a self-contained page on which
-any query, layer and head can be selected, with the models of --beside next to it. Maps lie over the frames as they
-were recorded, each with its own scale. --animate=gif or mp4 also writes the maps of the picture as an animation.
+it, and the final map, the weight with which each value counts. explained.html is a self-contained page on
+which any query, layer and head can be selected, with the models of --beside next to it. Maps lie over the
+frames as they were recorded, each with its own scale. --animate=gif or mp4 also writes the maps of the
+picture as an animation.
 
 FILE is an image, a video, a folder of frames, or test:N, example N of the run's test data.
 
-Without --layer, --head or --query, those with the highest score are selected: (effective rank - 1) / (D - 1), or 1
-if D < 2, times 4 h (1 - h), where h is the attention's entropy divided by its maximum, log(D keys). The effective
-rank counts how many different dynamic kernels a query uses; the second factor is 0 for attention that is even or
-at a single key. Candidates are all heads of the layers whose frames have at
-least 3 x 3 positions, and up to 6 of the most textured positions of the middle frame. --query counts frames and
-pixels as the model sees them (Y,X of an image).
+Without --layer, --head or --query, those with the highest score are selected: (effective rank - 1) / (D - 1),
+or 1 if D < 2, times 4 h (1 - h), where h is the attention's entropy divided by its maximum, log(D keys). The
+effective rank counts how many different dynamic kernels a query uses; the second factor is 0 for attention
+that is even or at a single key. Candidates are all heads of the layers whose frames have at least 3 x 3
+positions, and up to 6 of the most textured positions of the middle frame. --query counts frames and pixels as
+the model sees them (Y,X of an image).
 """
 
 from __future__ import annotations
@@ -151,8 +152,8 @@ def _heading(name: str, model: Explained, layer: Layer, query: Query, head: int)
             f" effective rank of the dynamic kernels {query.rank:.2f} of {layer.patterns}"
         ),
         Line(
-            f"{chosen}Each map has its own colour scale: {overlay.SCALES}. Maps are averaged over channels and"
-            f" drawn {drawn}.",
+            f"{chosen}Each map has its own colour scale: {overlay.SCALES}. Maps are averaged over channels"
+            f" and drawn {drawn}.",
             8,
             colour="#5a5a5a",
         ),

@@ -6,6 +6,7 @@ import fractions
 import io
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import av
 import numpy as np
@@ -103,10 +104,8 @@ def _cell(layer: Layer, query: Query, crop: Crop, height: int, width: int) -> tu
     return round(left * width), round(top * height), round(right * width) - 1, round(bottom * height) - 1
 
 
-def _sheet(
-    tiles: Sequence[tuple[str, np.ndarray]], cell: tuple[int, int, int, int] | None
-) -> np.ndarray:
-    """Tiles with titles, in lines of `_ACROSS`: uint8 [height, width, 3] with even sides, as video codecs want."""
+def _sheet(tiles: Sequence[tuple[str, np.ndarray]], cell: tuple[int, int, int, int] | None) -> np.ndarray:
+    """Tiles with titles, in lines of `_ACROSS`: uint8 [height, width, 3], of even sides for video codecs."""
     height, width = tiles[0][1].shape[:2]
     columns = min(_ACROSS, len(tiles))
     lines = math.ceil(len(tiles) / columns)
@@ -136,7 +135,7 @@ def _mp4(pictures: Sequence[np.ndarray], rate: float) -> bytes:
     file = io.BytesIO()
     codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
     with av.open(file, "w", format="mp4") as container:
-        stream = container.add_stream(codec, rate=fractions.Fraction(rate).limit_denominator(100))
+        stream: Any = container.add_stream(codec, rate=fractions.Fraction(rate).limit_denominator(100))
         stream.height, stream.width = pictures[0].shape[:2]
         stream.pix_fmt = "yuv420p"
         for picture in [*pictures] * _REPEATS:

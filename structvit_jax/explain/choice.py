@@ -16,7 +16,10 @@ from structvit_jax.models import StructAttention
 
 QUERIES = 6  # candidates of a layer, the most textured positions of the middle frame
 _LEAST_SIDE = 3  # positions along the sides of a frame that make a map worth looking at
-SCORE = "(effective rank - 1) / (D - 1), or 1 if D < 2, times 4 h (1 - h) with h = entropy of the attention / log(D keys)"
+SCORE = (
+    "(effective rank - 1) / (D - 1), or 1 if D < 2, times 4 h (1 - h) with h = entropy of the attention /"
+    " log(D keys)"
+)
 
 
 class Choice(NamedTuple):
@@ -39,8 +42,8 @@ def choose(
     """Return the candidate with the highest score; of equals the last layer, then the first head and the most
     textured position.
 
-    Candidates are the layers whose frames have at least 3 x 3 positions (all layers if none has), their heads,
-    and up to `QUERIES` of the most textured positions of the middle frame.
+    Candidates are the layers whose frames have at least 3 x 3 positions (all layers if none has), their
+    heads, and up to `QUERIES` of the most textured positions of the middle frame.
 
     Args:
       layers: of a network, by name.
@@ -77,7 +80,11 @@ def scores(layer: Layer, positions: list[tuple[int, ...]]) -> np.ndarray:
     keys = attention.shape[-2] * attention.shape[-1]
     with np.errstate(divide="ignore", invalid="ignore"):
         terms = np.where(attention > 0, attention * np.log(attention), 0)
-    h = np.clip(-terms.sum(axis=(-2, -1)) / math.log(keys), 0, 1) if keys > 1 else np.zeros(attention.shape[:2])
+    h = (
+        np.clip(-terms.sum(axis=(-2, -1)) / math.log(keys), 0, 1)
+        if keys > 1
+        else np.zeros(attention.shape[:2])
+    )
     rank = (effective_ranks(layer, attention) - 1) / (layer.patterns - 1) if layer.patterns > 1 else 1
     return rank * 4 * h * (1 - h)
 
@@ -85,8 +92,8 @@ def scores(layer: Layer, positions: list[tuple[int, ...]]) -> np.ndarray:
 def effective_ranks(layer: Layer, attention: np.ndarray) -> np.ndarray:
     """Return the effective ranks of the dynamic kernels that attention [heads, queries, D, keys] makes.
 
-    They are products of attention and value kernels; their singular values follow from the D x D Gram matrices
-    of the two factors, without the products themselves.
+    They are products of attention and value kernels; their singular values follow from the D x D Gram
+    matrices of the two factors, without the products themselves.
     """
     kernels = layer.kernels()[1].astype(np.float64)
     rows = np.moveaxis(kernels, -3, 0).reshape(kernels.shape[-3], -1, kernels.shape[-1])

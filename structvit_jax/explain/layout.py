@@ -1,5 +1,5 @@
-"""Lay out a figure of pictures and text so that no text leaves the figure or covers anything: text is measured
-and wrapped before the figure gets its size.
+"""Lay out a figure of pictures and text so that no text leaves the figure or covers anything: text is
+measured and wrapped before the figure gets its size.
 
 Lengths are inches, from the top left corner.
 """
@@ -94,8 +94,9 @@ class _Sheet:
         def draw(axes) -> None:
             from matplotlib.patches import Rectangle
 
-            style = {"fill": False, "edgecolor": colour, "linewidth": line}
-            axes.add_patch(Rectangle((left, top), width, height, **style))
+            axes.add_patch(
+                Rectangle((left, top), width, height, fill=False, edgecolor=colour, linewidth=line)
+            )
 
         self._drawn.append(draw)
 
@@ -248,7 +249,7 @@ def wrapped(text: str, size: float, weight: str, width: float, *, most: int) -> 
     lines = _broken(text, size, weight, width)
     kept = len(text)
     while len(lines) > most:
-        kept = min(kept - 1, int(kept * 0.97))
+        kept = min(int(kept * 0.97), 2 * kept * most // len(lines))
         lines = _broken(f"{text[: kept - kept // 2]}…{text[len(text) - kept // 2 :]}", size, weight, width)
     return lines
 

@@ -34,8 +34,9 @@ class Scale(NamedTuple):
     def of(cls, values: np.ndarray) -> Scale:
         """Return the scale of a map, without the `CLIPPED` percent of its values at either end.
 
-        A map with negative values gets a scale symmetric about zero, unless its values lie so far from zero that
-        less than a quarter of the colours would be used. Other maps get one from the lowest to the highest value.
+        A map with negative values gets a scale symmetric about zero, unless its values lie so far from zero
+        that less than a quarter of the colours would be used. Other maps get one from the lowest to the
+        highest value.
         """
         low, high = map(float, np.percentile(values, [CLIPPED, 100 - CLIPPED]))
         most = max(abs(low), abs(high))
@@ -71,7 +72,7 @@ class Scale(NamedTuple):
 
 
 def stops(name: str, *, over: bool = False) -> np.ndarray:
-    """Return the colours of `COLOURS` at equal distances: uint8 [_STEPS + 1, 4], red, green, blue and opacity.
+    """Return the colours of `COLOURS` at equal distances: uint8 [256, 4], red, green, blue and opacity.
 
     Over a frame, what a map has little of is nearly transparent: low values, or those near zero if signed.
     """

@@ -108,8 +108,8 @@ def _size(layer: Layer) -> int:
 
 
 def encoded(layer: Layer) -> dict[str, Any]:
-    """Return a layer as the page's script reads it. Arrays begin with the head; value kernels are given as their
-    mean over channels, and as the products of each two, summed over window and channels."""
+    """Return a layer as the page's script reads it. Arrays begin with the head; value kernels are given as
+    their mean over channels, and as the products of each two, summed over window and channels."""
     axes, heads = len(layer.grid), layer.attention.heads
     query, key, _ = (np.moveaxis(np.asarray(x, np.float32), -2, 0) for x in layer.operands())
     key_kernels, value_kernels = (_by_head(kernels, heads) for kernels in layer.kernels())

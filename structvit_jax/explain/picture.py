@@ -37,8 +37,8 @@ def in_time(array: np.ndarray, axes: int) -> np.ndarray:
 
 
 def rows(layer: Layer, query: Query, head: int) -> list[Row]:
-    """Return the correlations with the dynamic kernel at the query, the attention of each structure kernel with
-    the kernels that make it, and the final map. Maps with channels are averaged over them."""
+    """Return the correlations with the dynamic kernel at the query, the attention of each structure kernel
+    with the kernels that make it, and the final map. Maps with channels are averaged over them."""
     axes = len(layer.grid)
     key_kernels, value_kernels = (_of_head(kernels, head).mean(axis=-2) for kernels in layer.kernels())
     correlation, final = in_time(query.correlation, axes), in_time(query.final.mean(axis=-1), axes)
@@ -51,8 +51,8 @@ def rows(layer: Layer, query: Query, head: int) -> list[Row]:
             ("key kernel", in_time(key_kernels[..., d], axes)),
             ("value kernel", in_time(value_kernels[..., d], axes)),
         )
-        name = f"attention of structure kernel {d + 1}: {one.sum():.0%}" if layer.patterns > 1 else "attention"
-        found.append(Row(name, one, () if plain else kernels))
+        name = f"attention of structure kernel {d + 1}: {one.sum():.0%}"
+        found.append(Row(name if layer.patterns > 1 else "attention", one, () if plain else kernels))
     return [*found, Row("final map: weight of each value", final)]
 
 
