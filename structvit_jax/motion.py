@@ -14,8 +14,8 @@ their motion is synthetic.
 
 --clip draws a video, or a folder of frames, instead: eight frames from its middle, scaled to a short side of
 64 pixels, and a square around the position whose motion is read most clearly. The kernels read motion of
-about a pixel per frame, so frames are 1, 2, 4 or 8 recorded frames apart, whichever is clearest; a ninth kernel
-reads what is still.
+about a pixel per frame, so frames are 1, 2, 4 or 8 recorded frames apart, whichever is clearest; a ninth
+kernel reads what is still.
 """
 
 from __future__ import annotations

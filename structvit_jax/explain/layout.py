@@ -6,6 +6,7 @@ Lengths are inches, from the top left corner.
 
 from __future__ import annotations
 
+import bisect
 import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -246,25 +247,30 @@ def _renderer():
 def wrapped(text: str, size: float, weight: str, width: float, *, most: int) -> list[str]:
     """Return a text as lines of at most a width, broken at spaces where possible; a text that takes more than
     `most` lines loses its middle."""
-    lines = _broken(text, size, weight, width)
-    kept = len(text)
+    longest = int(width * 72 / size * 5)  # letters of a line: of a fifth of the size
+    kept = min(len(text), most * longest)
+    lines = _broken(_shortened(text, kept), size, weight, width, longest)
     while len(lines) > most:
         kept = min(int(kept * 0.97), 2 * kept * most // len(lines))
-        lines = _broken(f"{text[: kept - kept // 2]}…{text[len(text) - kept // 2 :]}", size, weight, width)
+        lines = _broken(_shortened(text, kept), size, weight, width, longest)
     return lines
 
 
-def _broken(text: str, size: float, weight: str, width: float) -> list[str]:
-    lines = [""]
-    for word in text.split(" "):
-        joined = f"{lines[-1]} {word}" if lines[-1] else word
-        if measured(joined, size, weight)[0] <= width:
-            lines[-1] = joined
-            continue
-        if lines[-1]:
-            lines.append("")
-        for letter in word:
-            if lines[-1] and measured(lines[-1] + letter, size, weight)[0] > width:
-                lines.append("")
-            lines[-1] += letter
+def _shortened(text: str, kept: int) -> str:
+    return text if kept >= len(text) else f"{text[: kept - kept // 2]}…{text[len(text) - kept // 2 :]}"
+
+
+def _broken(text: str, size: float, weight: str, width: float, longest: int) -> list[str]:
+    lines = []
+    while text:
+        fits = bisect.bisect_right(
+            range(1, min(len(text), longest) + 1),
+            width,
+            key=lambda count: measured(text[:count], size, weight)[0],
+        )
+        end = max(fits, 1)
+        if end < len(text) and text[end] != " " and " " in text[1:end]:
+            end = text.rindex(" ", 1, end)
+        lines.append(text[:end])
+        text = text[end:].lstrip(" ")
     return lines

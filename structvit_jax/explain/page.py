@@ -19,7 +19,7 @@ from structvit_jax.explain import overlay
 from structvit_jax.explain.maps import Layer
 from structvit_jax.explain.picture import in_time
 
-MOST = 24 * 2**20  # bytes of a page's layers, about
+MOST = 24 * 2**20  # bytes of a page, about
 _PIXELS = 6 * 10**6  # of all frames together
 
 
@@ -55,9 +55,9 @@ def build(
       layer, head, point: what is shown first; the point in fractions of the first model's input.
       smooth: whether maps are interpolated at first.
     """
-    kept = fitting([model.layers for model in models], layer)
-    left_out = len(set().union(*(model.layers for model in models))) - len(kept)
     pictures = [_picture(frame, _PIXELS / len(frames)) for frame in frames]
+    kept = fitting([model.layers for model in models], layer, MOST - sum(map(len, pictures)))
+    left_out = len(set().union(*(model.layers for model in models))) - len(kept)
     content = {
         "title": title,
         "about": f"Each map has its own colour scale: {overlay.SCALES}."
