@@ -253,7 +253,7 @@ def _clearest(frames: np.ndarray, step: int) -> Moving:
     return Moving(np.repeat(seen[..., None], 3, axis=-1), int(query), found[best], step)
 
 
-def draw_digit(clip: np.ndarray, label: int) -> bytes:
+def draw(clip: np.ndarray, label: int) -> bytes:
     """Return a PNG of what the layer does with a clip of a digit, uint8 [time, height, width, 3]: the
     attention of the strongest corner, and each pattern's share over all corners."""
     query = int(corners(jnp.asarray(clip[None, ..., 0], jnp.float32) / 255)[0, 0])
@@ -326,7 +326,7 @@ def main(argv: Sequence[str]) -> None:
     for name, share in trials(clips, labels):
         print(f"  {share:.3f} {name}")
     for path in paths:
-        _save(path, draw_digit(clips[_DRAWN], int(labels[_DRAWN])))
+        _save(path, draw(clips[_DRAWN], int(labels[_DRAWN])))
 
 
 def _save(path: str, picture: bytes) -> None:

@@ -67,7 +67,7 @@ def test_kernels_are_lines():
 
 def test_the_picture():
     clips, _ = motion.digits(2)
-    picture = Image.open(io.BytesIO(motion.draw_digit(clips[1], 1)))
+    picture = Image.open(io.BytesIO(motion.draw(clips[1], 1)))
     assert picture.size == (1210, 572)
     assert len(picture.convert("P").getcolors()) > 50
 

@@ -51,7 +51,7 @@ ROOMS = {
     "predict": ({"absl", "numpy"}, {"command", "trained", "errors"}),
     "export": ({"absl", "jax", "etils"}, {"command", "config", "ops", "trained", "training", "errors", ""}),
     "explain": (
-        {"absl", "jax", "numpy", "flax", "matplotlib", "PIL", "etils"},
+        {"absl", "jax", "numpy", "flax", "matplotlib", "PIL", "av", "etils"},
         {"explain", "command", "data", "models", "ops", "trained", "training", "errors"},
     ),
     "ablate": (
@@ -121,5 +121,5 @@ def test_imports_stay_within_the_room(path: Path):
 def test_the_house_stays_small():
     """Places to look at when this fails, not a score: split by subject, not by size."""
     lengths = {path: len(path.read_text().splitlines()) for path in FILES}
-    assert len(lengths) <= 119
+    assert len(lengths) <= 123
     assert max(lengths.values()) <= 400, max(lengths, key=lengths.__getitem__)

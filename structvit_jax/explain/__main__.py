@@ -140,7 +140,7 @@ def _heading(name: str, model: Explained, layer: Layer, query: Query, head: int)
     grid = " × ".join(map(str, layer.grid))
     given = {"layer": _LAYER.value, "head": _HEAD.value, "query": _QUERY.value}
     free = [name for name, value in given.items() if value is None]
-    chosen = f"The {' and '.join(free)} with the highest score: {SCORE}. " if free else ""
+    chosen = f"Selected by the highest score ({', '.join(free)}): {SCORE}. " if free else ""
     drawn = "with interpolation between positions" if _SMOOTH.value else "as one cell per position"
     return [
         Line(name, 12, "bold"),

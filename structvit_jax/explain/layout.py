@@ -7,8 +7,10 @@ Lengths are inches, from the top left corner.
 from __future__ import annotations
 
 import bisect
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -25,6 +27,17 @@ _BEFORE = 0.15  # strips
 _NARROWEST = 7.0  # of the heading
 _SMALL, _NORMAL = 7, 9  # points
 _GREY = 142  # behind the colour bar, as of a grey frame
+# Fonts for what matplotlib's own has no letters for; those that are installed are used.
+_FONTS = (
+    "Noto Sans CJK JP",
+    "Noto Sans CJK SC",
+    "Noto Sans",
+    "PingFang SC",
+    "Hiragino Sans",
+    "Microsoft YaHei",
+    "Malgun Gothic",
+    "Arial Unicode MS",
+)
 
 
 class Line(NamedTuple):
@@ -79,8 +92,9 @@ class _Sheet:
         """Write one line; return the length that it takes downwards."""
         width, height = measured(line.text, line.size, line.weight)
         self._covers(left + width, top + height)
-        style = {"size": line.size, "weight": line.weight, "color": line.colour, "parse_math": False}
-        self._drawn.append(lambda axes: axes.text(left, top, line.text, ha="left", va="top", **style))
+        style = {"size": line.size, "weight": line.weight, "color": line.colour, "family": _families()}
+        style |= {"ha": "left", "va": "top", "parse_math": False}  # a name may hold dollar signs
+        self._drawn.append(lambda axes: axes.text(left, top, line.text, **style))
         return height + 0.03
 
     def picture(self, left: float, top: float, width: float, height: float, array: np.ndarray) -> None:
@@ -114,7 +128,7 @@ class _Sheet:
         return figure
 
 
-def figure(
+def arrange(
     heading: Sequence[Line], panels: Sequence[Panel], tile: tuple[float, float], *, widest: float
 ) -> Figure:
     """Return a figure of panels below a heading, as many beside each other as fit.
@@ -230,10 +244,26 @@ def measured(text: str, size: float, weight: str = "normal") -> tuple[float, flo
     from matplotlib.font_manager import FontProperties
 
     width, height, _ = _renderer().get_text_width_height_descent(
-        text, FontProperties(size=size, weight=weight), False
+        text, FontProperties(family=_families(), size=size, weight=weight), False
     )
     least = size / 72 * 1.17  # of a line without tall letters
     return width / DPI + 0.01, max(height / DPI, least)
+
+
+@functools.cache
+def _families() -> list[str]:
+    from matplotlib.font_manager import fontManager
+
+    installed = {font.name for font in fontManager.ttflist}
+    return ["DejaVu Sans", *(name for name in _FONTS if name in installed)]
+
+
+@contextlib.contextmanager
+def without_glyph_warnings() -> Iterator[None]:
+    """Letters that no font has are drawn as boxes, without a warning for each."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        yield
 
 
 @functools.cache

@@ -11,7 +11,7 @@ import numpy as np
 
 from structvit_jax.data.reader import Crop
 from structvit_jax.explain import overlay
-from structvit_jax.explain.layout import DPI, Box, Line, Panel, Strip, figure
+from structvit_jax.explain.layout import DPI, Box, Line, Panel, Strip, arrange, without_glyph_warnings
 from structvit_jax.explain.maps import Layer, Query
 from structvit_jax.explain.overlay import Scale
 
@@ -106,7 +106,9 @@ def draw(
 ) -> bytes:
     """Return a PNG of `compose`."""
     file = io.BytesIO()
-    compose(frames, crop, layer, query, head, heading, smooth=smooth).savefig(file, format="png", dpi=DPI)
+    with without_glyph_warnings():
+        figure = compose(frames, crop, layer, query, head, heading, smooth=smooth)
+        figure.savefig(file, format="png", dpi=DPI)
     return file.getvalue()
 
 
@@ -150,7 +152,7 @@ def compose(
         panels.append(Panel(row.label, tiles, (), scale, strips, marks, strong=number == 0))
     if len(layer.grid) == 3 and layer.grid[0] >= 4 and min(layer.grid[1:]) >= 6:
         panels.append(_slices(frames, crop, layer, query, sizes, smooth=smooth))
-    return figure(heading, panels, tile, widest=_WIDEST if len(times) == 1 else 0)
+    return arrange(heading, panels, tile, widest=_WIDEST if len(times) == 1 else 0)
 
 
 def frame_of(time: int, times: int, frames: int) -> int:
