@@ -156,9 +156,18 @@ def _protect_output() -> None:
 def printable(text: str) -> str:
     """Return text as one line that is safe to print: every unprintable character becomes its escape.
 
-    Escape sequences of terminals, line breaks and marks that reverse the direction of text are among them.
+    Escape sequences of terminals, line breaks, marks that reverse the direction of text, and bytes of a path
+    that are not UTF-8 are among them.
     """
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+    def shown(c: str) -> str:
+        if c.isprintable():
+            return c
+        if "\udc80" <= c <= "\udcff":  # a byte that is not UTF-8, as Python keeps it
+            return f"\\x{ord(c) - 0xDC00:02x}"
+        return c.encode("unicode_escape").decode()
+
+    return "".join(map(shown, text))
 
 
 def did_you_mean(word: str, words: Iterable[str]) -> str:

@@ -27,7 +27,7 @@ from structvit_jax.config import model_arguments
 from structvit_jax.data.files import Files, find
 from structvit_jax.data.limits import Limits
 from structvit_jax.data.pipeline import WHOLE, test_batches
-from structvit_jax.data.reader import Reader
+from structvit_jax.data.reader import Crop, Reader
 from structvit_jax.models import Network, create_model
 from structvit_jax.models.variants import counterpart
 from structvit_jax.models.weights import Weights, split, update
@@ -52,6 +52,15 @@ class Prediction(NamedTuple):
         """The most probable classes with their probabilities, the first the most probable."""
         order = np.argsort(-self.probabilities, kind="stable")[:count]
         return [(self.class_names[i], float(self.probabilities[i])) for i in order]
+
+
+class Example(NamedTuple):
+    """A file, or test:N, as a model sees it and as it was recorded."""
+
+    views: np.ndarray  # uint8 [views, *shape of an input], as an evaluation sees them
+    frames: np.ndarray  # uint8 [time, height, width, 3], RGB: those of the middle view, uncropped
+    crop: Crop  # the part of the frames in the middle view
+    true_class: str  # "" where it is not known
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -93,6 +102,16 @@ class Trained:
           DecodeError: it cannot be read.
         """
         return self._reader(self.find([path])).test(0)["inputs"]
+
+    def example(self, path: str) -> Example:
+        """Read a file, or test:N, together with the frames that its middle view was cut from.
+
+        Raises:
+          DecodeError: it cannot be read.
+        """
+        source = self.find([path])
+        reader = self._reader(source)
+        return Example(reader.test(0)["inputs"], *reader.uncropped(0), source.true_class(0))
 
     def normalized(self, pixels: np.ndarray | jax.Array) -> jax.Array:
         """uint8 pixels as the network takes them, float32."""

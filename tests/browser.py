@@ -1,9 +1,10 @@
 """Pages of explain and report in a real browser: `make browser`, a minute; not part of the tests.
 
 Pages of models with random weights are opened in Chromium, headless. What their script computes is compared
-with the model's own maps; a query is clicked, keys are pressed, layers and heads are chosen, and the maps
-have to change. A report has to keep class names in one piece, and bars beside their numbers. Without
-Chromium or Playwright it says so, and that nothing was tested.
+with the model's own maps; a query is clicked, keys are pressed, layers, heads, times and the kind of drawing
+are changed, and the maps have to change. Pages with hostile names have to stay complete. A report has to keep
+class names in one piece, and bars beside their numbers. Without Chromium or Playwright it reports that
+nothing was tested.
 """
 
 import argparse
@@ -20,8 +21,10 @@ from etils import epath
 
 from structvit_jax import create_model
 from structvit_jax.config import default_config
+from structvit_jax.data.reader import Crop
 from structvit_jax.explain import layers, page, query_maps
 from structvit_jax.explain.maps import position_of
+from structvit_jax.explain.overlay import Scale
 from structvit_jax.report import page as report
 from structvit_jax.report.predictions import Predictions
 from structvit_jax.report.record import Record
@@ -37,6 +40,11 @@ READ = """([number, head, query]) => {
     const arrays = [maps.correlation, maps.attention, maps.final, kappa].map((a) => Array.from(a));
     return [layer.name, maps.rank, ...arrays];
 }"""
+SCALE = """(values) => {
+    const scale = window.structvit.scaleOf(values);
+    return [scale.low, scale.high, scale.signed];
+}"""
+HOSTILE = ["<!--<script>", "</script>", "<!-- a -->", "\"quoted' & \\\\", "line\u2028separator", "/*DATA*/"]
 ASK = """() => {
     const started = performance.now();
     window.structvit.update();
@@ -77,15 +85,20 @@ CLASSES = (
 )
 
 
-def build(names, shape, overrides):
-    """A page of models side by side, and their layers."""
+def build(names, shape, overrides, *, crop=(0, 0, 1, 1), title="noise"):
+    """A page of models side by side that saw a part of frames of noise, and their layers."""
     x = jax.random.normal(jax.random.key(0), (1, *shape, 3))
-    pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
+    *time, height, width = shape
+    size = (time[0] if time else 1, round(height / crop[2]) * 3, round(width / crop[3]) * 3, 3)
+    frames = np.random.default_rng(0).integers(0, 256, size, np.uint8)
     found = {name: layers(create_model(name, num_classes=3, seed=1, **overrides[name]), x) for name in names}
-    shown = [page.Shown(name, "says", own) for name, own in found.items()]
+    shown = [
+        page.Shown(name, "a 0.9", own, "true class: a", number == 0, Crop(*crop))
+        for number, (name, own) in enumerate(found.items())
+    ]
     first = next(iter(found[names[0]]))
-    point = (0.5,) * len(shape)
-    return page.build(shown, pixels, title="noise", layer=first, head=0, point=point), found
+    options = {"title": title, "layer": first, "head": 0, "point": (0.5,) * len(shape)}
+    return page.build(shown, frames, video=len(shape) == 3, **options), found
 
 
 def open_page(browser, html, folder, size):
@@ -118,6 +131,10 @@ def check_numbers(tab, found):
                 near(correlation, maps.correlation)
                 near(attention, maps.attention)
                 near(final, maps.final.mean(axis=-1))
+                for map_ in (maps.correlation, maps.final.mean(axis=-1), *maps.attention):
+                    low, high, signed = tab.evaluate(SCALE, map_.ravel().tolist())
+                    assert signed == Scale.of(map_).signed
+                    near([low, high], np.array(Scale.of(map_)[:2]))
                 near(kappa, maps.kappa.reshape(-1, *maps.kappa.shape[len(layer.grid) :])[0].mean(axis=-1))
                 assert abs(rank - maps.rank) < 0.02, (rank, maps.rank)
                 compared += 1
@@ -151,6 +168,14 @@ def check_pointing(tab, found):
     changes(lambda: frames.press("ArrowLeft"))
     if tab.evaluate("window.structvit.sees()[0].layer.grid[0]") > 1:
         changes(lambda: frames.press("PageUp"))
+    if tab.locator("#times").is_visible():
+        check_time(tab, picture)
+    for kind in ("#smooth", "#over"):
+        before = picture()
+        tab.click(kind)
+        assert picture() != before
+        tab.click(kind)
+        assert picture() == before
     changes(lambda: tab.select_option("#head", "1"))
     changes(lambda: tab.select_option("#layer", tab.locator("#layer option").all_inner_texts()[-1]))
     said = tab.locator(".at").first.inner_text()
@@ -163,7 +188,31 @@ def check_pointing(tab, found):
     np.testing.assert_allclose(tab.evaluate("window.structvit.state.query"), sees, atol=1e-3)
 
 
-def check_places(tab):
+def check_time(tab, picture):
+    """The slider and the button change what the large pictures show."""
+    before = picture()
+    tab.locator("#time").fill("0" if tab.input_value("#time") != "0" else "1")
+    assert picture() != before
+    tab.click("#play")
+    number = tab.input_value("#time")
+    tab.wait_for_function("(number) => document.getElementById('time').value !== number", arg=number)
+    tab.click("#play")
+
+
+def check_hostile_names(browser, folder):
+    """Names are text, whatever they hold, and the page is complete."""
+    for name in HOSTILE:
+        html, _ = build(
+            ["deit_tiny"], (24, 24), {"deit_tiny": {"widths": (16,), "head_width": 8}}, title=name
+        )
+        tab = open_page(browser, html, folder, WIDTHS["desktop"])
+        shown = tab.locator("#title").evaluate("title => title.textContent")
+        assert shown == name and tab.locator("canvas.map.large").count() == 3 and not tab.complaints, name
+        tab.close()
+    print(f"{len(HOSTILE)} pages with hostile names are complete")
+
+
+def check_places(tab, crop):
     """Frames are large enough to point at, in as many rows as that takes; a click asks for what is there."""
     frames = tab.locator("#frames")
     count, columns, rows = frames.evaluate("({ tiles }) => [tiles.count, tiles.columns, tiles.rows]")
@@ -174,7 +223,8 @@ def check_places(tab):
         at = {"x": (column + right) / columns * box["width"], "y": (row + down) / rows * box["height"]}
         frames.click(position=at)
         query = tab.evaluate("window.structvit.state.query")
-        np.testing.assert_allclose(query, ((number + 0.5) / count, down, right), atol=0.03)
+        seen = (down - crop[0]) / crop[2], (right - crop[1]) / crop[3]
+        np.testing.assert_allclose(query, ((number + 0.5) / count, *seen), atol=0.04)
 
 
 def check_width(tab):
@@ -184,9 +234,10 @@ def check_width(tab):
 
 def small_pages():
     video = ("structvit_tiny_4_2_video", "structvit_tiny_1_1_video", "uniformer_tiny_video")
-    yield "video", *build(video, (6, 48, 64), dict.fromkeys(video, SMALL))
+    whole, part = (0, 0, 1, 1), (0, 0.15, 1, 0.7)
+    yield "video", part, *build(video, (6, 48, 64), dict.fromkeys(video, SMALL), crop=part)
     shared = SMALL | {"key_kernels": "shared", "value_kernels": "shared", "key_window": 5}
-    yield "image", *build(["structvit_tiny_3_1"], (48, 48), {"structvit_tiny_3_1": shared})
+    yield "image", whole, *build(["structvit_tiny_3_1"], (48, 48), {"structvit_tiny_3_1": shared})
 
 
 def report_page():
@@ -250,18 +301,19 @@ def main():
     pages = list(small_pages())
     with sync_playwright() as play, tempfile.TemporaryDirectory() as folder:
         browser = play.chromium.launch(executable_path=path, args=OPTIONS)
-        for kind, html, found in pages:
+        for kind, crop, html, found in pages:
             for device, size in WIDTHS.items():
                 tab = open_page(browser, html, folder, size)
                 check_width(tab)
                 compared = check_numbers(tab, found)
-                check_places(tab)
+                check_places(tab, crop)
                 check_pointing(tab, found)
                 if options.screenshots:
                     tab.screenshot(path=f"{options.screenshots}/{kind}_{device}.png", full_page=True)
                 assert not tab.complaints, tab.complaints
                 print(f"{kind}, {device}: {compared} queries as the model's, pointing and keys work")
         check_report(browser, folder, options.screenshots)
+        check_hostile_names(browser, folder)
         check_large(browser, folder)
         browser.close()
 

@@ -3,24 +3,35 @@
 import base64
 import functools
 import io
+import itertools
 import json
 import re
+import types
 
+import av
 import jax
 import numpy as np
 import pytest
 from etils import epath
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from structvit_jax import create_model, data
 from structvit_jax.config import default_config
-from structvit_jax.errors import UserError
-from structvit_jax.explain import layers, page, picture, query_maps
+from structvit_jax.data.digits import MovingDigits
+from structvit_jax.data.files import Files, find
+from structvit_jax.data.reader import Crop, Reader
+from structvit_jax.errors import UserError, printable
+from structvit_jax.explain import animation, layers, overlay, page, picture, query_maps
+from structvit_jax.explain.choice import choose, effective_ranks, scores
+from structvit_jax.explain.layout import DPI, Line, wrapped
 from structvit_jax.explain.maps import position_of, textured
+from structvit_jax.explain.overlay import Scale
 from structvit_jax.models import StructAttention
 from structvit_jax.training import loop
 
 EXPLAIN = {"module": "structvit_jax.explain.__main__"}
+WHOLE = Crop(0, 0, 1, 1)
 SMALL = {"widths": (8, 8, 16, 16), "head_width": 8, "depths": (1, 1, 1, 1)}
 MODELS = {
     "deit_tiny_struct_2_video": ({"widths": (16,), "head_width": 8}, (4, 24, 24)),
@@ -105,7 +116,7 @@ def test_kinds_have_the_papers_names():
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_picture_shows_the_maps(name):
-    _, x, found = example(name)
+    found = example(name)[2]
     layer = list(found.values())[-2]
     query = query_maps(layer, 0, (0,) * len(layer.grid))
     shown = picture.rows(layer, query, 0)
@@ -117,11 +128,191 @@ def test_the_picture_shows_the_maps(name):
     )
     np.testing.assert_allclose(shown[-1].maps.ravel(), query.final.mean(axis=-1).ravel())
     key_kernels, _ = layer.kernels()
-    name, kernel = shown[-2].windows[0]
+    if layer.kind == "self-attention":
+        assert not any(row.windows for row in shown)
+        return
+    _, kernel = shown[-2].windows[0]
     np.testing.assert_allclose(kernel.ravel(), key_kernels[..., 0, :, -1].mean(axis=-1).ravel(), atol=1e-7)
+
+
+def test_the_picture_is_a_png(recwarn):
+    layer = example("structvit_tiny_3_2_video")[2]["blocks3.0"]
+    frames = np.random.default_rng(0).integers(0, 256, (4, 90, 120, 3), np.uint8)
+    query = query_maps(layer, 0, (1, 2, 0))
+    heading = [Line("a title, $1 and $\\frac, \N{ETHIOPIC SYLLABLE HA}")]  # no font may have the last
+    drawn = Image.open(io.BytesIO(picture.draw(frames, WHOLE, layer, query, 0, heading)))
+    assert len(drawn.convert("RGB").getcolors(10**6)) > 50 and not recwarn.list
+
+
+DRAWN = {  # models, and the frames of a recording: count, height, width
+    "structvit_tiny_4_1": (SMALL, (64, 64), (1, 300, 500)),
+    "structvit_tiny_8_1": (SMALL | {"key_window": 5}, (64, 64), (1, 640, 200)),
+    "deit_tiny": ({"widths": (16,), "head_width": 8}, (24, 24), (1, 24, 24)),
+    "structvit_tiny_1_1_video": (SMALL, (1, 64, 64), (1, 90, 160)),
+    "structvit_tiny_8_2_video": (SMALL, (4, 64, 64), (4, 720, 1280)),
+    "structvit_tiny_4_1_video": (SMALL, (32, 64, 64), (32, 120, 90)),
+    "deit_tiny_struct_2_video": (MODELS["deit_tiny_struct_2_video"][0], (2, 24, 24), (2, 300, 60)),
+}
+TITLES = ["/a/path" * 60, "a class of many words, " * 30 + r"$\frac{1}$", "W" * 2000, "\N{BLACK STAR}" * 40]
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_no_text_of_the_picture_overlaps_or_leaves_it(name):
+    frames = np.random.default_rng(0).integers(0, 256, (*DRAWN[name][2], 3), np.uint8)
+    for titles in (["a.mp4"], TITLES):
+        heading = [Line(text) for text in titles]
+        figure = picture.compose(frames, Crop(0.1, 0.2, 0.5, 0.6), *drawn_layer(name), 1, heading)
+        (axes,) = figure.axes
+        renderer = FigureCanvasAgg(figure).get_renderer()
+        boxes = [text.get_window_extent(renderer) for text in axes.texts]
+        assert len(boxes) > 10 and all(text.get_text() for text in axes.texts)
+        boxes += [image.get_window_extent(renderer) for image in axes.images]
+        width, height = figure.get_size_inches() * DPI
+        assert width < 2000 and height < 3000
+        for box in boxes:
+            assert min(box.x0, box.y0, width - box.x1, height - box.y1) >= 0, box
+        corners = np.array([box.extents for box in boxes])  # left, bottom, right, top
+        low, high = corners[:, :2], corners[:, 2:]
+        shared = np.minimum(high[:, None], high) - np.maximum(low[:, None], low)  # pixels, in x and y
+        assert np.triu((shared > 0.5).all(axis=-1), k=1).sum() == 0
+
+
+@functools.cache
+def drawn_layer(name):
+    """A layer of a model with random weights, and what a query at its end sees."""
+    overrides, shape, _ = DRAWN[name]
+    x = jax.random.normal(jax.random.key(0), (1, *shape, 3))
+    layer = next(iter(layers(create_model(name, num_classes=3, seed=1, **overrides), x).values()))
+    return layer, query_maps(layer, 1, tuple(n - 1 for n in layer.grid))
+
+
+def test_long_text_loses_its_middle():
+    assert wrapped("a b", 9, "normal", 5, most=1) == ["a b"]
+    assert wrapped("one two", 9, "normal", 0.4, most=3) == ["one", "two"]
+    (line,) = wrapped("begin" + "x" * 500 + "end", 9, "normal", 2, most=1)
+    assert line.startswith("begin") and "…" in line and line.endswith("end")
+
+
+def test_scales_show_the_structure_of_a_map():
+    rng = np.random.default_rng(0)
+    even = rng.uniform(0, 1, (4, 5, 5))
+    signed = Scale.of(even - 0.3)
+    assert signed.signed and signed.low == -signed.high and signed.ticks()[1] == (0.5, "0")
+    for map_ in (even, 3 + even, 100 + even, -3 - even, even - 0.99, -even):
+        scale = Scale.of(map_)
+        colours = overlay.coloured(scale.fractions(map_), scale.colours)
+        assert len(np.unique(colours.reshape(-1, 4), axis=0)) > 40  # neither solid red nor solid purple
+        assert len({text for _, text in scale.ticks()}) == len(scale.ticks())
+    outlier = np.append(even.ravel(), 1000.0)
+    assert Scale.of(outlier).high < 1.01
+    constant = Scale.of(np.full(9, 0.25))
+    assert constant.even and constant.ticks() == [(0.5, "0.25")]
+    assert Scale.of(np.zeros(9)).even
+
+
+@pytest.mark.parametrize("smooth", [True, False])
+def test_a_map_lies_over_the_part_that_the_model_saw(smooth):
+    frame = np.full((60, 100, 3), 200, np.uint8)
+    map_ = np.array([[0.0, 0], [0, 1]])
+    drawn = overlay.overlaid(frame, map_, Scale(0, 1, False), Crop(0, 0.4, 1, 0.6), smooth=smooth).astype(int)
+    coloured = np.ptp(drawn, axis=-1) > 60
+    assert not coloured[:, :40].any() and (drawn[:, :40] < 80).all()  # outside the crop: dark and grey
+    assert coloured[45:, 85:].all() and not coloured[:15, 41:55].any()
+    assert (len(np.unique(drawn[:, 40:].reshape(-1, 3), axis=0)) > 2) == smooth
+
+
+def test_frames_are_trimmed_to_the_crops():
+    frames = np.arange(100 * 200).reshape(1, 100, 200, 1)
+    seen, (crop,) = overlay.trimmed(frames, [Crop(0, 0.25, 1, 0.5)])
+    assert seen.shape == (1, 100, 124, 1) and seen[0, 0, 0, 0] == 38
+    np.testing.assert_allclose(crop, (0, 12 / 124, 1, 100 / 124))
+    seen, crops = overlay.trimmed(frames, [WHOLE, Crop(0, 0.25, 1, 0.5)])
+    assert seen.shape == frames.shape and crops == [WHOLE, Crop(0, 0.25, 1, 0.5)]
+
+
+@pytest.mark.parametrize(("frames", "crops", "side"), [(0, 1, 0), (0, 1, 40), (3, 3, 40), (3, 1, 0)])
+def test_the_crop_of_the_recorded_frames_is_the_view(tmp_path, frames, crops, side):
+    """Of a picture whose colours say where they are, the crop has what the model's middle view has."""
+    y, x = np.mgrid[0:90, 0:160]
+    Image.fromarray(np.stack([x, y * 2, 0 * x], -1).astype(np.uint8)).save(tmp_path / "1.png")
+    section = {"sampling": "dense", "short_side": side, "channels": "bgr", "size": 32, "crop_fraction": 0.9}
+    section |= {"frames": frames, "test_clips": 2, "test_crops": crops, "stride": 1}
+    path = str(tmp_path if frames else tmp_path / "1.png")
+    source = Files(find([path], video=frames > 0), ["a"], video=frames > 0, test=lambda: None)
+    reader = Reader(source, types.SimpleNamespace(**section), types.SimpleNamespace(randaugment=""), 0)
+    recorded, crop = reader.uncropped(0)
+    assert recorded.shape == (max(frames, 1), 90, 160, 3) and recorded[0, 3, 150, 0] == 150
+    view = reader.test(0)["inputs"][reader.middle][..., ::-1].reshape(-1, 32, 32, 3)[0].astype(float)
+    top, left, bottom, right = (round(v, 6) for v in (crop.top, crop.left, *np.add(crop[:2], crop[2:])))
+    assert 0 <= top < bottom <= 1 and 0 <= left < right <= 1
+    np.testing.assert_allclose(view[:, [0, -1], 0].mean(axis=0), (left * 160 + 2, right * 160 - 3), atol=3)
+    np.testing.assert_allclose(view[[0, -1], :, 1].mean(axis=1), (top * 180 + 3, bottom * 180 - 5), atol=6)
+
+
+def test_true_classes(tmp_path):
+    source = MovingDigits("test", 3, seed=0)
+    (tmp_path / "a" / "part").mkdir(parents=True)
+    paths = ["test:2", str(tmp_path / "a/part/1.mp4"), str(tmp_path / "1.mp4")]
+    files = Files(find(paths, video=True), ["a", "b"], video=True, test=lambda: source)
+    assert [files.true_class(i) for i in range(3)] == [true_class(2), "a", ""]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_choice_has_the_highest_score(name):
+    _, x, found = example(name)
     pixels = np.random.default_rng(0).integers(0, 256, x.shape[1:], np.uint8)
-    drawn = Image.open(io.BytesIO(picture.draw(pixels, layer, query, 0, "a title")))
-    assert len(drawn.convert("RGB").getcolors(10**6)) > 50
+    choice = choose(found, pixels)
+    assert choice == choose(found, pixels) and 0 <= choice.score <= 1
+    for layer in found.values():
+        if min(layer.grid[-2:]) >= 3:
+            positions = [position_of(layer, point) for point in textured(pixels, layer.grid, 6)]
+            assert scores(layer, positions).max() <= choice.score + 1e-4
+    name = next(iter(found))
+    point = (0.5,) * len(found[name].grid)
+    given = choose(found, pixels, layer=name, head=1, point=point)
+    assert given[:3] == (name, 1, point)
+    assert choose(found, pixels, layer=name, head=9).head == 9  # which query_maps refuses
+
+
+def test_scores_follow_the_rule():
+    for name in MODELS:
+        layer = next(iter(example(name)[2].values()))
+        positions = [(0,) * len(layer.grid), tuple(n - 1 for n in layer.grid)]
+        found = scores(layer, positions)
+        for head, (number, position) in itertools.product(range(2), enumerate(positions)):
+            query = query_maps(layer, head, position)
+            attention = query.attention[query.attention > 0].astype(np.float64)
+            h = -(attention * np.log(attention)).sum() / np.log(query.attention.size)
+            rank = (query.rank - 1) / (layer.patterns - 1) if layer.patterns > 1 else 1
+            assert found[head, number] == pytest.approx(rank * 4 * h * (1 - h), rel=1e-2, abs=1e-3)
+            ranks = effective_ranks(layer, query.attention.reshape(1, 1, layer.patterns, -1).repeat(2, 0))
+            assert ranks[head, 0] == pytest.approx(query.rank, rel=1e-2)
+
+
+@pytest.mark.parametrize("kind", animation.FORMATS)
+def test_animations(kind):
+    layer = example("structvit_tiny_3_2_video")[2]["blocks3.0"]
+    frames = np.random.default_rng(0).integers(0, 256, (4, 90, 120, 3), np.uint8)
+    content = animation.draw(frames, WHOLE, layer, query_maps(layer, 0, (1, 2, 0)), 0, kind)
+    assert len(content) < animation.MOST
+    if kind == "gif":
+        assert Image.open(io.BytesIO(content)).n_frames == 4
+    else:
+        with av.open(io.BytesIO(content)) as container:
+            assert sum(1 for _ in container.decode(video=0)) == 12
+
+
+def test_large_animations_are_made_smaller(monkeypatch):
+    layer = example("structvit_tiny_3_2_video")[2]["blocks3.0"]
+    frames = np.random.default_rng(0).integers(0, 256, (2, 90, 120, 3), np.uint8)
+    query = query_maps(layer, 0, (1, 2, 0))
+    monkeypatch.setattr(animation, "MOST", 120_000)
+    assert len(animation.draw(frames, WHOLE, layer, query, 0, "gif")) <= 120_000
+
+
+def test_printable():
+    assert printable("größe, 自転車 $x$") == "größe, 自転車 $x$"
+    assert printable("\x1b[31mred\n\u2028\u202e\udcff\ud800") == r"\x1b[31mred\n\u2028\u202e\xff\ud800"
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -153,18 +344,44 @@ def array(text, dtype):
     return np.frombuffer(base64.b64decode(text), np.dtype(dtype).newbyteorder("<")).astype(np.float32)
 
 
+HOSTILE = [
+    "</script><script>alert(1)</script>",
+    "<!--<script>",
+    "<!-- a -->",
+    "\"quoted' & \\\\ slashed",
+    "line\u2028separator\u2029",
+    "/*DATA*/",
+    "]]>",
+]
+
+
+def build_page(models, shape, **changes):
+    """A page of layers by model, of black frames."""
+    frames = np.zeros((1, *shape, 3)[-4:], np.uint8)
+    shown = [page.Shown(name, "a 0.9", own, "true class: b", False, WHOLE) for name, own in models.items()]
+    first = next(iter(models.values()))
+    options = {"title": "a clip", "layer": next(iter(first)), "head": 0, "point": (0.5,) * len(shape)}
+    return page.build(shown, frames, video=len(shape) == 3, **(options | changes))
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_names_stay_text_of_the_page(name):
+    """In a script, "<!--<script>" would hide the end of the script from the browser."""
+    found = {"blocks.1": example("deit_tiny_struct_2_video")[2]["blocks.1"]}
+    html = build_page({name: found}, (1, 8, 8), title=name)
+    read = content(html)
+    assert read["title"] == read["models"][0]["title"] == name
+    payload = re.search(r'id="data">(.*?)</script>', html, re.S)[1]
+    assert "<" not in payload and html.count("</script>") == 2 and "\u2028" not in payload
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_the_page_holds_the_models_own_numbers(name):
     _, x, found = example(name)
-    pixels = np.zeros(x.shape[1:], np.uint8)
-    title = "</script><b>clip</b>.mp4"
-    shown = page.Shown("model", "says", found)
-    html = page.build(
-        [shown], pixels, title=title, layer=next(iter(found)), head=0, point=(0.5,) * (x.ndim - 2)
-    )
+    html = build_page({"model": found}, x.shape[1:-1])
     read = content(html)
-    assert html.count("</script>") == 2 and read["title"] == title
     assert len(read["frames"]) == (x.shape[1] if x.ndim == 5 else 1)
+    assert read["models"][0]["crop"] == [0, 0, 1, 1] and read["models"][0]["verdict"] == "true class: b"
     assert "http" not in html.replace("http-equiv", "")
     for told, layer in zip(read["models"][0]["layers"], found.values(), strict=True):
         q, k, _ = (np.moveaxis(np.asarray(a), -2, 0) for a in layer.operands())
@@ -183,6 +400,12 @@ def test_the_page_holds_the_models_own_numbers(name):
         assert told["key_grid"][-2:] == list(layer.key_grid[-2:])
 
 
+def test_frames_of_a_page_are_bounded(monkeypatch):
+    monkeypatch.setattr(page, "_PIXELS", 3 * 40 * 60)
+    url = page._picture(np.zeros((400, 600, 3), np.uint8), page._PIXELS / 3)
+    assert Image.open(io.BytesIO(base64.b64decode(url.split(",")[1]))).size == (60, 40)
+
+
 def test_a_page_keeps_what_fits():
     found = example("deit_tiny_struct_2_video")[2] | example("structvit_tiny_3_2_video")[2]
     sizes = {name: page._size(layer) for name, layer in found.items()}
@@ -196,8 +419,9 @@ def test_the_most_textured_place():
     pixels = np.zeros((5, 20, 30, 3), np.uint8)
     pixels[2, 13, 22] = 255  # of the middle frame
     pixels[0] = np.random.default_rng(0).integers(0, 256, pixels[0].shape)
-    assert textured(pixels, (4, 2, 3)) == (0.5, 0.75, 5 / 6)
-    assert textured(pixels[2], (2, 3)) == (0.75, 5 / 6)
+    assert textured(pixels, (4, 2, 3), 5) == [(0.5, 0.75, 5 / 6)]  # others have no texture
+    assert textured(pixels[2], (2, 3)) == [(0.75, 5 / 6)]
+    assert len(textured(pixels[0], (2, 3), 5)) == 5
 
 
 @pytest.fixture(scope="module")
@@ -213,14 +437,24 @@ def run(tmp_path_factory):
 
 def test_the_command(command, run, tmp_path):
     words = [f"--checkpoint={run}", "test:5", "--query=3,10,20", "--layer=blocks.1", "--head=0"]
-    done = command(*words, f"--beside={run}", f"--out={tmp_path}", **EXPLAIN)
+    done = command(*words, f"--beside={run}", f"--out={tmp_path}", "--animate=gif", **EXPLAIN)
     assert done.returncode == 0, done.stderr
     assert Image.open(tmp_path / "explained.png").width > 500
     read = content((tmp_path / "explained.html").read_text())
     assert read["layer"] == "blocks.1" and len(read["models"]) == 2 and len(read["frames"]) == 8
     np.testing.assert_allclose(read["query"], [3.5 / 8, 10.5 / 24, 20.5 / 24])
-    says = done.stdout.splitlines()[0]
-    assert re.match(r"\d+ degrees 0\.\d{3}, ", says) and read["models"][0]["says"] == says
+    predicted, verdict, chosen, *files = done.stdout.splitlines()
+    assert re.match(r"\d+ degrees 0\.\d{3}, ", predicted) and read["models"][0]["predicted"] == predicted
+    right = predicted.split(" 0.")[0] == verdict.split(": ")[1].split(",")[0]
+    assert verdict == f"true class: {true_class(5)}, {'right' if right else 'wrong'}"
+    assert chosen == "layer blocks.1, head 0, query 3,10,20"
+    assert files == [str(tmp_path / f"explained.{kind}") for kind in ("png", "html", "gif")]
+    assert Image.open(tmp_path / "explained.gif").n_frames == 8
+
+
+def true_class(number):
+    source = MovingDigits("test", 16, seed=0)
+    return source.class_names[source.open(number)[1]]
 
 
 @pytest.mark.parametrize(
@@ -231,7 +465,8 @@ def test_the_command(command, run, tmp_path):
         (["test:0", "--head=1"], "blocks.1 has the heads 0 to 0, and no 1"),
         (["test:0", "--query=9,0,0"], "--query=9,0,0 should be T,Y,X, from 0 to 7,23,23"),
         (["missing.mp4"], "missing.mp4: no such file"),
-        (["a.mp4", "b.mp4"], "it explains one file"),
+        (["a\x1b[31m\n.mp4"], r"a\x1b[31m\n.mp4: no such file"),
+        (["a.mp4", "b.mp4"], "it explains one file, not 2"),
     ],
 )
 def test_mistakes_are_one_line(command, run, tmp_path, words, complaint):

@@ -2,6 +2,7 @@
 
 import io
 
+import av
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from PIL import Image
 
 from structvit_jax import motion
+from structvit_jax.errors import UserError
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -64,7 +66,41 @@ def test_kernels_are_lines():
 
 
 def test_the_picture():
-    clips, labels = motion.digits(2)
-    picture = Image.open(io.BytesIO(motion.draw(clips[1], int(labels[1]))))
+    clips, _ = motion.digits(2)
+    picture = Image.open(io.BytesIO(motion.draw(clips[1], 1)))
     assert picture.size == (1210, 572)
     assert len(picture.convert("P").getcolors()) > 50
+
+
+def save_clip(path, move, frames=30):
+    """A video of noise in which a textured square moves (down, right) pixels from frame to frame."""
+    rng = np.random.default_rng(0)
+    ground, square = rng.integers(90, 110, (96, 128), np.uint8), rng.integers(0, 256, (4, 4), np.uint8)
+    square = np.kron(square, np.ones((4, 4), np.uint8))
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=25, options={"qscale:v": "1"})
+        stream.width, stream.height, stream.pix_fmt = 128, 96, "yuv420p"
+        for t in range(frames):
+            frame = ground.copy()
+            top, left = (at + round(by * (t - frames // 2)) for at, by in zip((40, 56), move, strict=True))
+            frame[top : top + 16, left : left + 16] = square
+            picture = av.VideoFrame.from_ndarray(np.repeat(frame[..., None], 3, axis=-1), format="rgb24")
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode())
+    return str(path)
+
+
+@pytest.mark.parametrize(("move", "name"), [((0, 1.5), "0 degrees"), ((1.5, 0), "270 degrees")])
+def test_the_motion_in_a_file_is_read(tmp_path, move, name):
+    moving = motion.read_clip(save_clip(tmp_path / "clip.mp4", move))
+    assert moving.clip.shape == (8, 32, 32, 3) and moving.step in (1, 2, 4)
+    assert f"moves at {name};" in moving.title and moving.shares.max() > 0.5
+    assert Image.open(io.BytesIO(motion.draw_moving(moving))).size == (1210, 572)
+
+
+def test_a_file_that_is_no_clip_is_refused(tmp_path):
+    short = save_clip(tmp_path / "short.mp4", (0, 0), frames=5)
+    with pytest.raises(UserError, match=r"short\.mp4: it has 5 frames, and 8 are needed"):
+        motion.read_clip(short)
+    with pytest.raises(UserError, match=r"no\\nfile.mp4: No such file"):
+        motion.read_clip("no\nfile.mp4")

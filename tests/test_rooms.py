@@ -55,7 +55,7 @@ ROOMS = {
     "predict": ({"absl", "numpy"}, {"command", "trained", "training", "errors"}),
     "export": ({"absl", "jax", "etils"}, {"command", "config", "ops", "trained", "training", "errors", ""}),
     "explain": (
-        {"absl", "jax", "numpy", "flax", "matplotlib", "PIL", "etils"},
+        {"absl", "jax", "numpy", "flax", "matplotlib", "PIL", "av", "etils"},
         {"explain", "command", "data", "models", "ops", "trained", "training", "errors"},
     ),
     "ablate": (

@@ -84,25 +84,31 @@ def random_crop(
 
 
 def test_crops(clip: np.ndarray, size: int, fraction: float, crops: int, *, image: bool) -> np.ndarray:
-    """Crops for testing: [crops, time, size, size, 3].
-
-    The short side is scaled to size / fraction. One crop is the middle; three are left, middle, right (of
-    upright frames top, middle, bottom).
-    """
+    """Return the crops that `test_boxes` describes: [crops, time, size, size, 3]."""
     height, width = clip.shape[1:3]
+    new, corners = test_boxes(height, width, size, fraction, crops, image=image)
+    clip = resize(clip, (0, 0, height, width), new, image=image)
+    return np.stack([clip[:, top : top + size, left : left + size] for top, left in corners])
+
+
+def test_boxes(
+    height: int, width: int, size: int, fraction: float, crops: int, *, image: bool
+) -> tuple[tuple[int, int], list[tuple[int, int]]]:
+    """Return the size (height, width) that frames are scaled to for testing, and each crop's (top, left).
+
+    The short side is scaled to size / fraction; crops are size x size. One crop is the middle; three are
+    left, middle, right (top, middle, bottom of upright frames).
+    """
     short = int(size / fraction)
     # Rounded down, as the references do.
     new = (short, short * width // height) if height <= width else (short * height // width, short)
-    clip = resize(clip, (0, 0, height, width), new, image=image)
-    room = np.array(new) - size
-    middle = [round(r / 2) for r in room.tolist()] if image else [-(-r // 2) for r in room.tolist()]
-    corners = [middle]
-    if crops == 3:
-        along = int(width >= height)  # the axis that the crops move along
-        low, high = list(middle), list(middle)
-        low[along], high[along] = 0, int(room[along])
-        corners = [low, middle, high]
-    return np.stack([clip[:, top : top + size, left : left + size] for top, left in corners])
+    room = (new[0] - size, new[1] - size)
+    top, left = (round(r / 2) if image else -(-r // 2) for r in room)
+    if crops != 3:
+        return new, [(top, left)]
+    if width >= height:
+        return new, [(top, 0), (top, left), (top, room[1])]
+    return new, [(0, left), (top, left), (room[0], left)]
 
 
 class RandAugment(NamedTuple):

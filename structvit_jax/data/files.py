@@ -50,11 +50,28 @@ class Files:
     def id(self, index: int) -> str:
         return self._entries[index].id
 
+    def true_class(self, index: int) -> str:
+        """Return the class of an example if it is known, otherwise "": of test:N by its split, of a file by
+        the nearest folder above it that is named after a class.
+
+        Raises:
+          DecodeError: there is no such test example.
+        """
+        path = self._entries[index].path
+        if path.startswith(TEST):
+            source, number = self._test_example(path)
+            media, label = source.open(number)
+            media.close()
+            return source.class_names[label]
+        folders = reversed(os.path.dirname(os.path.abspath(path)).split(os.sep))
+        return next((folder for folder in folders if folder in self.class_names), "")
+
     def open(self, index: int) -> tuple[Media, int]:
         """Open an example; raise DecodeError if it cannot be read or is not of the kind the model takes."""
         entry = self._entries[index]
         if entry.path.startswith(TEST):
-            return self._example(entry.path.removeprefix(TEST)), 0
+            source, number = self._test_example(entry.path)
+            return source.open(number)[0], 0
         if not os.path.exists(entry.path):
             raise DecodeError("no such file")
         if self._video and entry.path.lower().endswith(IMAGES):
@@ -69,11 +86,11 @@ class Files:
             )
         return open_media(entry.path, entry.start, entry.end, self._limits), 0
 
-    def _example(self, number: str) -> Media:
-        source = self._test()
+    def _test_example(self, path: str) -> tuple[Source, int]:
+        source, number = self._test(), path.removeprefix(TEST)
         if not number.isdecimal() or len(number) > 18 or int(number) >= len(source):
             raise DecodeError(f"the test examples are {TEST}0 to {TEST}{len(source) - 1}")
-        return source.open(int(number))[0]
+        return source, int(number)
 
 
 def find(paths: Sequence[str], *, video: bool, other: str, every: float = 0, limits: Limits) -> list[Entry]:

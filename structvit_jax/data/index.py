@@ -41,8 +41,7 @@ class Entry(NamedTuple):
     @property
     def id(self) -> str:
         """What reports and predictions call the example."""
-        # One line of plain text, whatever bytes the file system holds.
-        name = printable(os.fsencode(self.path).decode("utf-8", "backslashreplace"))
+        name = printable(self.path)
         if self.start is None and self.end is None:
             return name
         return f"{name}#{self.start or 0:g}-" + ("" if self.end is None else f"{self.end:g}")

@@ -4,17 +4,35 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from structvit_jax.data import sampling
-from structvit_jax.data.augment import Pose, RandAugment, color_jitter, random_crop, resize, test_crops
+from structvit_jax.data.augment import (
+    Pose,
+    RandAugment,
+    color_jitter,
+    random_crop,
+    resize,
+    test_boxes,
+    test_crops,
+)
 from structvit_jax.data.label_maps import LabelMaps
 from structvit_jax.data.media import Media
 from structvit_jax.errors import DecodeError
 
 Arrays = dict[str, tuple[tuple[int, ...], type]]  # shapes and types, by key of a batch
+UNCROPPED_SIDE = 720  # pixels: longer short sides of uncropped frames are scaled to this
+
+
+class Crop(NamedTuple):
+    """A box in a frame, in fractions of the frame's sides."""
+
+    top: float
+    left: float
+    height: float
+    width: float
 
 
 class Source(Protocol):
@@ -122,6 +140,28 @@ class Reader:
             **notes,
         }
 
+    def uncropped(self, index: int) -> tuple[np.ndarray, Crop]:
+        """Return the frames of the middle clip as recorded, and the part of them in the middle view.
+
+        Returns:
+          uint8 [time, height, width, 3], RGB, with short sides up to `UNCROPPED_SIDE`, and the crop.
+
+        Raises:
+          DecodeError: the example cannot be read.
+        """
+        media, _ = self.source.open(index)
+        with contextlib.closing(media):
+            clips = self.data.test_clips
+            picked = self.frames(media.count, (clips // 2, clips))
+            height, width = self.decode(media, [picked[:1]])[0].shape[1:3]
+            frames = self.decode(media, [picked], short_side=UNCROPPED_SIDE)[0]
+        new, corners = test_boxes(
+            height, width, self.data.size, self.data.crop_fraction, self.data.test_crops, image=self.is_image
+        )
+        top, left = corners[len(corners) // 2]
+        crop = Crop(top / new[0], left / new[1], self.data.size / new[0], self.data.size / new[1])
+        return frames[..., ::-1] if self.data.channels == "bgr" else frames, crop
+
     def whole(self, index: int) -> dict[str, Any]:
         """An image as a whole, brought to the size that the model sees, and its label; errors as `train`."""
         media, label = self.source.open(index)
@@ -144,14 +184,16 @@ class Reader:
         """The frame numbers of one clip."""
         return self._rule(count, max(self.data.frames, 1), self.data.stride, draw)
 
-    def decode(self, media: Media, clips: list[np.ndarray]) -> list[np.ndarray]:
-        """Decode the frames of several clips, each once.
+    def decode(
+        self, media: Media, clips: list[np.ndarray], short_side: int | None = None
+    ) -> list[np.ndarray]:
+        """Return the frames of several clips, each decoded once; by default scaled as configured.
 
         Raises:
           DecodeError: one cannot be read, or is too elongated to be scaled to the model's size.
         """
         distinct, places = np.unique(np.concatenate(clips), return_inverse=True)
-        pictures = media.frames(distinct.tolist(), self.data.short_side)
+        pictures = media.frames(distinct.tolist(), self.data.short_side if short_side is None else short_side)
         height, width = pictures.shape[1:3]
         scaled = int(self.data.size / self.data.crop_fraction) ** 2 * max(height, width) // min(height, width)
         if scaled > self.data.max_pixels:

@@ -1,17 +1,23 @@
-"""Pictures of what a model's attention reads in an image or a video.
+"""Show what a model's attention reads in an image or a video.
 
     python -m structvit_jax.explain --checkpoint=RUN FILE [--query=T,Y,X] [--layer=NAME] [--head=N]
-        [--beside=RUN,RUN] [--out=DIR] [--config.section.key=value ...]
+        [--nosmooth] [--animate=gif|mp4] [--beside=RUN,RUN] [--out=DIR] [--config.section.key=value ...]
 
-For one query, a position of the input: its correlations with all positions, the attention of each of the D
-patterns beside the kernels that make them, and the final map, the weight with which each value counts in the
-end. Writes explained.png, of one layer and head, and explained.html into DIR: a page by itself in which a
-person points at a query and picks layer and head, with the models of --beside at its side.
+Writes two files into DIR. explained.png shows one query, a position of the input, in one layer and head: its
+correlations with all positions, the attention of each of the D structure kernels beside the kernels that make
+it, and the final map, the weight with which each value counts. explained.html is a self-contained page on
+which any query, layer and head can be selected, with the models of --beside next to it. Maps lie over the
+frames as they were recorded, each with its own scale. --animate=gif or mp4 also writes the maps of the
+picture as an animation.
 
-FILE is an image, a video, a folder of frames, or test:N, example N of the data that the model was tested on.
---query counts frames and pixels as the model sees them (Y,X of an image); without it, it is the most textured
-place of the middle frame. --layer is a block, as blocks3.0; without it, the last whose frames have at least
-3 x 3 positions.
+FILE is an image, a video, a folder of frames, or test:N, example N of the run's test data.
+
+Without --layer, --head or --query, those with the highest score are selected: (effective rank - 1) / (D - 1),
+or 1 if D < 2, times 4 h (1 - h), where h is the attention's entropy divided by its maximum, log(D keys). The
+effective rank counts how many different dynamic kernels a query uses; the second factor is 0 for attention
+that is even or at a single key. Candidates are all heads of the layers whose frames have at least 3 x 3
+positions, and up to 6 of the most textured positions of the middle frame. --query counts frames and pixels as
+the model sees them (Y,X of an image).
 """
 
 from __future__ import annotations
@@ -24,86 +30,155 @@ from absl import flags
 from etils import epath
 
 from structvit_jax.command import checkpoint_and_paths, run_command
-from structvit_jax.errors import DecodeError, UserError, known
-from structvit_jax.explain import page, picture
-from structvit_jax.explain.maps import Layer, layers, position_of, query_maps, textured
+from structvit_jax.data.reader import Crop
+from structvit_jax.errors import DecodeError, UserError, known, printable
+from structvit_jax.explain import animation, overlay, page, picture
+from structvit_jax.explain.choice import SCORE, choose
+from structvit_jax.explain.layout import Line
+from structvit_jax.explain.maps import Layer, Query, layers, position_of, query_maps
 from structvit_jax.trained import Trained, load_trained
 from structvit_jax.training.commit import FOLDER
 from structvit_jax.training.storage import naming_failures, write
 
 _QUERY = flags.DEFINE_list("query", None, "Frame, row and column of the position that is explained.")
 _LAYER = flags.DEFINE_string("layer", None, "The attention block of the picture, as blocks3.0.")
-_HEAD = flags.DEFINE_integer("head", 0, "The head of the picture.", lower_bound=0)
+_HEAD = flags.DEFINE_integer("head", None, "The head of the picture.", lower_bound=0)
+_SMOOTH = flags.DEFINE_bool("smooth", True, "Interpolate maps between positions, or draw cells (--nosmooth).")
+_ANIMATE = flags.DEFINE_enum("animate", None, list(animation.FORMATS), "Also write an animation of a video.")
 _BESIDE = flags.DEFINE_list("beside", [], "Checkpoints of other models for the page.")
 _OUT = flags.DEFINE_string("out", ".", "Folder for the picture and the page.")
-_LEAST = 3  # positions along the sides of a frame that make a map worth looking at
 
 
 class Explained(NamedTuple):
-    """A model and what one input makes of it."""
+    """A model and what it makes of one input."""
 
     trained: Trained
     pixels: np.ndarray  # uint8 [[time,] height, width, 3], RGB, as the model saw it
+    frames: np.ndarray  # uint8 [time, height, width, 3], RGB, as recorded
+    crop: Crop  # of the frames, what the model saw
     layers: Mapping[str, Layer]
-    says: str  # the classes that it finds most probable
+    best: Sequence[tuple[str, float]]  # the most probable classes
+    true_class: str  # "" if unknown
 
     @property
     def title(self) -> str:
         run, _, step = self.trained.where.rpartition(f"/{FOLDER}/")
-        return f"{self.trained.config.model.name}, {run}, step {step}"
+        return printable(f"{self.trained.config.model.name}, {run}, step {step}")
+
+    @property
+    def predicted(self) -> str:
+        return ", ".join(f"{printable(name)} {share:.3f}" for name, share in self.best)
+
+    @property
+    def right(self) -> bool | None:
+        """Whether the most probable class is the true one; None if that is unknown."""
+        return self.best[0][0] == self.true_class if self.true_class else None
+
+    @property
+    def verdict(self) -> str:
+        if not self.true_class:
+            return "true class: unknown"
+        return f"true class: {printable(self.true_class)}, {'right' if self.right else 'wrong'}"
 
 
 def main(argv: list[str]) -> None:
     checkpoint, config, paths = checkpoint_and_paths(argv, "FILE")
     if len(paths) > 1:
-        raise UserError(f"it explains one file; {', '.join(paths)} are {len(paths)}")
+        raise UserError(f"it explains one file, not {len(paths)}: {', '.join(map(printable, paths))}")
+    if _ANIMATE.value and config.data.frames == 0:
+        raise UserError("--animate needs a model for videos; this one takes images")
     first, *others = (
         _explained(trained, paths[0])
         for trained in (load_trained(checkpoint, config), *map(load_trained, _BESIDE.value))
     )
-    name = known("layer", _LAYER.value, first.layers) if _LAYER.value else _last(first.layers)
-    layer, head = first.layers[name], _HEAD.value
-    point = _asked(first.pixels, _QUERY.value) if _QUERY.value else textured(first.pixels, layer.grid)
-    query = query_maps(layer, head, position_of(layer, point))
-    heading = f"{paths[0]}: {first.says}\n{first.title}, {name}, head {head}, {layer.kind}"
+    layer = known("layer", _LAYER.value, first.layers) if _LAYER.value else None
+    point = _asked(first.pixels, _QUERY.value) if _QUERY.value else None
+    choice = choose(first.layers, first.pixels, layer=layer, head=_HEAD.value, point=point)
+    one = first.layers[choice.layer]
+    query = query_maps(one, choice.head, position_of(one, choice.point))
+    frames, crops = overlay.trimmed(first.frames, [model.crop for model in (first, *others)])
     html = page.build(
-        [page.Shown(model.title, model.says, model.layers) for model in (first, *others)],
-        first.pixels,
-        title=f"What attention reads in {paths[0]}",
-        layer=name,
-        head=head,
-        point=point,
+        [
+            page.Shown(model.title, model.predicted, model.layers, model.verdict, model.right, crop)
+            for model, crop in zip((first, *others), crops, strict=True)
+        ],
+        frames,
+        video=first.pixels.ndim == 4,
+        title=f"What attention reads in {printable(paths[0])}",
+        layer=choice.layer,
+        head=choice.head,
+        point=choice.point,
+        smooth=_SMOOTH.value,
     )
+    heading = _heading(printable(paths[0]), first, one, query, choice.head)
+    drawn = picture.draw(frames, crops[0], one, query, choice.head, heading, smooth=_SMOOTH.value)
+    files: dict[str, str | bytes] = {"explained.png": drawn, "explained.html": html}
+    if _ANIMATE.value:
+        moving = animation.draw(
+            frames, crops[0], one, query, choice.head, _ANIMATE.value, smooth=_SMOOTH.value
+        )
+        files[f"explained.{_ANIMATE.value}"] = moving
+    _save(files)
+    where = ",".join(str(int(share * side)) for share, side in _sides(choice.point, first.pixels))
+    print(f"{first.predicted}\n{first.verdict}")
+    print(f"layer {choice.layer}, head {choice.head}, query {where}")
+    for name in files:
+        print(printable(str(epath.Path(_OUT.value) / name)))
+
+
+def _save(files: Mapping[str, str | bytes]) -> None:
     folder = epath.Path(_OUT.value)
     with naming_failures(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        write(folder / "explained.png", picture.draw(first.pixels, layer, query, head, heading))
-        write(folder / "explained.html", html)
-    print(f"{first.says}\n{folder / 'explained.png'}: {name}, head {head}\n{folder / 'explained.html'}")
+        for name, content in files.items():
+            write(folder / name, content)
+
+
+def _heading(name: str, model: Explained, layer: Layer, query: Query, head: int) -> list[Line]:
+    """The text above the picture."""
+    mark, colour = {None: ("", "#5a5a5a"), True: (" ✓", "#1b7837"), False: (" ✗", "#b2182b")}[model.right]
+    grid = " × ".join(map(str, layer.grid))
+    given = {"layer": _LAYER.value, "head": _HEAD.value, "query": _QUERY.value}
+    free = [name for name, value in given.items() if value is None]
+    chosen = f"Selected by the highest score ({', '.join(free)}): {SCORE}. " if free else ""
+    drawn = "with interpolation between positions" if _SMOOTH.value else "as one cell per position"
+    return [
+        Line(name, 12, "bold"),
+        Line(f"predicted: {model.predicted}", 10),
+        Line(model.verdict + mark, 10, "bold", colour),
+        Line(model.title),
+        Line(
+            f"{layer.name} ({layer.kind}), grid {grid}, head {head} of {layer.attention.heads};"
+            f" effective rank of the dynamic kernels {query.rank:.2f} of {layer.patterns}"
+        ),
+        Line(
+            f"{chosen}Each map has its own colour scale: {overlay.SCALES}. Maps are averaged over channels"
+            f" and drawn {drawn}.",
+            8,
+            colour="#5a5a5a",
+        ),
+    ]
 
 
 def _explained(trained: Trained, path: str) -> Explained:
     """Raises UserError: a file that cannot be read."""
     try:
-        views = trained.read(path)
+        example = trained.example(path)
     except DecodeError as error:
-        raise UserError(f"{path}: {error}") from error
-    view = views[trained.reader.middle]
-    x = trained.normalized(view[None])
-    best = trained.prediction(path, trained.scores(views)).best(3)
-    says = ", ".join(f"{name} {share:.3f}" for name, share in best)
+        raise UserError(f"{printable(path)}: {error}") from error
+    view = example.views[trained.reader.middle]
+    found = layers(trained.network, trained.normalized(view[None]))
+    best = trained.prediction(path, trained.scores(example.views)).best(3)
     pixels = view[..., ::-1] if trained.config.data.channels == "bgr" else view
-    return Explained(trained, pixels, layers(trained.network, x), says)
+    return Explained(trained, pixels, example.frames, example.crop, found, best, example.true_class)
 
 
-def _last(found: Mapping[str, Layer]) -> str:
-    """The last layer whose maps are worth looking at, or else the last."""
-    large = [name for name, layer in found.items() if min(layer.grid[-2:]) >= _LEAST]
-    return (large or list(found))[-1]
+def _sides(point: Sequence[float], pixels: np.ndarray) -> list[tuple[float, int]]:
+    return list(zip(point, pixels.shape[:-1], strict=True))
 
 
 def _asked(pixels: np.ndarray, words: Sequence[str]) -> tuple[float, ...]:
-    """--query as shares of the input's sides."""
+    """--query as fractions of the input's sides."""
     sides = pixels.shape[:-1]
     try:
         place = [float(word) for word in words]
@@ -112,8 +187,8 @@ def _asked(pixels: np.ndarray, words: Sequence[str]) -> tuple[float, ...]:
     if len(place) != len(sides) or not all(0 <= at < side for at, side in zip(place, sides, strict=True)):
         names = "T,Y,X" if len(sides) == 3 else "Y,X"
         most = ",".join(str(side - 1) for side in sides)
-        raise UserError(f"--query={','.join(words)} should be {names}, from 0 to {most}")
-    return tuple((at + 0.5) / side for at, side in zip(place, sides, strict=True))
+        raise UserError(f"--query={printable(','.join(words))} should be {names}, from 0 to {most}")
+    return tuple(min((at + 0.5) / side, 1 - 1e-9) for at, side in zip(place, sides, strict=True))
 
 
 if __name__ == "__main__":

@@ -166,13 +166,23 @@ def position_of(layer: Layer, point: Sequence[float]) -> tuple[int, ...]:
     return tuple(min(int(share * n), n - 1) for share, n in zip(point, layer.grid, strict=True))
 
 
-def textured(pixels: np.ndarray, grid: Sequence[int]) -> tuple[float, ...]:
-    """The cell of a grid in whose pixels, of the middle frame, there is most to see: its centre, in shares of
-    the input's sides. Pixels are [[time,] height, width, 3]."""
+def textured(pixels: np.ndarray, grid: Sequence[int], count: int = 1) -> list[tuple[float, ...]]:
+    """Return the centres of the cells of a grid whose pixels vary most in the middle frame, the most textured
+    first, as fractions of the input's sides. Cells with less than half of the largest variance are left out.
+
+    Args:
+      pixels: [[time,] height, width, 3].
+      grid: ([time,] height, width).
+      count: how many cells at most.
+    """
     *time, rows, columns = grid
     frame = pixels[len(pixels) // 2] if time else pixels
     grey = frame.astype(np.float32).mean(axis=-1)
     cells = [np.array_split(row, columns, axis=1) for row in np.array_split(grey, rows, axis=0)]
-    spread = np.array([[cell.var() for cell in row] for row in cells])
-    row, column = np.unravel_index(int(spread.argmax()), spread.shape)
-    return (*[0.5] * len(time), (float(row) + 0.5) / rows, (float(column) + 0.5) / columns)
+    variance = np.array([[cell.var() for cell in row] for row in cells])
+    best = np.argsort(-variance, axis=None, kind="stable")[:count]
+    best = best[variance.ravel()[best] >= variance.max() / 2]
+    return [
+        (*[0.5] * len(time), (float(row) + 0.5) / rows, (float(column) + 0.5) / columns)
+        for row, column in zip(*np.unravel_index(best, variance.shape), strict=True)
+    ]

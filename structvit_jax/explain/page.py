@@ -1,5 +1,5 @@
-"""What any query sees, as one HTML page that needs no other file. Its maps are computed where it is looked
-at, from queries, keys and kernels.
+"""Write what any query sees as one HTML page that needs no other file. A script on the page computes the maps
+from queries, keys and kernels.
 """
 
 from __future__ import annotations
@@ -14,63 +14,85 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from structvit_jax.data.reader import Crop
+from structvit_jax.explain import overlay
 from structvit_jax.explain.maps import Layer
 from structvit_jax.explain.picture import in_time
 
 MOST = 24 * 2**20  # bytes of a page, about
-_COLOURS = {"positive": "viridis", "signed": "RdBu_r", "kernel": "PuOr_r"}  # matplotlib's
+_PIXELS = 6 * 10**6  # of all frames together
 
 
 class Shown(NamedTuple):
     """A model on the page."""
 
     title: str
-    says: str  # what it takes the input for
+    predicted: str  # its most probable classes
     layers: Mapping[str, Layer]
+    verdict: str  # the true class, and whether the prediction is right
+    right: bool | None  # None if unknown
+    crop: Crop  # the part of the frames that it saw
 
 
 def build(
-    models: Sequence[Shown], pixels: np.ndarray, *, title: str, layer: str, head: int, point: Sequence[float]
+    models: Sequence[Shown],
+    frames: np.ndarray,
+    *,
+    video: bool,
+    title: str,
+    layer: str,
+    head: int,
+    point: Sequence[float],
+    smooth: bool = True,
 ) -> str:
-    """The page.
+    """Return the page.
 
     Args:
       models: side by side; the first is the one that the controls are about.
-      pixels: uint8 [[time,] height, width, 3], as the first saw them, RGB.
-      title: what the input is called.
-      layer, head, point: what is shown first; the point in shares of (time, height, width).
+      frames: uint8 [time, height, width, 3], RGB, as recorded; an image has a time of one.
+      video: whether the input is a video.
+      title: above the page.
+      layer, head, point: what is shown first; the point in fractions of the first model's input.
+      smooth: whether maps are interpolated at first.
     """
-    video = pixels.ndim == 4
-    frames = pixels if video else pixels[None]
-    kept = fitting([model.layers for model in models], layer)
+    pictures = [_picture(frame, _PIXELS / len(frames)) for frame in frames]
+    kept = fitting([model.layers for model in models], layer, MOST - sum(map(len, pictures)))
     left_out = len(set().union(*(model.layers for model in models))) - len(kept)
     content = {
         "title": title,
-        "about": "Queries and keys are stored in half precision, all else in single."
-        + f" {left_out} layers are left out, to keep the page light." * bool(left_out),
+        "about": f"Each map has its own colour scale: {overlay.SCALES}."
+        + f" {left_out} layers are left out to keep the page small." * bool(left_out),
         "video": video,
         "size": [frames.shape[2], frames.shape[1]],
-        "frames": [_picture(frame) for frame in frames],
+        "frames": pictures,
         "layer": layer,
         "head": head,
         "query": [0.5] * (not video) + list(point),
-        "colours": {name: _stops(colours) for name, colours in _COLOURS.items()},
+        "smooth": smooth,
+        "clipped": overlay.CLIPPED,
+        "colours": {
+            name: {"plain": _stops(name, over=False), "over": _stops(name, over=True)}
+            for name in overlay.COLOURS
+        },
         "models": [
             {
                 "title": model.title,
-                "says": model.says,
+                "predicted": model.predicted,
+                "verdict": model.verdict,
+                "right": model.right,
+                "crop": list(model.crop),
                 "layers": [encoded(own) for own in model.layers.values() if own.name in kept],
             }
             for model in models
         ],
     }
     template = (importlib.resources.files("structvit_jax.explain") / "page.html").read_text("utf-8")
-    # A name may hold "</script>"; in JSON a slash may be escaped.
-    return template.replace("/*DATA*/", json.dumps(content).replace("</", "<\\/"))
+    # Without "<", no text of the data ends the script or starts a comment in it.
+    return template.replace("/*DATA*/", json.dumps(content).replace("<", "\\u003c"))
 
 
 def fitting(models: Sequence[Mapping[str, Layer]], wanted: str, most: int = MOST) -> set[str]:
-    """Names of layers whose arrays fit on a page: all, or as many as do, and the one that is wanted."""
+    """Return the names of layers whose arrays fit on a page: all, or as many as do, and the wanted one."""
     names = list(dict.fromkeys(name for layers in models for name in layers))
     sizes = {name: sum(_size(layers[name]) for layers in models if name in layers) for name in names}
     for count in range(len(names), 0, -1):
@@ -86,8 +108,8 @@ def _size(layer: Layer) -> int:
 
 
 def encoded(layer: Layer) -> dict[str, Any]:
-    """A layer as the page's script takes it. Arrays begin with the head; of the values' kernels it has the
-    mean over channels, and the products of each two with each other, summed over window and channels."""
+    """Return a layer as the page's script reads it. Arrays begin with the head; value kernels are given as
+    their mean over channels, and as the products of each two, summed over window and channels."""
     axes, heads = len(layer.grid), layer.attention.heads
     query, key, _ = (np.moveaxis(np.asarray(x, np.float32), -2, 0) for x in layer.operands())
     key_kernels, value_kernels = (_by_head(kernels, heads) for kernels in layer.kernels())
@@ -125,13 +147,15 @@ def _text(array: np.ndarray, dtype: Any = np.float32) -> str:
     return base64.b64encode(little.tobytes()).decode()
 
 
-def _picture(frame: np.ndarray) -> str:
+def _picture(frame: np.ndarray, pixels: float) -> str:
+    """A frame as a URL, scaled to at most a number of pixels."""
+    height, width = frame.shape[:2]
+    scale = min(1.0, (pixels / (height * width)) ** 0.5)
+    frame = overlay.enlarged(frame, round(height * scale), round(width * scale)) if scale < 1 else frame
     file, kind = io.BytesIO(), "png" if max(frame.shape) <= 64 else "jpeg"
-    Image.fromarray(frame).save(file, kind, quality=88)
+    Image.fromarray(frame).save(file, kind, quality=85)
     return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def _stops(name: str) -> list[list[int]]:
-    from matplotlib import colormaps  # here: half a second, for those who draw
-
-    return (colormaps[name](np.linspace(0, 1, 33))[:, :3] * 255).round().astype(int).tolist()
+def _stops(name: str, *, over: bool) -> list[list[int]]:
+    return overlay.stops(name, over=over)[::5].tolist()

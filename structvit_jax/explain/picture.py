@@ -1,50 +1,64 @@
-"""What one query sees, as a picture."""
+"""Draw what one query sees as a picture: the maps of a layer and head over the frames of the input."""
 
 from __future__ import annotations
 
 import io
-from typing import Any, NamedTuple
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from structvit_jax.data.reader import Crop
+from structvit_jax.explain import overlay
+from structvit_jax.explain.layout import DPI, Box, Line, Panel, Strip, arrange, without_glyph_warnings
 from structvit_jax.explain.maps import Layer, Query
+from structvit_jax.explain.overlay import Scale
 
-_MOST = 8  # maps beside each other
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_MOST = 8  # times beside each other
+_TILES = 11.0  # inches that tiles beside each other take at most
+_WIDEST = 14.5  # inches, of panels beside each other
 
 
 class Row(NamedTuple):
-    """Maps in a row: over the frames, then over the windows of kernels."""
+    """A map over the times of a layer, and small maps over windows."""
 
     label: str
     maps: np.ndarray  # [time, height, width]
-    colours: str  # "signed", symmetric about zero, or "positive"
-    most: float  # the value of the strongest colour
     windows: tuple[tuple[str, np.ndarray], ...] = ()  # titles and kernels [time, height, width], signed
 
 
 def in_time(array: np.ndarray, axes: int) -> np.ndarray:
-    """[*grid, ...] with a time of one where the grid is an image's."""
+    """Return [*grid, ...] with a time of one if the grid is an image's."""
     return array if axes == 3 else array[None]
 
 
 def rows(layer: Layer, query: Query, head: int) -> list[Row]:
-    """The correlations beside the dynamic kernel where the query itself is, the attention of each pattern
-    beside the kernels that make it, and the final map. What has channels is their mean."""
+    """Return the correlations with the dynamic kernel at the query, the attention of each structure kernel
+    with the kernels that make it, and the final map. Maps with channels are averaged over them."""
     axes = len(layer.grid)
     key_kernels, value_kernels = (_of_head(kernels, head).mean(axis=-2) for kernels in layer.kernels())
     correlation, final = in_time(query.correlation, axes), in_time(query.final.mean(axis=-1), axes)
-    attention = [in_time(one, axes) for one in query.attention]
-    most = float(query.attention.max())
     kappa = in_time(query.kappa[_key_of(layer, query)].mean(axis=-1), axes)
-    windows = (("dynamic kernel there", kappa),)
-    found = [Row("correlation", correlation, "signed", float(np.abs(correlation).max()), windows)]
-    for d, one in enumerate(attention):
+    plain = layer.kind == "self-attention"
+    windows = () if plain else (("dynamic kernel", kappa),)
+    found = [Row("correlation with every position", correlation, windows)]
+    for d, one in enumerate(in_time(a, axes) for a in query.attention):
         kernels = (
             ("key kernel", in_time(key_kernels[..., d], axes)),
             ("value kernel", in_time(value_kernels[..., d], axes)),
         )
-        found.append(Row(f"pattern {d + 1}\n{one.sum():.0%}", one, "positive", most, kernels))
-    return [*found, Row("final map", final, "signed", float(np.abs(final).max()))]
+        name = f"attention of structure kernel {d + 1}: {one.sum():.0%}"
+        found.append(Row(name if layer.patterns > 1 else "attention", one, () if plain else kernels))
+    return [*found, Row("final map: weight of each value", final)]
+
+
+def _of_head(kernels: np.ndarray, head: int) -> np.ndarray:
+    """[*window, heads or 1, channels or 1, D] -> [*window, channels or 1, D]."""
+    return kernels[..., min(head, kernels.shape[-3] - 1), :, :]
 
 
 def _key_of(layer: Layer, query: Query) -> tuple[int, ...]:
@@ -54,11 +68,11 @@ def _key_of(layer: Layer, query: Query) -> tuple[int, ...]:
 
 
 def seen_by_window(frames: np.ndarray, layer: Layer, query: Query) -> np.ndarray:
-    """The pixels that the window around the query covers, of the frame in the middle of each of its times,
-    black outside the input. Where grids do not divide the input, to the nearest pixel.
+    """Return the pixels that the window around the query covers, of the frame in the middle of each of its
+    times, black outside the input. Where grids do not divide the input, to the nearest pixel.
 
     Args:
-      frames: uint8 [time, height, width, 3]; an image has a time of one.
+      frames: uint8 [time, height, width, 3], what the model saw; an image has a time of one.
       layer, query: of the maps.
 
     Returns:
@@ -80,80 +94,147 @@ def seen_by_window(frames: np.ndarray, layer: Layer, query: Query) -> np.ndarray
     return seen
 
 
-def _of_head(kernels: np.ndarray, head: int) -> np.ndarray:
-    """[*window, heads or 1, channels or 1, D] -> [*window, channels or 1, D]."""
-    return kernels[..., min(head, kernels.shape[-3] - 1), :, :]
-
-
-def draw(pixels: np.ndarray, layer: Layer, query: Query, head: int, title: str) -> bytes:
-    """A PNG: the input with the query marked, and its rows of maps below.
-
-    Args:
-      pixels: uint8 [[time,] height, width, 3], as the model saw them, RGB.
-      layer, query, head: of the maps.
-      title: a line above.
-    """
-    from matplotlib.figure import Figure  # here: half a second, for those who draw
-
-    shown = rows(layer, query, head)
-    frames = in_time(pixels, len(layer.grid))
-    times = _spread(len(shown[0].maps), _MOST)
-    windows = max(sum(len(kernel) for _, kernel in row.windows) for row in shown)
-    width = 1.3 * len(times) + 0.7 * windows
-    figure = Figure(figsize=(width + 1.6, 1.3 * (len(shown) + 1) + 0.7), layout="constrained")
-    rank = f"effective rank of the dynamic kernels {query.rank:.2f} of {layer.patterns}"
-    figure.suptitle(f"{title}\n{rank}", fontsize=9)
-    ratios = [1.3] * len(times) + [0.2] + [0.7] * windows
-    places = figure.subplots(len(shown) + 1, len(ratios), gridspec_kw={"width_ratios": ratios}, squeeze=False)
-    for place in places.flat:
-        place.set_axis_off()
-    _draw_frames(places[0], frames, layer, query, times)
-    under, seen = places[0][len(times) + 1 :], seen_by_window(frames, layer, query)
-    for place, picture in zip(under, seen, strict=False):
-        place.imshow(picture)
-    under[len(seen) // 2].set_title("pixels under its window", fontsize=7)
-    for line, row in zip(places[1:], shown, strict=True):
-        _draw_row(line, row, times)
+def draw(
+    frames: np.ndarray,
+    crop: Crop,
+    layer: Layer,
+    query: Query,
+    head: int,
+    heading: Sequence[Line],
+    *,
+    smooth: bool = True,
+) -> bytes:
+    """Return a PNG of `compose`."""
     file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=110)
+    with without_glyph_warnings():
+        figure = compose(frames, crop, layer, query, head, heading, smooth=smooth)
+        figure.savefig(file, format="png", dpi=DPI)
     return file.getvalue()
 
 
-def _spread(count: int, most: int) -> np.ndarray:
-    return np.unique(np.linspace(0, count - 1, min(count, most)).astype(int))
+def compose(
+    frames: np.ndarray,
+    crop: Crop,
+    layer: Layer,
+    query: Query,
+    head: int,
+    heading: Sequence[Line],
+    *,
+    smooth: bool = True,
+) -> Figure:
+    """Return a figure: the frames with the query marked, and a panel of overlays for each map.
+
+    Args:
+      frames: uint8 [time, height, width, 3], RGB, as recorded; an image has a time of one.
+      crop: the part of them that the model saw.
+      layer, query, head: of the maps.
+      heading: above the panels.
+      smooth: whether maps are interpolated between positions.
+    """
+    shown = rows(layer, query, head)
+    at = query.position[0] if len(layer.grid) == 3 else 0
+    times = _spread(len(shown[0].maps), at)
+    tile = _tile(frames.shape[2] / frames.shape[1], len(times))
+    sizes = [max(1, round(side * DPI)) for side in tile[::-1]]
+    shots = [overlay.enlarged(frames[frame_of(t, len(shown[0].maps), len(frames))], *sizes) for t in times]
+    marks = [_cell(query, layer, crop, times.index(at))]
+    panels = [_input_panel(shots, crop, times, len(shown[0].maps), len(frames), marks)]
+    for number, row in enumerate(shown):
+        scale = Scale.of(row.maps)
+        tiles = [
+            overlay.overlaid(shot, row.maps[t], scale, crop, smooth=smooth)
+            for t, shot in zip(times, shots, strict=True)
+        ]
+        strips = [_kernel_strip(name, kernel) for name, kernel in row.windows]
+        if number == 0:
+            seen = seen_by_window(_cropped(frames, crop), layer, query)
+            strips.append(Strip("pixels in its window", [_at_most(picture, 120) for picture in seen]))
+        panels.append(Panel(row.label, tiles, (), scale, strips, marks, strong=number == 0))
+    if len(layer.grid) == 3 and layer.grid[0] >= 4 and min(layer.grid[1:]) >= 6:
+        panels.append(_slices(frames, crop, layer, query, sizes, smooth=smooth))
+    return arrange(heading, panels, tile, widest=_WIDEST if len(times) == 1 else 0)
 
 
-def _draw_frames(places, frames, layer: Layer, query: Query, times: np.ndarray) -> None:
-    """The frame in the middle of what each map below is of."""
-    *time, y, x = ((at + 0.5) / n for at, n in zip(query.position, layer.grid, strict=True))
-    chosen = ((times + 0.5) * len(frames) / (times[-1] + 1)).astype(int)
-    for number, place in zip(chosen, places, strict=False):
-        place.imshow(frames[number])
-        place.set_title(f"frame {number}" if time else "input", fontsize=8)
-    column = int(np.abs(times - query.position[0]).argmin()) if time else 0
-    height, width = frames.shape[1:3]
-    mark = {"color": "#d95f02", "markersize": 11, "markeredgewidth": 2, "markerfacecolor": "none"}
-    places[column].plot(x * width - 0.5, y * height - 0.5, "s", **mark)
-    _write(places[0], "input,\nquery marked")
+def frame_of(time: int, times: int, frames: int) -> int:
+    """Return the frame in the middle of a time of a layer."""
+    return int((time + 0.5) * frames / times)
 
 
-def _draw_row(places, row: Row, times: np.ndarray) -> None:
-    colours: dict[str, Any] = {"cmap": "viridis", "vmin": 0, "vmax": row.most}
-    if row.colours == "signed":
-        colours = {"cmap": "RdBu_r", "vmin": -row.most, "vmax": row.most}
-    for number, place in zip(times, places, strict=False):
-        place.imshow(row.maps[number], **colours)
-    sign = "±" if row.colours == "signed" else "0 to "
-    _write(places[0], f"{row.label}\n{sign}{row.most:.2g}")
-    start = len(times) + 1  # after a gap
-    for name, kernel in row.windows:
-        most = float(np.abs(kernel).max()) or 1.0
-        for place, picture in zip(places[start:], kernel, strict=False):
-            place.imshow(picture, cmap="PuOr_r", vmin=-most, vmax=most)
-        places[start + len(kernel) // 2].set_title(f"{name}, ±{most:.2g}", fontsize=7)
-        start += len(kernel)
+def _spread(count: int, at: int) -> list[int]:
+    """Some times, evenly spaced, of which `at` is one."""
+    times = np.unique(np.linspace(0, count - 1, min(count, _MOST)).astype(int))
+    times[np.abs(times - at).argmin()] = at
+    return times.tolist()
 
 
-def _write(place, words: str) -> None:
-    """To the left of a row."""
-    place.text(-0.1, 0.5, words, fontsize=8, ha="right", va="center", transform=place.transAxes)
+def _tile(aspect: float, count: int) -> tuple[float, float]:
+    """Width and height in inches of one of `count` tiles beside each other."""
+    aspect = min(max(aspect, 1 / 3), 3.0)
+    area = 4.2 if count == 1 else 1.75
+    height = math.sqrt(area / aspect)
+    shrink = min(1.0, _TILES / (count * height * aspect))
+    return height * aspect * shrink, height * shrink
+
+
+def _cropped(frames: np.ndarray, crop: Crop) -> np.ndarray:
+    top, left, bottom, right = overlay.box(crop, *frames.shape[1:3])
+    return frames[:, top:bottom, left:right]
+
+
+def _cell(query: Query, layer: Layer, crop: Crop, tile: int) -> Box:
+    """The query's cell of the grid, in the frame."""
+    height, width = (side / n for side, n in zip((crop.height, crop.width), layer.grid[-2:], strict=True))
+    row, column = query.position[-2:]
+    return Box(tile, crop.left + column * width, crop.top + row * height, width, height)
+
+
+def _input_panel(
+    shots: Sequence[np.ndarray],
+    crop: Crop,
+    times: Sequence[int],
+    count: int,
+    frames: int,
+    marks: Sequence[Box],
+) -> Panel:
+    whole = crop.height > 0.99 and crop.width > 0.99
+    title = "input, query marked" + ("" if whole else "; the model saw the bright part")
+    captions = [f"frame {frame_of(t, count, frames)}" for t in times] if frames > 1 else []
+    return Panel(title, [overlay.dimmed(shot, crop) for shot in shots], captions, marks=marks)
+
+
+def _kernel_strip(name: str, kernel: np.ndarray) -> Strip:
+    most = float(np.abs(kernel).max())
+    fractions = 0.5 + kernel / (2 * most or 1)
+    return Strip(f"{name}, ±{most:.2g}", list(overlay.coloured(fractions, "kernel")))
+
+
+def _at_most(picture: np.ndarray, side: int) -> np.ndarray:
+    scale = side / max(picture.shape[:2])
+    if scale >= 1:
+        return picture
+    return overlay.enlarged(picture, *(max(1, round(length * scale)) for length in picture.shape[:2]))
+
+
+def _slices(
+    frames: np.ndarray, crop: Crop, layer: Layer, query: Query, sizes: Sequence[int], *, smooth: bool
+) -> Panel:
+    """The query's row and its column over time: what moves leaves a slanted line in the pixels and, beside
+    them, in the correlations."""
+    seen, scale = _cropped(frames, crop), Scale.of(query.correlation)
+    _, row, column = query.position
+    y, x = (int((at + 0.5) * n / cells) for at, n, cells in _along(query, seen, layer))
+    tiles = []
+    for pixels, values in (
+        (seen[:, y], query.correlation[:, row]),
+        (seen[:, :, x], query.correlation[:, :, column]),
+    ):
+        picture = overlay.enlarged(pixels, *sizes)
+        over = overlay.overlaid(picture, values, scale, Crop(0, 0, 1, 1), smooth=smooth)
+        tiles += [picture, over]
+    captions = ["row", "its correlation", "column", "its correlation"]
+    title = "the query's row and column over time (time runs down): motion is a slanted line"
+    return Panel(title, tiles, captions, scale)
+
+
+def _along(query: Query, seen: np.ndarray, layer: Layer) -> list[tuple[int, int, int]]:
+    return list(zip(query.position[1:], seen.shape[1:3], layer.grid[1:], strict=True))
