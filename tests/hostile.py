@@ -68,7 +68,9 @@ def select(options: argparse.Namespace) -> list[Case]:
     tables = (importlib.import_module(f"attacks.{name}_cases") for name in _TABLES)
     cases = [case for table in tables for case in table.cases()]
     names = collections.Counter(map(str, cases))
-    assert not (twice := [name for name, count in names.items() if count > 1]), f"names are not unique: {twice}"
+    assert not (twice := [name for name, count in names.items() if count > 1]), (
+        f"names are not unique: {twice}"
+    )
     patterns = [*options.only, *(_SAMPLE if options.sample else ())] or ["*"]
     return [case for case in cases if any(_matches(str(case), pattern) for pattern in patterns)]
 
@@ -116,7 +118,7 @@ def attack(runner: Runner, cases: Sequence[Case], *, keep: bool) -> list[tuple[C
         if wrong:
             print(describe(case, result, wrong), flush=True)
         if not (wrong and keep):
-            for path in (here, *here.parent.glob(f"{here.name}.std*")):
+            for path in (here, *here.parent.glob(f"{here.name}.*")):
                 shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
         if len(finished) % 100 == 0:
             print(f"... {len(finished)} of {len(cases)}", flush=True)
@@ -124,7 +126,9 @@ def attack(runner: Runner, cases: Sequence[Case], *, keep: bool) -> list[tuple[C
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", action="append", default=[], metavar="PATTERN", help="as 'cards: *'")
     parser.add_argument("--list", action="store_true", help="print the names of the cases")
     parser.add_argument("--sample", action="store_true", help="the cases of tests/test_hostile.py")
@@ -151,7 +155,9 @@ def main() -> int:
     print("", *table(groups), sep="\n")
     short = sum(bool(wrong) for _, _, wrong in finished)
     wall, used = time.monotonic() - started, sum(result.cpu_seconds for _, result, _ in finished)
-    print(f"{len(finished)} cases, {short} fell short; {wall / 60:.1f} minutes, {used / 60:.1f} of one core's")
+    print(
+        f"{len(finished)} cases, {short} fell short; {wall / 60:.1f} minutes, {used / 60:.1f} of one core's"
+    )
     if options.self:
         return int(any(set(wrong) != self_cases.EXPECTED[case.name] for case, _, wrong in finished))
     return int(short > 0 or not finished)

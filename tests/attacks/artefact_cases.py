@@ -26,7 +26,7 @@ from attacks.damage import (
     steps,
     text,
 )
-from attacks.list_cases import become_another_user, open_to_all
+from attacks.users import without_privileges
 
 _STEP = "image_run/checkpoints/4"
 _CARD = f"{_STEP}/card/metadata"
@@ -207,7 +207,9 @@ def _checkpoint_files() -> Iterator[Case]:
     yield _predict("digests of a file elsewhere", text(f"{_STEP}/sha256.json", upwards), codes=(0, 2))
     nested = text(f"{_STEP}/weights/_METADATA", _DEEP)
     yield _predict("weights/_METADATA nested, signed", _signed(nested), codes=(2,))
-    yield _predict("a checkpoint of superscript two", text("image_run/checkpoints/\u00b2/x", ""), codes=(0, 2))
+    yield _predict(
+        "a checkpoint of superscript two", text("image_run/checkpoints/\u00b2/x", ""), codes=(0, 2)
+    )
     yield _predict("a checkpoint of 4,000 digits", folder("image_run/checkpoints/" + "9" * 200), codes=(0, 2))
     yield _predict("a file for a checkpoint", text("image_run/checkpoints/99", ""), codes=(0, 2))
     file = steps(remove("image_run/checkpoints"), text("image_run/checkpoints", "x"))
@@ -215,11 +217,11 @@ def _checkpoint_files() -> Iterator[Case]:
     link = steps(remove("image_run/checkpoints"), _link_to_itself)
     yield _predict("a link to itself for all checkpoints", link)
     yield main("checkpoints", "train where checkpoints is a file", prepare=text("run/checkpoints", "x"))
-    closed = steps(_close, open_to_all, _close)
-    yield _predict("the newest checkpoint is not readable", closed, first=become_another_user, codes=(2,))
+    closed = _close
+    yield _predict("the newest checkpoint is not readable", closed, first=without_privileges, codes=(2,))
     yield main("checkpoints", "resume where the newest is not readable", "--config.data.root=<images>",
                "--config.train.duration=6 steps", "--workdir=<here>/image_run", config=IMAGE_FOLDER[0],
-               copies=("image_run",), prepare=closed, first=become_another_user)  # fmt: skip
+               copies=("image_run",), prepare=closed, first=without_privileges)  # fmt: skip
 
 
 def _link_to_itself(here: Path, chance: random.Random) -> None:
@@ -265,7 +267,9 @@ def _logs() -> Iterator[Case]:
         prepare = text("image_run/goodput.json", json.dumps(value))
         yield from _resume_and_report(f"goodput.json {_told(value)}", prepare, "goodput.json")
     for line in _METRICS:
-        yield from _resume_and_report(f"metrics.jsonl {line!r}", text("image_run/metrics.jsonl", line + "\n"), "")
+        yield from _resume_and_report(
+            f"metrics.jsonl {line!r}", text("image_run/metrics.jsonl", line + "\n"), ""
+        )
     for value in _LOCKS:
         prepare = _lock(value)
         yield _resume(f"lock.json {_told(value)}", prepare, codes=(0, 2, 75))
@@ -424,7 +428,14 @@ def _shards() -> Iterator[Case]:
         yield _on_shards(f"features.json {name}", edit, check=nothing_executed)
         inner = steps(functools.partial(_inner_feature, value), _evil)
         yield _on_shards(f"features.json {name} inside", inner, check=nothing_executed)
-    for key in ("splits.0.numBytes", "splits.0.shardLengths", "splits.0.name", "fileFormat", "name", "version"):
+    for key in (
+        "splits.0.numBytes",
+        "splits.0.shardLengths",
+        "splits.0.name",
+        "fileFormat",
+        "name",
+        "version",
+    ):
         for value in ("x", "99999999999999999999", [], None):
             edit = edit_json(f"{version}/dataset_info.json", key, value)
             yield _on_shards(f"dataset_info.json with {key} {value}", edit)

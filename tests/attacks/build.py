@@ -93,7 +93,9 @@ def _bombs(folder: Path) -> None:
         rows = 200 if name == "square" else 1
         (folder / f"bomb_{name}.png").write_bytes(_png(width, height, rows))
     gif = b"GIF89a" + struct.pack("<HHBBB", 65535, 65535, 0, 0, 0)
-    (folder / "bomb.gif.png").write_bytes(gif + b"\x2c" + struct.pack("<HHHHB", 0, 0, 65535, 65535, 0) + b"\2;")
+    (folder / "bomb.gif.png").write_bytes(
+        gif + b"\x2c" + struct.pack("<HHHHB", 0, 0, 65535, 65535, 0) + b"\2;"
+    )
     jpeg = (folder / "whole.jpg").read_bytes()
     at = jpeg.index(b"\xff\xc0") + 5
     (folder / "bomb.jpg").write_bytes(jpeg[:at] + struct.pack(">HH", 65500, 65500) + jpeg[at + 4 :])

@@ -65,6 +65,7 @@ class Result:
     stderr: str = ""
     strays: list[str] = dataclasses.field(default_factory=list)  # files outside its folder, or left in TMPDIR
     left: list[str] = dataclasses.field(default_factory=list)  # processes that outlived it
+    reached: list[str] = dataclasses.field(default_factory=list)  # other machines that it looked for
     contacts: int = 0  # connections to the address that nothing should open
 
 
@@ -87,7 +88,9 @@ def problems(case: Case, result: Result, here: Path) -> dict[str, str]:
         found["stray"] = ", ".join(result.strays[:5])
     if result.left:
         found["left"] = ", ".join(result.left[:5])
-    if result.contacts:
+    if result.reached:
+        found["check"] = f"looked for other machines: {', '.join(result.reached[:3])}"
+    elif result.contacts:
         found["check"] = f"{result.contacts} connections were opened"
     elif case.check and (wrong := case.check(here, result)):
         found["check"] = wrong

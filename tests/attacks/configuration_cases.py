@@ -46,7 +46,13 @@ _TEXTS: dict[str, str | bytes] = {
     "binary": bytes(range(256)),
     "nested": "x = " + "(" * 5000,
 }  # fmt: skip
-_ENDINGS = {"missing": "missing.py", "no .py": "c.txt", "a folder": ".", "a fifo": "fifo.py", "zero": "zero.py"}
+_ENDINGS = {
+    "missing": "missing.py",
+    "no .py": "c.txt",
+    "a folder": ".",
+    "a fifo": "fifo.py",
+    "zero": "zero.py",
+}
 
 
 def cases() -> Iterator[Case]:

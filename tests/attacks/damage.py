@@ -120,7 +120,9 @@ def sign(checkpoint: str) -> Prepare:
         del chance
         top = _at(here, checkpoint)
         files = [path for path in sorted(top.rglob("*")) if path.is_file() and path.name != "sha256.json"]
-        digests = {str(path.relative_to(top)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+        digests = {
+            str(path.relative_to(top)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files
+        }
         (top / "sha256.json").write_text(json.dumps(digests))
 
     return prepare

@@ -12,7 +12,7 @@ from pathlib import Path
 from attacks.case import Case
 from attacks.commands import COMMANDS, DIGITS, IMAGE, case, main
 from attacks.damage import edit_json, sign, steps, text
-from attacks.list_cases import become_another_user, open_to_all
+from attacks.users import without_a_name, without_privileges
 
 _PREDICT = COMMANDS["predict"]
 _SOME = ("predict", "report", "evaluate", "data.prepare", "main")
@@ -57,7 +57,9 @@ _ACCENTS = "caf\u00e9 \u6f22\u5b57"
 def cases() -> Iterator[Case]:
     for name, (variables, codes) in _VARIABLES.items():
         yield main("environments", f"train with {name}", environment=variables, codes=codes, seconds=90)
-        yield case("environments", f"predict with {name}", "predict", *_PREDICT, environment=variables, codes=codes)
+        yield case(
+            "environments", f"predict with {name}", "predict", *_PREDICT, environment=variables, codes=codes
+        )
     for name, (variables, codes) in _STARTS.items():
         yield case("environments", f"predict, {name}", "predict", *_with_accents(), environment=variables,
                    codes=codes, python=(), copies=("image_run",), prepare=_accents)  # fmt: skip
@@ -88,13 +90,13 @@ def _accents(here: Path, chance: random.Random) -> None:
 
 def _users() -> Iterator[Case]:
     """A user without a name, as containers give, and folders that it may not write into."""
-    options = {"first": become_another_user, "prepare": open_to_all}
+    options = {"first": without_a_name}
     nobody = {"HOME": None, "XDG_CACHE_HOME": None, "JAX_COMPILATION_CACHE_DIR": None, "USER": None}
     yield main("environments", "train as a user without a name and HOME", environment=nobody, codes=(0,),
                seconds=120, **options)  # fmt: skip
     yield case("environments", "predict as a user without a name and HOME", "predict", *_PREDICT,
                environment=nobody, codes=(0,), seconds=120, **options)  # fmt: skip
-    closed = {"first": become_another_user, "prepare": steps(open_to_all, _closed)}
+    closed = {"first": without_privileges, "prepare": _closed}
     places = {
         "train": ("main", DIGITS, "--workdir={}"), "report": ("report", "<image_run>", "--out={}/x.html"),
         "export": ("export", *_PREDICT[:1], "{}/x.jax", "--platforms=cpu"), "convert": ("convert", "<structvit_run>", "{}/x"),
@@ -146,5 +148,3 @@ def _gone() -> None:
 
 def _umask() -> None:
     os.umask(0o777)
-
-

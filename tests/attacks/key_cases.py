@@ -34,6 +34,8 @@ def cases() -> Iterator[Case]:
     for key, value in _leaves(default_config()):
         kind = type(value)
         for table, codes in ((_REFUSED, (2,)), (_ODD, (0, 2))):
+            if value == ():  # takes a single word for a tuple of it
+                codes = (0, 2)
             for word in table.get(kind, ()):
                 flag = f"--config.{key}={word}"
                 yield main("keys", _short(f"{key}={word}"), "--mode=show", flag, codes=codes)

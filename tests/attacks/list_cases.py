@@ -11,6 +11,7 @@ from pathlib import Path
 from attacks.case import Case, Result
 from attacks.commands import IMAGE_FOLDER, case, main
 from attacks.damage import Prepare, steps, text
+from attacks.users import without_privileges
 
 _NINES = "9" * 5000
 _DEEP = "[" * 100_000
@@ -55,7 +56,9 @@ _LISTS: dict[str, tuple[str | bytes, bool | None]] = {
     "noise": (random.Random(0).randbytes(5000), None),
 }  # fmt: skip
 _JSON_LISTS = {
-    "good": "".join('{{"path": "{}", "label": "{}"}}\n'.format(*line.split(",")) for line in _GOOD.split("\n")[:-1]),
+    "good": "".join(
+        '{{"path": "{}", "label": "{}"}}\n'.format(*line.split(",")) for line in _GOOD.split("\n")[:-1]
+    ),
     "nested": _DEEP,
     "nested objects": '{"a":' * 100_000,
     "a list": "[1, 2]\n",
@@ -95,26 +98,6 @@ _THINGS: dict[str, Prepare] = {
     "a link to nothing": lambda at, _: at.symlink_to("nowhere"),
     "not readable": lambda at, _: (at.write_text("x"), at.chmod(0)),
 }
-_OTHER_USER = 12345
-
-
-def become_another_user() -> None:
-    """For `first`: root may read everything."""
-    if os.geteuid() == 0:
-        os.setgroups([])
-        os.setgid(_OTHER_USER)
-        os.setuid(_OTHER_USER)
-
-
-def open_to_all(here: Path, chance: random.Random) -> None:
-    """For `prepare`: lets another user write into the folder of the case."""
-    del chance
-    for path in (here, *here.rglob("*")):
-        if path.is_dir() and not path.is_symlink():
-            path.chmod(0o777)
-    for stream in ("stdout", "stderr"):
-        (here.parent / f"{here.name}.{stream}").touch(0o666)
-        (here.parent / f"{here.name}.{stream}").chmod(0o666)
 
 
 def cases() -> Iterator[Case]:
@@ -127,9 +110,9 @@ def cases() -> Iterator[Case]:
     for name, make in _THINGS.items():
         for file in ("train.csv", "labels.txt"):
             lists = (_without_folders,) if file == "train.csv" else ()
-            prepare = steps(*lists, functools.partial(_make, make, file), open_to_all)
+            prepare = steps(*lists, functools.partial(_make, make, file))
             yield from _commands(file, name, prepare, (0, 2) if file == "labels.txt" else (2,),
-                                 first=become_another_user)  # fmt: skip
+                                 first=without_privileges)  # fmt: skip
     yield from _annotations()
 
 
@@ -148,9 +131,7 @@ def _on_labels(name: str, prepare: Prepare, usable: bool | None) -> Iterator[Cas
                    check=_same_names)  # fmt: skip
 
 
-def _commands(
-    file: str, name: str, prepare: Prepare, codes: tuple[int, ...], first=None
-) -> Iterator[Case]:
+def _commands(file: str, name: str, prepare: Prepare, codes: tuple[int, ...], first=None) -> Iterator[Case]:
     """The commands that read the lists of a data set."""
     options = {"copies": ("images",), "prepare": prepare, "first": first, "seconds": 30}
     root = "--config.data.root=<here>/images"

@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import ctypes
 import dataclasses
+import errno
 import functools
 import os
 import random
@@ -17,6 +18,7 @@ import resource
 import runpy
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -153,6 +155,8 @@ class Runner:
         if not result.killed and (here / "tmp").is_dir():
             result.strays += [f"TMPDIR/{name}" for name in os.listdir(here / "tmp")]
         result.contacts = self._sandbox.contacts()
+        network = here.parent / f"{here.name}.network"
+        result.reached = sorted(set(network.read_text().split())) if network.exists() else []
 
 
 def _child(case: Case, here: Path, arguments: tuple[str, ...], environment: dict[str, str]) -> None:
@@ -166,6 +170,7 @@ def _child(case: Case, here: Path, arguments: tuple[str, ...], environment: dict
         files = [os.devnull, *(str(here.parent / f"{here.name}.{name}") for name in ("stdout", "stderr"))]
         for number, path in enumerate(files):
             os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND), number)
+        sys.addaudithook(functools.partial(_stay_here, str(here.parent / f"{here.name}.network")))
         os.chdir(here)
         os.environ.clear()
         os.environ.update(environment)
@@ -181,6 +186,20 @@ def _child(case: Case, here: Path, arguments: tuple[str, ...], environment: dict
         traceback.print_exc()
     finally:
         os._exit(code)
+
+
+def _stay_here(record: str, event: str, arguments: tuple[object, ...]) -> None:
+    """Refuses, and notes, connections to other machines than this one."""
+    if event == "socket.connect" and isinstance(arguments[1], tuple):
+        host = str(arguments[1][0])
+    elif event == "socket.getaddrinfo" and arguments[0]:
+        host = str(arguments[0])
+    else:
+        return
+    if host not in ("127.0.0.1", "::1", "localhost", "0.0.0.0", socket.gethostname()):
+        with open(record, "a") as file:
+            file.write(f"{host}\n")
+        raise OSError(errno.ENETUNREACH, f"attacks stay on this machine, away from {host}")
 
 
 def _exec(case: Case, arguments: tuple[str, ...]) -> None:

@@ -14,7 +14,7 @@ from attacks.names import MARKER
 
 ROOT = Path(__file__).parent.parent.parent  # of the checkout
 TINY = f"--config={Path(__file__).with_name('tiny.py')}"
-_SKIPPED = {".git", ".venv", "__pycache__", ".mypy_cache", ".pytest_cache", ".ruff_cache", "runs"}
+_SKIPPED = {".git", ".venv", "tests", "__pycache__", ".mypy_cache", ".pytest_cache", ".ruff_cache", "runs"}
 _INHERITED = ("PATH", "LD_LIBRARY_PATH", "XLA_FLAGS", "JAX_PLATFORMS", "JAX_DISABLE_MOST_OPTIMIZATIONS")
 
 
@@ -78,7 +78,7 @@ class Sandbox:
         """An empty folder for a case, with a HOME and a TMPDIR."""
         here = self.folder / "cases" / f"{number:04}"
         shutil.rmtree(here, ignore_errors=True)
-        for stream in ("stdout", "stderr"):
+        for stream in ("stdout", "stderr", "network"):
             here.with_name(f"{here.name}.{stream}").unlink(missing_ok=True)
         for name in ("home", "tmp"):
             (here / name).mkdir(parents=True)
@@ -86,7 +86,12 @@ class Sandbox:
 
     def fill(self, text: str, here: Path) -> str:
         """Puts paths and addresses in the place of their names in angle brackets."""
-        names = {"here": here, "root": ROOT, "marker": self.folder / MARKER, "strays": self.folder / "parts"} | self._addresses
+        names = {
+            "here": here,
+            "root": ROOT,
+            "marker": self.folder / MARKER,
+            "strays": self.folder / "parts",
+        } | self._addresses
         names |= {part: self.path(part) for part in PARTS}
         return re.sub("<([a-z_]+)>", lambda match: str(names.get(match[1], match[0])), text)
 
@@ -96,22 +101,28 @@ class Sandbox:
         kept = {name: os.environ[name] for name in _INHERITED if name in os.environ}
         nowhere = f"http://{self._addresses['silent']}"
         proxies = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), nowhere)
-        return kept | proxies | {
-            "HOME": str(here / "home"),
-            "TMPDIR": str(here / "tmp"),
-            "XDG_CACHE_HOME": str(cache),
-            "JAX_COMPILATION_CACHE_DIR": str(cache / "jax"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-            "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests"))),
-            "PYTHONDONTWRITEBYTECODE": "1",
-            "NO_GCE_CHECK": "true",
-            "STORAGE_EMULATOR_HOST": nowhere,
-            "TENSORSTORE_GCS_HTTP_URL": nowhere,
-            "GOOGLE_AUTH_TOKEN_FOR_TESTING": "token",
-            "AWS_ENDPOINT_URL": nowhere,
-            "no_proxy": "127.0.0.1,localhost",
-            "LANG": "C.UTF-8",
-        }
+        return (
+            kept
+            | proxies
+            | {
+                "HOME": str(here / "home"),
+                "TMPDIR": str(here / "tmp"),
+                "XDG_CACHE_HOME": str(cache),
+                "JAX_COMPILATION_CACHE_DIR": str(cache / "jax"),
+                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+                "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests"))),
+                "PYTHONDONTWRITEBYTECODE": "1",
+                "NO_GCE_CHECK": "true",
+                "GCE_METADATA_HOST": self._addresses["silent"],
+                "GCE_METADATA_IP": self._addresses["silent"],
+                "STORAGE_EMULATOR_HOST": nowhere,
+                "TENSORSTORE_GCS_HTTP_URL": nowhere,
+                "GOOGLE_AUTH_TOKEN_FOR_TESTING": "token",
+                "AWS_ENDPOINT_URL": nowhere,
+                "no_proxy": "127.0.0.1,localhost",
+                "LANG": "C.UTF-8",
+            }
+        )
 
     def watched(self) -> dict[str, tuple[int, int]]:
         """Size and time of the files that no case may change: the checkout and the parts."""

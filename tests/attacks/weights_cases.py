@@ -73,7 +73,9 @@ def cases() -> Iterator[Case]:
         yield from _commands(name, text("weights/bad.safetensors", content), "<here>/weights/bad.safetensors")
     for way in _WAYS:
         codes = (0, 2) if way.startswith("flip_100") else (2,)
-        yield from _commands(f"damage {way}", change(_FILE, way), f"<here>/{_FILE}", copies=("weights",), codes=codes)
+        yield from _commands(
+            f"damage {way}", change(_FILE, way), f"<here>/{_FILE}", copies=("weights",), codes=codes
+        )
     for thing in _OTHER_THINGS:
         for ending in ("safetensors", "pth"):
             path = f"bad.{ending}"
@@ -95,7 +97,9 @@ def _make(thing: str, path: str, here: Path, chance: random.Random) -> None:
 def _commands(name: str, prepare: Prepare, path: str, **options: Any) -> Iterator[Case]:
     """The commands that take a file of weights."""
     options = {"codes": (2,), "check": _no_advice, "prepare": prepare} | options
-    yield case("weights", f"convert {name}", "convert", path, "<here>/out", "--model=uniformer_tiny", **options)
+    yield case(
+        "weights", f"convert {name}", "convert", path, "<here>/out", "--model=uniformer_tiny", **options
+    )
     yield main("weights", f"start from {name}", "--config.data.root=<images>", f"--config.init_from={path}",
                config=IMAGE_FOLDER[0], **options)  # fmt: skip
 
