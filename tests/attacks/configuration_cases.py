@@ -29,7 +29,9 @@ _TEXTS: dict[str, str | bytes] = {
     "returns a dict": "def get_config():\n    return {'train': {}}",
     "returns a number": "def get_config():\n    return 5",
     "returns a class": "def get_config():\n    return int",
-    "returns an empty configuration": "import ml_collections\ndef get_config():\n    return ml_collections.ConfigDict()",
+    "returns an empty configuration": (
+        "import ml_collections\ndef get_config():\n    return ml_collections.ConfigDict()"
+    ),
     "lacks a section": f"{_BEGIN}c = default_config(); c.unlock(); del c.train; return c",
     "lacks a key": f"{_BEGIN}c = default_config(); c.unlock(); del c.train.seed; return c",
     "unknown key": f"{_BEGIN}c = default_config(); c.train.nonsense = 1; return c",
@@ -45,7 +47,7 @@ _TEXTS: dict[str, str | bytes] = {
     "NUL": b"x = 1\0",
     "binary": bytes(range(256)),
     "nested": "x = " + "(" * 5000,
-}  # fmt: skip
+}
 _ENDINGS = {
     "missing": "missing.py",
     "no .py": "c.txt",
@@ -60,11 +62,25 @@ def cases() -> Iterator[Case]:
         for name, content in _TEXTS.items():
             if command == "main" or name in ("returns nothing", "raises KeyError", "syntax error"):
                 codes = {"added key": (0, 2), "exits": (2, 5)}.get(name, (2,))
-                yield case("configurations", f"{command}: {name}", command, "--config=<here>/c.py", *more,
-                           codes=codes, prepare=text("c.py", content))  # fmt: skip
+                yield case(
+                    "configurations",
+                    f"{command}: {name}",
+                    command,
+                    "--config=<here>/c.py",
+                    *more,
+                    codes=codes,
+                    prepare=text("c.py", content),
+                )
         for name, path in _ENDINGS.items():
-            yield case("configurations", f"{command}: {name}", command, f"--config=<here>/{path}", *more,
-                       prepare=_odd_files, seconds=20)  # fmt: skip
+            yield case(
+                "configurations",
+                f"{command}: {name}",
+                command,
+                f"--config=<here>/{path}",
+                *more,
+                prepare=_odd_files,
+                seconds=20,
+            )
         for words in (("--config=",), ("--config",), ("--config=:x",), ("--config=<here>/c.py:x",), ()):
             yield case("configurations", f"{command}: {' '.join(words) or 'none'}", command, *words, *more)
 

@@ -63,7 +63,7 @@ def text(path: str, content: str | bytes) -> Prepare:
 
 
 def change(path: str, kind: str) -> Prepare:
-    """Damages a file by one of `names.DAMAGES`; `path` may be a pattern, of which the first match is taken."""
+    """Damages a file by one of `names.DAMAGES`; of a pattern, the first file that matches."""
 
     def prepare(here: Path, chance: random.Random) -> None:
         target = _at(here, path)

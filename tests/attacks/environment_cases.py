@@ -61,13 +61,29 @@ def cases() -> Iterator[Case]:
             "environments", f"predict with {name}", "predict", *_PREDICT, environment=variables, codes=codes
         )
     for name, (variables, codes) in _STARTS.items():
-        yield case("environments", f"predict, {name}", "predict", *_with_accents(), environment=variables,
-                   codes=codes, python=(), copies=("image_run",), prepare=_accents)  # fmt: skip
+        yield case(
+            "environments",
+            f"predict, {name}",
+            "predict",
+            *_with_accents(),
+            environment=variables,
+            codes=codes,
+            python=(),
+            copies=("image_run",),
+            prepare=_accents,
+        )
         yield main("environments", f"train, {name}", environment=variables, codes=codes, python=())
     for redirect, codes in _STREAMS.items():
         for command in _SOME:
-            yield case("environments", f"{command} {redirect}", command, *COMMANDS[command], redirect=redirect,
-                       codes=codes, python=())  # fmt: skip
+            yield case(
+                "environments",
+                f"{command} {redirect}",
+                command,
+                *COMMANDS[command],
+                redirect=redirect,
+                codes=codes,
+                python=(),
+            )
         yield main("environments", f"train {redirect}", redirect=redirect, codes=codes, python=())
     yield case("environments", "without docstrings", "main", *COMMANDS["main"], python=("-OO",), codes=(0,))
     yield case("environments", "help without docstrings", "convert", "--help", python=("-OO",), codes=(0,))
@@ -92,22 +108,46 @@ def _users() -> Iterator[Case]:
     """A user without a name, as containers give, and folders that it may not write into."""
     options = {"first": without_a_name}
     nobody = {"HOME": None, "XDG_CACHE_HOME": None, "JAX_COMPILATION_CACHE_DIR": None, "USER": None}
-    yield main("environments", "train as a user without a name and HOME", environment=nobody, codes=(0,),
-               seconds=120, **options)  # fmt: skip
-    yield case("environments", "predict as a user without a name and HOME", "predict", *_PREDICT,
-               environment=nobody, codes=(0,), seconds=120, **options)  # fmt: skip
+    yield main(
+        "environments",
+        "train as a user without a name and HOME",
+        environment=nobody,
+        codes=(0,),
+        seconds=120,
+        **options,
+    )
+    yield case(
+        "environments",
+        "predict as a user without a name and HOME",
+        "predict",
+        *_PREDICT,
+        environment=nobody,
+        codes=(0,),
+        seconds=120,
+        **options,
+    )
     closed = {"first": without_privileges, "prepare": _closed}
     places = {
-        "train": ("main", DIGITS, "--workdir={}"), "report": ("report", "<image_run>", "--out={}/x.html"),
-        "export": ("export", *_PREDICT[:1], "{}/x.jax", "--platforms=cpu"), "convert": ("convert", "<structvit_run>", "{}/x"),
-        "shards": ("data.shards", "<images>", "{}/x", "--images"), "motion": ("motion", "{}/x.png", "--clips=8"),
+        "train": ("main", DIGITS, "--workdir={}"),
+        "report": ("report", "<image_run>", "--out={}/x.html"),
+        "export": ("export", *_PREDICT[:1], "{}/x.jax", "--platforms=cpu"),
+        "convert": ("convert", "<structvit_run>", "{}/x"),
+        "shards": ("data.shards", "<images>", "{}/x", "--images"),
+        "motion": ("motion", "{}/x.png", "--clips=8"),
         "prepare": ("data.prepare", "folder", "<images>", "--images", "--out={}/x"),
-        "features": ("predict", *_PREDICT, "--features={}/x"), "evaluate": ("evaluate", "<image_run>", "--out={}/x"),
-    }  # fmt: skip
+        "features": ("predict", *_PREDICT, "--features={}/x"),
+        "evaluate": ("evaluate", "<image_run>", "--out={}/x"),
+    }
     for name, (command, *words) in places.items():
         filled = [word.replace("{}", "<here>/closed") for word in words]
-        yield case("environments", f"{name} into a folder that is closed", command, *filled,
-                   environment={"XDG_CACHE_HOME": "<here>/home"}, **closed)  # fmt: skip
+        yield case(
+            "environments",
+            f"{name} into a folder that is closed",
+            command,
+            *filled,
+            environment={"XDG_CACHE_HOME": "<here>/home"},
+            **closed,
+        )
 
 
 def _closed(here: Path, chance: random.Random) -> None:
@@ -120,15 +160,39 @@ def _limits() -> Iterator[Case]:
     full = {"first": _small_files, "environment": {"JAX_COMPILATION_CACHE_DIR": None}}
     yield main("environments", "train on a full disk", codes=(2, 75), **full)
     for command in ("export", "explain", "convert", "data.shards", "report"):
-        yield case("environments", f"{command} to a full disk", command, *COMMANDS[command],
-                   codes=(0, 2) if command == "convert" else (2,), **full)  # fmt: skip
+        yield case(
+            "environments",
+            f"{command} to a full disk",
+            command,
+            *COMMANDS[command],
+            codes=(0, 2) if command == "convert" else (2,),
+            **full,
+        )
     for command in _SOME:
-        yield case("environments", f"{command} with 64 open files", command, *COMMANDS[command],
-                   first=_few_files, codes=(0, 2))  # fmt: skip
-        yield case("environments", f"{command} in a folder that is gone", command, *COMMANDS[command],
-                   first=_gone, codes=(0, 2))  # fmt: skip
-        yield case("environments", f"{command} with umask 777", command, *COMMANDS[command],
-                   first=_umask, codes=(0, 2))  # fmt: skip
+        yield case(
+            "environments",
+            f"{command} with 64 open files",
+            command,
+            *COMMANDS[command],
+            first=_few_files,
+            codes=(0, 2),
+        )
+        yield case(
+            "environments",
+            f"{command} in a folder that is gone",
+            command,
+            *COMMANDS[command],
+            first=_gone,
+            codes=(0, 2),
+        )
+        yield case(
+            "environments",
+            f"{command} with umask 777",
+            command,
+            *COMMANDS[command],
+            first=_umask,
+            codes=(0, 2),
+        )
 
 
 def _small_files() -> None:

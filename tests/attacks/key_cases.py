@@ -8,8 +8,7 @@ from typing import Any
 import ml_collections
 
 from attacks.case import Case
-from attacks.command_line_cases import _short
-from attacks.commands import main
+from attacks.commands import main, short
 
 # Values by the type of the default; the first row is refused, the second may be taken.
 _REFUSED = {
@@ -38,7 +37,7 @@ def cases() -> Iterator[Case]:
                 codes = (0, 2)
             for word in table.get(kind, ()):
                 flag = f"--config.{key}={word}"
-                yield main("keys", _short(f"{key}={word}"), "--mode=show", flag, codes=codes)
+                yield main("keys", short(f"{key}={word}"), "--mode=show", flag, codes=codes)
 
 
 def _leaves(section: ml_collections.ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -11,10 +11,9 @@ from pathlib import Path
 from attacks.case import Case, Result
 from attacks.commands import IMAGE_FOLDER, case, main
 from attacks.damage import Prepare, steps, text
+from attacks.names import DEEP, NINES
 from attacks.users import without_privileges
 
-_NINES = "9" * 5000
-_DEEP = "[" * 100_000
 _GOOD = "".join(f"files/{name}/{n}.png,{name}\n" for name in ("one", "three", "two two") for n in range(4))
 _ROW = "files/one/0.png,"
 # Content of train.csv, and whether it can be used.
@@ -33,8 +32,8 @@ _LISTS: dict[str, tuple[str | bytes, bool | None]] = {
     "header twice": ("path,path,label,label\n" + _GOOD, None),
     "no label": ("files/one/0.png\n", False),
     "empty label": (_ROW + "\n", False),
-    "label of 5,000 digits": (_GOOD + _ROW + _NINES + "\n", None),
-    "labels of 5,000 digits": (_ROW + _NINES + "\n", None),
+    "label of 5,000 digits": (_GOOD + _ROW + NINES + "\n", None),
+    "labels of 5,000 digits": (_ROW + NINES + "\n", None),
     "label of 20 digits": (_ROW + "9" * 20 + "\n" + _ROW + "0\n", None),
     "label that is a superscript": (_ROW + "\u00b2\n" + _ROW + "1\n", None),
     "label with escapes": (_GOOD + _ROW + "\x1b[31mred\x1b[0m\n", None),
@@ -54,16 +53,16 @@ _LISTS: dict[str, tuple[str | bytes, bool | None]] = {
     "path upwards": (_GOOD + "../../../../../../etc/passwd,one\n", None),
     "the same line twice": (_GOOD * 2, None),
     "noise": (random.Random(0).randbytes(5000), None),
-}  # fmt: skip
+}
 _JSON_LISTS = {
     "good": "".join(
         '{{"path": "{}", "label": "{}"}}\n'.format(*line.split(",")) for line in _GOOD.split("\n")[:-1]
     ),
-    "nested": _DEEP,
+    "nested": DEEP,
     "nested objects": '{"a":' * 100_000,
     "a list": "[1, 2]\n",
     "a number": "5\n",
-    "a number of 5,000 digits": f'{{"path": "files/one/0.png", "label": {_NINES}}}\n',
+    "a number of 5,000 digits": f'{{"path": "files/one/0.png", "label": {NINES}}}\n',
     "NaN": '{"path": "files/one/0.png", "label": "one", "start": NaN}\n',
     "path is a list": '{"path": ["x"], "label": "one"}\n',
     "label is an object": '{"path": "files/one/0.png", "label": {"a": 1}}\n',
@@ -90,7 +89,7 @@ _LABELS: dict[str, tuple[str | bytes, bool | None]] = {
     "a million": ("one\nthree\ntwo two\n" + "".join(f"{n}\n" for n in range(10**6)), None),
 }
 # What is in the place of a file: how to make it.
-_THINGS: dict[str, Prepare] = {
+THINGS: dict[str, Prepare] = {
     "a folder": lambda at, _: at.mkdir(),
     "a fifo": lambda at, _: os.mkfifo(at),
     "a device": lambda at, _: at.symlink_to("/dev/zero"),
@@ -107,12 +106,13 @@ def cases() -> Iterator[Case]:
         yield from _on_list("train.jsonl", name, content, True if name == "good" else None)
     for name, (labels, usable) in _LABELS.items():
         yield from _on_labels(name, text("images/labels.txt", labels), usable)
-    for name, make in _THINGS.items():
+    for name, make in THINGS.items():
         for file in ("train.csv", "labels.txt"):
             lists = (_without_folders,) if file == "train.csv" else ()
             prepare = steps(*lists, functools.partial(_make, make, file))
-            yield from _commands(file, name, prepare, (0, 2) if file == "labels.txt" else (2,),
-                                 first=without_privileges)  # fmt: skip
+            yield from _commands(
+                file, name, prepare, (0, 2) if file == "labels.txt" else (2,), first=without_privileges
+            )
     yield from _annotations()
 
 
@@ -126,20 +126,41 @@ def _on_labels(name: str, prepare: Prepare, usable: bool | None) -> Iterator[Cas
     codes = {True: (0,), False: (2,), None: (0, 1, 2)}[usable]
     yield from _commands("labels.txt", name, prepare, codes)
     if usable:
-        yield case("lists", f"labels.txt, {name}: written anew", "data.prepare", "folder", "<here>/images",
-                   "--images", "--out=<here>/out", codes=(0,), copies=("images",), prepare=prepare,
-                   check=_same_names)  # fmt: skip
+        yield case(
+            "lists",
+            f"labels.txt, {name}: written anew",
+            "data.prepare",
+            "folder",
+            "<here>/images",
+            "--images",
+            "--out=<here>/out",
+            codes=(0,),
+            copies=("images",),
+            prepare=prepare,
+            check=_same_names,
+        )
 
 
 def _commands(file: str, name: str, prepare: Prepare, codes: tuple[int, ...], first=None) -> Iterator[Case]:
     """The commands that read the lists of a data set."""
     options = {"copies": ("images",), "prepare": prepare, "first": first, "seconds": 30}
     root = "--config.data.root=<here>/images"
-    yield case("lists", f"{file}, {name}: check", "data.prepare", "folder", "<here>/images", "--check",
-               "--images", "--workers=1", codes=(*codes, 1) if codes != (2,) else (1, 2), **options)  # fmt: skip
+    yield case(
+        "lists",
+        f"{file}, {name}: check",
+        "data.prepare",
+        "folder",
+        "<here>/images",
+        "--check",
+        "--images",
+        "--workers=1",
+        codes=(*codes, 1) if codes != (2,) else (1, 2),
+        **options,
+    )
     codes = tuple(code for code in codes if code != 1)
-    yield main("lists", f"{file}, {name}: show", "--mode=show", root, config=IMAGE_FOLDER[0], codes=codes,
-               **options)  # fmt: skip
+    yield main(
+        "lists", f"{file}, {name}: show", "--mode=show", root, config=IMAGE_FOLDER[0], codes=codes, **options
+    )
 
 
 def _without_folders(here: Path, chance: random.Random) -> None:
@@ -164,32 +185,56 @@ _ANNOTATIONS: tuple[tuple[str, dict[str, str | bytes]], ...] = (
     ("kinetics400", {"train.csv": _K400, "val.csv": _K400}),
     ("kinetics400", {"train.csv": b"\xff\xfe\0", "val.csv": b"\xff"}),
     ("kinetics400", {"train.csv": f"{_K400}x,y,z,w,v\n", "val.csv": f"{_K400}x,y,nan,inf,v\n"}),
-    ("kinetics400", {"train.csv": f"{_K400}x,y,{_NINES},1e400,v\n", "val.csv": f"{_K400}x\n"}),
+    ("kinetics400", {"train.csv": f"{_K400}x,y,{NINES},1e400,v\n", "val.csv": f"{_K400}x\n"}),
     ("kinetics400", {"train.csv": "x" * 200_000 + "\n", "val.csv": "\0"}),
     ("something_v1", {"labels.csv": b"\xff", "train.csv": b"\0", "validation.csv": ""}),
     ("something_v1", {"labels.csv": "a\nb\n", "train.csv": "x;y;z\n", "validation.csv": "1;a\n"}),
-    ("something_v2", {"labels.json": _DEEP, "train.json": _DEEP, "validation.json": _DEEP}),
+    ("something_v2", {"labels.json": DEEP, "train.json": DEEP, "validation.json": DEEP}),
     ("something_v2", {"labels.json": "[1]", "train.json": "[1]", "validation.json": "[1]"}),
     ("something_v2", {"labels.json": '{"a": "x"}', "train.json": "[]", "validation.json": "[]"}),
     ("something_v2", {"labels.json": '{"a": "1"}', "train.json": '[{"id": 1, "template": 5}]'}),
-    ("diving48", {"Diving48_vocab.json": _DEEP}),
+    ("diving48", {"Diving48_vocab.json": DEEP}),
     ("diving48", {"Diving48_vocab.json": "5"}),
     ("diving48", {"Diving48_vocab.json": "[5]"}),
-    ("diving48", {"Diving48_vocab.json": '[["a"]]', "Diving48_V2_train.json": '[{"vid_name": 1, "label": "x"}]'}),
+    (
+        "diving48",
+        {"Diving48_vocab.json": '[["a"]]', "Diving48_V2_train.json": '[{"vid_name": 1, "label": "x"}]'},
+    ),
     ("finegym99", {"gym99_categories.txt": b"\xff"}),
-    ("finegym99", {"gym99_categories.txt": f"Clabel: {_NINES}; (VT) x\n"}),
-    ("finegym99", {"gym99_categories.txt": _GYM, "finegym_annotation_info_v1.1.json": _DEEP}),
-    ("finegym99", {"gym99_categories.txt": _GYM, "finegym_annotation_info_v1.1.json": "[]",
-                   "gym99_train_element.txt": f"x_E_1_1_A_1_1 {_NINES}\n"}),
+    ("finegym99", {"gym99_categories.txt": f"Clabel: {NINES}; (VT) x\n"}),
+    ("finegym99", {"gym99_categories.txt": _GYM, "finegym_annotation_info_v1.1.json": DEEP}),
+    (
+        "finegym99",
+        {
+            "gym99_categories.txt": _GYM,
+            "finegym_annotation_info_v1.1.json": "[]",
+            "gym99_train_element.txt": f"x_E_1_1_A_1_1 {NINES}\n",
+        },
+    ),
     ("imagenet", {"train/x/y.txt": "", "LOC_val_solution.csv": b"\xff"}),
     ("nonsense", {"x": ""}),
-)  # fmt: skip
+)
 
 
 def _annotations() -> Iterator[Case]:
     for number, (name, files) in enumerate(_ANNOTATIONS):
         prepare = steps(*(text(f"annotations/{path}", content) for path, content in files.items()))
-        yield case("lists", f"annotations of {name}, {number}", "data.prepare", name, "<here>/annotations",
-                   "<clips>", "--out=<here>/out", prepare=prepare)  # fmt: skip
-    yield case("lists", "annotations that are missing", "data.prepare", "kinetics400", "<here>/missing",
-               "<clips>", "--out=<here>/out")  # fmt: skip
+        yield case(
+            "lists",
+            f"annotations of {name}, {number}",
+            "data.prepare",
+            name,
+            "<here>/annotations",
+            "<clips>",
+            "--out=<here>/out",
+            prepare=prepare,
+        )
+    yield case(
+        "lists",
+        "annotations that are missing",
+        "data.prepare",
+        "kinetics400",
+        "<here>/missing",
+        "<clips>",
+        "--out=<here>/out",
+    )

@@ -14,15 +14,35 @@ from attacks.names import DAMAGES, IMAGE_FORMATS, VIDEO_FORMATS
 
 # Files that are refused, or read, one by one: name in the part, and whether it has to be read.
 _IMAGES = {
-    "bomb_wide.png": False, "bomb_square.png": False, "bomb_largest.png": False, "bomb.gif.png": None,
-    "bomb.jpg": False, "bomb.ppm": False, "digits.ppm": False, "eps_named.jpg": False, "svg_named.png": False,
-    "mp4_named.jpg": False, "page.png": False, "png_named.jpg": None, "folder.jpg": None, "dangling.jpg": False,
-    "loop.jpg": False, "fifo.jpg": False, "zero.png": False,
-}  # fmt: skip
+    "bomb_wide.png": False,
+    "bomb_square.png": False,
+    "bomb_largest.png": False,
+    "bomb.gif.png": None,
+    "bomb.jpg": False,
+    "bomb.ppm": False,
+    "digits.ppm": False,
+    "eps_named.jpg": False,
+    "svg_named.png": False,
+    "mp4_named.jpg": False,
+    "page.png": False,
+    "png_named.jpg": None,
+    "folder.jpg": None,
+    "dangling.jpg": False,
+    "loop.jpg": False,
+    "fifo.jpg": False,
+    "zero.png": False,
+}
 _VIDEOS = {
-    "announced.mkv": None, "nan.mkv": None, "cut.mp4": True, "page.mp4": False, "png_named.mp4": None,
-    "folder.mp4": None, "frames": None, "fifo.mp4": False, "zero.mp4": False,
-}  # fmt: skip
+    "announced.mkv": None,
+    "nan.mkv": None,
+    "cut.mp4": True,
+    "page.mp4": False,
+    "png_named.mp4": None,
+    "folder.mp4": None,
+    "frames": None,
+    "fifo.mp4": False,
+    "zero.mp4": False,
+}
 _PLAYLISTS = {
     "m3u8": ("local", "file", "address", "itself", "live", "key", "rtsp", "lavfi"),
     "ffconcat": ("concat", "concat_itself", "concat_address", "concat_device"),
@@ -55,8 +75,9 @@ def _all_damages(model: str, part: str, kind: str, whole: str) -> Iterator[Case]
     paths = [whole, *(f"<{part}>/{damage}.{kind}" for damage in DAMAGES), f"<{part}>/whole.{kind}"]
     name = f"{len(DAMAGES)} damaged .{kind}"
     told = functools.partial(_all_told, count=len(paths))
-    yield case("media", f"predict {name}", "predict", f"--checkpoint=<{model}_run>", *paths, check=told,
-               codes=(0, 2))  # fmt: skip
+    yield case(
+        "media", f"predict {name}", "predict", f"--checkpoint=<{model}_run>", *paths, check=told, codes=(0, 2)
+    )
     yield _check(name, model, paths)
 
 
@@ -65,17 +86,33 @@ def _one(model: str, path: str, read: bool | None) -> Iterator[Case]:
     whole = IMAGE if model == "image" else CLIP
     codes = {True: (0,), False: (2,), None: (0, 2)}[read]
     name = re.sub("[<>]", "", path)
-    yield case("media", f"predict {name}", "predict", f"--checkpoint=<{model}_run>", whole, path, codes=codes,
-               check=functools.partial(_all_told, count=2), seconds=30)  # fmt: skip
+    yield case(
+        "media",
+        f"predict {name}",
+        "predict",
+        f"--checkpoint=<{model}_run>",
+        whole,
+        path,
+        codes=codes,
+        check=functools.partial(_all_told, count=2),
+        seconds=30,
+    )
     yield _check(name, model, [whole, path], seconds=30)
 
 
 def _check(name: str, model: str, paths: Sequence[str], **options) -> Case:
     """`prepare list`, of a list in the folder of the case whose rows are written when it is prepared."""
     arguments = ["list", "<here>/bad.csv", "--check", "--workers=1", *(["--images"] * (model == "image"))]
-    return case("media", f"check {name}", "data.prepare", *arguments, codes=(0, 1, 2),
-                needs=tuple(re.findall("<([a-z_]+)>", " ".join(paths))),
-                prepare=functools.partial(_write_list, paths), **options)  # fmt: skip
+    return case(
+        "media",
+        f"check {name}",
+        "data.prepare",
+        *arguments,
+        codes=(0, 1, 2),
+        needs=tuple(re.findall("<([a-z_]+)>", " ".join(paths))),
+        prepare=functools.partial(_write_list, paths),
+        **options,
+    )
 
 
 def _write_list(paths: Sequence[str], here: Path, chance: random.Random) -> None:
@@ -101,17 +138,44 @@ def _in_training() -> Iterator[Case]:
     """A bad example among good ones stops no training."""
     for name in ("bomb_wide.png", "bomb_square.png", "cut_50.png", "fifo.jpg", "eps_named.jpg", "zero.png"):
         put = functools.partial(_put, f"bad_images/{name}", f"images/train/one/{name}")
-        yield main("media", f"train with {name}", "--config.data.root=<here>/images", config=IMAGE_FOLDER[0],
-                   copies=("images",), needs=("bad_images",), prepare=put, codes=(0,), check=nothing_executed)  # fmt: skip
+        yield main(
+            "media",
+            f"train with {name}",
+            "--config.data.root=<here>/images",
+            config=IMAGE_FOLDER[0],
+            copies=("images",),
+            needs=("bad_images",),
+            prepare=put,
+            codes=(0,),
+            check=nothing_executed,
+        )
     clips = f"{DIGITS.rpartition(':')[0]}:clips"
     for name in ("frames", "announced.mkv", "flip_100.mp4", "png_named.mp4"):
         put = functools.partial(_put, f"bad_videos/{name}", f"clips/train/one/{name}")
-        yield main("media", f"train with {name}", "--config.data.root=<here>/clips", config=clips,
-                   copies=("clips",), needs=("bad_videos",), prepare=put, codes=(0,), seconds=90)  # fmt: skip
+        yield main(
+            "media",
+            f"train with {name}",
+            "--config.data.root=<here>/clips",
+            config=clips,
+            copies=("clips",),
+            needs=("bad_videos",),
+            prepare=put,
+            codes=(0,),
+            seconds=90,
+        )
     for name in ("local.m3u8", "address.mp4", "sdp.mp4"):
         put = functools.partial(_put, f"playlists/{name}", f"clips/train/one/{name}.mp4")
-        yield main("media", f"train with {name}", "--config.data.root=<here>/clips", config=clips,
-                   copies=("clips",), needs=("playlists",), prepare=put, codes=(0,), seconds=90)  # fmt: skip
+        yield main(
+            "media",
+            f"train with {name}",
+            "--config.data.root=<here>/clips",
+            config=clips,
+            copies=("clips",),
+            needs=("playlists",),
+            prepare=put,
+            codes=(0,),
+            seconds=90,
+        )
 
 
 def _put(source: str, target: str, here: Path, chance: random.Random) -> None:

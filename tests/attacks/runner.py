@@ -1,7 +1,7 @@
 """Runs cases in forks of this process, within limits, and watches what they leave.
 
-A fork starts in milliseconds, since the modules that commands need are imported before. Each case is a session
-of its own, so that all its processes can be counted and killed together.
+A fork starts in milliseconds, since the modules that commands need are imported before. Each case is a
+session of its own, so that all its processes can be counted and killed together.
 """
 
 from __future__ import annotations
@@ -257,8 +257,8 @@ def _own_megabytes(pid: int) -> float:
 
 
 def _late(elapsed: float, limit: float, pids: Iterable[int]) -> bool:
-    """Whether a case has had its time. On a busy machine the time that it waited for a core is not counted, up
-    to the machine's load."""
+    """Whether a case has had its time. On a busy machine the time that it waited for a core is not counted,
+    up to the machine's load."""
     if elapsed < limit:
         return False
     most = elapsed * (1 - min(1.0, (os.cpu_count() or 1) / max(os.getloadavg()[0], 1e-3)))

@@ -13,13 +13,35 @@ from typing import Any
 from attacks.case import Case, Result
 from attacks.commands import IMAGE_FOLDER, case, main, nothing_executed
 from attacks.damage import Prepare, change, steps, text
+from attacks.list_cases import THINGS
+from attacks.names import DEEP
 
 _FILE = "weights/whole.safetensors"
 _PICKLES = (
-    "code", "plain_code", "sparse", "quantised", "meta", "complex", "strings", "integer_keys", "tuple_keys",
-    "tensor", "list", "none", "empty", "nested", "nan", "bool", "float8", "scalar", "overlapping", "large",
-    "noise", "nothing", "half",
-)  # fmt: skip
+    "code",
+    "plain_code",
+    "sparse",
+    "quantised",
+    "meta",
+    "complex",
+    "strings",
+    "integer_keys",
+    "tuple_keys",
+    "tensor",
+    "list",
+    "none",
+    "empty",
+    "nested",
+    "nan",
+    "bool",
+    "float8",
+    "scalar",
+    "overlapping",
+    "large",
+    "noise",
+    "nothing",
+    "half",
+)
 
 
 def _header(header: Any, data: bytes = b"", length: int | None = None) -> bytes:
@@ -38,12 +60,12 @@ _HEADERS: dict[str, bytes] = {
     "a length of 100 GB": _header({}, length=10**11),
     "a header that is a list": _header([]),
     "a header that is a number": _header(5),
-    "a header that is nested": _header(b"[" * 100_000),
+    "a header that is nested": _header(DEEP.encode()),
     "a header of nested objects": _header(b'{"a":' * 100_000),
     "a header that is not UTF-8": _header(b"\xff\xfe"),
     "an empty header": _header({}),
     "metadata of numbers": _header({"__metadata__": {"a": 5}} | _tensor("F32", [1], 0, 4), bytes(4)),
-    "metadata that is nested": _header({"__metadata__": {"a": "[" * 100_000}} | _tensor("F32", [1], 0, 4), bytes(4)),
+    "metadata that is nested": _header({"__metadata__": {"a": DEEP}} | _tensor("F32", [1], 0, 4), bytes(4)),
     "offsets beyond the end": _header(_tensor("F32", [1], 0, 400), bytes(4)),
     "offsets that are negative": _header(_tensor("F32", [1], -4, 0), bytes(4)),
     "offsets in reverse": _header(_tensor("F32", [1], 4, 0), bytes(4)),
@@ -63,7 +85,7 @@ _HEADERS: dict[str, bytes] = {
     "BOOL": _header(_tensor("BOOL", [4], 0, 4), bytes(4)),
     "C64": _header(_tensor("C64", [1], 0, 8), bytes(8)),
     "U64": _header(_tensor("U64", [1], 0, 8), bytes(8)),
-}  # fmt: skip
+}
 _WAYS = ("cut_1", "cut_50", "cut_99", "flip_header", "flip_100", "zero_start", "appended", "noise")
 _OTHER_THINGS = ("a folder", "a fifo", "a device")
 
@@ -89,9 +111,7 @@ def cases() -> Iterator[Case]:
 
 
 def _make(thing: str, path: str, here: Path, chance: random.Random) -> None:
-    from attacks.list_cases import _THINGS
-
-    _THINGS[thing](here / path, chance)
+    THINGS[thing](here / path, chance)
 
 
 def _commands(name: str, prepare: Prepare, path: str, **options: Any) -> Iterator[Case]:
@@ -100,8 +120,14 @@ def _commands(name: str, prepare: Prepare, path: str, **options: Any) -> Iterato
     yield case(
         "weights", f"convert {name}", "convert", path, "<here>/out", "--model=uniformer_tiny", **options
     )
-    yield main("weights", f"start from {name}", "--config.data.root=<images>", f"--config.init_from={path}",
-               config=IMAGE_FOLDER[0], **options)  # fmt: skip
+    yield main(
+        "weights",
+        f"start from {name}",
+        "--config.data.root=<images>",
+        f"--config.init_from={path}",
+        config=IMAGE_FOLDER[0],
+        **options,
+    )
 
 
 def _no_advice(here: Path, result: Result) -> str:
