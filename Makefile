@@ -1,6 +1,7 @@
 # make run    set up and train the default model      make test   set up, lint and test
 # make lint   ruff and mypy alone                     make lock   resolve requirements.lock anew
 # make browser  pages of explain and report in Chromium, a minute (Debian: apt install chromium)
+# make hostile  attack the commands with bad command lines, files and environments, 15 minutes
 # make kills  kill runs at random moments, 40 minutes (ARGS="--kills 0 --layouts": compare layouts instead)
 
 PYTHON ?= python3
@@ -22,7 +23,7 @@ COMPILE := $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 # To test the reading of its files: the build for CPUs, since PyPI's brings CUDA libraries unlike JAX's.
 TORCH ?= torch==2.13.0+cpu
 
-.PHONY: run test lint lock browser kills
+.PHONY: run test lint lock browser hostile kills
 
 run: $(STAMP)
 	$(BIN)/python -m structvit_jax.main --config=configs/moving_digits.py $(ARGS)
@@ -39,6 +40,9 @@ lint: $(STAMP)
 browser: $(STAMP)
 	$(PIP) "playwright>=1.50"
 	$(BIN)/python tests/browser.py $(ARGS)
+
+hostile: $(VENV)/.torch
+	$(BIN)/python tests/hostile.py $(ARGS)
 
 kills: $(STAMP)
 	$(BIN)/python tests/kills.py $(ARGS)

@@ -1,0 +1,91 @@
+"""Configuration files that are no configurations."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+from attacks.case import Case
+from attacks.commands import case
+from attacks.damage import text
+
+_BEGIN = "from structvit_jax.config import default_config\n\ndef get_config(argument=None):\n    "
+_TEXTS: dict[str, str | bytes] = {
+    "empty": "",
+    "no function": "x = 1",
+    "syntax error": "def get_config(:",
+    "indentation error": "def get_config():\nreturn 1",
+    "raises ValueError": "def get_config():\n    raise ValueError('two\\nlines')",
+    "raises KeyError": "def get_config():\n    return {}['x']",
+    "raises an error of no words": "def get_config():\n    assert False",
+    "raises at import": "1 / 0",
+    "recursion": "def get_config():\n    return get_config()",
+    "exits": "import sys\ndef get_config():\n    sys.exit(5)",
+    "imports what is not there": "import nonsense_module",
+    "imports what raises": "from structvit_jax.config import nonsense",
+    "returns nothing": "def get_config():\n    pass",
+    "returns a dict": "def get_config():\n    return {'train': {}}",
+    "returns a number": "def get_config():\n    return 5",
+    "returns a class": "def get_config():\n    return int",
+    "returns an empty configuration": (
+        "import ml_collections\ndef get_config():\n    return ml_collections.ConfigDict()"
+    ),
+    "lacks a section": f"{_BEGIN}c = default_config(); c.unlock(); del c.train; return c",
+    "lacks a key": f"{_BEGIN}c = default_config(); c.unlock(); del c.train.seed; return c",
+    "unknown key": f"{_BEGIN}c = default_config(); c.train.nonsense = 1; return c",
+    "added key": f"{_BEGIN}c = default_config(); c.unlock(); c.nonsense = 1; return c",
+    "wrong type": f"{_BEGIN}c = default_config(); c.train.seed = 'x'; return c",
+    "type changed": f"{_BEGIN}c = default_config(); c.unlock(); c.train.seed = 'x'; return c",
+    "number for a section": f"{_BEGIN}c = default_config(); c.unlock(); c.train = 5; return c",
+    "None for a key": f"{_BEGIN}c = default_config(); c.unlock(); c.train.seed = None; return c",
+    "object for a key": f"{_BEGIN}c = default_config(); c.unlock(); c.train.seed = object(); return c",
+    "required argument": "def get_config(argument):\n    return 5",
+    "two arguments": "def get_config(a, b):\n    return 5",
+    "Latin-1": "# caf\u00e9\n".encode("latin-1"),
+    "NUL": b"x = 1\0",
+    "binary": bytes(range(256)),
+    "nested": "x = " + "(" * 5000,
+}
+_ENDINGS = {
+    "missing": "missing.py",
+    "no .py": "c.txt",
+    "a folder": ".",
+    "a fifo": "fifo.py",
+    "zero": "zero.py",
+}
+
+
+def cases() -> Iterator[Case]:
+    for command, more in (("main", ("--mode=show",)), ("ablate", ("--workdir=<here>/run",))):
+        for name, content in _TEXTS.items():
+            if command == "main" or name in ("returns nothing", "raises KeyError", "syntax error"):
+                codes = {"added key": (0, 2), "exits": (2, 5)}.get(name, (2,))
+                yield case(
+                    "configurations",
+                    f"{command}: {name}",
+                    command,
+                    "--config=<here>/c.py",
+                    *more,
+                    codes=codes,
+                    prepare=text("c.py", content),
+                )
+        for name, path in _ENDINGS.items():
+            yield case(
+                "configurations",
+                f"{command}: {name}",
+                command,
+                f"--config=<here>/{path}",
+                *more,
+                prepare=_odd_files,
+                seconds=20,
+            )
+        for words in (("--config=",), ("--config",), ("--config=:x",), ("--config=<here>/c.py:x",), ()):
+            yield case("configurations", f"{command}: {' '.join(words) or 'none'}", command, *words, *more)
+
+
+def _odd_files(here: Path, chance: random.Random) -> None:
+    text("c.txt", "x = 1")(here, chance)
+    os.mkfifo(here / "fifo.py")
+    (here / "zero.py").symlink_to("/dev/zero")

@@ -1,0 +1,184 @@
+"""Damaged images and videos, bombs, and files that ask for others."""
+
+from __future__ import annotations
+
+import functools
+import random
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from attacks.case import Case, Result
+from attacks.commands import CLIP, DIGITS, IMAGE, IMAGE_FOLDER, case, main, nothing_executed
+from attacks.names import DAMAGES, IMAGE_FORMATS, VIDEO_FORMATS
+
+# Files that are refused, or read, one by one: name in the part, and whether it has to be read.
+_IMAGES = {
+    "bomb_wide.png": False,
+    "bomb_square.png": False,
+    "bomb_largest.png": False,
+    "bomb.gif.png": None,
+    "bomb.jpg": False,
+    "bomb.ppm": False,
+    "digits.ppm": False,
+    "eps_named.jpg": False,
+    "svg_named.png": False,
+    "mp4_named.jpg": False,
+    "page.png": False,
+    "png_named.jpg": None,
+    "folder.jpg": None,
+    "dangling.jpg": False,
+    "loop.jpg": False,
+    "fifo.jpg": False,
+    "zero.png": False,
+}
+_VIDEOS = {
+    "announced.mkv": None,
+    "nan.mkv": None,
+    "cut.mp4": True,
+    "page.mp4": False,
+    "png_named.mp4": None,
+    "folder.mp4": None,
+    "frames": None,
+    "fifo.mp4": False,
+    "zero.mp4": False,
+}
+_PLAYLISTS = {
+    "m3u8": ("local", "file", "address", "itself", "live", "key", "rtsp", "lavfi"),
+    "ffconcat": ("concat", "concat_itself", "concat_address", "concat_device"),
+    "sdp": ("sdp",),
+    "mpd": ("dash", "dash_address"),
+    "asx": ("asx",),
+    "xspf": ("xspf",),
+}
+
+
+def cases() -> Iterator[Case]:
+    for kind in IMAGE_FORMATS:
+        yield from _all_damages("image", "bad_images", kind, IMAGE)
+    for kind in VIDEO_FORMATS:
+        yield from _all_damages("clip", "bad_videos", kind, CLIP)
+    for part, kind, files in (("bad_images", "image", _IMAGES), ("bad_videos", "clip", _VIDEOS)):
+        for name, read in files.items():
+            yield from _one(kind, f"<{part}>/{name}", read)
+    for side in (8000, 16000):
+        yield from _one("clip", f"<huge_videos>/{side}.mp4", None)
+    for own, names in _PLAYLISTS.items():
+        for name in names:
+            for ending in ("mp4", own):
+                yield from _one("clip", f"<playlists>/{name}.{ending}", False)
+    yield from _in_training()
+
+
+def _all_damages(model: str, part: str, kind: str, whole: str) -> Iterator[Case]:
+    """All damages of a format in one command, between two files that are whole."""
+    paths = [whole, *(f"<{part}>/{damage}.{kind}" for damage in DAMAGES), f"<{part}>/whole.{kind}"]
+    name = f"{len(DAMAGES)} damaged .{kind}"
+    told = functools.partial(_all_told, count=len(paths))
+    yield case(
+        "media", f"predict {name}", "predict", f"--checkpoint=<{model}_run>", *paths, check=told, codes=(0, 2)
+    )
+    yield _check(name, model, paths)
+
+
+def _one(model: str, path: str, read: bool | None) -> Iterator[Case]:
+    """A file beside one that is whole; `read` says whether it has to be read, None if either will do."""
+    whole = IMAGE if model == "image" else CLIP
+    codes = {True: (0,), False: (2,), None: (0, 2)}[read]
+    name = re.sub("[<>]", "", path)
+    yield case(
+        "media",
+        f"predict {name}",
+        "predict",
+        f"--checkpoint=<{model}_run>",
+        whole,
+        path,
+        codes=codes,
+        check=functools.partial(_all_told, count=2),
+        seconds=30,
+    )
+    yield _check(name, model, [whole, path], seconds=30)
+
+
+def _check(name: str, model: str, paths: Sequence[str], **options) -> Case:
+    """`prepare list`, of a list in the folder of the case whose rows are written when it is prepared."""
+    arguments = ["list", "<here>/bad.csv", "--check", "--workers=1", *(["--images"] * (model == "image"))]
+    return case(
+        "media",
+        f"check {name}",
+        "data.prepare",
+        *arguments,
+        codes=(0, 1, 2),
+        needs=tuple(re.findall("<([a-z_]+)>", " ".join(paths))),
+        prepare=functools.partial(_write_list, paths),
+        **options,
+    )
+
+
+def _write_list(paths: Sequence[str], here: Path, chance: random.Random) -> None:
+    del chance
+    parts = here.parent.parent / "parts"
+    rows = (f"{parts / re.sub('[<>]', '', path)},x" for path in paths)
+    (here / "bad.csv").write_text("path,label\n" + "\n".join(rows) + "\n")
+
+
+def _all_told(here: Path, result: Result, *, count: int) -> str:
+    """One line for each file, a class for the first, and no code executed."""
+    lines = result.stdout.splitlines()
+    if result.code == 0 and any("cannot be" in line for line in lines):
+        return "exit code 0 although a file could not be read"
+    if not result.killed and len(lines) != count:
+        return f"{len(lines)} lines for {count} files"
+    if not result.killed and not re.search(r" [01]\.\d{3}", lines[0]):
+        return "a whole file was not read"
+    return nothing_executed(here, result)
+
+
+def _in_training() -> Iterator[Case]:
+    """A bad example among good ones stops no training."""
+    for name in ("bomb_wide.png", "bomb_square.png", "cut_50.png", "fifo.jpg", "eps_named.jpg", "zero.png"):
+        put = functools.partial(_put, f"bad_images/{name}", f"images/train/one/{name}")
+        yield main(
+            "media",
+            f"train with {name}",
+            "--config.data.root=<here>/images",
+            config=IMAGE_FOLDER[0],
+            copies=("images",),
+            needs=("bad_images",),
+            prepare=put,
+            codes=(0,),
+            check=nothing_executed,
+        )
+    clips = f"{DIGITS.rpartition(':')[0]}:clips"
+    for name in ("frames", "announced.mkv", "flip_100.mp4", "png_named.mp4"):
+        put = functools.partial(_put, f"bad_videos/{name}", f"clips/train/one/{name}")
+        yield main(
+            "media",
+            f"train with {name}",
+            "--config.data.root=<here>/clips",
+            config=clips,
+            copies=("clips",),
+            needs=("bad_videos",),
+            prepare=put,
+            codes=(0,),
+            seconds=90,
+        )
+    for name in ("local.m3u8", "address.mp4", "sdp.mp4"):
+        put = functools.partial(_put, f"playlists/{name}", f"clips/train/one/{name}.mp4")
+        yield main(
+            "media",
+            f"train with {name}",
+            "--config.data.root=<here>/clips",
+            config=clips,
+            copies=("clips",),
+            needs=("playlists",),
+            prepare=put,
+            codes=(0,),
+            seconds=90,
+        )
+
+
+def _put(source: str, target: str, here: Path, chance: random.Random) -> None:
+    """A link to a file of the sandbox among the data of a case."""
+    del chance
+    (here / target).symlink_to(here.parent.parent / "parts" / source)
