@@ -108,6 +108,7 @@ def cases() -> Iterator[Case]:
             copies=("image_run",),
             prepare=prepare,
             codes=(0, 2),
+            megabytes=800,
         )
     for way in ("cut_50", "flip_10", "zero_middle", "noise"):
         yield _report(f"predictions.npz {way}", change("image_run/predictions.npz", way))
