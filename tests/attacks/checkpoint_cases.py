@@ -274,7 +274,7 @@ _FILES = (
     "optimizer/_METADATA",
     "optimizer/manifest.ocdbt",
 )
-_WAYS = ("empty", "cut_50", "flip_1", "zero_middle", "noise")
+_WAYS = ("empty", "cut_50", "flip_1", "noise")
 
 
 def _checkpoint_files() -> Iterator[Case]:

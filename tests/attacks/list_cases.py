@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from attacks.case import Case, Result
@@ -99,32 +99,29 @@ THINGS: dict[str, Prepare] = {
 }
 
 
+# Exit codes of `prepare --check` and of other commands, by whether the data can be used; None is either.
+_CHECK = {True: (0,), False: (1, 2), None: (0, 1, 2)}
+_OTHER = {True: (0,), False: (2,), None: (0, 2)}
+
+
 def cases() -> Iterator[Case]:
-    for name, (content, usable) in _LISTS.items():
-        yield from _on_list("train.csv", name, content, usable)
-    for name, content in _JSON_LISTS.items():
-        yield from _on_list("train.jsonl", name, content, True if name == "good" else None)
+    lists = [("train.csv", *row) for row in ((name, *value) for name, value in _LISTS.items())]
+    lists += [("train.jsonl", name, content, None) for name, content in _JSON_LISTS.items()]
+    for file, name, content, usable in lists:
+        prepare = steps(_without_folders, text(f"images/{file}", content))
+        yield from _commands(file, name, prepare, usable)
     for name, (labels, usable) in _LABELS.items():
         yield from _on_labels(name, text("images/labels.txt", labels), usable)
     for name, make in THINGS.items():
-        for file in ("train.csv", "labels.txt"):
-            lists = (_without_folders,) if file == "train.csv" else ()
-            prepare = steps(*lists, functools.partial(_make, make, file))
-            yield from _commands(
-                file, name, prepare, (0, 2) if file == "labels.txt" else (2,), first=without_privileges
-            )
+        put = functools.partial(_make, make, "train.csv")
+        yield from _commands("train.csv", name, steps(_without_folders, put), None, first=without_privileges)
+        put = functools.partial(_make, make, "labels.txt")
+        yield from _commands("labels.txt", name, put, None, first=without_privileges)
     yield from _annotations()
 
 
-def _on_list(file: str, name: str, content: str | bytes, usable: bool | None) -> Iterator[Case]:
-    prepare = steps(_without_folders, text(f"images/{file}", content))
-    codes = {True: (0,), False: (2,), None: (0, 1, 2)}[usable]
-    yield from _commands(file, name, prepare, codes)
-
-
 def _on_labels(name: str, prepare: Prepare, usable: bool | None) -> Iterator[Case]:
-    codes = {True: (0,), False: (2,), None: (0, 1, 2)}[usable]
-    yield from _commands("labels.txt", name, prepare, codes)
+    yield from _commands("labels.txt", name, prepare, usable)
     if usable:
         yield case(
             "lists",
@@ -141,25 +138,16 @@ def _on_labels(name: str, prepare: Prepare, usable: bool | None) -> Iterator[Cas
         )
 
 
-def _commands(file: str, name: str, prepare: Prepare, codes: tuple[int, ...], first=None) -> Iterator[Case]:
+def _commands(
+    file: str, name: str, prepare: Prepare, usable: bool | None, first: Callable[[], None] | None = None
+) -> Iterator[Case]:
     """The commands that read the lists of a data set."""
     options = {"copies": ("images",), "prepare": prepare, "first": first, "seconds": 30}
-    root = "--config.data.root=<here>/images"
-    yield case(
-        "lists",
-        f"{file}, {name}: check",
-        "data.prepare",
-        "folder",
-        "<here>/images",
-        "--check",
-        "--images",
-        "--workers=1",
-        codes=(*codes, 1) if codes != (2,) else (1, 2),
-        **options,
-    )
-    codes = tuple(code for code in codes if code != 1)
+    check = ("folder", "<here>/images", "--check", "--images", "--workers=1")
+    yield case("lists", f"{file}, {name}: check", "data.prepare", *check, codes=_CHECK[usable], **options)
+    show = ("--mode=show", "--config.data.root=<here>/images")
     yield main(
-        "lists", f"{file}, {name}: show", "--mode=show", root, config=IMAGE_FOLDER[0], codes=codes, **options
+        "lists", f"{file}, {name}: show", *show, config=IMAGE_FOLDER[0], codes=_OTHER[usable], **options
     )
 
 

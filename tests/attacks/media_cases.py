@@ -61,8 +61,7 @@ def cases() -> Iterator[Case]:
     for part, kind, files in (("bad_images", "image", _IMAGES), ("bad_videos", "clip", _VIDEOS)):
         for name, read in files.items():
             yield from _one(kind, f"<{part}>/{name}", read)
-    for side in (8000, 16000):
-        yield from _one("clip", f"<huge_videos>/{side}.mp4", None)
+    yield from _one("clip", "<huge_videos>/16000.mp4", None)
     for own, names in _PLAYLISTS.items():
         for name in names:
             for ending in ("mp4", own):
@@ -86,6 +85,7 @@ def _one(model: str, path: str, read: bool | None) -> Iterator[Case]:
     whole = IMAGE if model == "image" else CLIP
     codes = {True: (0,), False: (2,), None: (0, 2)}[read]
     name = re.sub("[<>]", "", path)
+    is_folder = path.endswith(("folder.jpg", "folder.mp4"))  # in which there is nothing: all is refused
     yield case(
         "media",
         f"predict {name}",
@@ -94,7 +94,7 @@ def _one(model: str, path: str, read: bool | None) -> Iterator[Case]:
         whole,
         path,
         codes=codes,
-        check=functools.partial(_all_told, count=2),
+        check=None if is_folder else functools.partial(_all_told, count=2),
         seconds=30,
     )
     yield _check(name, model, [whole, path], seconds=30)
