@@ -6,7 +6,6 @@ import contextlib
 import json
 import logging
 import os
-import re
 import stat
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
@@ -139,7 +138,8 @@ def naming_failures(workdir: epath.Path) -> Iterator[None]:
 
 def unusable(place: Any, reason: str, workdir: epath.Path, error: Exception) -> UserError:
     """Return the error for a file that cannot be read or written; resumable if it may pass by itself."""
-    if re.search("No such file|NOT_FOUND", reason) and not (is_bucket(workdir) or workdir.exists()):
+    inside = str(place).startswith(f"{workdir}/")  # so that the workdir was there
+    if inside and not is_bucket(workdir) and not workdir.exists():
         return UserError(
             f"{workdir} is gone: it was removed or renamed while the run was using it; put it back and"
             " re-run the command to resume, or start again"
