@@ -146,7 +146,7 @@ def _announce(source: Path, target: Path, seconds: float) -> None:
 def _cut_with_edit_list(path: Path) -> None:
     """What `ffmpeg -ss 1 -i whole.mp4 -c copy cut.mp4` makes: a key frame that is decoded and not shown."""
     whole = path.with_name("long.mp4")
-    video(whole, frames=64, g="32", bf="0", sc_threshold="0")
+    video(whole, frames=32, g="64", bf="0", sc_threshold="0")
     with av.open(str(whole)) as source, av.open(str(path), "w", options={"use_editlist": "1"}) as target:
         stream = target.add_stream_from_template(source.streams.video[0])
         shift = int(1 / source.streams.video[0].time_base)

@@ -158,7 +158,9 @@ def _closed(here: Path, chance: random.Random) -> None:
 def _limits() -> Iterator[Case]:
     """Files that may not grow, as on a full disk; few open files; a working directory that is gone."""
     full = {"first": _small_files, "environment": {"JAX_COMPILATION_CACHE_DIR": None}}
-    yield main("environments", "train on a full disk", "--config.mesh.compilation_cache=", codes=(2, 75), **full)
+    yield main(
+        "environments", "train on a full disk", "--config.mesh.compilation_cache=", codes=(2, 75), **full
+    )
     for command in ("export", "explain", "convert", "data.shards", "report"):
         yield case(
             "environments",

@@ -77,7 +77,7 @@ def _all_damages(model: str, part: str, kind: str, whole: str) -> Iterator[Case]
     yield case(
         "media", f"predict {name}", "predict", f"--checkpoint=<{model}_run>", *paths, check=told, codes=(0, 2)
     )
-    yield _check(name, model, paths)
+    yield _check(name, model, paths, (0, 1, 2))
 
 
 def _one(model: str, path: str, read: bool | None) -> Iterator[Case]:
@@ -97,10 +97,11 @@ def _one(model: str, path: str, read: bool | None) -> Iterator[Case]:
         check=None if is_folder else functools.partial(_all_told, count=2),
         seconds=30,
     )
-    yield _check(name, model, [whole, path], seconds=30)
+    codes = {True: (0,), False: (1, 2), None: (0, 1, 2)}[read]
+    yield _check(name, model, [whole, path], codes, seconds=30)
 
 
-def _check(name: str, model: str, paths: Sequence[str], **options) -> Case:
+def _check(name: str, model: str, paths: Sequence[str], codes: tuple[int, ...], **options) -> Case:
     """`prepare list`, of a list in the folder of the case whose rows are written when it is prepared."""
     arguments = ["list", "<here>/bad.csv", "--check", "--workers=1", *(["--images"] * (model == "image"))]
     return case(
@@ -108,7 +109,7 @@ def _check(name: str, model: str, paths: Sequence[str], **options) -> Case:
         f"check {name}",
         "data.prepare",
         *arguments,
-        codes=(0, 1, 2),
+        codes=codes,
         needs=tuple(re.findall("<([a-z_]+)>", " ".join(paths))),
         prepare=functools.partial(_write_list, paths),
         **options,
