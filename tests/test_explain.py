@@ -409,6 +409,9 @@ def test_frames_of_a_page_are_bounded(monkeypatch):
 def test_a_page_keeps_what_fits():
     found = example("deit_tiny_struct_2_video")[2] | example("structvit_tiny_3_2_video")[2]
     sizes = {name: page._size(layer) for name, layer in found.items()}
+    for name, layer in found.items():
+        arrays = [value for value in page.encoded(layer).values() if isinstance(value, str)]
+        assert sizes[name] == pytest.approx(sum(map(len, arrays)), rel=0.1), name
     assert page.fitting([found], "blocks.0") == set(found)
     kept = page.fitting([found], "blocks.0", most=sum(sizes.values()) - 1)
     assert "blocks.0" in kept and len(kept) < len(found)

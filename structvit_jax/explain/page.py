@@ -103,8 +103,10 @@ def fitting(models: Sequence[Mapping[str, Layer]], wanted: str, most: int = MOST
 
 
 def _size(layer: Layer) -> int:
-    """Bytes of its queries and keys in base64."""
-    return 2 * 2 * layer.x.size * 4 // 3
+    """Bytes of its arrays in base64: queries and keys of two bytes, kernels of four."""
+    key, value = layer.kernels()
+    kernels = key.size // key.shape[-3] + value.size // (value.shape[-3] * value.shape[-2])
+    return (2 * 2 * layer.x.size + 4 * kernels * layer.attention.heads) * 4 // 3
 
 
 def encoded(layer: Layer) -> dict[str, Any]:
