@@ -144,6 +144,10 @@ class Command:
         return self._err.read_text() if self._err.exists() else ""
 
     @property
+    def alive(self):
+        return self.process.is_alive()
+
+    @property
     def returncode(self):
         return self.process.exitcode
 

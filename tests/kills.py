@@ -35,6 +35,7 @@ import numpy as np
 from conftest import CONFIG, ROOT, Command, devices, processes, records, slowly
 
 from structvit_jax import data
+from structvit_jax.training import commit
 from structvit_jax.training import run as run_module
 
 # BatchNorm, stochastic depth, and a save every few steps.
@@ -131,7 +132,7 @@ def grouped(slow):
     """In a command: it leads a process group, and everything but imports takes its time."""
     os.setpgid(0, 0)
     slowly(slow)
-    batches, run = data.Dataset.test_batches, run_module.Run.prepare
+    batches, run, digests = data.Dataset.test_batches, run_module.Run.prepare, commit.write_digests
 
     def prepare(*arguments, **options):
         prepared = run(*arguments, **options)
@@ -144,7 +145,13 @@ def grouped(slow):
             time.sleep(5 * slow)
             yield batch
 
+    def write_digests(folder):
+        print("a slow save", flush=True)
+        time.sleep(5 * slow)
+        digests(folder)
+
     data.Dataset.test_batches, run_module.Run.prepare = test_batches, prepare
+    commit.write_digests = write_digests
 
 
 class Imports:
@@ -170,18 +177,29 @@ class Imports:
         """Whether it has begun to listen to signals, which is the first that it does."""
         return len(os.listdir(f"/proc/{self.process.pid}/task")) > 1
 
+    @property
+    def alive(self):
+        return self.process.poll() is None
+
     def end(self, seconds):
         return self.process.wait(seconds)
 
 
-def reached(run, stage, workdir):
+# What a run prints when it is in a stage.
+SIGNS = {
+    "start-up": "devices:",
+    "compiling": "compiling",
+    "steps": "compiled in",
+    "a save": "a slow save",
+    "evaluation": "a slow test batch",
+}
+
+
+def reached(run, stage):
     """Whether a run is in a stage."""
     if stage == "imports":
         return run.listening
-    if stage == "a save":
-        return "compiled in" in run.stdout and any(workdir.glob("checkpoints/*.orbax-checkpoint-tmp*"))
-    sign = {"start-up": "devices:", "compiling": "compiling", "steps": "compiled in"}
-    return sign.get(stage, "a slow test batch") in run.stdout
+    return SIGNS[stage] in run.stdout
 
 
 class GroupSignals:
@@ -220,7 +238,11 @@ class GroupSignals:
         else:
             first = functools.partial(grouped, self.slow)
             run = Command(self.folder / "output" / "0", *arguments, first=first, **devices(1))
-        while not reached(run, stage, workdir):
+        while not reached(run, stage):
+            if not run.alive:
+                self.problems.append(f"a run ended before {stage}: {run.stderr[-500:]}")
+                self.rows.append((stage, "none", -1, 0, 0.0, 0))
+                return
             time.sleep(0.001)
         time.sleep(self.chance.uniform(0, 0.3 if stage == "imports" else self.slow))
         self.traces.before([run])
