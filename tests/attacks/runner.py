@@ -171,6 +171,8 @@ def _child(case: Case, here: Path, arguments: tuple[str, ...], environment: dict
     try:
         os.setsid()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         resource.setrlimit(resource.RLIMIT_FSIZE, (_LARGEST_FILE, _LARGEST_FILE))
         files = [os.devnull, *(str(here.parent / f"{here.name}.{name}") for name in ("stdout", "stderr"))]
