@@ -1,4 +1,4 @@
-"""Makes the files of a part of the sandbox: python -m attacks.build PART FOLDER [ARGUMENT ...]."""
+"""Make the files of a part of the sandbox: python -m attacks.build PART FOLDER [ARGUMENT ...]."""
 
 from __future__ import annotations
 
@@ -24,7 +24,6 @@ from attacks.names import (
     VIDEO_FORMATS,
 )
 
-_SEED = 0
 _CODECS = {"webm": "libvpx", "avi": "mpeg4", "mpg": "mpeg1video", "wmv": "wmv2", "flv": "flv", "3gp": "mpeg4"}
 
 
@@ -34,7 +33,7 @@ def picture(number: int, side: int = 32) -> np.ndarray:
 
 
 def video(path: Path, frames: int = 16, side: int = 32, **options: str) -> None:
-    """Encodes noise by the codec that belongs to the name's extension."""
+    """Encode noise by the codec that belongs to the name's extension."""
     kind = path.suffix[1:]
     with av.open(str(path), "w") as container:
         stream: Any = container.add_stream(_CODECS.get(kind, "libx264"), rate=16, options=options)
@@ -65,13 +64,13 @@ def clips(folder: Path) -> None:
                 video(folder / split / label / f"{number}.mp4")
 
 
-def bad_images(folder: Path) -> None:
+def bad_images(folder: Path, seed: str) -> None:
     """Every format with every damage, and images that lie about themselves."""
     folder.mkdir()
     for kind in IMAGE_FORMATS:
         whole = folder / f"whole.{kind}"
         Image.fromarray(picture(1)).save(whole)
-        _damaged(whole)
+        _damaged(whole, seed)
     _bombs(folder)
     eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n/x (executed) def showpage\n%%EOF\n"
     (folder / "eps_named.jpg").write_bytes(eps)
@@ -116,13 +115,13 @@ def _png(width: int, height: int, rows: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
 
 
-def bad_videos(folder: Path) -> None:
+def bad_videos(folder: Path, seed: str) -> None:
     """The same of videos."""
     folder.mkdir()
     for kind in VIDEO_FORMATS:
         whole = folder / f"whole.{kind}"
         video(whole)
-        _damaged(whole)
+        _damaged(whole, seed)
     _announce(folder / "whole.mkv", folder / "announced.mkv", seconds=1e9)
     _announce(folder / "whole.mkv", folder / "nan.mkv", seconds=float("nan"))
     _cut_with_edit_list(folder / "cut.mp4")
@@ -137,7 +136,7 @@ def bad_videos(folder: Path) -> None:
 
 
 def _announce(source: Path, target: Path, seconds: float) -> None:
-    """Changes the duration in the header of a Matroska file."""
+    """Change the duration in the header of a Matroska file."""
     data = source.read_bytes()
     at = data.index(b"\x44\x89\x88") + 3  # the element Duration, of eight bytes, in milliseconds
     target.write_bytes(data[:at] + struct.pack(">d", seconds * 1000) + data[at + 8 :])
@@ -275,7 +274,7 @@ def pickles(folder: Path, weights: str, marker: str) -> None:
     for name, content in contents.items():
         torch.save(content, folder / f"{name}.pth")
     (folder / "plain_code.pth").write_bytes(pickle.dumps(_Code(marker)))
-    (folder / "noise.pth").write_bytes(random.Random(_SEED).randbytes(1000))
+    (folder / "noise.pth").write_bytes(random.Random(0).randbytes(1000))
     (folder / "nothing.pth").write_bytes(b"")
     (folder / "half.pth").write_bytes((folder / "whole.pth").read_bytes()[:2000])
 
@@ -289,9 +288,9 @@ def native(folder: Path) -> None:
     native.available()
 
 
-def _damaged(whole: Path) -> None:
+def _damaged(whole: Path, seed: str) -> None:
     for kind in DAMAGES:
-        chance = random.Random(f"{_SEED}:{whole.name}:{kind}")
+        chance = random.Random(f"{seed}:{whole.name}:{kind}")
         content = damage.damaged(whole.read_bytes(), kind, chance)
         whole.with_name(f"{kind}{whole.suffix}").write_bytes(content)
 

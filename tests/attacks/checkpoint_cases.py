@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from attacks.case import Case, Result
-from attacks.commands import IMAGE, IMAGE_FOLDER, case, main, told
+from attacks.commands import IMAGE, IMAGE_FOLDER, case, main, shown
 from attacks.damage import DELETED, Prepare, change, edit_json, folder, remove, sign, steps, text
 from attacks.names import DEEP, JSON_TEXTS, LONG, TRAP
 from attacks.users import without_privileges
@@ -178,7 +178,7 @@ def _predict(name: str, prepare: Prepare, **options: Any) -> Case:
 
 def _cards() -> Iterator[Case]:
     for key, value, codes in _CARDS:
-        name = f"a card with {key} {told(value)}"
+        name = f"a card with {key} {shown(value)}"
         yield _predict(name, _signed(edit_json(_CARD, key, value)), codes=codes, seconds=40)
     for name, content in JSON_TEXTS.items():
         yield _predict(f"a card of {name}", _signed(text(_CARD, content)))
@@ -187,7 +187,7 @@ def _cards() -> Iterator[Case]:
             prepare = _signed(edit_json(_CARD, key, value), edit_config(key, value))
             yield case(
                 "cards",
-                f"{command} by a card with {key} {told(value)}",
+                f"{command} by a card with {key} {shown(value)}",
                 command,
                 *arguments,
                 copies=("image_run",),
@@ -221,7 +221,7 @@ def _cards() -> Iterator[Case]:
     for key, value in (("config", 5), ("config.model.name", 5), ("class_names", 5), ("config.data", DELETED)):
         yield main(
             "cards",
-            f"resume from a card with {key} {told(value)}",
+            f"resume from a card with {key} {shown(value)}",
             "--config.data.root=<images>",
             "--config.train.duration=6 steps",
             "--workdir=<here>/image_run",
@@ -294,7 +294,7 @@ def _checkpoint_files() -> Iterator[Case]:
     yield _predict("digests that are a list", both)
     for value in (5, None, [], {"a": 5}, DEEP):
         one = text(f"{_STEP}/sha256.json", value if isinstance(value, str) else json.dumps(value))
-        yield _predict(f"digests {told(value)}", one, codes=(0, 2))
+        yield _predict(f"digests {shown(value)}", one, codes=(0, 2))
     upwards = json.dumps({"../../../../../../../../etc/passwd": "0" * 64})
     yield _predict("digests of a file elsewhere", text(f"{_STEP}/sha256.json", upwards), codes=(0, 2))
     nested = text(f"{_STEP}/weights/_METADATA", DEEP)
@@ -330,6 +330,6 @@ def _link_to_itself(here: Path, chance: random.Random) -> None:
 
 
 def _close(here: Path, chance: random.Random) -> None:
-    """Takes read permission from the newest checkpoint."""
+    """Take read permission from the newest checkpoint."""
     del chance
     (here / _STEP).chmod(0)

@@ -54,7 +54,7 @@ def nothing_executed(here: Path, result: Result) -> str:
     return ""
 
 
-def told(value: Any) -> str:
+def shown(value: Any) -> str:
     """A value as it is shown in the name of a case."""
     if value is DELETED:
         return "deleted"

@@ -51,7 +51,7 @@ def steps(*prepares: Prepare) -> Prepare:
 
 
 def text(path: str, content: str | bytes) -> Prepare:
-    """Writes a file."""
+    """Write a file."""
 
     def prepare(here: Path, chance: random.Random) -> None:
         del chance
@@ -63,7 +63,7 @@ def text(path: str, content: str | bytes) -> Prepare:
 
 
 def change(path: str, kind: str) -> Prepare:
-    """Damages a file by one of `names.DAMAGES`; of a pattern, the first file that matches."""
+    """Damage a file by one of `names.DAMAGES`; of a pattern, the first file that matches."""
 
     def prepare(here: Path, chance: random.Random) -> None:
         target = _at(here, path)
@@ -73,7 +73,7 @@ def change(path: str, kind: str) -> Prepare:
 
 
 def remove(path: str) -> Prepare:
-    """Removes a file or folder."""
+    """Remove a file or folder."""
 
     def prepare(here: Path, chance: random.Random) -> None:
         del chance
@@ -84,7 +84,7 @@ def remove(path: str) -> Prepare:
 
 
 def folder(path: str) -> Prepare:
-    """Puts a folder in the place of whatever is there."""
+    """Put a folder in the place of whatever is there."""
 
     def prepare(here: Path, chance: random.Random) -> None:
         remove(path)(here, chance)
@@ -94,7 +94,7 @@ def folder(path: str) -> Prepare:
 
 
 def edit_json(path: str, key: str, value: Any) -> Prepare:
-    """Sets what dots lead to, as "config.data.size", in a JSON file; DELETED removes it."""
+    """Set what dots lead to, as "config.data.size", in a JSON file; DELETED removes it."""
 
     def prepare(here: Path, chance: random.Random) -> None:
         del chance
@@ -114,7 +114,7 @@ def edit_json(path: str, key: str, value: Any) -> Prepare:
 
 
 def sign(checkpoint: str) -> Prepare:
-    """Writes the digests of a checkpoint anew, so that what was damaged before counts as saved so."""
+    """Write the digests of a checkpoint anew, so that what was damaged before counts as saved so."""
 
     def prepare(here: Path, chance: random.Random) -> None:
         del chance

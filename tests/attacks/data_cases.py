@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from attacks.case import Case, Result
-from attacks.commands import DIGITS, IMAGE_FOLDER, case, main, nothing_executed, told
+from attacks.commands import DIGITS, IMAGE_FOLDER, case, main, nothing_executed, shown
 from attacks.damage import DELETED, Prepare, change, damaged, edit_json, folder, remove, steps, text
 from attacks.names import JSON_TEXTS, MARKER
 
@@ -44,7 +44,7 @@ def _label_maps() -> Iterator[Case]:
     yield _student("as they are", steps(), codes=(0,))
     for key, value in _MAP_CARDS:
         codes = (0, 2) if key in ("teacher", "images") else (2,)
-        yield _student(f"with {key} {told(value)}", edit_json("maps/maps.json", key, value), codes=codes)
+        yield _student(f"with {key} {shown(value)}", edit_json("maps/maps.json", key, value), codes=codes)
     for name, content in JSON_TEXTS.items():
         yield _student(f"whose card is {name}", text("maps/maps.json", content))
     for array in ("classes", "scores"):
@@ -62,7 +62,7 @@ def _label_maps() -> Iterator[Case]:
     half = steps(remove("maps/maps.json"), functools.partial(_save_like, "maps/scores.npy", 0, 6))
     yield case(
         "label maps",
-        "another teacher goes on with maps half done",
+        "another teacher resumes maps half done",
         "label_maps",
         "<here>/structvit_run",
         "<here>/maps",
@@ -119,7 +119,7 @@ def _save(path: str, array: np.ndarray, here: Path, chance: random.Random) -> No
 
 
 def _save_like(path: str, value: float, *rest: Any) -> None:
-    """Sets the values of an array, from the image on that `rest` may begin with."""
+    """Set the values of an array, from the image on that `rest` may begin with."""
     *start, here, _ = rest
     array = np.load(here / path)
     array[slice(*start, None)] = value
@@ -243,7 +243,7 @@ def _native_folder(here: Path, chance: random.Random) -> None:
 
 
 def _other_library(here: Path, chance: random.Random) -> None:
-    """Puts a library of the system in the place of ours."""
+    """Put a library of the system in the place of ours."""
     del chance
     found = [path for path in Path("/lib").rglob("libm.so.6") if path.is_file()]
     next(here.glob("native/structvit_jax/*.so")).write_bytes(found[0].read_bytes())

@@ -152,7 +152,7 @@ def _commands(
 
 
 def _without_folders(here: Path, chance: random.Random) -> None:
-    """Makes room for a list: the folder of the training split gets another name."""
+    """Make room for a list: the folder of the training split gets another name."""
     del chance
     (here / "images" / "train").rename(here / "images" / "files")
 

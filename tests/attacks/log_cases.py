@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from attacks.case import Case
-from attacks.commands import IMAGE_FOLDER, case, main, told
+from attacks.commands import IMAGE_FOLDER, case, main, shown
 from attacks.damage import DELETED, Prepare, change, edit_json, folder, remove, steps, text
 from attacks.names import DEEP, TRAP
 
@@ -86,17 +86,17 @@ def cases() -> Iterator[Case]:
         yield from _resume_and_report(f"{file} a folder", folder(f"image_run/{file}"), file)
     for value in _GOODPUT:
         prepare = text("image_run/goodput.json", json.dumps(value))
-        yield from _resume_and_report(f"goodput.json {told(value)}", prepare, "goodput.json")
+        yield from _resume_and_report(f"goodput.json {shown(value)}", prepare, "goodput.json")
     for line in _METRICS:
         yield from _resume_and_report(
             f"metrics.jsonl {line!r}", text("image_run/metrics.jsonl", line + "\n"), ""
         )
     for value in _LOCKS:
         prepare = _lock(value)
-        yield _resume(f"lock.json {told(value)}", prepare, codes=(0, 2, 75))
+        yield _resume(f"lock.json {shown(value)}", prepare, codes=(0, 2, 75))
     for key, value in (("train", 5), ("model.name", 5), ("data.size", "x"), ("model", DELETED), ("data", [])):
         prepare = edit_json("image_run/config.json", key, value)
-        yield from _resume_and_report(f"config.json with {key} {told(value)}", prepare, "")
+        yield from _resume_and_report(f"config.json with {key} {shown(value)}", prepare, "")
     for name, arrays in _predictions().items():
         prepare = functools.partial(_save_predictions, arrays)
         yield case(

@@ -73,9 +73,15 @@ def _all_damages(model: str, part: str, kind: str, whole: str) -> Iterator[Case]
     """All damages of a format in one command, between two files that are whole."""
     paths = [whole, *(f"<{part}>/{damage}.{kind}" for damage in DAMAGES), f"<{part}>/whole.{kind}"]
     name = f"{len(DAMAGES)} damaged .{kind}"
-    told = functools.partial(_all_told, count=len(paths))
+    check = functools.partial(_a_line_for_each, count=len(paths))
     yield case(
-        "media", f"predict {name}", "predict", f"--checkpoint=<{model}_run>", *paths, check=told, codes=(0, 2)
+        "media",
+        f"predict {name}",
+        "predict",
+        f"--checkpoint=<{model}_run>",
+        *paths,
+        check=check,
+        codes=(0, 2),
     )
     yield _check(name, model, paths, (0, 1, 2))
 
@@ -94,7 +100,7 @@ def _one(model: str, path: str, read: bool | None) -> Iterator[Case]:
         whole,
         path,
         codes=codes,
-        check=None if is_folder else functools.partial(_all_told, count=2),
+        check=None if is_folder else functools.partial(_a_line_for_each, count=2),
         seconds=30,
     )
     codes = {True: (0,), False: (1, 2), None: (0, 1, 2)}[read]
@@ -123,7 +129,7 @@ def _write_list(paths: Sequence[str], here: Path, chance: random.Random) -> None
     (here / "bad.csv").write_text("path,label\n" + "\n".join(rows) + "\n")
 
 
-def _all_told(here: Path, result: Result, *, count: int) -> str:
+def _a_line_for_each(here: Path, result: Result, *, count: int) -> str:
     """One line for each file, a class for the first, and no code executed."""
     lines = result.stdout.splitlines()
     if result.code == 0 and any("cannot be" in line for line in lines):

@@ -1,4 +1,4 @@
-"""Runs cases in forks of this process, within limits, and watches what they leave.
+"""Run cases in forks of this process, within limits, and watches what they leave.
 
 A fork starts in milliseconds, since the modules that commands need are imported before. Each case is a
 session of its own, so that all its processes can be counted and killed together.
@@ -49,7 +49,7 @@ class _Running:
 
 
 class Runner:
-    """Runs cases `jobs` at a time."""
+    """Run cases `jobs` at a time."""
 
     def __init__(self, sandbox: Sandbox, *, jobs: int, seed: int):
         self._sandbox, self._jobs, self._seed = sandbox, jobs, seed
@@ -59,7 +59,7 @@ class Runner:
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])  # for sigtimedwait
 
     def run(self, cases: Iterable[Case]) -> Iterator[tuple[Case, Result, Path]]:
-        """Yields each case with its result and its folder, in the order in which they end."""
+        """Yield each case with its result and its folder, in the order in which they end."""
         waiting = iter(cases)
         more = True
         while more or self._running:
@@ -71,6 +71,12 @@ class Runner:
             if self._running:
                 signal.sigtimedwait([signal.SIGCHLD], _TICK)
                 yield from self._finished()
+
+    def close(self) -> None:
+        """Kill the cases under way."""
+        sessions = _sessions()
+        for pid in self._running:
+            _kill(sessions.get(pid, {}))
 
     def _start(self, case: Case) -> None:
         self._count += 1
@@ -125,7 +131,7 @@ class Runner:
                 running.result.megabytes = max(running.result.megabytes, usage.ru_maxrss / 1024)
 
     def _judge_limits(self, running: _Running, members: dict[int, str]) -> None:
-        """Kills a case that takes too much."""
+        """Kill a case that takes too much."""
         result, case = running.result, running.case
         result.megabytes = max(result.megabytes, sum(map(_own_megabytes, members)))
         if result.killed:
@@ -138,7 +144,7 @@ class Runner:
             _kill(members)
 
     def _look(self, running: _Running) -> None:
-        """Reads what the case wrote, and finds what it should not have."""
+        """Read what the case wrote, and finds what it should not have."""
         result, here = running.result, running.here
         for name in ("stdout", "stderr"):
             content = (here.parent / f"{here.name}.{name}").read_bytes()[: 2**20]
@@ -165,6 +171,8 @@ def _child(case: Case, here: Path, arguments: tuple[str, ...], environment: dict
     try:
         os.setsid()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         resource.setrlimit(resource.RLIMIT_FSIZE, (_LARGEST_FILE, _LARGEST_FILE))
         files = [os.devnull, *(str(here.parent / f"{here.name}.{name}") for name in ("stdout", "stderr"))]
@@ -189,7 +197,7 @@ def _child(case: Case, here: Path, arguments: tuple[str, ...], environment: dict
 
 
 def _stay_here(record: str, event: str, arguments: tuple[object, ...]) -> None:
-    """Refuses, and notes, connections to other machines than this one."""
+    """Refuse and record connections to other machines than this one."""
     if event == "socket.connect" and isinstance(arguments[1], tuple):
         host = str(arguments[1][0])
     elif event == "socket.getaddrinfo" and arguments[0]:
@@ -209,7 +217,7 @@ def _exec(case: Case, arguments: tuple[str, ...]) -> None:
 
 
 def _exit_code(command: Callable[[], object]) -> int:
-    """Runs a command as an interpreter would, up to the exit code that it would end with."""
+    """Run a command as an interpreter would, up to the exit code that it would end with."""
     code = 0
     try:
         command()

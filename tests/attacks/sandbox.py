@@ -32,8 +32,8 @@ def _train(kind: str, *changes: str) -> Part:
 PARTS = {
     "images": Part("attacks.build", ("images", "<images>")),
     "clips": Part("attacks.build", ("clips", "<clips>")),
-    "bad_images": Part("attacks.build", ("bad_images", "<bad_images>")),
-    "bad_videos": Part("attacks.build", ("bad_videos", "<bad_videos>")),
+    "bad_images": Part("attacks.build", ("bad_images", "<bad_images>", "<seed>")),
+    "bad_videos": Part("attacks.build", ("bad_videos", "<bad_videos>", "<seed>")),
     "huge_videos": Part("attacks.build", ("huge_videos", "<huge_videos>")),
     "playlists": Part("attacks.build", ("playlists", "<playlists>", "<clips>", "<contact>")),
     "image_run": _train("images", "--config.data.root=<images>", "--workdir=<image_run>"),
@@ -55,8 +55,8 @@ class Sandbox:
     "<silent>" is one at which nothing listens.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, seed: int):
+        self.folder, self._seed = folder, seed
         for name in ("parts", "cases", "cache"):
             (folder / name).mkdir(parents=True, exist_ok=True)
             (folder / name).chmod(0o755)
@@ -85,12 +85,13 @@ class Sandbox:
         return here
 
     def fill(self, text: str, here: Path) -> str:
-        """Puts paths and addresses in the place of their names in angle brackets."""
+        """Put paths and addresses in the place of their names in angle brackets."""
         names = {
             "here": here,
             "root": ROOT,
             "marker": self.folder / MARKER,
             "strays": self.folder / "parts",
+            "seed": self._seed,
         } | self._addresses
         names |= {part: self.path(part) for part in PARTS}
         return re.sub("<([a-z_]+)>", lambda match: str(names.get(match[1], match[0])), text)

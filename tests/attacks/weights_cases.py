@@ -131,7 +131,7 @@ def _commands(name: str, prepare: Prepare, path: str, **options: Any) -> Iterato
 
 
 def _no_advice(here: Path, result: Result) -> str:
-    """No code was executed, and nobody is told how it could be."""
+    """No code was executed, and no message says how it could be."""
     if "weights_only" in result.stdout + result.stderr:
         return "the message names weights_only"
     return nothing_executed(here, result)
