@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import sys
 import traceback
@@ -186,7 +187,7 @@ def config_path(argv: Sequence[str]) -> epath.Path:
       UserError: none, or one that is not there.
     """
     path = _named_config(argv)
-    if path.suffix != ".py" or not path.is_file():
+    if path.suffix != ".py" or not os.path.isfile(path):  # epath takes a pipe for a file
         folder = path if path.is_dir() else path.parent
         known = [str(file) for file in folder.glob("*.py")] if folder.is_dir() else []
         hint = did_you_mean("" if path.is_dir() else str(path), known) if known else _NO_CONFIGS

@@ -89,9 +89,7 @@ def _data() -> ml_collections.ConfigDict:
     data.workers = 0  # processes that decode; 0 reads in threads
     data.max_pixels = 2**26  # of a picture or video frame (width x height); larger ones are not decoded
     data.max_frames = 2**20  # of a video or folder of frames; longer ones are not read
-    data.max_bad_frames = (
-        0.0  # fraction of the frames read of a clip that may be replaced by their neighbours
-    )
+    data.max_bad_frames = 0.0  # fraction of a clip's frames that may be replaced by their neighbours
     data.max_bad_share = 0.05  # of the training examples that may turn out unreadable before the run stops
     return data
 

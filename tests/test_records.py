@@ -16,7 +16,7 @@ from conftest import ROOT
 from etils import epath
 from PIL import Image
 
-from structvit_jax.data import records, shards
+from structvit_jax.data import records, shard_writer, shards
 from structvit_jax.data.index import Entry, Index
 from structvit_jax.errors import DecodeError, UserError
 
@@ -158,12 +158,12 @@ def test_damaged_shards_are_one_line(written):
 
 def test_pipes_are_not_copied_into_shards(tmp_path):
     os.mkfifo(tmp_path / "pipe.jpg")
-    record = records.record(Index(str(tmp_path), [Entry("pipe.jpg", "a")], ("a",)), 0)
+    record = shard_writer.record(Index(str(tmp_path), [Entry("pipe.jpg", "a")], ("a",)), 0)
     assert record["problem"] == "not a regular file" and not record["files"]
 
 
 def stopped():
-    raise InterruptedError
+    raise SystemExit
 
 
 def test_shards_that_were_killed_are_written_again(root, tmp_path, monkeypatch):
@@ -173,7 +173,7 @@ def test_shards_that_were_killed_are_written_again(root, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", lambda *arguments, **options: None)  # a kill cleans nothing up
         patch.setattr(Index, "id", lambda self, number: stopped())
-        with pytest.raises(InterruptedError):
+        with pytest.raises(SystemExit):
             shards.main(arguments)
     assert records.find_shards(str(out)) is None
     shards.main(arguments)
@@ -185,7 +185,7 @@ def test_shards_that_were_killed_are_written_again(root, tmp_path, monkeypatch):
 def test_copying_to_a_bucket(tmp_path):
     (tmp_path / "a" / "b").mkdir(parents=True)
     (tmp_path / "a" / "b" / "c").write_text("d")
-    records.copy_tree(epath.Path(tmp_path / "a"), epath.Path(tmp_path / "e"))
+    shard_writer.copy_tree(epath.Path(tmp_path / "a"), epath.Path(tmp_path / "e"))
     assert (tmp_path / "e" / "b" / "c").read_text() == "d"
 
 

@@ -18,13 +18,15 @@ from ml_collections import config_flags
 
 from structvit_jax.command import config_path, parse_flags, run_command
 from structvit_jax.config import check_config
+from structvit_jax.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file, as configs/ablate_digits.py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the runs live; by default runs/NAME.")
 
 
 def main(argv: list[str]) -> None:
-    parse_flags(argv, config_file=True)
+    if surplus := parse_flags(argv, config_file=True):
+        raise UserError(f"unexpected argument {surplus[0]!r}; options start with --")
     config = _CONFIG.value
     check_config(config)
     from structvit_jax.ablate import study  # here, so that a mistake in flags is told at once

@@ -57,7 +57,7 @@ def arms(config: ml_collections.ConfigDict) -> list[Arm]:
 
 
 def _arm(text: str) -> Arm:
-    name, colon, words = text.partition(":")
+    name, colon, words = str(text).partition(":")
     pairs = [word.partition("=") for word in words.split()]
     if not colon or not name.strip() or not all(equals and value for _, equals, value in pairs):
         raise UserError(f"config.ablate.arms: {text!r} should be 'NAME: key=value key=value'")

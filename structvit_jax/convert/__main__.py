@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -68,6 +69,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--inflate", default="average", choices=("average", "centre"), help="over time")
     parser.add_argument("--noise", type=float, default=Rules.noise, help="that sets equal patterns apart")
     chosen = parser.parse_args(arguments)
+    if not 0 <= chosen.noise < math.inf:
+        raise UserError(f"--noise is {chosen.noise:g}; it needs to be finite and not negative")
     with _create(chosen.destination) as place:
         source = _read(chosen)
         print(f"{source.where}: {source.model['name']}, {source.num_classes} classes")

@@ -1,4 +1,4 @@
-"""Examples in ArrayRecord files, written and read through TFDS without tensorflow: shards, and image sets."""
+"""Read examples in ArrayRecord files, through TFDS without tensorflow: shards, and image sets."""
 
 from __future__ import annotations
 
@@ -7,18 +7,14 @@ import functools
 import json
 import os
 import re
-import shutil
-import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
-from etils import epath
 
-from structvit_jax.data.index import Index
 from structvit_jax.data.limits import Limits
-from structvit_jax.data.media import Media, Part, Pictures, frame_names
+from structvit_jax.data.media import Media, Part, Pictures
 from structvit_jax.data.video import VideoFile
 from structvit_jax.errors import DecodeError, UserError, decoding
 
@@ -36,8 +32,8 @@ _FEATURES = frozenset(
         tfds.features.Text,
     )
 )
-_FEATURES_FILE = "features.json"  # TFDS's description of what a record holds
-_FEATURES_FILES = (_FEATURES_FILE, "dataset_info.json")  # that may name feature classes
+FEATURES_FILE = "features.json"  # TFDS's description of what a record holds
+_DESCRIPTIONS = (FEATURES_FILE, "dataset_info.json")  # that may name feature classes
 _NAMING = ("type", "pythonClassName", "python_class_name")  # keys whose text is the name of one
 
 
@@ -71,7 +67,7 @@ class Shards(_Records):
 
     def __init__(self, builder: Any, split: str, limits: Limits):
         super().__init__(builder, split, limits)
-        path = os.path.join(self._builder_dir, _ids_file(split))
+        path = os.path.join(self._builder_dir, ids_file(split))
         try:
             with open(path, encoding="utf-8") as file:
                 self._ids = np.array([line.rstrip("\n").encode() for line in file])
@@ -123,7 +119,7 @@ class Shards(_Records):
             return Part(media, first, count, missing), int(record["label"])
 
 
-def _ids_file(split: str) -> str:
+def ids_file(split: str) -> str:
     """Beside the shards, so that ids are known without reading clips."""
     return f"ids-{split}.txt"
 
@@ -152,7 +148,7 @@ class Images(_Records):
 def find_shards(root: str) -> str | None:
     """The folder below `root` (or itself) that holds our shards."""
     folders = [os.path.join(root, "clips", "1.0.0"), root]
-    return next((folder for folder in folders if os.path.isfile(os.path.join(folder, _FEATURES_FILE))), None)
+    return next((folder for folder in folders if os.path.isfile(os.path.join(folder, FEATURES_FILE))), None)
 
 
 def open_shards(folder: str, train: str, test: str, limits: Limits) -> tuple[Shards, Shards]:
@@ -176,7 +172,7 @@ def _check_features(folder: str) -> None:
     Raises:
       UserError: one that is not in `_FEATURES`, or a file that is no JSON.
     """
-    for path in (os.path.join(folder, name) for name in _FEATURES_FILES):
+    for path in (os.path.join(folder, name) for name in _DESCRIPTIONS):
         try:
             with open(path, encoding="utf-8") as file:
                 names = set(_named_classes(json.load(file)))
@@ -220,7 +216,7 @@ def open_images(name: str, root: str, train: str, test: str, limits: Limits) -> 
     prepare = f"tfds build {name} --file_format=array_record" + (f" --data_dir={root}" if root else "")
     top = os.path.join(os.path.expanduser(where), re.split("[:/]", name)[0])
     for folder, _, files in os.walk(top):
-        if not set(files).isdisjoint(_FEATURES_FILES):
+        if not set(files).isdisjoint(_DESCRIPTIONS):
             _check_features(folder)
     try:
         builder = tfds.builder(name, data_dir=root or None, file_format="array_record")
@@ -251,139 +247,3 @@ def _known_split(builder, split: str) -> Any:
             f"{builder.info.name} has no split {split!r} but {known}; name it with"
             " --config.data.train_split and --config.data.test_split"
         ) from error
-
-
-Record = dict[str, Any]
-
-
-class Clips(tfds.core.GeneratorBasedBuilder):
-    """Writes encoded clips or images in the order of an index, which is what keys count."""
-
-    name = "clips"
-    VERSION = tfds.core.Version("1.0.0")
-
-    def __init__(self, *, indices: dict[str, Index], beam: bool = False, **options: Any):
-        self._indices, self._beam = indices, beam
-        super().__init__(**options)
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        texts = {name: tfds.features.Text() for name in ("kind", "problem")}
-        numbers = dict.fromkeys(("first", "count", "missing"), np.int64)
-        bytes_ = tfds.features.Tensor(shape=(), dtype=np.object_)
-        class_names = next(iter(self._indices.values())).class_names
-        return self.dataset_info_from_configs(
-            description="Encoded clips of structvit_jax.",
-            features=tfds.features.FeaturesDict(
-                {
-                    **texts,
-                    **numbers,
-                    "label": tfds.features.ClassLabel(names=class_names),
-                    "files": tfds.features.Sequence(bytes_),
-                }
-            ),
-            disable_shuffling=True,
-        )
-
-    def _split_generators(self, dl_manager):
-        del dl_manager  # nothing is downloaded
-        return {name: self._generate_examples(index) for name, index in self._indices.items()}
-
-    def _generate_examples(self, index: Index) -> Any:
-        if not self._beam:
-            return ((number, record(index, number)) for number in range(len(index)))
-        import apache_beam as beam
-
-        return beam.Create(range(len(index))) | beam.Map(lambda number: (number, record(index, number)))
-
-
-def record(index: Index, number: int) -> Record:
-    """One example, encoded."""
-    made: Record = {"label": 0, "kind": "video", "problem": "", "files": []}
-    made |= {"first": 0, "count": -1, "missing": 0}
-    entry = index.entry(number)
-    path = os.path.join(index.root, entry.path)
-    try:
-        media, made["label"] = index.open(number)
-        with contextlib.closing(media):
-            if not isinstance(media, VideoFile):
-                made["kind"], made["files"] = "pictures", list(_encoded(path))
-            elif entry.start is None and entry.end is None:
-                made["files"] = [_read(path)]
-            else:
-                file, made["first"] = media.cut()
-                made |= {"files": [file], "count": media.count, "missing": media.missing}
-    except (DecodeError, OSError) as error:
-        made["problem"] = str(error)
-    return made
-
-
-def _encoded(path: str) -> Iterator[bytes]:
-    names = frame_names(os.listdir(path)) if os.path.isdir(path) else [""]
-    return (_read(os.path.join(path, name) if name else path) for name in names)
-
-
-def _read(path: str) -> bytes:
-    if not os.path.isfile(path):
-        raise DecodeError("not a regular file")
-    with open(path, "rb") as file:
-        return file.read()
-
-
-def write_shards(
-    indices: dict[str, Index], out: str, *, shards: int = 0, runner: str = "", options: Iterable[str] = ()
-) -> None:
-    """Write one split per index below `out`.
-
-    They are written into a folder beside their place, which gets its name when it is complete. After a kill
-    the same call starts again.
-
-    Args:
-      indices: the splits by name.
-      out: a folder, or a bucket's address.
-      shards: how many files per split; 0 lets TFDS choose.
-      runner: of Apache Beam; "" works in this process.
-      options: of Beam's pipeline, "key=value".
-
-    Raises:
-      UserError: `out` holds shards already, or Beam is not installed.
-    """
-    place = epath.Path(out) / Clips.name / "1.0.0"
-    if (place / _FEATURES_FILE).exists():
-        raise UserError(f"{out} holds shards already; remove them or choose another folder")
-    config: dict[str, Any] = {"num_shards": shards or None}
-    if runner:
-        try:
-            from apache_beam.options.pipeline_options import PipelineOptions
-        except ImportError as error:
-            raise UserError(
-                'Apache Beam is not installed: pip install -c requirements.lock -e ".[beam]"'
-            ) from error
-        config |= {"beam_runner": runner, "beam_options": PipelineOptions([f"--{o}" for o in options])}
-    in_bucket = "://" in out
-    partial = (
-        tempfile.mkdtemp(prefix="structvit_jax_shards_") if in_bucket else os.path.join(out, "clips.part")
-    )
-    shutil.rmtree(partial, ignore_errors=True)  # of a start that was killed
-    try:
-        builder = Clips(indices=indices, beam=bool(runner), data_dir=partial, file_format="array_record")
-        builder.download_and_prepare(download_config=tfds.download.DownloadConfig(**config))
-        for split, index in indices.items():
-            ids = "".join(index.id(number) + "\n" for number in range(len(index)))
-            (epath.Path(builder.data_path) / _ids_file(split)).write_text(ids)
-        if in_bucket:
-            copy_tree(epath.Path(builder.data_path), place)
-        else:
-            place.parent.mkdir(exist_ok=True)
-            epath.Path(builder.data_path).rename(place)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def copy_tree(source: epath.Path, target: epath.Path) -> None:
-    """Copy a folder to where Beam cannot write ArrayRecord itself, the file that identifies it last."""
-    target.mkdir(parents=True, exist_ok=True)
-    for item in sorted(source.iterdir(), key=lambda item: item.name == _FEATURES_FILE):
-        if item.is_dir():
-            copy_tree(item, target / item.name)
-        else:
-            item.copy(target / item.name)

@@ -17,7 +17,7 @@ import sys
 
 from structvit_jax.data.folder import Layout, is_video, read_splits
 from structvit_jax.data.index import writing
-from structvit_jax.data.records import write_shards
+from structvit_jax.data.shard_writer import write_shards
 from structvit_jax.errors import exit_in_one_line
 
 

@@ -50,7 +50,7 @@ def _read(path: str) -> str:
 
 def _trip(text: str) -> tuple[str, int]:
     loop, _, times = text.partition("=")
-    if not times.isdecimal():
+    if not times.isdecimal() or len(times) > 9:
         raise UserError(f"--trips {text!r} is not of the form LOOP=N")
     return loop.removeprefix("%"), int(times)
 
