@@ -272,13 +272,13 @@ def steps_in(duration: str, key: str, batch_size: int, rows_per_epoch: int) -> i
     """
     if not duration:
         return 0
-    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{0,15})?)\s*(steps?|epochs?|examples?)\s*", duration)
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*(steps?|epochs?|examples?)\s*", duration)
     if not match:
         raise UserError(f"{key} is {short(duration)}; write 'N steps', 'N epochs' or 'N examples'")
     number, unit = float(match[1]), match[2].rstrip("s")
     per_unit = {"step": 1.0, "epoch": rows_per_epoch / batch_size, "example": 1 / batch_size}[unit]
     if not number * per_unit < 2**31:
-        raise UserError(f"{key} is {duration!r}; it takes fewer than 2**31 steps")
+        raise UserError(f"{key} is {short(duration)}; it takes fewer than 2**31 steps")
     return max(round(number * per_unit), 1 if number else 0)
 
 

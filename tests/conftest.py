@@ -41,6 +41,7 @@ from structvit_jax.training import lock, mesh
 _GARBAGE = 50_000, 10, 10
 gc.set_threshold(*_GARBAGE)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would not hear Ctrl-C
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nor a job under nohup that its terminal is gone
 
 ROOT = Path(__file__).parent.parent
 # XLA's older code for CPUs: slower, but compiled in half the time. An option of one program, and of commands;

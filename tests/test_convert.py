@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from structvit_jax import class_names, convert, create_model, data
-from structvit_jax.config import from_card
+from structvit_jax.card import from_card
 from structvit_jax.convert import __main__ as convert_command
 from structvit_jax.data import prepare
 from structvit_jax.errors import UserError
@@ -299,7 +299,7 @@ def test_a_description_is_validated(tmp_path):
         ({"model": {"name": 3}}, "no string"),
         ({"model": {"name": "x" * 1000}}, "no number, word or short list"),
         ({"model": {**arguments, "name": "structvit_s_8_2"}}, "structure_dim 8, and its arrays have 4"),
-        ({"model": {**arguments, "patch": 10**9}}, "patch 1000000000, and its arrays have 4"),
+        ({"model": {**arguments, "patch": 10**9}}, "patch is 1000000000; it takes a positive integer up to"),
         ({"model": {**arguments, "key_window": [999] * 2}}, r"key_window \(999, 999\)"),
         ({"model": {**arguments, "widths": [[]]}}, "no number, word or short list"),
         ({"class_names": ["a"]}, "1 class names for 5 classes"),
@@ -741,7 +741,7 @@ def test_a_released_head_scores_on_prepared_data(tmp_path, capsys):
     assert "class names: those of Something-Something" in capsys.readouterr().out
 
     with open_checkpoint(str(folder)) as (checkpoints, step):
-        config = from_card(checkpoints.card(step)["config"])
+        config = from_card(checkpoints.card(step)["config"], "card")
     config.data.update(root=out, size=32, short_side=0, frames=2, test_clips=1, test_crops=1, workers=0)
     config.eval.batch_size = 88
     loop.evaluate(config, folder, tmp_path / "out", data.load(config.data, config.augment))

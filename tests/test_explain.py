@@ -20,6 +20,7 @@ from structvit_jax import create_model, data
 from structvit_jax.config import default_config
 from structvit_jax.data.digits import MovingDigits
 from structvit_jax.data.files import Files, find
+from structvit_jax.data.limits import Limits
 from structvit_jax.data.reader import Crop, Reader
 from structvit_jax.errors import UserError, printable
 from structvit_jax.explain import animation, layers, overlay, page, picture, query_maps
@@ -236,9 +237,10 @@ def test_the_crop_of_the_recorded_frames_is_the_view(tmp_path, frames, crops, si
     y, x = np.mgrid[0:90, 0:160]
     Image.fromarray(np.stack([x, y * 2, 0 * x], -1).astype(np.uint8)).save(tmp_path / "1.png")
     section = {"sampling": "dense", "short_side": side, "channels": "bgr", "size": 32, "crop_fraction": 0.9}
-    section |= {"frames": frames, "test_clips": 2, "test_crops": crops, "stride": 1}
+    section |= {"frames": frames, "test_clips": 2, "test_crops": crops, "stride": 1, "max_pixels": 2**26}
     path = str(tmp_path if frames else tmp_path / "1.png")
-    source = Files(find([path], video=frames > 0), ["a"], video=frames > 0, test=lambda: None)
+    kind = {"video": frames > 0, "other": "", "limits": Limits()}
+    source = Files(find([path], **kind), ["a"], **kind, test=lambda: None)
     reader = Reader(source, types.SimpleNamespace(**section), types.SimpleNamespace(randaugment=""), 0)
     recorded, crop = reader.uncropped(0)
     assert recorded.shape == (max(frames, 1), 90, 160, 3) and recorded[0, 3, 150, 0] == 150
@@ -253,7 +255,8 @@ def test_true_classes(tmp_path):
     source = MovingDigits("test", 3, seed=0)
     (tmp_path / "a" / "part").mkdir(parents=True)
     paths = ["test:2", str(tmp_path / "a/part/1.mp4"), str(tmp_path / "1.mp4")]
-    files = Files(find(paths, video=True), ["a", "b"], video=True, test=lambda: source)
+    kind = {"video": True, "other": "", "limits": Limits()}
+    files = Files(find(paths, **kind), ["a", "b"], **kind, test=lambda: source)
     assert [files.true_class(i) for i in range(3)] == [true_class(2), "a", ""]
 
 

@@ -17,7 +17,7 @@ from structvit_jax.ablate.grid import Ablation
 from structvit_jax.card import MACHINE, PORTABLE, check_card, from_card, is_portable, keys_of
 from structvit_jax.command import _last_values, parse_flags, suggest_key
 from structvit_jax.config import check_config, default_config
-from structvit_jax.data import bench
+from structvit_jax.data import Problem, bench
 from structvit_jax.errors import UserError, exit_in_one_line, printable
 from structvit_jax.models import weights
 from structvit_jax.ops import native
@@ -440,7 +440,7 @@ def test_odd_types_in_goodput(tmp_path):
 def test_a_list_of_unreadable_files_that_is_not_text(tmp_path):
     (tmp_path / "unreadable.tsv").write_bytes(b"train\ta\xff.mp4\tempty file\n")
     found = Unreadable(epath.Path(tmp_path), 100, 0.5)
-    found.note("train", [types.SimpleNamespace(id="b.mp4", reason="empty file")])
+    found.note("train", [Problem("b.mp4", "empty file")])
     assert (tmp_path / "unreadable.tsv").read_text().splitlines()[1] == "train\tb.mp4\tempty file"
 
 

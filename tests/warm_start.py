@@ -23,7 +23,8 @@ import numpy as np
 from absl import logging
 
 from structvit_jax import convert, data, ops
-from structvit_jax.config import from_card, model_arguments
+from structvit_jax.card import from_card
+from structvit_jax.config import model_arguments
 from structvit_jax.models import StructAttention, create_model, weights
 from structvit_jax.training.mesh import make_mesh
 from structvit_jax.training.restore import open_checkpoint
@@ -98,7 +99,7 @@ def look(workdir, fitted_from=None):
     with open_checkpoint(str(workdir)) as (checkpoints, step):
         card = checkpoints.card(step)
         arrays, _ = checkpoints.whole(step, mesh)
-    config = from_card(card["config"])
+    config = from_card(card["config"], "card")
     seed, classes = config.train.seed, len(card["class_names"])
     model = create_model(**model_arguments(config), num_classes=classes, seed=seed)
     own = weights.split(model)[1]
