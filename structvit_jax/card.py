@@ -75,7 +75,7 @@ def from_card(
       any_model: whether a model that does not exist is accepted.
 
     Raises:
-      UserError: a value of another type or out of range, or no model of ours.
+      UserError: a value of another type or out of range, or an unknown model.
     """
     config, values = default_config(), dict(keys_of(saved))
     for key, default in keys_of(default_config()):

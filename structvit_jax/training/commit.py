@@ -52,7 +52,7 @@ def _is_checkpoint(path: epath.Path) -> bool:
 
 
 def is_unfinished(path: epath.Path) -> bool:
-    """Whether a save never came to its end: on a disk it has a temporary name, in a bucket no digests yet.
+    """Return whether a save was not finished: on a disk it has a temporary name, in a bucket no digests.
 
     Where that file is missing from a save that was committed, or holds anything else, it was damaged.
     """
