@@ -83,7 +83,7 @@ class SignalListener:
 
         Args:
           forward: send this process SIGTERM for other signals: with several processes JAX receives it, and
-            tells the others.
+            stops the others.
         """
         self._deferring = True
         self._forwarding = self._forwarding or forward

@@ -218,7 +218,7 @@ def _inner_feature(value: Any, here: Path, chance: random.Random) -> None:
 
 def _native() -> Iterator[Case]:
     for way in ("empty", "cut_50", "cut_99", "flip_header", "flip_100", "zero_middle", "noise"):
-        yield _on_native(way, change("native/structvit_jax/*.so", way))
+        yield _on_native(way, change("native/structvit_jax/native/*.so", way))
     yield _on_native("a folder", _native_folder)
     yield _on_native("a library of other symbols", _other_library)
 
@@ -238,15 +238,15 @@ def _on_native(name: str, prepare: Prepare) -> Case:
 
 
 def _native_folder(here: Path, chance: random.Random) -> None:
-    path = next(here.glob("native/structvit_jax/*.so"))
+    path = next(here.glob("native/structvit_jax/native/*.so"))
     folder(str(path.relative_to(here)))(here, chance)
 
 
 def _other_library(here: Path, chance: random.Random) -> None:
-    """Put a library of the system in the place of ours."""
+    """Replace the library by one of the system."""
     del chance
     found = [path for path in Path("/lib").rglob("libm.so.6") if path.is_file()]
-    next(here.glob("native/structvit_jax/*.so")).write_bytes(found[0].read_bytes())
+    next(here.glob("native/structvit_jax/native/*.so")).write_bytes(found[0].read_bytes())
 
 
 def _fast(here: Path, result: Result) -> str:
