@@ -128,9 +128,12 @@ def _kept(folder: Path, compiler: str) -> Path:
     """Return the library in the cache, built if it is not there; files that were changed are removed."""
     key = _digest(_ingredients(compiler))[:16]
     for path in folder.glob(f"native-{key}-*.so"):
-        if path.name == _name(key, path):
+        if path.is_file() and path.name == _name(key, path):
             return path
-        path.unlink(missing_ok=True)
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         built = _build(compiler, Path(scratch))
         path = folder / _name(key, built)
