@@ -13,8 +13,8 @@ from absl import flags
 
 from structvit_jax import data
 from structvit_jax.command import checkpoint_config, run_command
+from structvit_jax.paths import workplace
 from structvit_jax.training import loop
-from structvit_jax.training.storage import workplace
 
 _OUT = flags.DEFINE_string("out", None, "Where result.json and predictions.npz go; by default nowhere.")
 

@@ -28,8 +28,9 @@ from structvit_jax.command import checkpoint_and_paths, run_command
 from structvit_jax.config import INPUTS
 from structvit_jax.errors import UserError, known
 from structvit_jax.ops import running_anywhere
+from structvit_jax.paths import workplace, writing
 from structvit_jax.trained import Trained, load_trained
-from structvit_jax.training.storage import check_replaceable, naming_failures, workplace, write, write_json
+from structvit_jax.training.storage import check_replaceable, write, write_json
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 _USUAL = ("cpu", "cuda", "tpu")
@@ -93,7 +94,7 @@ def main(argv: list[str]) -> None:
     trained = load_trained(checkpoint, config)
     program = export(trained, _PLATFORMS.value)
     content = bytes(program.serialize())
-    with naming_failures(path.parent):
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         write(path, content)
         write_json(path.with_name(path.name + ".json"), card(trained, program, content))

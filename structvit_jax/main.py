@@ -102,7 +102,7 @@ def _survey(dataset: data.Dataset) -> list[str]:
 
 def _act(config: ml_collections.ConfigDict) -> None:
     """Do what --mode says."""
-    from structvit_jax.training.storage import workplace
+    from structvit_jax.paths import workplace
 
     workdir = workplace(_WORKDIR.value or os.path.join("runs", config_path(sys.argv).stem))
     config, dataset, lines = _open(config, workdir)

@@ -39,8 +39,9 @@ from structvit_jax.data.media import open_media
 from structvit_jax.errors import DecodeError, UserError, printable
 from structvit_jax.ops import StructAttentionMaps, convolve_patterns, struct_attention_maps
 from structvit_jax.ops.attention import attention
+from structvit_jax.paths import workplace, writing
 from structvit_jax.training.mesh import select_devices
-from structvit_jax.training.storage import naming_failures, write
+from structvit_jax.training.storage import write
 
 DIRECTIONS = MovingDigits.class_names  # in steps of 45 degrees, counterclockwise from the right
 _PATCH = 5  # pixels
@@ -314,24 +315,26 @@ def main(argv: Sequence[str]) -> None:
     paths = parse_flags(argv)
     if len(paths) > 1 or (_CLIP.value and not paths):
         raise UserError("it takes at most OUT.png, and --clips=N, or OUT.png --clip=FILE; see --help")
+    out = workplace(paths[0]) if paths else None
     select_devices("auto")
     if _CLIP.value:
+        assert out is not None
         moving = read_clip(_CLIP.value)
         print(moving.title)
-        _save(paths[0], draw_moving(moving))
+        _save(out, draw_moving(moving))
         return
     clips, labels = digits(_CLIPS.value)
     print(f"{len(clips)} clips of one of {len(DIRECTIONS)} directions, nothing trained; right:")
     for name, share in trials(clips, labels):
         print(f"  {share:.3f} {name}")
-    for path in paths:
-        _save(path, draw(clips[_DRAWN], int(labels[_DRAWN])))
+    if out is not None:
+        _save(out, draw(clips[_DRAWN], int(labels[_DRAWN])))
 
 
-def _save(path: str, picture: bytes) -> None:
-    with naming_failures(epath.Path(path)):
-        write(epath.Path(path), picture)
-    print(printable(path))
+def _save(out: epath.Path, picture: bytes) -> None:
+    with writing(out):
+        write(out, picture)
+    print(printable(str(out)))
 
 
 if __name__ == "__main__":

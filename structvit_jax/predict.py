@@ -28,8 +28,9 @@ from absl import flags
 
 from structvit_jax.command import checkpoint_and_paths, run_command
 from structvit_jax.errors import UserError, printable
+from structvit_jax.paths import workplace, writing
 from structvit_jax.trained import Prediction, load_trained
-from structvit_jax.training.storage import workplace, write
+from structvit_jax.training.storage import write
 
 _TOP = flags.DEFINE_integer("top", 5, "How many classes are told, the most probable first.", lower_bound=1)
 _FORMAT = flags.DEFINE_enum("format", "text", ["text", "jsonl", "csv"], "Of the lines.")
@@ -83,8 +84,9 @@ def _saving_features(predictions: Iterable[Prediction], folder: str) -> Iterator
             path = workplace(os.path.join(folder, *parts) + ".npy")
             file = io.BytesIO()
             np.save(file, prediction.features)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write(path, file.getvalue())
+            with writing(folder):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write(path, file.getvalue())
         yield prediction
 
 

@@ -11,7 +11,6 @@ listening before its imports, which take seconds.
 
 from __future__ import annotations
 
-import _thread
 import contextlib
 import os
 import signal
@@ -127,7 +126,10 @@ class SignalListener:
                 self._exit(INTERRUPTED, "interrupted; re-run the command to resume from the last checkpoint")
             self._interrupting = True
             self._own += 1
-            _thread.interrupt_main()
+            # Sent, not simulated by interrupt_main(): a call that waits, as time.sleep, has to return.
+            main = threading.main_thread().ident
+            assert main is not None
+            signal.pthread_kill(main, signal.SIGINT)
 
     def _exit(self, code: int, line: str) -> NoReturn:
         for function in self._cleanups:

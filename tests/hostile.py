@@ -155,6 +155,8 @@ def main() -> int:
     for case, result, wrong in finished:
         groups.setdefault(case.group, []).append((result, wrong))
     print("", *table(groups), sep="\n")
+    slowest = sorted(finished, key=lambda row: -row[1].seconds)[:5]
+    print("slowest:", "; ".join(f"{case} ({result.seconds:.0f} s)" for case, result, _ in slowest))
     short = sum(bool(wrong) for _, _, wrong in finished)
     wall, used = time.monotonic() - started, sum(result.cpu_seconds for _, result, _ in finished)
     print(

@@ -359,7 +359,7 @@ def test_what_is_created_appears_whole_or_not_at_all(tmp_path):
         with pytest.raises(UserError, match="already exists; choose another"), convert.files.create(taken):
             raise AssertionError
     for unwritable in (str(new / "file" / "x.pth"), "/proc/x.pth", str(tmp_path / ("x" * 300))):
-        with pytest.raises(UserError, match="cannot write"), convert.files.create(unwritable):
+        with pytest.raises(UserError, match="cannot be written"), convert.files.create(unwritable):
             raise AssertionError
 
 

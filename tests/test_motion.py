@@ -24,11 +24,11 @@ def _optimised():
 
 @pytest.fixture(scope="module")
 def found():
-    return dict(motion.trials(*motion.digits(320)))
+    return dict(motion.trials(*motion.digits(160)))
 
 
 def test_directions_are_read_without_training():
-    clips, labels = motion.digits(2000)
+    clips, labels = motion.digits(600)
     assert (motion.direction(motion.read(clips, motion.line_kernels())) == labels).mean() >= 0.98
 
 

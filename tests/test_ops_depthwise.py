@@ -103,10 +103,12 @@ def test_all_forms_equal_the_definition(case):
 def test_windows_of_the_networks(x64, shape, window, multiplier, stride):
     x, kernel = arrays(shape, (*window, shape[-1], multiplier), jnp.float64)
     expected, *double = together((definition, *FORMS.values()), x, kernel, stride)
-    single = together(FORMS.values(), *(array.astype(jnp.float32) for array in (x, kernel)), stride)
-    for form, *its in zip(FORMS, double, single, strict=True):
-        assert largest_difference(its[0], expected) < 1e-12, form
-        assert largest_difference(its[1], expected) < 1e-5, form
+    for form, its in zip(FORMS, double, strict=True):
+        assert largest_difference(its, expected) < 1e-12, form
+    if len(window) == 2:  # the cheaper ones in single precision as well
+        single = together(FORMS.values(), *(array.astype(jnp.float32) for array in (x, kernel)), stride)
+        for form, its in zip(FORMS, single, strict=True):
+            assert largest_difference(its, expected) < 1e-5, form
 
 
 @pytest.mark.parametrize("form", FORMS)

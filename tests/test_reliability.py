@@ -197,8 +197,10 @@ def test_in_a_program_of_someone_else_signals_raise():
         time.sleep(0.3)
         assert stop.before(1)
         with pytest.raises(KeyboardInterrupt):
+            started = time.monotonic()
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(10)
+        assert time.monotonic() - started < 5  # the wait was interrupted
         time.sleep(0.3)
     assert signal.getsignal(signal.SIGINT) == before
     with processes.StopSignal() as stop:

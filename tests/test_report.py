@@ -458,7 +458,7 @@ def test_places_that_cannot_be(copy):
         write_report([str(copy), str(copy / "nowhere")])
     with pytest.raises(UserError, match=r"checkpoints is a folder and is not replaced"):
         write_report([str(copy)], str(copy / "checkpoints"))
-    with pytest.raises(UserError, match=r"cannot be written: .*choose another place with --out"):
+    with pytest.raises(UserError, match=r"cannot be written: .*choose another place"):
         write_report([str(copy)], str(copy / "config.json" / "page.html"))
 
 

@@ -12,10 +12,13 @@ ROOMS = {
     "cache": (set(), set()),
     "ops": ({"jax", "numpy"}, {"ops", "cache"}),
     "models": ({"jax", "numpy", "flax"}, {"ops", "models", "errors"}),
-    "convert": ({"jax", "numpy", "safetensors", "torch"}, {"convert", "models", "class_names", "errors"}),
+    "convert": (
+        {"jax", "numpy", "safetensors", "torch"},
+        {"convert", "models", "class_names", "errors", "paths"},
+    ),
     "convert/__main__": (
         {"absl", "jax", "numpy", "etils", "ml_collections"},
-        {"convert", "models", "training", "recipes", "errors", ""},
+        {"convert", "models", "training", "recipes", "errors", "paths", ""},
     ),
     "data": (
         {
@@ -32,17 +35,17 @@ ROOMS = {
             "etils",
             "tqdm",
         },
-        {"data", "class_names", "errors"},
+        {"data", "class_names", "errors", "paths"},
     ),
     "config": ({"ml_collections"}, {"models", "errors"}),
     "card": ({"ml_collections"}, {"config", "models", "errors"}),
     "recipes": ({"ml_collections"}, {"config", "errors"}),
     "command": ({"absl", "etils", "ml_collections"}, {"card", "config", "training", "errors"}),
     "open_keys": ({"ml_collections"}, {"config", "models"}),
-    "evaluate": ({"absl", "etils"}, {"command", "data", "training", "errors"}),
+    "evaluate": ({"absl", "etils"}, {"command", "data", "training", "errors", "paths"}),
     "report": (
         {"absl", "numpy", "etils", "ml_collections", "matplotlib", "PIL"},
-        {"report", "command", "data", "sheet", "training", "models", "card", "config", "errors"},
+        {"report", "command", "data", "sheet", "training", "models", "card", "config", "errors", "paths"},
     ),
     "label_maps": (
         {"absl", "jax", "numpy", "ml_collections", "tqdm"},
@@ -52,15 +55,18 @@ ROOMS = {
         {"jax", "numpy", "ml_collections"},
         {"card", "config", "data", "models", "training", "errors"},
     ),
-    "predict": ({"absl", "numpy"}, {"command", "trained", "training", "errors"}),
-    "export": ({"absl", "jax", "etils"}, {"command", "config", "ops", "trained", "training", "errors", ""}),
+    "predict": ({"absl", "numpy"}, {"command", "trained", "training", "errors", "paths"}),
+    "export": (
+        {"absl", "jax", "etils"},
+        {"command", "config", "ops", "trained", "training", "errors", "paths", ""},
+    ),
     "explain": (
         {"absl", "jax", "numpy", "flax", "matplotlib", "PIL", "av", "etils"},
-        {"explain", "command", "data", "models", "ops", "trained", "training", "errors"},
+        {"explain", "command", "data", "models", "ops", "trained", "training", "errors", "paths"},
     ),
     "ablate": (
         {"absl", "jax", "numpy", "scipy", "matplotlib", "etils", "ml_collections"},
-        {"ablate", "bench", "command", "config", "data", "models", "training", "errors", ""},
+        {"ablate", "bench", "command", "config", "data", "models", "training", "errors", "paths", ""},
     ),
     "sheet": ({"jax", "numpy", "PIL", "etils", "ml_collections"}, {"training"}),
     "training": (
@@ -76,6 +82,7 @@ ROOMS = {
             "open_keys",
             "signals",
             "errors",
+            "paths",
             "",
         },
     ),
@@ -85,7 +92,7 @@ ROOMS = {
     ),
     "motion": (
         {"absl", "jax", "numpy", "etils", "matplotlib"},
-        {"command", "data", "ops", "training", "errors"},
+        {"command", "data", "ops", "training", "errors", "paths"},
     ),
     "show": ({"ml_collections"}, {"models", "config"}),
     "chips": ({"jax"}, {"errors"}),
@@ -96,13 +103,14 @@ ROOMS = {
     "main": (
         {"absl", "etils", "ml_collections"},
         {
-            *("command", "data", "config", "open_keys", "errors", "training"),
+            *("command", "data", "config", "open_keys", "errors", "paths", "training"),
             *("chips", "show", "plan", "sheet", "bench", "signals"),
         },
     ),
     "traffic": ({"jaxlib"}, {"traffic", "errors"}),
     "class_names": (set(), set()),
     "errors": (set(), set()),
+    "paths": ({"etils"}, {"errors"}),
     "signals": (set(), {"errors"}),
     "__init__": (set(), {"signals"}),
 }

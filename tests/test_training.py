@@ -55,7 +55,7 @@ def test_one_device_eight_data_parallel_eight_fsdp_have_the_same_losses():
     for data_axis, fsdp in ((1, 1), (8, 1), (1, 8)):
         grid, _, state, step_fn = setup(config, data_axis, fsdp)
         stream, curve, compiled = digits.train_batches(16, start_step=0), [], None
-        for _ in range(10):
+        for _ in range(5):
             batch = mesh.put_batch(grid, next(stream))
             compiled = compiled or step_fn.lower(state, batch).compile(COMPILED_SOON)
             state, metrics = compiled(state, batch)

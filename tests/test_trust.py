@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from structvit_jax import cache, create_model, data, load_trained, predict
+from structvit_jax import cache, create_model, data, load_trained, paths, predict
 from structvit_jax.ablate.grid import Ablation
 from structvit_jax.card import MACHINE, PORTABLE, check_card, from_card, is_portable, keys_of
 from structvit_jax.command import _last_values, parse_flags, suggest_key
@@ -378,7 +378,7 @@ def test_the_bench_of_data_names_what_it_cannot_read(tmp_path, capsys):
 @pytest.mark.parametrize("text", ["s3://bucket/run", "http://127.0.0.1/run", "file://x", "://"])
 def test_places_are_folders_or_buckets(text):
     with pytest.raises(UserError, match="name a folder, or gs://BUCKET/PATH"):
-        storage.workplace(text)
+        paths.workplace(text)
 
 
 # Names

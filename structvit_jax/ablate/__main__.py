@@ -30,8 +30,8 @@ def main(argv: list[str]) -> None:
     config = _CONFIG.value
     check_config(config)
     from structvit_jax.ablate import study  # here, so that a mistake in flags is told at once
+    from structvit_jax.paths import workplace
     from structvit_jax.training import mesh
-    from structvit_jax.training.storage import workplace
 
     mesh.select_devices(config.mesh.device)
     mesh.use_compilation_cache(config.mesh.compilation_cache)

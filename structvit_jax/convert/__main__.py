@@ -40,13 +40,14 @@ from structvit_jax.convert import (
 from structvit_jax.errors import UserError, exit_in_one_line
 from structvit_jax.models import create_model
 from structvit_jax.models.weights import Weights, like, split
+from structvit_jax.paths import is_bucket, workplace
 from structvit_jax.training import start
 from structvit_jax.training.checkpoint import Checkpoints, Keep
 from structvit_jax.training.commit import FOLDER
 from structvit_jax.training.mesh import make_mesh
 from structvit_jax.training.run import as_json, make_card
 from structvit_jax.training.step import TrainState
-from structvit_jax.training.storage import CONFIG, is_bucket, naming_failures, write_json
+from structvit_jax.training.storage import CONFIG, naming_failures, write_json
 
 
 def main(arguments: list[str]) -> None:
@@ -93,7 +94,7 @@ def _create(destination: str) -> Iterator[str]:
 
     A bucket cannot rename: there a conversion is complete when its checkpoint is.
     """
-    folder = epath.Path(destination)
+    folder = workplace(destination)
     if not is_bucket(folder):
         with files.create(destination) as place:
             yield place

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from structvit_jax.errors import UserError
+from structvit_jax.paths import writing
 
 SAFETENSORS = ".safetensors"
 TORCH = (".pth", ".pt", ".bin", ".tar")
@@ -84,7 +85,7 @@ def write(
     Raises:
       UserError: torch is missing, or the file cannot be written.
     """
-    with _naming(path):
+    with writing(path):
         if path.endswith(SAFETENSORS):
             import safetensors.numpy
 
@@ -100,8 +101,13 @@ def write(
             }
             if description is not None:
                 content[DESCRIPTION] = description
-            with open(path, "wb") as file:
-                torch.save(content, file)
+            try:
+                with open(path, "wb") as file:
+                    torch.save(content, file)
+            except RuntimeError as error:  # torch's, for a full disk
+                raise UserError(
+                    f"{path} cannot be written: {_one_line(error)}; choose another place"
+                ) from error
 
 
 @contextlib.contextmanager
@@ -118,7 +124,7 @@ def create(path: str) -> Iterator[str]:
     part = final.with_name(f".part-{final.name}")
     if os.path.lexists(final):
         raise UserError(f"{path} already exists; choose another name")
-    with _naming(path):
+    with writing(path):
         final.parent.mkdir(parents=True, exist_ok=True)
         _remove(part)
         part.touch()
@@ -127,7 +133,7 @@ def create(path: str) -> Iterator[str]:
         yield str(part)
         if os.path.lexists(final):
             raise UserError(f"{path} already exists; choose another name")
-        with _naming(path):
+        with writing(path):
             part.rename(final)
     finally:
         with contextlib.suppress(OSError):
@@ -139,17 +145,6 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _naming(path: str) -> Iterator[None]:
-    """Turn a failure to write into one line."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; choose another place") from error
-    except RuntimeError as error:  # torch's, for a full disk
-        raise UserError(f"cannot write {path}: {_one_line(error)}; choose another place") from error
 
 
 def _read_safetensors(path: str) -> tuple[dict[str, np.ndarray], Any]:

@@ -309,19 +309,6 @@ def _csv_rows(file: Iterable[str]) -> Iterator[tuple[int, Any]]:
         yield number, dict(zip(header, cells, strict=False)) if fits else None
 
 
-@contextlib.contextmanager
-def writing(out: str) -> Iterator[None]:
-    """Turn what the operating system refuses while files are written into one line.
-
-    Raises:
-      UserError: names the file and the reason.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{error.filename or out} cannot be written: {error.strerror or error}") from error
-
-
 def write_list(path: str, entries: Iterable[Entry]) -> int:
     """Write a JSON-lines list whole or not at all, and return how many lines it has."""
     rows = [{key: value for key, value in entry._asdict().items() if value is not None} for entry in entries]

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from structvit_jax.errors import DecodeError, UserError
+from structvit_jax.paths import check_local
 
 _CARD, _UNFINISHED = "maps.json", "unfinished.json"
 _ARRAYS = {"classes": np.uint16, "scores": np.float16}
@@ -97,8 +98,9 @@ def check_destination(folder: str) -> None:
     """Check that label maps can be written into a folder: a new or empty one, or unfinished label maps.
 
     Raises:
-      UserError: it holds something else, such as data.
+      UserError: it holds something else, such as data, or is in a bucket.
     """
+    check_local(folder)
     if not os.path.exists(folder):
         return
     if not os.path.isdir(folder):

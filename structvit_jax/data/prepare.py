@@ -39,12 +39,12 @@ from structvit_jax.data.index import (
     order,
     read_list,
     write_list,
-    writing,
 )
 from structvit_jax.data.measure import Measured, measure
 from structvit_jax.data.survey import look_at
 from structvit_jax.data.workers import Note, in_processes
 from structvit_jax.errors import UserError, exit_in_one_line, known
+from structvit_jax.paths import check_local, writing
 
 _SOURCES = ("folder", "list", *DATA_SETS)
 _CONFIGS = {"finegym99": "finegym", "finegym288": "finegym"}  # of data sets; others have one of their name
@@ -54,6 +54,7 @@ def main(arguments: Sequence[str]) -> int:
     chosen = _parse(arguments)
     if not (chosen.out or chosen.check):
         raise UserError("nothing to do: say --out=DIR for lists, --check to decode every file, or both")
+    check_local(chosen.out)
     if chosen.workers < 1:
         raise UserError("--workers is how many processes decode; it needs to be at least 1")
     if not 0 <= chosen.val_fraction < 1:

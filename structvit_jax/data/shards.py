@@ -16,9 +16,9 @@ import argparse
 import sys
 
 from structvit_jax.data.folder import Layout, is_video, read_splits
-from structvit_jax.data.index import writing
 from structvit_jax.data.shard_writer import write_shards
 from structvit_jax.errors import exit_in_one_line
+from structvit_jax.paths import writing
 
 
 def main(arguments: list[str]) -> None:

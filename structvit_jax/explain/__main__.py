@@ -36,9 +36,10 @@ from structvit_jax.explain import animation, overlay, page, picture
 from structvit_jax.explain.choice import SCORE, choose
 from structvit_jax.explain.layout import Line
 from structvit_jax.explain.maps import Layer, Query, layers, position_of, query_maps
+from structvit_jax.paths import workplace, writing
 from structvit_jax.trained import Trained, load_trained
 from structvit_jax.training.commit import FOLDER
-from structvit_jax.training.storage import naming_failures, write
+from structvit_jax.training.storage import write
 
 _QUERY = flags.DEFINE_list("query", None, "Frame, row and column of the position that is explained.")
 _LAYER = flags.DEFINE_string("layer", None, "The attention block of the picture, as blocks3.0.")
@@ -87,6 +88,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"it explains one file, not {len(paths)}: {', '.join(map(printable, paths))}")
     if _ANIMATE.value and config.data.frames == 0:
         raise UserError("--animate needs a model for videos; this one takes images")
+    out = workplace(_OUT.value)
     first, *others = (
         _explained(trained, paths[0])
         for trained in (load_trained(checkpoint, config), *map(load_trained, _BESIDE.value))
@@ -118,17 +120,16 @@ def main(argv: list[str]) -> None:
             frames, crops[0], one, query, choice.head, _ANIMATE.value, smooth=_SMOOTH.value
         )
         files[f"explained.{_ANIMATE.value}"] = moving
-    _save(files)
+    _save(out, files)
     where = ",".join(str(int(share * side)) for share, side in _sides(choice.point, first.pixels))
     print(f"{first.predicted}\n{first.verdict}")
     print(f"layer {choice.layer}, head {choice.head}, query {where}")
     for name in files:
-        print(printable(str(epath.Path(_OUT.value) / name)))
+        print(printable(str(out / name)))
 
 
-def _save(files: Mapping[str, str | bytes]) -> None:
-    folder = epath.Path(_OUT.value)
-    with naming_failures(folder):
+def _save(folder: epath.Path, files: Mapping[str, str | bytes]) -> None:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
             write(folder / name, content)

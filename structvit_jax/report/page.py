@@ -8,7 +8,7 @@ from pathlib import Path
 
 from etils import epath
 
-from structvit_jax.errors import UserError
+from structvit_jax.paths import workplace, writing
 from structvit_jax.report.charts import QUANTITIES, SMOOTHING, curves, style
 from structvit_jax.report.classes import class_sections
 from structvit_jax.report.hardest import hardest_section
@@ -16,7 +16,7 @@ from structvit_jax.report.markup import Markup, joined, table, tag
 from structvit_jax.report.record import Record, read_records
 from structvit_jax.training.goodput import ACTIVITIES
 from structvit_jax.training.run import as_json, changes
-from structvit_jax.training.storage import naming_failures, workplace, write
+from structvit_jax.training.storage import naming_failures, write
 
 FILE = "report.html"  # in the first workdir
 NOTHING = "–"  # in the place of what is not known
@@ -36,16 +36,13 @@ def write_report(workdirs: Sequence[str], out: str | None = None, hardest: int =
     Raises:
       UserError: a workdir that holds no run, a damaged file, or an `out` that cannot be written.
     """
-    with naming_failures(epath.Path(workdirs[0])):
+    with naming_failures(workplace(workdirs[0])):
         records = read_records(workdirs)
         path = workplace(out) if out else records[0].workdir / FILE
         content = page(records, hardest)
-        try:
+        with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             write(path, content)
-        except OSError as error:
-            reason = error.strerror or str(error)
-            raise UserError(f"{path} cannot be written: {reason}; choose another place with --out") from error
     return path
 
 

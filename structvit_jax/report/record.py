@@ -18,18 +18,11 @@ from structvit_jax.config import model_arguments
 from structvit_jax.errors import UserError
 from structvit_jax.models import create_model
 from structvit_jax.models.weights import split
+from structvit_jax.paths import absolute, workplace
 from structvit_jax.report.predictions import Predictions, read_predictions
 from structvit_jax.training import goodput
 from structvit_jax.training.restore import newest_card
-from structvit_jax.training.storage import (
-    CONFIG,
-    METRICS,
-    PREDICTIONS,
-    RESULT,
-    absolute,
-    read_json,
-    workplace,
-)
+from structvit_jax.training.storage import CONFIG, METRICS, PREDICTIONS, RESULT, read_json
 
 Line = dict[str, Any]  # of metrics.jsonl
 

@@ -24,6 +24,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from structvit_jax.errors import Stopped, UserError
 from structvit_jax.models.weights import Weights, mismatches
+from structvit_jax.paths import absolute, is_bucket
 from structvit_jax.training import processes
 from structvit_jax.training.commit import FOLDER, InBucket, OnDisk, entries, is_unfinished, steps_in
 from structvit_jax.training.digests import damage
@@ -31,13 +32,7 @@ from structvit_jax.training.lock import live_owner
 from structvit_jax.training.placement import abstract, replicated
 from structvit_jax.training.processes import say
 from structvit_jax.training.step import TrainState
-from structvit_jax.training.storage import (
-    absolute,
-    is_bucket,
-    read_card,
-    unusable,
-    write,
-)
+from structvit_jax.training.storage import read_card, unusable, write
 
 ASIDE = "damaged"  # where checkpoints that cannot be used are put
 _WEIGHTS, _OPTIMIZER, _AVERAGE = (

@@ -9,8 +9,9 @@ from etils import epath
 from orbax.checkpoint.path import atomicity
 
 from structvit_jax.errors import UserError
+from structvit_jax.paths import is_bucket
 from structvit_jax.training.digests import FILE, write_digests
-from structvit_jax.training.storage import is_bucket, read_json, write_json
+from structvit_jax.training.storage import read_json, write_json
 
 FOLDER = "checkpoints"  # in a workdir
 

@@ -28,8 +28,9 @@ from typing import Any
 from etils import epath
 
 from structvit_jax.errors import UserError
+from structvit_jax.paths import is_bucket
 from structvit_jax.training.processes import say
-from structvit_jax.training.storage import is_bucket, read_json, write_json
+from structvit_jax.training.storage import read_json, write_json
 
 FILE = "lock.json"
 _RENEW = 10.0  # seconds between signs of life

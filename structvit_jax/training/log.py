@@ -15,9 +15,10 @@ import jax
 from etils import epath
 
 from structvit_jax.errors import UserError
+from structvit_jax.paths import is_bucket
 from structvit_jax.training.goodput import Goodput, Progress
 from structvit_jax.training.processes import available_cores, is_first, say
-from structvit_jax.training.storage import METRICS, is_bucket, write
+from structvit_jax.training.storage import METRICS, write
 
 # tensorboardX imports these where they are installed, which takes seconds; it is given no tensor, no bucket.
 _UNUSED = [name for name in ("torch", "google.cloud.storage") if name not in sys.modules]

@@ -10,8 +10,9 @@ import jax
 from etils import epath
 
 from structvit_jax.errors import UserError
+from structvit_jax.paths import is_bucket
 from structvit_jax.training.processes import is_first, say, share
-from structvit_jax.training.storage import is_bucket, write
+from structvit_jax.training.storage import write
 
 FOLDER = "profile"
 

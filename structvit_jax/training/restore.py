@@ -11,10 +11,11 @@ from typing import Any, ParamSpec, TypeVar
 from etils import epath
 
 from structvit_jax.errors import RESUMABLE, UserError
+from structvit_jax.paths import workplace
 from structvit_jax.training.checkpoint import Checkpoints
 from structvit_jax.training.commit import FOLDER, is_step, steps_in
 from structvit_jax.training.digests import damage
-from structvit_jax.training.storage import naming_failures, read_card, workplace
+from structvit_jax.training.storage import naming_failures, read_card
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -4,46 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
 import stat
 from collections.abc import Iterator, Mapping
-from importlib.util import find_spec
 from typing import Any
 
 from etils import epath
 
 from structvit_jax.card import check_card
 from structvit_jax.errors import UnreachableError, UserError, may_pass, system_failure
+from structvit_jax.paths import is_bucket
 
 # What a run leaves in its workdir, for all that read it.
 CONFIG, METRICS, RESULT, PREDICTIONS = "config.json", "metrics.jsonl", "result.json", "predictions.npz"
-
-
-def is_bucket(path: epath.Path) -> bool:
-    """Whether a path is a URL, as gs://BUCKET/PATH."""
-    return "://" in str(path)
-
-
-def absolute(path: epath.Path) -> epath.Path:
-    """The path that Orbax takes."""
-    return path if is_bucket(path) else path.resolve()
-
-
-def workplace(text: str) -> epath.Path:
-    """Return the path of a file or folder to read or write, on a disk or in a bucket.
-
-    Raises:
-      UserError: another kind of URL, as s3:// or http://, or a bucket without its client.
-    """
-    scheme, separator, _ = text.partition("://")
-    if separator and scheme != "gs":
-        raise UserError(f"{text!r} cannot be used: name a folder, or gs://BUCKET/PATH")
-    if separator and find_spec("gcsfs") is None:
-        raise UserError(f"{text!r} needs gcsfs: pip install 'structvit_jax[gcs]'")
-    if separator:
-        logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # what matters it raises
-    return epath.Path(text)
 
 
 def write(path: epath.Path, content: str | bytes) -> None:

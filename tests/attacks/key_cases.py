@@ -1,7 +1,8 @@
-"""Every key of a configuration with values of another type, and at the ends of its own."""
+"""Every key of a configuration with a value of another type, and one at the end of its own range."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +11,8 @@ import ml_collections
 from attacks.case import Case
 from attacks.commands import main, short
 
-# Values by the type of the default; the first row is refused, the second may be taken.
+# Values by the type of the default, of which each key gets one in turn: one that is refused, one that may be
+# accepted.
 _REFUSED = {
     int: ("x", "", "1.5", "nan", "1e39", "None", "(1,)"),
     float: ("x", "", "None", "(1,)"),
@@ -25,19 +27,22 @@ _ODD = {
     tuple: ("()", "(nan,)", "('x',)", "(1e39,1e39)", "(None,)"),
     type(None): ("x", "-1", "nan", "(1,)"),
 }
+_TABLES = (("refused", _REFUSED), ("odd", _ODD))
 
 
 def cases() -> Iterator[Case]:
     from structvit_jax.config import default_config
 
+    turns = {(name, kind): itertools.cycle(words) for name, table in _TABLES for kind, words in table.items()}
     for key, value in _leaves(default_config()):
-        kind = type(value)
-        for table, codes in ((_REFUSED, (2,)), (_ODD, (0, 2))):
-            if value == ():  # takes a single word for a tuple of it
-                codes = (0, 2)
-            for word in table.get(kind, ()):
-                flag = f"--config.{key}={word}"
-                yield main("keys", short(f"{key}={word}"), "--mode=show", flag, codes=codes)
+        for name, _ in _TABLES:
+            if words := turns.get((name, type(value))):
+                word = next(words)
+                # The second row may be accepted, and so may a single word for an empty tuple.
+                codes = (0, 2) if name == "odd" or value == () else (2,)
+                yield main(
+                    "keys", short(f"{key}={word}"), "--mode=show", f"--config.{key}={word}", codes=codes
+                )
 
 
 def _leaves(section: ml_collections.ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -80,17 +80,16 @@ _LOCKS: tuple[Any, ...] = (
 
 
 def cases() -> Iterator[Case]:
-    for file in _TEXT_FILES:
-        for name, content in _CONTENTS.items():
+    for start, file in enumerate(_TEXT_FILES):
+        for name, content in list(_CONTENTS.items())[start % 2 :: 2]:
             yield from _resume_and_report(f"{file} {name}", text(f"image_run/{file}", content), file)
         yield from _resume_and_report(f"{file} a folder", folder(f"image_run/{file}"), file)
-    for value in _GOODPUT:
-        prepare = text("image_run/goodput.json", json.dumps(value))
-        yield from _resume_and_report(f"goodput.json {shown(value)}", prepare, "goodput.json")
-    for line in _METRICS:
-        yield from _resume_and_report(
-            f"metrics.jsonl {line!r}", text("image_run/metrics.jsonl", line + "\n"), ""
-        )
+    for turn, value in enumerate(_GOODPUT):
+        name = f"goodput.json {shown(value)}"
+        yield (_resume, _report)[turn % 2](name, text("image_run/goodput.json", json.dumps(value)))
+    for turn, line in enumerate(_METRICS):
+        name = f"metrics.jsonl {line!r}"
+        yield (_resume, _report)[turn % 2](name, text("image_run/metrics.jsonl", line + "\n"))
     for value in _LOCKS:
         prepare = _lock(value)
         yield _resume(f"lock.json {shown(value)}", prepare, codes=(0, 2, 75))
