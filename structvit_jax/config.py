@@ -307,11 +307,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (  # what they nee
         "train.accumulate train.max_skipped checkpoint.keep mesh.fsdp mesh.heartbeat bench.rounds"
         " ablate.tune_seeds ablate.seeds",
     ),
-    (
-        "to be 0 or more",
-        lambda n: n >= 0,
-        "optimizer.lag data.workers eval.max_missing checkpoint.keep_best",
-    ),
+    ("to lie from 0 to 1024", lambda n: 0 <= n <= 1024, "data.workers"),
     ("to lie from 1 to 178956970, Pillow's limit", lambda n: 1 <= n <= 178956970, "data.max_pixels"),
     ("to lie from 1 to 2**31 - 1", lambda n: 1 <= n < 2**31, "data.max_frames"),
     (
@@ -351,9 +347,12 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (  # what they nee
     (
         "to lie from 0 to below 2**31",
         lambda n: 0 <= n < 2**31,
-        "train.seed data.train_examples data.test_examples",
+        "train.seed data.train_examples data.test_examples optimizer.lag eval.max_missing"
+        " checkpoint.keep_best",
     ),
     ("to be -1 or at least 1", lambda n: n == -1 or n >= 1, "mesh.data"),
+    ("chips, as ('v5e:2x4', 'h100:8')", lambda xs: all(isinstance(x, str) for x in xs), "topologies"),
+    ("a path of printable characters", lambda path: path.isprintable(), "mesh.compilation_cache"),
     ("to be auto, cpu, gpu or tpu", lambda d: d in ("auto", "cpu", "gpu", "tpu"), "mesh.device"),
     ("three finite numbers, one per channel", _three(-math.inf), "data.mean"),
     ("three finite numbers, one per channel, positive", _three(0), "data.std"),

@@ -6,10 +6,12 @@ import contextlib
 import difflib
 import errno
 import io
+import json
 import os
 import re
 import sys
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from types import TracebackType
 from typing import Any
 
 RESUMABLE = 75  # exit code (EX_TEMPFAIL): re-running the same command resumes
@@ -52,6 +54,18 @@ def decoding() -> Iterator[None]:
         raise DecodeError(" ".join(reason.split())) from error
 
 
+def parse_json(text: str | bytes) -> Any:
+    """Return what a JSON document holds.
+
+    Raises:
+      ValueError: it is not valid, or nested too deeply.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
 def system_failure(error: BaseException) -> str:
     """Return what the operating system or a bucket's client says in an exception; "" for other kinds of
     exceptions, which are bugs."""
@@ -75,6 +89,7 @@ def exit_in_one_line() -> Iterator[None]:
     operating system or a bucket refuses. Any other exception is a bug and keeps its traceback.
     """
     _protect_output()
+    sys.excepthook = _without_closed_loops(sys.excepthook)
     try:
         try:
             yield
@@ -99,6 +114,16 @@ def exit_in_one_line() -> Iterator[None]:
         failure = kind(f"{where} cannot be used: {reason}" if where else reason)
         _print_error(f"error: {failure}")
         raise SystemExit(failure.exit_code) from failure
+
+
+def _without_closed_loops(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a hook that leaves out what TensorStore's reads raise which end after one of them has failed."""
+
+    def excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if kind is not RuntimeError or str(error) != "Event loop is closed":
+            hook(kind, error, trace)
+
+    return excepthook
 
 
 def _print_error(line: str) -> None:

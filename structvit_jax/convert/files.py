@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from structvit_jax.errors import UserError
+from structvit_jax.errors import UserError, parse_json
 from structvit_jax.paths import writing
 
 SAFETENSORS = ".safetensors"
@@ -172,8 +172,8 @@ def _parse(path: str, text: str) -> Any:
     try:
         if len(text) > _LONGEST_DESCRIPTION:
             raise ValueError("it is too long")
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
+        return parse_json(text)
+    except ValueError as error:
         raise UserError(
             f"{path}: its metadata {DESCRIPTION!r} is not valid JSON: {_one_line(error)}"
         ) from error

@@ -8,7 +8,6 @@ shape; the full sets were not at hand.
 from __future__ import annotations
 
 import csv
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -18,7 +17,7 @@ from structvit_jax.data.container import VIDEOS
 from structvit_jax.data.image import IMAGES
 from structvit_jax.data.index import Entry, walk
 from structvit_jax.data.media import frame_names
-from structvit_jax.errors import UserError
+from structvit_jax.errors import UserError, parse_json
 
 
 class Prepared(NamedTuple):
@@ -254,7 +253,7 @@ def _lines(path: str) -> list[str]:
 def _json(path: str) -> Any:
     with open(path, encoding="utf-8") as file:
         try:
-            return json.load(file)
+            return parse_json(file.read())
         except ValueError as error:
             raise UserError(f"{path} is no JSON: {error}") from error
 

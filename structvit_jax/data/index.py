@@ -24,7 +24,7 @@ from structvit_jax.data.container import VIDEOS
 from structvit_jax.data.image import IMAGES
 from structvit_jax.data.limits import Limits
 from structvit_jax.data.media import Media, frame_names, open_media, without_extension
-from structvit_jax.errors import DecodeError, UserError, decoding, did_you_mean, printable
+from structvit_jax.errors import DecodeError, UserError, decoding, did_you_mean, parse_json, printable
 
 LABELS = "labels.txt"
 LISTS = (".jsonl", ".csv", ".txt")
@@ -282,8 +282,8 @@ def _json_rows(file: Iterable[str]) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(file, 1):
         if line.strip():
             try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
+                row = parse_json(line)
+            except ValueError:
                 row = None
             yield number, row
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from structvit_jax.errors import DecodeError, UserError
+from structvit_jax.errors import DecodeError, UserError, parse_json
 from structvit_jax.paths import check_local
 
 _CARD, _UNFINISHED = "maps.json", "unfinished.json"
@@ -72,7 +72,7 @@ class LabelMaps:
 def _read_card(path: str) -> dict[str, Any] | None:
     try:
         with open(path, encoding="utf-8") as file:
-            card = json.load(file)
+            card = parse_json(file.read())
     except (OSError, ValueError):
         return None
     return card if isinstance(card, dict) else None

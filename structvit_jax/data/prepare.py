@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import csv
 import functools
 import hashlib
 import os
@@ -129,7 +130,7 @@ def _read(source: str, annotations: str, media: str) -> Prepared:
         return DATA_SETS[source].read(annotations, media)
     except UserError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (ValueError, ArithmeticError, LookupError, TypeError, AttributeError, csv.Error) as error:
         what = " ".join(str(error).split())[:200]
         raise UserError(
             f"{source}: the annotations in {annotations} are not as distributed: {what}"

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ import tensorflow_datasets as tfds
 from structvit_jax.data.limits import Limits
 from structvit_jax.data.media import Media, Part, Pictures
 from structvit_jax.data.video import VideoFile
-from structvit_jax.errors import DecodeError, UserError, decoding
+from structvit_jax.errors import DecodeError, UserError, decoding, parse_json
 
 # Features that shards and image sets consist of. TFDS imports the module of any other that a file names.
 _FEATURES = frozenset(
@@ -42,7 +41,11 @@ class _Records:
 
     def __init__(self, builder: Any, split: str, limits: Limits):
         self._builder_dir, self._split, self._limits = os.fspath(builder.data_path), split, limits
-        self.class_names: tuple[str, ...] = tuple(builder.info.features["label"].names)
+        features = builder.info.features
+        label = features["label"] if isinstance(features, tfds.features.FeaturesDict) else None
+        if not isinstance(label, tfds.features.ClassLabel):
+            raise UserError(f"{self._builder_dir} holds no examples with a class as their label")
+        self.class_names: tuple[str, ...] = tuple(label.names)
         self._examples: int = _known_split(builder, split).num_examples
 
     def __len__(self) -> int:
@@ -96,27 +99,30 @@ class Shards(_Records):
         if problem := record["problem"].decode():
             raise DecodeError(problem)
         files = list(record["files"]) if record["count"] < 0 else None
-        return self.class_names[int(record["label"])], files
+        return self.class_names[self._label(record)], files
+
+    def _label(self, record: Mapping[str, Any]) -> int:
+        if not 0 <= record["label"] < len(self.class_names):
+            raise DecodeError(f"label {record['label']} of {len(self.class_names)} classes")
+        return int(record["label"])
 
     def open(self, index: int) -> tuple[Media, int]:
         with decoding():  # a damaged record raises RuntimeError
             record = self._records[index]
             if problem := record["problem"].decode():
                 raise DecodeError(problem)
-            if not 0 <= record["label"] < len(self.class_names):
-                raise DecodeError(f"label {record['label']} of {len(self.class_names)} classes")
-            files = list(record["files"])
+            label, files = self._label(record), list(record["files"])
             if record["kind"] != b"video":
-                return Pictures(files, self._limits), int(record["label"])
+                return Pictures(files, self._limits), label
             media = VideoFile(files[0], limits=self._limits)
             if record["count"] < 0:
-                return media, int(record["label"])
+                return media, label
             first, count, missing = (int(record[key]) for key in ("first", "count", "missing"))
             if not (first >= 0 and 0 <= missing <= count and first + count - missing <= media.count):
                 media.close()
                 raise DecodeError(f"frames {first} to {first + count - missing} of {media.count}")
             self._limits.check_frames(count)
-            return Part(media, first, count, missing), int(record["label"])
+            return Part(media, first, count, missing), label
 
 
 def ids_file(split: str) -> str:
@@ -175,10 +181,10 @@ def _check_features(folder: str) -> None:
     for path in (os.path.join(folder, name) for name in _DESCRIPTIONS):
         try:
             with open(path, encoding="utf-8") as file:
-                names = set(_named_classes(json.load(file)))
+                names = set(_named_classes(parse_json(file.read())))
         except FileNotFoundError:
             continue
-        except (OSError, ValueError, RecursionError) as error:
+        except (OSError, ValueError) as error:
             raise UserError(f"{path} cannot be read: {str(error) or type(error).__name__}") from error
         if foreign := sorted(names - _FEATURES):
             raise UserError(

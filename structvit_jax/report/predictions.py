@@ -106,6 +106,8 @@ def read_predictions(path: epath.Path) -> Predictions:
             ids, labels, scores, names = (arrays[key] for key in ("ids", "labels", "scores", "class_names"))
             if not scores.shape == (len(ids), len(names)) == (len(labels), len(names)):
                 raise DecodeError(f"{len(ids)} ids, {len(names)} classes and scores of {scores.shape}")
+            if scores.dtype.kind != "f":
+                raise DecodeError(f"scores of {scores.dtype}")
             if not -1 <= labels.min(initial=0) <= labels.max(initial=0) < len(names):
                 raise DecodeError(f"a label that is none of its {len(names)} classes")
     except DecodeError as error:

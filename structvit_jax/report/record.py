@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ from etils import epath
 
 from structvit_jax.card import from_card
 from structvit_jax.config import model_arguments
-from structvit_jax.errors import UserError
+from structvit_jax.errors import UserError, parse_json
 from structvit_jax.models import create_model
 from structvit_jax.models.weights import split
 from structvit_jax.paths import absolute, workplace
@@ -132,8 +131,8 @@ def _read_lines(path: epath.Path) -> tuple[Line, ...]:
     lines: list[Line] = []
     for number, text in enumerate(path.read_bytes().splitlines() if path.exists() else (), 1):
         line: Any = None
-        with contextlib.suppress(ValueError, RecursionError):  # no JSON, or nested too deeply
-            line = json.loads(text)
+        with contextlib.suppress(ValueError):
+            line = parse_json(text)
         if not _is_line(line):
             raise UserError(
                 f"{path}:{number} is damaged: a line should be a JSON object of numbers, a step among them."

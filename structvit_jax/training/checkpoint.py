@@ -256,7 +256,7 @@ class Checkpoints:
         try:
             saved = ocp.StandardCheckpointer().metadata(absolute(self.path(step) / item)).item_metadata
             return {"params": dict(saved["params"]), "batch_stats": dict(saved["batch_stats"])}
-        except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, OSError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise self._unreadable(step, error) from error
 
     def _check_fit(self, step, like, advice):

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from structvit_jax.errors import UserError
+from structvit_jax.errors import UserError, parse_json
 from structvit_jax.paths import is_bucket
 from structvit_jax.training.goodput import Goodput, Progress
 from structvit_jax.training.processes import available_cores, is_first, say
@@ -186,9 +186,9 @@ class _Lines:
         content = path.read_bytes() if is_first() and path.exists() else b""
         for line in content.splitlines():
             try:
-                if json.loads(line)["step"] <= step:
+                if parse_json(line)["step"] <= step:
                     self._lines.append(line.decode())
-            except (ValueError, KeyError, TypeError, RecursionError):  # not a line that a run writes
+            except (ValueError, KeyError, TypeError):  # not a line that a run writes
                 continue
         self._written = content
 

@@ -12,7 +12,7 @@ from typing import Any
 from etils import epath
 
 from structvit_jax.card import check_card
-from structvit_jax.errors import UnreachableError, UserError, may_pass, system_failure
+from structvit_jax.errors import UnreachableError, UserError, may_pass, parse_json, system_failure
 from structvit_jax.paths import is_bucket
 
 # What a run leaves in its workdir, for all that read it.
@@ -69,8 +69,8 @@ def read_json(path: epath.Path) -> dict[str, Any] | None:
       OSError: it is not there, or cannot be read.
     """
     try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError):  # RecursionError: nested too deeply
+        value = parse_json(path.read_bytes())
+    except ValueError:
         return None
     return value if isinstance(value, dict) else None
 

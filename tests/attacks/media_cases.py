@@ -125,7 +125,7 @@ def _check(name: str, model: str, paths: Sequence[str], codes: tuple[int, ...], 
 def _write_list(paths: Sequence[str], here: Path, chance: random.Random) -> None:
     del chance
     parts = here.parent.parent / "parts"
-    rows = (f"{parts / re.sub('[<>]', '', path)},x" for path in paths)
+    rows = (f"{parts / re.sub('[<>]', '', path)},{'xy'[i % 2]}" for i, path in enumerate(paths))
     (here / "bad.csv").write_text("path,label\n" + "\n".join(rows) + "\n")
 
 
