@@ -11,7 +11,6 @@ import os
 import re
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
-from types import TracebackType
 from typing import Any
 
 RESUMABLE = 75  # exit code (EX_TEMPFAIL): re-running the same command resumes
@@ -89,7 +88,7 @@ def exit_in_one_line() -> Iterator[None]:
     operating system or a bucket refuses. Any other exception is a bug and keeps its traceback.
     """
     _protect_output()
-    sys.excepthook = _without_closed_loops(sys.excepthook)
+    sys.unraisablehook = _without_closed_loops(sys.unraisablehook)
     try:
         try:
             yield
@@ -116,14 +115,14 @@ def exit_in_one_line() -> Iterator[None]:
         raise SystemExit(failure.exit_code) from failure
 
 
-def _without_closed_loops(hook: Callable[..., Any]) -> Callable[..., Any]:
+def _without_closed_loops(hook: Callable[[Any], object]) -> Callable[[Any], None]:
     """Return a hook that leaves out what TensorStore's reads raise which end after one of them has failed."""
 
-    def excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if kind is not RuntimeError or str(error) != "Event loop is closed":
-            hook(kind, error, trace)
+    def unraisablehook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
 
-    return excepthook
+    return unraisablehook
 
 
 def _print_error(line: str) -> None:

@@ -133,7 +133,12 @@ def write_shards(
         os.makedirs(partial, exist_ok=True)
         tempfile.tempdir = partial  # TFDS leaves its temporary folders behind
         builder = Clips(indices=indices, beam=bool(runner), data_dir=partial, file_format="array_record")
-        builder.download_and_prepare(download_config=tfds.download.DownloadConfig(**config))
+        try:
+            builder.download_and_prepare(download_config=tfds.download.DownloadConfig(**config))
+        except RuntimeError as error:
+            if "write() failed" not in str(error):  # as a full disk
+                raise
+            raise UserError(f"{out} cannot be written: {' '.join(str(error).split())[:300]}") from error
         for split, index in indices.items():
             ids = "".join(index.id(number) + "\n" for number in range(len(index)))
             (epath.Path(builder.data_path) / ids_file(split)).write_text(ids)
