@@ -19,7 +19,7 @@ _TRACEBACK = re.compile(
 _WARNING = re.compile(r"(?:\S{1,99}\s)?(?:warning|note)\b", re.IGNORECASE)
 _SHOWN = 20_000  # characters of a message that are judged
 _USAGE = re.compile(r"usage: .*(?:\n[ \t]+.*)*\n(?=.*: error: )")  # argparse prints it above its one line
-_PROGRESS = re.compile(r"\r|\d%\||\d ?\w* \[\d\d:\d\d|\x1b\[A")  # tqdm, which moves up by "A"
+_PROGRESS = re.compile(r"\d%\||\d ?\w* \[\d\d:\d\d")  # tqdm
 _CONTROL = re.compile(r"(?!\x1b\[A)[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\x9b]")
 
 
@@ -113,7 +113,7 @@ def _not_one_line(result: Result) -> str:
 
 def message(stderr: str) -> list[str]:
     """Lines of stderr other than warnings, progress bars and usage."""
-    lines = _USAGE.sub("", stderr[:_SHOWN]).split("\n")
+    lines = re.split(r"\n|\r|\x1b\[A", _USAGE.sub("", stderr[:_SHOWN]))
     return [
         line for line in lines if line.strip() and not (_PROGRESS.search(line[:500]) or _WARNING.match(line))
     ]
