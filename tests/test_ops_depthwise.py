@@ -76,7 +76,7 @@ def together(forms, *args):
     return jax.jit(lambda *arrays: [value_and_grads(form, *arrays, stride) for form in forms])(*arrays)
 
 
-@settings(max_examples=10, deadline=None, derandomize=True)
+@settings(max_examples=6, deadline=None, derandomize=True)
 @given(cases())
 def test_all_forms_equal_the_definition(case):
     x_shape, kernel_shape, stride = case
@@ -138,7 +138,7 @@ def value_and_vjp(convolve, x, kernel, stride):
 
 
 @needs_compiler
-@settings(max_examples=10, deadline=None, derandomize=True)
+@settings(max_examples=6, deadline=None, derandomize=True)
 @given(cases())
 def test_native_equals_the_definition(case):
     x_shape, kernel_shape, stride = case

@@ -1,9 +1,9 @@
 """The report: its numbers against NumPy's, its pictures against the data's, whatever a run lacks."""
 
 import base64
+import functools
 import io
 import json
-import os
 import re
 import subprocess
 import sys
@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from conftest import COMPILER, QUICK, ROOT, Command, contents, records, refusal
+from conftest import QUICK, ROOT, Command, contents, records, refusal
 from PIL import Image
 from scipy.special import softmax
 
@@ -462,15 +462,12 @@ def test_places_that_cannot_be(copy):
         write_report([str(copy)], str(copy / "config.json" / "page.html"))
 
 
-def test_the_command(copy, tmp_path):
-    def run(*arguments):
-        command = [sys.executable, "-m", "structvit_jax.report", *map(str, arguments)]
-        environment = os.environ | {"XLA_FLAGS": COMPILER}
-        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-
+def test_the_command(command, copy, tmp_path):
+    run = functools.partial(command, module="structvit_jax.report.__main__")
     out = tmp_path / "new" / "page.html"
     process = run(copy, f"--out={out}", "--hardest=2")
     assert (process.returncode, process.stdout) == (0, f"{out}\n"), process.stderr
     assert len(list(parse(out).one("ol").all("li"))) == 2
     assert "WORKDIR [WORKDIR ...]" in refusal(run("--hardest=2"))
-    assert "[--hardest=24]" in run("--help").stdout
+    help_of_it = [sys.executable, "-m", "structvit_jax.report", "--help"]
+    assert "[--hardest=24]" in subprocess.run(help_of_it, capture_output=True, text=True, cwd=ROOT).stdout

@@ -138,7 +138,8 @@ def test_token_labelling_from_teacher_to_student(digits, command, tmp_path):
     maps = tmp_path / "maps"
     images = 1437
     smaller = ["--config.eval.batch_size=64", "--top=3"]
-    process = run_module("label_maps", digits, maps, *smaller)
+    write = functools.partial(command, digits, maps, *smaller, module="structvit_jax.label_maps")
+    process = write()
     assert process.returncode == 0, process.stderr
     assert "maps of 1437 images, 3x3, 3 classes at each place" in process.stdout
     scores, classes = (np.load(maps / f"{name}.npy") for name in ("scores", "classes"))
@@ -153,11 +154,10 @@ def test_token_labelling_from_teacher_to_student(digits, command, tmp_path):
     damaged = np.lib.format.open_memmap(maps / "scores.npy", "r+")
     damaged[images // 2 :] = 0
     damaged.flush()
-    again = functools.partial(command, digits, maps, *smaller, module="structvit_jax.label_maps")
-    process = again()
+    process = write()
     assert process.returncode == 0, process.stderr
     assert np.array_equal(np.load(maps / "scores.npy"), scores)
-    process = again()
+    process = write()
     assert process.returncode == 2 and "holds finished label maps" in process.stderr
 
     student = ["--config=configs/digits.py", "--config.model.name=structvit_tiny_2_1", *SHORT, *SMALL]
