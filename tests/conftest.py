@@ -47,7 +47,9 @@ ROOT = Path(__file__).parent.parent
 # XLA's older code for CPUs: slower, but compiled in half the time. An option of one program, and of commands;
 # JAX 0.11 has it no more, and its compiler would not start with an option that it does not know.
 COMPILED_SOON = {"xla_cpu_use_fusion_emitters": False} if jax.__version_info__ < (0, 11) else {}
-COMPILER = "--xla_cpu_use_fusion_emitters=false" if COMPILED_SOON else ""
+COMPILER = (
+    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1" if COMPILED_SOON else ""
+)
 os.environ["XLA_FLAGS"] += f" {COMPILER}"  # of this process, too; read when a device is first asked for
 CONFIG = "--config=configs/moving_digits.py"
 SAME = ("result.json", "metrics.jsonl")  # files that a kill may not change

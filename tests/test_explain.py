@@ -146,12 +146,10 @@ def test_the_picture_is_a_png(recwarn):
 
 
 DRAWN = {  # models, and the frames of a recording: count, height, width
-    "structvit_tiny_4_1": (SMALL, (64, 64), (1, 300, 500)),
     "structvit_tiny_8_1": (SMALL | {"key_window": 5}, (64, 64), (1, 640, 200)),
     "deit_tiny": ({"widths": (16,), "head_width": 8}, (24, 24), (1, 24, 24)),
     "structvit_tiny_1_1_video": (SMALL, (1, 64, 64), (1, 90, 160)),
     "structvit_tiny_8_2_video": (SMALL, (4, 64, 64), (4, 720, 1280)),
-    "structvit_tiny_4_1_video": (SMALL, (32, 64, 64), (32, 120, 90)),
     "deit_tiny_struct_2_video": (MODELS["deit_tiny_struct_2_video"][0], (2, 24, 24), (2, 300, 60)),
 }
 TITLES = ["/a/path" * 60, "a class of many words, " * 30 + r"$\frac{1}$", "W" * 2000, "\N{BLACK STAR}" * 40]

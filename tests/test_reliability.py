@@ -93,7 +93,8 @@ def test_a_signal_to_the_group_spares_the_workers(tmp_path):
     """The run saves. Two Ctrl-C at once are one, from the terminal and from what started the run."""
     arguments = [*WORKERS, "--config.data.workers=2", f"--workdir={tmp_path / 'run'}"]
     process = Command(tmp_path / "output", *arguments, first=os.setsid)
-    process.when(lambda: "\nstep " in process.stdout)
+    process.when(lambda: "compiled in" in process.stdout)
+    time.sleep(1.5)  # into the steps
     workers = children(process.process.pid)
     assert len(workers) == 2
     os.killpg(process.process.pid, signal.SIGINT)
@@ -111,8 +112,9 @@ def test_a_terminal_that_hangs_up(tmp_path):
     first = functools.partial(on_terminal, os.ttyname(theirs))
     process = Command(tmp_path / "output", *WORKERS, f"--workdir={tmp_path / 'run'}", first=first)
     printed = b""
-    while b"\nstep " not in printed:
+    while b"compiled in" not in printed:
         printed += os.read(ours, 1000)
+    time.sleep(1.5)  # into the steps
     os.close(ours)
     os.close(theirs)
     assert process.wait().returncode == RESUMABLE
@@ -123,7 +125,8 @@ def test_a_killed_run_leaves_nothing(tmp_path):
     arguments = [*WORKERS, f"--workdir={tmp_path / 'run'}"]
     (tmp_path / "temporary").mkdir()
     process = Command(tmp_path / "output", *arguments, TMPDIR=str(tmp_path / "temporary"))
-    process.when(lambda: "\nstep " in process.stdout)
+    process.when(lambda: "compiled in" in process.stdout)
+    time.sleep(1.5)  # into the steps
     workers = children(process.process.pid)
     assert len(workers) == 1
     process.signal(signal.SIGKILL)

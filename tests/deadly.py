@@ -1,0 +1,26 @@
+"""A data set for tests whose third example kills the process that reads it; workers import it."""
+
+import os
+import signal
+
+import numpy as np
+
+from structvit_jax.data.media import Decoded
+
+
+class Deadly:
+    """Five videos of one class."""
+
+    class_names = ("a",)
+    labels = np.zeros(5, int)
+
+    def __len__(self):
+        return 5
+
+    def id(self, number):
+        return f"file {number}"
+
+    def open(self, number):
+        if number == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return Decoded(np.zeros((4, 8, 8, 3), np.uint8)), 0
