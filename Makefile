@@ -2,7 +2,7 @@
 # make lint   ruff and mypy alone                     make lock   resolve requirements.lock anew
 # make browser  pages of explain and report in Chromium, a minute (Debian: apt install chromium)
 # make hostile  attack the commands with bad command lines, files and environments, 15 minutes
-# make kills  kill runs at random moments, 40 minutes (ARGS="--kills 0 --layouts": compare layouts instead)
+# make kills  kill runs at random moments, 15 minutes (ARGS="--kills 0 --layouts": compare layouts instead)
 
 PYTHON ?= python3
 VENV ?= .venv
