@@ -94,7 +94,7 @@ def test_all_forms_equal_the_definition(case):
         ((1, 3, 6, 7, 4), (3, 3, 3), 4, 2),  # several planes
         ((3, 11, 10, 6), (5, 5), 2, 3),
         ((1, 6, 7, 5, 3), (5, 3, 5), 2, 2),
-        ((1, 2, 3, 4, 250), (3, 3, 3), 2, 1),  # rows as long as to get channels for the cache's sake
+        ((1, 2, 3, 4, 126), (3, 3, 3), 2, 1),  # rows as long as to get channels for the cache's sake
         ((1, 4, 3, 256), (3, 3), 1, 2),
         ((1, 3, 4, 61, 2), (3, 3, 5), 1, 1),  # rows that are cut, the last part short
         ((1, 5, 70, 2), (3, 5), 2, 2),
