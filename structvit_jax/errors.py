@@ -74,6 +74,22 @@ def system_failure(error: BaseException) -> str:
     return " ".join(reason.split())[:300]
 
 
+@contextlib.contextmanager
+def translating(to_error: Callable[[Exception, str], UserError]) -> Iterator[None]:
+    """Raise `to_error(error, reason)` in the place of what the operating system or a bucket refuses.
+
+    Other exceptions are bugs and pass, and so does a closed standard output.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        if not (reason := system_failure(error)):
+            raise
+        raise to_error(error, reason) from error
+
+
 def may_pass(error: BaseException, reason: str = "") -> bool:
     """Return whether a failure may pass by itself; `reason` is searched where the exception has no code."""
     code = getattr(error, "code", getattr(error, "status", reason))

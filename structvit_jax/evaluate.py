@@ -13,7 +13,7 @@ from absl import flags
 
 from structvit_jax import data
 from structvit_jax.command import checkpoint_config, run_command
-from structvit_jax.paths import workplace
+from structvit_jax.paths import parse_path
 from structvit_jax.training import loop
 
 _OUT = flags.DEFINE_string("out", None, "Where result.json and predictions.npz go; by default nowhere.")
@@ -22,7 +22,7 @@ _OUT = flags.DEFINE_string("out", None, "Where result.json and predictions.npz g
 def main(argv: list[str]) -> None:
     checkpoint, config = checkpoint_config(argv, "CHECKPOINT")
     dataset = data.load(config.data, config.augment, config.train.seed)
-    loop.evaluate(config, workplace(checkpoint), workplace(_OUT.value) if _OUT.value else None, dataset)
+    loop.evaluate(config, parse_path(checkpoint), parse_path(_OUT.value) if _OUT.value else None, dataset)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from structvit_jax.command import checkpoint_and_paths, run_command
 from structvit_jax.config import INPUTS
 from structvit_jax.errors import UserError, known
 from structvit_jax.ops import running_anywhere
-from structvit_jax.paths import workplace, writing
+from structvit_jax.paths import parse_path, writing
 from structvit_jax.trained import Trained, load_trained
 from structvit_jax.training.storage import check_replaceable, write, write_json
 
@@ -89,7 +89,7 @@ def main(argv: list[str]) -> None:
     checkpoint, config, paths = checkpoint_and_paths(argv, "OUT.jax")
     if len(paths) > 1:
         raise UserError(f"it writes one file; {', '.join(paths)} are {len(paths)}")
-    path = workplace(paths[0])
+    path = parse_path(paths[0])
     check_replaceable(path)
     trained = load_trained(checkpoint, config)
     program = export(trained, _PLATFORMS.value)

@@ -102,9 +102,9 @@ def _survey(dataset: data.Dataset) -> list[str]:
 
 def _act(config: ml_collections.ConfigDict) -> None:
     """Do what --mode says."""
-    from structvit_jax.paths import workplace
+    from structvit_jax.paths import parse_path
 
-    workdir = workplace(_WORKDIR.value or os.path.join("runs", config_path(sys.argv).stem))
+    workdir = parse_path(_WORKDIR.value or os.path.join("runs", config_path(sys.argv).stem))
     config, dataset, lines = _open(config, workdir)
     lines += _survey(dataset)
     # here, so that a mistake in the data is reported at once

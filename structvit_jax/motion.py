@@ -39,7 +39,7 @@ from structvit_jax.data.media import open_media
 from structvit_jax.errors import DecodeError, UserError, printable
 from structvit_jax.ops import StructAttentionMaps, convolve_patterns, struct_attention_maps
 from structvit_jax.ops.attention import attention
-from structvit_jax.paths import workplace, writing
+from structvit_jax.paths import parse_path, writing
 from structvit_jax.training.mesh import select_devices
 from structvit_jax.training.storage import write
 
@@ -315,10 +315,9 @@ def main(argv: Sequence[str]) -> None:
     paths = parse_flags(argv)
     if len(paths) > 1 or (_CLIP.value and not paths):
         raise UserError("it takes at most OUT.png, and --clips=N, or OUT.png --clip=FILE; see --help")
-    out = workplace(paths[0]) if paths else None
+    out = parse_path(paths[0]) if paths else None
     select_devices("auto")
-    if _CLIP.value:
-        assert out is not None
+    if _CLIP.value and out is not None:
         moving = read_clip(_CLIP.value)
         print(moving.title)
         _save(out, draw_moving(moving))

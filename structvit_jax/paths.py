@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from importlib.util import find_spec
 
 from etils import epath
 
-from structvit_jax.errors import UnreachableError, UserError, may_pass, system_failure
+from structvit_jax.errors import UnreachableError, UserError, may_pass, translating
 
 
-def is_bucket(path: epath.Path) -> bool:
-    """Whether a path is a URL, as gs://BUCKET/PATH."""
+def is_bucket(path: str | os.PathLike[str]) -> bool:
+    """Return whether a path is a URL, as gs://BUCKET/PATH."""
     return "://" in str(path)
 
 
 def absolute(path: epath.Path) -> epath.Path:
-    """The path that Orbax takes."""
+    """Return the path in the form that Orbax takes."""
     return path if is_bucket(path) else path.resolve()
 
 
-def workplace(text: str) -> epath.Path:
+def parse_path(text: str) -> epath.Path:
     """Return the path of a file or folder to read or write, on a disk or in a bucket.
 
     Raises:
@@ -39,34 +38,30 @@ def workplace(text: str) -> epath.Path:
     return epath.Path(text)
 
 
-@contextlib.contextmanager
-def writing(path: str | os.PathLike[str]) -> Iterator[None]:
+def writing(path: str | os.PathLike[str]) -> AbstractContextManager[None]:
     """Turn what refuses an output, a file or a folder on a disk or in a bucket, into one line.
 
     Raises:
       UserError: names the path and the reason.
       UnreachableError: a bucket does not answer.
     """
-    try:
-        yield
-    except BrokenPipeError:  # of standard output
-        raise
-    except Exception as error:
-        if not (reason := system_failure(error)):
-            raise
+
+    def to_error(error: Exception, reason: str) -> UserError:
         place = getattr(error, "filename", None)
         where = place if isinstance(place, str) and place.startswith(f"{path}{os.sep}") else path
         line = f"{where} cannot be written: {reason}"
-        if may_pass(error, reason if "://" in str(path) else ""):
-            raise UnreachableError(f"{line}; try again") from error
-        raise UserError(f"{line}; choose another place") from error
+        if may_pass(error, reason if is_bucket(path) else ""):
+            return UnreachableError(f"{line}; try again")
+        return UserError(f"{line}; choose another place")
+
+    return translating(to_error)
 
 
 def check_local(path: str) -> None:
-    """Check that an output that is written to a local disk alone is not given as a URL.
+    """Check that the path of an output is on a local disk.
 
     Raises:
-      UserError: it is, as gs://BUCKET/PATH.
+      UserError: it is a URL, as gs://BUCKET/PATH.
     """
-    if "://" in path:
+    if is_bucket(path):
         raise UserError(f"{path} cannot be written: choose a path on a local disk")

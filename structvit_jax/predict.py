@@ -28,7 +28,7 @@ from absl import flags
 
 from structvit_jax.command import checkpoint_and_paths, run_command
 from structvit_jax.errors import UserError, printable
-from structvit_jax.paths import workplace, writing
+from structvit_jax.paths import parse_path, writing
 from structvit_jax.trained import Prediction, load_trained
 from structvit_jax.training.storage import write
 
@@ -81,7 +81,7 @@ def _saving_features(predictions: Iterable[Prediction], folder: str) -> Iterator
     for prediction in predictions:
         if prediction.features is not None:
             parts = [part for part in prediction.id.split("/") if part not in ("", ".", "..")]
-            path = workplace(os.path.join(folder, *parts) + ".npy")
+            path = parse_path(os.path.join(folder, *parts) + ".npy")
             file = io.BytesIO()
             np.save(file, prediction.features)
             with writing(folder):

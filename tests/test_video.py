@@ -168,10 +168,11 @@ def test_images(tmp_path):
         open_media(str(path)).frames([0])
 
 
-def test_a_size_that_changes_midway_is_damage(tmp_path):
+def joined(folder, parts):
+    """A transport stream of parts whose frames differ in size."""
     both = b""
-    for number, frames in enumerate([FRAMES[:20], FRAMES[:20, :40, :48]]):
-        with av.open(str(tmp_path / "part.ts"), "w") as container:
+    for number, frames in enumerate(parts):
+        with av.open(str(folder / "part.ts"), "w") as container:
             stream = container.add_stream("libx264", rate=16)
             stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
             for place, picture in enumerate(frames):
@@ -179,7 +180,12 @@ def test_a_size_that_changes_midway_is_damage(tmp_path):
                 frame.time_base, frame.pts = fractions.Fraction(1, 16), 40 * number + place
                 container.mux(stream.encode(frame))
             container.mux(stream.encode())
-        both += (tmp_path / "part.ts").read_bytes()
+        both += (folder / "part.ts").read_bytes()
+    return both
+
+
+def test_a_size_that_changes_midway_is_damage(tmp_path):
+    both = joined(tmp_path, [FRAMES[:20], FRAMES[:20, :40, :48]])
     (tmp_path / "both.ts").write_bytes(both)
     video = VideoFile(str(tmp_path / "both.ts"))
     with pytest.raises(DecodeError, match="its frames differ in size"):
@@ -386,17 +392,7 @@ def test_pixels_are_bounded(folder):
 
 def test_a_size_that_grows_midway_is_bounded(tmp_path):
     """The container's header says nothing of it."""
-    both = b""
-    for number, frames in enumerate([FRAMES[:20, :32, :32], np.tile(FRAMES[:20], (1, 3, 3, 1))]):
-        with av.open(str(tmp_path / "part.ts"), "w") as container:
-            stream = container.add_stream("libx264", rate=16)
-            stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
-            for place, picture in enumerate(frames):
-                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
-                frame.time_base, frame.pts = fractions.Fraction(1, 16), 40 * number + place
-                container.mux(stream.encode(frame))
-            container.mux(stream.encode())
-        both += (tmp_path / "part.ts").read_bytes()
+    both = joined(tmp_path, [FRAMES[:20, :32, :32], np.tile(FRAMES[:20], (1, 3, 3, 1))])
     assert VideoFile(both).frames([30]).shape == (1, 150, 198, 3)
     with pytest.raises(DecodeError, match=r"more pixels than|Invalid data"):
         VideoFile(both, limits=Limits(pixels=50 * 66)).frames([30])

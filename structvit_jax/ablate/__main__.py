@@ -30,12 +30,14 @@ def main(argv: list[str]) -> None:
     config = _CONFIG.value
     check_config(config)
     from structvit_jax.ablate import study  # here, so that a mistake in flags is told at once
-    from structvit_jax.paths import workplace
+    from structvit_jax.paths import parse_path
     from structvit_jax.training import mesh
 
     mesh.select_devices(config.mesh.device)
     mesh.use_compilation_cache(config.mesh.compilation_cache)
-    study.run(config, workplace(_WORKDIR.value or f"runs/{config_path(argv).stem}"), shlex.join(sys.argv[1:]))
+    study.run(
+        config, parse_path(_WORKDIR.value or f"runs/{config_path(argv).stem}"), shlex.join(sys.argv[1:])
+    )
 
 
 if __name__ == "__main__":

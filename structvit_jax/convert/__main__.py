@@ -40,7 +40,7 @@ from structvit_jax.convert import (
 from structvit_jax.errors import UserError, exit_in_one_line
 from structvit_jax.models import create_model
 from structvit_jax.models.weights import Weights, like, split
-from structvit_jax.paths import is_bucket, workplace
+from structvit_jax.paths import is_bucket, parse_path
 from structvit_jax.training import start
 from structvit_jax.training.checkpoint import Checkpoints, Keep
 from structvit_jax.training.commit import FOLDER
@@ -94,7 +94,7 @@ def _create(destination: str) -> Iterator[str]:
 
     A bucket cannot rename: there a conversion is complete when its checkpoint is.
     """
-    folder = workplace(destination)
+    folder = parse_path(destination)
     if not is_bucket(folder):
         with files.create(destination) as place:
             yield place

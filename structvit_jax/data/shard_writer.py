@@ -18,7 +18,7 @@ from structvit_jax.data.media import frame_names
 from structvit_jax.data.records import FEATURES_FILE, ids_file
 from structvit_jax.data.video import VideoFile
 from structvit_jax.errors import DecodeError, UserError
-from structvit_jax.paths import is_bucket, workplace
+from structvit_jax.paths import is_bucket, parse_path
 
 Record = dict[str, Any]
 
@@ -118,7 +118,7 @@ def write_shards(
     least = min(map(len, indices.values()))
     if not 0 <= shards <= least:
         raise UserError(f"--shards is {shards}; it needs to lie from 0 to {least}, the examples of a split")
-    place = workplace(out) / Clips.name / "1.0.0"
+    place = parse_path(out) / Clips.name / "1.0.0"
     if (place / FEATURES_FILE).exists():
         raise UserError(f"{out} holds shards already; remove them or choose another folder")
     config: dict[str, Any] = {"num_shards": shards or None}

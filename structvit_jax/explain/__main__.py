@@ -36,7 +36,7 @@ from structvit_jax.explain import animation, overlay, page, picture
 from structvit_jax.explain.choice import SCORE, choose
 from structvit_jax.explain.layout import Line
 from structvit_jax.explain.maps import Layer, Query, layers, position_of, query_maps
-from structvit_jax.paths import workplace, writing
+from structvit_jax.paths import parse_path, writing
 from structvit_jax.trained import Trained, load_trained
 from structvit_jax.training.commit import FOLDER
 from structvit_jax.training.storage import write
@@ -88,7 +88,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"it explains one file, not {len(paths)}: {', '.join(map(printable, paths))}")
     if _ANIMATE.value and config.data.frames == 0:
         raise UserError("--animate needs a model for videos; this one takes images")
-    out = workplace(_OUT.value)
+    out = parse_path(_OUT.value)
     first, *others = (
         _explained(trained, paths[0])
         for trained in (load_trained(checkpoint, config), *map(load_trained, _BESIDE.value))

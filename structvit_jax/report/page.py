@@ -8,7 +8,7 @@ from pathlib import Path
 
 from etils import epath
 
-from structvit_jax.paths import workplace, writing
+from structvit_jax.paths import parse_path, writing
 from structvit_jax.report.charts import QUANTITIES, SMOOTHING, curves, style
 from structvit_jax.report.classes import class_sections
 from structvit_jax.report.hardest import hardest_section
@@ -36,9 +36,9 @@ def write_report(workdirs: Sequence[str], out: str | None = None, hardest: int =
     Raises:
       UserError: a workdir that holds no run, a damaged file, or an `out` that cannot be written.
     """
-    with naming_failures(workplace(workdirs[0])):
+    with naming_failures(parse_path(workdirs[0])):
         records = read_records(workdirs)
-        path = workplace(out) if out else records[0].workdir / FILE
+        path = parse_path(out) if out else records[0].workdir / FILE
         content = page(records, hardest)
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)

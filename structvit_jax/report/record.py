@@ -17,7 +17,7 @@ from structvit_jax.config import model_arguments
 from structvit_jax.errors import UserError, parse_json
 from structvit_jax.models import create_model
 from structvit_jax.models.weights import split
-from structvit_jax.paths import absolute, workplace
+from structvit_jax.paths import absolute, parse_path
 from structvit_jax.report.predictions import Predictions, read_predictions
 from structvit_jax.training import goodput
 from structvit_jax.training.restore import newest_card
@@ -97,7 +97,7 @@ def read_records(words: Sequence[str]) -> list[Record]:
       UserError: one that holds no run, or a file that is damaged.
       OSError: one cannot be read.
     """
-    workdirs = [absolute(workplace(word)) for word in dict.fromkeys(words)]
+    workdirs = [absolute(parse_path(word)) for word in dict.fromkeys(words)]
     last = [path.name for path in workdirs]
     names = [p.name if last.count(p.name) == 1 else str(p) for p in workdirs]
     return [_read_record(path, name) for path, name in zip(workdirs, names, strict=True)]

@@ -11,7 +11,7 @@ from typing import Any, ParamSpec, TypeVar
 from etils import epath
 
 from structvit_jax.errors import RESUMABLE, UserError
-from structvit_jax.paths import workplace
+from structvit_jax.paths import parse_path
 from structvit_jax.training.checkpoint import Checkpoints
 from structvit_jax.training.commit import FOLDER, is_step, steps_in
 from structvit_jax.training.digests import damage
@@ -25,7 +25,7 @@ _REMOVAL = 5.0  # seconds that removing one may take
 
 def _locate(path: str) -> tuple[epath.Path, int | None]:
     """Splits "RUN/checkpoints/STEP" into (RUN, STEP); of "RUN" alone the step is None, the latest."""
-    folder = workplace(path)
+    folder = parse_path(path)
     if is_step(folder) and folder.parent.name == FOLDER:
         return folder.parent.parent, int(folder.name)
     return folder, None

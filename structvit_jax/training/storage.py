@@ -6,13 +6,14 @@ import contextlib
 import json
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 from etils import epath
 
 from structvit_jax.card import check_card
-from structvit_jax.errors import UnreachableError, UserError, may_pass, parse_json, system_failure
+from structvit_jax.errors import UnreachableError, UserError, may_pass, parse_json, translating
 from structvit_jax.paths import is_bucket
 
 # What a run leaves in its workdir, for all that read it.
@@ -91,22 +92,16 @@ def read_card(checkpoint: epath.Path) -> dict[str, Any]:
         raise UserError(f"{path} is missing: {checkpoint} is no checkpoint of structvit_jax") from error
 
 
-@contextlib.contextmanager
-def naming_failures(workdir: epath.Path) -> Iterator[None]:
+def naming_failures(workdir: epath.Path) -> AbstractContextManager[None]:
     """Turn what a disk or a bucket refuses into one line.
 
     Raises:
       UserError: names the file and the reason; what was saved before is kept.
       UnreachableError: a bucket does not answer.
     """
-    try:
-        yield
-    except BrokenPipeError:  # of standard output
-        raise
-    except Exception as error:
-        if not (reason := system_failure(error)):
-            raise
-        raise unusable(getattr(error, "filename", None) or workdir, reason, workdir, error) from error
+    return translating(
+        lambda error, reason: unusable(getattr(error, "filename", None) or workdir, reason, workdir, error)
+    )
 
 
 def unusable(place: Any, reason: str, workdir: epath.Path, error: Exception) -> UserError:
