@@ -12,6 +12,7 @@ listening before its imports, which take seconds.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import sys
@@ -26,6 +27,7 @@ from structvit_jax.errors import INTERRUPTED, RESUMABLE
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # Seconds in which a second SIGINT is the same Ctrl-C: from the terminal, and passed on by a launcher.
 _SAME = 0.2
+_INTERRUPTS = 10  # signals that are sent to a main thread that does not raise
 
 
 class SignalListener:
@@ -35,7 +37,7 @@ class SignalListener:
         self._old: dict[int, Any] = {}  # handlers before
         self._ends_process = self._deferring = self._forwarding = self._interrupting = False
         self._first: float | None = None  # when the first signal came
-        self._own = 0  # SIGINTs of our own making that are still to come
+        self._sent = -math.inf  # when this object last sent SIGINT
         self._cleanups: list[Callable[[], None]] = []
 
     @property
@@ -118,18 +120,26 @@ class SignalListener:
                 )
             if self._forwarding and number != signal.SIGTERM:
                 os.kill(os.getpid(), signal.SIGTERM)
-        elif number == signal.SIGINT and now - self._first > _SAME:
-            if self._own:
-                self._own -= 1
-                return
+        elif number == signal.SIGINT and now - max(self._first, self._sent) > _SAME:
             if self._ends_process:
                 self._exit(INTERRUPTED, "interrupted; re-run the command to resume from the last checkpoint")
-            self._interrupting = True
-            self._own += 1
-            # Sent, not simulated by interrupt_main(): a call that waits, as time.sleep, has to return.
-            main = threading.main_thread().ident
-            assert main is not None
+            self._interrupt()
+
+    def _interrupt(self) -> None:
+        """Raise KeyboardInterrupt in the main thread, also out of a call that waits.
+
+        That call has to see a signal. One that comes just before the call begins is not seen, so it is sent
+        again; a main thread that computes raises as soon as it is back in Python.
+        """
+        main = threading.main_thread().ident
+        assert main is not None
+        self._interrupting = True
+        for _ in range(_INTERRUPTS):
+            self._sent = time.monotonic()
             signal.pthread_kill(main, signal.SIGINT)
+            time.sleep(_SAME / 2)
+            if not self._interrupting:
+                return
 
     def _exit(self, code: int, line: str) -> NoReturn:
         for function in self._cleanups:
