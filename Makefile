@@ -39,13 +39,13 @@ lint: $(STAMP)
 
 browser: $(STAMP)
 	$(PIP) "playwright>=1.50"
-	$(BIN)/python tests/browser.py $(ARGS)
+	$(BIN)/python tests/tools/browser.py $(ARGS)
 
 hostile: $(VENV)/.torch
-	$(BIN)/python tests/hostile.py $(ARGS)
+	$(BIN)/python tests/tools/hostile.py $(ARGS)
 
 kills: $(STAMP)
-	$(BIN)/python tests/kills.py $(ARGS)
+	$(BIN)/python tests/tools/kills.py $(ARGS)
 
 $(STAMP): requirements.txt requirements.lock pyproject.toml
 	@echo "installing structvit_jax and its requirements for: $(ACCELERATOR)"

@@ -18,8 +18,8 @@ The paper's top-1 on ImageNet and Something-Something V1, by structure_dim: 80.5
 
 import ml_collections
 
-from structvit_jax import recipes
-from structvit_jax.errors import known
+from structvit_jax.config import recipes
+from structvit_jax.utils.errors import known
 
 
 def get_config(argument: str = "imagenet") -> ml_collections.ConfigDict:

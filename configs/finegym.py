@@ -1,6 +1,6 @@
 """StructViT on FineGym: Gym99, or Gym288 prepared as finegym288.
 
-    python -m structvit_jax.data.prepare finegym99 ANNOTATIONS VIDEOS --out DIR --check
+    structvit prepare finegym99 ANNOTATIONS VIDEOS --out DIR --check
     python -m structvit_jax.main --config=configs/finegym.py:structvit_b_4_1_video --config.data.root=DIR
 
 Needs the annotations v1.1, the category and element lists, and the whole videos; clips are cut out of them by
@@ -12,7 +12,7 @@ Not run here. Starts from Kinetics-400 weights, as the paper: --config.init_from
 
 import ml_collections
 
-from structvit_jax import recipes
+from structvit_jax.config import recipes
 
 
 def get_config(model: str = "structvit_b_4_1_video") -> ml_collections.ConfigDict:

@@ -1,6 +1,6 @@
 """StructViT on Kinetics-400.
 
-    python -m structvit_jax.data.prepare kinetics400 ANNOTATIONS VIDEOS --out DIR --check
+    structvit prepare kinetics400 ANNOTATIONS VIDEOS --out DIR --check
     python -m structvit_jax.main --config=configs/kinetics400.py:structvit_s_4_1_video --config.data.root=DIR
 
 Needs the official csv files and the trimmed videos (mmaction2's copy has 240,436 and 19,796).
@@ -12,7 +12,7 @@ run of configs/imagenet.py or UniFormer's released file.
 
 import ml_collections
 
-from structvit_jax import recipes
+from structvit_jax.config import recipes
 
 
 def get_config(model: str = "structvit_s_4_1_video") -> ml_collections.ConfigDict:

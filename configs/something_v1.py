@@ -1,6 +1,6 @@
 """StructViT on Something-Something V1.
 
-    python -m structvit_jax.data.prepare something_v1 ANNOTATIONS FRAMES --out DIR --check
+    structvit prepare something_v1 ANNOTATIONS FRAMES --out DIR --check
     python -m structvit_jax.main --config=configs/something_v1.py:structvit_s_4_1_video --config.data.root=DIR
 
 Needs the csv files and the folders of frames (86,017 and 11,522).
@@ -11,7 +11,7 @@ Not run here. Starts from Kinetics-400 weights, as the paper: --config.init_from
 
 import ml_collections
 
-from structvit_jax import recipes
+from structvit_jax.config import recipes
 
 
 def get_config(model: str = "structvit_s_4_1_video") -> ml_collections.ConfigDict:

@@ -1,6 +1,6 @@
 """StructViT on Something-Something V2.
 
-    python -m structvit_jax.data.prepare something_v2 ANNOTATIONS VIDEOS --out DIR --check
+    structvit prepare something_v2 ANNOTATIONS VIDEOS --out DIR --check
     python -m structvit_jax.main --config=configs/something_v2.py:structvit_s_4_1_video --config.data.root=DIR
 
 Needs the json files and the webm videos (168,913 and 24,777).
@@ -11,7 +11,7 @@ Not run here. Starts from Kinetics-400 weights, as the paper: --config.init_from
 
 import ml_collections
 
-from structvit_jax import recipes
+from structvit_jax.config import recipes
 
 
 def get_config(model: str = "structvit_s_4_1_video") -> ml_collections.ConfigDict:

@@ -4,7 +4,7 @@
     model = structvit("b", patterns=4, video=True, classes=400)     # clips [batch, 3, 32, 224, 224]
     model.load_state_dict(safetensors.torch.load_file("weights.safetensors"))
 
-Needs torch alone. The weights are those that `python -m structvit_jax.convert RUN weights.safetensors`
+Needs torch alone. The weights are those that `structvit convert RUN weights.safetensors`
 writes, and without patterns (patterns=0) those of the released UniFormer. The project's tests compare the
 two implementations, gradients included.
 """

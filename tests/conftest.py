@@ -5,7 +5,6 @@ Those of operations also run on a GPU: JAX_PLATFORMS=cuda,cpu python -m pytest -
 
 import contextlib
 import gc
-import importlib
 import json
 import multiprocessing
 import os
@@ -32,10 +31,11 @@ import pytest
 from bucket import Bucket
 from etils import epath
 
-from structvit_jax import chips, data
-from structvit_jax.command import run_command
+from structvit_jax import data
+from structvit_jax import cli, main
 from structvit_jax.ops import batch_split_over
-from structvit_jax.training import lock, mesh
+from structvit_jax.performance import hardware
+from structvit_jax.runtime import lock, mesh
 
 # Tracing makes many objects that stay; by default a sixth of the time goes in looking through them.
 _GARBAGE = 50_000, 10, 10
@@ -90,7 +90,7 @@ def gpu():
 
 
 def _place(topology):
-    found = chips.devices_of(topology)
+    found = hardware.devices_of(topology)
     if found.note:
         pytest.skip(f"the CPU{found.note}")
     (device,) = found.devices
@@ -117,23 +117,31 @@ def run(*arguments, **environment):
     )
 
 
+def structvit(*arguments):
+    """Run `structvit ARGUMENTS` in this process; return its exit code."""
+    return cli.call(cli.structvit, list(map(str, arguments)))
+
+
 class Command:
-    """The same, or another module that is a command, in a fork of a process that has done its imports: a
-    second instead of five.
+    """The same, or `structvit PROGRAM`, in a fork of a process that has done its imports: a second instead of
+    five.
 
     Its environment may be changed, and `first` is called in it before all else.
     """
 
     _server = multiprocessing.get_context("forkserver")
-    _rooms = ("command", "data", "training.loop", "bench", "plan", "sheet")
-    _server.set_forkserver_preload([*map("structvit_jax.{}".format, _rooms), "sklearn.datasets"])
+    _modules = (
+        *("cli.configuration", "cli.experiment", "data", "training.loop", "performance.bench"),
+        *("performance.plan", "analysis.batch_preview"),
+    )
+    _server.set_forkserver_preload([*map("structvit_jax.{}".format, _modules), "sklearn.datasets"])
 
-    def __init__(self, folder, *arguments, module="structvit_jax.main", first=None, **environment):
+    def __init__(self, folder, *arguments, program="", first=None, **environment):
         folder.mkdir(parents=True, exist_ok=True)
         self._out, self._err = folder / "stdout", folder / "stderr"
         for path in (self._out, self._err):  # of a command before
             path.unlink(missing_ok=True)
-        given = module, list(map(str, arguments)), self._out, self._err, first, environment
+        given = program.split(), list(map(str, arguments)), self._out, self._err, first, environment
         self.process = self._server.Process(target=_command, args=given)
         self.process.start()
 
@@ -193,7 +201,7 @@ def processes(folder, *arguments, first=(None, None), more=((), ())):
     ]
 
 
-def _command(module, arguments, out, err, first, environment):
+def _command(program, arguments, out, err, first, environment):
     """The body of the forked process."""
     gc.set_threshold(*_GARBAGE)
     os.chdir(ROOT)
@@ -203,13 +211,12 @@ def _command(module, arguments, out, err, first, environment):
         with open(path, "w") as file:
             os.dup2(file.fileno(), stream.fileno())
     sys.stdout = out.open("w")  # what JAX's own transport prints, from many threads at once, stays out of it
-    sys.argv = [module, *arguments]
-    command = importlib.import_module(module)
+    sys.argv = ["structvit", *program, *arguments]
     if first:
         first()
-    if module == "structvit_jax.main":
-        command.run()
-    run_command(command.main)
+    if program:
+        cli.main()
+    main.main()
 
 
 @pytest.fixture

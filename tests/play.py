@@ -7,7 +7,7 @@ from pathlib import Path
 
 from conftest import ROOT
 
-LAUNCH, DATA = ROOT / "launch", ROOT / "tests" / "data" / "launch"
+LAUNCH, DATA = ROOT / "launch", ROOT / "tests" / "fixtures" / "launch"
 SCRIPTS = sorted(LAUNCH.iterdir())
 MAIN = "structvit_jax.main"
 RUN = ["--config=configs/digits.py", "--workdir=gs://bucket/run", "--config.train.note=two words"]

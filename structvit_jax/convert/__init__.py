@@ -1,6 +1,6 @@
 """Convert weights: read the released PyTorch files, recognise their model, and fit them to another.
 
-`python -m structvit_jax.convert SOURCE DESTINATION` does this for files; `config.init_from` takes them too.
+`structvit convert SOURCE DESTINATION` does this for files; `config.init_from` takes them too.
 """
 
 from __future__ import annotations

@@ -17,12 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from structvit_jax import class_names
 from structvit_jax.convert.names import Arrays
 from structvit_jax.convert.source import Source
-from structvit_jax.errors import UserError
 from structvit_jax.models.positions import resize_positions
 from structvit_jax.models.variants import Variant
+from structvit_jax.utils import class_names
+from structvit_jax.utils.errors import UserError
 
 NOISE = 0.1
 _SAME = ("network", "depths", "widths", "head_width", "patch", "stem", "mixer_window")  # what no rule changes
@@ -77,7 +77,7 @@ def adapt(
 ) -> Adapted:
     """Fit weights to a model.
 
-    The head is kept if both name the same classes, see `structvit_jax.class_names.match`, and then takes the
+    The head is kept if both name the same classes, see `structvit_jax.utils.class_names.match`, and then takes the
     model's order of them. Otherwise it is re-initialised, with a note that says why.
 
     Args:
@@ -248,7 +248,7 @@ def _class_order(
     if source.class_names is None:
         result.notes.append(
             f"warning: the head is not kept: {source.where} does not name its {classes} classes. To keep it,"
-            " name them with python -m structvit_jax.convert SOURCE DESTINATION --labels=FILE"
+            " name them with structvit convert SOURCE DESTINATION --labels=FILE"
         )
         return None, "as the weights do not name their classes"
     order = class_names.match(names, source.class_names)

@@ -10,8 +10,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from structvit_jax.errors import UserError
 from structvit_jax.models.variants import OVERRIDES, get_variant
+from structvit_jax.utils.errors import UserError
 
 # How a program runs, which is not a property of the weights.
 _NOT_OF_WEIGHTS = ("attention", "dtype", "remat", "scan_blocks")

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from structvit_jax.errors import UserError, parse_json
-from structvit_jax.paths import writing
+from structvit_jax.utils.errors import UserError, parse_json
+from structvit_jax.utils.paths import writing
 
 SAFETENSORS = ".safetensors"
 TORCH = (".pth", ".pt", ".bin", ".tar")

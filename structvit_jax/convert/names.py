@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from structvit_jax.errors import UserError
+from structvit_jax.utils.errors import UserError
 
 Arrays = dict[str, np.ndarray]
 

@@ -1,7 +1,7 @@
 """Weights from a file or checkpoint, with all that is known of them: model, classes and inputs.
 
 Names and shapes of the arrays determine the model. What they leave open (the width of heads, normalisation,
-the order of channels, the names of the classes) is in the description that `python -m structvit_jax.convert`
+the order of channels, the names of the classes) is in the description that `structvit convert`
 writes beside exported weights, follows from what was released, or has to be given.
 """
 
@@ -18,8 +18,8 @@ import numpy as np
 from structvit_jax.convert import description, files
 from structvit_jax.convert.description import Description, Inputs
 from structvit_jax.convert.names import Arrays, from_torch
-from structvit_jax.errors import UserError, known
 from structvit_jax.models.variants import VARIANTS, Variant, get_variant
+from structvit_jax.utils.errors import UserError, known
 
 _MOST_PATTERNS = 256  # structure kernels of a file; a model needs memory in proportion
 
@@ -133,7 +133,7 @@ def _choice(path: str, state_dict: files.StateDict) -> list[str]:
     flag = f"--weights={files.RAW if averaged else files.AVERAGED}"
     return [
         f"weights: {state_dict.place!r}, the {kinds[0]} ones; the file also holds {state_dict.other!r}, the"
-        f" {kinds[1]} ones: {flag} of python -m structvit_jax.convert takes those"
+        f" {kinds[1]} ones: {flag} of structvit convert takes those"
     ]
 
 
@@ -244,4 +244,4 @@ def _release(path: str, arguments: dict[str, Any], classes: int, given: str) -> 
 
 
 def _give(flag: str) -> str:
-    return f"convert it with python -m structvit_jax.convert SOURCE DESTINATION, and give {flag}"
+    return f"convert it with structvit convert SOURCE DESTINATION, and give {flag}"

@@ -8,7 +8,6 @@ import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from structvit_jax import class_names
 from structvit_jax.data import folder
 from structvit_jax.data.digits import DigitMotions, Digits, MovingDigits
 from structvit_jax.data.fingerprint import Changes, Fingerprint, compare, fingerprint_of
@@ -27,7 +26,8 @@ from structvit_jax.data.pipeline import (
 )
 from structvit_jax.data.reader import Arrays, Reader, Source
 from structvit_jax.data.survey import Survey, look_at
-from structvit_jax.errors import UserError, unknown
+from structvit_jax.utils import class_names
+from structvit_jax.utils.errors import UserError, unknown
 
 BUILT_IN: dict[str, Callable[[str, int, int], Source]] = {
     "moving_digits": MovingDigits,
@@ -113,7 +113,7 @@ class Dataset:
     def adopt_classes(self, names: Sequence[str]) -> bool:
         """Number the labels as a trained model does; return whether that is another order than the data's.
 
-        Names are matched as by `structvit_jax.class_names.match`.
+        Names are matched as by `structvit_jax.utils.class_names.match`.
 
         Raises:
           UserError: the data have other classes.

@@ -17,7 +17,7 @@ from structvit_jax.data.container import VIDEOS
 from structvit_jax.data.image import IMAGES
 from structvit_jax.data.index import Entry, walk
 from structvit_jax.data.media import frame_names
-from structvit_jax.errors import UserError, parse_json
+from structvit_jax.utils.errors import UserError, parse_json
 
 
 class Prepared(NamedTuple):

@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
-from structvit_jax.errors import UserError
+from structvit_jax.utils.errors import UserError
 
 Box = tuple[int, int, int, int]  # top, left, height, width
 # Where pixels come from: takes a point (x, y, 1) of what was made, both from 0 to 1, to that of its origin.

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import av
 
 from structvit_jax.data.limits import Limits, file_size
-from structvit_jax.errors import DecodeError, decoding
+from structvit_jax.utils.errors import DecodeError, decoding
 
 # Containers that are opened, by FFmpeg's name, with their file extensions.
 CONTAINERS = {

@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 
 from structvit_jax.data.media import Decoded
-from structvit_jax.errors import UserError
+from structvit_jax.utils.errors import UserError
 
 _TRAIN_SCANS = 1437
 

@@ -13,7 +13,7 @@ from structvit_jax.data.limits import Limits
 from structvit_jax.data.media import Media, open_media
 from structvit_jax.data.reader import Source
 from structvit_jax.data.video import VideoFile
-from structvit_jax.errors import DecodeError, UserError
+from structvit_jax.utils.errors import DecodeError, UserError
 
 TEST = "test:"  # test:N is example N of a test split
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from structvit_jax.data.media import IMAGES, VIDEOS
 from structvit_jax.data.reader import Source
-from structvit_jax.errors import DecodeError, decoding
+from structvit_jax.utils.errors import DecodeError, decoding
 
 SAMPLED = 64
 _PART = 2**18  # bytes: of larger files the beginning and the end are read

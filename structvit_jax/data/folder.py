@@ -33,7 +33,7 @@ from structvit_jax.data.index import (
 )
 from structvit_jax.data.limits import Limits
 from structvit_jax.data.media import frame_names, without_extension
-from structvit_jax.errors import UserError
+from structvit_jax.utils.errors import UserError
 
 # Folders of these names are splits, not classes.
 _SPLITS = ("train", "training", "val", "valid", "validation", "dev", "eval", "test", "testing")

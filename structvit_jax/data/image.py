@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from structvit_jax.data.limits import Limits, file_size
-from structvit_jax.errors import DecodeError, decoding
+from structvit_jax.utils.errors import DecodeError, decoding
 
 # Formats that are opened, by Pillow's name, with their file extensions.
 FORMATS = {

@@ -24,7 +24,7 @@ from structvit_jax.data.container import VIDEOS
 from structvit_jax.data.image import IMAGES
 from structvit_jax.data.limits import Limits
 from structvit_jax.data.media import Media, frame_names, open_media, without_extension
-from structvit_jax.errors import DecodeError, UserError, decoding, did_you_mean, parse_json, printable
+from structvit_jax.utils.errors import DecodeError, UserError, decoding, did_you_mean, parse_json, printable
 
 LABELS = "labels.txt"
 LISTS = (".jsonl", ".csv", ".txt")

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from structvit_jax.errors import DecodeError, UserError, parse_json
-from structvit_jax.paths import check_local
+from structvit_jax.utils.errors import DecodeError, UserError, parse_json
+from structvit_jax.utils.paths import check_local
 
 _CARD, _UNFINISHED = "maps.json", "unfinished.json"
 _ARRAYS = {"classes": np.uint16, "scores": np.float16}
@@ -36,7 +36,7 @@ class LabelMaps:
         if self.card is None:
             raise UserError(
                 f"config.data.label_maps: no finished label maps in {folder};"
-                " python -m structvit_jax.label_maps TEACHER FOLDER writes them, and resumes after a stop"
+                " structvit prepare label_maps TEACHER FOLDER writes them, and resumes after a stop"
             )
         if self.card.get("ids") != digest(ids):
             raise UserError(

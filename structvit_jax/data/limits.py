@@ -6,7 +6,7 @@ import os
 import stat
 from typing import Any, NamedTuple
 
-from structvit_jax.errors import DecodeError
+from structvit_jax.utils.errors import DecodeError
 
 
 class Limits(NamedTuple):

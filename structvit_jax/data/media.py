@@ -15,7 +15,7 @@ from structvit_jax.data.container import VIDEOS
 from structvit_jax.data.image import IMAGES, read_image
 from structvit_jax.data.limits import Limits
 from structvit_jax.data.video import VideoFile, check_there, stack
-from structvit_jax.errors import DecodeError
+from structvit_jax.utils.errors import DecodeError
 
 cv2.setNumThreads(1)  # workers are the parallelism
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from structvit_jax.data.media import Decoded
-from structvit_jax.errors import UserError
+from structvit_jax.utils.errors import UserError
 
 
 class Noise:

@@ -27,7 +27,7 @@ import numpy as np
 
 from structvit_jax.data.reader import Arrays, Reader
 from structvit_jax.data.workers import Lost, Note, in_processes
-from structvit_jax.errors import DecodeError, UserError
+from structvit_jax.utils.errors import DecodeError, UserError
 
 Batch = dict[str, Any]
 

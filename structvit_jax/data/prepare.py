@@ -1,22 +1,7 @@
-"""Make lists to train from out of a data set's annotation files, and check a data set before training.
-
-    python -m structvit_jax.data.prepare kinetics400 ANNOTATIONS VIDEOS --out DIR [--check]
-    python -m structvit_jax.data.prepare folder DIR --check [--train_split=train] [--test_split=val]
-    python -m structvit_jax.data.prepare list FILE [FILE ...] --check
-
-The first, likewise something_v1, something_v2, diving48, finegym99, finegym288 and imagenet, writes
-DIR/train.jsonl, DIR/val.jsonl and DIR/labels.txt, the names of annotated files that are not there into
-DIR/missing-SPLIT.txt, and compares the counts with those published; DIR becomes the config.data.root.
-
---check decodes frames at the beginning, middle and end of every example in parallel, and prints a table of
-the data set (see `structvit_jax.data.survey`) and the command to run next. Examples that cannot be read are
-listed with the reason, in bad_files.txt in --out or, without it, in a file named after the data. The exit
-code is 1 if there are any, or if training would be pointless.
-"""
+"""Make lists to train from out of a data set's annotation files, and check a data set before training."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import csv
 import functools
@@ -25,6 +10,7 @@ import os
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -32,94 +18,75 @@ from tqdm import tqdm
 from structvit_jax.data import folder
 from structvit_jax.data.annotations import DATA_SETS, Prepared
 from structvit_jax.data.image import IMAGES
-from structvit_jax.data.index import (
-    LABELS,
-    Entry,
-    Index,
-    class_names_of,
-    order,
-    read_list,
-    write_list,
-)
+from structvit_jax.data.index import LABELS, Entry, Index, class_names_of, order, read_list, write_list
 from structvit_jax.data.measure import Measured, measure
 from structvit_jax.data.survey import look_at
 from structvit_jax.data.workers import Note, in_processes
-from structvit_jax.errors import UserError, exit_in_one_line, known
-from structvit_jax.paths import check_local, writing
+from structvit_jax.utils.errors import UserError
+from structvit_jax.utils.paths import check_local, writing
 
-_SOURCES = ("folder", "list", *DATA_SETS)
 _CONFIGS = {"finegym99": "finegym", "finegym288": "finegym"}  # of data sets; others have one of their name
 
 
-def main(arguments: Sequence[str]) -> int:
-    chosen = _parse(arguments)
-    if not (chosen.out or chosen.check):
+class Request(NamedTuple):
+    """What to prepare; see `structvit prepare`."""
+
+    source: str  # "folder", "list", or one of DATA_SETS
+    paths: Sequence[str]
+    out: str = ""  # folder for lists; "" writes none
+    check: bool = False  # decode every file
+    workers: int = 1  # processes that decode
+    images: bool = False  # examples are images; otherwise what most of them are
+    train_split: str = "train"  # of a folder
+    test_split: str = "val"  # of a folder
+    val_fraction: float = 0.1  # of a folder's training examples, held out without a test split
+
+
+def run(request: Request) -> int:
+    """Write the lists of a data set, check it, or both; return the exit code.
+
+    Raises:
+      UserError: nothing to do, or data that are missing, empty or not understood.
+    """
+    if not (request.out or request.check):
         raise UserError("nothing to do: say --out=DIR for lists, --check to decode every file, or both")
-    check_local(chosen.out)
-    if chosen.workers < 1:
-        raise UserError("--workers is how many processes decode; it needs to be at least 1")
-    if not 0 <= chosen.val_fraction < 1:
-        raise UserError(f"--val_fraction is {chosen.val_fraction:g}; it needs to lie from 0 to below 1")
-    if chosen.source in DATA_SETS:
-        indices = _from_annotations(chosen.source, chosen.paths, chosen.out)
-        video = chosen.source != "imagenet"
-    elif chosen.source == "folder":
-        indices, video = _from_folder(chosen)
+    check_local(request.out)
+    if request.source in DATA_SETS:
+        indices = _from_annotations(request.source, request.paths, request.out)
+        video = request.source != "imagenet"
+    elif request.source == "folder":
+        indices, video = _from_folder(request)
     else:
-        indices, video = _from_lists(chosen.paths, chosen.images)
-    if chosen.source not in DATA_SETS and chosen.out:
-        if os.path.realpath(chosen.out) == os.path.realpath(next(iter(indices.values())).root):
-            raise UserError(f"{chosen.out} holds the data themselves; choose another folder for the lists")
+        indices, video = _from_lists(request.paths, request.images)
+    if request.source not in DATA_SETS and request.out:
+        if os.path.realpath(request.out) == os.path.realpath(next(iter(indices.values())).root):
+            raise UserError(f"{request.out} holds the data themselves; choose another folder for the lists")
         lists = {name: _absolute(index) for name, index in indices.items()}
-        _write(chosen.out, lists, _classes(indices))
-    if not chosen.check:
+        _write(request.out, lists, _classes(indices))
+    if not request.check:
         return 0
-    return check(indices, chosen.workers, _report(chosen), video=video, then=_next_command(chosen))
+    return check(indices, request.workers, _report(request), video=video, then=_next_command(request))
 
 
-def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("source", help=", ".join(_SOURCES))
-    parser.add_argument("paths", nargs="+", help="the folders or lists")
-    parser.add_argument("--out", default="", help="where lists, labels and reports go")
-    parser.add_argument("--check", action="store_true", help="decode every file")
-    parser.add_argument(
-        "--images", action="store_true", help="files are images; by default what most of them are"
-    )
-    parser.add_argument("--train_split", default="train", help="of a folder: the folder or list to train on")
-    parser.add_argument("--test_split", default="val", help="of a folder: the folder or list to test on")
-    parser.add_argument(
-        "--val_fraction", type=float, default=0.1, help="of a folder: held out without a test split"
-    )
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that decode")
-    chosen = parser.parse_args(arguments)
-    known("source", chosen.source, _SOURCES)
-    return chosen
-
-
-def _report(chosen: argparse.Namespace) -> str:
+def _report(request: Request) -> str:
     """Return the file that lists unreadable examples, one for each data set."""
-    if chosen.out:
-        return os.path.join(chosen.out, "bad_files.txt")
-    places = [os.path.abspath(path) for path in chosen.paths]
-    name = os.path.splitext(os.path.basename(places[-1]))[0] or chosen.source
+    if request.out:
+        return os.path.join(request.out, "bad_files.txt")
+    places = [os.path.abspath(path) for path in request.paths]
+    name = os.path.splitext(os.path.basename(places[-1]))[0] or request.source
     return f"bad_files-{name}-{hashlib.sha256(' '.join(places).encode(errors='replace')).hexdigest()[:6]}.txt"
 
 
-def _next_command(chosen: argparse.Namespace) -> str:
+def _next_command(request: Request) -> str:
     """Return the command that trains on the data; "" where lists were not written to train from."""
-    root = chosen.out or (chosen.paths[0] if chosen.source == "folder" else "")
+    root = request.out or (request.paths[0] if request.source == "folder" else "")
     if not root:
         return ""
-    name = _CONFIGS.get(chosen.source, chosen.source) if chosen.source in DATA_SETS else "folder"
-    command = (
-        f"python -m structvit_jax.main --config=configs/{name}.py --config.data.root={shlex.quote(root)}"
-    )
-    if not chosen.out:
+    name = _CONFIGS.get(request.source, request.source) if request.source in DATA_SETS else "folder"
+    command = f"structvit train --config={name} --config.data.root={shlex.quote(root)}"
+    if not request.out:
         for key, default in (("train_split", "train"), ("test_split", "val"), ("val_fraction", 0.1)):
-            if (value := getattr(chosen, key)) != default:
+            if (value := getattr(request, key)) != default:
                 command += f" --config.data.{key}={value}"
     return command
 
@@ -162,17 +129,17 @@ def _from_annotations(source: str, paths: Sequence[str], out: str) -> dict[str, 
     return {name: Index("", entries, prepared.class_names) for name, entries in prepared.splits.items()}
 
 
-def _from_folder(chosen: argparse.Namespace) -> tuple[dict[str, Index], bool]:
+def _from_folder(request: Request) -> tuple[dict[str, Index], bool]:
     """Return the splits of a folder, a third named "test" among them, and whether they are videos."""
-    if len(chosen.paths) > 1 or not os.path.isdir(chosen.paths[0]):
+    if len(request.paths) > 1 or not os.path.isdir(request.paths[0]):
         raise UserError(
-            f"no folder {chosen.paths[0]!r}" if len(chosen.paths) == 1 else "folder takes one folder"
+            f"no folder {request.paths[0]!r}" if len(request.paths) == 1 else "folder takes one folder"
         )
-    root = chosen.paths[0]
-    layout = folder.Layout(root, chosen.train_split, chosen.test_split, chosen.val_fraction, option="--")
-    video = not chosen.images and folder.is_video(layout)
+    root = request.paths[0]
+    layout = folder.Layout(root, request.train_split, request.test_split, request.val_fraction, option="--")
+    video = not request.images and folder.is_video(layout)
     train, test = folder.read_splits(layout, video=video)
-    indices = {_name(chosen.train_split): train, _name(chosen.test_split): test}
+    indices = {_name(request.train_split): train, _name(request.test_split): test}
     more = folder.Layout(root, train="test", option="--").find("train") if "test" not in indices else None
     if more and not os.path.isdir(os.path.join(root, more)):
         indices["test"] = Index(root, read_list(os.path.join(root, more)), train.class_names)
@@ -295,8 +262,3 @@ _KILLED = Measured(problem="kills the process that decodes it")
 def _measure(index: Index, number: int, note: Note) -> Measured:
     del note  # a worker reads one example at a time
     return measure(index, number)
-
-
-if __name__ == "__main__":
-    with exit_in_one_line():
-        sys.exit(main(sys.argv[1:]))

@@ -20,7 +20,7 @@ from structvit_jax.data.augment import (
 )
 from structvit_jax.data.label_maps import LabelMaps
 from structvit_jax.data.media import Media
-from structvit_jax.errors import DecodeError
+from structvit_jax.utils.errors import DecodeError
 
 Arrays = dict[str, tuple[tuple[int, ...], type]]  # shapes and types, by key of a batch
 UNCROPPED_SIDE = 720  # pixels: longer short sides of uncropped frames are scaled to this

@@ -15,7 +15,7 @@ import tensorflow_datasets as tfds
 from structvit_jax.data.limits import Limits
 from structvit_jax.data.media import Media, Part, Pictures
 from structvit_jax.data.video import VideoFile
-from structvit_jax.errors import DecodeError, UserError, decoding, parse_json
+from structvit_jax.utils.errors import DecodeError, UserError, decoding, parse_json
 
 # Features that shards and image sets consist of. TFDS imports the module of any other that a file names.
 _FEATURES = frozenset(

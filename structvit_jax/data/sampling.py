@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from structvit_jax.errors import known
+from structvit_jax.utils.errors import known
 
 # A rule: (count, frames, stride, generator or (view, views)) -> int64 [frames].
 Draw = np.random.Generator | tuple[int, int]

@@ -17,8 +17,8 @@ from structvit_jax.data.index import Index
 from structvit_jax.data.media import frame_names
 from structvit_jax.data.records import FEATURES_FILE, ids_file
 from structvit_jax.data.video import VideoFile
-from structvit_jax.errors import DecodeError, UserError
-from structvit_jax.paths import is_bucket, parse_path
+from structvit_jax.utils.errors import DecodeError, UserError
+from structvit_jax.utils.paths import is_bucket, parse_path
 
 Record = dict[str, Any]
 

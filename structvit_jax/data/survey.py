@@ -19,7 +19,7 @@ from structvit_jax.data.folder import counts
 from structvit_jax.data.index import LABELS, Found, Index
 from structvit_jax.data.measure import Measured, Spread, duplicates, measure_some, spread
 from structvit_jax.data.reader import Source
-from structvit_jax.errors import UserError, printable
+from structvit_jax.utils.errors import UserError, printable
 
 SECONDS = 2.0  # that a look takes where it samples
 _ROWS = 15  # classes that a table lists

@@ -19,7 +19,7 @@ from av.video.reformatter import VideoReformatter
 
 from structvit_jax.data.container import open_container
 from structvit_jax.data.limits import Limits
-from structvit_jax.errors import DecodeError, decoding
+from structvit_jax.utils.errors import DecodeError, decoding
 
 _SKIPPING = ("h264", "hevc", "mpeg4", "vp8", "vp9")  # decoders that may leave out single pictures
 _UNINDEXED = ("avi", "mpegts")  # containers whose times are only right when read from the beginning

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike
 
-from structvit_jax.errors import UserError, known
 from structvit_jax.models.layers import Linear, normal_init
 from structvit_jax.models.ledger import declare
 from structvit_jax.ops import StructAttentionMaps, struct_attention, struct_attention_maps
+from structvit_jax.utils.errors import UserError, known
 
 
 def normal_kernels(key: jax.Array, shape: Sequence[int], dtype=jnp.float32) -> jax.Array:

@@ -11,18 +11,10 @@ from flax import nnx
 from jax import lax
 from jax.typing import ArrayLike
 
-from structvit_jax.errors import UserError
 from structvit_jax.models.attention import StructAttention
-from structvit_jax.models.layers import (
-    BatchNorm,
-    DepthwiseConv,
-    DropPath,
-    LayerNorm,
-    Linear,
-    Mlp,
-    Pointwise,
-)
+from structvit_jax.models.layers import BatchNorm, DepthwiseConv, DropPath, LayerNorm, Linear, Mlp, Pointwise
 from structvit_jax.models.variants import Variant
+from structvit_jax.utils.errors import UserError
 
 # What the backward pass finds in memory of each block; the rest of the forward pass is computed again.
 # "dots": its input and the results of matrix products with weights, but no correlations of attention.

@@ -17,12 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from structvit_jax.errors import UserError
 from structvit_jax.models.blocks import Block, Place, run_blocks, split_key
 from structvit_jax.models.layers import BatchNorm, Conv, HostRngs, LayerNorm, Linear, linear_init
 from structvit_jax.models.positions import resize_positions
 from structvit_jax.models.variants import Variant, get_variant
 from structvit_jax.ops import gelu
+from structvit_jax.utils.errors import UserError
 
 
 class PatchEmbed(nnx.Module):

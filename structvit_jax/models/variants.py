@@ -8,7 +8,7 @@ import numbers
 import re
 from typing import Any
 
-from structvit_jax.errors import UserError, known, unknown
+from structvit_jax.utils.errors import UserError, known, unknown
 
 
 @dataclasses.dataclass(frozen=True)

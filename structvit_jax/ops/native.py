@@ -20,7 +20,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from structvit_jax import cache
+from structvit_jax.runtime import cache
 
 _FOLDER = Path(__file__).with_name("cpu")
 _OPTIONS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC")

@@ -22,17 +22,17 @@ from etils import epath
 from jax.sharding import Mesh
 from orbax.checkpoint import checkpoint_managers
 
-from structvit_jax.errors import Stopped, UserError
 from structvit_jax.models.weights import Weights, mismatches
-from structvit_jax.paths import absolute, is_bucket
-from structvit_jax.training import processes
+from structvit_jax.runtime import processes
+from structvit_jax.runtime.digests import damage
+from structvit_jax.runtime.lock import live_owner
+from structvit_jax.runtime.processes import say
+from structvit_jax.runtime.sharding import abstract, replicated
+from structvit_jax.runtime.storage import read_card, unusable, write
 from structvit_jax.training.commit import FOLDER, InBucket, OnDisk, entries, is_unfinished, steps_in
-from structvit_jax.training.digests import damage
-from structvit_jax.training.lock import live_owner
-from structvit_jax.training.placement import abstract, replicated
-from structvit_jax.training.processes import say
 from structvit_jax.training.step import TrainState
-from structvit_jax.training.storage import read_card, unusable, write
+from structvit_jax.utils.errors import Stopped, UserError
+from structvit_jax.utils.paths import absolute, is_bucket
 
 ASIDE = "damaged"  # where checkpoints that cannot be used are put
 _WEIGHTS, _OPTIMIZER, _AVERAGE = (

@@ -8,10 +8,10 @@ import asyncio
 from etils import epath
 from orbax.checkpoint.path import atomicity
 
-from structvit_jax.errors import UserError
-from structvit_jax.paths import is_bucket
-from structvit_jax.training.digests import FILE, write_digests
-from structvit_jax.training.storage import read_json, write_json
+from structvit_jax.runtime.digests import FILE, write_digests
+from structvit_jax.runtime.storage import read_json, write_json
+from structvit_jax.utils.errors import UserError
+from structvit_jax.utils.paths import is_bucket
 
 FOLDER = "checkpoints"  # in a workdir
 

@@ -13,13 +13,13 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from structvit_jax.errors import UserError
 from structvit_jax.models import Network
 from structvit_jax.models.weights import Weights, split
-from structvit_jax.training import processes
-from structvit_jax.training.mesh import fitting_batch, put_batch
+from structvit_jax.runtime import processes
+from structvit_jax.runtime.mesh import fitting_batch, put_batch
+from structvit_jax.runtime.storage import write
 from structvit_jax.training.step import make_eval_step
-from structvit_jax.training.storage import write
+from structvit_jax.utils.errors import UserError
 
 
 class Scores(NamedTuple):

@@ -14,11 +14,11 @@ from typing import Any
 import jax
 from etils import epath
 
-from structvit_jax.errors import UserError, parse_json
-from structvit_jax.paths import is_bucket
-from structvit_jax.training.goodput import Goodput, Progress
-from structvit_jax.training.processes import available_cores, is_first, say
-from structvit_jax.training.storage import METRICS, write
+from structvit_jax.runtime.goodput import Goodput, Progress
+from structvit_jax.runtime.processes import available_cores, is_first, say
+from structvit_jax.runtime.storage import METRICS, write
+from structvit_jax.utils.errors import UserError, parse_json
+from structvit_jax.utils.paths import is_bucket
 
 # tensorboardX imports these where they are installed, which takes seconds; it is given no tensor, no bucket.
 _UNUSED = [name for name in ("torch", "google.cloud.storage") if name not in sys.modules]

@@ -12,34 +12,26 @@ import jax
 import ml_collections
 from etils import epath
 
-from structvit_jax import signals
-from structvit_jax.errors import Stopped, UserError
 from structvit_jax.models.weights import Weights, sha256, split
-from structvit_jax.training import processes
+from structvit_jax.runtime import processes, signals
+from structvit_jax.runtime.goodput import Goodput
+from structvit_jax.runtime.lock import WorkdirLock
+from structvit_jax.runtime.mesh import check_batch, put_batch
+from structvit_jax.runtime.processes import say
+from structvit_jax.runtime.profile import Profile, steps_to_profile
+from structvit_jax.runtime.sharding import replicated
+from structvit_jax.runtime.storage import CONFIG, PREDICTIONS, RESULT, naming_failures, read_json, write_json
 from structvit_jax.training.checkpoint import Checkpoints
 from structvit_jax.training.commit import FOLDER
+from structvit_jax.training.compilation import compile_train_step, naming_memory
 from structvit_jax.training.evaluation import Evaluation, Evaluator, Scores
-from structvit_jax.training.goodput import Goodput
-from structvit_jax.training.lock import WorkdirLock
 from structvit_jax.training.log import RunLog
-from structvit_jax.training.mesh import check_batch, put_batch
-from structvit_jax.training.placement import replicated
-from structvit_jax.training.processes import say
-from structvit_jax.training.profile import Profile
-from structvit_jax.training.program import compile_train_step, naming_memory
 from structvit_jax.training.restore import open_checkpoint, rereading
-from structvit_jax.training.run import (
-    Run,
-    adopt_classes,
-    as_json,
-    differences,
-    keep,
-    warn_of_single_examples,
-)
+from structvit_jax.training.run import Run, adopt_classes, as_json, differences, keep, warn_of_single_examples
 from structvit_jax.training.start import starting_state
 from structvit_jax.training.step import TrainState
-from structvit_jax.training.storage import CONFIG, PREDICTIONS, RESULT, naming_failures, read_json, write_json
 from structvit_jax.training.unreadable import Unreadable
+from structvit_jax.utils.errors import Stopped, UserError
 
 _LEAST_INTERVAL = 0.1  # of config.eval.every, between an evaluation and the final one
 # Keys of the data that change no score.
@@ -56,23 +48,26 @@ _PLACES = tuple(
 )
 
 
-def train(config: ml_collections.ConfigDict, workdir: epath.Path, data: Any) -> dict[str, Any]:
+def train(
+    config: ml_collections.ConfigDict, workdir: epath.Path, data: Any, *, profile: str = ""
+) -> dict[str, Any]:
     """Trains, or goes on training, until the configured duration; evaluates; returns the result.
 
     Args:
       config: see `structvit_jax.config`.
       workdir: where checkpoints, metrics and result live; a run in it is resumed.
       data: a `structvit_jax.data.Dataset`.
+      profile: steps whose profile is written to WORKDIR/profile, as "START:STOP"; "" is none.
 
     Raises:
       UserError: a configuration, checkpoint or workdir that does not fit.
       Stopped: a signal asked for it; the state is saved.
     """
-    started = time.monotonic()
+    started, profiled = time.monotonic(), steps_to_profile(profile)
     with processes.StopSignal() as stop, naming_memory(config):
         run = Run.prepare(config, data)
         with open_workdir(run, workdir) as session:
-            return _train(session, stop, started)
+            return _train(session, stop, started, profiled)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +101,7 @@ def open_workdir(run: Run, workdir: epath.Path) -> Iterator[Session]:
         yield Session(run, workdir, lock, checkpoints, unreadable)
 
 
-def _train(session: Session, stop: processes.StopSignal, started: float) -> dict[str, Any]:
+def _train(session: Session, stop: processes.StopSignal, started: float, profiled: range) -> dict[str, Any]:
     run, workdir, data, config = session.run, session.workdir, session.run.data, session.run.config
     goodput = Goodput(workdir, started)
     goodput.switch("restore")
@@ -127,7 +122,7 @@ def _train(session: Session, stop: processes.StopSignal, started: float) -> dict
     with RunLog(workdir, start, total, config, data, goodput, session.lock.check) as log:
         try:
             if start < total:
-                state = take_steps(session, state, stop, evaluator, log, goodput)
+                state = take_steps(session, state, stop, evaluator, log, goodput, profiled)
             say(f"evaluating {describe_test(data)}")
             goodput.switch("evaluate")
             scored = state.scored(config.eval.ema)
@@ -160,6 +155,7 @@ def take_steps(
     evaluator: Evaluator,
     log: RunLog,
     goodput: Goodput,
+    profiled: range = range(0),
 ) -> TrainState:
     """All steps that are left.
 
@@ -173,7 +169,7 @@ def take_steps(
     step_fn = compile_train_step(run, state)
     log.restart_clock()
     stream = run.data.train_batches(run.config.data.batch_size, start_step=start, share=processes.share())
-    profile = Profile(run.config.profile, session.workdir, start)
+    profile = Profile(profiled, session.workdir, start)
     with contextlib.closing(stream) as batches, profile:
         saved = start
         for step in range(start + 1, total + 1):

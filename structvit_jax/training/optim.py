@@ -13,8 +13,8 @@ import ml_collections
 import optax
 
 from structvit_jax.config import Durations, matching
-from structvit_jax.errors import UserError
 from structvit_jax.ops.devices import target
+from structvit_jax.utils.errors import UserError
 
 
 class Optimizer(NamedTuple):

@@ -10,12 +10,12 @@ from typing import Any, ParamSpec, TypeVar
 
 from etils import epath
 
-from structvit_jax.errors import RESUMABLE, UserError
-from structvit_jax.paths import parse_path
+from structvit_jax.runtime.digests import damage
+from structvit_jax.runtime.storage import naming_failures, read_card
 from structvit_jax.training.checkpoint import Checkpoints
 from structvit_jax.training.commit import FOLDER, is_step, steps_in
-from structvit_jax.training.digests import damage
-from structvit_jax.training.storage import naming_failures, read_card
+from structvit_jax.utils.errors import RESUMABLE, UserError
+from structvit_jax.utils.paths import parse_path
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -16,19 +16,19 @@ from etils import epath
 from jax.sharding import Mesh
 
 import structvit_jax
-from structvit_jax.card import is_portable
 from structvit_jax.config import Durations, durations, model_arguments, short
-from structvit_jax.errors import UserError
 from structvit_jax.models import Network, create_model
 from structvit_jax.models.weights import split
 from structvit_jax.ops import native
-from structvit_jax.training import optim, processes
+from structvit_jax.runtime import processes
+from structvit_jax.runtime.mesh import check_batch, describe_devices, make_mesh
+from structvit_jax.runtime.processes import say
+from structvit_jax.runtime.sharding import abstract
+from structvit_jax.training import optim
+from structvit_jax.training.card import is_portable
 from structvit_jax.training.checkpoint import Keep
-from structvit_jax.training.mesh import check_batch, describe_devices, make_mesh
-from structvit_jax.training.placement import abstract
-from structvit_jax.training.processes import say
-from structvit_jax.training.profile import steps_to_profile
 from structvit_jax.training.step import TrainState, fresh_state, normalize
+from structvit_jax.utils.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,6 @@ class Run:
         Raises:
           UserError: a model that does not take the data's shape, or batches that devices cannot share.
         """
-        steps_to_profile(config.profile)
         if mesh is None:
             mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
             check_batch(mesh, "eval.batch_size", config.eval.batch_size)
@@ -174,7 +173,7 @@ def adopt_classes(data: Any, card: dict[str, Any]) -> None:
     if card["class_names"] is None:
         raise UserError(
             "the checkpoint does not name its classes, so its outputs cannot be matched to the data's labels;"
-            " name them with python -m structvit_jax.convert CHECKPOINT DESTINATION --labels=FILE, one a line"
+            " name them with structvit convert CHECKPOINT DESTINATION --labels=FILE, one a line"
         )
     if data.adopt_classes(card["class_names"]):
         say("note: the data order their classes unlike the checkpoint; labels follow it by name")

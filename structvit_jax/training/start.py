@@ -12,31 +12,24 @@ import ml_collections
 from etils import epath
 from jax.sharding import Mesh
 
-from structvit_jax import convert, open_keys
-from structvit_jax.card import from_card, is_portable, keys_of
-from structvit_jax.config import INPUTS, model_arguments
-from structvit_jax.errors import UserError
+from structvit_jax import convert
+from structvit_jax.config import INPUTS, automatic, keys_of, model_arguments
 from structvit_jax.models.variants import get_variant
 from structvit_jax.models.weights import Weights, like, split
+from structvit_jax.runtime.processes import say
+from structvit_jax.runtime.storage import naming_failures
+from structvit_jax.training.card import from_card, is_portable
 from structvit_jax.training.checkpoint import Checkpoints
-from structvit_jax.training.processes import say
 from structvit_jax.training.restore import newest_card, open_card, open_checkpoint, rereading
-from structvit_jax.training.run import (
-    Run,
-    abstract_state,
-    adopt_classes,
-    as_json,
-    check_data,
-    differences,
-)
+from structvit_jax.training.run import Run, abstract_state, adopt_classes, as_json, check_data, differences
 from structvit_jax.training.step import TrainState, init_state
-from structvit_jax.training.storage import naming_failures
+from structvit_jax.utils.errors import UserError
 
 
 def settle(config: ml_collections.ConfigDict, workdir: epath.Path) -> ml_collections.ConfigDict:
     """Return the configuration with open keys (None) filled in by what the run starts from.
 
-    These are the keys of INPUTS, and those of `structvit_jax.open_keys`. The workdir's newest checkpoint
+    These are the keys of INPUTS, and those of `structvit_jax.config.automatic`. The workdir's newest checkpoint
     decides both. Without one, the keys of INPUTS are those that the weights of init_from expect, or the
     defaults, and the others stay open, for the data to decide. Opens no device and waits for no process.
 
@@ -44,7 +37,7 @@ def settle(config: ml_collections.ConfigDict, workdir: epath.Path) -> ml_collect
       UserError: no weights at config.init_from, or such that something has to be said of them first.
     """
     inputs = [f"data.{key}" for key in INPUTS if config.data[key] is None]
-    wanted = inputs + open_keys.missing(config)
+    wanted = inputs + automatic.missing(config)
     if not wanted:
         return config
     with naming_failures(workdir):

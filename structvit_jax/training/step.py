@@ -15,10 +15,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from structvit_jax.config import INPUTS
 from structvit_jax.models.weights import Structure, Weights, batch_stats, training_structure
 from structvit_jax.ops import batch_split_over
+from structvit_jax.runtime.mesh import put_whole
+from structvit_jax.runtime.sharding import batch_sharding, replicated, state_sharding
 from structvit_jax.training import losses, mixing, token_labels
-from structvit_jax.training.mesh import put_whole
 from structvit_jax.training.optim import Optimizer
-from structvit_jax.training.placement import batch_sharding, replicated, state_sharding
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]

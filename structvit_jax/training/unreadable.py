@@ -7,10 +7,10 @@ from typing import Any
 
 from etils import epath
 
-from structvit_jax.errors import UserError
-from structvit_jax.training import processes
-from structvit_jax.training.processes import say
-from structvit_jax.training.storage import write
+from structvit_jax.runtime import processes
+from structvit_jax.runtime.processes import say
+from structvit_jax.runtime.storage import write
+from structvit_jax.utils.errors import UserError
 
 FILE = "unreadable.tsv"
 

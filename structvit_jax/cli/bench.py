@@ -1,0 +1,74 @@
+"""`structvit bench`: the speed of a model, and of reading data."""
+
+from __future__ import annotations
+
+import click
+
+from structvit_jax.cli import options
+from structvit_jax.cli.options import Words
+from structvit_jax.cli.train import workdir_of
+
+
+@click.group(context_settings=options.SETTINGS)
+def command() -> None:
+    """Measure the speed of a model or of reading data.
+
+    \b
+    Example:
+      structvit bench model --config=bench
+      structvit bench input --video=CLIP.mp4
+    """
+
+
+@command.command("model", cls=options.ConfigCommand, context_settings=options.SETTINGS)
+@options.workdir
+@click.option(
+    "--only", default="", metavar="PATTERNS", help="What is timed, as model or 'blocks1.*,*.attend'."
+)
+@click.option(
+    "--rounds",
+    type=click.IntRange(min=1),
+    default=5,
+    help="Measurements of each part, of which the median counts.",
+)
+@click.option("--peer", type=click.Choice(["torch"]), help="Compare with extras/structvit_torch.py.")
+def model(words: Words, workdir: str | None, only: str, rounds: int, peer: str | None) -> None:
+    """Time the forward pass, the train step and their parts against the machine and against PyTorch.
+
+    Writes bench.md, bench.json and bench.png into the workdir.
+
+    \b
+    Example:
+      structvit bench model --config=bench --peer=torch
+    """
+    from structvit_jax.cli import experiment
+    from structvit_jax.performance import bench
+
+    opened = experiment.open_data(experiment.load(words), workdir_of(words, workdir))
+    experiment.select_devices(opened.config)
+    for line in opened.lines:
+        print(line)
+    bench.run(opened.config, opened.dataset, opened.workdir, bench.Request(only, rounds, peer))
+
+
+@command.command("input", context_settings=options.SETTINGS)
+@click.option("--video", metavar="FILE", default="", help="A video; by default some are made.")
+@click.option("--image", metavar="FILE", default="", help="A picture; by default one is made.")
+@click.option("--clips", type=click.IntRange(min=1), default=40, help="How many clips are read.")
+@click.option("--memory", type=int, default=2000, metavar="N",
+              help="Read N clips with two workers and print resident memory; 0 does not.")  # fmt: skip
+def input_(video: str, image: str, clips: int, memory: int) -> None:
+    """Time reading clips and images on one core, stage by stage, and measure its memory.
+
+    Without files it makes videos of 300 frames of 340x256 (h264, a drifting texture with noise, a key frame
+    every 30, 60 or 250) and a picture of 500x375. A clip is 16 frames spread over a fifth of the video,
+    augmented as for Kinetics, 224x224. The plain loop decodes and converts every frame with PyAV and then
+    picks. All figures are medians of alternating rounds.
+
+    \b
+    Example:
+      structvit bench input --video=CLIP.mp4 --memory=0
+    """
+    from structvit_jax.performance import input_speed
+
+    input_speed.run(video, image, clips, memory)

@@ -1,0 +1,36 @@
+"""`structvit export`: a trained model as a program that runs without this package."""
+
+from __future__ import annotations
+
+import click
+
+from structvit_jax.cli import options
+from structvit_jax.cli.options import Words
+
+
+@options.config_command(takes_file=False)
+@options.checkpoint
+@click.argument("path", metavar="OUT.jax")
+@click.option(
+    "--platforms", default="cpu,cuda,tpu", metavar="LIST", help="Platforms that the program runs on."
+)
+def command(words: Words, checkpoint: str, path: str, platforms: str) -> None:
+    """Export a trained model as a program that runs wherever JAX does, without this package.
+
+    Writes OUT.jax, a program serialised by `jax.export` with the weights inside, and OUT.jax.json, which
+    describes its inputs, its outputs, its classes and how to run it. It takes any number of examples. JAX
+    promises to run programs that were exported by versions up to six months older than it.
+
+    \b
+    Example:
+      structvit export runs/moving_digits model.jax --platforms=cpu,cuda
+      pip install jax flatbuffers   # where it runs, then in Python:
+      program = jax.export.deserialize(open("model.jax", "rb").read())
+      logits = program.call(pixels)  # uint8 [batch, [time,] height, width, 3]
+    """
+    config = options.open_checkpoint_config(checkpoint, words)
+    from structvit_jax.inference import export
+    from structvit_jax.inference.trained import load_trained
+
+    export.check_output(path)
+    print(export.write(load_trained(checkpoint, config), path, platforms.split(",")))

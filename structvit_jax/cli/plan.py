@@ -1,0 +1,81 @@
+"""`structvit plan`: what a training takes, from its compiled step, also for chips that are not here."""
+
+from __future__ import annotations
+
+import click
+
+from structvit_jax.cli import options
+from structvit_jax.cli.options import Words
+from structvit_jax.cli.train import workdir_of
+from structvit_jax.utils.errors import UserError
+
+
+@options.config_command()
+@options.workdir
+@click.option(
+    "--topology",
+    "topologies",
+    multiple=True,
+    metavar="NAME",
+    help="Chips to compile for, as v5e:2x4 or h100:8; may be repeated. Default: this machine.",
+)
+@click.option(
+    "--device_batch",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Examples on a device, in the place of data.batch_size.",
+)
+@click.option(
+    "--device_memory",
+    metavar="SIZE",
+    default="",
+    help="Find the largest batch that fits into this memory of a device, as 24GB.",
+)
+@click.option("--program", metavar="FILE", help="Only count the traffic of a compiled program's text.")
+@click.option(
+    "--parts", type=click.IntRange(min=0), default=20, help="Of --program: how many parts to print."
+)
+@click.option(
+    "--depth", type=click.IntRange(min=1), default=1, help="Of --program: name scopes that make a part."
+)
+@click.option(
+    "--trips", multiple=True, metavar="LOOP=N", help="Of --program: how often a loop runs; may be repeated."
+)
+@click.option("--unknown", type=click.IntRange(min=0), metavar="N",
+              help="Of --program: how often loops of unknown length run.")  # fmt: skip
+def command(
+    words: Words,
+    workdir: str | None,
+    topologies: tuple[str, ...],
+    device_batch: int | None,
+    device_memory: str,
+    program: str | None,
+    parts: int,
+    depth: int,
+    trips: tuple[str, ...],
+    unknown: int | None,
+) -> None:
+    """Estimate memory and step time before renting hardware. The step is compiled, not run.
+
+    \b
+    Example:
+      structvit plan --config=imagenet --topology=v5e:2x4 --topology=h100:8
+      structvit plan --config=folder --config.data.root=DIR --device_memory=24GB
+    """
+    if program:
+        if words.file or words.overrides:
+            raise UserError("--program counts the text of a program; it takes no --config")
+        from structvit_jax.performance.traffic import table
+
+        print(table.describe(program, trips=trips, unknown=unknown, depth=depth, parts=parts))
+        return
+    from structvit_jax.cli import experiment
+    from structvit_jax.performance import hardware, plan
+
+    opened = experiment.open_data(experiment.load(words), workdir_of(words, workdir))
+    hardware.pretend_devices(topologies)
+    experiment.select_devices(opened.config, cached=not topologies)
+    for line in opened.lines:
+        print(line)
+    request = plan.Request(topologies, device_batch or 0, device_memory)
+    print(plan.describe(opened.config, opened.dataset, opened.workdir, request))

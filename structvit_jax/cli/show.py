@@ -1,0 +1,83 @@
+"""`structvit show`: describe a configuration, or draw a batch of its data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+import ml_collections
+
+from structvit_jax.cli import options
+from structvit_jax.cli.options import Words
+from structvit_jax.cli.train import workdir_of
+
+
+@options.config_command()
+@options.workdir
+@click.option(
+    "--data", "shows_data", is_flag=True, help="Survey the data and draw a batch into WORKDIR/batch.png."
+)
+def command(words: Words, workdir: str | None, shows_data: bool) -> None:
+    """Describe a configuration: every key, the model's parts, its batches and its steps. Trains nothing.
+
+    \b
+    Example:
+      structvit show --config=moving_digits
+      structvit show --config=folder --config.data.root=DIR --data
+    """
+    from structvit_jax.cli import experiment
+
+    opened = experiment.open_data(experiment.load(words), workdir_of(words, workdir))
+    if shows_data:
+        found = opened.dataset.survey()
+        print(found.table(), flush=True)
+        found.check()
+    experiment.select_devices(opened.config)
+    for line in opened.lines:
+        print(line)
+    if not shows_data:
+        print(describe(opened.config, opened.dataset))
+        return
+    from structvit_jax.analysis import batch_preview
+    from structvit_jax.runtime import storage
+
+    path = opened.workdir / "batch.png"
+    with storage.naming_failures(opened.workdir):
+        rows = batch_preview.write(opened.config, opened.dataset, path)
+    print(f"{path}: {rows} rows of the first batch, as the model gets them")
+
+
+def describe(config: ml_collections.ConfigDict, data: Any) -> str:
+    """Return the configuration, the parts of its model, its batches and its steps.
+
+    Raises:
+      UserError: a model that does not take the data's shape.
+    """
+    from structvit_jax.config import durations, model_arguments
+    from structvit_jax.models import cost
+
+    arguments = model_arguments(config)
+    counted = cost(arguments.pop("name"), data.shape, len(data.class_names), **arguments)
+    steps = durations(config, data.rows_per_epoch)
+    rows = [("part", "parameters", "multiply-accumulates")]
+    rows += [(name, f"{part.params:,}", f"{part.macs:,}") for name, part in counted.parts.items()]
+    rows += [("total", f"{counted.params:,}", f"{counted.macs:,}")]
+    wide = [max(len(row[column]) for row in rows) for column in range(3)]
+    table = [f"  {a:<{wide[0]}}  {b:>{wide[1]}}  {c:>{wide[2]}}" for a, b, c in rows]
+    kinds = ", ".join(f"{kind} {macs:,}" for kind, macs in counted.kinds.items())
+    batch = config.data.batch_size
+    return "\n".join(
+        [
+            str(config).rstrip(),
+            "",
+            f"{config.model.name}, {len(data.class_names)} classes, one example:",
+            *table,
+            f"  by kind: {kinds}",
+            "",
+            f"batch: inputs uint8 {[batch, *data.shape]},"
+            f" labels int32 [{batch}], mask bool [{batch}], index int32 [{batch}]",
+            f"{data.train_examples} training and {data.test_examples} test {data.unit};"
+            f" {data.rows_per_epoch / batch:g} steps per epoch, {steps.total} in all,"
+            f" {steps.warmup} of them warm-up",
+        ]
+    )

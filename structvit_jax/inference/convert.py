@@ -1,0 +1,177 @@
+"""Convert PyTorch weights to a checkpoint, one model's weights to another's, and back to PyTorch's keys."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from etils import epath
+
+import structvit_jax
+from structvit_jax.config import recipes
+from structvit_jax.convert import (
+    Description,
+    Rules,
+    Source,
+    adapt,
+    files,
+    is_weights_file,
+    read_released,
+    to_torch,
+)
+from structvit_jax.models import create_model
+from structvit_jax.models.weights import Weights, like, split
+from structvit_jax.runtime.mesh import make_mesh
+from structvit_jax.runtime.storage import CONFIG, naming_failures, write_json
+from structvit_jax.training import start
+from structvit_jax.training.checkpoint import Checkpoints, Keep
+from structvit_jax.training.commit import FOLDER
+from structvit_jax.training.run import as_json, make_card
+from structvit_jax.training.step import TrainState
+from structvit_jax.utils.errors import UserError
+from structvit_jax.utils.paths import is_bucket, parse_path
+
+
+class Request(NamedTuple):
+    """What to convert; see `structvit convert`."""
+
+    source: str
+    destination: str
+    model: str = ""  # to fit the weights to; "" keeps their own
+    data: str = ""  # what they were trained on
+    head_width: int = 0  # 32 or 64, where the release has both
+    weights: str = ""  # of files that hold raw and averaged weights
+    labels: str = ""  # a file with the class names
+    inflate: str = "average"  # over time: "average" or "centre"
+    noise: float = Rules.noise  # that sets equal structure kernels apart
+
+
+def run(request: Request) -> None:
+    """Convert weights and print what became of them.
+
+    Raises:
+      UserError: a source that is not understood, or a destination that cannot be written.
+    """
+    if not 0 <= request.noise < math.inf:
+        raise UserError(f"--noise is {request.noise:g}; it needs to be finite and not negative")
+    with _create(request.destination) as place:
+        source = _read(request)
+        print(f"{source.where}: {source.model['name']}, {source.num_classes} classes")
+        if source.inputs:
+            print(f"  expects mean {source.inputs.mean}, std {source.inputs.std}, {source.inputs.channels}")
+        print(*(f"  {note}" for note in source.notes), sep="\n", end="\n" * bool(source.notes))
+        if source.class_names is None:
+            print("  note: its classes have no names, so training will not keep its head; give --labels=FILE")
+        model, weights = _fit(source, request)
+        if is_weights_file(request.destination):
+            _write_torch(place, source, model, weights)
+        else:
+            _write_checkpoint(place, source, model, weights)
+    print(f"written: {request.destination}")
+
+
+@contextlib.contextmanager
+def _create(destination: str) -> Iterator[str]:
+    """Yield where to write, after checking that it can be written; see `files.create`.
+
+    A bucket cannot rename: there a conversion is complete when its checkpoint is.
+    """
+    folder = parse_path(destination)
+    if not is_bucket(folder):
+        with files.create(destination) as place:
+            yield place
+        return
+    if is_weights_file(destination):
+        raise UserError(f"{destination}: files of PyTorch weights are written to a disk; choose a local path")
+    with naming_failures(folder):
+        if (folder / FOLDER).exists():
+            with Checkpoints(folder) as checkpoints:
+                if checkpoints.steps():
+                    raise UserError(f"{destination} already exists; choose another name")
+    yield destination
+
+
+def _read(request: Request) -> Source:
+    if is_weights_file(request.source):
+        source = read_released(
+            request.source,
+            model=request.model,
+            data=request.data,
+            head_width=request.head_width,
+            which=request.weights,
+        )
+    elif request.data or request.head_width or request.weights:
+        raise UserError(
+            f"{request.source} is no file of PyTorch weights (.pth, .safetensors), which --data, --head_width"
+            " and --weights are for"
+        )
+    else:
+        source = start.find_weights(request.source, make_mesh(-1, 1))
+    if request.labels:
+        return source.with_class_names(_read_labels(request.labels), request.labels)
+    return source
+
+
+def _read_labels(path: str) -> list[str]:
+    try:
+        text = epath.Path(path).expanduser().read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"--labels={path} is not UTF-8 text (byte {error.start}); save it as UTF-8"
+        ) from error
+    except OSError as error:
+        raise UserError(f"cannot read --labels={path}: {error.strerror or error}") from error
+    return [line.strip() for line in text.replace("\r", "\n").split("\n") if line.strip()]
+
+
+def _fit(source: Source, request: Request) -> tuple[dict[str, Any], Weights]:
+    """Return the arguments of the model to write, and its weights."""
+    arguments = source.model
+    if request.model:
+        kept = {key: value for key, value in arguments.items() if key in ("head_width", "token_labels")}
+        arguments = kept | {"name": request.model}
+    model = create_model(**arguments, num_classes=source.num_classes)
+    fresh = split(model)[1]
+    rules = Rules(inflate=request.inflate, noise=request.noise)
+    adapted = adapt(source, fresh.params | fresh.batch_stats, model.variant, None, rules)
+    print(*(f"  {line}" for line in adapted.lines()), sep="\n")
+    return arguments, like(fresh, adapted.arrays)
+
+
+def _write_torch(path: str, source: Source, model: dict[str, Any], weights: Weights) -> None:
+    arrays = {name: np.asarray(array) for name, array in (weights.params | weights.batch_stats).items()}
+    description = Description(model, source.class_names, source.inputs)
+    files.write(path, to_torch(arrays), description.as_plain(structvit_jax.__version__))
+
+
+def _write_checkpoint(path: str, source: Source, model: dict[str, Any], weights: Weights) -> None:
+    config = _config(source, model)
+    folder = epath.Path(path)
+    with naming_failures(folder):
+        (folder / FOLDER).mkdir(parents=True, exist_ok=True)
+        write_json(folder / CONFIG, as_json(config))
+        card = make_card(source.class_names, config, None) | {"from": source.where}
+        with Checkpoints(folder, Keep(1)) as checkpoints:
+            checkpoints.save(TrainState(jnp.int32(0), weights, None), card)
+
+
+def _config(source: Source, model: dict[str, Any]) -> ml_collections.ConfigDict:
+    """Return the recipe that the weights are evaluated by."""
+    name = model["name"]
+    if not name.endswith("_video"):
+        config = recipes.images(name)
+    elif source.inputs and source.inputs.channels == "bgr":  # Something-Something
+        config = recipes.segment_video(name)
+    else:
+        config = recipes.dense_video(name)
+    config.model.update(model)
+    config.init_from = ""
+    if source.inputs:
+        for key in ("mean", "std", "channels"):
+            config.data[key] = getattr(source.inputs, key)
+    return config

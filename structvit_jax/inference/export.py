@@ -1,0 +1,92 @@
+"""Export a trained model as a program of its own, see `structvit export`."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import structvit_jax
+from structvit_jax.config import INPUTS
+from structvit_jax.inference.trained import Trained
+from structvit_jax.ops import running_anywhere
+from structvit_jax.runtime import storage
+from structvit_jax.runtime.storage import check_replaceable
+from structvit_jax.utils.errors import known
+from structvit_jax.utils.paths import parse_path, writing
+
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+_USUAL = ("cpu", "cuda", "tpu")
+_INSTALL = "pip install jax flatbuffers"  # with JAX's extra for the accelerator, such as jax[cuda13]
+_SAMPLING = ("frames", "stride", "sampling", "size", "crop_fraction", "test_clips", "test_crops")
+
+
+def export(trained: Trained, platforms: Sequence[str] = _USUAL) -> jax.export.Exported:
+    """The program: uint8 [batch, [time,] height, width, 3] -> logits, float32 [batch, classes].
+
+    Pixels are normalised inside. Operations take forms in JAX that run anywhere, slower than those of the
+    framework: the C++ of CPUs and the kernels of TPUs are not there where the program is loaded.
+
+    Raises:
+      UserError: an unknown platform.
+    """
+    for platform in platforms:
+        known("platform", platform, PLATFORMS)
+
+    def logits(pixels):
+        return trained.network(trained.normalized(pixels[None]))[0].astype(jnp.float32)
+
+    (batch,) = jax.export.symbolic_shape("batch")
+    example = jax.ShapeDtypeStruct((batch, *trained.reader.shape), jnp.uint8)
+    with running_anywhere():
+        return jax.export.export(jax.jit(jax.vmap(logits)), platforms=platforms)(example)
+
+
+def card(trained: Trained, program: jax.export.Exported, content: bytes) -> dict[str, Any]:
+    """Return the card of a program: how to run it, and where it comes from."""
+    data = trained.config.data
+    axes = ["batch", *["time"] * (data.frames > 0), "height", "width", "channels"]
+    return {
+        "model": trained.config.model.name,
+        "install": _INSTALL,
+        "checkpoint": trained.where,
+        "input": {
+            "type": "uint8",
+            "axes": axes,
+            "shape": [None, *trained.reader.shape],
+            "channels": data.channels or INPUTS["channels"],
+            "normalised": "inside the program",
+            "sampling": {key: data[key] for key in _SAMPLING},
+        },
+        "output": {"type": "float32", "axes": ["batch", "class"], "is": "logits"},
+        "class_names": list(trained.class_names),
+        "platforms": list(program.platforms),
+        "calling_convention": program.calling_convention_version,
+        "versions": {"jax": jax.__version__, "structvit_jax": structvit_jax.__version__},
+        "sha256": hashlib.sha256(content).hexdigest(),
+    }
+
+
+def check_output(path: str) -> None:
+    """Raise UserError if there is something at the path of a program that is not a regular file."""
+    check_replaceable(parse_path(path))
+
+
+def write(trained: Trained, path: str, platforms: Sequence[str] = _USUAL) -> str:
+    """Write a program and its card, and return a line that describes them.
+
+    Raises:
+      UserError: an unknown platform, or a path that cannot be written.
+    """
+    place, program = parse_path(path), export(trained, platforms)
+    content = bytes(program.serialize())
+    with writing(place):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        storage.write(place, content)
+        storage.write_json(place.with_name(place.name + ".json"), card(trained, program, content))
+    return (
+        f"{place}: {len(content):,} bytes for {', '.join(program.platforms)}; its card is {place.name}.json"
+    )

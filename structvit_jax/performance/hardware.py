@@ -1,0 +1,166 @@
+"""Accelerators that need not be here: what their data sheets say, and devices that programs compile for."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+from importlib.metadata import entry_points
+from typing import Any, NamedTuple
+
+import jax
+from jax.experimental import topologies
+
+from structvit_jax.utils.errors import UserError, did_you_mean, unknown
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What data sheets say of one chip (cloud.google.com/tpu/docs and NVIDIA's, November 2026)."""
+
+    flops: float  # bfloat16 operations a second, of dense products
+    memory: float  # bytes
+    bandwidth: float  # bytes a second between memory and chip
+    links: float  # bytes a second that it sends to other chips of its pod or node, over all its links
+
+
+TPUS = {
+    "v5e": Chip(197e12, 16e9, 819e9, 200e9),
+    "v5p": Chip(459e12, 95e9, 2765e9, 600e9),
+}
+GPUS = {
+    "a100": Chip(312e12, 80e9, 2039e9, 300e9),  # SXM
+    "h100": Chip(989e12, 80e9, 3350e9, 450e9),  # SXM
+    "h200": Chip(989e12, 141e9, 4800e9, 450e9),
+}
+CHIPS = TPUS | GPUS
+# Of the topologies of the data sheets, those with 1, 8, 64 and 256 chips; any other shape works too. GPUs are
+# counted by the node, or as nodes x GPUs.
+EXAMPLES = (
+    *("v5e:1x1", "v5e:2x4", "v5e:8x8", "v5e:16x16", "v5p:1x1x1", "v5p:2x2x2", "v5p:4x4x4", "v5p:4x8x8"),
+    *("a100:1", "h100:1", "h100:8", "h100:4x8", "h200:8"),
+)
+
+
+class Devices(NamedTuple):
+    """Something to compile for."""
+
+    devices: list
+    note: str = ""  # what they are not
+    options: dict[str, Any] | None = None  # of the compiler
+
+
+def devices_of(topology: str) -> Devices:
+    """The devices of a topology, as "v5e:2x4" or "h100:8".
+
+    Raises:
+      UserError: an unknown topology, or more devices than the CPU can stand in for.
+    """
+    generation, _, shape = topology.partition(":")
+    form = {**dict.fromkeys(TPUS, r"\d+x\d+(x\d+)?"), **dict.fromkeys(GPUS, r"(\d+x)?\d+")}
+    if not re.fullmatch(form.get(generation, r"\b\B"), shape):
+        raise unknown("topology", topology, EXAMPLES)
+    missing, chips = _missing(generation), _count(topology)
+    if missing:
+        if len(jax.devices("cpu")) < chips:
+            raise UserError(f"{topology}: needs {missing}")
+        return Devices(
+            jax.devices("cpu")[:chips], f" in the place of {generation}: {missing} is not installed"
+        )
+    try:
+        described = _tpus(topology, chips) if generation in TPUS else _gpus(generation, shape)
+    except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
+        hint = did_you_mean(topology, EXAMPLES)
+        raise UserError(f"there is no topology {topology!r} ({error}).{hint}") from error
+    # of XLA's own products the fastest tiles are found by trying: where there is no GPU, cuBLAS's are taken
+    options = {"xla_gpu_enable_triton_gemm": False} if generation in GPUS else None
+    return Devices(list(described.devices), options=options)
+
+
+def pretend_devices(wanted: tuple[str, ...]) -> None:
+    """Before JAX opens a device: as many fake ones as the largest has that cannot be compiled for."""
+    fake = [_count(topology) for topology in wanted if _missing(topology.partition(":")[0])]
+    if fake:
+        jax.config.update("jax_num_cpu_devices", max(fake))
+
+
+def _count(topology):
+    return math.prod(map(int, re.findall(r"\d+", topology.partition(":")[2])))
+
+
+def _missing(generation):
+    """What has to be installed to compile for these chips, "" where it is."""
+    if generation in GPUS:
+        plugins = {plugin.name for plugin in entry_points(group="jax_plugins")}
+        return "" if plugins & {"xla_cuda12", "xla_cuda13"} else "JAX's CUDA plugin ('jax[cuda13]')"
+    return "" if importlib.util.find_spec("libtpu") else "libtpu ('jax[tpu]')"
+
+
+def _tpus(topology, chips):
+    for name, value in _WITHOUT_TPU.items():
+        os.environ.setdefault(name, value)
+    options = {"chips_per_host_bounds": (1, 1, 1)} if chips == 1 else {}
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
+
+
+# What lets libtpu compile on a machine that has no TPU.
+_WITHOUT_TPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
+def _gpus(generation, shape):
+    chip, (name, traits) = GPUS[generation], _GPU_TRAITS[generation]
+    nodes, gpus = shape.split("x") if "x" in shape else ("1", shape)
+    sizes = {"memory_bandwidth": int(chip.bandwidth), "device_memory_size": int(chip.memory)}
+    info = " ".join(f"{key}: {value}" for key, value in (_EVERY_GPU | traits | sizes).items())
+    target = (
+        f"gpu_device_info {{ {info} }}"
+        ' platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 }'
+        f' runtime_version {{ major: 12 minor: 9 }} device_description_str: "{name}"'
+    )
+    return topologies.get_topology_desc(
+        name, platform="cuda", topology=f"1x{nodes}x{gpus}", target_config=target
+    )
+
+
+# What XLA asks of a GPU that is not there; as the driver tells of those that are.
+_EVERY_GPU = {
+    "threads_per_block_limit": 1024,
+    "threads_per_warp": 32,
+    "threads_per_core_limit": 2048,
+    "shared_memory_per_block": 49152,
+    "registers_per_core_limit": 65536,
+    "registers_per_block_limit": 65536,
+    "block_dim_limit_x": 2**31 - 1,
+    "block_dim_limit_y": 65535,
+    "block_dim_limit_z": 65535,
+}
+_HOPPER = {
+    "cuda_compute_capability": "{ major: 9 }",
+    "core_count": 132,
+    "fpus_per_core": 128,
+    "clock_rate_ghz": 1.98,
+    "l2_cache_size": 50 * 2**20,
+    "shared_memory_per_core": 233472,
+    "shared_memory_per_block_optin": 232448,
+}
+_AMPERE = {
+    "cuda_compute_capability": "{ major: 8 }",
+    "core_count": 108,
+    "fpus_per_core": 64,
+    "clock_rate_ghz": 1.41,
+    "l2_cache_size": 40 * 2**20,
+    "shared_memory_per_core": 167936,
+    "shared_memory_per_block_optin": 166912,
+}
+_GPU_TRAITS = {
+    "a100": ("NVIDIA A100-SXM4-80GB", _AMPERE),
+    "h100": ("NVIDIA H100 80GB HBM3", _HOPPER),
+    "h200": ("NVIDIA H200", _HOPPER),
+}

@@ -1,0 +1,194 @@
+"""How fast examples are read on one core, stage by stage, and the memory it takes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import statistics
+import tempfile
+import time
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from PIL import Image
+
+from structvit_jax.data.index import Entry, Index
+from structvit_jax.data.limits import Limits
+from structvit_jax.data.media import open_media
+from structvit_jax.data.pipeline import WHOLE, train_batches
+from structvit_jax.data.reader import Reader
+from structvit_jax.utils.errors import DecodeError, UserError
+
+FRAMES, SIZE = 16, 224
+_LEAST = 16  # clips, to see how memory grows
+_LENGTH, _HEIGHT, _WIDTH = 300, 256, 340
+
+
+def write_video(path: str, key_interval: int = 250) -> None:
+    """A drifting texture with as much noise as makes some 300 kbit/s of it."""
+    rng = np.random.default_rng(0)
+    blocks = rng.integers(0, 255, (64, 128), np.uint8)
+    texture = np.kron(blocks, np.ones((8, 8), np.uint8))
+    with av.open(path, "w") as container:
+        stream: Any = container.add_stream("libx264", rate=30, options={"g": str(key_interval)})
+        stream.width, stream.height, stream.pix_fmt = _WIDTH, _HEIGHT, "yuv420p"
+        for number in range(_LENGTH):
+            grey = texture[number // 2 :, number:][:_HEIGHT, :_WIDTH] // 2
+            grey = grey + rng.integers(0, 14, grey.shape, np.uint8)
+            picture = np.repeat(grey[..., None], 3, axis=-1)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def write_image(path: str) -> None:
+    rng = np.random.default_rng(0)
+    blocks = rng.integers(0, 255, (47, 63, 3), np.uint8)
+    Image.fromarray(blocks).resize((500, 375), Image.Resampling.BICUBIC).save(path, quality=90)
+
+
+def seconds_of(path: str) -> float:
+    with av.open(path) as container:
+        return (container.duration or 1) / av.time_base
+
+
+def make_reader(path: str, frames: int, randaugment: str) -> Reader:
+    """Reads one file again and again, as the paper's recipes do."""
+    count = open_media(path).count
+    data = types.SimpleNamespace(frames=frames, size=SIZE, short_side=0, channels="rgb", sampling="dense")
+    data.max_pixels = Limits().pixels
+    data.stride = max(count // 5 // max(frames, 1), 1)
+    data.mean, data.test_clips, data.test_crops, data.crop_fraction = (0.45,) * 3, 1, 1, 1.0
+    augment = types.SimpleNamespace(randaugment=randaugment, flip=0.5, color_jitter=0.0)
+    augment.crop_area, augment.crop_aspect = (0.08, 1.0), (3 / 4, 4 / 3)
+    return Reader(Index("", [Entry(os.path.abspath(path), "0")] * 1000, ("0",)), data, augment, seed=0)
+
+
+def time_stages(reader: Reader, examples: int) -> dict[str, list[float]]:
+    """Seconds of opening, decoding and augmenting, and of RandAugment alone, for each of some examples."""
+    stages: dict[str, list[float]] = {"open and index": [], "decode": [], "augment and crop": []}
+    for number in range(examples):
+        times = [time.perf_counter()]
+        media, _ = reader.source.open(number)
+        times.append(time.perf_counter())
+        picked = reader.frames(media.count, reader.generator(1, 0, number))
+        (clip,) = reader.decode(media, [picked])
+        times.append(time.perf_counter())
+        reader.transform(clip, reader.generator(2, 0, number, 0))
+        times.append(time.perf_counter())
+        for name, begin, end in zip(stages, times, times[1:], strict=False):
+            stages[name].append(end - begin)
+    return stages
+
+
+def plain_loop(path: str, reader: Reader, number: int) -> np.ndarray:
+    """What users write: decode and convert every frame, then pick."""
+    with av.open(path) as container:
+        pictures = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    picked = reader.frames(len(pictures), reader.generator(1, 0, number))
+    return np.stack([pictures[index] for index in picked])
+
+
+def compare_decoding(path: str, clips: int) -> tuple[float, float]:
+    """Median seconds a clip of our decoding and of the plain loop, taken in turns; they agree bit for bit."""
+    reader = make_reader(path, FRAMES, "")
+    ours, plain = [], []
+    for number in range(clips):
+        begin = time.perf_counter()
+        media, _ = reader.source.open(number)
+        (clip,) = reader.decode(media, [reader.frames(media.count, reader.generator(1, 0, number))])
+        middle = time.perf_counter()
+        other = plain_loop(path, reader, number)
+        ours.append(middle - begin)
+        plain.append(time.perf_counter() - middle)
+        if not np.array_equal(clip, other):
+            raise RuntimeError(f"clip {number} of {path} differs from the plain loop's")
+    return statistics.median(ours), statistics.median(plain)
+
+
+def report_stages(name: str, stages: dict[str, list[float]]) -> None:
+    medians = {stage: statistics.median(seconds) for stage, seconds in stages.items()}
+    total = statistics.median(map(sum, zip(*stages.values(), strict=True)))
+    parts = ", ".join(f"{stage} {1000 * seconds:.1f} ms" for stage, seconds in medians.items())
+    print(f"{name}: {1 / total:.1f} a second on one core ({parts})", flush=True)
+
+
+def resident_mb() -> float:
+    """Resident memory of this process and its children, in MB; pages that they share count in each."""
+    pages = 0
+    for pid in [os.getpid(), *_children(os.getpid())]:
+        with contextlib.suppress(OSError):
+            pages += int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def _children(parent: int) -> list[int]:
+    found = []
+    for entry in os.listdir("/proc"):
+        with contextlib.suppress(OSError, ValueError):
+            stat = Path(f"/proc/{int(entry)}/stat").read_text()
+            if int(stat.rsplit(")", 1)[1].split()[1]) == parent:
+                found += [int(entry), *_children(int(entry))]
+    return found
+
+
+def report_memory(path: str, clips: int, say: Callable[[str], None] = print) -> float:
+    """Reads clips with two workers; returns by how many MB memory grew over the last three quarters."""
+    reader, batch = make_reader(path, FRAMES, "rand-m7-n4-mstd0.5-inc1"), 4
+    marks: dict[int, float] = {}
+    stream: Any = train_batches(reader, batch, repeats=1, start_step=0, share=WHOLE, workers=2)
+    with contextlib.closing(stream):
+        for step in range(1, clips // batch + 1):
+            next(stream)
+            if step * batch in (clips // 4, clips // 2, 3 * clips // 4, clips):
+                marks[step * batch] = resident_mb()
+                say(f"resident memory after {step * batch} clips: {marks[step * batch]:.0f} MB")
+    growth = marks[max(marks)] - marks[min(marks)]
+    say(f"growth from clip {min(marks)} to clip {max(marks)}: {growth:+.1f} MB")
+    return growth
+
+
+def run(video: str, image: str, clips: int, memory: int) -> None:
+    """Print all measurements, see `structvit bench input`.
+
+    Raises:
+      UserError: a file that cannot be read, or too few clips to see memory grow.
+    """
+    if memory and memory < _LEAST:
+        raise UserError(f"--memory={memory}: it takes 0 or at least {_LEAST} clips")
+    try:
+        measure(video, image, clips, memory)
+    except DecodeError as error:
+        raise UserError(f"{' or '.join(filter(None, (video, image)))} cannot be read: {error}") from error
+
+
+def measure(video: str, image: str, clips: int, memory: int) -> None:
+    """Print all measurements, of the given files or of generated ones.
+
+    Raises:
+      DecodeError: a file cannot be read.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        videos = [video]
+        if not video:
+            videos = [os.path.join(folder, f"key_frame_every_{interval}.mp4") for interval in (30, 60, 250)]
+            for path, interval in zip(videos, (30, 60, 250), strict=True):
+                write_video(path, interval)
+        for path in videos:
+            ours, plain = compare_decoding(path, clips)
+            rate = 8e-3 * os.path.getsize(path) / seconds_of(path)
+            times = (
+                f"{1000 * ours:.1f} ms a clip, plain loop {1000 * plain:.1f} ms ({plain / ours:.1f} times)"
+            )
+            print(f"{os.path.basename(path)}, {rate:.0f} kbit/s: decoding {times}", flush=True)
+        reader = make_reader(videos[-1], FRAMES, "rand-m7-n4-mstd0.5-inc1")
+        report_stages("clips", time_stages(reader, clips))
+        picture = image or os.path.join(folder, "image.jpg")
+        if not image:
+            write_image(picture)
+        report_stages("images", time_stages(make_reader(picture, 0, "rand-m9-mstd0.5-inc1"), 5 * clips))
+        if memory:
+            report_memory(videos[-1], memory)

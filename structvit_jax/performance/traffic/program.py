@@ -1,0 +1,244 @@
+"""The text of a compiled XLA program, read into computations, instructions and the arrays they yield."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from structvit_jax.utils.errors import UserError
+
+_ARRAY = re.compile(r"([a-z]\w*)\[([^\]]*)\](?:\{([\d,]*)(?::([^}]*))?\})?")
+_HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
+_INSTRUCTION = re.compile(r"  (ROOT )?%?([\w.\-]+) = ")
+_OPCODE = re.compile(r" ?([a-z][\w\-]*)\(")
+
+
+class Array(NamedTuple):
+    """An array type with its layout."""
+
+    dtype: str
+    dims: tuple[int, ...]
+    order: tuple[int, ...]  # of the dims, the minor first
+    tile: tuple[int, ...]  # the outermost tile, major first; () without tiling
+    space: int  # the layout's S(n); 0 where it has none
+    bits: int  # of an element
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.dims)
+
+    @property
+    def bytes(self) -> int:
+        """What the array takes in memory, padded to whole tiles; a scalar takes its own size alone."""
+        padded = list(self.dims)
+        for axis, side in zip(self.order, reversed(self.tile), strict=False):
+            padded[axis] = -(-padded[axis] // side) * side
+        missing = self.tile[: -len(self.dims)] if self.dims else ()
+        return math.prod(padded) * math.prod(missing) * self.bits // 8
+
+    def part(self, elements: float) -> float:
+        """The bytes of so many elements, padding included in proportion."""
+        return self.bytes * min(1.0, elements / self.elements) if self.elements else 0.0
+
+
+Type = Array | tuple["Type", ...]  # a tuple type holds the types of its elements
+
+
+def words(text: str) -> frozenset[str]:
+    """A set of the words of a text."""
+    return frozenset(text.split())
+
+
+def leaves(kind: Type) -> Iterator[Array]:
+    """The arrays of a type, in order."""
+    if isinstance(kind, Array):
+        yield kind
+    else:
+        for part in kind:
+            yield from leaves(part)
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line: %name = type opcode(arguments), rest."""
+
+    name: str
+    type: Type
+    opcode: str
+    arguments: str
+    rest: str  # attributes, metadata and backend_config, as printed
+
+    @functools.cached_property
+    def operands(self) -> tuple[str, ...]:
+        if self.opcode in ("constant", "parameter", "iota"):
+            return ()
+        return tuple(re.findall(r"%([\w.\-]+)", self.arguments))
+
+    @functools.cached_property
+    def op_name(self) -> str:
+        """The name scopes that JAX gave the operation, "" where it gave none."""
+        match = re.search(r'op_name="((?:[^"\\]|\\.)*)"', self.rest)
+        return match[1] if match else ""
+
+    def called(self, *keys: str) -> list[str]:
+        """The computations that an attribute such as calls, body or branch_computations names."""
+        found = []
+        for key in keys:
+            if match := re.search(rf"(?:^|, ){key}=(\{{[^}}]*\}}|%?[\w.\-]+)", self.rest):
+                found += [name.strip(" %") for name in match[1].strip("{}").split(",")]
+        return found
+
+    def attribute(self, key: str) -> str:
+        """An attribute up to its closing brace or quote, "" where it is missing."""
+        match = re.search(rf'(?:^|, ){key}=("[^"]*"|\{{(?:[^{{}}]|\{{[^{{}}]*\}})*\}}|[^,]*)', self.rest)
+        return match[1].strip('"') if match else ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Computation:
+    """A computation: instructions that end in a root."""
+
+    name: str
+    instructions: dict[str, Instruction]  # operands come before their users
+    root: str
+
+    @functools.cached_property
+    def parameters(self) -> list[Instruction]:
+        found = [op for op in self.instructions.values() if op.opcode == "parameter"]
+        return sorted(found, key=lambda op: int(op.arguments))
+
+    @functools.cached_property
+    def users(self) -> dict[str, list[Instruction]]:
+        found: dict[str, list[Instruction]] = {}
+        for op in self.instructions.values():
+            for name in op.operands:
+                found.setdefault(name, []).append(op)
+        return found
+
+    def sources(self, op: Instruction) -> list[Instruction]:
+        return [self.instructions[name] for name in op.operands]
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A compiled program as its text shows it."""
+
+    computations: dict[str, Computation]
+    entry: Computation
+    devices: int  # partitions x replicas
+    tiled: bool  # layouts have tiles, as those of TPU programs
+
+    def in_hbm(self, array: Array) -> bool:
+        """Whether an array lies in the device's large memory.
+
+        On TPUs a layout without S(n) lies in HBM; S(1) is the vector memory, S(6) the scalar memory, S(2)
+        and S(4) hold semaphores and S(5) is the host's memory. Elsewhere only S(5) is not the device's.
+        """
+        return array.space == 0 if self.tiled else array.space != 5
+
+    def hbm(self, kind: Type) -> float:
+        """The bytes in HBM of an array or of all arrays of a tuple."""
+        return sum(array.bytes for array in leaves(kind) if self.in_hbm(array))
+
+
+def begun(op: Instruction) -> Instruction:
+    """The operation that an asynchronous start begins, with its result alone: starts yield (operands, result,
+    semaphores), those of a copy (result, operand, semaphore)."""
+    kind = op.opcode.removesuffix("-start")
+    if kind == op.opcode or kind == "async":
+        return op
+    place = {"copy": 0, "all-reduce": None}.get(kind, 1)
+    result = op.type if place is None or isinstance(op.type, Array) else op.type[place]
+    return dataclasses.replace(op, opcode=kind, type=result)
+
+
+def parse(text: str) -> Program:
+    """Reads what `compiled.as_text()` gives.
+
+    Raises:
+      UserError: text that is no compiled XLA program.
+    """
+    computations: dict[str, Computation] = {}
+    entry = header = root = None
+    instructions: dict[str, Instruction] = {}
+    for line in text.splitlines():
+        if header is None:
+            if (header := _HEADER.match(line)) is not None:
+                instructions, root = {}, None
+        elif line.startswith("}"):
+            if root is None:
+                raise UserError(f"computation {header[2]!r} has no ROOT: the text is cut or damaged")
+            computations[header[2]] = Computation(header[2], instructions, root)
+            entry = header[2] if header[1] else entry
+            header = None
+        elif match := _INSTRUCTION.match(line):
+            instructions[match[2]] = _instruction(match[2], line[match.end() :])
+            root = match[2] if match[1] else root
+        elif line.strip():
+            raise UserError(f"cannot read this line of a program: {line[:80]!r}")
+    if entry is None:
+        raise UserError("no ENTRY computation: give what compiled.as_text() returns, whole")
+    head = text[: text.find("\n")]
+    counts = [re.search(rf"{key}=(\d+)", head) for key in ("num_partitions", "replica_count")]
+    devices = math.prod(int(match[1]) for match in counts if match)
+    return Program(computations, computations[entry], devices, tiled=":T(" in text)
+
+
+def _instruction(name: str, text: str) -> Instruction:
+    text = re.sub(r"/\*index=\d+\*/", "", text)
+    kind, end = _type(text, 0)
+    match = _OPCODE.match(text, end)
+    if match is None:
+        raise UserError(f"cannot read the operation of %{name}: {text[end : end + 40]!r}")
+    close = _closing(text, match.end() - 1)
+    return Instruction(name, kind, match[1], text[match.end() : close], text[close + 1 :].lstrip(", "))
+
+
+def _closing(text: str, start: int) -> int:
+    """Where the parenthesis that opens at `start` closes; strings are skipped."""
+    depth = 0
+    for match in re.compile(r'"(?:[^"\\]|\\.)*"|[()]').finditer(text, start):
+        depth += {"(": 1, ")": -1}.get(match[0], 0)
+        if not depth:
+            return match.start()
+    raise UserError(f"a parenthesis does not close: {text[start : start + 60]!r}")
+
+
+def _type(text: str, start: int) -> tuple[Type, int]:
+    """The type that begins at `start`, and where it ends."""
+    if text[start] != "(":
+        match = _ARRAY.match(text, start)
+        if match is None:
+            raise UserError(f"cannot read the type {text[start : start + 60]!r}")
+        return _array(match), match.end()
+    parts: list[Any] = []
+    start += 1
+    while text[start] != ")":
+        part, start = _type(text, start)
+        parts.append(part)
+        while text[start] in ", ":
+            start += 1
+    return tuple(parts), start + 1
+
+
+def _array(match: re.Match) -> Array:
+    dtype, dims, order, layout = match.groups()
+    marks = dict(re.findall(r"([A-Z])((?:\([^)]*\))+)", layout or ""))
+    tile = re.match(r"\(([^)]*)\)", marks.get("T", "()"))
+    assert tile is not None
+    if "*" in tile[1]:
+        raise UserError(f"the tiling of {match[0]!r} joins dimensions, which is not supported")
+    width = re.match(r"[a-z]+(\d+)", dtype)
+    bits = 0 if dtype in ("token", "opaque") else max(8, int(width[1])) if width else 8
+    return Array(
+        dtype,
+        tuple(int(side.lstrip("<=")) for side in dims.split(",") if side.strip()),
+        tuple(int(axis) for axis in (order or "").split(",") if axis),
+        tuple(int(side) for side in tile[1].split(",") if side),
+        int(marks.get("S", "(0)").strip("()")),
+        int(marks["E"].strip("()")) if "E" in marks else bits,
+    )

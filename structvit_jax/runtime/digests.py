@@ -1,0 +1,70 @@
+"""A digest of every file in a folder, kept beside them: Orbax itself takes flipped bytes for weights."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import hashlib
+from collections.abc import Iterator
+
+from etils import epath
+
+from structvit_jax.runtime.storage import read_json, write_json
+from structvit_jax.utils.errors import UserError
+
+FILE = "sha256.json"
+_CHUNK = 2**24  # bytes
+
+
+def write_digests(folder: epath.Path) -> None:
+    """Writes the digests of all files below a folder, into that folder."""
+    write_json(folder / FILE, _digests(folder, sorted(_files(folder, ""))))
+
+
+def damage(folder: epath.Path, part: str = "") -> str:
+    """Return what is wrong with the files of a folder that has digests, or with those whose names begin with
+    `part`; "" if nothing is.
+
+    Raises:
+      UserError: a file may not be read, which is no damage.
+    """
+    try:
+        written = read_json(folder / FILE)
+        if not written:
+            return f"{FILE} is damaged"
+        written = {name: digest for name, digest in written.items() if name.startswith(part)}
+        missing = sorted(written.keys() - set(_files(folder, "")))
+        if missing:
+            return f"{missing[0]} is missing"
+        found = _digests(folder, sorted(written))
+    except PermissionError as error:
+        place = error.filename or folder
+        raise UserError(f"{place} cannot be read: {error.strerror}") from error
+    except FileNotFoundError as error:
+        if error.filename and str(error.filename) != str(folder / FILE):
+            return f"{error.filename} is missing"
+        return f"it has no {FILE}: its save was not finished"
+    except OSError as error:
+        return f"{error.filename or folder} cannot be read ({error.strerror or error})"
+    changed = [name for name in written if written[name] != found[name]]
+    return f"{changed[0]} is not what was saved" if changed else ""
+
+
+def _files(folder: epath.Path, prefix: str) -> Iterator[str]:
+    for path in folder.iterdir():
+        name = prefix + path.name
+        if path.is_dir():
+            yield from _files(path, name + "/")
+        elif name != FILE:
+            yield name
+
+
+def _digests(folder: epath.Path, names: list[str]) -> dict[str, str]:
+    def digest(name: str) -> str:
+        value = hashlib.sha256()
+        with (folder / name).open("rb") as file:
+            while chunk := file.read(_CHUNK):
+                value.update(chunk)
+        return value.hexdigest()
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:  # a bucket answers slowly, but to many at once
+        return dict(zip(names, pool.map(digest, names), strict=True))

@@ -1,0 +1,72 @@
+"""A profile of some steps, for xprof and TensorBoard."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from typing import Any
+
+import jax
+from etils import epath
+
+from structvit_jax.runtime.processes import is_first, say, share
+from structvit_jax.runtime.storage import write
+from structvit_jax.utils.errors import UserError
+from structvit_jax.utils.paths import is_bucket
+
+FOLDER = "profile"
+
+
+def steps_to_profile(text: str) -> range:
+    """Reads "START:STOP": steps START up to, not including, STOP; "" is none.
+
+    Raises:
+      UserError: it cannot be read, or has no step.
+    """
+    if not text:
+        return range(0)
+    match = re.fullmatch(r"(\d+):(\d+)", text)
+    if not match or not 1 <= int(match[1]) < int(match[2]):
+        raise UserError(f"--profile={text}: write START:STOP, as 10:13 for steps 10 to 12")
+    return range(int(match[1]), int(match[2]))
+
+
+class Profile:
+    """Trace steps, named as "START:STOP", into WORKDIR/profile."""
+
+    def __init__(self, steps: range, workdir: epath.Path, start: int):
+        self._steps = [step for step in steps if step > start]
+        number, count = share()
+        self._folder = workdir / FOLDER / f"process-{number}" if count > 1 else workdir / FOLDER
+        self._running = False
+
+    def __enter__(self) -> Profile:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._running:
+            self._stop()
+
+    def before(self, step: int, state: Any) -> None:
+        """Starts or stops, so that whole steps are in the profile; `state` is what the last one left."""
+        starts = not self._running and step in self._steps
+        stops = self._running and step not in self._steps
+        if starts or stops:
+            jax.block_until_ready(state)
+        if stops:
+            self._stop()
+        if starts:
+            self._running = True
+            self._local: Any = tempfile.TemporaryDirectory() if is_bucket(self._folder) else None
+            jax.profiler.start_trace(self._local.name if self._local else str(self._folder))
+
+    def _stop(self):
+        self._running = False
+        jax.profiler.stop_trace()
+        if self._local:
+            root = epath.Path(self._local.name)
+            for path in root.rglob("*"):
+                if not path.is_dir():
+                    write(self._folder / path.relative_to(root), path.read_bytes())
+        if is_first():
+            say(f"profile of steps {self._steps[0]} to {self._steps[-1]}: {self._folder}, for xprof")

@@ -1,0 +1,172 @@
+"""What SIGTERM, SIGINT and SIGHUP do while a run is trained.
+
+Until a run has something to save, a signal ends the process at once with exit code 75: files are written
+whole or not at all, so nothing is lost. From the first step on the signal is noted, and the run saves and
+stops after the step under way. A second Ctrl-C ends it at once with exit code 130.
+
+A thread acts on the signals. Python calls handlers in the main thread, which compiling a program can keep
+busy for minutes. Nothing but the standard library is imported here: `python -m structvit_jax.main` starts
+listening before its imports, which take seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType, TracebackType
+from typing import Any, NoReturn
+
+from structvit_jax.utils.errors import INTERRUPTED, RESUMABLE
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+# Seconds in which a second SIGINT is the same Ctrl-C: from the terminal, and passed on by a launcher.
+_SAME = 0.2
+_INTERRUPTS = 10  # signals that are sent to a main thread that does not raise
+
+
+class SignalListener:
+    """Receives the signals that ask a run to stop; there is one for the process, `LISTENER`."""
+
+    def __init__(self) -> None:
+        self._old: dict[int, Any] = {}  # handlers before
+        self._ends_process = self._deferring = self._forwarding = self._interrupting = False
+        self._first: float | None = None  # when the first signal came
+        self._sent = -math.inf  # when this object last sent SIGINT
+        self._cleanups: list[Callable[[], None]] = []
+
+    @property
+    def running(self) -> bool:
+        """Whether it receives the signals."""
+        return bool(self._old)
+
+    @property
+    def noticed(self) -> bool:
+        """Whether a signal has asked to stop."""
+        return self._first is not None
+
+    def start(self, *, ends_process: bool) -> None:
+        """Receive the signals from now on; call it in the main thread.
+
+        Args:
+          ends_process: whether the process is a command, which a signal may end. In others a signal is only
+            noted, and a second Ctrl-C raises KeyboardInterrupt in the main thread.
+        """
+        if self.running:
+            return
+        self._ends_process, self._deferring = ends_process, not ends_process
+        self._first, self._forwarding = None, False
+        reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        threading.Thread(target=self._listen, args=(reader,), daemon=True).start()
+        self._old_writer = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        for number in _SIGNALS:
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it
+                self._old[number] = signal.signal(number, self._handle)
+
+    def stop(self) -> None:
+        """Give the signals back; call it in the main thread."""
+        if not self.running:
+            return
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+        self._old.clear()
+        signal.set_wakeup_fd(self._old_writer)
+        os.close(self._writer)  # which ends the thread
+
+    def defer(self, *, forward: bool = False) -> None:
+        """Only note signals from now on, since there is something to save.
+
+        Args:
+          forward: send this process SIGTERM for other signals: with several processes JAX receives it, and
+            stops the others.
+        """
+        self._deferring = True
+        self._forwarding = self._forwarding or forward
+
+    @contextlib.contextmanager
+    def cleanup(self, function: Callable[[], None]) -> Iterator[None]:
+        """Call `function`, from another thread, if a signal ends the process within this context."""
+        self._cleanups.append(function)
+        try:
+            yield
+        finally:
+            self._cleanups.remove(function)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        """Called in the main thread; the other thread has the signal as well."""
+        if self._interrupting:
+            self._interrupting = False
+            raise KeyboardInterrupt
+
+    def _listen(self, reader: int) -> None:
+        with open(reader, "rb", buffering=0) as numbers:
+            while number := numbers.read(1):
+                if number[0] in _SIGNALS:
+                    self._receive(number[0])
+
+    def _receive(self, number: int) -> None:
+        now = time.monotonic()
+        if self._first is None:
+            self._first = now
+            if not self._deferring:
+                self._exit(
+                    RESUMABLE, "stopped by a signal with nothing to save; re-run the command to resume"
+                )
+            if self._forwarding and number != signal.SIGTERM:
+                os.kill(os.getpid(), signal.SIGTERM)
+        elif number == signal.SIGINT and now - max(self._first, self._sent) > _SAME:
+            if self._ends_process:
+                self._exit(INTERRUPTED, "interrupted; re-run the command to resume from the last checkpoint")
+            self._interrupt()
+
+    def _interrupt(self) -> None:
+        """Raise KeyboardInterrupt in the main thread, also out of a call that waits.
+
+        That call has to see a signal. One that comes just before the call begins is not seen, so it is sent
+        again; a main thread that computes raises as soon as it is back in Python.
+        """
+        main = threading.main_thread().ident
+        assert main is not None
+        self._interrupting = True
+        for _ in range(_INTERRUPTS):
+            self._sent = time.monotonic()
+            signal.pthread_kill(main, signal.SIGINT)
+            time.sleep(_SAME / 2)
+            if not self._interrupting:
+                return
+
+    def _exit(self, code: int, line: str) -> NoReturn:
+        for function in self._cleanups:
+            with contextlib.suppress(Exception):
+                function()
+        with contextlib.suppress(OSError):
+            os.write(2, f"{line}\n".encode())
+        os._exit(code)
+
+
+LISTENER = SignalListener()
+
+
+def prepare_command(*, trains: bool) -> None:
+    """Set up a process that is to run a command, before its imports.
+
+    Ctrl-C prints one line instead of a traceback. A command that may train listens to all signals.
+    """
+    sys.excepthook = _excepthook
+    if trains:
+        LISTENER.start(ends_process=True)
+
+
+def _excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
+        return
+    with contextlib.suppress(OSError):
+        os.write(2, b"interrupted\n")
+    os._exit(INTERRUPTED)

@@ -1,0 +1,198 @@
+"""The built-in data and the pipeline: pure functions of (seed, step)."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from clips import load, same, take
+from conftest import ROOT
+from PIL import Image
+
+from structvit_jax.data.media import Decoded
+from structvit_jax.utils.errors import DecodeError, UserError
+
+DIGITS = {"name": "digits", "frames": 0, "size": 32}
+
+
+def clip(reader, index=5):
+    """A whole clip, as it is made."""
+    return reader.source.open(index)[0].frames(range(8))
+
+
+@pytest.fixture(scope="module")
+def clips():
+    return load(seed=3, train_examples=40, test_examples=21)
+
+
+def test_contract(clips):
+    (batch,) = take(clips.train_batches(6, start_step=0), 1)
+    assert batch.pop("problems") == ()
+    kinds = {key: (value.shape, value.dtype.name) for key, value in batch.items()}
+    assert kinds == {
+        "inputs": ((6, 8, 24, 24, 3), "uint8"),
+        "labels": ((6,), "int32"),
+        "mask": ((6,), "bool"),
+        "index": ((6,), "int32"),
+    }
+    assert batch["mask"].all()
+    assert (batch["labels"] == batch["index"] % 8).all()
+
+
+@pytest.mark.parametrize("name", ["moving_digits", "digits"])
+def test_resuming_by_step_equals_reading_on(name):
+    """Also across the end of an epoch, which falls inside a batch."""
+    dataset = load(**DIGITS) if name == "digits" else load(train_examples=40, test_examples=8)
+    size = 12 if name == "moving_digits" else 600
+    through = take(dataset.train_batches(size, start_step=0), 6)
+    for step in (1, 3, 5):
+        (resumed,) = take(dataset.train_batches(size, start_step=step), 1)
+        assert same(resumed, through[step])
+
+
+def test_every_epoch_has_each_example_once_in_an_order_of_its_own(clips):
+    batches = take(clips.train_batches(10, start_step=0), 8)
+    epochs = np.concatenate([batch["index"] for batch in batches]).reshape(2, 40)
+    assert (np.sort(epochs) == np.arange(40)).all()
+    assert (epochs[0] != epochs[1]).any()
+    assert (epochs[0] != np.arange(40)).any()
+
+
+def test_augmentation_differs_between_epochs_and_the_test_split_has_none():
+    digits = load(**DIGITS, augment__crop_area=(0.3, 1.0))
+    epochs = [take(digits.train_batches(1437, start_step=step), 1)[0] for step in (0, 1)]
+    first, second = (batch["inputs"][np.argsort(batch["index"])] for batch in epochs)
+    changed = (first != second).any(axis=(1, 2, 3)).mean()
+    assert changed > 0.9
+    (test,) = take(digits.test_batches(360), 1)
+    assert (test["inputs"][7, 0] == digits.test.source.open(7)[0].frames([0])[0]).all()
+
+
+def test_test_batches_hold_every_example_once(clips):
+    batches = take(clips.test_batches(8), 99)
+    assert len(batches) == 3
+    seen = np.concatenate([batch["index"][batch["mask"]] for batch in batches])
+    assert seen.tolist() == list(range(21))
+    assert sum((~batch["mask"]).sum() for batch in batches) == 3
+
+
+def test_clips_are_functions_of_seed_and_index(clips):
+    again, other = (load(seed=seed, train_examples=40, test_examples=21) for seed in (3, 4))
+    assert (clip(clips.train) == clip(again.train)).all()
+    assert (clip(clips.train) != clip(other.train)).any()
+    assert (clip(clips.train) != clip(clips.test)).any()
+    assert (clip(clips.test) == clip(other.test)).all()  # seeds are compared on the same clips
+
+
+def test_the_digit_moves_where_the_label_says():
+    """The displacement between frames, read off by correlation, has the class's direction and speed."""
+    clips = load(train_examples=48, test_examples=1).train
+    for index in range(48):
+        spectrum = np.fft.fft2(clip(clips, index)[..., 0].astype(float))
+        cross = (spectrum[3:] * np.conj(spectrum[:-3])).sum(axis=0)  # three frames apart: 2.25 to 5.25 px
+        correlation = np.fft.ifft2(cross).real
+        row, column = np.unravel_index(correlation.argmax(), correlation.shape)
+        row, column = ((n + 12) % 24 - 12 for n in (row, column))
+        angle = np.rad2deg(np.arctan2(-row, column))
+        assert abs((angle - 45 * (index % 8) + 180) % 360 - 180) < 22.5
+        assert 1.5 <= np.hypot(row, column) <= 6
+
+
+def test_single_frames_tell_nothing_of_the_class():
+    """Means over many clips of one frame agree between classes, within their noise."""
+    clips = load(train_examples=1600, test_examples=1).train
+    frames = np.stack([clip(clips, i)[4, ..., 0] for i in range(1600)]).astype(float)
+    means = np.stack([frames[c::8].mean(axis=0) for c in range(8)])
+    noise = frames.std(axis=0).mean() / np.sqrt(200)
+    assert 0.8 < means.std(axis=0).mean() / noise < 1.2
+
+
+def test_no_scan_is_in_both_splits():
+    digits = load(**DIGITS)
+    assert (digits.train_examples, digits.test_examples) == (1437, 360)
+    from sklearn.datasets import load_digits
+
+    assert [digits.test.source.open(i)[1] for i in range(360)] == load_digits().target[1437:].tolist()
+
+
+def test_channel_order():
+    colours = load(**DIGITS, channels="bgr", test_crops=3).test
+    picture = np.arange(32 * 32 * 3, dtype=np.uint8).reshape(1, 32, 32, 3)
+    (clip,) = colours.decode(Decoded(picture), [np.array([0])])
+    assert (clip == picture[..., ::-1]).all()
+    assert colours.crops(clip).shape == (3, 1, 32, 32, 3)
+
+
+def test_pictures_too_elongated_for_the_model_are_refused():
+    """Scaled to the model's size, the long side of one pixel by millions would take all memory."""
+    reader = load(**DIGITS, max_pixels=10_000).test
+    assert reader.decode(Decoded(np.zeros((1, 9, 1, 3), np.uint8)), [np.array([0])])[0].shape == (1, 9, 1, 3)
+    with pytest.raises(DecodeError, match="1 x 10 pixels: scaled to the model's 32 the long side would take"):
+        reader.decode(Decoded(np.zeros((1, 10, 1, 3), np.uint8)), [np.array([0])])
+
+
+def test_limits_reach_the_files(tmp_path):
+    for split in ("train", "val"):
+        for label in ("a", "b"):
+            (tmp_path / split / label).mkdir(parents=True)
+            Image.new("RGB", (20, 10)).save(tmp_path / split / label / "x.png")
+    for pixels, readable in ((200, 4), (199, 0)):
+        dataset = load(**DIGITS | {"name": "folder", "root": str(tmp_path), "size": 8, "max_pixels": pixels})
+        (batch,) = take(dataset.train_batches(4, start_step=0), 1)
+        assert batch["mask"].sum() == readable
+
+
+def test_clips_with_few_frames_are_noted():
+    (batch,) = take(load(train_examples=8, test_examples=8, frames=8).train_batches(4, start_step=0), 1)
+    assert batch["problems"] == ()
+    (batch,) = take(load(train_examples=8, test_examples=8, frames=9).train_batches(4, start_step=0), 1)
+    assert {(p.kind, p.reason) for p in batch["problems"]} == {("short", "fewer than the 9 frames of a clip")}
+    assert len(batch["problems"]) == 4 and batch["mask"].all()
+
+
+def test_unknown_name():
+    with pytest.raises(UserError, match="'moving_digits'"):
+        load(name="moving_digit")
+    for name in ("noise:\u00b2", "noise:" + "9" * 5000, "noise:0"):
+        with pytest.raises(UserError, match="write noise:CLASSES"):
+            load(name=name)
+
+
+def test_reading_opens_no_device():
+    """With a platform that does not exist, whatever opens a device fails."""
+    code = "import clips; next(clips.load(train_examples=9, test_examples=9).train_batches(4, start_step=0))"
+    environment = os.environ | {"JAX_PLATFORMS": "nowhere", "PYTHONPATH": str(ROOT / "tests")}
+    assert subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT).returncode == 0
+
+
+def test_images_are_cropped_before_the_policy_and_clips_after_it():
+    """As timm does with images and UniFormer with clips."""
+    for frames, expected in ((0, (1, 24, 24, 3)), (2, (2, 40, 60, 3))):
+        reader = load(**{**DIGITS, "frames": frames, "size": 24}, augment__randaugment="rand-m9-inc1").train
+        seen = []
+        reader._policy = lambda clip, fill, _, seen=seen: seen.append((clip.shape, fill)) or (clip, np.eye(3))
+        out, _ = reader.transform(np.zeros((max(frames, 1), 40, 60, 3), np.uint8), np.random.default_rng(0))
+        assert out.shape == reader.shape
+        assert seen == [(expected, (128, 128, 128))]  # for images the mean, 0.5
+
+
+@pytest.mark.parametrize("rule", ["dense", "strided", "segment"])
+def test_images_draw_no_frames(rule, monkeypatch):
+    """One generator for each copy of an image; a video of one frame repeats it, as every rule does."""
+    reader, calls = load(**DIGITS, sampling=rule).train, []
+    monkeypatch.setattr(reader, "generator", lambda *path: calls.append(path) or np.random.default_rng(path))
+    reader.train(0, 5, range(2))
+    assert calls == [(2, 0, 5, 0), (2, 0, 5, 1)]
+    clip = load(**{**DIGITS, "frames": 4}, sampling=rule).train
+    assert clip._drawn(1, 0, 5).tolist() == clip.frames(1, np.random.default_rng(0)).tolist() == [0] * 4
+
+
+def test_every_test_example_is_on_one_host(clips):
+    for hosts in (2, 4):
+        shares = [take(clips.test_batches(8, share=(host, hosts)), 99) for host in range(hosts)]
+        index = np.concatenate([batch["index"] for batches in shares for batch in batches])
+        assert sorted(index[index >= 0]) == list(range(21))
+        assert {len(batches) for batches in shares} == {3}
+    with pytest.raises(UserError, match="3 processes cannot share a batch of 8"):
+        take(clips.test_batches(8, share=(0, 3)), 1)

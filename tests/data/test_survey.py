@@ -1,0 +1,430 @@
+"""A look at a data set before training: what it reports, refuses and chooses; which data a run is of."""
+
+import collections
+import json
+import os
+import re
+import shutil
+
+import clips
+import numpy as np
+import pytest
+from clips import load
+from conftest import ROOT, structvit
+from PIL import Image
+
+from structvit_jax import data
+from structvit_jax.config import automatic, check_config, steps_in
+from structvit_jax.data import prepare, shards
+from structvit_jax.data.fingerprint import compare
+from structvit_jax.data.folder import Layout, hold_out, is_video
+from structvit_jax.data.index import Entry, read_labels
+from structvit_jax.utils.errors import UserError
+
+IMAGES = {"name": "folder", "size": 16, "frames": 0}
+
+
+def write_images(root, splits, size=(8, 8), ending=".png", seed=0):
+    """ROOT/SPLIT/CLASS/NUMBER.png; `splits` is {split: {class: images}}."""
+    rng = np.random.default_rng(seed)
+    for split, classes in splits.items():
+        for label, count in classes.items():
+            (root / split / label).mkdir(parents=True)
+            for number in range(count):
+                pixels = rng.integers(0, 256, (*size, 3), np.uint8)
+                Image.fromarray(pixels).save(root / split / label / f"{number:03}{ending}", "PNG")
+    return root
+
+
+def survey(root, **changes):
+    return load(root=str(root), **IMAGES, **changes).survey()
+
+
+def test_what_is_found_and_what_is_ignored(tmp_path):
+    """Classes that vanish, other kinds of files, sizes; all in a table and in a few lines."""
+    write_images(tmp_path, {"train": {"a": 4, "b": 3}, "val": {"a": 1, "b": 1}}, (10, 20))
+    (tmp_path / "train" / "c").mkdir()
+    (tmp_path / "train" / "\x1b[31m").mkdir()
+    for name in ("a/x.odd", "a/y.odd", "a/noend", "a/clip.mp4", "c/z.odd", "a/.hidden"):
+        (tmp_path / "train" / name).write_bytes(b"?")
+    found = survey(tmp_path)
+    train, val = found.splits
+    assert (train.examples, val.examples, found.unit) == (7, 2, "images")
+    assert train.classes == {"a": 4, "b": 3} and train.sides[0].middle == 20 and train.sides[1].most == 10
+    assert train.found.ignored == {".odd": 3, "no extension": 1, "videos": 1}
+    assert train.found.empty == {"\x1b[31m": {}, "c": {".odd": 1}} and not found.errors
+    assert "\x1b" not in found.table() + "".join(found.lines())
+    _, warning = found.warnings
+    assert warning == "the class folder 'c' of train has no examples: only 1 .odd, ignored"
+    first, _, second = found.lines()
+    assert first == (
+        "data: 7 train + 2 val images, 2 classes of 3 to 4 (median 4); 20x10;"
+        " ignored: 3 .odd, 1 without extension, 1 video"
+    )
+    assert second == f"warning: {warning}"
+    table = found.table()
+    for row in (
+        r"examples +7 +2",
+        r"classes +2 +2",
+        r"  a +4 +1",
+        r"looked at +7 of 7 +2 of 2",
+        r"width.* 20 +20",
+    ):
+        assert re.search(f"^{row}$", table, re.MULTILINE), (row, table)
+
+
+def test_a_table_of_many_classes_stays_short(tmp_path):
+    write_images(
+        tmp_path, {split: {f"class {i:02}": 1 + i % 2 for i in range(40)} for split in ("train", "val")}
+    )
+    lines = survey(tmp_path).table().splitlines()
+    assert len([line for line in lines if line.startswith("  class")]) == 15
+    assert any("and 25 more" in line for line in lines) and lines[2].split() == ["classes", "40", "40"]
+
+
+@pytest.mark.parametrize(
+    "train, val, error, warning",
+    [
+        ({"a": 2, "b": 2}, {"a": 1, "b": 1, "c": 1}, "val has the class 'c', which train lacks", ""),
+        ({"a": 2, "b": 2, "c": 2}, {"a": 1, "b": 1}, "", "val has no example of the class 'c'"),
+        ({"a": 2}, {"a": 1}, "all examples of train have the class 'a'", ""),
+        (
+            {"a": 40, "b": 2},
+            {"a": 1, "b": 1},
+            "",
+            "the largest class of train has 40 examples, the smallest 2",
+        ),
+    ],
+)
+def test_classes_of_the_splits(tmp_path, train, val, error, warning):
+    found = survey(write_images(tmp_path, {"train": train, "val": val}))
+    for expected, lines in ((error, found.errors), (warning, found.warnings)):
+        assert len(lines) == bool(expected) and all(line.startswith(expected) for line in lines), lines
+    if error:
+        with pytest.raises(UserError, match=error):
+            found.check()
+
+
+def test_a_class_that_the_label_file_lacks_stops_at_the_start(tmp_path, refused):
+    """B8: before anything is compiled; a near name is suggested."""
+    write_images(tmp_path, {split: {"cat": 2, "dog": 2, "owl": 2} for split in ("train", "val")})
+    (tmp_path / "labels.txt").write_bytes(b"\xef\xbb\xbfcat\r\ndog\r\nowls\r\n")
+    line = refused(OWN, f"--config.data.root={tmp_path}", f"--workdir={tmp_path / 'run'}")
+    assert "labels.txt lacks the class 'owl' of train: add the names" in line and "mean 'owls'" in line
+    assert "and 1 more: --mode=data lists them" in line and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"a\xff\n", "save it as UTF-8"),
+        (b"a\nb\na\n", "has the name 'a' more than once"),
+        (None, "cannot be read"),
+    ],
+)
+def test_label_files_are_read_or_refused(tmp_path, content, message, monkeypatch):
+    path = tmp_path / "labels.txt"
+    path.write_bytes(content or b"a\n")
+    if content is None:  # permissions do not hold for root
+
+        def refuse(*arguments, **options):
+            raise PermissionError(13, "Permission denied", str(path))
+
+        monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(UserError, match=message):
+        read_labels(str(tmp_path))
+
+
+def test_labels_of_many_digits(tmp_path):
+    """Python refuses to read numbers of more than 4,300 digits."""
+    for split in ("train", "val"):
+        (tmp_path / f"{split}.csv").write_text(f"path,label\na.png,{'9' * 5000}\nb.png,1\n")
+    assert load(root=str(tmp_path), **IMAGES).class_names == ("1", "9" * 5000)
+
+
+def test_the_same_bytes_in_both_splits(tmp_path):
+    write_images(tmp_path, {"train": {"a": 30, "b": 30}, "val": {"a": 5, "b": 5}})
+    assert not survey(tmp_path).warnings
+    shutil.copy(tmp_path / "train" / "a" / "007.png", tmp_path / "val" / "b" / "x.png")
+    (warning,) = survey(tmp_path).warnings
+    assert "1 of 11 examples of val have the same bytes as examples of train" in warning
+    assert "val/b/x.png and train/a/007.png" in warning
+    same = load(root=str(tmp_path), **IMAGES, train_split="val")  # the same split twice is meant
+    assert not same.survey().warnings
+
+
+def test_unreadable_examples_are_counted(tmp_path):
+    write_images(tmp_path, {"train": {"a": 3, "b": 3}, "val": {"a": 1, "b": 1}})
+    (tmp_path / "train" / "a" / "000.png").write_bytes(b"?")
+    found = survey(tmp_path)
+    assert "1 of 6 examples looked at in train cannot be read (train/a/000.png: " in found.warnings[0]
+    for path in (tmp_path / "val").rglob("*.png"):
+        path.write_bytes(b"?")
+    (error,) = survey(tmp_path).errors
+    assert error.startswith("none of 2 examples of val can be read (val/a/000.png: ")
+
+
+def test_short_videos_and_lengths(tmp_path):
+    clips.write_folder(tmp_path, {"train": 1, "val": 1})
+    found = load(root=str(tmp_path), name="folder", size=24, frames=32).survey()
+    assert "3 of 3 videos looked at are shorter than the 32 frames of a clip" in found.warnings[0]
+    assert re.search(r"^length, frames +16 +16$", found.table(), re.MULTILINE)
+
+
+def test_data_that_are_made(tmp_path):
+    found = load(name="digits", frames=0).survey()
+    assert found.splits[0].classes["3"] > 100 and not found.errors + found.warnings
+    assert "200 of 1,437" in found.table()
+    assert "8 classes" in load(train_examples=8, test_examples=8).survey().lines()[0]
+
+
+def test_holding_out_is_stable_and_stratified():
+    entries = [
+        Entry(f"train/{label}/{i:03}.png", label) for label, n in (("a", 30), ("b", 4)) for i in range(n)
+    ]
+    left, held = hold_out(entries, 0.1)
+    assert collections.Counter(entry.label for entry in held) == {"a": 3, "b": 1}
+    assert sorted([*left, *held]) == sorted(entries)
+    assert hold_out(reversed(entries), 0.1) == (left, held)
+    encoded = [entry._replace(path=entry.path.replace(".png", ".jpg")) for entry in entries]
+    assert [e.path[:-4] for e in hold_out(encoded, 0.1)[1]] == [e.path[:-4] for e in held]
+    # As on any other machine.
+    assert [entry.path for entry in held] == HELD
+    assert hold_out([Entry("a.png", "a")], 0.5) == ([Entry("a.png", "a")], [])
+    parts = [Entry("long.mp4", "a", start, start + 1) for start in range(9)] + [Entry("x.mp4", "a", 0, 1)]
+    assert {entry.path for entry in hold_out(parts, 0.5)[1]} in ({"long.mp4"}, {"x.mp4"})
+
+
+HELD = ["train/a/001.png", "train/a/023.png", "train/a/026.png", "train/b/001.png"]
+
+
+def test_folders_without_splits(tmp_path):
+    """Class folders alone, and a missing test split; without val_fraction the error names it."""
+    write_images(tmp_path, {".": {"a": 10, "b": 10, "c": 10}})
+    with pytest.raises(UserError, match=r"class folders \(a, b, c\).*--config.data.val_fraction=0.1"):
+        survey(tmp_path)
+    dataset = load(root=str(tmp_path), **IMAGES, val_fraction=0.1)
+    assert (dataset.train_examples, dataset.test_examples) == (27, 3)
+    assert sorted(name[0] for name in dataset.test_ids) == ["a", "b", "c"]
+    assert f"{tmp_path} has no split 'val': 3 of 30 training examples" in dataset.survey().lines()[1]
+    nested = tmp_path / "nested"
+    shutil.move(tmp_path / "a", nested / "train" / "a")
+    shutil.move(tmp_path / "b", nested / "train" / "b")
+    shutil.move(tmp_path / "c", nested / "test" / "c")
+    with pytest.raises(UserError, match=r"neither a folder 'val' nor a list.*or hold out a part of 'train'"):
+        survey(nested)
+    found = survey(nested, val_fraction=0.2)
+    assert found.splits[1].examples == 4
+    assert found.notes[0].endswith("; to use test instead: --config.data.test_split=test")
+    other = write_images(tmp_path / "other", {"valid": {"a": 1}, "test": {"a": 1}})
+    with pytest.raises(UserError, match="neither a folder 'train'"):  # folders named as splits are no classes
+        survey(other, val_fraction=0.2)
+
+
+def test_images_or_videos(tmp_path):
+    """By the majority of examples; folders of numbered frames are videos, other folders of images are not."""
+
+    def touch(root, *names):
+        for name in names:
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_bytes(b"")
+        return Layout(str(root), val_fraction=0.1)
+
+    assert is_video(touch(tmp_path / "1", "train/a/1.mp4", "train/a/1.jpg", "train/b/2.mp4", "train/b/2.jpg"))
+    assert not is_video(touch(tmp_path / "2", "train/a/1.mp4", "train/a/1.jpg", "train/b/2.jpg"))
+    assert is_video(touch(tmp_path / "3", *(f"train/a/clip/frame_{i:03}.jpg" for i in range(1, 5))))
+    assert not is_video(touch(tmp_path / "4", *(f"train/a/day/IMG_{i}.jpg" for i in range(4031, 4035))))
+    assert not is_video(touch(tmp_path / "5", *(f"a/{i}.jpg" for i in range(9))))
+    listed = touch(tmp_path / "6", "train.csv")
+    (tmp_path / "6" / "train.csv").write_text("some.jpg a\nother.jpg b\nlast.mp4 b\n")
+    assert not is_video(listed)
+    with pytest.raises(UserError, match=r"no images or videos in it; ignored: 1 .odd"):
+        is_video(touch(tmp_path / "7", "train/a/x.odd"))
+    images = write_images(tmp_path / "8", {"train": {"a": 2}, "val": {"a": 2}})
+    with pytest.raises(UserError, match="has no videos, but 2 images: take a model for images"):
+        load(root=str(images), name="folder")
+
+
+# -------------------------------------------------------------------------------------------- open keys
+
+OWN = "--config=configs/folder.py"
+
+
+def own(argument="", **given):
+    """configs/folder.py with values as from the command line."""
+    namespace: dict = {}
+    exec((ROOT / "configs" / "folder.py").read_text(), namespace)
+    config = namespace["get_config"](*([argument] if argument else []))
+    for key, value in given.items():
+        section, _, name = key.partition("__")
+        config[section][name] = value
+    return config.copy_and_resolve_references()
+
+
+def filled(config, video, *facts):
+    automatic.fill_model(config, lambda: video)
+    automatic.fill(config, automatic.DataFacts(*facts))
+    check_config(config)
+    assert not automatic.missing(config)
+    return automatic.describe(config, automatic.DataFacts(*facts))
+
+
+def test_what_the_data_decide():
+    images = own()
+    assert filled(images, False, 60_000, 10_000, 28, 28, 1) == (
+        "images: 60,000 + 10,000 of 28x28: structvit_tiny_4_1 at 32, batch 128, 9,844 steps"
+    )
+    assert images.optimizer.warmup == "937 steps" and images.checkpoint.every == "469 steps"
+    assert images.eval.every == "1641 steps" and images.data.short_side == 0
+    videos = own()
+    assert filled(videos, True, 150, 30, 640, 360, 300) == (
+        "videos: 150 + 30 of 300 frames of 640x360: structvit_tiny_4_1_video at 8 frames of 64, batch 16,"
+        " 300 steps"
+    )
+    assert "at 8 frames of 32, batch 16, 5,000 steps" in filled(own(), True, 10**6, 9, 32, 40, 9)
+
+
+def test_what_the_user_sets_stays():
+    config = own(train__duration="2 steps", data__size=48, data__batch_size=4)
+    assert "structvit_tiny_4_1 at 48, batch 4, 2 steps" in filled(config, False, 9, 3, 500, 400, 1)
+    assert config.optimizer.warmup == "0 steps" and config.eval.every == ""
+    assert "structvit_s_4_1 at 224" in filled(own("structvit_s_4_1"), True, 9000, 3, 500, 400, 1)
+    assert "structvit_s_4_1 at 32" in filled(own("structvit_s_4_1"), True, 9000, 3, 28, 28, 1)
+    assert "deit_tiny_video at 4 frames of 24" in filled(
+        own("deit_tiny_video", data__frames=4), False, 99, 3, 500, 400, 1
+    )
+    assert "structvit_tiny_4_1_video at 1 frames" in filled(own(data__frames=1), False, 99, 3, 50, 40, 1)
+    tuned = own("structvit_s_4_1_video,finetune")
+    assert "at 16 frames of 224, batch 16, 4,688 steps" in filled(tuned, False, 15_000, 3, 300, 300, 99)
+    assert tuned.train.duration == "5 epochs"
+
+
+@pytest.mark.parametrize("examples", [1, 2, 7, 39, 300, 10**4, 10**6, 10**7])
+@pytest.mark.parametrize("video", [True, False])
+def test_default_runs_are_bounded(examples, video):
+    config = own()
+    filled(config, video, examples, 1, 100, 100, 9)
+    total = steps_in(config.train.duration, "", config.data.batch_size, examples)
+    assert 300 <= total <= 10_000
+    assert steps_in(config.optimizer.warmup, "", config.data.batch_size, examples) <= total / 10
+    assert 1 <= config.data.batch_size <= max(2, examples)
+
+
+# ------------------------------------------------------------------------------------ a run and its data
+
+
+def prints(*roots, **changes):
+    """Fingerprints of both splits, and how they compare with those of the first root."""
+    every = [load(root=str(root), **IMAGES, **changes).fingerprint for root in roots]
+    return [compare(every[0], one) for one in every]
+
+
+def test_the_same_data_count_as_the_same(tmp_path):
+    """At another place, as lists with absolute paths, as shards."""
+    root = write_images(tmp_path / "data", {"train": {"a": 9, "b": 9}, "val": {"a": 2, "b": 2}})
+    moved = shutil.copytree(root, tmp_path / "elsewhere" / "data")
+    structvit("prepare", "folder", str(root), "--out", str(tmp_path / "lists"))
+    structvit("prepare", "shards", str(root), str(tmp_path / "shards"), "--images")
+    assert not data.is_video(own(data__root=str(tmp_path / "shards")).data)
+    for changes in prints(root, moved, tmp_path / "lists", tmp_path / "shards"):
+        assert not changes.described and changes.alike == changes.sampled == 22
+    assert json.loads(json.dumps(load(root=str(root), **IMAGES).fingerprint))["test"]["examples"] == 4
+
+
+def test_other_data_are_told_apart(tmp_path):
+    root = write_images(tmp_path / "data", {"train": {"a": 9, "b": 9}, "val": {"a": 2, "b": 2}})
+    other = write_images(tmp_path / "other", {"train": {"a": 9, "b": 9}, "val": {"a": 2, "b": 2}}, seed=1)
+    fewer = shutil.copytree(root, tmp_path / "fewer")
+    (fewer / "train" / "a" / "000.png").unlink()
+    labelled = shutil.copytree(root, tmp_path / "labelled")
+    os.rename(labelled / "val" / "a" / "000.png", labelled / "val" / "b" / "009.png")
+    described = [changes.described for changes in prints(root, other, fewer, labelled)]
+    assert described == [
+        "",
+        "train: 0 of 18 sampled examples are the same; test: 0 of 4 sampled examples are the same",
+        "train: 17 examples instead of 18, 17 of 18 sampled examples are the same",
+        "test: examples of other names, 2 of 4 sampled examples are the same",
+    ]
+    lists = tmp_path / "lists"
+    structvit("prepare", "folder", str(root), "--out", str(lists))
+    before = load(root=str(lists), **IMAGES).fingerprint
+    text = (lists / "train.jsonl").read_text().replace('"a"', '"b"', 1)
+    (lists / "train.jsonl").write_text(text)
+    changes = compare(before, load(root=str(lists), **IMAGES).fingerprint)
+    assert changes.described == "train: other labels, 17 of 18 sampled examples are the same"
+    made = [load(train_examples=n, test_examples=8).fingerprint for n in (8, 16)]
+    assert "16 examples" in compare(*made).described and not compare(made[0], made[0]).described
+
+
+def test_a_workdir_is_of_one_data_set(command, tmp_path):
+    """B5: complete runs of other data are refused, repaired files are not; evaluation keeps them apart."""
+    root = write_images(tmp_path / "data", {"train": {"a": 9, "b": 9}, "val": {"a": 2, "b": 2}})
+    other = write_images(tmp_path / "other", {"train": {"a": 9, "b": 9}, "val": {"a": 2, "b": 2}}, seed=1)
+    (root / "train" / "a" / "000.png").write_bytes(b"?")
+    workdir = tmp_path / "run"
+
+    def run(place, *arguments, steps=2):
+        given = [
+            OWN,
+            "--config.model.name=deit_tiny",
+            "--config.model.widths=(16,)",
+            "--config.model.depths=(1,)",
+        ]
+        given += [f"--config.train.duration={steps} steps", "--config.data.max_bad_share=0.5"]
+        return command(*given, f"--config.data.root={place}", f"--workdir={workdir}", *arguments)
+
+    first = run(root)
+    assert first.returncode == 0, first.stderr
+    assert "images: 18 + 4 of 8x8: deit_tiny at 24, batch 16, 2 steps" in first.stdout
+    assert "warning: 1 of 18 examples looked at in train cannot be read" in first.stdout
+    result = (workdir / "result.json").read_bytes()
+    again = run(shutil.copytree(root, tmp_path / "moved"))
+    assert "the run is complete" in again.stdout, again.stderr
+    for steps in (2, 3):
+        swapped = run(other, steps=steps)
+        assert swapped.returncode == 2 and "result" not in swapped.stdout
+        assert "other data (train: " in swapped.stderr and "choose another --workdir" in swapped.stderr
+    shutil.copy(other / "train" / "a" / "000.png", root / "train" / "a" / "000.png")
+    assert "18 sampled examples are the same" in run(root).stderr  # complete: any difference
+    longer = run(root, steps=3)
+    assert longer.returncode == 0, longer.stderr
+    assert "note: the data have changed (train: 17 of 18 sampled examples are the same)" in longer.stdout
+    result = (workdir / "result.json").read_bytes()
+    assert run(other, "--mode=eval", steps=3).returncode == 0
+    assert (workdir / "result.json").read_bytes() == result and (workdir / "result_other.json").exists()
+    (workdir / "result.json").unlink()
+    assert run(tmp_path / "moved", "--mode=eval", steps=3).returncode == 0  # the same test data
+    assert (workdir / "result.json").read_bytes() == result
+
+
+def test_the_data_in_one_picture_and_table(command, tmp_path):
+    """--mode=data prints the table, and says why a data set cannot be trained on."""
+    root = write_images(tmp_path / "data", {"train": {"a": 2, "b": 2}, "val": {"a": 1, "b": 1}}, (28, 28))
+    shown = command(OWN, f"--config.data.root={root}", "--mode=data", f"--workdir={tmp_path / 'run'}")
+    assert shown.returncode == 0, shown.stderr
+    assert "looked at" in shown.stdout and "structvit_tiny_4_1 at 32" in shown.stdout
+    assert (tmp_path / "run" / "batch.png").exists()
+    shutil.rmtree(root / "train" / "b")
+    refused = command(OWN, f"--config.data.root={root}", "--mode=data", f"--workdir={tmp_path / 'other'}")
+    assert refused.returncode == 2 and refused.stdout.count("\nerror: ") == 2, refused.stdout
+    blocked = command(OWN, f"--config.data.root={root}", "--mode=data", "--workdir=/dev/null/run")
+    assert blocked.returncode == 2 and len(blocked.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "arguments", [("folder", "{data}", "--out", "{file}"), ("shards", "{data}", "{file}/x", "--images")]
+)
+def test_outputs_that_cannot_be_written(tmp_path, arguments):
+    root = write_images(tmp_path / "data", {"train": {"a": 1, "b": 1}, "val": {"a": 1, "b": 1}})
+    file = tmp_path / "file"
+    file.write_bytes(b"")
+    given = [word.format(data=root, file=file) for word in arguments]
+    with pytest.raises(UserError, match=f"{file}.* cannot be written"):
+        structvit("prepare", *given)
+
+
+def test_annotations_that_are_not_as_distributed(tmp_path):
+    for name in ("train", "val"):
+        (tmp_path / f"{name}.csv").write_text("label,youtube_id,time_start,time_end\nyoga,abc,soon,9\n")
+    with pytest.raises(UserError, match=r"kinetics400: the annotations in .* are not as distributed"):
+        structvit("prepare", "kinetics400", str(tmp_path), "--out", str(tmp_path / "out"))

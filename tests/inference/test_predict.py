@@ -1,0 +1,324 @@
+"""Predictions of files are those of the evaluation; programs give the same without the package."""
+
+import csv
+import io
+import json
+import math
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import av
+import clips
+import jax
+import numpy as np
+import pytest
+from etils import epath
+from packaging.requirements import Requirement
+from PIL import Image
+
+import structvit_jax
+from structvit_jax import data
+from structvit_jax.cli import predict
+from structvit_jax.config import default_config
+from structvit_jax.data.files import Files, find
+from structvit_jax.data.limits import Limits
+from structvit_jax.models import weights
+from structvit_jax.models.variants import counterpart
+from structvit_jax.training import loop
+from structvit_jax.utils.errors import DecodeError, UserError
+
+PREDICT, EXPORT = {"program": "predict"}, {"program": "export"}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """12 files for training and 9 for testing, three classes."""
+    root = tmp_path_factory.mktemp("clips")
+    clips.write_folder(root, {"train": 4, "val": 3})
+    return root
+
+
+@pytest.fixture(scope="module")
+def run(root, tmp_path_factory):
+    """A short training on them, evaluated on three views of each clip."""
+    workdir = tmp_path_factory.mktemp("run")
+    config = default_config()
+    config.model.name, config.model.widths = "deit_tiny_struct_2_video", (16,)
+    config.data.name, config.data.root, config.data.sampling = "folder", str(root), "segment"
+    config.data.batch_size, config.data.test_clips, config.eval.batch_size = 8, 3, 8
+    config.train.duration, config.checkpoint.every = "3 steps", "3 steps"
+    loop.train(config, epath.Path(workdir), data.load(config.data, config.augment, 0))
+    return workdir
+
+
+def test_the_numbers_of_the_evaluation(root, run):
+    """Whether files are given one by one or in folders; all views of each."""
+    trained = structvit_jax.load_trained(str(run))
+    with np.load(run / "predictions.npz") as saved:
+        names, scores = saved["ids"].tolist(), saved["scores"]
+    for paths in ([str(root / "val")], [str(root / name) for name in names]):
+        found = {prediction.id: prediction for prediction in trained.predict(paths)}
+        assert sorted(found) == sorted(str(root / name) for name in names)
+        for name, row in zip(names, scores, strict=True):
+            prediction = found[str(root / name)]
+            np.testing.assert_allclose(prediction.scores, row, rtol=1e-4, atol=1e-5)
+            shares = np.exp(row) / np.exp(row).sum()
+            np.testing.assert_allclose(prediction.probabilities, shares, rtol=1e-4)
+            best = prediction.best(2)
+            assert [trained.class_names[i] for i in np.argsort(-row)[:2]] == [name for name, _ in best]
+
+
+def test_examples_of_the_test_split(run):
+    trained = structvit_jax.load_trained(str(run))
+    with np.load(run / "predictions.npz") as saved:
+        scores = saved["scores"]
+    good, bad = trained.predict(["test:4", "test:9"])
+    np.testing.assert_allclose(good.scores, scores[4], rtol=1e-4, atol=1e-5)
+    assert (good.id, bad.problem) == ("test:4", "the test examples are test:0 to test:8")
+
+
+def test_a_library_user_sees_no_warnings_of_other_packages(run, caplog):
+    trained = structvit_jax.load_trained(str(run))
+    list(trained.predict(["test:0"]))
+    assert not caplog.records
+
+
+def test_features_are_what_the_head_sees(root, run):
+    trained = structvit_jax.load_trained(str(run))
+    for prediction in trained.predict([str(root / "val")], features=True):
+        assert prediction.features.shape == (3, 16)
+        head = trained.network.head
+        logits = prediction.features @ head.kernel[...] + head.bias[...]
+        np.testing.assert_allclose(logits.mean(axis=0), prediction.scores, rtol=1e-4, atol=1e-5)
+
+
+def test_the_command_tells_good_and_bad_files(command, root, run, tmp_path):
+    folder = tmp_path / "mixed"
+    shutil.copytree(root / "val", folder)
+    good = sorted(str(path) for path in folder.rglob("*.*"))
+    (folder / "page.mp4").write_text("<html>")
+    (folder / "empty.webm").touch()
+    (frames := folder / "frames").mkdir()
+    for number in range(9):
+        Image.fromarray(np.full((40, 30, 3), 25 * number, np.uint8)).save(frames / f"{number}.png")
+    bad = [folder / "page.mp4", folder / "empty.webm", tmp_path / "missing.mp4", frames / "0.png"]
+    features = tmp_path / "features"
+    words = "--checkpoint", run, "--top", 2, "--format=jsonl", f"--features={features}", folder, *bad[2:]
+    done = command(*words, **PREDICT)
+    lines = {line["path"]: line for line in map(json.loads, done.stdout.splitlines())}
+    assert set(lines) == {*good, str(frames), *map(str, bad)}
+    problems = {path.rpartition("/")[2]: line["problem"] for path, line in lines.items() if "problem" in line}
+    assert problems.keys() == {"page.mp4", "empty.webm", "missing.mp4", "0.png"}
+    assert problems["empty.webm"] == "empty file" and problems["missing.mp4"] == "no such file"
+    assert "takes videos" in problems["0.png"]
+    for path in (*good, str(frames)):
+        assert len(lines[path]["classes"]) == 2
+        assert lines[path]["probabilities"][0] >= lines[path]["probabilities"][1] > 0
+        assert np.load(f"{features}{path}.npy").shape == (3, 16)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1] == "error: 4 of 14 could not be read; the lines say why"
+
+
+def test_formats(root, run):
+    """Of one prediction and one problem, CSV that reads as CSV and text that reads as text."""
+    trained = structvit_jax.load_trained(str(run))
+    path = str(sorted((root / "val").rglob("*.mp4"))[0])
+    predictions = list(trained.predict([path, "no, such.mp4"]))
+    best = predictions[0].best(2)
+    out = io.StringIO()
+    predict._csv(predictions, 2, out)
+    rows = list(csv.DictReader(io.StringIO(out.getvalue())))
+    assert [(row["path"], row["class"], float(row["probability"])) for row in rows[:2]] == [
+        (path, *pair) for pair in best
+    ]
+    assert (rows[2]["path"], rows[2]["problem"]) == ("no, such.mp4", "no such file")
+    out = io.StringIO()
+    predict._text(predictions, 2, out)
+    (name, share), (other, less) = best
+    expected = f"{path}: {name} {share:.3f}  {other} {less:.3f}\nno, such.mp4: no such file\n"
+    assert out.getvalue() == expected
+
+
+def test_long_videos_in_parts(run, tmp_path):
+    """Parts of a second each see their own frames: a part is what a file of these frames alone is."""
+    halves = [clips.pictures(label, 0) for label in ("left", "up")]
+    clips.write_video(tmp_path / "long.mp4", np.concatenate(halves), crf="0")
+    trained = structvit_jax.load_trained(str(run))
+    parts = list(trained.predict([str(tmp_path / "long.mp4")], every=1.0))
+    assert [part.id.rpartition("/")[2] for part in parts] == ["long.mp4#0-1", "long.mp4#1-"]
+    for part, frames in zip(parts, halves, strict=True):
+        clips.write_video(tmp_path / "alone.mp4", frames, crf="0")
+        (alone,) = trained.predict([str(tmp_path / "alone.mp4")])
+        np.testing.assert_allclose(part.scores, alone.scores, atol=2e-3)
+    assert not np.allclose(parts[0].scores, parts[1].scores, atol=4e-3)
+    assert len(find([str(tmp_path / "long.mp4")], video=True, other="", every=10, limits=Limits())) == 1
+
+
+def test_parts_are_not_shorter_than_a_frame(tmp_path):
+    clips.write_video(tmp_path / "long.mp4", clips.pictures("left", 0))  # 16 frames a second
+    path = str(tmp_path / "long.mp4")
+
+    def parts(every):
+        return len(find([path], video=True, other="", every=every, limits=Limits()))
+
+    assert parts(1 / 16) == 16
+    for every in (0.06, 1e-9, 1e-320):
+        with pytest.raises(UserError, match=r"16 frames in 1 s, so parts need at least 0\.0625 s"):
+            parts(every)
+    for every in (math.nan, math.inf, -1.0):
+        with pytest.raises(UserError, match="is no number of seconds"):
+            parts(every)
+
+
+def test_notes_on_files_that_are_read_with_a_defect(run, tmp_path, capsys):
+    """Frames that repeat are counted; frames that are replaced are reported by file."""
+    clips.write_video(tmp_path / "short.mp4", clips.pictures("left", 0)[:5])
+    clips.write_video(tmp_path / "bad.avi", clips.pictures("up", 0), "mjpeg")
+    content = (tmp_path / "bad.avi").read_bytes()
+    with av.open(str(tmp_path / "bad.avi")) as container:
+        packet = [packet for packet in container.demux(video=0) if packet.size][1]
+    (tmp_path / "bad.avi").write_bytes(
+        content[: packet.pos + 8] + bytes(packet.size) + content[packet.pos + 8 + packet.size :]
+    )
+    trained = structvit_jax.load_trained(str(run))
+    (prediction,) = trained.predict([str(tmp_path / "bad.avi")])
+    assert prediction.problem and not prediction.notes
+    trained.config.data.max_bad_frames = 0.2
+    found = list(predict._counting(trained.predict([str(tmp_path)]), {True: 0, False: 0}))
+    assert [prediction.problem for prediction in found] == ["", ""]
+    assert capsys.readouterr().err.splitlines() == [
+        f"note: {tmp_path}/bad.avi: 1 frame could not be decoded, replaced by the nearest",
+        "note: 1 clip has fewer than the 8 frames of a clip; frames are repeated",
+    ]
+
+
+def test_the_other_kind_names_a_model_that_takes_it(run, tmp_path):
+    trained = structvit_jax.load_trained(str(run))
+    (tmp_path / "a.jpg").touch()
+    (prediction,) = trained.predict([str(tmp_path / "a.jpg")])
+    assert "frames (a model such as deit_tiny_struct_2 takes images)" in prediction.problem
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match=r"no images in .*such as uniformer_s_video takes videos"):
+        find([str(tmp_path / "folder")], video=False, other=counterpart("uniformer_s"), limits=Limits())
+    images = Files(
+        find([str(tmp_path / "b.mp4"), "test:" + "9" * 5000], video=False, other="m", limits=Limits()),
+        ("a",),
+        video=False,
+        other="deit_s_video",
+        test=lambda: trained._test,
+        limits=Limits(),
+    )
+    (tmp_path / "b.mp4").touch()
+    with pytest.raises(DecodeError, match=r"takes images \(a model such as deit_s_video takes videos"):
+        images.open(0)
+    with pytest.raises(DecodeError, match="the test examples are test:0 to test:8"):
+        images.open(1)
+
+
+def test_a_long_video_takes_no_more_memory_than_its_first_minute(run, tmp_path):
+    """Ten minutes in parts of two seconds; each is decoded by itself."""
+    pictures = np.random.default_rng(0).integers(0, 256, (60, 32, 32, 3), np.uint8)
+    clips.write_video(tmp_path / "long.mp4", np.tile(pictures, (40, 1, 1, 1)), rate=4, g="8")
+    trained, resident = structvit_jax.load_trained(str(run)), []
+    for prediction in trained.predict([str(tmp_path / "long.mp4")], every=2.0):
+        assert not prediction.problem
+        resident.append(int(Path("/proc/self/statm").read_text().split()[1]))
+    assert len(resident) == 300 and max(resident[30:]) < 1.05 * resident[30]
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        ([], "it takes --checkpoint=RUN, FILES or FOLDERS"),
+        (["--checkpoint={run}"], "it takes --checkpoint=RUN, FILES or FOLDERS"),
+        (["--checkpoint=nowhere", "a.mp4"], "no checkpoint at nowhere: it should be RUN"),
+        (["--checkpoint={run}", "{empty}"], "{empty}: there are no videos in this folder"),
+        (["--checkpoint={run}", "--config.model.depths=(1,)", "a.mp4"], "leave config.model as it was saved"),
+        (["--checkpoint={run}", "--config.data.sise=3", "a.mp4"], "Did you mean config.data.size or"),
+        (["--checkpoint={run}", "--topp=3", "a.mp4"], "Unknown command line flag 'topp'"),
+    ],
+)
+def test_mistakes_are_one_line(command, run, tmp_path, words, complaint):
+    names = {"run": run, "empty": tmp_path}
+    done = command(*(word.format(**names) for word in words), **PREDICT)
+    assert done.returncode == 2 and not done.stdout
+    (line,) = [line for line in done.stderr.splitlines() if line]
+    assert line.startswith("error: ") and complaint.format(**names) in line
+
+
+ELSEWHERE = """
+import sys
+absent = set(sys.argv.pop(1).split(","))
+
+class Absent:
+    def find_spec(name, *_):
+        if name.partition(".")[0] in absent:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Absent)
+import jax, numpy as np
+program = jax.export.deserialize(open(sys.argv[1], "rb").read())
+for given, result in zip(sys.argv[2::2], sys.argv[3::2], strict=True):
+    np.save(result, program.call(np.load(given)))
+assert not any(name.startswith("structvit_jax") for name in sys.modules)
+"""
+
+
+def not_installed_by(*names):
+    """Modules of this environment that another one lacks, in which only these packages were installed."""
+    found, wanted = set(), list(names)
+    while wanted:
+        if (name := wanted.pop()) not in found:
+            found.add(name)
+            needed = map(Requirement, metadata.requires(name) or [])
+            wanted += [one.name for one in needed if not one.marker or one.marker.evaluate({"extra": ""})]
+    modules = metadata.packages_distributions()
+    return ",".join(name for name, packages in modules.items() if found.isdisjoint(packages))
+
+
+@pytest.mark.parametrize("model", ["deit_tiny_struct_2_video", "structvit_tiny_2_2"])
+def test_a_program_gives_the_models_numbers_without_the_package(command, model, tmp_path):
+    """In an environment with what its card asks for alone, for two numbers of examples."""
+    config = default_config()
+    config.model.name, config.data.batch_size, config.eval.batch_size = model, 8, 16
+    config.data.train_examples = config.data.test_examples = 16
+    if not model.endswith("_video"):
+        config.data.name, config.data.frames, config.data.size = "digits", 0, 32
+        config.model.depths, config.model.widths, config.model.head_width = (1,) * 4, (8, 8, 16, 16), 8
+    config.train.duration = "1 steps"
+    workdir = tmp_path / "run"
+    loop.train(config, epath.Path(workdir), data.load(config.data, config.augment, 0))
+    file = tmp_path / "model.jax"
+    done = command(f"--checkpoint={workdir}", file, **EXPORT)
+    assert done.returncode == 0, done.stderr
+
+    trained = structvit_jax.load_trained(str(workdir))
+    structure, arrays = weights.split(trained.network)
+    network = jax.jit(lambda x: structure.model(arrays)(x))
+    card = json.loads((tmp_path / "model.jax.json").read_text())
+    absent = not_installed_by(*card["install"].removeprefix("pip install ").split())
+    words, rng = [sys.executable, "-I", "-c", ELSEWHERE, absent, file], np.random.default_rng(0)
+    given = [rng.integers(0, 256, (count, *trained.reader.shape), np.uint8) for count in (1, 3)]
+    for pixels in given:
+        places = [tmp_path / f"{name}{len(pixels)}.npy" for name in ("in", "out")]
+        np.save(places[0], pixels)
+        words += places
+    subprocess.run(list(map(str, words)), check=True, cwd=tmp_path)
+    for pixels in given:
+        expected = np.asarray(network(trained.normalized(pixels)))
+        difference = np.abs(np.load(tmp_path / f"out{len(pixels)}.npy") - expected).max()
+        assert difference <= 1e-6 * np.abs(expected).max()
+
+    assert card["platforms"] == ["cpu", "cuda", "tpu"]
+    assert card["input"]["shape"] == [None, *trained.reader.shape]
+    assert tuple(card["class_names"]) == trained.class_names
+
+
+def test_export_refuses_what_it_cannot(command, run):
+    done = command(f"--checkpoint={run}", "--platforms=cpu,gpu", "x.jax", **EXPORT)
+    assert done.returncode == 2 and "unknown platform 'gpu'" in done.stderr
+    done = command(f"--checkpoint={run}", "x.jax", "y.jax", **EXPORT)
+    assert done.returncode == 2 and "it writes one file" in done.stderr

@@ -1,0 +1,387 @@
+"""The model family: names, overrides, shapes, modes, and both forms of attention in a whole model."""
+
+import dataclasses
+from functools import partial
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import COMPILED_SOON
+from flax import nnx
+
+import structvit_jax
+from structvit_jax import create_model, list_models
+from structvit_jax.models import get_variant, weights
+from structvit_jax.models.layers import BatchNorm, DropPath
+from structvit_jax.models.variants import OVERRIDES, Variant
+from structvit_jax.ops import attention, depthwise, devices, feed_forward, structsa
+from structvit_jax.utils.errors import UserError
+
+SMALL = {"depths": (1, 1, 1, 1), "widths": (8, 8, 16, 16), "head_width": 8}
+
+
+def call(model, x, **kwargs):
+    """The model's logits through one compiled function."""
+    structure, arrays = weights.split(model)
+    return jax.jit(lambda arrays, x: structure.model(arrays)(x, **kwargs))(arrays, x)
+
+
+def pixels(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+class VariantsTest(chex.TestCase):
+    """A small model of each network gives the same logits with and without jit."""
+
+    @chex.all_variants(with_pmap=False, without_device=False, with_device=False)
+    def test_logits(self):
+        for name, shape in (("deit_tiny_struct_2", (2, 24, 24, 3)), ("deit_tiny_video", (1, 8, 24, 24, 3))):
+            model, x = create_model(name, num_classes=5), pixels(*shape)
+            structure, arrays = weights.split(model)
+            logits = self.variant(lambda a, x, s=structure: s.model(a)(x))(arrays, x)
+            chex.assert_shape(logits, (shape[0], 5))
+            pooled = model.norm(model.features(x)[-1]).reshape(shape[0], -1, 32).mean(axis=1)
+            by_hand = pooled @ model.head.kernel[...] + model.head.bias[...]
+            chex.assert_trees_all_close(logits, by_hand, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "overrides", "grids"),
+    [
+        ("structvit_tiny_4_1", (2, 27, 33, 3), SMALL, [(13, 16), (6, 8), (3, 4), (1, 2)]),  # floors
+        (
+            "structvit_tiny_2_2_video",
+            (1, 5, 24, 24, 3),
+            SMALL,
+            [(3, 12, 12), (3, 6, 6), (3, 3, 3), (3, 1, 1)],
+        ),
+        ("uniformer_s_plus", (1, 40, 40, 3), SMALL, [(10, 10), (5, 5), (3, 3), (2, 2)]),
+        ("deit_tiny_struct_2_video", (1, 8, 24, 32, 3), {"depths": (4,)}, [(8, 3, 4)] * 4),  # other positions
+    ],
+)
+def test_shapes(name, shape, overrides, grids):
+    model = create_model(name, num_classes=0, **overrides)
+    structure, arrays = weights.split(model)
+    run = jax.eval_shape(
+        lambda a, x: (structure.model(a)(x), structure.model(a).features(x)), arrays, pixels(*shape)
+    )
+    chex.assert_shape(run[0], (shape[0], model.variant.widths[-1]))
+    assert [feature.shape[1:-1] for feature in run[1]] == grids
+    assert len(run[1]) == 4
+
+
+def test_names():
+    names = list_models()
+    assert {"uniformer_s_plus", "structvit_b_8_1_video", "deit_s_struct_4", "uniformer_tiny"} <= set(names)
+    assert "uniformer_s_plus_video" not in names
+    assert list_models("structvit_s_*") == [
+        f"structvit_s_{ds}{v}" for ds in ("4_1", "4_2", "8_1") for v in ("", "_video")
+    ]
+    for name in names:
+        get_variant(name)
+    assert get_variant("structvit_b_3_2").structure_dim == 3
+    assert get_variant("structvit_l_4_1").layer_scale == 1e-6
+    assert get_variant("structvit_s_4_1", stride=2, structure_dim=8) == get_variant("structvit_s_8_2")
+    assert {field.name for field in dataclasses.fields(Variant)} == {*OVERRIDES, "network", "video"}
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "message"),
+    [
+        ("structvit_s_4", {}, "Did you mean 'structvit_s_4_"),
+        ("strutvit_s_4_1", {}, "'structvit_s_4_1'"),
+        ("uniformer_s_plus_video", {}, "no video form"),
+        ("uniformer_b_ls_video", {}, "no video form"),
+        ("uniformer_s", {"drop_pth": 0.1}, "'drop_path'"),
+        ("uniformer_s", {"stride": 2}, "no window to stride"),
+        ("structvit_s_4_1", {"key_window": 4}, "odd"),
+        ("structvit_s_4_1", {"key_window": (3, 3, 3)}, "2 of them"),
+        ("structvit_s_4_1", {"head_width": 48}, "multiple of head_width"),
+        ("structvit_s_4_1", {"aggregation": "elements"}, "'context', 'element'"),
+        ("structvit_s_4_1", {"depths": (1, 2)}, "4 positive integers"),
+        ("structvit_s_4_1_video", {"stem": "conv"}, "images"),
+        ("structvit_s_4_1", {"video": True}, "unknown override 'video'"),
+        ("structvit_s_4_1", {"image_size": 32}, "only in a deit"),
+        ("deit_s", {"mixer_window": 3}, "only in a uniformer"),
+        ("structvit_s_4_1", {"aggregation": "element", "value_window": 5}, "leave value_window out"),
+        ("structvit_s_4_1", {"mixer_window": 4}, "odd side"),
+        ("structvit_s_4_1", {"seed": -1}, "negative"),
+        ("structvit_s_4_1", {"drop_path": 1.0}, "below 1"),
+    ],
+)
+def test_a_wrong_name_or_override_says_what_is_near(name, overrides, message):
+    with pytest.raises(UserError, match=message) as error:
+        create_model(name, num_classes=2, **overrides)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("structvit_tiny_4_1", (1, 8, 24, 24, 3), r"takes \[batch, height, width, 3\]"),
+        ("structvit_tiny_4_1_video", (1, 24, 24, 3), r"takes \[batch, time, height, width, 3\]"),
+        ("structvit_tiny_4_1", (1, 24, 24, 1), "shape"),
+        ("structvit_tiny_4_1", (1, 15, 24, 3), "needs 16x16 at least"),
+        ("deit_tiny_video", (1, 8, 7, 8, 3), "needs 1x8x8 at least"),
+    ],
+)
+def test_a_wrong_input_is_one_line(name, shape, message):
+    with pytest.raises(UserError, match=message):
+        create_model(name, num_classes=2)(jnp.zeros(shape))
+
+
+def test_every_override_reaches_the_model():
+    """Each field changes the abstract model, its computation, or both."""
+    changes = {
+        "depths": (1, 1, 2, 1),
+        "widths": (8, 8, 16, 32),
+        "head_width": 4,
+        "patch": 4,
+        "stem": "conv",
+        "mixer_window": 5,
+        "structure_dim": 3,
+        "stride": 2,
+        "key_window": 1,
+        "value_window": (3, 5),
+        "key_kernels": "shared",
+        "value_kernels": "shared",
+        "aggregation": "element",
+        "attention": "volume",
+        "kernel_init": "delta",
+        "drop_path": 0.5,
+        "layer_scale": 0.1,
+        "token_labels": True,
+        "remat": "full",
+        "dtype": "bfloat16",
+    }
+    elsewhere = {"image_size", "num_frames", "tubelet"}  # DeiT's, see test_deit_positions
+    elsewhere |= {"scan_blocks"}  # needs more than one block to a row, see the next test
+    base = {"patch": 2, "mixer_window": 3, **SMALL}
+
+    def program(**overrides):
+        options = base | overrides
+        if overrides.get("stem") == "conv":
+            options |= {"patch": 4}
+        model = create_model("structvit_tiny_2_1", num_classes=2, **options)
+        model.train()
+        structure, arrays = weights.split(model)
+        x = jnp.zeros((1, 40, 32, 3))
+        run = lambda a, x, key: structure.model(a)(x, key=key)  # noqa: E731
+        return str(jax.make_jaxpr(run)(arrays, x, jax.random.key(0))), weights.sha256(arrays)
+
+    reference, tested = program(), set()
+    assert program() == reference
+    for key, value in changes.items():
+        assert program(**{key: value}) != reference, key
+        tested.add(key)
+    assert program(layer_scale=0.0) == reference
+    # conv_layer_scale speaks only where there is layer scale
+    assert program(layer_scale=0.1, conv_layer_scale=False) != program(layer_scale=0.1)
+    assert tested | elsewhere | {"conv_layer_scale"} == set(OVERRIDES)
+
+
+SCANNED, KEPT_LESS = {"scan_blocks": True}, {"remat": "full"}
+
+
+@pytest.mark.parametrize(
+    ("name", "depths", "changes"),
+    [
+        ("structvit_tiny_2_1", (1, 2, 2, 1), [SCANNED | KEPT_LESS]),
+        ("deit_tiny_struct_2_video", (5,), [SCANNED, {"remat": "dots"}, SCANNED | KEPT_LESS]),
+    ],
+)
+def test_scanned_and_rematerialised_blocks_are_the_same_model(name, depths, changes):
+    """Values, statistics and gradients; and a row of equal blocks is in the program once."""
+    x = jnp.array(pixels(3, 4, 16, 16, 3) if "video" in name else pixels(3, 16, 16, 3))
+    small = {} if "video" in name else {"widths": (8, 8, 16, 16), "head_width": 8}
+
+    def train(**overrides):
+        model = create_model(name, num_classes=4, depths=depths, drop_path=0.4, **small, **overrides)
+        model.train()
+        structure, arrays = weights.split(model)
+
+        def loss(params, stats, key):
+            network = structure.model(weights.Weights(params, stats))
+            logits = network(x, key=key)
+            return jnp.sum(logits**2), (logits, weights.batch_stats(network))
+
+        given = (*arrays, jax.random.key(0))
+        traced = jax.jit(jax.value_and_grad(loss, has_aux=True)).trace(*given)
+        return traced.lower().compile(COMPILED_SOON)(*given), str(traced.jaxpr)
+
+    plain, program = train()
+    model = create_model(name, num_classes=4, depths=depths, **small, scan_blocks=True)
+    closed = jax.jit(lambda x: model(x), compiler_options=COMPILED_SOON)  # over its weights
+    assert closed(x).shape == (3, 4)
+    for overrides in changes:
+        other, its_program = train(**overrides)
+        if overrides == SCANNED:
+            assert its_program.count("dot_general") < program.count("dot_general")
+        # gradients that are zero but for rounding (biases before a norm) are held by the scale of all
+        scale = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(plain[1]))
+        chex.assert_trees_all_close(other[0], plain[0], rtol=1e-5, atol=1e-6)
+        chex.assert_trees_all_close(other[1], plain[1], rtol=1e-4, atol=1e-6 * scale)
+
+
+def test_deit_positions():
+    table = create_model("deit_s_video", num_classes=0, depths=(1,), widths=(64,)).pos_embed
+    assert table.shape == (8, 14, 14, 64)
+    other = create_model("deit_tiny_video", num_classes=0, image_size=32, num_frames=4, tubelet=2).pos_embed
+    assert other.shape == (2, 4, 4, 32)
+
+
+def test_seed_decides_the_weights():
+    digests = [
+        weights.sha256(weights.split(create_model("uniformer_tiny", num_classes=3, seed=s))[1])
+        for s in (0, 0, 1)
+    ]
+    assert digests[0] == digests[1] != digests[2]
+
+
+@pytest.mark.parametrize("name", ["structvit_tiny_4_1", "deit_tiny_struct_2_video"])
+def test_without_a_seed_a_model_has_its_shapes(name):
+    drawn, blank = (weights.split(create_model(name, num_classes=3, seed=seed)) for seed in (0, None))
+    chex.assert_trees_all_equal_shapes_and_dtypes(drawn[1], blank[1])
+    assert drawn[0] == blank[0]
+    assert not blank[1].params["head.kernel"].any() and drawn[1].params["head.kernel"].any()
+
+
+def test_initialisation_is_the_reference_s():
+    model = create_model("structvit_s_8_1", num_classes=50)
+    conv, attention = model.blocks1[0], model.blocks3[0].attn
+    for kernel, fan_in in (
+        (conv.attn.depthwise.kernel, 25),
+        (conv.mlp.fc1.kernel, 64),
+        (conv.pos_embed.bias, 9),
+    ):
+        assert 0.9 < float(jnp.abs(kernel[...]).max()) * fan_in**0.5 <= 1.0  # uniform within 1 / sqrt(fan_in)
+    for kernel in (attention.qkv.kernel, model.head.kernel):
+        assert abs(float(kernel[...].std()) / 0.02 - 1) < 0.02
+        assert float(jnp.abs(kernel[...]).max()) > 0.05  # not cut at two deviations
+    assert float(jnp.abs(attention.qkv.bias[...]).max()) == 0.0
+    assert abs(float(attention.key_kernels[...].std()) * 3 - 1) < 0.03
+    assert model.norm.epsilon == conv.norm1.epsilon == 1e-5
+    assert model.blocks3[0].norm1.epsilon == 1e-6
+    assert model.patch_embed2.norm.epsilon == 1e-5
+    rates = model.drop_rates
+    np.testing.assert_allclose(rates, np.linspace(0, 0.1, 18))
+
+
+def test_drop_path_drops_whole_branches_per_example():
+    drop = DropPath()
+    x = jnp.ones((4000, 2, 3))
+    assert (drop(x, 0.25, None) == x).all()  # evaluation mode
+    drop.train()
+    y = np.asarray(drop(x, 0.25, jax.random.key(0)))
+    assert set(np.unique(y)) == {0.0, np.float32(1 / 0.75)}
+    assert (y == y[:, :1, :1]).all()
+    assert abs((y[:, 0, 0] > 0).mean() - 0.75) < 0.03
+    with pytest.raises(ValueError, match="needs a key"):
+        drop(x, 0.25, None)
+
+
+def test_batch_norm_is_torch_s():
+    """Two-pass statistics, unbiased running variance, and an argument that overrules the mode."""
+    norm = BatchNorm(4, dtype=None, rngs=nnx.Rngs(0))
+    x = jnp.array(1000 + 0.1 * pixels(6, 4))
+    reference = np.asarray(x, np.float64)
+    y = norm(x, use_running_average=False)
+    np.testing.assert_allclose(
+        y, (reference - reference.mean(0)) / np.sqrt(reference.var(0) + 1e-5), atol=2e-2
+    )
+    np.testing.assert_allclose(norm.var[...], 0.9 + 0.1 * reference.var(0, ddof=1), rtol=1e-5)
+    before = np.asarray(norm.var[...])
+    norm.train()
+    norm(x, use_running_average=True)
+    assert (norm.var[...] == before).all()
+
+
+def test_bfloat16_computes_in_bfloat16_with_float32_weights():
+    x = pixels(2, 32, 32, 3)
+    exact = call(create_model("structvit_tiny_4_1", num_classes=7, **SMALL), x)
+    model = create_model("structvit_tiny_4_1", num_classes=7, dtype="bfloat16", **SMALL)
+    arrays = weights.split(model)[1]
+    assert {array.dtype for array in (arrays.params | arrays.batch_stats).values()} == {jnp.dtype("float32")}
+    structure = weights.split(model)[0]
+    assert jax.eval_shape(lambda a: structure.model(a).features(x)[-1], arrays).dtype == jnp.bfloat16
+    logits = call(model, x)
+    assert logits.dtype == jnp.float32
+    assert 0 < float(jnp.abs(logits - exact).max() / jnp.abs(exact).max()) < 0.05
+
+
+def losses_of_training(name, **overrides):
+    """Of three AdamW steps from the same weights."""
+    x = pixels(4, *([4] if "video" in name else []), 24, 24, 3)
+    labels = jnp.array([0, 1, 2, 0])
+    model = create_model(name, num_classes=3, **overrides)
+    model.train()
+    structure, arrays = weights.split(model)
+    optimizer = optax.adamw(1e-2)
+
+    @partial(jax.jit, compiler_options=COMPILED_SOON)
+    def step(arrays, state):
+        def loss_fn(params):
+            model = structure.model(arrays._replace(params=params))
+            loss = optax.softmax_cross_entropy_with_integer_labels(model(x), labels).mean()
+            return loss, weights.batch_stats(model)
+
+        (loss, stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(arrays.params)
+        updates, state = optimizer.update(grads, state, arrays.params)
+        return weights.Weights(optax.apply_updates(arrays.params, updates), stats), state, loss
+
+    state, values = optimizer.init(arrays.params), []
+    for _ in range(3):
+        arrays, state, loss = step(arrays, state)
+        values.append(float(loss))
+    assert values[-1] < values[0]
+    return values
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("structvit_tiny_3_2", SMALL),
+        ("deit_tiny_struct_2_video", {"depths": (1,), "widths": (16,), "num_frames": 4}),
+    ],
+)
+def test_volume_and_factored_train_alike(name, overrides):
+    factored = losses_of_training(name, **overrides)
+    np.testing.assert_allclose(losses_of_training(name, attention="volume", **overrides), factored, rtol=1e-4)
+
+
+def test_the_kernels_for_tpus_train_alike(monkeypatch):
+    """All of them in a whole network, interpreted."""
+    expected, ran = losses_of_training("structvit_tiny_2_1", **SMALL), set()
+
+    def on_each_device(self, kernel, *args, **options):
+        ran.add(getattr(kernel, "func", kernel).__qualname__.split(".")[0])
+        return kernel(*args)
+
+    monkeypatch.setattr(devices.Target, "interpret", True)
+    monkeypatch.setattr(devices.Target, "on_each_device", on_each_device)
+    for module in (attention, depthwise, feed_forward, structsa):
+        monkeypatch.setattr(module, "target", lambda: devices.Target("tpu", None))
+    np.testing.assert_allclose(losses_of_training("structvit_tiny_2_1", **SMALL), expected, rtol=1e-4)
+    assert ran == {"forward", "backward", "_fused", "_fused_backward", "_kernel_gradients"}
+
+
+def test_struct_attention_fits_into_a_transformer_of_ones_own():
+    class Mine(nnx.Module):
+        def __init__(self, rngs):
+            self.attention = structvit_jax.StructAttention(
+                12, heads=3, structure_dim=2, key_window=(3, 5), rngs=rngs
+            )
+
+        def __call__(self, x):
+            return x + self.attention(x)
+
+    model = Mine(nnx.Rngs(0))
+    x = jnp.array(pixels(2, 5, 6, 12))
+    assert nnx.jit(lambda m, x: m(x))(model, x).shape == x.shape
+    assert model.attention.key_kernels.shape == (3, 5, 3, 4, 2)
+    maps = model.attention.maps(x, jnp.array([0, 29]))
+    chex.assert_shape(maps.final, (2, 2, 3, 5, 6, 4))
+    nnx.eval_shape(lambda: Mine(nnx.Rngs(0)))  # builds abstractly, too

@@ -1,0 +1,189 @@
+"""--mode=bench: its parts are the model's and PyTorch's alike, its floors right, its files whole."""
+
+import json
+import math
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+from structvit_jax import cost, create_model
+from structvit_jax.performance import bench
+from structvit_jax.performance.bench import parts, report, timing
+from structvit_jax.performance.bench.peer import TorchPeer
+from structvit_jax.utils.errors import UserError
+
+NAME, SHAPE = "structvit_tiny_3_2_video", (2, 4, 40, 32, 3)
+TINY = [
+    "--config=configs/bench.py:structvit_tiny_4_1",
+    "--config.data.name=noise:5",
+    "--config.data.size=32",
+    "--config.data.batch_size=2",
+    "--config.bench.rounds=2",
+    "--mode=bench",
+]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return create_model(NAME, num_classes=5)
+
+
+def test_calls_take_turns():
+    """Each run after one that does not count; the first turn tells how often others should repeat it."""
+    order = []
+
+    def call(name):
+        return timing.Call(lambda: (order.append(name), time.sleep(timing._LEAST)), lambda _: None)
+
+    times = timing.in_turns({name: call(name) for name in "ab"}, 3)
+    assert "".join(order) == "aabb" + "aabb" * 3
+    assert all(len(turns.turns) == 3 and turns.median >= timing._LEAST for turns in times.values())
+
+
+def test_short_calls_repeat():
+    ran = []
+    timing.in_turns({"": timing.Call(lambda: ran.append(None), lambda _: None)}, 1)
+    assert len(ran) > 100
+
+
+def test_medians_and_ratios():
+    ours, theirs = timing.Times((1.0, 4.0, 2.0)), timing.Times((3.0, 4.0, 5.0))
+    assert ours.median == 2.0 and ours.spread == "-50% +100%"
+    assert theirs.over(ours) == 2.5  # of 3, 1 and 2.5
+    row = report.Row("x", "forward", ours, 10.0, 8.0, {"slow": timing.Times((9.0,) * 3), "fast": theirs})
+    assert (row.peer, row.speedup) == ("fast", 2.5)
+    rates = timing.Rates(operations=10.0, bytes=16.0)
+    assert row.floors(rates) == (1.0, 0.5) and row.share(rates) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [(NAME, SHAPE), ("structvit_tiny_4_1", (2, 32, 48, 3)), ("deit_tiny_video", (1, 8, 24, 24, 3))],
+)
+def test_parts_make_up_the_model(name, shape):
+    model = create_model(name, num_classes=5)
+    found = list(parts.parts_of(model, shape))
+    counted = cost(name, shape[1:], 5)
+    blocks = shape[0] * (counted.macs - counted.parts["head"].macs)
+    whole = sum(part.times * part.least()["forward"][0] for part in found if not part.inner)
+    assert 0.9 * 2 * blocks < whole <= 2 * blocks  # zeros around convolutions are not multiplied
+    by_name = {part.name: part for part in found}
+    for part in found:
+        if part.inner:
+            outer = by_name[part.name.rpartition(".")[0]]
+            assert part.times * part.least()["forward"][0] <= outer.times * outer.least()["forward"][0]
+
+
+def test_floors_by_hand(model):
+    by_name = {part.name: part for part in parts.parts_of(model, SHAPE)}
+    least = by_name["blocks2.position.depthwise"].least()
+    assert by_name["blocks2.position.depthwise"].shapes == [(2, 2, 10, 8, 32)]
+    values, weights = 2 * 2 * 10 * 8 * 32, (27 + 1) * 32
+    assert least["forward"][1] == 4 * (2 * values + weights)
+    assert least["train"][1] == 4 * (5 * values + 3 * weights)
+    taps = math.prod(3 * n - 2 for n in (2, 10, 8)) * 2 * 32  # those that see the grid
+    assert least["forward"][0] == 2 * taps and least["train"][0] == 6 * taps
+
+
+def test_parts_are_pytorchs(model):
+    """Values, and gradients of the input where there is one."""
+    peer = TorchPeer(model)
+    kinds = ("patch_embed1", "blocks1", "blocks3")
+    for part in (part for part in parts.parts_of(model, SHAPE) if part.name.partition(".")[0] in kinds):
+        inputs = part.inputs()
+        output = part.forward(part.weights, inputs)
+        _, (_, gradients) = part.gradients(part.weights, inputs, jnp.ones_like(output))
+        gradients = map(np.asarray, gradients)  # NumPy's transpositions need no compiler
+        ours = [_as_torch(part, np.asarray(output)), *(_as_torch_input(part, x) for x in gradients)]
+        forward, backward = peer.part(part, backward=False), peer.part(part, backward=True)
+        assert list(forward) == list(backward) == ["contiguous", "channels last"]
+        for variant in forward:
+            theirs = [forward[variant].run(), *backward[variant].run()[: len(inputs)]]
+            for a, b in zip(ours, theirs, strict=True):
+                scale = max(float(b.abs().max()), 0.01)  # of what is zero but for rounding
+                assert np.abs(a - b.numpy()).max() < 1e-4 * scale, (part.name, variant)
+
+
+def _as_torch(part, x):
+    """An output as the PyTorch file lays it out."""
+    if part.name.endswith("patterns"):
+        return np.moveaxis(x, -2, 1).reshape(x.shape[0], x.shape[-2], -1, x.shape[-1])
+    return np.swapaxes(x, 1, 2) if part.name.endswith("attend") else np.moveaxis(x, -1, 1)
+
+
+def _as_torch_input(part, x):
+    if part.name.endswith("patterns"):
+        return x.reshape(x.shape[0], -1, x.shape[-2] * x.shape[-1])
+    return _as_torch(part, x)
+
+
+def test_the_legend_names_what_is_drawn(monkeypatch):
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    times, rates = timing.Times((1.0, 2.0)), timing.Rates(operations=10.0, bytes=16.0)
+    for peers in ({}, {"compiled": times}):
+        report.plot([report.Row("blocks1", "forward", times, 10.0, 8.0, peers)], rates, "")
+    alone, beside = ({text.get_text() for text in f.axes[0].get_legend().get_texts()} for f in figures)
+    assert alone == {"structvit_jax", "floor"} and beside == alone | {"PyTorch's best"}
+
+
+def test_the_command(command, tmp_path):
+    eager = {"TORCHDYNAMO_DISABLE": "1"}  # torch.compile takes minutes
+    chosen = "--config.bench.only=model, blocks3.mixer", "--config.model.depths=(1,1,1,1)"
+    done = command(*TINY, *chosen, "--peer=torch", f"--workdir={tmp_path}", **eager)
+    assert done.returncode == 0, done.stderr
+    assert "logits and PyTorch's (channels last): " in done.stdout
+    assert "structvit_tiny_4_1 train: " in done.stdout and "times as fast" in done.stdout
+    assert ", first call " in done.stdout
+    assert "channels last" in done.stdout and "ms, compiled" not in done.stdout  # it was switched off
+    found = json.loads((tmp_path / "bench.json").read_text())
+    rows = {(row["name"], row["phase"]): row for row in found["rows"]}
+    names = ("structvit_tiny_4_1", "blocks3.mixer")
+    assert set(rows) == {(name, phase) for name in names for phase in ("forward", "train")}
+    for row in rows.values():
+        assert len(row["ours"]["turns"]) == 2 and min(row["ours"]["turns"]) > 0
+        assert {"contiguous", "channels last"} <= set(row["peers"])
+    assert min(found["rates"].values()) > 1e8
+    lines = (tmp_path / "bench.md").read_text().splitlines()
+    assert sum(line.startswith("| structvit_tiny_4_1, ") for line in lines) == 2
+    assert sum(line.startswith("| blocks3.") for line in lines) == 2
+    columns = [line.count("|") for line in lines if line.startswith("|")]
+    assert columns == [10] * 4 + [10] * 4
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--config.bench.only=block3.*"],
+            "config.bench.only: nothing is named 'block3.*'; there are model, ",
+        ),
+        (["--config.model.name=deit_tiny", "--peer=torch"], "UniFormers and StructViTs alone"),
+        (["--config.model.aggregation=element", "--peer=torch"], "structvit_torch.py has no such model"),
+        (["--config.bench.rounds=0"], "to be at least 1"),
+        (["--mode=show", "--peer=torch"], "--peer is for --mode=bench"),
+    ],
+)
+def test_mistakes_are_one_line(command, tmp_path, arguments, message):
+    done = command(*TINY, *arguments, f"--workdir={tmp_path}")
+    assert done.returncode == 2
+    assert message in done.stderr and done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_logits_are_told():
+    ours, theirs = (timing.Call(lambda x=x: x) for x in (jnp.ones((2, 5)), torch.full((2, 5), 1.01)))
+    with pytest.raises(UserError, match=r"PyTorch \(eager\) gives other logits: 0.0099 of the largest apart"):
+        bench._compare(ours, {"eager": theirs}, "float32")
+
+
+def test_several_devices_are_refused(tmp_path):
+    assert jax.device_count() > 1, "conftest.py makes eight"
+    with pytest.raises(UserError, match="measures one device"):
+        bench.run(None, None, tmp_path, None)

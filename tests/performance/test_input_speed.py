@@ -1,0 +1,30 @@
+"""The benchmark of the input: it prints what it promises, and agrees with the plain loop."""
+
+import re
+
+from conftest import structvit
+
+from structvit_jax.performance import input_speed
+
+
+def test_it_runs(tmp_path, capsys):
+    video = str(tmp_path / "video.mp4")
+    input_speed.write_video(video, key_interval=60)
+    structvit("bench", "input", f"--video={video}", "--clips=3", "--memory=16")
+    out = capsys.readouterr().out
+    assert re.search(
+        r"video.mp4, \d+ kbit/s: decoding [\d.]+ ms a clip, plain loop [\d.]+ ms \([\d.]+ times\)", out
+    )
+    for name in ("clips", "images"):
+        stages = r"open and index [\d.]+ ms, decode [\d.]+ ms, augment and crop [\d.]+ ms"
+        assert re.search(rf"{name}: [\d.]+ a second on one core \({stages}\)", out)
+    assert len(re.findall(r"resident memory after \d+ clips: \d+ MB", out)) == 4
+    assert "growth from clip 4 to clip 16:" in out
+
+
+def test_frames_agree_with_the_plain_loop(tmp_path):
+    """`compare_decoding` raises where a clip differs."""
+    path = str(tmp_path / "video.mp4")
+    input_speed.write_video(path, key_interval=30)
+    ours, plain = input_speed.compare_decoding(path, 5)
+    assert 3 * ours < plain  # the benchmark itself says how much; here a machine may be busy

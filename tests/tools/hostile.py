@@ -1,0 +1,189 @@
+"""Attack the commands with bad command lines, damaged files and environments; count what falls short.
+
+    python tests/tools/hostile.py [--only PATTERN ...] [--list] [--sample] [--self] [--seed 0] [--jobs 2]
+        [--keep DIR]
+
+A command may refuse, but in one line and with exit code 2 (or 75, if the same command may work later): no
+traceback, no hang, no gigabytes, nothing written outside its folders, no process left behind. Each case in
+tests/attacks states the exit codes that it allows. Exits with 1 if a case falls short. Only the loopback
+interface of this machine is contacted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import fnmatch
+import importlib
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # most programs take longer to compile than to run
+
+from attacks import self_cases
+from attacks.case import KINDS, Case, Result, describe, problems
+from attacks.runner import Runner
+from attacks.sandbox import PARTS, Sandbox, needed
+
+_TABLES = (
+    *("command_line", "key", "configuration", "media", "list"),
+    *("checkpoint", "log", "data", "weights", "environment"),
+)
+# What commands import; not the commands themselves, which each case runs anew.
+_IMPORTED = (
+    *("command", "data", "data.records", "training.loop", "bench", "plan", "sheet", "show", "trained"),
+    *("convert", "explain.maps", "explain.page", "explain.picture", "report.page", "ablate.study", "traffic"),
+)
+_SAMPLE = (  # seconds, and no part that has to be trained
+    "flags: main: --mode=nonsense",
+    "flags: data.shards: --shards=-1",
+    "flags: traffic: --trips=x=9*",
+    "flags: motion: help",
+    "places: prepare to <here>/file/x",
+    "places: predict of /dev/null/x",
+    "keys: train.seed=*",
+    "configurations: main: raises KeyError",
+    "configurations: main: returns nothing",
+    "configurations: main: a fifo",
+    "lists: labels.txt, byte order mark: written anew",
+    "lists: labels.txt, Latin-1: show",
+    "lists: train.csv, labels of 5,000 digits: show",
+    "lists: train.jsonl, nested: show",
+    "lists: train.csv, a fifo: show",
+    "media: check bad_images/bomb_square.png",
+    "media: check bad_images/eps_named.jpg",
+)
+
+
+def select(options: argparse.Namespace) -> list[Case]:
+    """The cases that the options ask for."""
+    if options.self:
+        return list(self_cases.cases())
+    tables = (importlib.import_module(f"attacks.{name}_cases") for name in _TABLES)
+    cases = [case for table in tables for case in table.cases()]
+    names = collections.Counter(map(str, cases))
+    assert not (twice := [name for name, count in names.items() if count > 1]), (
+        f"names are not unique: {twice}"
+    )
+    patterns = [*options.only, *(_SAMPLE if options.sample else ())] or ["*"]
+    return [case for case in cases if any(_matches(str(case), pattern) for pattern in patterns)]
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return fnmatch.fnmatchcase(name, pattern.replace("[", "[[]"))
+
+
+def parts_of(cases: Iterable[Case]) -> list[str]:
+    """The parts of the sandbox that cases need, in the order in which to make them."""
+    words = [word for case in cases for word in (*case.arguments, *map(str, case.environment.values()))]
+    words += [f"<{part}>" for case in cases for part in (*case.copies, *case.needs)]
+    return needed(words)
+
+
+def build(runner: Runner, parts: Iterable[str]) -> None:
+    """Make parts of the sandbox; what goes wrong there ends the program."""
+    for part in parts:
+        module, arguments = PARTS[part]
+        case = Case("sandbox", part, module, arguments, codes=(0,), seconds=300, megabytes=6000)
+        for _, result, _ in runner.run([case]):
+            if result.code:
+                sys.exit(f"the sandbox's {part} could not be made:\n{result.stdout}{result.stderr}")
+
+
+def table(groups: dict[str, list[tuple[Result, dict[str, str]]]]) -> Iterator[str]:
+    """Counts by group, a line each."""
+    yield f"{'group':15} cases  good " + "".join(f"{kind:>10}" for kind in KINDS) + "  slowest  largest"
+    everything = [row for rows in groups.values() for row in rows]
+    for name, rows in [*groups.items(), ("all", everything)]:
+        counts = [sum(kind in wrong for _, wrong in rows) for kind in KINDS]
+        slowest = max((result.seconds for result, _ in rows), default=0)
+        largest = max((result.megabytes for result, _ in rows), default=0)
+        good = sum(not wrong for _, wrong in rows)
+        columns = "".join(f"{count or '.':>10}" for count in counts)
+        yield f"{name:15} {len(rows):5} {good:5} {columns} {slowest:6.1f} s {largest:5.0f} MB"
+
+
+def attack(runner: Runner, cases: Sequence[Case], *, keep: bool) -> list[tuple[Case, Result, dict[str, str]]]:
+    """Run the cases and prints those that fall short, as they end."""
+    finished = []
+    for case, result, here in runner.run(cases):
+        wrong = problems(case, result, here)
+        finished.append((case, result, wrong))
+        if wrong:
+            print(describe(case, result, wrong), flush=True)
+        if not (wrong and keep):
+            for path in (here, *here.parent.glob(f"{here.name}.*")):
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        if len(finished) % 100 == 0:
+            print(f"... {len(finished)} of {len(cases)}", flush=True)
+    return finished
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", action="append", default=[], metavar="PATTERN", help="as 'cards: *'")
+    parser.add_argument("--list", action="store_true", help="print the names of the cases")
+    parser.add_argument("--sample", action="store_true", help="the cases of tests/test_hostile.py")
+    parser.add_argument("--self", action="store_true", help="commands that misbehave: are they noticed?")
+    parser.add_argument("--seed", type=int, default=0, help="of the damage to files")
+    parser.add_argument("--jobs", type=int, default=2, help="how many at a time")
+    parser.add_argument("--keep", type=Path, help="a folder for the sandbox, which then stays")
+    options = parser.parse_args()
+    cases = select(options)
+    if options.list:
+        print(*cases, sep="\n")
+        return 0
+    started = time.monotonic()
+    folder = options.keep or Path(tempfile.mkdtemp(prefix="hostile_"))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the sandbox goes
+    try:
+        finished = _run(options, cases, folder.resolve())
+    finally:
+        if not options.keep:
+            shutil.rmtree(folder, ignore_errors=True)
+    groups: dict[str, list[tuple[Result, dict[str, str]]]] = {}
+    for case, result, wrong in finished:
+        groups.setdefault(case.group, []).append((result, wrong))
+    print("", *table(groups), sep="\n")
+    slowest = sorted(finished, key=lambda row: -row[1].seconds)[:5]
+    print("slowest:", "; ".join(f"{case} ({result.seconds:.0f} s)" for case, result, _ in slowest))
+    short = sum(bool(wrong) for _, _, wrong in finished)
+    wall, used = time.monotonic() - started, sum(result.cpu_seconds for _, result, _ in finished)
+    print(
+        f"{len(finished)} cases, {short} fell short; {wall / 60:.1f} minutes, {used / 60:.1f} of one core's"
+    )
+    if options.self:
+        return int(any(set(wrong) != self_cases.EXPECTED[case.name] for case, _, wrong in finished))
+    return int(short > 0 or not finished)
+
+
+def _run(
+    options: argparse.Namespace, cases: Sequence[Case], folder: Path
+) -> list[tuple[Case, Result, dict[str, str]]]:
+    if not options.self:
+        for name in _IMPORTED:
+            importlib.import_module(f"structvit_jax.{name}")
+        import jax
+
+        if jax.__version_info__ < (0, 11):  # compiles in half the time; unknown to later versions
+            os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"
+    sandbox = Sandbox(folder, options.seed)
+    with contextlib.closing(Runner(sandbox, jobs=options.jobs, seed=options.seed)) as runner:
+        build(runner, [part for part in parts_of(cases) if not sandbox.path(part).exists()])
+        if not options.self:
+            print(f"{len(cases)} cases in {folder}", flush=True)
+        return attack(runner, cases, keep=bool(options.keep))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
