@@ -8,8 +8,9 @@ DIR/train/CLASS/FILE and DIR/val/CLASS/FILE, or lists DIR/train.csv and DIR/val.
 or only DIR/CLASS/FILE, of which a tenth is then held out for testing; see the README.
 
 Keys that are left open here are filled in by the data (`structvit_jax.config.automatic`) and printed in
-one line: a small StructViT for videos or for images, whichever most files are, at a size near that of the data; the
-batch, and a duration of 300 to 10,000 steps. Any key can be set: --config.train.duration="10 epochs".
+one line: a small StructViT for videos or for images, whichever most files are, at a size near that of the
+data; the batch, and a duration of 300 to 10,000 steps. Any key can be set, as
+--config.train.duration="10 epochs".
 
 The argument is MODEL,STAGE: another model, as structvit_s_4_1, and scratch or finetune.
 Flipping is off, since left and right may be classes; where they are not, try --config.augment.flip=0.5.

@@ -27,10 +27,10 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any, NamedTuple, cast
 
+import click
 import jax
 import jax.numpy as jnp
 import numpy as np
-import click
 from etils import epath
 from jax.typing import ArrayLike
 

@@ -12,6 +12,7 @@ __all__ = ["StructAttention", "convert", "cost", "create_model", "list_models", 
 _MODULES = dict.fromkeys(("StructAttention", "cost", "create_model", "list_models"), "models")
 _MODULES["load_trained"] = "inference.trained"
 
+
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return getattr(importlib.import_module(f"structvit_jax.{_MODULES[name]}"), name)

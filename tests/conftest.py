@@ -31,8 +31,7 @@ import pytest
 from bucket import Bucket
 from etils import epath
 
-from structvit_jax import data
-from structvit_jax import cli, main
+from structvit_jax import cli, data, main
 from structvit_jax.ops import batch_split_over
 from structvit_jax.performance import hardware
 from structvit_jax.runtime import lock, mesh

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import click
 
 from structvit_jax.runtime import process
-from structvit_jax.utils.errors import UserError, did_you_mean
+from structvit_jax.utils.errors import MISTAKE, UserError, did_you_mean
 
 COMMANDS = {
     "train": "Train a configuration, or resume its run.",
@@ -83,6 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     Exit codes: 0 success, 1 unreadable data or a bug, 2 a user's error, 75 re-run to resume, 130 interrupted.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if "_STRUCTVIT_COMPLETE" in os.environ:  # set by the shell, see the README
+        structvit.main(prog_name="structvit")
     run(structvit, arguments, name="structvit", trains=arguments[:1] == ["train"])
 
 
@@ -108,13 +110,16 @@ def call(command: click.Command, arguments: Sequence[str], name: str = "structvi
     """Run a command line in this process and return its exit code.
 
     Raises:
-      UserError: also for what click rejects.
-      KeyboardInterrupt: also if it came while click was waiting for input.
+      UserError: also for words that the command does not take.
     """
     try:
-        code = command.main(list(arguments), prog_name=name, standalone_mode=False)
-    except click.Abort as error:
-        raise KeyboardInterrupt from error
+        with command.make_context(name, list(arguments)) as context:
+            code = command.invoke(context)
+    except click.exceptions.Exit as end:
+        return end.exit_code
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+        return MISTAKE
     except click.ClickException as error:
         raise UserError(_message(error)) from error
     return code if isinstance(code, int) else 0

@@ -63,7 +63,7 @@ def command(words: Words, workdir: str | None, **chosen: Any) -> None:
     \b
     Example:
       structvit ablate --config=ablate_digits
-      structvit ablate --config=digits --arms='ConvSA: model.structure_dim=1' --arms='D = 4: model.structure_dim=4'
+      structvit ablate --config=digits --arms='D=1: model.structure_dim=1' --arms='D=4: model.structure_dim=4'
     """
     from structvit_jax.cli import experiment
     from structvit_jax.cli.configuration import load_file, override

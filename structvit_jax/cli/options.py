@@ -138,7 +138,7 @@ workdir = click.option("--workdir", metavar="DIR", help="Folder of the run; by d
 
 
 def open_checkpoint_config(checkpoint: str, words: Words) -> ml_collections.ConfigDict:
-    """Return the configuration of a checkpoint's card, changed as the command line says, and select the devices.
+    """Return the configuration of a checkpoint's card with the changes of a command line; select devices.
 
     Raises:
       UserError: no checkpoint, an unknown key, or a value that a key does not take.

@@ -49,7 +49,7 @@ def _common(function: Callable[..., Any]) -> Callable[..., Any]:
             type=click.IntRange(min=1),
             default=os.cpu_count() or 1,
             help="Processes that decode.",
-        ),  # fmt: skip
+        ),
     )
     for option in reversed(added):
         function = option(function)
@@ -68,7 +68,7 @@ def _splits(val_fraction: float) -> Callable[[Callable[..., Any]], Callable[...,
                 type=click.FloatRange(0, 1, max_open=True),
                 default=val_fraction,
                 help="Fraction of the training examples held out if there is no test split.",
-            ),  # fmt: skip
+            ),
             click.option(
                 "--images", is_flag=True, help="Files are images; by default what most of them are."
             ),

@@ -77,8 +77,8 @@ def adapt(
 ) -> Adapted:
     """Fit weights to a model.
 
-    The head is kept if both name the same classes, see `structvit_jax.utils.class_names.match`, and then takes the
-    model's order of them. Otherwise it is re-initialised, with a note that says why.
+    The head is kept if both name the same classes, see `structvit_jax.utils.class_names.match`, and then
+    takes the model's order of them. Otherwise it is re-initialised, with a note that says why.
 
     Args:
       source: the weights.

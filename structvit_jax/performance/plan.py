@@ -56,9 +56,7 @@ class Request(NamedTuple):
     device_memory: str = ""  # of a device, as "24GB"; finds the largest batch that fits
 
 
-def describe(
-    config: ml_collections.ConfigDict, data: Any, workdir: epath.Path, request: Request = Request()
-) -> str:
+def describe(config: ml_collections.ConfigDict, data: Any, workdir: epath.Path, request: Request) -> str:
     """Return what the train step takes, and write the programs' texts into WORKDIR/plan.
 
     Raises:

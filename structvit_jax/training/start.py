@@ -29,9 +29,10 @@ from structvit_jax.utils.errors import UserError
 def settle(config: ml_collections.ConfigDict, workdir: epath.Path) -> ml_collections.ConfigDict:
     """Return the configuration with open keys (None) filled in by what the run starts from.
 
-    These are the keys of INPUTS, and those of `structvit_jax.config.automatic`. The workdir's newest checkpoint
-    decides both. Without one, the keys of INPUTS are those that the weights of init_from expect, or the
-    defaults, and the others stay open, for the data to decide. Opens no device and waits for no process.
+    These are the keys of INPUTS, and those of `structvit_jax.config.automatic`. The workdir's newest
+    checkpoint decides both. Without one, the keys of INPUTS are those that the weights of init_from expect,
+    or the defaults, and the others stay open, for the data to decide. Opens no device and waits for no
+    process.
 
     Raises:
       UserError: no weights at config.init_from, or such that something has to be said of them first.

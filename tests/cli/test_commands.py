@@ -9,7 +9,9 @@ import pytest
 from conftest import ROOT
 
 NOTHING = "stopped by a signal with nothing to save; re-run the command to resume\n"
-BODY = "import sys; from structvit_jax.runtime.process import exit_in_one_line\nwith exit_in_one_line():\n    "
+BODY = (
+    "import sys; from structvit_jax.runtime.process import exit_in_one_line\nwith exit_in_one_line():\n    "
+)
 FULL = (
     "error: standard output cannot be written: No space left on device; redirect it and re-run the command\n"
 )
@@ -52,19 +54,20 @@ def test_a_closed_output():
 
 
 @pytest.mark.parametrize(
-    ("module", "number", "code", "line"),
+    ("words", "number", "code", "line"),
     [
-        ("predict", signal.SIGINT, 130, "interrupted\n"),
-        ("data.prepare", signal.SIGINT, 130, "interrupted\n"),
-        ("main", signal.SIGINT, 75, NOTHING),
-        ("main", signal.SIGTERM, 75, NOTHING),
-        ("main", signal.SIGHUP, 75, NOTHING),
+        ("structvit_jax predict run clip.mp4", signal.SIGINT, 130, "interrupted\n"),
+        ("structvit_jax prepare folder data --check", signal.SIGINT, 130, "interrupted\n"),
+        ("structvit_jax train --config=digits", signal.SIGTERM, 75, NOTHING),
+        ("structvit_jax.main --config=digits", signal.SIGINT, 75, NOTHING),
+        ("structvit_jax.main --config=digits", signal.SIGTERM, 75, NOTHING),
+        ("structvit_jax.main --config=digits", signal.SIGHUP, 75, NOTHING),
     ],
 )
-def test_a_signal_during_imports(tmp_path, module, number, code, line):
+def test_a_signal_during_imports(tmp_path, words, number, code, line):
     """Ended at once, in a line; NumPy's place is taken by a module that takes its time."""
     (tmp_path / "numpy.py").write_text("import time; print('importing', flush=True); time.sleep(60)")
-    command = [sys.executable, "-m", f"structvit_jax.{module}"]
+    command = [sys.executable, "-m", *words.split()]
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, cwd=ROOT, env=environment, **streams) as process:

@@ -5,13 +5,14 @@ import os
 import shutil
 import signal
 import stat
+from pathlib import Path
 
 import pytest
 from conftest import CONFIG, QUICK, ROOT, Command, records, refusal, run
 from ml_collections import ConfigDict
 
 from structvit_jax import data
-from structvit_jax.cli.command import config_path
+from structvit_jax.cli.configuration import find_file
 from structvit_jax.config import default_config
 from structvit_jax.models.weights import sha256
 from structvit_jax.training.checkpoint import Checkpoints
@@ -77,7 +78,7 @@ def test_a_complete_run_says_so_and_a_longer_one_goes_on(finished, command, tmp_
 
 
 def test_show_trains_nothing(command, tmp_path):
-    process = command(CONFIG, "--mode=show", f"--workdir={tmp_path / 'none'}")
+    process = command(CONFIG, f"--workdir={tmp_path / 'none'}", program="show")
     assert process.returncode == 0, process.stderr
     for phrase in (
         "batch_size: 64",
@@ -131,14 +132,14 @@ def test_a_killed_run_resumes_to_the_same_numbers(finished, command, tmp_path, k
             ["--config={typo}"],
             "typo.py:4: the configuration has no key 'batchsize'. Did you mean config.data.batch_size or",
         ),
-        (["--config=configs"], "Known: configs/ablate_digits.py, configs/"),
+        (["--config=configs"], "no configuration file (.py) at 'configs'. Known: ablate_digits, ablations"),
         (["--config=configs/folder.py:deit_s,finetun"], "error: unknown stage 'finetun'. Did you mean"),
         (["--config=configs/ablations.py:imagnet"], "unknown data set 'imagnet'. Did you mean 'imagenet'?"),
         ([*QUICK, "--config.optimizer.lr=1e30", "--workdir={tmp}/nan"], "Lower config.optimizer.lr"),
-        ([CONFIG, "--config.optimizer.lr=fast"], "--config.optimizer.lr=fast"),
+        ([CONFIG, "--config.optimizer.lr=fast"], "--config.optimizer.lr='fast': it takes a number"),
         ([CONFIG, "--config.optimizer.lr=0.0"], "config.optimizer.lr is 0.0"),
-        ([CONFIG, "--mode=evaluate"], "train|eval|show|plan|data"),
-        ([CONFIG, "--config.model.name=structvit_tiny_4_1_vdeo", "--mode=show"], "structvit_tiny_4_1_video"),
+        ([CONFIG, "--mode=evaluate"], "'evaluate' is not one of 'train', 'eval'"),
+        ([CONFIG, "--config.model.name=structvit_tiny_4_1_vdeo"], "structvit_tiny_4_1_video"),
         (
             [CONFIG, "--config.model.name=structvit_tiny_4_1"],
             "takes [batch, height, width, 3]; the input has shape",
@@ -164,11 +165,14 @@ def test_mistakes_are_one_clear_line(arguments, phrase, refused, tmp_path):
     assert phrase in refused(*[argument.format(tmp=tmp_path, typo=typo) for argument in arguments])
 
 
-@pytest.mark.parametrize("path", ["configs/digits.py", "digits.py"])
-def test_outside_a_clone_the_configurations_are_elsewhere(path, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["digits", "digits.py", "configs/digits.py"])
+def test_configurations_of_the_package_are_found_everywhere(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=f"no configuration file .* at '{path}'. .* run this in a clone"):
-        config_path(["main", f"--config={path}"])
+    assert find_file(name).read_bytes() == (ROOT / "configs" / "digits.py").read_bytes()
+    (tmp_path / "digits.py").write_text("")
+    assert find_file("digits.py") == Path("digits.py")  # a file comes first
+    with pytest.raises(UserError, match=r"no configuration file .* at 'digist'. Did you mean 'digits'"):
+        find_file("digist")
 
 
 def test_a_checkpoint_of_another_model_is_refused_and_kept(finished, refused):

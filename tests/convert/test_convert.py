@@ -16,12 +16,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import structvit
 import torch
+from conftest import ROOT, structvit
 from PIL import Image
 
 from structvit_jax import convert, create_model, data
-from structvit_jax.data import prepare
 from structvit_jax.models import get_variant, weights
 from structvit_jax.models.positions import resize_positions
 from structvit_jax.training import loop

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import clips
 import pytest
-from conftest import structvit
 from clips import load
+from conftest import structvit
 from deadly import Deadly
 from PIL import Image
 

@@ -16,7 +16,7 @@ from conftest import ROOT, structvit
 from etils import epath
 from PIL import Image
 
-from structvit_jax.data import records, shard_writer, shards
+from structvit_jax.data import records, shard_writer
 from structvit_jax.data.index import Entry, Index
 from structvit_jax.utils.errors import DecodeError, UserError
 

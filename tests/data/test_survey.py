@@ -15,7 +15,6 @@ from PIL import Image
 
 from structvit_jax import data
 from structvit_jax.config import automatic, check_config, steps_in
-from structvit_jax.data import prepare, shards
 from structvit_jax.data.fingerprint import compare
 from structvit_jax.data.folder import Layout, hold_out, is_video
 from structvit_jax.data.index import Entry, read_labels

@@ -12,27 +12,26 @@ import numpy as np
 import pytest
 from conftest import structvit
 from etils import epath
+from structvit_jax.cli.command import _last_values, parse_flags, suggest_key
 
 from structvit_jax import create_model, data, load_trained
 from structvit_jax.analysis.ablate.grid import Ablation
 from structvit_jax.analysis.report.classes import class_sections
 from structvit_jax.analysis.report.predictions import Predictions
 from structvit_jax.cli import predict
-from structvit_jax.cli.command import _last_values, parse_flags, suggest_key
 from structvit_jax.config import check_config, default_config
 from structvit_jax.data import Problem
 from structvit_jax.inference.trained import Prediction
 from structvit_jax.models import weights
 from structvit_jax.ops import native
-from structvit_jax.performance import input_speed
 from structvit_jax.runtime import cache, goodput, mesh, storage
 from structvit_jax.runtime.digests import write_digests
+from structvit_jax.runtime.process import exit_in_one_line
 from structvit_jax.training import evaluation, log
 from structvit_jax.training.card import MACHINE, PORTABLE, check_card, from_card, is_portable, keys_of
 from structvit_jax.training.run import as_json, differences
 from structvit_jax.training.unreadable import Unreadable
 from structvit_jax.utils import paths
-from structvit_jax.runtime.process import exit_in_one_line
 from structvit_jax.utils.errors import UserError, printable
 
 RED = "\x1b[31mred\x1b[0m"

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import programs
 import pytest
-from conftest import ROOT
+from conftest import ROOT, structvit
 from jax.sharding import Mesh
 
 from structvit_jax.performance.traffic import count

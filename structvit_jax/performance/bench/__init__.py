@@ -65,8 +65,9 @@ def run(config: ml_collections.ConfigDict, data: Any, workdir: epath.Path, reque
     dtype = prepared.model.variant.dtype
     rates = measure_rates(dtype, request.rounds)
     header = (
-        f"{config.model.name}, batch {'x'.join(map(str, shape))}, {dtype}; {report.machine(bool(request.peer))};"
-        f" {datetime.date.today()}. Here matrix products reach {rates.operations / 1e9:.4g} G operations/s"
+        f"{config.model.name}, batch {'x'.join(map(str, shape))}, {dtype};"
+        f" {report.machine(bool(request.peer))}; {datetime.date.today()}. Here matrix products reach"
+        f" {rates.operations / 1e9:.4g} G operations/s"
         f" and copies {rates.bytes / 1e9:.4g} GB/s. Medians of {request.rounds} turns."
     )
     say(header)

@@ -19,7 +19,7 @@ COLLECTIVES = words(
 def sent(
     program: Program, op: Instruction, operands: Sequence[Instruction], scattered: bool = False
 ) -> float:
-    """The bytes that a device sends in a collective: those of a ring, see `structvit_jax.performance.traffic`.
+    """Return the bytes that a device sends in a collective, as a ring does.
 
     Args:
       scattered: for an all-reduce, that each device keeps its slice only.

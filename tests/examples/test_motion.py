@@ -5,11 +5,11 @@ import io
 import av
 import jax
 import jax.numpy as jnp
+import motion
 import numpy as np
 import pytest
 from PIL import Image
 
-from structvit_jax.analysis import motion
 from structvit_jax.utils.errors import UserError
 
 
