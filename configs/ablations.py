@@ -19,12 +19,12 @@ The paper's top-1 on ImageNet and Something-Something V1, by structure_dim: 80.5
 import ml_collections
 
 from structvit_jax.config import recipes
-from structvit_jax.utils.errors import known
+from structvit_jax.utils.errors import check_choice
 
 
 def get_config(argument: str = "imagenet") -> ml_collections.ConfigDict:
     data, *pairs = argument.split(",")
-    known("data set", data, ("imagenet", "something_v1"))
+    check_choice("data set", data, ("imagenet", "something_v1"))
     settings = {key: value for key, _, value in (pair.partition("=") for pair in pairs)}
     patterns = int(settings.pop("structure_dim", 4))
     name = f"deit_s_struct_{patterns}" if patterns else "deit_s"

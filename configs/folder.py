@@ -20,12 +20,12 @@ import ml_collections
 
 from structvit_jax.config import default_config
 from structvit_jax.config.automatic import OPEN, leave_open
-from structvit_jax.utils.errors import known
+from structvit_jax.utils.errors import check_choice
 
 
 def get_config(argument: str = "") -> ml_collections.ConfigDict:
     model, _, stage = argument.partition(",")
-    finetune = known("stage", stage or "scratch", ("scratch", "finetune")) == "finetune"
+    finetune = check_choice("stage", stage or "scratch", ("scratch", "finetune")) == "finetune"
     config = default_config()
     leave_open(config, *OPEN)
     if model:
@@ -49,7 +49,9 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
             config.data.size = 224
         config.data.batch_size = 16
         config.model.drop_path = 0.2  # more than for large data, as UniFormer's on Something-Something
-        config.train.accumulate = 2  # eight clips at a time: 14 GB for structvit_s_4_1_video, by --mode=plan
+        config.train.grad_accum_steps = (
+            2  # eight clips at a time: 14 GB for structvit_s_4_1_video, by --mode=plan
+        )
         config.optimizer.lr = 1e-4  # UniFormer's rule, 2e-4 for 32 clips
         config.optimizer.layer_decay = 0.85
         config.optimizer.clip_norm = 20.0

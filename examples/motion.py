@@ -43,7 +43,7 @@ from structvit_jax.ops.attention import attention
 from structvit_jax.runtime.mesh import select_devices
 from structvit_jax.runtime.storage import write
 from structvit_jax.utils.errors import DecodeError, UserError, printable
-from structvit_jax.utils.paths import parse_path, writing
+from structvit_jax.utils.paths import parse_path, write_errors_as_user_error
 
 DIRECTIONS = MovingDigits.class_names  # in steps of 45 degrees, counterclockwise from the right
 _PATCH = 5  # pixels
@@ -340,7 +340,7 @@ def command(out: str | None, clip: str | None, clips: int) -> None:
 
 
 def _save(out: epath.Path, picture: bytes) -> None:
-    with writing(out):
+    with write_errors_as_user_error(out):
         write(out, picture)
     print(printable(str(out)))
 

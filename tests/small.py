@@ -16,7 +16,7 @@ SHORT = [
     "--config.eval.batch_size=16",
     "--config.eval.every=",
     "--config.train.duration=2 steps",
-    "--config.train.accumulate=1",
+    "--config.train.grad_accum_steps=1",
     "--config.optimizer.warmup=0 steps",
 ]
 SMALL = [  # of a structvit_tiny, to compile in seconds

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import click
 
 from structvit_jax.runtime import process
-from structvit_jax.utils.errors import MISTAKE, UserError, did_you_mean
+from structvit_jax.utils.errors import EXIT_USER_ERROR, UserError, did_you_mean
 
 COMMANDS = {
     "train": "Train a configuration, or resume its run.",
@@ -119,7 +119,7 @@ def call(command: click.Command, arguments: Sequence[str], name: str = "structvi
         return end.exit_code
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message())
-        return MISTAKE
+        return EXIT_USER_ERROR
     except click.ClickException as error:
         raise UserError(_message(error)) from error
     return code if isinstance(code, int) else 0

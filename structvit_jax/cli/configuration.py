@@ -27,7 +27,7 @@ _SYNONYMS = {
     **dict.fromkeys(("wd", "decay"), "optimizer.weight_decay"),
     **dict.fromkeys(("gradclip", "clipgrad", "maxgradnorm", "gradientclipping"), "optimizer.clip_norm"),
     **dict.fromkeys(("emadecay", "modelema"), "optimizer.ema"),
-    **dict.fromkeys(("gradaccum", "accumsteps", "gradientaccumulationsteps"), "train.accumulate"),
+    **dict.fromkeys(("gradaccum", "accumsteps", "gradientaccumulationsteps"), "train.grad_accum_steps"),
     **dict.fromkeys(("smoothing",), "train.label_smoothing"),
     **dict.fromkeys(("numworkers", "nworkers"), "data.workers"),
     **dict.fromkeys(("dataset", "datasetname"), "data.name"),

@@ -44,7 +44,7 @@ def open_data(config: ml_collections.ConfigDict, workdir: str) -> Opened:
 
     folder, lines = parse_path(workdir), []
     left_open = automatic.missing(config)
-    config = start.settle(config, folder)
+    config = start.resolve_open_keys(config, folder)
     if left_open:
         automatic.fill_model(config, lambda: data.is_video(config.data))
     splits = data.sources(config.data, config.train.seed)

@@ -124,7 +124,7 @@ def _saving_features(predictions: Iterable[Prediction], folder: str) -> Iterator
     import numpy as np
 
     from structvit_jax.runtime.storage import write
-    from structvit_jax.utils.paths import parse_path, writing
+    from structvit_jax.utils.paths import parse_path, write_errors_as_user_error
 
     for prediction in predictions:
         if prediction.features is not None:
@@ -132,7 +132,7 @@ def _saving_features(predictions: Iterable[Prediction], folder: str) -> Iterator
             path = parse_path(os.path.join(folder, *parts) + ".npy")
             file = io.BytesIO()
             np.save(file, prediction.features)
-            with writing(folder):
+            with write_errors_as_user_error(folder):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write(path, file.getvalue())
         yield prediction

@@ -42,7 +42,7 @@ def command(words: Words, workdir: str | None, shows_data: bool) -> None:
     from structvit_jax.runtime import storage
 
     path = opened.workdir / "batch.png"
-    with storage.naming_failures(opened.workdir):
+    with storage.io_errors_as_user_error(opened.workdir):
         rows = batch_preview.write(opened.config, opened.dataset, path)
     print(f"{path}: {rows} rows of the first batch, as the model gets them")
 

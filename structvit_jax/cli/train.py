@@ -33,14 +33,14 @@ def train(words: Words, workdir: str | None, profile: str = "") -> None:
 
     config = experiment.load(words)
     processes.join(config.mesh.heartbeat, stoppable=True)
-    with heartbeat.ending_together(config.mesh.heartbeat):
+    with heartbeat.fail_together(config.mesh.heartbeat):
         opened = experiment.open_data(config, workdir_of(words, workdir))
         found = opened.dataset.survey() if opened.dataset.in_files else None
         if found:
             found.check()
         experiment.select_devices(config)
         for line in (*opened.lines, *(found.lines() if found else ())):
-            processes.say(line)
+            processes.log(line)
         from structvit_jax.training import loop
 
         loop.train(opened.config, opened.workdir, opened.dataset, profile=profile)
@@ -54,11 +54,11 @@ def evaluate(words: Words, workdir: str | None) -> None:
     config = experiment.load(words)
     signals.LISTENER.stop()
     processes.join(config.mesh.heartbeat, stoppable=False)
-    with heartbeat.ending_together(config.mesh.heartbeat):
+    with heartbeat.fail_together(config.mesh.heartbeat):
         opened = experiment.open_data(config, workdir_of(words, workdir))
         experiment.select_devices(config)
         for line in opened.lines:
-            processes.say(line)
+            processes.log(line)
         from structvit_jax.training import loop
 
         loop.evaluate(opened.config, opened.workdir, opened.workdir, opened.dataset)

@@ -83,8 +83,10 @@ def _data() -> ml_collections.ConfigDict:
     data.workers = 0  # processes that decode; 0 reads in threads
     data.max_pixels = 2**26  # of a picture or video frame (width x height); larger ones are not decoded
     data.max_frames = 2**20  # of a video or folder of frames; longer ones are not read
-    data.max_bad_frames = 0.0  # fraction of a clip's frames that may be replaced by their neighbours
-    data.max_bad_share = 0.05  # of the training examples that may turn out unreadable before the run stops
+    data.max_replaced_frames = 0.0  # fraction of a clip's frames that may be replaced by their neighbours
+    data.max_unreadable_fraction = (
+        0.05  # of the training examples that may turn out unreadable before the run stops
+    )
     return data
 
 
@@ -96,7 +98,7 @@ def _augment() -> ml_collections.ConfigDict:
     augment.flip = 0.0  # probability of mirroring
     augment.color_jitter = 0.0  # brightness, contrast and saturation, each by a factor within 1 +- this
     augment.randaugment = ""  # a policy such as "rand-m7-n4-mstd0.5-inc1"
-    augment.repeats = 1  # copies of every example in a batch, augmented each in its own way
+    augment.repeated_augmentation = 1  # copies of every example in a batch, augmented each in its own way
     augment.erase = 0.0  # probability of random erasing
     augment.mixup = 0.0  # alpha of mixup; 0 is off
     augment.cutmix = 0.0  # alpha of cutmix; where both are on, each takes half of the steps
@@ -111,7 +113,7 @@ def _train() -> ml_collections.ConfigDict:
     train.seed = 0  # of weights, training data made on the fly, order, augmentation, stochastic depth
     train.label_smoothing = 0.0
     train.dense_weight = 1.0  # of the dense head's loss, with model.token_labels
-    train.accumulate = 1  # parts that a batch is computed in, one after the other, to save memory
+    train.grad_accum_steps = 1  # parts that a batch is computed in, one after the other, to save memory
     train.max_skipped = 10  # steps in a row whose loss or gradient is not finite, before the run stops
     return train
 
@@ -124,9 +126,11 @@ def _optimizer() -> ml_collections.ConfigDict:
     optimizer.warmup_lr = 1e-6
     optimizer.end_lr = 1e-6  # of the cosine, where the step after the last would be
     optimizer.cooldown = "0 steps"  # at end_lr, after the cosine; part of train.duration
-    optimizer.cosine_from = "warmup"  # where the cosine starts: at the end of the "warmup", or at the "start"
-    optimizer.stair = ""  # the rate changes at this interval only; "" at every step
-    optimizer.lag = 0  # stairs by which it comes late
+    optimizer.schedule_origin = (
+        "warmup"  # where the cosine starts: at the end of the "warmup", or at the "start"
+    )
+    optimizer.lr_update_every = ""  # the rate changes at this interval only; "" at every step
+    optimizer.lr_update_delay = 0  # stairs by which it comes late
     optimizer.weight_decay = 0.05  # not on vectors (biases, norms, layer scales) and position tables
     optimizer.b1 = 0.9
     optimizer.b2 = 0.999
@@ -145,7 +149,7 @@ def _eval() -> ml_collections.ConfigDict:
     scoring.batch_size = 256  # examples at a time, each with all its views
     scoring.average = "logits"  # over views: of "logits" or of "softmax"
     scoring.ema = True  # scores the moving average, where there is one, and not the weights themselves
-    scoring.max_missing = 0  # unreadable test examples that are tolerated; more, and no score is given
+    scoring.max_unreadable = 0  # unreadable test examples that are tolerated; more, and no score is given
     return scoring
 
 
@@ -236,7 +240,7 @@ def durations(config: ml_collections.ConfigDict, rows_per_epoch: int) -> Duratio
         return steps_in(config[section][name], f"config.{key}", config.data.batch_size, rows_per_epoch)
 
     keys = ("train.duration", "optimizer.warmup", "eval.every", "checkpoint.every", "checkpoint.keep_every")
-    result = Durations(*map(steps, (*keys, "optimizer.cooldown", "optimizer.stair")))
+    result = Durations(*map(steps, (*keys, "optimizer.cooldown", "optimizer.lr_update_every")))
     if result.total < 1:
         raise UserError(f"config.train.duration is {config.train.duration!r}; a run needs a step at least")
     if result.warmup + result.cooldown > result.total:
@@ -251,7 +255,7 @@ def durations(config: ml_collections.ConfigDict, rows_per_epoch: int) -> Duratio
 def steps_in(duration: str, key: str, batch_size: int, rows_per_epoch: int) -> int:
     """Steps in "N steps", "N epochs" or "N examples", rounded, at least one if N is not zero; "" is 0.
 
-    An example is a row of a batch, so that copies (config.augment.repeats) count.
+    An example is a row of a batch, so that copies (config.augment.repeated_augmentation) count.
     """
     if not duration:
         return 0
@@ -287,7 +291,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (  # what they nee
     (
         "to be at least 1",
         lambda n: n >= 1,
-        "train.accumulate train.max_skipped checkpoint.keep mesh.fsdp mesh.heartbeat",
+        "train.grad_accum_steps train.max_skipped checkpoint.keep mesh.fsdp mesh.heartbeat",
     ),
     ("to lie from 0 to 1024", lambda n: 0 <= n <= 1024, "data.workers"),
     ("to lie from 1 to 178956970, Pillow's limit", lambda n: 1 <= n <= 178956970, "data.max_pixels"),
@@ -295,12 +299,12 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (  # what they nee
     (
         "to lie from 1 to 2**24",
         lambda n: 1 <= n <= 2**24,
-        "data.batch_size eval.batch_size data.stride augment.repeats",
+        "data.batch_size eval.batch_size data.stride augment.repeated_augmentation",
     ),
     ("to lie from 1 to 2**14", lambda n: 1 <= n <= 2**14, "data.size data.test_clips"),
     ("to lie from 0 to 2**14", lambda n: 0 <= n <= 2**14, "data.frames data.short_side"),
     ("to be None, rgb or bgr", lambda value: value in (None, "rgb", "bgr"), "data.channels"),
-    ("to be warmup or start", lambda value: value in ("warmup", "start"), "optimizer.cosine_from"),
+    ("to be warmup or start", lambda value: value in ("warmup", "start"), "optimizer.schedule_origin"),
     ("to be average or centre", lambda value: value in ("average", "centre"), "init.inflate"),
     ("to be delta or fresh", lambda value: value in ("delta", "fresh"), "init.kernels"),
     ("to be logits or softmax", lambda value: value in ("logits", "softmax"), "eval.average"),
@@ -308,7 +312,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (  # what they nee
     (
         "to lie from 0 to 1",
         lambda p: 0 <= p <= 1,
-        "augment.flip augment.erase data.max_bad_share data.max_bad_frames",
+        "augment.flip augment.erase data.max_unreadable_fraction data.max_replaced_frames",
     ),
     ("to lie above 0, up to 1", lambda x: 0 < x <= 1, "data.crop_fraction optimizer.layer_decay"),
     ("two numbers, from and to, above 0 and up to 1", _range(1), "augment.crop_area"),
@@ -328,7 +332,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (  # what they nee
     (
         "to lie from 0 to below 2**31",
         lambda n: 0 <= n < 2**31,
-        "train.seed data.train_examples data.test_examples optimizer.lag eval.max_missing"
+        "train.seed data.train_examples data.test_examples optimizer.lr_update_delay eval.max_unreadable"
         " checkpoint.keep_best",
     ),
     ("to be -1 or at least 1", lambda n: n == -1 or n >= 1, "mesh.data"),

@@ -2,7 +2,7 @@
 
 `configs/folder.py` leaves open the model, the sizes and the durations. Whatever the user sets, on the command
 line or in a configuration, is not None and stays. A run that is resumed keeps what its checkpoint says (see
-`structvit_jax.training.start.settle`).
+`structvit_jax.training.start.resolve_open_keys`).
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def fill(config: ml_collections.ConfigDict, facts: DataFacts) -> None:
     least = math.ceil(config.data.size / config.data.crop_fraction)
     _fill(config, "data.short_side", max(256, least) if video else 0)
     _fill(config, "data.batch_size", _batch(config, facts.train_examples))
-    rows = facts.train_examples * config.augment.repeats
+    rows = facts.train_examples * config.augment.repeated_augmentation
     epoch = rows / config.data.batch_size
     _fill(config, "train.duration", _duration(config, epoch))
     total = steps_in(config.train.duration, "config.train.duration", config.data.batch_size, rows)
@@ -106,7 +106,7 @@ def fill(config: ml_collections.ConfigDict, facts: DataFacts) -> None:
 
 def describe(config: ml_collections.ConfigDict, facts: DataFacts) -> str:
     """Return what a configuration makes of the data, in one line."""
-    rows = facts.train_examples * config.augment.repeats
+    rows = facts.train_examples * config.augment.repeated_augmentation
     total = steps_in(config.train.duration, "config.train.duration", config.data.batch_size, rows)
     unit, data, takes = "images", f"{facts.width}x{facts.height}", f"{config.data.size}"
     if config.data.frames:

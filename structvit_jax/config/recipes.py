@@ -4,11 +4,11 @@ Where the paper defers to DeiT, MViT or UniFormer these are the values that the 
 Some of these are accidents. Here is each, and what to set for what was meant:
 
 - Images: the rate changes once an epoch, an epoch late, and its cosine counts the warm-up. Plain:
-  `optimizer.stair=`, `optimizer.lag=0`, `optimizer.cosine_from=warmup`.
-- Images: an epoch of DeiT's sees a third of the images three times. Plain: `augment.repeats=1`,
+  `optimizer.lr_update_every=`, `optimizer.lr_update_delay=0`, `optimizer.schedule_origin=warmup`.
+- Images: an epoch of DeiT's sees a third of the images three times. Plain: `augment.repeated_augmentation=1`,
   `train.duration='300 epochs'`, `optimizer.warmup='5 epochs'`.
 - Video: each clip is augmented twice, so that a batch has twice the clips that the release names. Plain:
-  `augment.repeats=1`, `data.batch_size=64`.
+  `augment.repeated_augmentation=1`, `data.batch_size=64`.
 - Images: the release asks for colour jitter and never applies it. Plain: `augment.color_jitter=0.4`.
 - Something-Something: the release trains on BGR. Here it is RGB; `data.channels=bgr` reproduces it.
 """
@@ -18,7 +18,7 @@ from __future__ import annotations
 import ml_collections
 
 from structvit_jax.config import default_config
-from structvit_jax.utils.errors import known
+from structvit_jax.utils.errors import check_choice
 
 RANDAUGMENT_IMAGES = "rand-m9-n2-mstd0.5-inc1"  # DeiT's
 RANDAUGMENT_VIDEO = "rand-m7-n4-mstd0.5-inc1"  # UniFormer's, after MViT
@@ -31,7 +31,7 @@ def imagenet(model: str, stage: str = "224") -> ml_collections.ConfigDict:
       UserError: an unknown stage.
     """
     stages = {"224": images, "384": images_384, "224_labels": token_labels, "384_labels": token_labels_384}
-    return stages[known("stage", stage, stages)](model)
+    return stages[check_choice("stage", stage, stages)](model)
 
 
 def images(model: str) -> ml_collections.ConfigDict:
@@ -43,14 +43,14 @@ def images(model: str) -> ml_collections.ConfigDict:
     config = _images(model)
     config.augment.mixup = 0.8
     config.augment.cutmix = 1.0
-    config.augment.repeats = 3
+    config.augment.repeated_augmentation = 3
     config.train.duration = "100 epochs"
     config.optimizer.lr = 1e-3
     config.optimizer.warmup = "1.66667 epochs"  # five of DeiT's
     config.optimizer.end_lr = 1e-5
-    config.optimizer.stair = "0.333333 epochs"  # one of DeiT's
-    config.optimizer.lag = 1
-    config.optimizer.cosine_from = "start"
+    config.optimizer.lr_update_every = "0.333333 epochs"  # one of DeiT's
+    config.optimizer.lr_update_delay = 1
+    config.optimizer.schedule_origin = "start"
     return config
 
 
@@ -58,9 +58,9 @@ def images_384(model: str) -> ml_collections.ConfigDict:
     """ImageNet-1K at 384 from weights at 224. The paper fine-tunes with token labelling only: these are its
     values with the augmentation of `images`."""
     config = _at_384(images(model))
-    config.augment.repeats = 1
-    config.optimizer.stair = ""
-    config.optimizer.lag = 0
+    config.augment.repeated_augmentation = 1
+    config.optimizer.lr_update_every = ""
+    config.optimizer.lr_update_delay = 0
     return config
 
 
@@ -76,8 +76,8 @@ def token_labels(model: str) -> ml_collections.ConfigDict:
     config.optimizer.warmup = "5 epochs"
     config.optimizer.end_lr = 1e-5
     config.optimizer.cooldown = "10 epochs"
-    config.optimizer.stair = "1 epochs"
-    config.optimizer.cosine_from = "start"
+    config.optimizer.lr_update_every = "1 epochs"
+    config.optimizer.schedule_origin = "start"
     config.optimizer.ema = 0.99992
     return config
 
@@ -167,7 +167,7 @@ def _video(model: str) -> ml_collections.ConfigDict:
     config.data.batch_size = 128  # 64 clips, each twice
     config.augment.randaugment = RANDAUGMENT_VIDEO
     config.augment.crop_aspect = (0.75, 1.3333)  # UniFormer's
-    config.augment.repeats = 2
+    config.augment.repeated_augmentation = 2
     config.augment.mixup = 0.8
     config.augment.cutmix = 1.0
     config.optimizer.lr = 2e-4

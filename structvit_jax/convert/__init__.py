@@ -18,7 +18,7 @@ from structvit_jax.convert.files import is_weights_file
 from structvit_jax.convert.names import from_torch, to_torch, torch_key
 from structvit_jax.convert.source import RELEASED, Source, read_released, recognise
 from structvit_jax.models import Network
-from structvit_jax.models.weights import like, split, update
+from structvit_jax.models.weights import cast_like, split, update
 
 Model = TypeVar("Model", bound=Network)
 
@@ -58,7 +58,7 @@ def load_uniformer(
     adapted = adapt(source, own.params | own.batch_stats, model.variant, None, rules, strict=True)
     for note in adapted.notes:
         warnings.warn(note, stacklevel=2)
-    update(model, like(own, adapted.arrays))
+    update(model, cast_like(own, adapted.arrays))
     return model
 
 

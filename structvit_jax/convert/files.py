@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from structvit_jax.utils.errors import UserError, parse_json
-from structvit_jax.utils.paths import writing
+from structvit_jax.utils.paths import write_errors_as_user_error
 
 SAFETENSORS = ".safetensors"
 TORCH = (".pth", ".pt", ".bin", ".tar")
@@ -85,7 +85,7 @@ def write(
     Raises:
       UserError: torch is missing, or the file cannot be written.
     """
-    with writing(path):
+    with write_errors_as_user_error(path):
         if path.endswith(SAFETENSORS):
             import safetensors.numpy
 
@@ -124,7 +124,7 @@ def create(path: str) -> Iterator[str]:
     part = final.with_name(f".part-{final.name}")
     if os.path.lexists(final):
         raise UserError(f"{path} already exists; choose another name")
-    with writing(path):
+    with write_errors_as_user_error(path):
         final.parent.mkdir(parents=True, exist_ok=True)
         _remove(part)
         part.touch()
@@ -133,7 +133,7 @@ def create(path: str) -> Iterator[str]:
         yield str(part)
         if os.path.lexists(final):
             raise UserError(f"{path} already exists; choose another name")
-        with writing(path):
+        with write_errors_as_user_error(path):
             part.rename(final)
     finally:
         with contextlib.suppress(OSError):

@@ -19,7 +19,7 @@ from structvit_jax.convert import description, files
 from structvit_jax.convert.description import Description, Inputs
 from structvit_jax.convert.names import Arrays, from_torch
 from structvit_jax.models.variants import VARIANTS, Variant, get_variant
-from structvit_jax.utils.errors import UserError, known
+from structvit_jax.utils.errors import UserError, check_choice
 
 _MOST_PATTERNS = 256  # structure kernels of a file; a model needs memory in proportion
 
@@ -227,7 +227,7 @@ def _heads(path: str, arguments: dict[str, Any], given: int) -> dict[str, int]:
 def _release(path: str, arguments: dict[str, Any], classes: int, given: str) -> Release:
     """Return the data set that weights without a description were trained on."""
     if given:
-        return RELEASED[known("--data", given, RELEASED)]
+        return RELEASED[check_choice("--data", given, RELEASED)]
     if arguments.get("token_labels"):
         raise UserError(
             f"{path}: trained with token labelling, for which the authors' normalisation depends on the"

@@ -19,15 +19,15 @@ from structvit_jax.data.pipeline import (
     WHOLE,
     Batch,
     Problem,
-    Share,
+    Shard,
     test_batches,
     train_batches,
-    whole_batches,
+    uncropped_batches,
 )
 from structvit_jax.data.reader import Arrays, Reader, Source
 from structvit_jax.data.survey import Survey, look_at
 from structvit_jax.utils import class_names
-from structvit_jax.utils.errors import UserError, unknown
+from structvit_jax.utils.errors import UserError, unknown_choice
 
 BUILT_IN: dict[str, Callable[[str, int, int], Source]] = {
     "moving_digits": MovingDigits,
@@ -44,7 +44,7 @@ class Dataset:
         maps = _label_maps(train, data)
         self.train = Reader(train, data, augment, seed, maps)
         self.test = Reader(test, data, augment, seed)
-        self._repeats, self._workers = augment.repeats, data.workers
+        self._repeats, self._workers = augment.repeated_augmentation, data.workers
         self._names = data.train_split, data.test_split
         self.in_files = data.name == "folder"
 
@@ -140,17 +140,17 @@ class Dataset:
             batch_size,
             repeats=self._repeats,
             start_step=start_step,
-            share=Share(*share),
+            share=Shard(*share),
             workers=self._workers,
         )
 
     def test_batches(self, batch_size: int, *, share: tuple[int, int] = WHOLE) -> Iterator[Batch]:
         """Every example once, with all its views."""
-        return test_batches(self.test, batch_size, share=Share(*share), workers=self._workers)
+        return test_batches(self.test, batch_size, share=Shard(*share), workers=self._workers)
 
     def whole_batches(self, batch_size: int, *, start: int) -> Iterator[Batch]:
         """Every training image once, as a whole, from batch `start` on."""
-        return whole_batches(self.train, batch_size, start=start, workers=self._workers)
+        return uncropped_batches(self.train, batch_size, start=start, workers=self._workers)
 
 
 def _label_maps(train: Source, data: Any) -> LabelMaps | None:
@@ -226,7 +226,7 @@ def sources(section: Any, seed: int = 0) -> tuple[Source, Source]:
 
         splits = section.train_split, section.test_split
         return records.open_images(name.removeprefix("tfds:"), root, *splits, Limits.of(section))
-    raise unknown("data set", name, SOURCES)
+    raise unknown_choice("data set", name, SOURCES)
 
 
 def load(
@@ -255,7 +255,7 @@ __all__ = [
     "Batch",
     "Dataset",
     "Problem",
-    "Share",
+    "Shard",
     "Source",
     "is_video",
     "load",

@@ -20,8 +20,8 @@ from structvit_jax.utils.errors import UserError
 
 Box = tuple[int, int, int, int]  # top, left, height, width
 # Where pixels come from: takes a point (x, y, 1) of what was made, both from 0 to 1, to that of its origin.
-Pose = np.ndarray  # float64 [3, 3]
-_MIRRORED: Pose = np.array([[-1.0, 0, 1], [0, 1, 0], [0, 0, 1]])
+CropAffine = np.ndarray  # float64 [3, 3]
+_MIRRORED: CropAffine = np.array([[-1.0, 0, 1], [0, 1, 0], [0, 0, 1]])
 
 
 def resize(clip: np.ndarray, box: Box, size: tuple[int, int], *, image: bool) -> np.ndarray:
@@ -72,7 +72,7 @@ def random_crop(
     rng: np.random.Generator,
     *,
     image: bool,
-) -> tuple[np.ndarray, Pose]:
+) -> tuple[np.ndarray, CropAffine]:
     """One random box for all frames, resized to size x size, mirrored with probability `flip`; and whence."""
     height, width = clip.shape[1:3]
     top, left, h, w = box = random_box(height, width, area, aspect, rng)
@@ -147,7 +147,7 @@ class RandAugment(NamedTuple):
 
     def __call__(
         self, clip: np.ndarray, fill: tuple[int, int, int], rng: np.random.Generator
-    ) -> tuple[np.ndarray, Pose]:
+    ) -> tuple[np.ndarray, CropAffine]:
         """`layers` operations drawn with replacement, each applied with probability one half; and whence the
         pixels come."""
         chosen, pose = [], np.eye(3)
@@ -237,7 +237,7 @@ _OPERATIONS: tuple[Operation, ...] = (
 )
 
 
-def _rotation(strength: float, aspect: float) -> Pose:
+def _rotation(strength: float, aspect: float) -> CropAffine:
     angle = math.radians(-30 * strength)
     turn = np.array(
         [[math.cos(angle), math.sin(angle), 0], [-math.sin(angle), math.cos(angle), 0], [0, 0, 1]]
@@ -247,7 +247,7 @@ def _rotation(strength: float, aspect: float) -> Pose:
 
 
 # The operations that move pixels, as poses of (sign * level, width / height).
-_MOVES: dict[Operation, Callable[[float, float], Pose]] = {
+_MOVES: dict[Operation, Callable[[float, float], CropAffine]] = {
     _rotate: _rotation,
     _shear_x: lambda strength, aspect: np.array([[1, 0.3 * strength / aspect, 0], [0, 1, 0], [0, 0, 1]]),
     _shear_y: lambda strength, aspect: np.array([[1, 0, 0], [0.3 * strength * aspect, 1, 0], [0, 0, 1]]),

@@ -11,7 +11,7 @@ import functools
 import cv2
 import numpy as np
 
-from structvit_jax.data.media import Decoded
+from structvit_jax.data.media import InMemoryFrames
 from structvit_jax.utils.errors import UserError
 
 _TRAIN_SCANS = 1437
@@ -83,12 +83,12 @@ class MovingDigits:
     def id(self, index: int) -> str:
         return f"{self.name}/{self._split}/{index}"
 
-    def open(self, index: int) -> tuple[Decoded, int]:
+    def open(self, index: int) -> tuple[InMemoryFrames, int]:
         rng = np.random.default_rng((*self._entropy, index))
         label = index % len(self.class_names)
         clip = self._clip(rng, label)
         clip += rng.normal(0, self._noise, clip.shape)
-        return Decoded(_to_rgb(clip)), label
+        return InMemoryFrames(_to_rgb(clip)), label
 
     def _clip(self, rng: np.random.Generator, label: int) -> np.ndarray:
         """Grey in 0..1 [time, height, width], without noise."""
@@ -190,5 +190,5 @@ class Digits:
     def id(self, index: int) -> str:
         return f"digits/{self._split}/{index}"
 
-    def open(self, index: int) -> tuple[Decoded, int]:
-        return Decoded(self._images[index][None]), self._labels[index]
+    def open(self, index: int) -> tuple[InMemoryFrames, int]:
+        return InMemoryFrames(self._images[index][None]), self._labels[index]

@@ -19,7 +19,7 @@ class Limits(NamedTuple):
     @classmethod
     def of(cls, data: Any) -> Limits:
         """Return the limits in the section `data` of a configuration."""
-        return cls(data.max_pixels, data.max_frames, data.max_bad_frames)
+        return cls(data.max_pixels, data.max_frames, data.max_replaced_frames)
 
     def check_picture(self, width: int, height: int) -> None:
         """Raise DecodeError if a picture of this size has too many pixels."""

@@ -45,7 +45,7 @@ class Media(Protocol):
         ...
 
 
-class Part:
+class FrameRange:
     """`count` frames of other media from frame `first` on; the last `missing` of them are lost."""
 
     def __init__(self, media: Media, first: int, count: int, missing: int):
@@ -116,7 +116,7 @@ class Pictures:
         """Files are open only while they are read."""
 
 
-class Decoded:
+class InMemoryFrames:
     """Frames made in memory: uint8 [count, height, width, 3]."""
 
     missing = repaired = 0

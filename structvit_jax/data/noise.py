@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from structvit_jax.data.media import Decoded
+from structvit_jax.data.media import InMemoryFrames
 from structvit_jax.utils.errors import UserError
 
 
@@ -43,6 +43,6 @@ class Noise:
     def id(self, index: int) -> str:
         return f"noise/{self._split}/{index}"
 
-    def open(self, index: int) -> tuple[Decoded, int]:
+    def open(self, index: int) -> tuple[InMemoryFrames, int]:
         pixels = np.random.default_rng((*self._entropy, index)).integers(0, 256, self._shape, np.uint8)
-        return Decoded(pixels), index % len(self.class_names)
+        return InMemoryFrames(pixels), index % len(self.class_names)

@@ -45,7 +45,7 @@ class Problem(NamedTuple):
         return self.kind == "unreadable"
 
 
-class Share(NamedTuple):
+class Shard(NamedTuple):
     """Which part of every batch to read."""
 
     host: int = 0
@@ -60,11 +60,11 @@ class Share(NamedTuple):
         return range(start, start + size)
 
 
-WHOLE = Share()
+WHOLE = Shard()
 
 
 def train_batches(
-    reader: Reader, batch_size: int, *, repeats: int, start_step: int, share: Share, workers: int
+    reader: Reader, batch_size: int, *, repeats: int, start_step: int, share: Shard, workers: int
 ) -> Iterator[Batch]:
     """Endless shuffled batches from step `start_step` on.
 
@@ -75,14 +75,14 @@ def train_batches(
     return _prefetched(read, start_step, sys.maxsize, workers)
 
 
-def test_batches(reader: Reader, batch_size: int, *, share: Share, workers: int) -> Iterator[Batch]:
+def test_batches(reader: Reader, batch_size: int, *, share: Shard, workers: int) -> Iterator[Batch]:
     """All views of every example once, in order; the last batch is padded with masked rows."""
     shape, dtype = reader.arrays["inputs"]
     arrays = {"inputs": ((reader.views, *shape), dtype), "labels": reader.arrays["labels"]}
     return _in_order(reader, reader.test, arrays, batch_size, 0, share, workers)
 
 
-def whole_batches(reader: Reader, batch_size: int, *, start: int, workers: int) -> Iterator[Batch]:
+def uncropped_batches(reader: Reader, batch_size: int, *, start: int, workers: int) -> Iterator[Batch]:
     """Every image once and whole, in order, from batch `start` on; the last batch is padded."""
     arrays = {key: reader.arrays[key] for key in ("inputs", "labels")}
     return _in_order(reader, reader.whole, arrays, batch_size, start, WHOLE, workers)
@@ -93,7 +93,7 @@ def _in_order(reader, read, arrays, batch_size, start, share, workers):
     return _prefetched(make, start, -(-len(reader.source) // batch_size), workers)
 
 
-def _train_batch(reader: Reader, batch_size: int, repeats: int, share: Share, step: int, note: Note) -> Batch:
+def _train_batch(reader: Reader, batch_size: int, repeats: int, share: Shard, step: int, note: Note) -> Batch:
     rows, examples = share.rows(step, batch_size), len(reader.source)
     batch = _empty(len(rows), reader.arrays)
     for place, group in itertools.groupby(rows, lambda position: position // repeats):
@@ -112,7 +112,7 @@ def _ordered_batch(
     read: Callable[[int], dict[str, Any]],
     arrays: Arrays,
     batch_size: int,
-    share: Share,
+    share: Shard,
     number: int,
     note: Note,
 ) -> Batch:

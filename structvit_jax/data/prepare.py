@@ -23,7 +23,7 @@ from structvit_jax.data.measure import Measured, measure
 from structvit_jax.data.survey import look_at
 from structvit_jax.data.workers import Note, in_processes
 from structvit_jax.utils.errors import UserError
-from structvit_jax.utils.paths import check_local, writing
+from structvit_jax.utils.paths import check_local, write_errors_as_user_error
 
 _CONFIGS = {"finegym99": "finegym", "finegym288": "finegym"}  # of data sets; others have one of their name
 
@@ -117,7 +117,7 @@ def _from_annotations(source: str, paths: Sequence[str], out: str) -> dict[str, 
             line += f", {len(missing):,} more are annotated, but their files are not there"
             if out:
                 path = os.path.join(out, f"missing-{split}.txt")
-                with writing(path):
+                with write_errors_as_user_error(path):
                     os.makedirs(out, exist_ok=True)
                     with open(path, "w", encoding="utf-8") as file:
                         file.writelines(name + "\n" for name in sorted(set(missing)))
@@ -187,7 +187,7 @@ def _absolute(index: Index) -> list[Entry]:
 def _write(out: str, splits: dict[str, list[Entry]], class_names: Sequence[str]) -> None:
     """Write lists with paths relative to `out` where files lie below it."""
     here = os.path.abspath(out) + os.sep
-    with writing(out):
+    with write_errors_as_user_error(out):
         os.makedirs(out, exist_ok=True)
         with open(os.path.join(out, LABELS), "w", encoding="utf-8") as file:
             file.writelines(name + "\n" for name in class_names)
@@ -226,7 +226,7 @@ def check(
             bad += [f"{split}\t{name}\tunknown label {label!r}" for name, label in _unlabelled(index)]
     found = look_at(indices, video=video, measured=measured)
     print(found.table())
-    with writing(report):
+    with write_errors_as_user_error(report):
         with contextlib.suppress(FileNotFoundError):
             os.remove(report)
         if bad:

@@ -10,7 +10,7 @@ import numpy as np
 
 from structvit_jax.data import sampling
 from structvit_jax.data.augment import (
-    Pose,
+    CropAffine,
     RandAugment,
     color_jitter,
     random_crop,
@@ -215,7 +215,7 @@ class Reader:
             notes["short"] = f"fewer than the {self.data.frames} frames of a clip"
         return {"notes": notes} if notes else {}
 
-    def transform(self, clip: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, Pose]:
+    def transform(self, clip: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, CropAffine]:
         """The augmentation of one clip for training, and whence its pixels come: RandAugment on whole frames
         and then the crop, as UniFormer; of an image the crop first, as timm."""
         first, second = (self._crop, self._alter) if self.is_image else (self._alter, self._crop)

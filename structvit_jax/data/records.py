@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from structvit_jax.data.limits import Limits
-from structvit_jax.data.media import Media, Part, Pictures
+from structvit_jax.data.media import FrameRange, Media, Pictures
 from structvit_jax.data.video import VideoFile
 from structvit_jax.utils.errors import DecodeError, UserError, decoding, parse_json
 
@@ -122,7 +122,7 @@ class Shards(_Records):
                 media.close()
                 raise DecodeError(f"frames {first} to {first + count - missing} of {media.count}")
             self._limits.check_frames(count)
-            return Part(media, first, count, missing), label
+            return FrameRange(media, first, count, missing), label
 
 
 def ids_file(split: str) -> str:

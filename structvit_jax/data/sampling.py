@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from structvit_jax.utils.errors import known
+from structvit_jax.utils.errors import check_choice
 
 # A rule: (count, frames, stride, generator or (view, views)) -> int64 [frames].
 Draw = np.random.Generator | tuple[int, int]
@@ -64,7 +64,7 @@ def rule(name: str) -> Rule:
     Raises:
       UserError: an unknown name.
     """
-    return RULES[known("config.data.sampling", name, RULES)]
+    return RULES[check_choice("config.data.sampling", name, RULES)]
 
 
 def _random(generator: np.random.Generator, stop: int) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from structvit_jax.data.folder import Layout, is_video, read_splits
 from structvit_jax.data.shard_writer import write_shards
-from structvit_jax.utils.paths import writing
+from structvit_jax.utils.paths import write_errors_as_user_error
 
 
 def write(
@@ -39,6 +39,6 @@ def write(
     splits = read_splits(layout, video=not images and is_video(layout))
     names = (name.strip("./") or "train" for name in (train_split, test_split))
     indices = dict(zip(names, splits, strict=True))
-    with writing(out):
+    with write_errors_as_user_error(out):
         write_shards(indices, out, shards=shards, runner=beam_runner, options=list(beam_options))
     print(f"{out}: {', '.join(f'{len(index)} {name}' for name, index in indices.items())} examples")

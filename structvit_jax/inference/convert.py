@@ -25,11 +25,11 @@ from structvit_jax.convert import (
     to_torch,
 )
 from structvit_jax.models import create_model
-from structvit_jax.models.weights import Weights, like, split
+from structvit_jax.models.weights import Weights, cast_like, split
 from structvit_jax.runtime.mesh import make_mesh
-from structvit_jax.runtime.storage import CONFIG, naming_failures, write_json
+from structvit_jax.runtime.storage import CONFIG, io_errors_as_user_error, write_json
 from structvit_jax.training import start
-from structvit_jax.training.checkpoint import Checkpoints, Keep
+from structvit_jax.training.checkpoint import Checkpoints, RetentionPolicy
 from structvit_jax.training.commit import FOLDER
 from structvit_jax.training.run import as_json, make_card
 from structvit_jax.training.step import TrainState
@@ -88,7 +88,7 @@ def _create(destination: str) -> Iterator[str]:
         return
     if is_weights_file(destination):
         raise UserError(f"{destination}: files of PyTorch weights are written to a disk; choose a local path")
-    with naming_failures(folder):
+    with io_errors_as_user_error(folder):
         if (folder / FOLDER).exists():
             with Checkpoints(folder) as checkpoints:
                 if checkpoints.steps():
@@ -140,7 +140,7 @@ def _fit(source: Source, request: Request) -> tuple[dict[str, Any], Weights]:
     rules = Rules(inflate=request.inflate, noise=request.noise)
     adapted = adapt(source, fresh.params | fresh.batch_stats, model.variant, None, rules)
     print(*(f"  {line}" for line in adapted.lines()), sep="\n")
-    return arguments, like(fresh, adapted.arrays)
+    return arguments, cast_like(fresh, adapted.arrays)
 
 
 def _write_torch(path: str, source: Source, model: dict[str, Any], weights: Weights) -> None:
@@ -152,11 +152,11 @@ def _write_torch(path: str, source: Source, model: dict[str, Any], weights: Weig
 def _write_checkpoint(path: str, source: Source, model: dict[str, Any], weights: Weights) -> None:
     config = _config(source, model)
     folder = epath.Path(path)
-    with naming_failures(folder):
+    with io_errors_as_user_error(folder):
         (folder / FOLDER).mkdir(parents=True, exist_ok=True)
         write_json(folder / CONFIG, as_json(config))
         card = make_card(source.class_names, config, None) | {"from": source.where}
-        with Checkpoints(folder, Keep(1)) as checkpoints:
+        with Checkpoints(folder, RetentionPolicy(1)) as checkpoints:
             checkpoints.save(TrainState(jnp.int32(0), weights, None), card)
 
 

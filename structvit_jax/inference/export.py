@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import structvit_jax
 from structvit_jax.config import INPUTS
 from structvit_jax.inference.trained import Trained
-from structvit_jax.ops import running_anywhere
+from structvit_jax.ops import portable_lowering
 from structvit_jax.runtime import storage
 from structvit_jax.runtime.storage import check_replaceable
-from structvit_jax.utils.errors import known
-from structvit_jax.utils.paths import parse_path, writing
+from structvit_jax.utils.errors import check_choice
+from structvit_jax.utils.paths import parse_path, write_errors_as_user_error
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 _USUAL = ("cpu", "cuda", "tpu")
@@ -34,14 +34,14 @@ def export(trained: Trained, platforms: Sequence[str] = _USUAL) -> jax.export.Ex
       UserError: an unknown platform.
     """
     for platform in platforms:
-        known("platform", platform, PLATFORMS)
+        check_choice("platform", platform, PLATFORMS)
 
     def logits(pixels):
         return trained.network(trained.normalized(pixels[None]))[0].astype(jnp.float32)
 
     (batch,) = jax.export.symbolic_shape("batch")
     example = jax.ShapeDtypeStruct((batch, *trained.reader.shape), jnp.uint8)
-    with running_anywhere():
+    with portable_lowering():
         return jax.export.export(jax.jit(jax.vmap(logits)), platforms=platforms)(example)
 
 
@@ -83,7 +83,7 @@ def write(trained: Trained, path: str, platforms: Sequence[str] = _USUAL) -> str
     """
     place, program = parse_path(path), export(trained, platforms)
     content = bytes(program.serialize())
-    with writing(place):
+    with write_errors_as_user_error(place):
         place.parent.mkdir(parents=True, exist_ok=True)
         storage.write(place, content)
         storage.write_json(place.with_name(place.name + ".json"), card(trained, program, content))

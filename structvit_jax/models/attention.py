@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 from structvit_jax.models.layers import Linear, normal_init
 from structvit_jax.models.ledger import declare
 from structvit_jax.ops import StructAttentionMaps, struct_attention, struct_attention_maps
-from structvit_jax.utils.errors import UserError, known
+from structvit_jax.utils.errors import UserError, check_choice
 
 
 def normal_kernels(key: jax.Array, shape: Sequence[int], dtype=jnp.float32) -> jax.Array:
@@ -82,7 +82,7 @@ class StructAttention(nnx.Module):
         self.qkv = Linear(width, 3 * width, dtype=dtype, rngs=rngs)
         self.proj = Linear(width, width, dtype=dtype, rngs=rngs)
         if isinstance(kernel_init, str):
-            kernel_init = KERNEL_INITS[known("kernel_init", kernel_init, KERNEL_INITS)]
+            kernel_init = KERNEL_INITS[check_choice("kernel_init", kernel_init, KERNEL_INITS)]
 
         def kernels(window, form):
             if not structure_dim:

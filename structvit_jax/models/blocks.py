@@ -22,7 +22,7 @@ REMAT_POLICIES: dict[str, Callable] = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-Place = Callable[[jax.Array], jax.Array]
+ActivationHook = Callable[[jax.Array], jax.Array]
 
 
 class ConvMixer(nnx.Module):
@@ -120,7 +120,7 @@ def run_blocks(
     rates: Sequence[float],
     keys: Sequence[jax.Array | None] | jax.Array,
     v: Variant,
-    place: Place,
+    place: ActivationHook,
 ) -> jax.Array:
     """Applies equal blocks one after the other, as the variant's `scan_blocks` and `remat` say.
 

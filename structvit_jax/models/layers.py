@@ -21,19 +21,19 @@ from structvit_jax.ops import convolve, depthwise_conv, mlp
 from structvit_jax.ops.devices import target
 
 
-class HostRngs:
+class NumpyRngs:
     """Stands in for `nnx.Rngs` when a whole network is built: weights are drawn by NumPy, which needs
     no compilation per shape (seconds) and gives the same weights on every backend. Without a seed nothing is
     drawn (half the time)."""
 
     def __init__(self, seed: int | None):
-        self._rng = _NoDraws(np.random.PCG64(0)) if seed is None else np.random.default_rng(seed)
+        self._rng = _ZeroInit(np.random.PCG64(0)) if seed is None else np.random.default_rng(seed)
 
     def params(self) -> np.random.Generator:
         return self._rng.spawn(1)[0]
 
 
-class _NoDraws(np.random.Generator):
+class _ZeroInit(np.random.Generator):
     """Gives zeros, for weights that others will take the place of."""
 
     def standard_normal(self, size=None, dtype=np.float64, out=None):

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from structvit_jax.models.blocks import Block, Place, run_blocks, split_key
-from structvit_jax.models.layers import BatchNorm, Conv, HostRngs, LayerNorm, Linear, linear_init
+from structvit_jax.models.blocks import ActivationHook, Block, run_blocks, split_key
+from structvit_jax.models.layers import BatchNorm, Conv, LayerNorm, Linear, NumpyRngs, linear_init
 from structvit_jax.models.positions import resize_positions
 from structvit_jax.models.variants import Variant, get_variant
 from structvit_jax.ops import gelu
@@ -55,7 +55,7 @@ class ConvStem(nnx.Module):
         return x
 
 
-def _stay(x: jax.Array) -> jax.Array:
+def _identity(x: jax.Array) -> jax.Array:
     return x
 
 
@@ -72,7 +72,9 @@ class Network(nnx.Module):
 
     variant: Variant
 
-    def __call__(self, x: jax.Array, *, key: jax.Array | None = None, place: Place = _stay) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, *, key: jax.Array | None = None, place: ActivationHook = _identity
+    ) -> jax.Array:
         """Logits [batch, num_classes], or pooled features [batch, width] where num_classes is 0.
 
         With a dense head they are those of the head plus half of the highest at any position (the released
@@ -87,7 +89,12 @@ class Network(nnx.Module):
         return logits if dense is None else logits + 0.5 * dense.max(axis=tuple(range(1, dense.ndim - 1)))
 
     def scores(
-        self, x: jax.Array, *, key: jax.Array | None = None, place: Place = _stay, mix: Place = _stay
+        self,
+        x: jax.Array,
+        *,
+        key: jax.Array | None = None,
+        place: ActivationHook = _identity,
+        mix: ActivationHook = _identity,
     ) -> tuple[jax.Array, jax.Array | None]:
         """The head's logits [batch, num_classes], and those of the dense head, [batch, *grid, num_classes].
 
@@ -106,7 +113,12 @@ class Network(nnx.Module):
         return _mean(self.norm(self.features(x)[-1]))
 
     def features(
-        self, x: jax.Array, *, key: jax.Array | None = None, place: Place = _stay, mix: Place = _stay
+        self,
+        x: jax.Array,
+        *,
+        key: jax.Array | None = None,
+        place: ActivationHook = _identity,
+        mix: ActivationHook = _identity,
     ) -> tuple[jax.Array, ...]:
         """The maps [batch, *grid, width] after the four stages (DeiT: after each quarter of its depth)."""
         raise NotImplementedError
@@ -165,7 +177,7 @@ class UniFormer(Network):
             setattr(self, f"blocks{stage + 1}", nnx.List(blocks))
         self._finish(BatchNorm(v.widths[-1], dtype=v.compute_dtype, rngs=rngs), num_classes, rngs)
 
-    def features(self, x, *, key=None, place=_stay, mix=_stay) -> tuple[jax.Array, ...]:
+    def features(self, x, *, key=None, place=_identity, mix=_identity) -> tuple[jax.Array, ...]:
         self._check(x)
         rows, maps = self._rows(self.variant.depths, key), []
         for stage, (rates, keys) in enumerate(rows, start=1):
@@ -221,7 +233,7 @@ class DeiT(Network):
         self.blocks = nnx.List([Block(v, 0, conv=False, rngs=rngs) for _ in range(depth)])
         self._finish(LayerNorm(width, epsilon=1e-6, dtype=v.compute_dtype, rngs=rngs), num_classes, rngs)
 
-    def features(self, x, *, key=None, place=_stay, mix=_stay) -> tuple[jax.Array, ...]:
+    def features(self, x, *, key=None, place=_identity, mix=_identity) -> tuple[jax.Array, ...]:
         self._check(x)
         x = mix(self.patch_embed(x))
         positions = self.pos_embed[...]
@@ -253,4 +265,4 @@ def create_model(name: str, *, num_classes: int, seed: int | None = 0, **overrid
     if min(num_classes, seed or 0) < 0:
         raise UserError(f"num_classes={num_classes} and seed={seed} should not be negative")
     network = {"uniformer": UniFormer, "deit": DeiT}[variant.network]
-    return network(variant, num_classes=num_classes, rngs=HostRngs(seed))
+    return network(variant, num_classes=num_classes, rngs=NumpyRngs(seed))

@@ -8,7 +8,7 @@ import numbers
 import re
 from typing import Any
 
-from structvit_jax.utils.errors import UserError, known, unknown
+from structvit_jax.utils.errors import UserError, check_choice, unknown_choice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +137,7 @@ def get_variant(name: str, **overrides) -> Variant:
     """
     variant = _by_name(name)
     for key, value in overrides.items():
-        known("override", key, OVERRIDES)
+        check_choice("override", key, OVERRIDES)
         for network, fields in _ONLY_IN.items():
             if key in fields and variant.network != network:
                 raise UserError(f"{name}: {key} has no meaning here, only in a {network}")
@@ -165,7 +165,7 @@ def _by_name(name: str) -> Variant:
     elif match := re.fullmatch(r"(deit_s|deit_tiny)_struct_([1-9]\d{0,4})", base):
         base, structured = match[1], {"structure_dim": int(match[2])}
     if base not in VARIANTS:
-        raise unknown("model", name, list_models())
+        raise unknown_choice("model", name, list_models())
     return dataclasses.replace(VARIANTS[base], video=video, **structured)
 
 

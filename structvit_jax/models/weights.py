@@ -22,7 +22,7 @@ class Weights(NamedTuple):
     batch_stats: Arrays  # running means and variances of BatchNorm
 
 
-class Structure(NamedTuple):
+class ModelDef(NamedTuple):
     """A model without its arrays; hashable."""
 
     graphdef: nnx.GraphDef
@@ -34,13 +34,13 @@ class Structure(NamedTuple):
         return nnx.merge(self.graphdef, nnx.from_flat_state(flat))
 
 
-def split(model: nnx.Module) -> tuple[Structure, Weights]:
+def split(model: nnx.Module) -> tuple[ModelDef, Weights]:
     """The model's structure (in its present mode, training or evaluation) and its arrays."""
     graphdef, *states = nnx.split(model, nnx.Param, nnx.BatchStat)
-    return Structure(graphdef), Weights(*map(_flat, states))
+    return ModelDef(graphdef), Weights(*map(_flat, states))
 
 
-def training_structure(model: nnx.Module, frozen: frozenset[str] = frozenset()) -> Structure:
+def training_structure(model: nnx.Module, frozen: frozenset[str] = frozenset()) -> ModelDef:
     """The model in training mode, but for parts of which all parameters are frozen: those normalise with
     their running statistics, and drop nothing."""
     model.train()
@@ -58,7 +58,7 @@ def batch_stats(model: nnx.Module) -> Arrays:
     return _flat(nnx.state(model, nnx.BatchStat))
 
 
-def like(weights: Weights, arrays: Mapping[str, Any]) -> Weights:
+def cast_like(weights: Weights, arrays: Mapping[str, Any]) -> Weights:
     """Return copies of these arrays in the places of a model's own, and with their types."""
     return Weights(
         *({name: jnp.array(arrays[name], own.dtype) for name, own in part.items()} for part in weights)

@@ -1,7 +1,7 @@
 """Pure functions on arrays: no weights, no state, jax.numpy only."""
 
 from structvit_jax.ops.depthwise import depthwise_conv
-from structvit_jax.ops.devices import batch_split_over, running_anywhere
+from structvit_jax.ops.devices import batch_split_over, portable_lowering
 from structvit_jax.ops.feed_forward import gelu, mlp
 from structvit_jax.ops.patches import convolve
 from structvit_jax.ops.structsa import (
@@ -21,7 +21,7 @@ __all__ = [
     "effective_rank",
     "gelu",
     "mlp",
-    "running_anywhere",
+    "portable_lowering",
     "struct_attention",
     "struct_attention_maps",
 ]

@@ -26,7 +26,7 @@ def batch_split_over(mesh: Mesh) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def running_anywhere() -> Iterator[None]:
+def portable_lowering() -> Iterator[None]:
     """Inside, operations are traced for programs that are to run elsewhere, on any platform and without this
     package: they take forms in JAX alone."""
     token = _anywhere.set(True)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental import topologies
 
-from structvit_jax.utils.errors import UserError, did_you_mean, unknown
+from structvit_jax.utils.errors import UserError, did_you_mean, unknown_choice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +61,7 @@ def devices_of(topology: str) -> Devices:
     generation, _, shape = topology.partition(":")
     form = {**dict.fromkeys(TPUS, r"\d+x\d+(x\d+)?"), **dict.fromkeys(GPUS, r"(\d+x)?\d+")}
     if not re.fullmatch(form.get(generation, r"\b\B"), shape):
-        raise unknown("topology", topology, EXAMPLES)
+        raise unknown_choice("topology", topology, EXAMPLES)
     missing, chips = _missing(generation), _count(topology)
     if missing:
         if len(jax.devices("cpu")) < chips:

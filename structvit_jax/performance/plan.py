@@ -26,7 +26,7 @@ from structvit_jax.performance import traffic
 from structvit_jax.performance.hardware import CHIPS, Chip, Devices, devices_of
 from structvit_jax.performance.operations import operations
 from structvit_jax.runtime.mesh import check_batch, make_mesh
-from structvit_jax.runtime.processes import say
+from structvit_jax.runtime.processes import log
 from structvit_jax.runtime.storage import write
 from structvit_jax.training.compilation import memory_of, trace_train_step
 from structvit_jax.training.run import Run, abstract_state
@@ -76,7 +76,7 @@ def _plan(
     lines = [f"{target}: {len(devices)} x {devices[0].device_kind}{found.note}"]
     batch = request.device_batch * len(devices) or config.data.batch_size
     if request.device_memory:
-        memory, least = read_size(request.device_memory), len(devices) * config.train.accumulate
+        memory, least = read_size(request.device_memory), len(devices) * config.train.grad_accum_steps
         batch = largest_batch(lambda size: measure(size).memory, memory, least, first=batch)
         lines.append(_advice(config, batch, memory))
     return "\n  ".join([*lines, *_tell(measure(batch), len(devices), chip)])
@@ -90,9 +90,9 @@ def _measure(
     config = config.copy_and_resolve_references()
     config.data.batch_size = batch
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, devices)
-    check_batch(mesh, "data.batch_size", batch, config.train.accumulate)
+    check_batch(mesh, "data.batch_size", batch, config.train.grad_accum_steps)
     run = Run.prepare(config, data, mesh)
-    say(f"compiling the train step for {len(devices)} x {devices[0].device_kind}, {batch} examples ...")
+    log(f"compiling the train step for {len(devices)} x {devices[0].device_kind}, {batch} examples ...")
     started = time.monotonic()
     traced = trace_train_step(run, abstract_state(run))
     made = operations(traced.jaxpr)
@@ -110,7 +110,7 @@ def _measure(
         memory = float(used[1]) * 1024 ** (1 + "KMGT".index(used[2]))
         return Figures(batch, memory, made / len(devices), useful, math.nan, math.nan)
     text = compiled.as_text()
-    say(f"compiled in {time.monotonic() - started:.0f} s, a program of {text.count(chr(10)):,} lines")
+    log(f"compiled in {time.monotonic() - started:.0f} s, a program of {text.count(chr(10)):,} lines")
     path.parent.mkdir(parents=True, exist_ok=True)
     write(path, text)
     moved = traffic.count(text, unknown=1)

@@ -20,7 +20,7 @@ def write_digests(folder: epath.Path) -> None:
     write_json(folder / FILE, _digests(folder, sorted(_files(folder, ""))))
 
 
-def damage(folder: epath.Path, part: str = "") -> str:
+def find_damage(folder: epath.Path, part: str = "") -> str:
     """Return what is wrong with the files of a folder that has digests, or with those whose names begin with
     `part`; "" if nothing is.
 

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 import jax
 
 from structvit_jax.runtime import processes
-from structvit_jax.utils.errors import RESUMABLE, Stopped, UserError
+from structvit_jax.utils.errors import EXIT_RESUMABLE, Stopped, UserError
 
 _NAME, _FAILED, _ALIVE = (f"structvit_jax/{what}/" for what in ("name", "failed", "alive"))
 _DONE = "done"
@@ -27,12 +27,12 @@ _GRACE = 3.0  # seconds in which the others read why a process fails, before it 
 
 
 @contextlib.contextmanager
-def ending_together(heartbeat: int) -> Iterator[None]:
+def fail_together(heartbeat: int) -> Iterator[None]:
     """Tells the other processes of a run what fails in this one, and ends this one when another fails.
 
     Enter it after `processes.join`; with one process it does nothing.
     """
-    if not processes.several():
+    if not processes.is_multiprocess():
         yield
         return
     watch, stopped = _Watch(heartbeat), None
@@ -41,7 +41,7 @@ def ending_together(heartbeat: int) -> Iterator[None]:
             yield
         except Stopped as stop:
             stopped = stop
-        processes.meet()  # all have done their work
+        processes.barrier()  # all have done their work
     except BaseException as error:
         watch.end(error)
     watch.close()
@@ -61,11 +61,11 @@ class _Watch:
         name = f"process {self._me} of {self._count} (host {socket.gethostname()}, pid {os.getpid()})"
         self._store.key_value_set(f"{_NAME}{self._me}", name)
         try:
-            wait = 1000 * processes.JOINING
+            wait = 1000 * processes.JOIN_TIMEOUT
             keys = [f"{_NAME}{i}" for i in range(self._count)]
             self._names = [self._store.blocking_key_value_get(key, wait) for key in keys]
         except jax.errors.JaxRuntimeError:
-            processes.give_up(f"{processes.JOINING} s")
+            processes.give_up(f"{processes.JOIN_TIMEOUT} s")
         # by key: the last sign of life, and when it was new; one that never gives any is lost too
         self._seen = {f"{_ALIVE}{i}": ("", time.monotonic()) for i in range(self._count)}
         self._answers = 0  # of the store
@@ -138,7 +138,7 @@ class _Watch:
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
         except OSError:
-            self._leave(f"{self._names[0]} is gone", RESUMABLE)
+            self._leave(f"{self._names[0]} is gone", EXIT_RESUMABLE)
         faulthandler.dump_traceback()  # another reason; returning from here ends the process
 
     def _lost(self, signs):
@@ -154,10 +154,10 @@ class _Watch:
         return [self._names[int(key.removeprefix(_ALIVE))] for key in silent]
 
     def _leave_lost(self, name: str) -> NoReturn:
-        self._leave(f"no heartbeat from {name} for {self._patience} s; assuming it is dead", RESUMABLE)
+        self._leave(f"no heartbeat from {name} for {self._patience} s; assuming it is dead", EXIT_RESUMABLE)
 
     def _leave(self, reason: str, code: int) -> NoReturn:
-        advice = "; re-run the command to resume" if code == RESUMABLE else ""
+        advice = "; re-run the command to resume" if code == EXIT_RESUMABLE else ""
         me = f"process {self._me} of {self._count}"
         print(f"error: {reason}; {me} ends with it{advice}", file=sys.stderr, flush=True)
         self._exit(code)

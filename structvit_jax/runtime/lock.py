@@ -27,7 +27,7 @@ from typing import Any
 
 from etils import epath
 
-from structvit_jax.runtime.processes import say
+from structvit_jax.runtime.processes import log
 from structvit_jax.runtime.storage import read_json, write_json
 from structvit_jax.utils.errors import UserError
 from structvit_jax.utils.paths import is_bucket
@@ -105,7 +105,7 @@ class WorkdirLock:
             if _is_alive(found):
                 raise UserError(self._taken(found))
             return
-        say(f"the workdir was last used by {_describe(found)}; waiting {self._expiry:.0f} s for a sign of it")
+        log(f"the workdir was last used by {_describe(found)}; waiting {self._expiry:.0f} s for a sign of it")
         deadline = time.monotonic() + self._expiry
         while time.monotonic() < deadline:
             time.sleep(min(1.0, self._renew / 2))

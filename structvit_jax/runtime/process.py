@@ -16,12 +16,12 @@ from typing import Any
 
 from structvit_jax.runtime import signals
 from structvit_jax.utils.errors import (
-    INTERRUPTED,
-    RESUMABLE,
+    EXIT_INTERRUPTED,
+    EXIT_RESUMABLE,
     Stopped,
     UnreachableError,
     UserError,
-    may_pass,
+    is_transient,
     printable,
     system_failure,
 )
@@ -54,10 +54,10 @@ def exit_in_one_line() -> Iterator[None]:
         os._exit(1)
     except Stopped as stop:
         _print_error(str(stop))
-        raise SystemExit(RESUMABLE) from stop
+        raise SystemExit(EXIT_RESUMABLE) from stop
     except KeyboardInterrupt as interrupt:
         _print_error("interrupted")
-        raise SystemExit(INTERRUPTED) from interrupt
+        raise SystemExit(EXIT_INTERRUPTED) from interrupt
     except UserError as error:
         _print_error(f"error: {error}")
         raise SystemExit(error.exit_code) from error
@@ -65,7 +65,7 @@ def exit_in_one_line() -> Iterator[None]:
         if not (reason := system_failure(error)):
             raise
         where = getattr(error, "filename", None)
-        kind = UnreachableError if may_pass(error) else UserError
+        kind = UnreachableError if is_transient(error) else UserError
         failure = kind(f"{where} cannot be used: {reason}" if where else reason)
         _print_error(f"error: {failure}")
         raise SystemExit(failure.exit_code) from failure

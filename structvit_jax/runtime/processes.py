@@ -19,9 +19,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from structvit_jax.runtime import signals
-from structvit_jax.utils.errors import RESUMABLE, UserError, printable
+from structvit_jax.utils.errors import EXIT_RESUMABLE, UserError, printable
 
-JOINING = 300  # seconds in which all have to have started
+JOIN_TIMEOUT = 300  # seconds in which all have to have started
 _LONG = 7 * 24 * 3600  # seconds: who does not come is noticed otherwise
 _meetings = itertools.count()
 
@@ -43,7 +43,7 @@ def join(heartbeat: int, stoppable: bool) -> None:
         raise UserError(f"{' and '.join(given)} given without {' and '.join(set(names) - set(given))}")
     options: dict[str, Any] = {  # JAX's own limits would abort with a stack trace: they come later
         "heartbeat_timeout_seconds": 2 * heartbeat + 20,
-        "initialization_timeout": 2 * JOINING,
+        "initialization_timeout": 2 * JOIN_TIMEOUT,
     }
     if given:
         address, count, number = (os.environ[name] for name in names)
@@ -51,7 +51,7 @@ def join(heartbeat: int, stoppable: bool) -> None:
             raise UserError(f"JAX_PROCESS_ID={number} of JAX_NUM_PROCESSES={count} is none of 0 to N - 1")
         options |= {"coordinator_address": address, "num_processes": int(count), "process_id": int(number)}
     place = f" at {options['coordinator_address']}" if given else ""
-    late = threading.Timer(JOINING, give_up, [f"{JOINING} s{place}"])
+    late = threading.Timer(JOIN_TIMEOUT, give_up, [f"{JOIN_TIMEOUT} s{place}"])
     late.daemon = True
     late.start()
     try:
@@ -61,7 +61,7 @@ def join(heartbeat: int, stoppable: bool) -> None:
             raise UserError(f"the processes of the run do not find each other: {error}") from error
     finally:
         late.cancel()
-    if several() and stoppable:
+    if is_multiprocess() and stoppable:
         signals.LISTENER.defer(forward=True)
 
 
@@ -73,21 +73,21 @@ def give_up(waited: str) -> NoReturn:
         file=sys.stderr,
         flush=True,
     )
-    os._exit(RESUMABLE)
+    os._exit(EXIT_RESUMABLE)
 
 
-def is_first() -> bool:
+def is_primary() -> bool:
     """Whether this process is the one that writes files and speaks."""
     return jax.process_index() == 0
 
 
-def say(line: str) -> None:
+def log(line: str) -> None:
     """Print a line, in one process of a run."""
-    if is_first():
+    if is_primary():
         print(printable(line), flush=True)
 
 
-def share() -> tuple[int, int]:
+def process_shard() -> tuple[int, int]:
     """This process's number and how many there are: the share of every batch that it reads."""
     return jax.process_index(), jax.process_count()
 
@@ -99,32 +99,32 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
-def several() -> bool:
+def is_multiprocess() -> bool:
     """Whether the run has more than one process; this opens no device."""
     return (distributed().num_processes or 1) > 1
 
 
-def meet() -> None:
+def barrier() -> None:
     """Waits until all processes have come here. CPUs that meet in a computation give up after 30 s."""
-    if several():
+    if is_multiprocess():
         name = f"structvit_jax/meeting/{next(_meetings)}"
         distributed().client.wait_at_barrier(name, timeout_in_ms=1000 * _LONG)
 
 
-def gather(value: Any) -> list[Any]:
+def allgather_object(value: Any) -> list[Any]:
     """Every process's value, on every process; all have to call it."""
-    if not several():
+    if not is_multiprocess():
         return [value]
-    meet()
+    barrier()
     raw = np.frombuffer(pickle.dumps(value), np.uint8)
     sizes = multihost_utils.process_allgather(np.int32(len(raw)))
     rows = multihost_utils.process_allgather(np.pad(raw, (0, int(sizes.max()) - len(raw))))
     return [pickle.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
 
-def decide(choose: Callable[[], Any]) -> Any:
+def broadcast_from_primary(choose: Callable[[], Any]) -> Any:
     """What the first process chooses, on every process; all have to call it."""
-    return gather(choose() if is_first() else None)[0]
+    return allgather_object(choose() if is_primary() else None)[0]
 
 
 class StopSignal:
@@ -141,7 +141,7 @@ class StopSignal:
         if not signals.LISTENER.running:
             signals.LISTENER.start(ends_process=False)
             self._started = True
-        if several():
+        if is_multiprocess():
             signals.LISTENER.defer(forward=True)
         return self
 
@@ -156,7 +156,7 @@ class StopSignal:
         a run that is resumed asks for all earlier steps too.
         """
         signals.LISTENER.defer()
-        if not several():
+        if not is_multiprocess():
             return signals.LISTENER.noticed
         first, self._asked = self._asked + 1, step
         return any(multihost_utils.reached_preemption_sync_point(i) for i in range(first, step + 1))

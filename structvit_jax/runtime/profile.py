@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from structvit_jax.runtime.processes import is_first, say, share
+from structvit_jax.runtime.processes import is_primary, log, process_shard
 from structvit_jax.runtime.storage import write
 from structvit_jax.utils.errors import UserError
 from structvit_jax.utils.paths import is_bucket
@@ -36,7 +36,7 @@ class Profile:
 
     def __init__(self, steps: range, workdir: epath.Path, start: int):
         self._steps = [step for step in steps if step > start]
-        number, count = share()
+        number, count = process_shard()
         self._folder = workdir / FOLDER / f"process-{number}" if count > 1 else workdir / FOLDER
         self._running = False
 
@@ -68,5 +68,5 @@ class Profile:
             for path in root.rglob("*"):
                 if not path.is_dir():
                     write(self._folder / path.relative_to(root), path.read_bytes())
-        if is_first():
-            say(f"profile of steps {self._steps[0]} to {self._steps[-1]}: {self._folder}, for xprof")
+        if is_primary():
+            log(f"profile of steps {self._steps[0]} to {self._steps[-1]}: {self._folder}, for xprof")

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
-from structvit_jax.utils.errors import INTERRUPTED, RESUMABLE
+from structvit_jax.utils.errors import EXIT_INTERRUPTED, EXIT_RESUMABLE
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # Seconds in which a second SIGINT is the same Ctrl-C: from the terminal, and passed on by a launcher.
@@ -116,13 +116,15 @@ class SignalListener:
             self._first = now
             if not self._deferring:
                 self._exit(
-                    RESUMABLE, "stopped by a signal with nothing to save; re-run the command to resume"
+                    EXIT_RESUMABLE, "stopped by a signal with nothing to save; re-run the command to resume"
                 )
             if self._forwarding and number != signal.SIGTERM:
                 os.kill(os.getpid(), signal.SIGTERM)
         elif number == signal.SIGINT and now - max(self._first, self._sent) > _SAME:
             if self._ends_process:
-                self._exit(INTERRUPTED, "interrupted; re-run the command to resume from the last checkpoint")
+                self._exit(
+                    EXIT_INTERRUPTED, "interrupted; re-run the command to resume from the last checkpoint"
+                )
             self._interrupt()
 
     def _interrupt(self) -> None:
@@ -169,4 +171,4 @@ def _excepthook(kind: type[BaseException], error: BaseException, trace: Tracebac
         return
     with contextlib.suppress(OSError):
         os.write(2, b"interrupted\n")
-    os._exit(INTERRUPTED)
+    os._exit(EXIT_INTERRUPTED)

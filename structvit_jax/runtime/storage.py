@@ -13,7 +13,7 @@ from typing import Any
 from etils import epath
 
 from structvit_jax.training.card import check_card
-from structvit_jax.utils.errors import UnreachableError, UserError, may_pass, parse_json, translating
+from structvit_jax.utils.errors import UnreachableError, UserError, is_transient, os_errors_as, parse_json
 from structvit_jax.utils.paths import is_bucket
 
 # What a run leaves in its workdir, for all that read it.
@@ -92,19 +92,21 @@ def read_card(checkpoint: epath.Path) -> dict[str, Any]:
         raise UserError(f"{path} is missing: {checkpoint} is no checkpoint of structvit_jax") from error
 
 
-def naming_failures(workdir: epath.Path) -> AbstractContextManager[None]:
+def io_errors_as_user_error(workdir: epath.Path) -> AbstractContextManager[None]:
     """Turn what a disk or a bucket refuses into one line.
 
     Raises:
       UserError: names the file and the reason; what was saved before is kept.
       UnreachableError: a bucket does not answer.
     """
-    return translating(
-        lambda error, reason: unusable(getattr(error, "filename", None) or workdir, reason, workdir, error)
+    return os_errors_as(
+        lambda error, reason: unusable_error(
+            getattr(error, "filename", None) or workdir, reason, workdir, error
+        )
     )
 
 
-def unusable(place: Any, reason: str, workdir: epath.Path, error: Exception) -> UserError:
+def unusable_error(place: Any, reason: str, workdir: epath.Path, error: Exception) -> UserError:
     """Return the error for a file that cannot be read or written; resumable if it may pass by itself."""
     inside = str(place).startswith(f"{workdir}/")  # so that the workdir was there
     if inside and not is_bucket(workdir) and not workdir.exists():
@@ -114,7 +116,7 @@ def unusable(place: Any, reason: str, workdir: epath.Path, error: Exception) -> 
         )
     reason = f"{place} cannot be used: {' '.join(reason.split())[:300]}"
     kept = f"What was saved before in {workdir} is as it was"
-    if may_pass(error, reason if is_bucket(workdir) else ""):
+    if is_transient(error, reason if is_bucket(workdir) else ""):
         return UnreachableError(f"{reason}. {kept}; the same command resumes")
     advice = "resolve that and re-run the command to resume, or choose another --workdir"
     return UserError(f"{reason}. {kept}; {advice}")

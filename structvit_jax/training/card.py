@@ -28,7 +28,7 @@ PORTABLE = (
         "data.label_maps",
     ),
     *("data.batch_size", "data.train_examples", "data.test_examples"),
-    *("data.max_bad_share", "data.max_bad_frames"),
+    *("data.max_unreadable_fraction", "data.max_replaced_frames"),
     *("data.mean", "data.std", "data.channels", "data.frames", "data.stride", "data.sampling"),
     *("data.size", "data.short_side", "data.crop_fraction", "data.test_clips", "data.test_crops"),
 )

@@ -24,11 +24,11 @@ from orbax.checkpoint import checkpoint_managers
 
 from structvit_jax.models.weights import Weights, mismatches
 from structvit_jax.runtime import processes
-from structvit_jax.runtime.digests import damage
+from structvit_jax.runtime.digests import find_damage
 from structvit_jax.runtime.lock import live_owner
-from structvit_jax.runtime.processes import say
+from structvit_jax.runtime.processes import log
 from structvit_jax.runtime.sharding import abstract, replicated
-from structvit_jax.runtime.storage import read_card, unusable, write
+from structvit_jax.runtime.storage import read_card, unusable_error, write
 from structvit_jax.training.commit import FOLDER, InBucket, OnDisk, entries, is_unfinished, steps_in
 from structvit_jax.training.step import TrainState
 from structvit_jax.utils.errors import Stopped, UserError
@@ -47,7 +47,7 @@ _METRIC = "top1"  # what the best checkpoints are best in
 _LEAST_PART = 2**20
 
 
-class Keep(NamedTuple):
+class RetentionPolicy(NamedTuple):
     """Which checkpoints stay."""
 
     latest: int
@@ -62,14 +62,14 @@ class Checkpoints:
       UserError: there are checkpoints, and all are damaged.
     """
 
-    def __init__(self, workdir: epath.PathLike, keep: Keep | None = None):
+    def __init__(self, workdir: epath.PathLike, keep: RetentionPolicy | None = None):
         """`keep` opens them for writing too."""
         logging.getLogger("absl").addFilter(_drop_orbax_warnings)
         self._folder = epath.Path(workdir) / FOLDER
         self._writes = keep is not None
         options = ocp.CheckpointManagerOptions(create=False, read_only=True)
         if keep:
-            processes.decide(self._remove_unfinished)
+            processes.broadcast_from_primary(self._remove_unfinished)
             sys.unraisablehook = _leave_out_closed_loops
             self.latest()  # what is damaged is out of the way before Orbax looks
             arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_LEAST_PART)
@@ -183,11 +183,11 @@ class Checkpoints:
             text = str(error)
             if known := re.findall(r"[^:]+: ([^:\[]+) \[os_error_code=", text):
                 text = known[-1]
-            raise unusable(self._folder, text, self._folder.parent, error) from error
+            raise unusable_error(self._folder, text, self._folder.parent, error) from error
 
     def check(self, step: int) -> None:
         """Raises UserError if a step's files are not what was saved."""
-        if reason := processes.decide(functools.partial(damage, self.path(step))):
+        if reason := processes.broadcast_from_primary(functools.partial(find_damage, self.path(step))):
             raise UserError(f"{self.path(step)} is damaged: {reason}")
 
     def _remove_unfinished(self) -> None:
@@ -201,20 +201,22 @@ class Checkpoints:
         """The newest step without damage; puts the damaged ones out of the way, if it may."""
         damaged: dict[int, str] = {}
         newest = None
-        for step in processes.decide(self.steps):
+        for step in processes.broadcast_from_primary(self.steps):
             if newest is not None and not self._writes:
                 break
             # Of older ones Orbax reads the scores, to tell the best.
             part = "" if newest is None else "metrics/"
-            if reason := processes.decide(functools.partial(damage, self.path(step), part)):
+            if reason := processes.broadcast_from_primary(
+                functools.partial(find_damage, self.path(step), part)
+            ):
                 damaged[step] = reason
             elif newest is None:
                 newest = step
         if newest is not None:
             for step, reason in damaged.items():
                 moved = functools.partial(self._set_aside, step, reason)
-                where = processes.decide(moved) if self._writes else ""
-                say(f"warning: {self.path(step)} is damaged ({reason}); step {newest} is used{where}")
+                where = processes.broadcast_from_primary(moved) if self._writes else ""
+                log(f"warning: {self.path(step)} is damaged ({reason}); step {newest} is used{where}")
             return newest
         if damaged:
             step = max(damaged)
@@ -287,7 +289,7 @@ def _rank(metrics: dict[str, float]) -> float:
     return metrics[_METRIC]
 
 
-def _policy(keep: Keep):
+def _policy(keep: RetentionPolicy):
     policies = [checkpoint_managers.LatestN(keep.latest)]
     if keep.every:
         policies.append(checkpoint_managers.EveryNSteps(keep.every))

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import ml_collections
 
 from structvit_jax.runtime import processes
-from structvit_jax.runtime.processes import say
+from structvit_jax.runtime.processes import log
 from structvit_jax.runtime.sharding import abstract, batch_sharding
 from structvit_jax.training.run import Run
 from structvit_jax.training.step import TrainState, make_train_step
@@ -22,11 +22,11 @@ from structvit_jax.utils.errors import UserError
 
 def compile_train_step(run: Run, state: TrainState) -> Any:
     """The train step, compiled ahead of its first call so that the wait has a name."""
-    say("compiling the train step ...")
+    log("compiling the train step ...")
     started = time.monotonic()
     compiled = trace_train_step(run, state).lower().compile()
-    say(f"compiled in {time.monotonic() - started:.1f} s")
-    processes.meet()  # not all may have found it in the compilation cache
+    log(f"compiled in {time.monotonic() - started:.1f} s")
+    processes.barrier()  # not all may have found it in the compilation cache
     return compiled
 
 
@@ -60,7 +60,7 @@ def abstract_batch(run: Run) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 @contextlib.contextmanager
-def naming_memory(config: ml_collections.ConfigDict) -> Iterator[None]:
+def oom_as_user_error(config: ml_collections.ConfigDict) -> Iterator[None]:
     """Turns a device's lack of memory into one line that says what to change.
 
     Raises:
@@ -74,7 +74,7 @@ def naming_memory(config: ml_collections.ConfigDict) -> Iterator[None]:
             raise
         raise UserError(
             f"out of memory: {_asked(text)}; {_device_has()}. Lower config.data.batch_size (now"
-            f" {config.data.batch_size}), raise config.train.accumulate (now {config.train.accumulate})"
+            f" {config.data.batch_size}), raise config.train.grad_accum_steps (now {config.train.grad_accum_steps})"
             f" or set config.model.remat (now {config.model.remat or 'none'}) to 'dots' or 'full';"
             f" in evaluation lower config.eval.batch_size (now {config.eval.batch_size});"
             " `structvit plan --device_memory=SIZE` finds the largest batch"

@@ -52,7 +52,7 @@ class Evaluation(NamedTuple):
             raise UserError(
                 f"no score: {missing} of {len(seen)} test examples cannot be read ({first}"
                 f"{'; ...' if missing > 3 else ''}); fix or remove them, or accept that they are left out"
-                f" with --config.eval.max_missing={missing}"
+                f" with --config.eval.max_unreadable={missing}"
             )
         top1, labels = self.hits["top1"][seen], self.labels[seen]
         per_class = [top1[labels == label].mean() for label in np.unique(labels)]
@@ -93,7 +93,7 @@ class Evaluator:
     def _scores(self, weights: Weights, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         if not self._compiled:
             self._compiled = self._step.lower(weights, batch).compile()
-            processes.meet()
+            processes.barrier()
         return self._compiled(weights, batch)
 
     def __call__(self, weights: Weights, before: Callable[[int], None] | None = None) -> Evaluation:
@@ -101,7 +101,7 @@ class Evaluator:
         results: list[dict[str, Any]] = []
         problems: list[Any] = []
         size = fitting_batch(self._mesh, self._config.batch_size, self._data.test_examples)
-        stream = self._data.test_batches(size, share=processes.share())
+        stream = self._data.test_batches(size, share=processes.process_shard())
         with contextlib.closing(stream) as batches:
             for number, batch in enumerate(batches):
                 if before:
@@ -123,6 +123,6 @@ class Evaluator:
             np.where(whole["mask"], whole["labels"], -1),
             whole["scores"],
             hits,
-            tuple(problem for mine in processes.gather(problems) for problem in mine),
-            self._config.max_missing,
+            tuple(problem for mine in processes.allgather_object(problems) for problem in mine),
+            self._config.max_unreadable,
         )

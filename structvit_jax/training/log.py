@@ -15,7 +15,7 @@ import jax
 from etils import epath
 
 from structvit_jax.runtime.goodput import Goodput, Progress
-from structvit_jax.runtime.processes import available_cores, is_first, say
+from structvit_jax.runtime.processes import available_cores, is_primary, log
 from structvit_jax.runtime.storage import METRICS, write
 from structvit_jax.utils.errors import UserError, parse_json
 from structvit_jax.utils.paths import is_bucket
@@ -65,7 +65,7 @@ class RunLog:
         last = self._metrics.last()
         self._resumed_after = last  # a final evaluation may have been written already
         self._in_row = self._metrics.skipped_at_the_end()
-        self._board = _Board(workdir / "tensorboard", start_step) if is_first() else None
+        self._board = _Board(workdir / "tensorboard", start_step) if is_primary() else None
         self._progress = Progress(config.data.workers, available_cores())
         self._started = False
         self._since, self._waited, self._next_write = time.monotonic(), 0.0, 0.0
@@ -100,13 +100,13 @@ class RunLog:
         self._scalars("speed", {"step": last["step"], **speed})
         self._progress.add(len(records), seconds, self._waited)
         eta = self._progress.remaining(self._total - last["step"])
-        say(
+        log(
             f"step {last['step']}/{self._total}  loss {_mean(records, 'loss'):.4f}"
             f"  top1 {_mean(records, 'top1'):.3f}  lr {last['lr']:.2e}  {rate:.1f} {self._unit}/s"
             f"  data-wait {speed['data_wait']:.0%}  ETA {_clock(eta)}"
         )
         if advice := self._progress.advice():
-            say(advice)
+            log(advice)
         self._pending.clear()
         self.restart_clock()
 
@@ -161,8 +161,8 @@ class RunLog:
         reason = f"loss {values['loss']}, gradient norm {values['grad_norm']}"
         names = [self._name_of(int(i)) for i in index]
         self._skipped.append({"step": step, "reason": reason, "examples": names})
-        say(f"warning: step {step} skipped, {reason}; its examples are in {self._skipped.path}")
-        if self._in_row >= self._max_skipped and is_first():  # the others may not know of earlier ones
+        log(f"warning: step {step} skipped, {reason}; its examples are in {self._skipped.path}")
+        if self._in_row >= self._max_skipped and is_primary():  # the others may not know of earlier ones
             self.write()
             raise UserError(
                 f"step {step}: the loss or the gradient was not finite in {self._in_row} steps in a row"
@@ -183,7 +183,7 @@ class _Lines:
     def __init__(self, path: epath.Path, step: int):
         """Drop what a run that was killed wrote after the step that it resumes from, and damaged lines."""
         self.path, self._lines = path, list[str]()
-        content = path.read_bytes() if is_first() and path.exists() else b""
+        content = path.read_bytes() if is_primary() and path.exists() else b""
         for line in content.splitlines():
             try:
                 if parse_json(line)["step"] <= step:

@@ -17,17 +17,31 @@ from structvit_jax.runtime import processes, signals
 from structvit_jax.runtime.goodput import Goodput
 from structvit_jax.runtime.lock import WorkdirLock
 from structvit_jax.runtime.mesh import check_batch, put_batch
-from structvit_jax.runtime.processes import say
+from structvit_jax.runtime.processes import log
 from structvit_jax.runtime.profile import Profile, steps_to_profile
 from structvit_jax.runtime.sharding import replicated
-from structvit_jax.runtime.storage import CONFIG, PREDICTIONS, RESULT, naming_failures, read_json, write_json
+from structvit_jax.runtime.storage import (
+    CONFIG,
+    PREDICTIONS,
+    RESULT,
+    io_errors_as_user_error,
+    read_json,
+    write_json,
+)
 from structvit_jax.training.checkpoint import Checkpoints
 from structvit_jax.training.commit import FOLDER
-from structvit_jax.training.compilation import compile_train_step, naming_memory
+from structvit_jax.training.compilation import compile_train_step, oom_as_user_error
 from structvit_jax.training.evaluation import Evaluation, Evaluator, Scores
 from structvit_jax.training.log import RunLog
 from structvit_jax.training.restore import open_checkpoint, rereading
-from structvit_jax.training.run import Run, adopt_classes, as_json, differences, keep, warn_of_single_examples
+from structvit_jax.training.run import (
+    Run,
+    adopt_classes,
+    as_json,
+    differences,
+    retention_policy,
+    warn_of_single_examples,
+)
 from structvit_jax.training.start import starting_state
 from structvit_jax.training.step import TrainState
 from structvit_jax.training.unreadable import Unreadable
@@ -36,7 +50,8 @@ from structvit_jax.utils.errors import Stopped, UserError
 _LEAST_INTERVAL = 0.1  # of config.eval.every, between an evaluation and the final one
 # Keys of the data that change no score.
 _INDIFFERENT = tuple(
-    f"config.data.{key} " for key in ("batch_size", "workers", "max_bad_share", "max_pixels", "max_frames")
+    f"config.data.{key} "
+    for key in ("batch_size", "workers", "max_unreadable_fraction", "max_pixels", "max_frames")
 )
 # Keys that say which data are read; the fingerprint in a card says it better.
 _PLACES = tuple(
@@ -64,7 +79,7 @@ def train(
       Stopped: a signal asked for it; the state is saved.
     """
     started, profiled = time.monotonic(), steps_to_profile(profile)
-    with processes.StopSignal() as stop, naming_memory(config):
+    with processes.StopSignal() as stop, oom_as_user_error(config):
         run = Run.prepare(config, data)
         with open_workdir(run, workdir) as session:
             return _train(session, stop, started, profiled)
@@ -90,14 +105,14 @@ def open_workdir(run: Run, workdir: epath.Path) -> Iterator[Session]:
     """
     lock = WorkdirLock(workdir)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(naming_failures(workdir))
-        if processes.is_first():
+        stack.enter_context(io_errors_as_user_error(workdir))
+        if processes.is_primary():
             (workdir / FOLDER).mkdir(parents=True, exist_ok=True)
             stack.enter_context(signals.LISTENER.cleanup(lock.release))
             stack.enter_context(lock)
-        processes.meet()  # the others look at it when it is there, and locked
-        checkpoints = stack.enter_context(Checkpoints(workdir, keep(run)))
-        unreadable = Unreadable(workdir, run.data.train_examples, run.config.data.max_bad_share)
+        processes.barrier()  # the others look at it when it is there, and locked
+        checkpoints = stack.enter_context(Checkpoints(workdir, retention_policy(run)))
+        unreadable = Unreadable(workdir, run.data.train_examples, run.config.data.max_unreadable_fraction)
         yield Session(run, workdir, lock, checkpoints, unreadable)
 
 
@@ -109,34 +124,34 @@ def _train(session: Session, stop: processes.StopSignal, started: float, profile
     start, total = int(state.step), run.durations.total
     goodput.resume(start)
     if start >= total:
-        say(f"the run is complete: step {start} of {total}; --config.train.duration sets more")
-        if result := processes.decide(lambda: read_result(workdir, start)):
-            say(describe(result))
+        log(f"the run is complete: step {start} of {total}; --config.train.duration sets more")
+        if result := processes.broadcast_from_primary(lambda: read_result(workdir, start)):
+            log(describe(result))
             return result
     else:
-        check_batch(run.mesh, "data.batch_size", config.data.batch_size, config.train.accumulate)
+        check_batch(run.mesh, "data.batch_size", config.data.batch_size, config.train.grad_accum_steps)
         warn_of_single_examples(run)
-        if processes.is_first():
+        if processes.is_primary():
             write_json(workdir / CONFIG, as_json(config))
     evaluator = Evaluator(run.model, config, run.mesh, data)
-    with RunLog(workdir, start, total, config, data, goodput, session.lock.check) as log:
+    with RunLog(workdir, start, total, config, data, goodput, session.lock.check) as run_log:
         try:
             if start < total:
-                state = take_steps(session, state, stop, evaluator, log, goodput, profiled)
-            say(f"evaluating {describe_test(data)}")
+                state = take_steps(session, state, stop, evaluator, run_log, goodput, profiled)
+            log(f"evaluating {describe_test(data)}")
             goodput.switch("evaluate")
             scored = state.scored(config.eval.ema)
             evaluation = evaluator(scored, lambda batch: _stop_in_the_end(stop, total, batch))
             session.unreadable.note("test", evaluation.problems)
             session.unreadable.exchange()
             scores = evaluation.summary()
-            log.evaluation(int(state.step), scores._asdict())
+            run_log.evaluation(int(state.step), scores._asdict())
         finally:
-            say(goodput.describe())
+            log(goodput.describe())
     result = make_result(run, scores, int(state.step), scored)
     session.lock.check()
     write_result(workdir, result, evaluation, data)
-    say(describe(result))
+    log(describe(result))
     return result
 
 
@@ -153,7 +168,7 @@ def take_steps(
     state: TrainState,
     stop: processes.StopSignal,
     evaluator: Evaluator,
-    log: RunLog,
+    run_log: RunLog,
     goodput: Goodput,
     profiled: range = range(0),
 ) -> TrainState:
@@ -167,15 +182,17 @@ def take_steps(
     save_every = (run.durations.save_every, run.durations.keep_every)
     goodput.switch("compile")
     step_fn = compile_train_step(run, state)
-    log.restart_clock()
-    stream = run.data.train_batches(run.config.data.batch_size, start_step=start, share=processes.share())
+    run_log.restart_clock()
+    stream = run.data.train_batches(
+        run.config.data.batch_size, start_step=start, share=processes.process_shard()
+    )
     profile = Profile(profiled, session.workdir, start)
     with contextlib.closing(stream) as batches, profile:
         saved = start
         for step in range(start + 1, total + 1):
             if stop.before(step):
                 if saved < step - 1:
-                    save(session, state, log, goodput)
+                    save(session, state, run_log, goodput)
                 raise Stopped(
                     f"stopped by a signal after step {step - 1} of {total}; re-run the command to resume"
                 )
@@ -188,17 +205,17 @@ def take_steps(
             goodput.switch("step")
             profile.before(step, state)
             state, metrics = step_fn(state, batch)
-            log.step(step, metrics, waited)
+            run_log.step(step, metrics, waited)
             scores = None
             if evaluation_due(step, eval_every, total):
-                log.flush()
+                run_log.flush()
                 goodput.switch("evaluate")
                 scored = state.scored(run.config.eval.ema)
-                scores = evaluate_on_the_way(step, evaluator(scored), log, session.unreadable)
+                scores = evaluate_on_the_way(step, evaluator(scored), run_log, session.unreadable)
             due = any(every and step % every == 0 for every in save_every)
             ranked = scores is not None and run.config.checkpoint.keep_best
             if step == total or due or ranked:
-                save(session, state, log, goodput, scores)
+                save(session, state, run_log, goodput, scores)
                 saved = step
     return state
 
@@ -210,22 +227,22 @@ def evaluation_due(step: int, every: int, total: int) -> bool:
 
 
 def save(
-    session: Session, state: TrainState, log: RunLog, goodput: Goodput, scores: Scores | None = None
+    session: Session, state: TrainState, run_log: RunLog, goodput: Goodput, scores: Scores | None = None
 ) -> None:
     """Starts saving the state, when all that was said of the steps up to it is written."""
     session.lock.check()
     session.unreadable.exchange()
-    log.flush()
+    run_log.flush()
     goodput.switch("save")
     goodput.saved(int(state.step))
-    log.write()
+    run_log.write()
     found = scores._asdict() if scores else None
     session.checkpoints.save(state, session.run.card(found), found)
-    log.restart_clock()
+    run_log.restart_clock()
 
 
 def evaluate_on_the_way(
-    step: int, evaluation: Evaluation, log: RunLog, unreadable: Unreadable
+    step: int, evaluation: Evaluation, run_log: RunLog, unreadable: Unreadable
 ) -> Scores | None:
     """Tells an evaluation during training; one that has no score stops nothing."""
     unreadable.note("test", evaluation.problems)
@@ -233,11 +250,11 @@ def evaluate_on_the_way(
     try:
         scores = evaluation.summary()
     except UserError as error:
-        say(f"step {step}  evaluation: {error}")
-        log.restart_clock()
+        log(f"step {step}  evaluation: {error}")
+        run_log.restart_clock()
         return None
-    log.evaluation(step, scores._asdict())
-    say(f"step {step}  evaluation: top1 {scores.top1:.4f}  top5 {scores.top5:.4f}")
+    run_log.evaluation(step, scores._asdict())
+    log(f"step {step}  evaluation: top1 {scores.top1:.4f}  top5 {scores.top5:.4f}")
     return scores
 
 
@@ -253,24 +270,24 @@ def evaluate(config: ml_collections.ConfigDict, path: epath.Path, out: epath.Pat
     Raises:
       UserError: no checkpoint, or one of another model.
     """
-    with naming_failures(out or path), naming_memory(config):
+    with io_errors_as_user_error(out or path), oom_as_user_error(config):
         run = Run.prepare(config, data)
         card, where, step, weights = _restore(run, path)
-        say(f"evaluating step {step} of {where.parent.parent} on {describe_test(data)}")
+        log(f"evaluating step {step} of {where.parent.parent} on {describe_test(data)}")
         changed = differences(card["config"], as_json(config))
         for line in changed:
-            say(f"note: {line}")
+            log(f"note: {line}")
         evaluation = Evaluator(run.model, config, run.mesh, data)(weights)
         result = make_result(run, evaluation.summary(), step, weights)
-        say(describe(result))
+        log(describe(result))
         if out:
             out.mkdir(parents=True, exist_ok=True)
-            unreadable = Unreadable(out, data.train_examples, config.data.max_bad_share)
+            unreadable = Unreadable(out, data.train_examples, config.data.max_unreadable_fraction)
             unreadable.note("test", evaluation.problems)
             unreadable.exchange()
             other = out == where.parent.parent and _is_other_data(changed, card, data)
             if other:
-                say(f"on other data than the run's: {out / 'result.json'} stays; see result_other.json")
+                log(f"on other data than the run's: {out / 'result.json'} stays; see result_other.json")
             write_result(out, result, evaluation, data, "_other" * other)
 
 
@@ -290,7 +307,9 @@ def _is_other_data(changed: list[str], card: dict[str, Any], data: Any) -> bool:
     indifferent = _INDIFFERENT
     if fingerprint := card.get("data"):
         indifferent += _PLACES
-        if processes.decide(lambda: data.changes_since(fingerprint, test_only=True)).described:
+        if processes.broadcast_from_primary(
+            lambda: data.changes_since(fingerprint, test_only=True)
+        ).described:
             return True
     keys = ("config.data.", "config.eval.average")
     return any(line.startswith(keys) and not line.startswith(indifferent) for line in changed)
@@ -306,7 +325,7 @@ def write_result(
     workdir: epath.Path, result: dict[str, Any], evaluation: Evaluation, data: Any, suffix: str = ""
 ) -> None:
     """Writes result.json and predictions.npz, in one process."""
-    if processes.is_first():
+    if processes.is_primary():
         evaluation.save(workdir / PREDICTIONS.replace(".", f"{suffix}."), data.class_names)
         write_json(workdir / RESULT.replace(".", f"{suffix}."), result)
 

@@ -32,11 +32,11 @@ def learning_rate(config: ml_collections.ConfigDict, durations: Durations) -> op
     """Linear from `warmup_lr` to `lr`, then half a cosine that would reach `end_lr` after the last step, or
     before the cool-down. With stairs it stands still between them, and may lag behind by some."""
     warmup, stair = durations.warmup, durations.stair or 1
-    first = warmup if config.cosine_from == "warmup" else 0
+    first = warmup if config.schedule_origin == "warmup" else 0
     length = max(durations.total - durations.cooldown - first, 1)
 
     def rate(step):
-        place = jnp.maximum(step // stair - config.lag, 0) * stair
+        place = jnp.maximum(step // stair - config.lr_update_delay, 0) * stair
         ramp = config.warmup_lr + (config.lr - config.warmup_lr) * place / max(warmup, 1)
         turned = jnp.cos(jnp.pi * jnp.clip((place - first) / length, 0, 1))
         cosine = config.end_lr + (config.lr - config.end_lr) * (1 + turned) / 2

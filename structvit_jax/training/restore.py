@@ -10,11 +10,11 @@ from typing import Any, ParamSpec, TypeVar
 
 from etils import epath
 
-from structvit_jax.runtime.digests import damage
-from structvit_jax.runtime.storage import naming_failures, read_card
+from structvit_jax.runtime.digests import find_damage
+from structvit_jax.runtime.storage import io_errors_as_user_error, read_card
 from structvit_jax.training.checkpoint import Checkpoints
 from structvit_jax.training.commit import FOLDER, is_step, steps_in
-from structvit_jax.utils.errors import RESUMABLE, UserError
+from structvit_jax.utils.errors import EXIT_RESUMABLE, UserError
 from structvit_jax.utils.paths import parse_path
 
 P = ParamSpec("P")
@@ -34,7 +34,7 @@ def _locate(path: str) -> tuple[epath.Path, int | None]:
 class _ReplacedError(UserError):
     """A run that is training has removed the checkpoint while it was read."""
 
-    exit_code = RESUMABLE
+    exit_code = EXIT_RESUMABLE
 
 
 def rereading(function: Callable[P, T]) -> Callable[P, T]:
@@ -62,7 +62,7 @@ def open_checkpoint(path: str) -> Iterator[tuple[Checkpoints, int]]:
       UserError: there is none, it is not finished, or it is damaged. See `rereading` for running runs.
     """
     run, named = _locate(path)
-    with naming_failures(run):
+    with io_errors_as_user_error(run):
         before = steps_in(run / FOLDER)
     try:
         with _open(path, run, named) as opened:
@@ -87,7 +87,7 @@ def _is_removed(folder: epath.Path, before: list[int], named: int | None) -> boo
 
 @contextlib.contextmanager
 def _open(path: str, run: epath.Path, named: int | None) -> Iterator[tuple[Checkpoints, int]]:
-    with naming_failures(run):
+    with io_errors_as_user_error(run):
         exists = (run / FOLDER).exists()
     if not exists:
         raise UserError(
@@ -110,7 +110,7 @@ def newest_card(workdir: epath.Path) -> dict[str, Any] | None:
     for step in steps_in(workdir / FOLDER):
         folder = workdir / FOLDER / str(step)
         try:
-            if not damage(folder, "card/"):
+            if not find_damage(folder, "card/"):
                 return read_card(folder)
         except (UserError, FileNotFoundError):
             if folder.exists():  # otherwise a run that is training has removed it

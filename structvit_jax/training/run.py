@@ -22,11 +22,11 @@ from structvit_jax.models.weights import split
 from structvit_jax.ops import native
 from structvit_jax.runtime import processes
 from structvit_jax.runtime.mesh import check_batch, describe_devices, make_mesh
-from structvit_jax.runtime.processes import say
+from structvit_jax.runtime.processes import log
 from structvit_jax.runtime.sharding import abstract
 from structvit_jax.training import optim
 from structvit_jax.training.card import is_portable
-from structvit_jax.training.checkpoint import Keep
+from structvit_jax.training.checkpoint import RetentionPolicy
 from structvit_jax.training.step import TrainState, fresh_state, normalize
 from structvit_jax.utils.errors import UserError
 
@@ -57,9 +57,9 @@ class Run:
         if mesh is None:
             mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
             check_batch(mesh, "eval.batch_size", config.eval.batch_size)
-            say(f"devices: {describe_devices()}; mesh {dict(mesh.shape)}")
+            log(f"devices: {describe_devices()}; mesh {dict(mesh.shape)}")
             if jax.default_backend() == "cpu" and not native.available():
-                say("note: no C++ compiler here (c++, or what CXX names); operations take slower forms")
+                log("note: no C++ compiler here (c++, or what CXX names); operations take slower forms")
 
         classes = len(data.class_names)
         model = create_model(**model_arguments(config), num_classes=classes, seed=config.train.seed)
@@ -69,7 +69,7 @@ class Run:
         params = split(model)[1].params
         optimizer = optim.make_optimizer(config.optimizer, params, model.variant.depths)
         frozen = sum(params[name].size for name in optimizer.frozen)
-        say(
+        log(
             f"model: {config.model.name}, {sum(array.size for array in params.values()):,} parameters"
             f"{f' ({frozen:,} of them frozen)' * bool(frozen)}, {classes} classes"
         )
@@ -104,18 +104,18 @@ def warn_of_single_examples(run: Run) -> None:
     """Log a warning if each training step normalises one example: batch statistics then subtract from its
     features the very mean that the head would read."""
     config = run.config
-    if run.model.variant.network == "uniformer" and config.data.batch_size == config.train.accumulate:
-        say(
+    if run.model.variant.network == "uniformer" and config.data.batch_size == config.train.grad_accum_steps:
+        log(
             "warning: each training step normalises a single example (config.data.batch_size /"
-            " config.train.accumulate is 1): in training mode the logits of this model are then the same for"
+            " config.train.grad_accum_steps is 1): in training mode the logits of this model are then the same for"
             " every input. Use at least two examples"
         )
 
 
-def keep(run: Run) -> Keep:
+def retention_policy(run: Run) -> RetentionPolicy:
     """Which checkpoints of a run stay."""
     options = run.config.checkpoint
-    return Keep(options.keep, options.keep_best, run.durations.keep_every)
+    return RetentionPolicy(options.keep, options.keep_best, run.durations.keep_every)
 
 
 def abstract_state(run: Run) -> TrainState:
@@ -152,7 +152,7 @@ def check_data(run: Run, card: dict[str, Any], path: epath.Path, is_complete: bo
     """
     if not card.get("data"):  # converted weights
         return
-    changes = processes.decide(lambda: run.data.changes_since(card["data"]))
+    changes = processes.broadcast_from_primary(lambda: run.data.changes_since(card["data"]))
     if not changes.described:
         return
     if is_complete or 2 * changes.alike < changes.sampled:
@@ -161,7 +161,7 @@ def check_data(run: Run, card: dict[str, Any], path: epath.Path, is_complete: bo
             f"{path} is {kind} other data ({changes.described}); choose another --workdir for these, or"
             " evaluate the checkpoint on them with --mode=eval"
         )
-    say(f"note: the data have changed ({changes.described})")
+    log(f"note: the data have changed ({changes.described})")
 
 
 def adopt_classes(data: Any, card: dict[str, Any]) -> None:
@@ -176,7 +176,7 @@ def adopt_classes(data: Any, card: dict[str, Any]) -> None:
             " name them with structvit convert CHECKPOINT DESTINATION --labels=FILE, one a line"
         )
     if data.adopt_classes(card["class_names"]):
-        say("note: the data order their classes unlike the checkpoint; labels follow it by name")
+        log("note: the data order their classes unlike the checkpoint; labels follow it by name")
 
 
 def as_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -188,18 +188,20 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Return what changed between two configurations, a line each; how a machine runs them does not count."""
     return [
         f"{key} is now {short(after)}; the checkpoint was trained with {short(before)}"
-        for key, (before, after) in changes(old, new).items()
+        for key, (before, after) in changed_keys(old, new).items()
         if is_portable(key.removeprefix("config."))
     ]
 
 
-def changes(old: dict[str, Any], new: dict[str, Any], prefix: str = "config") -> dict[str, tuple[Any, Any]]:
+def changed_keys(
+    old: dict[str, Any], new: dict[str, Any], prefix: str = "config"
+) -> dict[str, tuple[Any, Any]]:
     """The keys in which two configurations differ, as config.train.seed, with both values."""
     found: dict[str, tuple[Any, Any]] = {}
     for key in sorted(old.keys() | new.keys()):
         before, after = old.get(key), new.get(key)
         if isinstance(before, dict) and isinstance(after, dict):
-            found |= changes(before, after, f"{prefix}.{key}")
+            found |= changed_keys(before, after, f"{prefix}.{key}")
         elif before != after:
             found[f"{prefix}.{key}"] = before, after
     return found

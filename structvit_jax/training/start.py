@@ -15,9 +15,9 @@ from jax.sharding import Mesh
 from structvit_jax import convert
 from structvit_jax.config import INPUTS, automatic, keys_of, model_arguments
 from structvit_jax.models.variants import get_variant
-from structvit_jax.models.weights import Weights, like, split
-from structvit_jax.runtime.processes import say
-from structvit_jax.runtime.storage import naming_failures
+from structvit_jax.models.weights import Weights, cast_like, split
+from structvit_jax.runtime.processes import log
+from structvit_jax.runtime.storage import io_errors_as_user_error
 from structvit_jax.training.card import from_card, is_portable
 from structvit_jax.training.checkpoint import Checkpoints
 from structvit_jax.training.restore import newest_card, open_card, open_checkpoint, rereading
@@ -26,7 +26,7 @@ from structvit_jax.training.step import TrainState, init_state
 from structvit_jax.utils.errors import UserError
 
 
-def settle(config: ml_collections.ConfigDict, workdir: epath.Path) -> ml_collections.ConfigDict:
+def resolve_open_keys(config: ml_collections.ConfigDict, workdir: epath.Path) -> ml_collections.ConfigDict:
     """Return the configuration with open keys (None) filled in by what the run starts from.
 
     These are the keys of INPUTS, and those of `structvit_jax.config.automatic`. The workdir's newest
@@ -41,13 +41,13 @@ def settle(config: ml_collections.ConfigDict, workdir: epath.Path) -> ml_collect
     wanted = inputs + automatic.missing(config)
     if not wanted:
         return config
-    with naming_failures(workdir):
+    with io_errors_as_user_error(workdir):
         card = newest_card(workdir)
     found: dict[str, Any] = {}
     if card:
         saved = from_card(card["config"], workdir)
         found = {key: value for key, value in keys_of(saved) if is_portable(key)}
-    elif inputs and config.init_from and not _is_open(config):
+    elif inputs and config.init_from and not _is_placeholder(config):
         found = {f"data.{key}": value for key, value in _inputs_of(config.init_from).items()}
     config = config.copy_and_resolve_references()
     for key in wanted:
@@ -69,7 +69,7 @@ def starting_state(run: Run, checkpoints: Checkpoints) -> TrainState:
     if (latest := checkpoints.latest()) is not None:
         return _resumed(run, checkpoints, latest)
     weights = split(run.model)[1]
-    if _is_open(run.config):
+    if _is_placeholder(run.config):
         raise UserError(
             f"config.init_from: this recipe starts from {run.config.init_from.strip('<>')}; name a run, a"
             " checkpoint or a released file, or start from scratch with --config.init_from="
@@ -77,11 +77,11 @@ def starting_state(run: Run, checkpoints: Checkpoints) -> TrainState:
     if run.config.init_from:
         weights = _fitted(run, weights)
     else:
-        say("starting from scratch")
+        log("starting from scratch")
     return init_state(weights, run.optimizer, run.mesh, averaged=run.averages)
 
 
-def _is_open(config: ml_collections.ConfigDict) -> bool:
+def _is_placeholder(config: ml_collections.ConfigDict) -> bool:
     """Return whether a recipe leaves open which weights it starts from, as "<ImageNet weights>"."""
     return config.init_from.startswith("<")
 
@@ -89,9 +89,9 @@ def _is_open(config: ml_collections.ConfigDict) -> bool:
 def _resumed(run: Run, checkpoints: Checkpoints, step: int) -> TrainState:
     where = f"{checkpoints.path(step)}, step {step} of {run.durations.total}"
     if step > run.durations.total:
-        say(f"{where}: the checkpoint is already past the last step")
+        log(f"{where}: the checkpoint is already past the last step")
     else:
-        say(f"resuming from {where}")
+        log(f"resuming from {where}")
     checkpoints.check_resumable(step)
     card = checkpoints.card(step)
     adopt_classes(run.data, card)
@@ -100,7 +100,7 @@ def _resumed(run: Run, checkpoints: Checkpoints, step: int) -> TrainState:
     advice = "choose another --workdir, or the model that was saved"
     state = checkpoints.state(step, abstract_state(run), run.mesh, advice)
     for line in differences(card["config"], as_json(run.config)):
-        say(f"note: {line}")
+        log(f"note: {line}")
     return state
 
 
@@ -119,14 +119,14 @@ def _fitted(run: Run, fresh: Weights) -> Weights:
     rules = convert.Rules(**run.config.init, seed=run.config.train.seed)
     names = tuple(run.data.class_names)
     adapted = convert.adapt(source, fresh.params | fresh.batch_stats, run.model.variant, names, rules)
-    say(f"fine-tuning: starting at step 0 from the {source.model['name']} in {source.where}")
+    log(f"fine-tuning: starting at step 0 from the {source.model['name']} in {source.where}")
     for line in (*source.notes, *adapted.lines()):
-        say(f"  {line}")
+        log(f"  {line}")
     for key, value in _described(source).items():
         if value is not None and list(value) != list(run.config.data[key]):
             now, theirs = (v if isinstance(v, str) else tuple(v) for v in (run.config.data[key], value))
-            say(f"  note: config.data.{key} is {now!r}; the weights were trained with {theirs!r}")
-    return like(fresh, adapted.arrays)
+            log(f"  note: config.data.{key} is {now!r}; the weights were trained with {theirs!r}")
+    return cast_like(fresh, adapted.arrays)
 
 
 @rereading

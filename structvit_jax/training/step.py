@@ -13,7 +13,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from structvit_jax.config import INPUTS
-from structvit_jax.models.weights import Structure, Weights, batch_stats, training_structure
+from structvit_jax.models.weights import ModelDef, Weights, batch_stats, training_structure
 from structvit_jax.ops import batch_split_over
 from structvit_jax.runtime.mesh import put_whole
 from structvit_jax.runtime.sharding import batch_sharding, replicated, state_sharding
@@ -122,7 +122,7 @@ def _gradients(model: Any, optimizer: Optimizer, config: ml_collections.ConfigDi
         value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
         trained = optimizer.trained(weights.params)
         frozen = {name: weights.params[name] for name in optimizer.frozen}
-        if config.train.accumulate == 1:
+        if config.train.grad_accum_steps == 1:
             part = whole | {"share": jnp.float32(1)}
             (loss, (stats, top1)), grads = value_and_grad(
                 trained, frozen, weights.batch_stats, part, drop_key
@@ -134,11 +134,11 @@ def _gradients(model: Any, optimizer: Optimizer, config: ml_collections.ConfigDi
             (loss, (stats, top1)), grads = value_and_grad(trained, frozen, stats, *part_and_key)
             return (stats, *jax.tree.map(jnp.add, tuple(sums), (loss, top1, grads))), None
 
-        parts = split_batch(whole, config.train.accumulate, mesh)
+        parts = split_batch(whole, config.train.grad_accum_steps, mesh)
         zeros = jax.tree.map(jnp.zeros_like, trained)
         start = (weights.batch_stats, jnp.float32(0), jnp.float32(0), zeros)
-        keys = jax.random.split(drop_key, config.train.accumulate)
-        with jax.named_scope(f"times{config.train.accumulate}"):
+        keys = jax.random.split(drop_key, config.train.grad_accum_steps)
+        with jax.named_scope(f"times{config.train.grad_accum_steps}"):
             (stats, loss, top1, grads), _ = jax.lax.scan(add, start, (parts, keys))
         return loss, top1, stats, grads
 
@@ -160,7 +160,7 @@ def split_batch(batch: dict[str, jax.Array], parts: int, mesh: Mesh) -> dict[str
 
 
 def make_eval_step(
-    structure: Structure, config: ml_collections.ConfigDict, mesh: Mesh, weights: Weights
+    structure: ModelDef, config: ml_collections.ConfigDict, mesh: Mesh, weights: Weights
 ) -> Any:
     """(weights, batch) -> scores of examples with all their views, jitted: float32 [rows, classes], the mean
     over views, with labels, mask and index, and whether the label is among the first one and five; whole on
@@ -218,7 +218,7 @@ def prepare_batch(
 ) -> dict[str, jax.Array]:
     """What a training step feeds the model: normalised, erased and mixed `inputs`, and their `targets`; for a
     grid of positions with label maps also `dense`, their targets, of which `targets` are the mean."""
-    batch = stand_in(batch)
+    batch = fill_masked_rows(batch)
     smoothing = config.train.label_smoothing
     inputs = normalize(batch["inputs"], config)
     targets = losses.smooth_targets(batch["labels"], classes, smoothing)
@@ -231,7 +231,7 @@ def prepare_batch(
     return {"inputs": inputs, "targets": targets, **prepared}
 
 
-def stand_in(batch: Batch) -> Batch:
+def fill_masked_rows(batch: Batch) -> Batch:
     """A batch in which every masked row repeats the first row that is not: batch statistics and mixing then
     see real pictures only. The mask still keeps the row out of the loss."""
     mask = batch["mask"]

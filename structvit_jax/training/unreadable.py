@@ -8,7 +8,7 @@ from typing import Any
 from etils import epath
 
 from structvit_jax.runtime import processes
-from structvit_jax.runtime.processes import say
+from structvit_jax.runtime.processes import log
 from structvit_jax.runtime.storage import write
 from structvit_jax.utils.errors import UserError
 
@@ -25,7 +25,7 @@ class Unreadable:
     def __init__(self, workdir: epath.Path, train_examples: int, max_share: float):
         self._path = workdir / FILE
         self._limit, self._examples = max_share * train_examples, train_examples
-        self._text = processes.decide(self._read)
+        self._text = processes.broadcast_from_primary(self._read)
         self._listed = {tuple(line.split("\t")[:2]) for line in self._text.splitlines()}
         self._pending: list[tuple[str, str, str, str]] = []  # met by this process, not known to the others
         self._short: dict[str, dict[str, str]] = {}  # by split, clips with few frames and the reason
@@ -36,7 +36,7 @@ class Unreadable:
         """Take the problems of a batch of a split; several processes print them at the next `exchange`.
 
         Raises:
-          UserError: more of the training examples than config.data.max_bad_share are unreadable.
+          UserError: more of the training examples than config.data.max_unreadable_fraction are unreadable.
         """
         problems = [
             (split, problem.id, " ".join(problem.reason.split()), problem.kind) for problem in problems
@@ -47,7 +47,7 @@ class Unreadable:
             return
         self._pending += problems
         self._count(problems)
-        if processes.share()[1] == 1:
+        if processes.process_shard()[1] == 1:
             self._merge()
         self._judge()
 
@@ -60,13 +60,13 @@ class Unreadable:
         for split in sorted(self._short.keys() - self._reported):
             names = self._short[split]
             clips = "1 clip has" if len(names) == 1 else f"{len(names)} clips have"
-            say(f"note: {split}: {clips} {next(iter(names.values()))}; frames are repeated")
+            log(f"note: {split}: {clips} {next(iter(names.values()))}; frames are repeated")
             self._reported.add(split)
         self._short.clear()
         self._judge()
 
     def _merge(self) -> None:
-        everybody = [problem for mine in processes.gather(self._pending) for problem in mine]
+        everybody = [problem for mine in processes.allgather_object(self._pending) for problem in mine]
         self._pending.clear()
         self._count(everybody)
         for split, name, reason, kind in everybody:
@@ -78,8 +78,8 @@ class Unreadable:
             self._listed.add((split, name))
             self._text += f"{split}\t{name}\t{reason}\n"
             what = f"warning: {split} example left out" if kind == "unreadable" else f"note: {split} example"
-            say(f"{what}, {name}: {reason}")
-        if new and processes.is_first():
+            log(f"{what}, {name}: {reason}")
+        if new and processes.is_primary():
             write(self._path, self._text)
 
     def _count(self, problems: Iterable[tuple[str, str, str, str]]) -> None:
@@ -97,6 +97,6 @@ class Unreadable:
             some = "; ".join(f"{name}: {reason}" for name, reason in list(self._met.items())[:3])
             raise UserError(
                 f"{len(self._met)} of {self._examples} training examples cannot be read, more than"
-                f" config.data.max_bad_share allows ({some}); fix or remove those in {self._path}, or raise"
+                f" config.data.max_unreadable_fraction allows ({some}); fix or remove those in {self._path}, or raise"
                 " it"
             )

@@ -9,9 +9,9 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
-RESUMABLE = 75  # exit code (EX_TEMPFAIL): re-running the same command resumes
-MISTAKE = 2  # exit code: manual intervention is required first
-INTERRUPTED = 130  # exit code: Ctrl-C, as shells report it
+EXIT_RESUMABLE = 75  # exit code (EX_TEMPFAIL): re-running the same command resumes
+EXIT_USER_ERROR = 2  # exit code: manual intervention is required first
+EXIT_INTERRUPTED = 130  # exit code: Ctrl-C, as shells report it
 _BUCKET_CLIENTS = ("gcsfs", "aiohttp", "google")  # packages whose exceptions are failures of a bucket
 # Failures that may pass by themselves: no answer, or an overloaded server.
 _PASSING = r"\b(?:UNAVAILABLE|DEADLINE_EXCEEDED)\b|\b(?:429|50[0-4])\b"
@@ -20,13 +20,13 @@ _PASSING = r"\b(?:UNAVAILABLE|DEADLINE_EXCEEDED)\b|\b(?:429|50[0-4])\b"
 class UserError(ValueError):
     """Something the user wrote is wrong; the message is one line and names the way out."""
 
-    exit_code = MISTAKE
+    exit_code = EXIT_USER_ERROR
 
 
 class UnreachableError(UserError):
     """A place does not answer, which may pass by itself."""
 
-    exit_code = RESUMABLE
+    exit_code = EXIT_RESUMABLE
 
 
 class Stopped(Exception):  # noqa: N818 - nothing went wrong
@@ -71,7 +71,7 @@ def system_failure(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def translating(to_error: Callable[[Exception, str], UserError]) -> Iterator[None]:
+def os_errors_as(to_error: Callable[[Exception, str], UserError]) -> Iterator[None]:
     """Raise `to_error(error, reason)` in the place of what the operating system or a bucket refuses.
 
     Other exceptions are bugs and pass, and so does a closed standard output.
@@ -86,7 +86,7 @@ def translating(to_error: Callable[[Exception, str], UserError]) -> Iterator[Non
         raise to_error(error, reason) from error
 
 
-def may_pass(error: BaseException, reason: str = "") -> bool:
+def is_transient(error: BaseException, reason: str = "") -> bool:
     """Return whether a failure may pass by itself; `reason` is searched where the exception has no code."""
     code = getattr(error, "code", getattr(error, "status", reason))
     return isinstance(error, TimeoutError | ConnectionError) or bool(re.search(_PASSING, str(code)))
@@ -118,13 +118,13 @@ def did_you_mean(word: str, words: Iterable[str]) -> str:
     return " Known: " + ", ".join(words) + "."
 
 
-def unknown(what: str, word: str, words: Iterable[str]) -> UserError:
+def unknown_choice(what: str, word: str, words: Iterable[str]) -> UserError:
     """The error for a word that is none of `words`; `what` is the kind of thing that they name."""
     return UserError(f"unknown {what} {word!r}.{did_you_mean(word, words)}")
 
 
-def known(what: str, word: str, words: Collection[str]) -> str:
+def check_choice(what: str, word: str, words: Collection[str]) -> str:
     """The word itself, if it is one of `words`; raises `unknown` otherwise."""
     if word not in words:
-        raise unknown(what, word, words)
+        raise unknown_choice(what, word, words)
     return word

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 
 from etils import epath
 
-from structvit_jax.utils.errors import UnreachableError, UserError, may_pass, translating
+from structvit_jax.utils.errors import UnreachableError, UserError, is_transient, os_errors_as
 
 
 def is_bucket(path: str | os.PathLike[str]) -> bool:
@@ -38,7 +38,7 @@ def parse_path(text: str) -> epath.Path:
     return epath.Path(text)
 
 
-def writing(path: str | os.PathLike[str]) -> AbstractContextManager[None]:
+def write_errors_as_user_error(path: str | os.PathLike[str]) -> AbstractContextManager[None]:
     """Turn what refuses an output, a file or a folder on a disk or in a bucket, into one line.
 
     Raises:
@@ -50,11 +50,11 @@ def writing(path: str | os.PathLike[str]) -> AbstractContextManager[None]:
         place = getattr(error, "filename", None)
         where = place if isinstance(place, str) and place.startswith(f"{path}{os.sep}") else path
         line = f"{where} cannot be written: {reason}"
-        if may_pass(error, reason if is_bucket(path) else ""):
+        if is_transient(error, reason if is_bucket(path) else ""):
             return UnreachableError(f"{line}; try again")
         return UserError(f"{line}; choose another place")
 
-    return translating(to_error)
+    return os_errors_as(to_error)
 
 
 def check_local(path: str) -> None:

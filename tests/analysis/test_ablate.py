@@ -215,7 +215,7 @@ def published(name):
             grid.Size(arm["params"], arm["macs"]),
             arm["seconds"],
             arm["lr"],
-            *([grid.Found(**run) for run in arm[kind]] for kind in ("tried", "steps", "time")),
+            *([grid.RunResult(**run) for run in arm[kind]] for kind in ("tried", "steps", "time")),
         )
         for arm in told["arms"]
     ]

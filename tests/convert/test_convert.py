@@ -164,7 +164,7 @@ def random_model(name, seed=0, **overrides):
     params, stats = weights.split(model)[1]
     arrays = {n: rng.normal(0, 0.3, a.shape).astype(np.float32) for n, a in (params | stats).items()}
     arrays |= {n: 1 + 0.1 * np.abs(a) for n, a in arrays.items() if n.endswith((".scale", ".var"))}
-    weights.update(model, weights.like(weights.Weights(params, stats), arrays))
+    weights.update(model, weights.cast_like(weights.Weights(params, stats), arrays))
     return model, arrays
 
 
@@ -573,7 +573,7 @@ def fit(source, name, class_names=None, rules=None, num_classes=5, **overrides):
     fitted = convert.adapt(
         source, own.params | own.batch_stats, model.variant, class_names, rules or convert.Rules()
     )
-    weights.update(model, weights.like(own, fitted.arrays))
+    weights.update(model, weights.cast_like(own, fitted.arrays))
     return model, fitted
 
 

@@ -10,7 +10,7 @@ from clips import load, same, take
 from conftest import ROOT
 from PIL import Image
 
-from structvit_jax.data.media import Decoded
+from structvit_jax.data.media import InMemoryFrames
 from structvit_jax.utils.errors import DecodeError, UserError
 
 DIGITS = {"name": "digits", "frames": 0, "size": 32}
@@ -119,7 +119,7 @@ def test_no_scan_is_in_both_splits():
 def test_channel_order():
     colours = load(**DIGITS, channels="bgr", test_crops=3).test
     picture = np.arange(32 * 32 * 3, dtype=np.uint8).reshape(1, 32, 32, 3)
-    (clip,) = colours.decode(Decoded(picture), [np.array([0])])
+    (clip,) = colours.decode(InMemoryFrames(picture), [np.array([0])])
     assert (clip == picture[..., ::-1]).all()
     assert colours.crops(clip).shape == (3, 1, 32, 32, 3)
 
@@ -127,9 +127,14 @@ def test_channel_order():
 def test_pictures_too_elongated_for_the_model_are_refused():
     """Scaled to the model's size, the long side of one pixel by millions would take all memory."""
     reader = load(**DIGITS, max_pixels=10_000).test
-    assert reader.decode(Decoded(np.zeros((1, 9, 1, 3), np.uint8)), [np.array([0])])[0].shape == (1, 9, 1, 3)
+    assert reader.decode(InMemoryFrames(np.zeros((1, 9, 1, 3), np.uint8)), [np.array([0])])[0].shape == (
+        1,
+        9,
+        1,
+        3,
+    )
     with pytest.raises(DecodeError, match="1 x 10 pixels: scaled to the model's 32 the long side would take"):
-        reader.decode(Decoded(np.zeros((1, 10, 1, 3), np.uint8)), [np.array([0])])
+        reader.decode(InMemoryFrames(np.zeros((1, 10, 1, 3), np.uint8)), [np.array([0])])
 
 
 def test_limits_reach_the_files(tmp_path):

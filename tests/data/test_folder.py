@@ -16,7 +16,7 @@ from clips import load, same, take
 from etils import epath
 from PIL import Image
 
-from structvit_jax.data import Problem, Share
+from structvit_jax.data import Problem, Shard
 from structvit_jax.data.media import open_media
 from structvit_jax.training.unreadable import Unreadable
 from structvit_jax.utils.errors import UserError
@@ -81,7 +81,7 @@ def test_the_same_batches_for_any_number_of_workers_and_hosts(root):
         assert all(map(same, take(dataset.test_batches(4), 3), tests)), workers
     for hosts in (2, 4):
         shares = [
-            take(load(**setting).train_batches(8, start_step=13, share=Share(host, hosts)), 3)
+            take(load(**setting).train_batches(8, start_step=13, share=Shard(host, hosts)), 3)
             for host in range(hosts)
         ]
         for step in range(3):
@@ -327,9 +327,9 @@ def test_bad_files_are_masked_listed_and_counted(root, command, tmp_path):
 
     stopped = command(*arguments)
     assert stopped.returncode == 2
-    assert "max_bad_share" in stopped.stderr and len(stopped.stderr.splitlines()) == 1
+    assert "max_unreadable_fraction" in stopped.stderr and len(stopped.stderr.splitlines()) == 1
 
-    arguments += ["--config.data.max_bad_share=0.3"]
+    arguments += ["--config.data.max_unreadable_fraction=0.3"]
     process = command(*arguments, "--config.eval.every=4 steps")
     listed = [line.split("\t") for line in (workdir / "unreadable.tsv").read_text().splitlines()]
     found = {Path(name).name: reason for split, name, reason in listed if split == "train"}
@@ -341,7 +341,9 @@ def test_bad_files_are_masked_listed_and_counted(root, command, tmp_path):
     assert "no score: 1 of 10 test examples cannot be read (val/up/broken.mp4: Invalid data" in process.stderr
     assert "step 4  evaluation: no score" in process.stdout
 
-    evaluated = command(*arguments, "--mode=eval", "--config.eval.max_missing=1", "--config.data.workers=2")
+    evaluated = command(
+        *arguments, "--mode=eval", "--config.eval.max_unreadable=1", "--config.data.workers=2"
+    )
     assert evaluated.returncode == 0, evaluated.stderr
     result = json.loads((workdir / "result.json").read_text())
     assert (result["examples"], result["missing"]) == (9, 1)
@@ -353,7 +355,7 @@ def test_bad_files_are_masked_listed_and_counted(root, command, tmp_path):
     assert result["top1"] == pytest.approx(top1.mean())
 
     (place / "labels.txt").write_text("left\nright\nup\n")  # another order: mended by name
-    again = command(*arguments, "--mode=eval", "--config.eval.max_missing=1")
+    again = command(*arguments, "--mode=eval", "--config.eval.max_unreadable=1")
     assert "labels follow it by name" in again.stdout
     assert json.loads((workdir / "result.json").read_text()) == result
 

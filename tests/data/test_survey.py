@@ -369,7 +369,7 @@ def test_a_workdir_is_of_one_data_set(command, tmp_path):
             "--config.model.widths=(16,)",
             "--config.model.depths=(1,)",
         ]
-        given += [f"--config.train.duration={steps} steps", "--config.data.max_bad_share=0.5"]
+        given += [f"--config.train.duration={steps} steps", "--config.data.max_unreadable_fraction=0.5"]
         return command(*given, f"--config.data.root={place}", f"--workdir={workdir}", *arguments)
 
     first = run(root)

@@ -107,7 +107,7 @@ def test_the_commands_that_fine_tune(command, tmp_path):
         "--config.data.size=24",
         "--config.data.frames=4",
         "--config.eval.every=",
-        "--config.train.accumulate=1",
+        "--config.train.grad_accum_steps=1",
     ]
     done = command(*shlex.split(train)[3:], *SHORT, *tiny, f"--workdir={tmp_path / 'runs' / 'folder'}")
     assert done.returncode == 0, done.stderr

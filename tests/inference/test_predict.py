@@ -186,7 +186,7 @@ def test_notes_on_files_that_are_read_with_a_defect(run, tmp_path, capsys):
     trained = structvit_jax.load_trained(str(run))
     (prediction,) = trained.predict([str(tmp_path / "bad.avi")])
     assert prediction.problem and not prediction.notes
-    trained.config.data.max_bad_frames = 0.2
+    trained.config.data.max_replaced_frames = 0.2
     found = list(predict._counting(trained.predict([str(tmp_path)]), {True: 0, False: 0}))
     assert [prediction.problem for prediction in found] == ["", ""]
     assert capsys.readouterr().err.splitlines() == [

@@ -40,14 +40,14 @@ def test_calls_take_turns():
     def call(name):
         return timing.Call(lambda: (order.append(name), time.sleep(timing._LEAST)), lambda _: None)
 
-    times = timing.in_turns({name: call(name) for name in "ab"}, 3)
+    times = timing.alternate({name: call(name) for name in "ab"}, 3)
     assert "".join(order) == "aabb" + "aabb" * 3
     assert all(len(turns.turns) == 3 and turns.median >= timing._LEAST for turns in times.values())
 
 
 def test_short_calls_repeat():
     ran = []
-    timing.in_turns({"": timing.Call(lambda: ran.append(None), lambda _: None)}, 1)
+    timing.alternate({"": timing.Call(lambda: ran.append(None), lambda _: None)}, 1)
     assert len(ran) > 100
 
 

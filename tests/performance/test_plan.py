@@ -123,7 +123,7 @@ def test_the_largest_batch(first):
 
 def test_the_command_finds_the_largest_batch(command, tmp_path):
     process = command(
-        *QUICK, "--config.train.accumulate=8", "--config.device_memory=6MB", f"--workdir={tmp_path}"
+        *QUICK, "--config.train.grad_accum_steps=8", "--config.device_memory=6MB", f"--workdir={tmp_path}"
     )
     assert process.returncode == 0, process.stderr
     (line,) = [line for line in process.stdout.splitlines() if "largest batch" in line]

@@ -165,14 +165,14 @@ def test_accumulated_parts_are_the_whole_batch():
     batches = [next(stream) | {"mask": np.arange(32) % (7 + n) > n * 2} for n in range(3)]
     stream.close()
     results = {}
-    for config.train.accumulate in (1, 4):
+    for config.train.grad_accum_steps in (1, 4):
         grid, _, state, step_fn = setup(config, 4, 2)
         compiled = step_fn.lower(state, mesh.put_batch(grid, batches[0])).compile(COMPILED_SOON)
         losses = []
         for batch in batches:
             state, metrics = compiled(state, mesh.put_batch(grid, batch))
             losses.append([float(metrics[key]) for key in ("loss", "top1", "grad_norm")])
-        results[config.train.accumulate] = losses, jax.device_get(state.weights.params)
+        results[config.train.grad_accum_steps] = losses, jax.device_get(state.weights.params)
     np.testing.assert_allclose(results[4][0], results[1][0], rtol=1e-5)
     chex.assert_trees_all_close(results[4][1], results[1][1], rtol=1e-5, atol=1e-5)
     text = compiled.as_text()
@@ -206,18 +206,22 @@ MESSAGES = [  # of XLA on a GPU, on a TPU and on a CPU, and what was asked for
 
 @pytest.mark.parametrize(("message", "asked"), MESSAGES)
 def test_a_lack_of_memory_says_what_to_lower(message, asked):
-    with pytest.raises(UserError) as raised, compilation.naming_memory(default_config()):
+    with pytest.raises(UserError) as raised, compilation.oom_as_user_error(default_config()):
         raise jax.errors.JaxRuntimeError(message)
     text = str(raised.value)
     assert text.startswith(f"out of memory: the program asked for {asked};") and "\n" not in text
-    for word in ("config.data.batch_size (now 64)", "config.train.accumulate (now 1)", "config.model.remat"):
+    for word in (
+        "config.data.batch_size (now 64)",
+        "config.train.grad_accum_steps (now 1)",
+        "config.model.remat",
+    ):
         assert word in text
 
 
 def test_a_real_lack_of_memory_is_named():
     """And what is none stays what it is."""
     with pytest.raises(UserError, match="out of memory: the program asked for"):  # noqa: SIM117
-        with compilation.naming_memory(default_config()):
+        with compilation.oom_as_user_error(default_config()):
             jax.jit(lambda: jnp.zeros((2**40,), jnp.float32) + 1)().block_until_ready()
-    with pytest.raises(jax.errors.JaxRuntimeError), compilation.naming_memory(default_config()):
+    with pytest.raises(jax.errors.JaxRuntimeError), compilation.oom_as_user_error(default_config()):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")

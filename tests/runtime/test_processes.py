@@ -13,7 +13,7 @@ from conftest import QUICK, Command, devices, processes, records, refusal, slowl
 
 from structvit_jax import data
 from structvit_jax.runtime import processes as run_processes
-from structvit_jax.utils.errors import RESUMABLE
+from structvit_jax.utils.errors import EXIT_RESUMABLE
 
 # Wide enough for parameters to be split over fsdp.
 WIDE = [argument.replace("(16,)", "(128,)") for argument in QUICK]
@@ -47,7 +47,7 @@ def test_two_processes_are_stopped_and_end_like_one(tmp_path):
     both[0].when(lambda: "compiled in" in both[0].stdout)
     time.sleep(0.7)
     both[1].signal(signal.SIGTERM)
-    assert [process.wait().returncode for process in both] == [RESUMABLE] * 2, both[0].stderr
+    assert [process.wait().returncode for process in both] == [EXIT_RESUMABLE] * 2, both[0].stderr
     lines = [re.findall(r"stopped by a signal after step (\d+)", process.stderr) for process in both]
     ((stopped,), other) = lines
     assert other == [stopped] and (steps / stopped).exists()
@@ -57,7 +57,7 @@ def test_two_processes_are_stopped_and_end_like_one(tmp_path):
     both[0].when(lambda: "compiling" in both[0].stdout)  # a signal before the first step of a resumed run
     assert f"resuming from {steps}/{stopped}" in both[0].stdout
     both[0].signal(signal.SIGTERM)
-    assert [process.wait().returncode for process in both] == [RESUMABLE] * 2, both[0].stderr
+    assert [process.wait().returncode for process in both] == [EXIT_RESUMABLE] * 2, both[0].stderr
     assert f"stopped by a signal after step {stopped} of 8" in both[0].stderr
 
     both = processes(tmp_path / "c", *arguments, first=(None, unreadable))
@@ -96,7 +96,7 @@ def test_a_lost_process_is_named(tmp_path, victim, number):
     both[0].when(lambda: "compiling" in both[0].stdout)
     both[victim].signal(number)
     lost, other = time.monotonic(), both[1 - victim]
-    assert other.wait().returncode == RESUMABLE, other.stderr
+    assert other.wait().returncode == EXIT_RESUMABLE, other.stderr
     assert time.monotonic() - lost < 5 + 10
     name = named(both[victim], victim)
     fate = f"no heartbeat from {name} for 5 s; assuming it is dead"
@@ -107,7 +107,7 @@ def test_a_lost_process_is_named(tmp_path, victim, number):
     if number == signal.SIGSTOP:
         assert other.stderr == f"{line}\n"
         both[0].signal(signal.SIGCONT)
-        assert both[0].wait().returncode == RESUMABLE, both[0].stderr
+        assert both[0].wait().returncode == EXIT_RESUMABLE, both[0].stderr
 
 
 def test_a_mistake_of_one_process_ends_both(tmp_path):
@@ -120,7 +120,7 @@ def test_a_mistake_of_one_process_ends_both(tmp_path):
 
 
 def impatient():
-    run_processes.JOINING = 2
+    run_processes.JOIN_TIMEOUT = 2
 
 
 def absent():
@@ -132,6 +132,6 @@ def test_a_process_that_waits_for_one_that_never_comes(tmp_path):
     for first in ((impatient, absent), (absent, impatient)):
         waiting = processes(tmp_path / "a", *QUICK, f"--workdir={tmp_path / 'run'}", first=first)
         process = waiting[first.index(impatient)].wait()
-        assert process.returncode == RESUMABLE, process.stderr
+        assert process.returncode == EXIT_RESUMABLE, process.stderr
         (line,) = [line for line in process.stderr.splitlines() if line]
         assert line.startswith("error: not all processes of the run have come together in 2 s at 127.0.0.1:")

@@ -25,10 +25,10 @@ from gcsfs.retry import HttpError
 from structvit_jax import data
 from structvit_jax.config import default_config
 from structvit_jax.runtime import lock, processes
-from structvit_jax.runtime.storage import naming_failures
+from structvit_jax.runtime.storage import io_errors_as_user_error
 from structvit_jax.training import log, step
 from structvit_jax.training.checkpoint import Checkpoints
-from structvit_jax.utils.errors import RESUMABLE, UserError
+from structvit_jax.utils.errors import EXIT_RESUMABLE, UserError
 
 SLOWLY = functools.partial(slowly, 0.15)
 
@@ -64,7 +64,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(finished, command, tmp_path
     process = Command(tmp_path / "output", *arguments, first=SLOWLY)
     process.when(lambda: process.stdout.count("a slow batch") > 2)
     process.signal(number)
-    assert process.wait().returncode == RESUMABLE, process.stderr
+    assert process.wait().returncode == EXIT_RESUMABLE, process.stderr
     (line,) = process.stderr.splitlines()
     (saved,) = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
     assert line == f"stopped by a signal after step {saved} of 12; re-run the command to resume"
@@ -100,7 +100,7 @@ def test_a_signal_to_the_group_spares_the_workers(tmp_path):
     assert len(workers) == 2
     os.killpg(process.process.pid, signal.SIGINT)
     process.signal(signal.SIGINT)
-    assert process.wait().returncode == RESUMABLE, process.stderr
+    assert process.wait().returncode == EXIT_RESUMABLE, process.stderr
     (saved,) = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
     (line,) = process.stderr.splitlines()
     assert line == f"stopped by a signal after step {saved} of 300; re-run the command to resume"
@@ -118,7 +118,7 @@ def test_a_terminal_that_hangs_up(tmp_path):
     time.sleep(1.5)  # into the steps
     os.close(ours)
     os.close(theirs)
-    assert process.wait().returncode == RESUMABLE
+    assert process.wait().returncode == EXIT_RESUMABLE
     assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 1
 
 
@@ -173,7 +173,7 @@ def test_a_signal_in_the_last_evaluation_ends_it(finished, copy, command, tmp_pa
     process = Command(tmp_path / "output", *arguments, first=slow_test)
     process.when(lambda: "a slow test batch" in process.stdout)
     process.signal(signal.SIGTERM)
-    assert process.wait().returncode == RESUMABLE, process.stderr
+    assert process.wait().returncode == EXIT_RESUMABLE, process.stderr
     assert process.stderr == (
         "stopped by a signal in the evaluation after step 12; re-run the command to evaluate\n"
     )
@@ -226,13 +226,16 @@ def test_in_a_program_of_someone_else_signals_raise(monkeypatch, missed):
     ("error", "code"),
     [
         (OSError(28, "No space left on device"), 2),
-        (TimeoutError("no answer"), RESUMABLE),
-        (HttpError({"code": 503, "message": "busy"}), RESUMABLE),
+        (TimeoutError("no answer"), EXIT_RESUMABLE),
+        (HttpError({"code": 503, "message": "busy"}), EXIT_RESUMABLE),
         (HttpError({"code": 403, "message": "forbidden"}), 2),
     ],
 )
 def test_what_passes_by_itself_is_no_mistake(error, code):
-    with pytest.raises(UserError, match="cannot be used") as caught, naming_failures(epath.Path("gs://b/x")):
+    with (
+        pytest.raises(UserError, match="cannot be used") as caught,
+        io_errors_as_user_error(epath.Path("gs://b/x")),
+    ):
         raise error
     assert caught.value.exit_code == code
 

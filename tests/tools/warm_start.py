@@ -108,7 +108,7 @@ def look(workdir, fitted_from=None):
         source = find_weights(str(fitted_from), mesh)
         fresh = own.params | own.batch_stats
         arrays = convert.adapt(source, fresh, model.variant, tuple(card["class_names"]), rules).arrays
-    weights.update(model, weights.like(own, arrays))
+    weights.update(model, weights.cast_like(own, arrays))
     clips = next(data.load(config.data, config.augment).test_batches(8))["inputs"][:, 0]
     return cosine(arrays), rank(model, normalize(jnp.asarray(clips), config))
 

@@ -18,7 +18,7 @@ from structvit_jax.models.weights import Weights
 from structvit_jax.runtime import digests, mesh
 from structvit_jax.runtime.lock import WorkdirLock
 from structvit_jax.training import checkpoint, optim, restore
-from structvit_jax.training.checkpoint import Checkpoints, Keep
+from structvit_jax.training.checkpoint import Checkpoints, RetentionPolicy
 from structvit_jax.training.step import init_state
 from structvit_jax.utils.errors import Stopped, UserError
 
@@ -40,13 +40,13 @@ DAMAGES = {"flipped": flip, "truncated": truncate, "removed": os.unlink}
 def test_every_damage_to_every_file_is_found(copy):
     folder = epath.Path(copy / "checkpoints" / "12")
     files = {path: path.read_bytes() for path in (copy / "checkpoints" / "12").rglob("*") if path.is_file()}
-    assert len(files) > 10 and digests.damage(folder) == ""
+    assert len(files) > 10 and digests.find_damage(folder) == ""
     for path, content in files.items():
         for kind, damage in DAMAGES.items():
             damage(path)
-            assert digests.damage(folder), f"{path} {kind}"
+            assert digests.find_damage(folder), f"{path} {kind}"
             path.write_bytes(content)
-    assert digests.damage(folder) == ""
+    assert digests.find_damage(folder) == ""
 
 
 @pytest.mark.parametrize(
@@ -109,10 +109,10 @@ def tiny_state(number, grid=None):
 @pytest.mark.parametrize(
     ("keep", "kept"),
     [
-        (Keep(2), {9, 10}),
-        (Keep(1, best=2), {10, 3, 7}),
-        (Keep(1, every=4), {10, 4, 8}),
-        (Keep(1, best=1, every=5), {10, 3, 5}),
+        (RetentionPolicy(2), {9, 10}),
+        (RetentionPolicy(1, best=2), {10, 3, 7}),
+        (RetentionPolicy(1, every=4), {10, 4, 8}),
+        (RetentionPolicy(1, best=1, every=5), {10, 3, 5}),
     ],
 )
 def test_which_checkpoints_stay(tmp_path, keep, kept):
@@ -148,7 +148,7 @@ def test_eight_devices_save_and_others_restore(tmp_path, monkeypatch, caplog, pa
         monkeypatch.setattr(checkpoint, "_LEAST_PART", 1)
     state = tiny_state(3, mesh.make_mesh(2, 4))
     assert not state.weights.params["fc.kernel"].sharding.is_fully_replicated
-    with jax.log_compiles(), Checkpoints(tmp_path, Keep(1)) as checkpoints:
+    with jax.log_compiles(), Checkpoints(tmp_path, RetentionPolicy(1)) as checkpoints:
         checkpoints.save(state, {})
     assert ("Compiling" in caplog.text) == parts
     with Checkpoints(tmp_path) as checkpoints:
@@ -162,7 +162,7 @@ def test_eight_devices_save_and_others_restore(tmp_path, monkeypatch, caplog, pa
 
 def test_a_failing_save_is_told_when_a_signal_stops_the_run(tmp_path, monkeypatch):
     """The last save runs in the background until the checkpoints are closed."""
-    checkpoints = Checkpoints(tmp_path, Keep(1))
+    checkpoints = Checkpoints(tmp_path, RetentionPolicy(1))
     monkeypatch.setattr(checkpoints._manager, "close", lambda: os.write(-1, b"x"))
     with pytest.raises(UserError, match="Bad file descriptor"), checkpoints:
         raise Stopped("stopped")
@@ -170,13 +170,13 @@ def test_a_failing_save_is_told_when_a_signal_stops_the_run(tmp_path, monkeypatc
 
 def test_damage_is_set_aside_in_a_bucket_and_on_a_disk(place):
     """Also that of an older checkpoint's scores, which Orbax reads."""
-    with Checkpoints(place, Keep(3, best=1)) as checkpoints:
+    with Checkpoints(place, RetentionPolicy(3, best=1)) as checkpoints:
         for number in (1, 2, 3):
             checkpoints.save(tiny_state(number), {}, {"top1": 0.5})
     folder = place / "checkpoints"
     (folder / "3" / "_CHECKPOINT_METADATA").write_text("{}")
     (folder / "1" / "metrics" / "metrics").write_text("{")
-    with Checkpoints(place, Keep(3, best=1)) as checkpoints:
+    with Checkpoints(place, RetentionPolicy(3, best=1)) as checkpoints:
         assert checkpoints.latest() == 2 and checkpoints.steps() == [2]
     assert {path.name for path in (place / "damaged").iterdir()} == {"1", "1.txt", "3", "3.txt"}
     assert (place / "damaged" / "3.txt").read_text() == "_CHECKPOINT_METADATA is not what was saved\n"
@@ -188,7 +188,7 @@ def test_leftovers_of_killed_saves_are_removed(tmp_path):
     for name in ("2.orbax-checkpoint-tmp", "2.orbax-checkpoint-tmp-written"):
         (folder / name / "weights").mkdir(parents=True)
         (folder / name / "_CHECKPOINT_METADATA").write_text("{}")
-    with Checkpoints(tmp_path, Keep(2)) as checkpoints:
+    with Checkpoints(tmp_path, RetentionPolicy(2)) as checkpoints:
         assert checkpoints.latest() is None
         checkpoints.save(tiny_state(3), {})
     assert [path.name for path in folder.iterdir()] == ["3"]
@@ -198,7 +198,7 @@ def test_folders_that_are_no_steps(tmp_path):
     """Digits that int() does not read, or that it reads as another name."""
     for name in ("\u00b2", "\u0663", "007", "9" * 200):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
-        with Checkpoints(tmp_path, Keep(2)) as checkpoints:
+        with Checkpoints(tmp_path, RetentionPolicy(2)) as checkpoints:
             assert checkpoints.latest() is None
 
 
@@ -219,10 +219,10 @@ def test_a_save_in_a_bucket_is_finished_by_its_digests(place, files, unfinished)
     for name, text in files.items():
         (folder / name).write_text(text)
     if unfinished:
-        assert Checkpoints(place, Keep(1)).latest() is None
+        assert Checkpoints(place, RetentionPolicy(1)).latest() is None
     else:
         with pytest.raises(UserError, match=r"is damaged \(.*sha256\.json"):
-            Checkpoints(place, Keep(1))
+            Checkpoints(place, RetentionPolicy(1))
     assert folder.exists() != unfinished
 
 
@@ -240,18 +240,18 @@ def card_of(number):
 
 def test_the_next_checkpoint_is_read_when_a_run_replaces_one(tmp_path, monkeypatch):
     """After its files are compared, and half-way through that; a step that is named is not replaced."""
-    save(tmp_path, 1, Keep(1))
-    read_card, damage = checkpoint.read_card, checkpoint.damage
+    save(tmp_path, 1, RetentionPolicy(1))
+    read_card, damage = checkpoint.read_card, checkpoint.find_damage
     pending = [2]
 
     def read_late(folder):
         while pending:
-            save(tmp_path, pending.pop(), Keep(1))
+            save(tmp_path, pending.pop(), RetentionPolicy(1))
         return read_card(folder)
 
     def compare_late(folder, part=""):
         while pending:
-            save(tmp_path, pending.pop(), Keep(2))
+            save(tmp_path, pending.pop(), RetentionPolicy(2))
             (folder / "card" / "metadata").unlink()  # its removal begins, and takes its time
             threading.Timer(0.2, shutil.rmtree, [folder]).start()
         return damage(folder, part)
@@ -261,14 +261,14 @@ def test_the_next_checkpoint_is_read_when_a_run_replaces_one(tmp_path, monkeypat
         assert restore.open_card(str(tmp_path)) == card_of(2)
     pending = [3]
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "damage", compare_late)
+        patch.setattr(checkpoint, "find_damage", compare_late)
         assert restore.open_card(str(tmp_path)) == card_of(3)
     with pytest.raises(UserError, match=r"no finished checkpoint at .*; .* holds these steps: 3"):
         restore.open_card(f"{tmp_path}/checkpoints/1")
 
 
 def test_no_advice_to_move_what_a_run_is_writing(tmp_path):
-    save(tmp_path, 1, Keep(1))
+    save(tmp_path, 1, RetentionPolicy(1))
     flip(tmp_path / "checkpoints" / "1" / "card" / "metadata")
     with WorkdirLock(epath.Path(tmp_path)):
         with pytest.raises(UserError, match=r"damaged .* being written by a run .* try again") as caught:
@@ -281,7 +281,7 @@ def test_no_advice_to_move_what_a_run_is_writing(tmp_path):
 def test_files_without_permission_are_not_damaged(tmp_path, monkeypatch):
     """The older checkpoint is not used in silence. (As root nothing lacks permission.)"""
     for number in (1, 2):
-        save(tmp_path, number, Keep(2))
+        save(tmp_path, number, RetentionPolicy(2))
     closed = tmp_path / "checkpoints" / "2" / "card" / "metadata"
     open_file = type(epath.Path("/")).open
 

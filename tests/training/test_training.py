@@ -162,7 +162,7 @@ def test_masked_rows_stand_aside():
         "labels": jnp.arange(5),
         "mask": jnp.array([False, True, False, True, True]),
     }
-    filled = step.stand_in(batch)
+    filled = step.fill_masked_rows(batch)
     assert filled["labels"].tolist() == filled["inputs"][:, 0].tolist() == [1, 1, 1, 3, 4]
     assert filled["mask"].tolist() == batch["mask"].tolist()
 
@@ -202,7 +202,13 @@ def test_schedule():
 def test_schedule_as_the_released_programs_run_it():
     """timm's: the rate changes once an epoch, an epoch late; its cosine counts the warm-up; a cool-down."""
     config = default_config().optimizer
-    config.lr, config.warmup_lr, config.end_lr, config.lag, config.cosine_from = 1e-3, 1e-6, 1e-5, 1, "start"
+    config.lr, config.warmup_lr, config.end_lr, config.lr_update_delay, config.schedule_origin = (
+        1e-3,
+        1e-6,
+        1e-5,
+        1,
+        "start",
+    )
     total, warm = 300, 5
     schedule = optim.learning_rate(config, Durations(310 * 4, warmup=warm * 4, cooldown=10 * 4, stair=4))
     for epoch in (0, 1, 2, 5, 6, 150, 300, 301, 309):
@@ -413,7 +419,7 @@ def test_digest_covers_names_types_shapes_and_bytes():
 def test_single_examples_are_warned_of(name, batch, parts, warns, capsys):
     """BatchNorm subtracts the mean that the head reads: training on one example learns nothing."""
     config = default_config()
-    config.data.batch_size, config.train.accumulate = batch, parts
+    config.data.batch_size, config.train.grad_accum_steps = batch, parts
     small = {"depths": (1, 1, 1, 1), "widths": (8, 8, 16, 16), "head_width": 8} if name != "deit_tiny" else {}
     model = create_model(name, num_classes=3, **small)
     warn_of_single_examples(types.SimpleNamespace(config=config, model=model))

@@ -15,12 +15,12 @@ from structvit_jax import data
 from structvit_jax.config import check_config, durations, model_arguments
 from structvit_jax.models import cost, get_variant
 from structvit_jax.performance.bench.parts import train_program
-from structvit_jax.performance.bench.timing import in_turns
+from structvit_jax.performance.bench.timing import alternate
 from structvit_jax.runtime.goodput import wall_seconds
 from structvit_jax.runtime.storage import CONFIG, read_json, write_json
 from structvit_jax.training import loop
 from structvit_jax.training.run import Run, as_json, differences
-from structvit_jax.utils.errors import UserError, known
+from structvit_jax.utils.errors import UserError, check_choice
 
 _TIMES = "times.json"
 _TUNING = 1000  # seeds from here on are for choosing learning rates
@@ -63,10 +63,10 @@ def arms(config: ml_collections.ConfigDict, study: Study) -> list[Arm]:
     if len({arm.folder for arm in found}) < len(found):
         raise UserError(f"--arms: names should differ: {', '.join(arm.name for arm in found)}")
     for arm in found:
-        get_variant(**model_arguments(changed(config, arm.changes)))
+        get_variant(**model_arguments(with_overrides(config, arm.changes)))
     for key in ("against", "same_time"):
         if name := getattr(study, key):
-            known(f"arm in --{key}", name, [arm.name for arm in found])
+            check_choice(f"arm in --{key}", name, [arm.name for arm in found])
     return found
 
 
@@ -85,7 +85,7 @@ def _value(word: str) -> Any:
         return word
 
 
-def changed(config: ml_collections.ConfigDict, changes: dict[str, Any]) -> ml_collections.ConfigDict:
+def with_overrides(config: ml_collections.ConfigDict, changes: dict[str, Any]) -> ml_collections.ConfigDict:
     """A configuration with other values.
 
     Raises:
@@ -96,8 +96,8 @@ def changed(config: ml_collections.ConfigDict, changes: dict[str, Any]) -> ml_co
         section, _, name = key.rpartition(".")
         part = config
         for word in filter(None, section.split(".")):
-            part = part[known("section of the configuration", word, part.keys())]
-        known(f"key of config.{section}", name, part.keys())
+            part = part[check_choice("section of the configuration", word, part.keys())]
+        check_choice(f"key of config.{section}", name, part.keys())
         try:
             part[name] = value
         except (TypeError, ValueError) as error:
@@ -106,7 +106,7 @@ def changed(config: ml_collections.ConfigDict, changes: dict[str, Any]) -> ml_co
     return config
 
 
-class Found(NamedTuple):
+class RunResult(NamedTuple):
     """What a run came to."""
 
     seed: int
@@ -137,7 +137,9 @@ class Ablation:
         self._config, self._workdir = config, workdir
         for arm in self.arms:
             for rate in self._rates:
-                changed(config, {"optimizer.lr": rate} | arm.changes)  # each is checked before any is trained
+                with_overrides(
+                    config, {"optimizer.lr": rate} | arm.changes
+                )  # each is checked before any is trained
         self._dataset = data.load(config.data, config.augment, config.train.seed)
         self.classes = len(self._dataset.class_names)
         self.steps = durations(config, self._dataset.rows_per_epoch).total
@@ -148,7 +150,7 @@ class Ablation:
         return self.study.lrs or [self._config.optimizer.lr]
 
     def size(self, arm: Arm) -> Size:
-        arguments = model_arguments(changed(self._config, arm.changes))
+        arguments = model_arguments(with_overrides(self._config, arm.changes))
         counted = cost(arguments.pop("name"), self._dataset.shape, self.classes, **arguments)
         return Size(counted.params, counted.macs)
 
@@ -159,16 +161,16 @@ class Ablation:
         kept = (read_json(path) or {}) if path.exists() else {}
         if list(kept) != names:
             print(f"timing a step of {len(names)} arms in turns", flush=True)
-            configs = [changed(self._config, arm.changes) for arm in self.arms]
+            configs = [with_overrides(self._config, arm.changes) for arm in self.arms]
             calls = {
                 name: train_program(Run.prepare(config, self._dataset)).call
                 for name, config in zip(names, configs, strict=True)
             }
-            kept = {name: times.median for name, times in in_turns(calls, self.study.rounds).items()}
+            kept = {name: times.median for name, times in alternate(calls, self.study.rounds).items()}
             write_json(path, kept)
         return kept
 
-    def tuned(self, arm: Arm) -> tuple[float, list[Found]]:
+    def tuned(self, arm: Arm) -> tuple[float, list[RunResult]]:
         """The learning rate that is best on clips to tune on, by the mean over seeds; and all tried."""
         options, rates = self.study, self._rates
         if len(rates) == 1:
@@ -181,7 +183,7 @@ class Ablation:
         means = [np.mean([one.top1 for one in tried if one.lr == rate]) for rate in rates]
         return rates[int(np.argmax(means))], tried
 
-    def runs(self, arm: Arm, lr: float, steps: int | None = None) -> list[Found]:
+    def runs(self, arm: Arm, lr: float, steps: int | None = None) -> list[RunResult]:
         """Of all seeds, on test clips; for as many steps as configured, or so many."""
         kind = "time" if steps else "steps"
         seeds = range(self.study.seeds)
@@ -189,19 +191,22 @@ class Ablation:
 
     def _run(
         self, arm: Arm, kind: str, *, lr: float, seed: int, steps: int | None = None, tune: bool = False
-    ) -> Found:
+    ) -> RunResult:
         changes = {"optimizer.lr": lr, "train.seed": seed} | arm.changes
         if steps:
             changes["train.duration"] = f"{steps} steps"
         if tune:
             changes["data.test_split"] = "tune"
-        config, workdir = changed(self._config, changes), self._workdir / arm.folder / kind / f"seed={seed}"
+        config, workdir = (
+            with_overrides(self._config, changes),
+            self._workdir / arm.folder / kind / f"seed={seed}",
+        )
         total = steps or self.steps
         if not (result := _finished(config, workdir, total)):
             print(f"\n{arm.name}, {kind}, seed {seed}: {workdir}", flush=True)
             dataset = data.load(config.data, config.augment, config.train.seed)
             result = loop.train(config, workdir, dataset)
-        return Found(seed, lr, total, result["top1"], wall_seconds(workdir))
+        return RunResult(seed, lr, total, result["top1"], wall_seconds(workdir))
 
 
 def _finished(config: ml_collections.ConfigDict, workdir: epath.Path, steps: int) -> dict[str, Any] | None:

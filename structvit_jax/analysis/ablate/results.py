@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from structvit_jax.analysis.ablate.grid import Arm, Found, Size, Study
+from structvit_jax.analysis.ablate.grid import Arm, RunResult, Size, Study
 from structvit_jax.analysis.ablate.statistics import Summary, compare, summarize
 
 _NOTE = (
@@ -27,9 +27,9 @@ class Outcome(NamedTuple):
     size: Size
     seconds: float  # of a train step, without its input
     lr: float
-    tried: Sequence[Found]  # on clips to tune on
-    steps: Sequence[Found]  # as many steps as the others
-    time: Sequence[Found]  # as much time as the others; none where that was not asked for
+    tried: Sequence[RunResult]  # on clips to tune on
+    steps: Sequence[RunResult]  # as many steps as the others
+    time: Sequence[RunResult]  # as much time as the others; none where that was not asked for
 
 
 def document(outcomes: Sequence[Outcome], against: str, same_time: str, heading: Sequence[str]) -> str:

@@ -11,7 +11,7 @@ from etils import epath
 import structvit_jax
 from structvit_jax.analysis.ablate import results
 from structvit_jax.analysis.ablate.grid import Ablation, Study
-from structvit_jax.runtime.storage import naming_failures, write
+from structvit_jax.runtime.storage import io_errors_as_user_error, write
 from structvit_jax.training.run import as_json
 
 _ALIKE = 0.05  # of the time of a step
@@ -33,7 +33,7 @@ def run(
     """
     ablation = Ablation(config, study, workdir)
     outcomes: list[results.Outcome] = []
-    with naming_failures(workdir):
+    with io_errors_as_user_error(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
         seconds = ablation.step_seconds()
         for arm in ablation.arms:

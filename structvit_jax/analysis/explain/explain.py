@@ -17,8 +17,8 @@ from structvit_jax.data.reader import Crop
 from structvit_jax.inference.trained import Trained, load_trained
 from structvit_jax.runtime.storage import write
 from structvit_jax.training.commit import FOLDER
-from structvit_jax.utils.errors import DecodeError, UserError, known, printable
-from structvit_jax.utils.paths import parse_path, writing
+from structvit_jax.utils.errors import DecodeError, UserError, check_choice, printable
+from structvit_jax.utils.paths import parse_path, write_errors_as_user_error
 
 
 class Request(NamedTuple):
@@ -79,7 +79,7 @@ def run(checkpoint: str, config: ml_collections.ConfigDict, request: Request) ->
         _explained(trained, request.path)
         for trained in (load_trained(checkpoint, config), *map(load_trained, request.beside))
     )
-    layer = known("layer", request.layer, first.layers) if request.layer else None
+    layer = check_choice("layer", request.layer, first.layers) if request.layer else None
     point = _asked(first.pixels, request.query) if request.query else None
     choice = choose(first.layers, first.pixels, layer=layer, head=request.head, point=point)
     one = first.layers[choice.layer]
@@ -115,7 +115,7 @@ def run(checkpoint: str, config: ml_collections.ConfigDict, request: Request) ->
 
 
 def _save(folder: epath.Path, files: Mapping[str, str | bytes]) -> None:
-    with writing(folder):
+    with write_errors_as_user_error(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
             write(folder / name, content)

@@ -14,9 +14,9 @@ from structvit_jax.analysis.report.hardest import hardest_section
 from structvit_jax.analysis.report.markup import Markup, joined, table, tag
 from structvit_jax.analysis.report.record import Record, read_records
 from structvit_jax.runtime.goodput import ACTIVITIES
-from structvit_jax.runtime.storage import naming_failures, write
-from structvit_jax.training.run import as_json, changes
-from structvit_jax.utils.paths import parse_path, writing
+from structvit_jax.runtime.storage import io_errors_as_user_error, write
+from structvit_jax.training.run import as_json, changed_keys
+from structvit_jax.utils.paths import parse_path, write_errors_as_user_error
 
 FILE = "report.html"  # in the first workdir
 NOTHING = "–"  # in the place of what is not known
@@ -36,11 +36,11 @@ def write_report(workdirs: Sequence[str], out: str | None = None, hardest: int =
     Raises:
       UserError: a workdir that holds no run, a damaged file, or an `out` that cannot be written.
     """
-    with naming_failures(parse_path(workdirs[0])):
+    with io_errors_as_user_error(parse_path(workdirs[0])):
         records = read_records(workdirs)
         path = parse_path(out) if out else records[0].workdir / FILE
         content = page(records, hardest)
-        with writing(path):
+        with write_errors_as_user_error(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             write(path, content)
     return path
@@ -131,7 +131,7 @@ def _differences(records: Sequence[Record]) -> Markup:
     if len(records) < 2:
         return Markup()
     first, *others = (as_json(record.config) for record in records)
-    found = [changes(first, other) for other in others]
+    found = [changed_keys(first, other) for other in others]
     values = {key: pair[0] for change in found for key, pair in change.items()}
     title = tag("h3", "What differs between their configurations")
     if not values:

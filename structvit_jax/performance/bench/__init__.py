@@ -24,8 +24,8 @@ from structvit_jax.performance.bench import report
 from structvit_jax.performance.bench.parts import Part, forward_program, parts_of, train_program
 from structvit_jax.performance.bench.peer import TorchPeer
 from structvit_jax.performance.bench.report import Row
-from structvit_jax.performance.bench.timing import Call, in_turns, measure_rates
-from structvit_jax.runtime.processes import say
+from structvit_jax.performance.bench.timing import Call, alternate, measure_rates
+from structvit_jax.runtime.processes import log
 from structvit_jax.training.run import Run
 from structvit_jax.utils.errors import UserError
 
@@ -70,13 +70,13 @@ def run(config: ml_collections.ConfigDict, data: Any, workdir: epath.Path, reque
         f" {rates.operations / 1e9:.4g} G operations/s"
         f" and copies {rates.bytes / 1e9:.4g} GB/s. Medians of {request.rounds} turns."
     )
-    say(header)
+    log(header)
     rows = []
     for row in _rows(prepared, parts, "model" in wanted, shape, other, request.rounds):
         rows.append(row)
-        say(report.tell(row, rates))
+        log(report.tell(row, rates))
     report.write(rows, rates, header, workdir)
-    say(f"{workdir / 'bench.md'}, bench.json" + ", bench.png" * any(not row.samples for row in rows))
+    log(f"{workdir / 'bench.md'}, bench.json" + ", bench.png" * any(not row.samples for row in rows))
 
 
 def _rows(
@@ -105,7 +105,7 @@ def _whole(prepared: Run, shape: tuple[int, ...], other: TorchPeer | None, round
         calls = getattr(other, phase)(inputs) if other else {}
         if phase == "forward":
             _compare(program.call, calls, prepared.model.variant.dtype)
-        times = in_turns({"": program.call, **calls}, rounds)
+        times = alternate({"": program.call, **calls}, rounds)
         operations = 2 * macs * samples * (3 if phase == "train" else 1)
         yield Row(
             config.model.name, phase, times.pop(""), operations, program.moved, times,
@@ -122,7 +122,7 @@ def _compare(ours: Call, peers: dict[str, Call], dtype: str) -> None:
         apart = np.abs(logits - theirs).max() / np.abs(theirs).max()
         if not apart < _AGREE[dtype]:
             raise UserError(f"PyTorch ({variant}) gives other logits: {apart:.2g} of the largest apart")
-        say(f"logits and PyTorch's ({variant}): {apart:.1e} of the largest apart")
+        log(f"logits and PyTorch's ({variant}): {apart:.1e} of the largest apart")
 
 
 def _part(part: Part, phase: str, other: TorchPeer | None, rounds: int) -> Row:
@@ -135,6 +135,6 @@ def _part(part: Part, phase: str, other: TorchPeer | None, rounds: int) -> Row:
     calls = {"": Call(lambda: compiled(*arguments))}
     if other:
         calls |= other.part(part, backward=phase == "train")
-    times = in_turns(calls, rounds)
+    times = alternate(calls, rounds)
     operations, moved = part.least()[phase]
     return Row(part.name, phase, times.pop(""), operations, moved, times, times=part.times)

@@ -19,7 +19,7 @@ from structvit_jax.models import Network
 from structvit_jax.models.weights import split
 from structvit_jax.performance.bench.parts import Part
 from structvit_jax.performance.bench.timing import Call
-from structvit_jax.runtime.processes import say
+from structvit_jax.runtime.processes import log
 from structvit_jax.utils.errors import UserError
 
 _FILE = Path(__file__).parents[2] / "extras" / "structvit_torch.py"
@@ -152,7 +152,7 @@ class TorchPeer:
                 warnings.simplefilter("ignore")
                 compiled.run()
         except Exception as error:  # it raises anything
-            say(f"note: torch.compile fails here ({type(error).__name__}) and is left out")
+            log(f"note: torch.compile fails here ({type(error).__name__}) and is left out")
             return calls
         return {**calls, "compiled": compiled}
 

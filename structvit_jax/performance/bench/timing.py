@@ -54,7 +54,7 @@ class Times:
         return statistics.median(a / b for a, b in zip(self.turns, other.turns, strict=True))
 
 
-def in_turns(calls: Mapping[str, Call], rounds: int) -> dict[str, Times]:
+def alternate(calls: Mapping[str, Call], rounds: int) -> dict[str, Times]:
     """Times calls one after the other, again and again, so that what slows the machine slows all."""
     repeats = {}
     for name, call in calls.items():
@@ -81,7 +81,7 @@ def measure_rates(dtype: str, rounds: int) -> Rates:
     for size in (1024, 2048) if on_cpu else (4096, 8192):
         a = jax.random.normal(jax.random.key(0), (size, size), dtype)
         product = jax.jit(jnp.matmul).lower(a, a).compile()
-        times = in_turns({"": Call(functools.partial(product, a, a))}, rounds)[""]
+        times = alternate({"": Call(functools.partial(product, a, a))}, rounds)[""]
         products.append(2 * size**3 / times.median)
     x = jnp.zeros(2**26 if on_cpu else 2**29, jnp.float32)
     moved, step = 2 * x.nbytes, jax.jit(lambda x: x + 1, donate_argnums=0)
@@ -91,4 +91,4 @@ def measure_rates(dtype: str, rounds: int) -> Rates:
         x = step(x)
         return x
 
-    return Rates(max(products), moved / in_turns({"": Call(again)}, rounds)[""].median)
+    return Rates(max(products), moved / alternate({"": Call(again)}, rounds)[""].median)

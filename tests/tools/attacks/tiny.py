@@ -24,7 +24,7 @@ def get_config(kind: str = "digits") -> ml_collections.ConfigDict:
     config.data.frames = 8 if kind in ("clips", "digits") else 0
     config.data.size = 32 if kind == "structvit" else 24
     config.data.batch_size = 4
-    config.data.max_bad_share = 0.5
+    config.data.max_unreadable_fraction = 0.5
     config.data.train_examples = 16
     config.data.test_examples = 8
     config.data.mean = config.data.std = (0.5, 0.5, 0.5)
