@@ -17,6 +17,8 @@ import contextlib
 import fnmatch
 import importlib
 import os
+import pkgutil
+import re
 import shutil
 import signal
 import sys
@@ -26,6 +28,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+sys.path.append(str(Path(__file__).parents[2] / "examples"))  # motion
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # most programs take longer to compile than to run
 
 from attacks import self_cases
@@ -34,25 +37,21 @@ from attacks.runner import Runner
 from attacks.sandbox import PARTS, Sandbox, needed
 
 _TABLES = (
-    *("command_line", "key", "configuration", "media", "list"),
-    *("checkpoint", "log", "data", "weights", "environment"),
-)
-# What commands import; not the commands themselves, which each case runs anew.
-_IMPORTED = (
-    *("command", "data", "data.records", "training.loop", "bench", "plan", "sheet", "show", "trained"),
-    *("convert", "explain.maps", "explain.page", "explain.picture", "report.page", "ablate.study", "traffic"),
+    *("command_line", "place", "extreme", "key", "configuration", "media"),
+    *("list", "checkpoint", "log", "data", "weights", "environment"),
 )
 _SAMPLE = (  # seconds, and no part that has to be trained
     "flags: main: --mode=nonsense",
-    "flags: data.shards: --shards=-1",
-    "flags: traffic: --trips=x=9*",
+    "flags: structvit: *",
+    "flags: prepare shards: --shards=-1",
+    "flags: plan --program: --trips=x=9*",
     "flags: motion: help",
     "places: prepare to <here>/file/x",
     "places: predict of /dev/null/x",
     "keys: train.seed=*",
-    "configurations: main: raises KeyError",
-    "configurations: main: returns nothing",
-    "configurations: main: a fifo",
+    "configurations: show: raises KeyError",
+    "configurations: show: returns nothing",
+    "configurations: show: a fifo",
     "lists: labels.txt, byte order mark: written anew",
     "lists: labels.txt, Latin-1: show",
     "lists: train.csv, labels of 5,000 digits: show",
@@ -167,12 +166,20 @@ def main() -> int:
     return int(short > 0 or not finished)
 
 
+def _import_package() -> None:
+    """Import every module of the package but the entry points, so that the forks for cases need not."""
+    import structvit_jax
+
+    for module in pkgutil.walk_packages(structvit_jax.__path__, "structvit_jax."):
+        if not re.search(r"\.(?:configs\b|main$|__main__$)", module.name):
+            importlib.import_module(module.name)
+
+
 def _run(
     options: argparse.Namespace, cases: Sequence[Case], folder: Path
 ) -> list[tuple[Case, Result, dict[str, str]]]:
     if not options.self:
-        for name in _IMPORTED:
-            importlib.import_module(f"structvit_jax.{name}")
+        _import_package()
         import jax
 
         if jax.__version_info__ < (0, 11):  # compiles in half the time; unknown to later versions

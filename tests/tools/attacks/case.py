@@ -18,7 +18,6 @@ _TRACEBACK = re.compile(
 )
 _WARNING = re.compile(r"(?:\S{1,99}\s)?(?:warning|note)\b", re.IGNORECASE)
 _SHOWN = 20_000  # characters of a message that are judged
-_USAGE = re.compile(r"usage: .*(?:\n[ \t]+.*)*\n(?=.*: error: )")  # argparse prints it above its one line
 _PROGRESS = re.compile(r"\d%\||\d ?\w* \[\d\d:\d\d")  # tqdm
 _CONTROL = re.compile(r"(?!\x1b\[A)[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\x9b]")
 
@@ -112,8 +111,8 @@ def _not_one_line(result: Result) -> str:
 
 
 def message(stderr: str) -> list[str]:
-    """Lines of stderr other than warnings, progress bars and usage."""
-    lines = re.split(r"\n|\r|\x1b\[A", _USAGE.sub("", stderr[:_SHOWN]))
+    """Lines of stderr other than warnings and progress bars."""
+    lines = re.split(r"\n|\r|\x1b\[A", stderr[:_SHOWN])
     return [
         line for line in lines if line.strip() and not (_PROGRESS.search(line[:500]) or _WARNING.match(line))
     ]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from attacks.case import Case, Result
-from attacks.commands import IMAGE, IMAGE_FOLDER, case, main, shown
+from attacks.commands import IMAGE, IMAGE_FOLDER, case, shown, train
 from attacks.damage import DELETED, Prepare, change, edit_json, folder, remove, sign, steps, text
 from attacks.names import DEEP, JSON_TEXTS, LONG, TRAP
 from attacks.users import without_privileges
@@ -123,6 +123,8 @@ _CARDS: tuple[tuple[str, Any, tuple[int, ...]], ...] = (
     ("config.mesh.heartbeat", -1, (0, 2)),
     ("config.mesh.compilation_cache", 5, (0, 2)),
     ("config.init_from", "/etc/passwd", (0, 2)),
+    ("config.model.scan_blocks", True, (0, 2)),
+    ("config.bench", {"only": ""}, (0, 2)),
     ("config.profile", "0:1", (0, 2)),
     ("config.topologies", ["v5e:2x4"], (0, 2)),
     ("config.nonsense", {"a": 1}, (0, 2)),
@@ -135,8 +137,8 @@ _CARDS: tuple[tuple[str, Any, tuple[int, ...]], ...] = (
 )
 _READERS = {  # commands that read a card, besides predict
     "evaluate": ("<here>/image_run",),
-    "explain": ("--checkpoint=<here>/image_run", IMAGE, "--out=<here>/out"),
-    "export": ("--checkpoint=<here>/image_run", "<here>/out.jax", "--platforms=cpu"),
+    "explain": ("<here>/image_run", IMAGE, "--out=<here>/out"),
+    "export": ("<here>/image_run", "<here>/out.jax", "--platforms=cpu"),
     "convert": ("<here>/image_run", "<here>/out"),
     "report": ("<here>/image_run", "--out=<here>/out.html"),
 }
@@ -168,7 +170,7 @@ def _predict(name: str, prepare: Prepare, **options: Any) -> Case:
         "cards" if name.startswith("a card") else "checkpoints",
         f"predict by {name}",
         "predict",
-        "--checkpoint=<here>/image_run",
+        "<here>/image_run",
         IMAGE,
         copies=("image_run",),
         prepare=prepare,
@@ -197,7 +199,7 @@ def _cards() -> Iterator[Case]:
                 seconds=40,
             )
     cache = _signed(_cache_in_card)
-    for command, arguments in {"predict": ("--checkpoint=<here>/image_run", IMAGE), **_READERS}.items():
+    for command, arguments in {"predict": ("<here>/image_run", IMAGE), **_READERS}.items():
         yield case(
             "cards",
             f"{command} by a card that names a cache of programs",
@@ -208,7 +210,7 @@ def _cards() -> Iterator[Case]:
             check=_cache_unused,
             codes=(0, 2),
         )
-    yield main(
+    yield train(
         "cards",
         "start from a card of no class names",
         "--config.data.root=<images>",
@@ -219,7 +221,7 @@ def _cards() -> Iterator[Case]:
         codes=(0, 2),
     )
     for key, value in (("config", 5), ("config.model.name", 5), ("class_names", 5), ("config.data", DELETED)):
-        yield main(
+        yield train(
             "cards",
             f"resume from a card with {key} {shown(value)}",
             "--config.data.root=<images>",
@@ -308,10 +310,10 @@ def _checkpoint_files() -> Iterator[Case]:
     yield _predict("a file for all checkpoints", file)
     link = steps(remove("image_run/checkpoints"), _link_to_itself)
     yield _predict("a link to itself for all checkpoints", link)
-    yield main("checkpoints", "train where checkpoints is a file", prepare=text("run/checkpoints", "x"))
+    yield train("checkpoints", "train where checkpoints is a file", prepare=text("run/checkpoints", "x"))
     closed = _close
     yield _predict("the newest checkpoint is not readable", closed, first=without_privileges, codes=(2,))
-    yield main(
+    yield train(
         "checkpoints",
         "resume where the newest is not readable",
         "--config.data.root=<images>",

@@ -1,22 +1,17 @@
-"""Command lines: every command with flags that are missing, unknown, of another type, or extreme."""
+"""Command lines: missing, unknown, repeated and malformed options and arguments of every command."""
 
 from __future__ import annotations
 
-import os
-import random
-import stat
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from attacks.case import Case, Result
-from attacks.commands import ARMS, CLIP, COMMANDS, DIGITS, IMAGE, case, main, short
-from attacks.damage import folder, text
+from attacks.commands import ARMS, CLIP, COMMANDS, DIGITS, IMAGE, case, short
 from attacks.names import LONG, NINES
 
-_REMOTE = ("gs://bucket/x", "s3://bucket/x", "http://<silent>/x")
-
-# What is put after arguments that are right, or in their place; the commands that do without arguments.
-_AFTER = {
+# Appended to a valid command line.
+_APPENDED = {
     "unknown flag": "--nonsense=1",
     "surplus word": "surplus",
     "empty word": "",
@@ -25,262 +20,202 @@ _AFTER = {
     "unfinished flag": "--",
     "option of Python": "-x",
 }
-_NO_ARGUMENTS = ("motion", "data.bench")
-_TAKES_MORE = ("predict", "report")  # words: the case is then one of a file that is not there
 _IGNORED = {"unfinished flag": (0, 2)}
+_NO_ARGUMENTS = ("motion", "bench input")  # run without arguments, too
 
-# Values of flags that are refused; for codes other than 2 the second table.
-_BAD_VALUES = {
+# Values of options that are refused; those with other exit codes are in the second table.
+_BAD_VALUES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "main": {
-        "--mode": ("", "nonsense", "Train"),
-        "--peer": ("", "nonsense", "torch"),
+        "--mode": ("", "nonsense", "Train", "show", "plan"),
+        "--peer": ("torch",),
+        "--config.nonsense": ("1",),
+        "--config": ("", "x.py", LONG, "<here>"),
+    },
+    "train": {
+        "--mode": ("train",),
+        "--config": ("", "x.py", LONG, "<here>", "nonsense", "digits:nonsense", ":digits", "../digits"),
+    },
+    "show": {
         "--config.data.mean": ("1", "(1,)", "(1,2)", "('a','b','c')", "(nan,1,1)", "x", "((((", LONG),
         "--config.nonsense": ("1",),
         "--config.train": ("1", ""),
         "--config.train.nonsense": ("1",),
         "--config.train.seed.more": ("1",),
-        "--config": ("", "x.py", LONG, "<here>"),
+        "--config.": ("1",),
+        "--config..": ("1",),
+        "--config.train.": ("1",),
+        "--config.__class__": ("1",),
+        "--noconfig.train.seed": ("1",),
+        "--noconfig": ("", "x"),
+        "--config": (
+            "",
+            "x.py",
+            LONG,
+            "<here>",
+            "nonsense",
+            "moving-digits",
+            "configs/digits.txt",
+            "digits/",
+        ),
+        "--data": ("1",),
     },
+    "plan": {"--device_batch": ("0", "-1", "x", "1.5"), "--topologies": ("h100:1",)},
     "predict": {
         "--top": ("0", "-1", "x", "", "1.5", NINES),
         "--format": ("xml", "", "TEXT"),
         "--every": ("-1", "nan", "x", "", "-inf"),
+        "--config": ("digits", "", "<here>"),
         "--config.data.size": ("x", "-1", "0", "1000000000"),
         "--config.model.name": ("deit_tiny", "nonsense", ""),
+        "--checkpoint": ("<image_run>",),
     },
     "explain": {
         "--head": ("-1", "99", "x", "99999999999999999999"),
         "--layer": ("nonsense", LONG),
         "--query": ("1", "1,2,3", "-1,0", "nan,0", "inf,1", "999,0", "x,y", ",", f"{NINES},0"),
         "--beside": ("<here>/missing", "<images>", ",,"),
+        "--animate": ("", "png", "MP4"),
+        "--smooth": ("1", "false"),
     },
+    "evaluate": {"--config": ("digits",), "--config.eval.batch_size": ("0", "x")},
     "export": {"--platforms": ("nonsense", "cpu,nonsense", ",")},
     "report": {"--hardest": ("-1", "x", "1.5")},
     "convert": {
         "--model": ("nonsense", "deit_tiny", "uniformer_b", LONG),
         "--data": ("nonsense", "kinetics400"),
         "--head_width": ("1", "x", "32"),
+        "--weights": ("", "both"),
         "--labels": ("<here>/missing", "/dev/null", "<here>", "<images>/val/one/0.png"),
         "--inflate": ("nonsense",),
         "--noise": ("x", "nan", "-1", "inf"),
+        "--config.model.name": ("deit_tiny",),
     },
-    "data.prepare": {"--workers": ("0", "-1", "x", "1.5"), "--out": ("<images>",)},
-    "data.shards": {
+    "prepare folder": {
+        "--workers": ("0", "-1", "x", "1.5"),
+        "--out": ("<images>",),
+        "--val_fraction": ("-1", "1", "nan", "x"),
+        "--config.data.root": ("<images>",),
+    },
+    "prepare shards": {
         "--shards": ("-1", "x", "1.5", NINES),
         "--train_split": ("nonsense", "", "../x", LONG),
         "--test_split": ("nonsense", "/dev/null"),
         "--beam_runner": ("nonsense", "os.system"),
+        "--beam_option": ("x", "="),
     },
-    "label_maps": {"--top": ("0", "-1", "x"), "--config.data.size": ("-1", "x")},
+    "prepare label_maps": {"--top": ("0", "-1", "x"), "--config.data.size": ("-1", "x")},
     "motion": {"--clips": ("0", "7", "-1", "x", "1e3")},
-    "data.bench": {
+    "bench input": {
         "--video": ("<here>/missing.mp4", "/dev/null", "<here>"),
         "--image": ("<here>/missing.png", "/dev/null", "<here>"),
         "--clips": ("0", "-1", "x"),
         "--memory": ("-1", "x", "1"),
     },
-    "traffic": {
-        "--parts": ("x", "1.5"),
-        "--depth": ("x", "1.5"),
-        "--trips": ("x", "=", "x=y", "x=-1", f"x={NINES}"),
-        "--unknown": ("x", "1.5"),
+    "plan --program": {
+        "--program": ("", "<here>/missing", "<here>", "/dev/null", IMAGE),
+        "--parts": ("x", "1.5", "-1"),
+        "--depth": ("x", "1.5", "-1", "0"),
+        "--trips": ("x", "=", "x=y", "x=-1", f"x={NINES}", "x=9*"),
+        "--unknown": ("x", "1.5", "-1"),
+        "--config": ("digits",),
+        "--config.data.size": ("24",),
     },
     "ablate": {
-        "--config.ablate.arms": (
-            "()",
-            "('a',)",
-            "('a: x=1','b: y=2')",
+        "--arms": (
+            "",
+            "a",
+            "a: x=1",
             "x",
-            "(1,2)",
-            "('a:','a:')",
+            "1",
+            "a:",
+            "a: model.structure_dim",
+            ": model.structure_dim=1",
+            LONG,
         ),
-        "--config.ablate.lrs": ("(-1.0,)", "(nan,)", "(0.0,)", "('x',)", "(inf,)", "(1e39,)", "x"),
-        "--config.ablate.against": ("nonsense",),
-        "--config.ablate.same_time": ("nonsense",),
-        "--config.ablate.seeds": ("0", "-1", "x"),
-        "--config.ablate.tune_seeds": ("0", "x"),
+        "--lrs": ("-1.0", "nan", "0.0", "x", "inf", "1e39", "", ",", "(1e-3,)", "1e-3,,1e-3"),
+        "--against": ("nonsense", ""),
+        "--same_time": ("nonsense",),
+        "--seeds": ("0", "-1", "x"),
+        "--tune_seeds": ("0", "x"),
+        "--rounds": ("0", "x"),
+        "--config.ablate.seeds": ("1",),
     },
 }
-_OTHER_VALUES = (  # command, flag, values, exit codes
+_OTHER_VALUES = (  # command, option, values, exit codes
     ("report", "--hardest", ("0", NINES), (0, 2)),
     ("convert", "--noise", ("0", "1e39"), (0, 2)),
     ("predict", "--every", ("inf", "1e400"), (0, 2)),
     ("export", "--platforms", ("",), (0, 2)),
-    ("data.bench", "--video", (IMAGE,), (0, 2)),
-    ("data.bench", "--image", (CLIP,), (0, 2)),
-    ("traffic", "--parts", ("-1",), (0, 2)),
-    ("traffic", "--depth", ("-1",), (0, 2)),
-    ("traffic", "--unknown", ("-1",), (0, 2)),
+    ("bench input", "--video", (IMAGE,), (0, 2)),
+    ("bench input", "--image", (CLIP,), (0, 2)),
     ("predict", "--top", ("99999999999999999999",), (0, 2)),
     ("predict", "--config.mesh.device", ("gpu", "tpu", "nonsense", ""), (2,)),
     ("predict", "--config.data.test_clips", ("2", "1000000000"), (2,)),
     ("predict", "--config.data.test_crops", ("3",), (0,)),
-    ("data.shards", "--shards", ("1000000",), (0, 2)),
-    ("data.prepare", "--workers", ("3",), (0,)),
+    ("prepare shards", "--shards", ("1000000",), (0, 2)),
+    ("prepare folder", "--workers", ("3",), (0,)),
+    ("show", "--config", ("digits", "digits.py", "configs/digits.py", "moving_digits"), (0,)),
 )
 
-# Places that hold no checkpoint, for every command that takes one.
-_NO_CHECKPOINT = (
-    "",
-    "<here>/missing",
-    "<here>",
-    "/dev/null",
-    "/dev/null/x",
-    "<images>",
-    IMAGE,
-    "<image_run>/checkpoints/99",
-    f"<image_run>/checkpoints/{NINES}",
-    "<image_run>/checkpoints/\u00b2",
-    LONG,
-    "\udcff",
-    "~nobody/x",
-)
-_TAKE_CHECKPOINT = {
-    "predict": ("--checkpoint={}", IMAGE),
-    "explain": ("--checkpoint={}", IMAGE, "--out=<here>/out"),
-    "export": ("--checkpoint={}", "<here>/out.jax"),
-    "evaluate": ("{}",),
-    "label_maps": ("{}", "<here>/out"),
-    "convert": ("{}", "<here>/out"),
-    "report": ("{}", "--out=<here>/out.html"),
-    "main": (DIGITS, "--config.init_from={}", "--workdir=<here>/run"),
+# The words of `structvit` itself, exit codes, and what the output has to contain.
+_STRUCTVIT: dict[str, tuple[tuple[str, ...], tuple[int, ...], str]] = {
+    "help": (("--help",), (0,), "structvit train --config=moving_digits"),
+    "short help": (("-h",), (0,), "Commands:"),
+    "version": (("--version",), (0,), "structvit_jax "),
+    "nothing": ((), (0,), "Commands:"),
+    "empty word": (("",), (2,), "error: unknown command ''"),
+    "not UTF-8": (("\udcff",), (2,), "error: unknown command"),
+    "long word": ((LONG,), (2,), "error: unknown command"),
+    "escapes": (("\x1b[31mtrain",), (2,), "error: unknown command"),
+    "misspelt command": (("trian",), (2,), "Did you mean 'train'?"),
+    "command in capitals": (("Train",), (2,), "Did you mean 'train'?"),
+    "old module": (("structvit_jax.predict",), (2,), "Did you mean 'predict'?"),
+    "module path": (("../train",), (2,), "error: unknown command"),
+    "private module": (("configuration",), (2,), "error: unknown command"),
+    "option first": (("--config=digits", "train"), (2,), "error: "),
+    "unknown option": (("--nonsense",), (2,), "error: "),
+    "unfinished": (("--",), (0, 2), ""),
+    "misspelt subcommand": (("prepare", "fodler"), (2,), "Did you mean 'folder'?"),
+    "subcommand with a dash": (("prepare", "label-maps", "--help"), (0,), "CHECKPOINT"),
+    "prepare, nothing": (("prepare",), (0,), "kinetics400"),
+    "bench, nothing": (("bench",), (0,), "model"),
+    "bench, misspelt": (("bench", "imput"), (2,), "Did you mean 'input'?"),
+    "prepare, empty word": (("prepare", ""), (2,), "error: unknown command ''"),
+    "option with dashes": (("prepare", "folder", "<images>", "--train-split=nonsense"), (2,), "nonsense"),
+    "misspelt option": (("predict", "x", "y", "--tpo=1"), (2,), "--top"),
+    "misspelt choice": (("predict", "x", "y", "--format=jsnl"), (2,), "jsonl"),
+    "abbreviated option": (("predict", "x", "y", "--feat=x"), (2,), "--features"),
+    "value missing": (("predict", "x", "y", "--top"), (2,), "--top"),
+    "value for a switch": (("show", DIGITS, "--data=x"), (2,), "--data"),
+    "misspelt configuration": (("show", "--config=moving_digit"), (2,), "Did you mean 'moving_digits'"),
+    "misspelt key": (("show", DIGITS, "--config.optimizer.learning_rate=1"), (2,), "config.optimizer.lr"),
+    "configuration twice": (("show", "--config=<here>/missing.py", DIGITS), (0,), "deit_tiny_struct_1_video"),
+    "second configuration missing": (("show", DIGITS, "--config=<here>/missing.py"), (2,), "missing.py"),
+    "configuration without =": (("show", *DIGITS.split("=", 1)), (0,), "deit_tiny_struct_1_video"),
+    "configuration alone": (("show", "--config"), (2,), "--config"),
+    "key without a value": (("show", DIGITS, "--config.train.seed"), (2,), "config.train.seed"),
+    "key before the configuration": (("show", "--config.train.seed=7", DIGITS), (0,), "seed: 7"),
+    "arms of one name": (("ablate", DIGITS, ARMS[0], ARMS[0], "--workdir=<here>/out"), (2,), "error: "),
+    "arms of unknown keys": (("ablate", DIGITS, "--arms=a: x=1", "--arms=b: y=2"), (2,), "error: "),
+    "arms missing": (("ablate", DIGITS, "--workdir=<here>/out"), (2,), "--arms"),
 }
-
-# Outputs that cannot be written, for every command that writes.
-_UNWRITABLE = ("<here>/file/x", f"<here>/{LONG}", "\udcff/../file/x")
-_WRITE = {
-    "train": ("main", DIGITS, "--workdir={}"),
-    "data": ("main", DIGITS, "--mode=data", "--workdir={}"),
-    "plan": ("main", DIGITS, "--mode=plan", "--workdir={}"),
-    "features": ("predict", *COMMANDS["predict"], "--features={}"),
-    "explain": ("explain", *COMMANDS["explain"][:2], "--out={}"),
-    "export": ("export", "--checkpoint=<image_run>", "--platforms=cpu", "{}"),
-    "report": ("report", "<image_run>", "--out={}"),
-    "evaluate": ("evaluate", "<image_run>", "--out={}"),
-    "convert": ("convert", "<structvit_run>", "{}"),
-    "convert to a file": ("convert", "<structvit_run>", "{}.safetensors"),
-    "prepare": ("data.prepare", "folder", "<images>", "--images", "--out={}"),
-    "shards": ("data.shards", "<images>", "{}", "--images"),
-    "label maps": ("label_maps", "<structvit_run>", "{}"),
-    "ablate": ("ablate", DIGITS, ARMS, "--workdir={}"),
-    "motion": ("motion", "{}", "--clips=8"),
-}
-_PLANS_ONLY = ("plan",)  # writes nothing, so that any place will do
-_FILES = ("export", "report", "motion", "convert to a file")  # whose output is a file, not a folder
-
-# Trainings, unless another mode is named, with values at the ends of their range: changes and exit codes.
-_HUGE = "9" * 30
-_EXTREMES: tuple[tuple[tuple[str, ...], tuple[int, ...]], ...] = (
-    (("optimizer.lr=1e39",), (2,)),
-    (("optimizer.lr=1e30",), (0, 2)),
-    (("optimizer.eps=1e-300",), (0, 2)),
-    (("optimizer.weight_decay=1e39",), (0, 2)),
-    (("mesh.device=gpu",), (2,)),
-    (("mesh.device=tpu",), (2,)),
-    (("mesh.data=7",), (2,)),
-    (("mesh.data=100000",), (2,)),
-    (("mesh.fsdp=3",), (2,)),
-    (("mesh.heartbeat=999999999999",), (0, 2)),
-    (("mesh.compilation_cache=/dev/null/x",), (0, 2)),
-    (("mesh.compilation_cache=<here>/cache",), (0,)),
-    (("eval.batch_size=100000",), (0, 2)),
-    (("eval.batch_size=1000000000000",), (0, 2)),
-    (("data.batch_size=1000000000000000000000",), (2,)),
-    (("data.size=1000000",), (2,)),
-    (("data.size=1",), (2,)),
-    (("data.frames=1",), (0, 2)),
-    (("data.train_examples=1000000000000",), (0, 2)),
-    (("data.train_examples=0",), (2,)),
-    (("data.test_examples=0",), (0, 2)),
-    (("data.test_clips=1000000",), (0, 2)),
-    (("data.short_side=1000000",), (0, 2)),
-    (("data.stride=1000000",), (0, 2)),
-    (("data.crop_fraction=1e-300",), (2,)),
-    (("data.test_split=tune", "data.train_split="), (0, 2)),
-    (("model.remat=full",), (0,)),
-    (("model.remat=dots",), (0,)),
-    (("model.scan_blocks=True",), (0, 2)),
-    (("model.dtype=bfloat16",), (0,)),
-    (("model.widths=()",), (2,)),
-    (("model.widths=(0,)",), (2,)),
-    (("model.widths=(-16,)",), (2,)),
-    (("model.widths=(16,16)",), (2,)),
-    (("model.widths=(1.5,)",), (2,)),
-    (("model.widths=('x',)",), (2,)),
-    (("model.depths=(0,)",), (2,)),
-    (("model.head_width=0",), (2,)),
-    (("model.head_width=5",), (2,)),
-    (("model.patch=0",), (2,)),
-    (("model.patch=1000",), (2,)),
-    (("model.structure_dim=-1",), (2,)),
-    (("model.key_window=(3,3)",), (2,)),
-    (("model.key_window=999",), (0, 2)),
-    (("model.key_window=x",), (2,)),
-    (("model.drop_path=2.0",), (2,)),
-    (("model.drop_path=nan",), (2,)),
-    (("model.token_labels=True",), (2,)),
-    (("augment.randaugment=nonsense",), (2,)),
-    (("augment.randaugment=rand-m999999999-n5",), (0, 2)),
-    (("augment.randaugment=rand-m5-n1000000000",), (2,)),
-    (("augment.repeated_augmentation=1000000",), (0, 2)),
-    (("augment.mixup=1e300",), (0, 2)),
-    (("augment.crop_area=(1e-300,1e-300)",), (0, 2)),
-    (("augment.crop_aspect=(1e-300,1e300)",), (0, 2)),
-    (("train.grad_accum_steps=3",), (2,)),
-    (("train.grad_accum_steps=1000000",), (2,)),
-    (("train.duration=0 steps",), (2,)),
-    (("train.duration=nonsense",), (2,)),
-    (("train.duration=-1 steps",), (2,)),
-    (("train.duration=nan epochs",), (2,)),
-    ((f"train.duration={_HUGE} steps",), (2,)),
-    ((f"train.duration={'9' * 400} steps",), (2,)),
-    ((f"train.duration={NINES} epochs",), (2,)),
-    ((f"optimizer.warmup={_HUGE} steps",), (2,)),
-    ((f"optimizer.lr_update_every={_HUGE} steps",), (0, 2)),
-    ((f"optimizer.lr_update_every={'9' * 400} steps",), (2,)),
-    ((f"eval.every={'9' * 400} steps",), (2,)),
-    ((f"checkpoint.every={_HUGE} steps",), (0, 2)),
-    ((f"checkpoint.keep_every={'9' * 400} examples",), (2,)),
-    (("checkpoint.keep_best=99999999999999999999",), (0, 2)),
-    (("optimizer.lr_update_delay=99999999999999999999", "optimizer.lr_update_every=1 steps"), (0, 2)),
-    (("optimizer.freeze=nonsense*",), (2,)),
-    (("optimizer.freeze=*",), (0, 2)),
-    (("optimizer.freeze=[",), (2,)),
-    (("profile=x",), (2,)),
-    (("profile=5:1",), (2,)),
-    (("profile=-1:2",), (2,)),
-    (("profile=1:3",), (0,)),
-    (("data.name=nonsense",), (2,)),
-    (("data.name=noise:",), (2,)),
-    (("data.name=noise:-1",), (2,)),
-    (("data.name=tfds:",), (2,)),
-    (("data.name=tfds:nonsense",), (2,)),
-    (("data.name=tfds:../../x", "data.frames=0"), (2,)),
-    (("data.name=folder", "data.root=<here>/missing"), (2,)),
-    (("data.name=folder", "data.root="), (2,)),
-    (("data.name=folder", "data.root=/dev/null"), (2,)),
-    (("data.name=folder", "data.root=gs://bucket/x"), (2, 75)),
-    (("data.name=folder", f"data.root={LONG}"), (2,)),
-    (("data.label_maps=<here>/missing",), (2,)),
-    (("data.workers=1",), (0,)),
-    (("--mode=eval",), (2,)),
-    (("--mode=plan", "device_batch=1000000000"), (0, 2)),
-    (("--mode=plan", "device_batch=1000000000000000000"), (0, 2)),
-    (("--mode=plan", "data.size=1000000000"), (2,)),
-    (("--mode=show", "data.size=1000000000"), (0, 2)),
-    (("--mode=plan", "topologies=('nonsense',)"), (2,)),
-    (("--mode=plan", "topologies=('v5e:999999x999999',)"), (2,)),
-    (("--mode=plan", "topologies=('h100:0',)"), (2,)),
-    (("--mode=plan", "topologies=('h100:-1',)"), (2,)),
-    (("--mode=plan", f"topologies=('h100:{_HUGE}',)"), (2,)),
-    (("--mode=plan", "topologies=(1,)"), (2,)),
-    (("--mode=plan", "device_memory=nonsense"), (2,)),
-    (("--mode=plan", "device_memory=-1GB"), (2,)),
-    (("--mode=plan", "device_memory=0GB"), (2,)),
-    (("--mode=plan", "device_memory=1e400GB"), (2,)),
-    (("--mode=bench", "bench.only=nonsense"), (2,)),
-    (("--mode=bench", "bench.rounds=0"), (2,)),
-    (("--mode=data", "data.batch_size=1000000000000"), (2,)),
+# Variables that a shell sets to complete a command line: type, words, position, exit codes, output.
+_COMPLETIONS = (
+    ("bash_source", "", "", (0,), "complete"),
+    ("zsh_source", "", "", (0,), "compdef"),
+    ("fish_source", "", "", (0,), "complete"),
+    ("bash_complete", "structvit tr", "1", (0,), "train"),
+    ("bash_complete", "structvit prepare ", "2", (0,), "folder"),
+    ("bash_complete", "structvit predict --to", "2", (0,), "--top"),
+    ("bash_complete", "structvit nonsense ", "2", (0, 2), ""),
+    ("bash_complete", "structvit 'open", "1", (0, 2), ""),
+    ("bash_complete", "structvit train --config=", "2", (0,), ""),
+    ("bash_complete", "structvit", "x", (0, 2), ""),
+    ("bash_complete", "structvit", "99999999999999999999", (0, 2), ""),
+    ("bash_complete", None, None, (0, 2), ""),
+    ("nonsense", "", "", (2,), "error: "),
+    ("nonsense_source", "", "", (2,), "error: "),
+    ("", "", "", (2,), "error: "),
 )
 
 
@@ -290,7 +225,7 @@ def cases() -> Iterator[Case]:
         yield case("flags", f"{command}: help", command, "--help", codes=(0,))
         if command not in _NO_ARGUMENTS:
             yield case("flags", f"{command}: nothing", command)
-        for name, word in _AFTER.items():
+        for name, word in _APPENDED.items():
             codes = _IGNORED.get(name, (2,))
             yield case("flags", f"{command}: {name}", command, *right, word, codes=codes)
     for command, flags in _BAD_VALUES.items():
@@ -299,101 +234,45 @@ def cases() -> Iterator[Case]:
     for command, flag, values, codes in _OTHER_VALUES:
         yield from (_value(command, flag, value, codes) for value in values)
     yield from _videos()
-    yield from _places()
-    for changes, codes in _EXTREMES:
-        words = [word if word.startswith("--") else f"--config.{word}" for word in changes]
-        yield main("extremes", short(" ".join(changes)), *words, codes=codes)
-    twice = [f"--config.data.mean=({n},{n},{n})" for n in (0.1, 0.2)]
-    yield main("extremes", "a tuple twice", *twice, "--mode=show", codes=(0, 2), check=_mean_of_three)
+    for name, (words, codes, text) in _STRUCTVIT.items():
+        yield Case(
+            "flags", f"structvit: {name}", "structvit_jax", words, codes, check=functools.partial(_has, text)
+        )
+    yield from _completions()
 
 
 def _value(command: str, flag: str, value: str, codes: tuple[int, ...]) -> Case:
+    """Return a case with a value of an option in the place of the valid one."""
     others = (word for word in COMMANDS[command] if not word.startswith(f"{flag}="))
     name = f"{command}: {flag}={short(value)}"
     return case("flags", name, command, *others, f"{flag}={value}", codes=codes)
 
 
 def _videos() -> Iterator[Case]:
-    """--every, which is of videos, and examples of the test split."""
-    right = "--checkpoint=<clip_run>"
+    """Values of --every, for videos, and examples of the test split."""
+    run = "<clip_run>"
     for value, codes in {"1e-9": (0, 2), "0.5": (0,), "1e300": (0,), "nan": (2,), "inf": (0, 2)}.items():
-        yield case(
-            "flags",
-            f"predict a video: --every={value}",
-            "predict",
-            right,
-            CLIP,
-            f"--every={value}",
-            codes=codes,
-        )
+        name = f"predict a video: --every={value}"
+        yield case("flags", name, "predict", run, CLIP, f"--every={value}", codes=codes)
     for number in ("99", "-1", "x", "", NINES, "\u00b2", "1e3"):
         for command in ("predict", "explain"):
-            words = (right, f"test:{number}", *(["--out=<here>/out"] * (command == "explain")))
+            words = (run, f"test:{number}", *(["--out=<here>/out"] * (command == "explain")))
             yield case("flags", f"{command}: test:{short(number)}", command, *words)
 
 
-def _places() -> Iterator[Case]:
-    """Checkpoints that are not there, and outputs that cannot be written."""
-    for command, words in _TAKE_CHECKPOINT.items():
-        for place in _NO_CHECKPOINT:
-            if place or command != "main":  # where it means none
-                filled = [word.replace("{}", place) for word in words]
-                yield case("places", f"{command} of {short(place)}", command, *filled)
-        for place in _REMOTE:
-            filled = [word.replace("{}", place) for word in words]
-            name = f"{command} of {place}"
-            yield case("places", name, command, *filled, codes=(2, 75), first=_impatient)
-    for name, (command, *words) in _WRITE.items():
-        codes = (0, 2) if name in _PLANS_ONLY else (2,)
-        remote = (0, 2, 75) if name in _PLANS_ONLY else (2, 75)
-        places = [*_UNWRITABLE, *(["<here>/folder"] * (name in _FILES))]
-        for place in places:
-            filled = [word.replace("{}", place) for word in words]
-            yield case("places", f"{name} to {short(place)}", command, *filled, codes=codes, prepare=_file)
-        for place in _REMOTE:
-            filled = [word.replace("{}", place) for word in words]
-            yield case("places", f"{name} to {place}", command, *filled, codes=remote, first=_impatient)
-        if name in _FILES and hasattr(os, "geteuid") and os.geteuid() == 0:
-            filled = [word.replace("{}", "<here>/null").removesuffix(".safetensors") for word in words]
-            if name != "convert to a file":
-                yield case(
-                    "places",
-                    f"{name} to a device",
-                    command,
-                    *filled,
-                    codes=(0, 2),
-                    prepare=_device,
-                    check=_still_a_device,
-                )
+def _completions() -> Iterator[Case]:
+    for kind, words, position, codes, text in _COMPLETIONS:
+        yield Case(
+            "flags",
+            f"structvit: completion {kind} of {words} at {position}",
+            "structvit_jax",
+            codes=codes,
+            environment={"_STRUCTVIT_COMPLETE": kind, "COMP_WORDS": words, "COMP_CWORD": position},
+            check=functools.partial(_has, text),
+        )
 
 
-def _file(here: Path, chance: random.Random) -> None:
-    text("file", "")(here, chance)
-    for name in ("folder", "folder.safetensors"):
-        folder(name)(here, chance)
-
-
-def _device(here: Path, chance: random.Random) -> None:
-    """A second /dev/null, since what is attacked may replace it."""
-    del chance
-    os.mknod(here / "null", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
-
-
-def _still_a_device(here: Path, result: Result) -> str:
-    del result
-    return "" if stat.S_ISCHR(os.lstat(here / "null").st_mode) else "the device was replaced by a file"
-
-
-def _mean_of_three(here: Path, result: Result) -> str:
-    """For a flag of a tuple that is given twice."""
+def _has(text: str, here: Path, result: Result) -> str:
+    """Check that the output contains a text."""
     del here
-    lines = result.stdout.partition("  mean: ")[2].splitlines()[1:]
-    count = next((n for n, line in enumerate(lines) if not line.startswith("  - ")), 0)
-    return "" if result.code == 2 or count == 3 else f"the mean has {count} values"
-
-
-def _impatient() -> None:
-    """Try buckets as often as the client does, but without its minute of pauses."""
-    from gcsfs import retry
-
-    retry.min = lambda *pauses: 0.01
+    return "" if text in result.stdout + result.stderr else f"{text!r} is not in the output"

@@ -1,4 +1,4 @@
-"""Every command with arguments that are right, for tables to change; and marks that cases check for."""
+"""A valid command line of every command, for the tables to change; helpers that several tables use."""
 
 from __future__ import annotations
 
@@ -14,38 +14,45 @@ DIGITS = f"{TINY}:digits"
 IMAGE = "<images>/val/one/0.png"
 CLIP = "<clips>/val/one/0.mp4"
 IMAGE_FOLDER = (f"{TINY}:images", "--config.data.root=<images>")
-ARMS = "--config.ablate.arms=('a: model.structure_dim=1','b: model.structure_dim=2')"
+ARMS = ("--arms=a: model.structure_dim=1", "--arms=b: model.structure_dim=2")
 
 COMMANDS: dict[str, tuple[str, ...]] = {
-    "main": (DIGITS, "--mode=show"),
-    "predict": ("--checkpoint=<image_run>", IMAGE),
-    "explain": ("--checkpoint=<image_run>", IMAGE, "--out=<here>/out"),
-    "export": ("--checkpoint=<image_run>", "<here>/out.jax", "--platforms=cpu"),
+    "train": (DIGITS, "--workdir=<here>/run"),
+    "main": (DIGITS, "--workdir=<here>/run"),
+    "show": (DIGITS,),
+    "plan": (DIGITS,),
+    "predict": ("<image_run>", IMAGE),
+    "explain": ("<image_run>", IMAGE, "--out=<here>/out"),
+    "export": ("<image_run>", "<here>/out.jax", "--platforms=cpu"),
     "report": ("<image_run>", "--out=<here>/out.html"),
     "evaluate": ("<image_run>",),
     "convert": ("<structvit_run>", "<here>/out.safetensors"),
-    "data.prepare": ("folder", "<images>", "--images", "--out=<here>/out"),
-    "data.shards": ("<images>", "<here>/out", "--images"),
-    "label_maps": ("<structvit_run>", "<here>/out"),
-    "ablate": (DIGITS, ARMS, "--config.ablate.seeds=1", "--workdir=<here>/out"),
+    "prepare folder": ("<images>", "--images", "--out=<here>/out"),
+    "prepare shards": ("<images>", "<here>/out", "--images"),
+    "prepare label_maps": ("<structvit_run>", "<here>/out"),
+    "ablate": (DIGITS, *ARMS, "--seeds=1", "--workdir=<here>/out"),
+    "bench input": (f"--video={CLIP}", f"--image={IMAGE}", "--clips=2", "--memory=0"),
+    "plan --program": ("--program=<root>/tests/fixtures/programs/scanned.txt",),
     "motion": ("<here>/out.png", "--clips=8"),
-    "data.bench": (f"--video={CLIP}", f"--image={IMAGE}", "--clips=2", "--memory=0"),
-    "traffic": ("<root>/tests/fixtures/programs/scanned.txt",),
 }
+_MODULES = {"main": "structvit_jax.main", "motion": "motion"}  # all others are subcommands of structvit
 
 
-def case(group: str, name: str, command: str, *arguments: str, **options) -> Case:
-    """A case of a command of the package, by its name in `COMMANDS`."""
-    return Case(group, name, f"structvit_jax.{command}", arguments, **options)
+def case(group: str, name: str, command: str, *arguments: str, **options: Any) -> Case:
+    """Return a case of a command of `COMMANDS`."""
+    if command in _MODULES:
+        return Case(group, name, _MODULES[command], arguments, **options)
+    subcommands = command.partition(" --")[0].split()
+    return Case(group, name, "structvit_jax", (*subcommands, *arguments), **options)
 
 
-def main(group: str, name: str, *arguments: str, config: str = DIGITS, **options) -> Case:
-    """A training, unless arguments name another mode."""
-    return case(group, name, "main", config, "--workdir=<here>/run", *arguments, **options)
+def train(group: str, name: str, *arguments: str, config: str = DIGITS, **options: Any) -> Case:
+    """Return a case of `structvit train`."""
+    return case(group, name, "train", config, "--workdir=<here>/run", *arguments, **options)
 
 
 def nothing_executed(here: Path, result: Result) -> str:
-    """For `check`: no code of a file has run."""
+    """Check that no code of a file was executed."""
     del result
     marker = here.parent.parent / MARKER
     if marker.exists():
@@ -55,14 +62,14 @@ def nothing_executed(here: Path, result: Result) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as it is shown in the name of a case."""
+    """Return a value as the name of a case shows it."""
     if value is DELETED:
         return "deleted"
-    shown = ascii(value)
-    return shown if len(shown) <= 40 else f"{shown[:20]}... ({len(shown)})"
+    text = ascii(value)
+    return text if len(text) <= 40 else f"{text[:20]}... ({len(text)})"
 
 
-def short(value: str) -> str:
-    """A value as it is shown in the name of a case."""
-    value = value.encode("unicode_escape", "surrogatepass").decode()
-    return value if len(value) <= 60 else f"{value[:20]}...{value[-10:]} ({len(value)})"
+def short(text: str) -> str:
+    """Return an argument as the name of a case shows it."""
+    text = text.encode("unicode_escape", "surrogatepass").decode()
+    return text if len(text) <= 60 else f"{text[:20]}...{text[-10:]} ({len(text)})"

@@ -58,9 +58,9 @@ _ENDINGS = {
 
 
 def cases() -> Iterator[Case]:
-    for command, more in (("main", ("--mode=show",)), ("ablate", ("--workdir=<here>/run",))):
+    for command, more in (("show", ()), ("ablate", ("--workdir=<here>/run",))):
         for name, content in _TEXTS.items():
-            if command == "main" or name in ("returns nothing", "raises KeyError", "syntax error"):
+            if command == "show" or name in ("returns nothing", "raises KeyError", "syntax error"):
                 codes = {"added key": (0, 2), "exits": (2, 5)}.get(name, (2,))
                 yield case(
                     "configurations",

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from attacks.case import Case, Result
-from attacks.commands import DIGITS, IMAGE_FOLDER, case, main, nothing_executed, shown
+from attacks.commands import DIGITS, IMAGE_FOLDER, case, nothing_executed, shown, train
 from attacks.damage import DELETED, Prepare, change, damaged, edit_json, folder, remove, steps, text
 from attacks.names import JSON_TEXTS, MARKER
 
@@ -63,7 +63,7 @@ def _label_maps() -> Iterator[Case]:
     yield case(
         "label maps",
         "another teacher resumes maps half done",
-        "label_maps",
+        "prepare label_maps",
         "<here>/structvit_run",
         "<here>/maps",
         copies=("maps", "structvit_run"),
@@ -72,7 +72,7 @@ def _label_maps() -> Iterator[Case]:
     yield case(
         "label maps",
         "into a folder of data",
-        "label_maps",
+        "prepare label_maps",
         "<structvit_run>",
         "<here>/images",
         copies=("images",),
@@ -80,7 +80,7 @@ def _label_maps() -> Iterator[Case]:
     yield case(
         "label maps",
         "into a folder of maps",
-        "label_maps",
+        "prepare label_maps",
         "<structvit_run>",
         "<here>/maps",
         copies=("maps",),
@@ -89,7 +89,7 @@ def _label_maps() -> Iterator[Case]:
 
 def _student(name: str, prepare: Prepare, codes: tuple[int, ...] = (2,)) -> Case:
     config = IMAGE_FOLDER[0].replace(":images", ":structvit")
-    return main(
+    return train(
         "label maps",
         f"maps {name}",
         "--config.data.root=<images>",
@@ -162,7 +162,7 @@ def _shards() -> Iterator[Case]:
     yield case(
         "shards",
         "written again",
-        "data.shards",
+        "prepare shards",
         "<here>/images",
         "<here>/shards",
         "--images",
@@ -172,7 +172,7 @@ def _shards() -> Iterator[Case]:
     yield case(
         "shards",
         "written again without ids",
-        "data.shards",
+        "prepare shards",
         "<here>/images",
         "<here>/shards",
         "--images",
@@ -183,7 +183,7 @@ def _shards() -> Iterator[Case]:
 
 
 def _on_shards(name: str, prepare: Prepare, **options: Any) -> Case:
-    return main(
+    return train(
         "shards",
         name,
         "--config.data.root=<here>/shards",
@@ -224,7 +224,7 @@ def _native() -> Iterator[Case]:
 
 
 def _on_native(name: str, prepare: Prepare) -> Case:
-    return main(
+    return train(
         "compiled code",
         f"the cached library: {name}",
         config=DIGITS,

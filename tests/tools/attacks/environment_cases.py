@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from attacks.case import Case
-from attacks.commands import COMMANDS, DIGITS, IMAGE, case, main
+from attacks.commands import COMMANDS, DIGITS, IMAGE, case, train
 from attacks.damage import edit_json, sign, steps, text
 from attacks.users import without_a_name, without_privileges
 
 _PREDICT = COMMANDS["predict"]
-_SOME = ("predict", "report", "evaluate", "data.prepare", "main")
+_SOME = ("predict", "report", "evaluate", "prepare folder", "show")
 _VARIABLES: dict[str, tuple[dict[str, str | None], tuple[int, ...]]] = {
     "HOME unset": ({"HOME": None}, (0,)),
     "HOME empty": ({"HOME": ""}, (0,)),
@@ -56,7 +56,7 @@ _ACCENTS = "caf\u00e9 \u6f22\u5b57"
 
 def cases() -> Iterator[Case]:
     for name, (variables, codes) in _VARIABLES.items():
-        yield main("environments", f"train with {name}", environment=variables, codes=codes, seconds=90)
+        yield train("environments", f"train with {name}", environment=variables, codes=codes, seconds=90)
         yield case(
             "environments", f"predict with {name}", "predict", *_PREDICT, environment=variables, codes=codes
         )
@@ -72,7 +72,7 @@ def cases() -> Iterator[Case]:
             copies=("image_run",),
             prepare=_accents,
         )
-        yield main("environments", f"train, {name}", environment=variables, codes=codes, python=())
+        yield train("environments", f"train, {name}", environment=variables, codes=codes, python=())
     for redirect, codes in _STREAMS.items():
         for command in _SOME:
             yield case(
@@ -84,15 +84,15 @@ def cases() -> Iterator[Case]:
                 codes=codes,
                 python=(),
             )
-        yield main("environments", f"train {redirect}", redirect=redirect, codes=codes, python=())
-    yield case("environments", "without docstrings", "main", *COMMANDS["main"], python=("-OO",), codes=(0,))
+        yield train("environments", f"train {redirect}", redirect=redirect, codes=codes, python=())
+    yield case("environments", "without docstrings", "show", *COMMANDS["show"], python=("-OO",), codes=(0,))
     yield case("environments", "help without docstrings", "convert", "--help", python=("-OO",), codes=(0,))
     yield from _users()
     yield from _limits()
 
 
 def _with_accents() -> tuple[str, ...]:
-    return "--checkpoint=<here>/image_run", "<here>/caf\u00e9.png", "--format=text"
+    return "<here>/image_run", "<here>/caf\u00e9.png", "--format=text"
 
 
 def _accents(here: Path, chance: random.Random) -> None:
@@ -108,7 +108,7 @@ def _users() -> Iterator[Case]:
     """A user without a name, as containers give, and folders that it may not write into."""
     options = {"first": without_a_name}
     nobody = {"HOME": None, "XDG_CACHE_HOME": None, "JAX_COMPILATION_CACHE_DIR": None, "USER": None}
-    yield main(
+    yield train(
         "environments",
         "train as a user without a name and HOME",
         environment=nobody,
@@ -128,13 +128,13 @@ def _users() -> Iterator[Case]:
     )
     closed = {"first": without_privileges, "prepare": _closed}
     places = {
-        "train": ("main", DIGITS, "--workdir={}"),
+        "train": ("train", DIGITS, "--workdir={}"),
         "report": ("report", "<image_run>", "--out={}/x.html"),
         "export": ("export", *_PREDICT[:1], "{}/x.jax", "--platforms=cpu"),
         "convert": ("convert", "<structvit_run>", "{}/x"),
-        "shards": ("data.shards", "<images>", "{}/x", "--images"),
+        "shards": ("prepare shards", "<images>", "{}/x", "--images"),
         "motion": ("motion", "{}/x.png", "--clips=8"),
-        "prepare": ("data.prepare", "folder", "<images>", "--images", "--out={}/x"),
+        "prepare": ("prepare folder", "<images>", "--images", "--out={}/x"),
         "features": ("predict", *_PREDICT, "--features={}/x"),
         "evaluate": ("evaluate", "<image_run>", "--out={}/x"),
     }
@@ -158,10 +158,10 @@ def _closed(here: Path, chance: random.Random) -> None:
 def _limits() -> Iterator[Case]:
     """Files that may not grow, as on a full disk; few open files; a working directory that is gone."""
     full = {"first": _small_files, "environment": {"JAX_COMPILATION_CACHE_DIR": None}}
-    yield main(
+    yield train(
         "environments", "train on a full disk", "--config.mesh.compilation_cache=", codes=(2, 75), **full
     )
-    for command in ("export", "explain", "convert", "data.shards", "report"):
+    for command in ("export", "explain", "convert", "prepare shards", "report"):
         yield case(
             "environments",
             f"{command} to a full disk",

@@ -9,7 +9,7 @@ from typing import Any
 import ml_collections
 
 from attacks.case import Case
-from attacks.commands import main, short
+from attacks.commands import DIGITS, case, short
 
 # Values by the type of the default, of which each key gets one in turn: one that is refused, one that may be
 # accepted.
@@ -40,9 +40,8 @@ def cases() -> Iterator[Case]:
                 word = next(words)
                 # The second row may be accepted, and so may a single word for an empty tuple.
                 codes = (0, 2) if name == "odd" or value == () else (2,)
-                yield main(
-                    "keys", short(f"{key}={word}"), "--mode=show", f"--config.{key}={word}", codes=codes
-                )
+                name = short(f"{key}={word}")
+                yield case("keys", name, "show", DIGITS, f"--config.{key}={word}", codes=codes)
 
 
 def _leaves(section: ml_collections.ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:

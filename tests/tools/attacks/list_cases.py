@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from attacks.case import Case, Result
-from attacks.commands import IMAGE_FOLDER, case, main
+from attacks.commands import IMAGE_FOLDER, case
 from attacks.damage import Prepare, steps, text
 from attacks.names import DEEP, NINES
 from attacks.users import without_privileges
@@ -126,8 +126,7 @@ def _on_labels(name: str, prepare: Prepare, usable: bool | None) -> Iterator[Cas
         yield case(
             "lists",
             f"labels.txt, {name}: written anew",
-            "data.prepare",
-            "folder",
+            "prepare folder",
             "<here>/images",
             "--images",
             "--out=<here>/out",
@@ -143,12 +142,10 @@ def _commands(
 ) -> Iterator[Case]:
     """The commands that read the lists of a data set."""
     options = {"copies": ("images",), "prepare": prepare, "first": first, "seconds": 30}
-    check = ("folder", "<here>/images", "--check", "--images", "--workers=1")
-    yield case("lists", f"{file}, {name}: check", "data.prepare", *check, codes=_CHECK[usable], **options)
-    show = ("--mode=show", "--config.data.root=<here>/images")
-    yield main(
-        "lists", f"{file}, {name}: show", *show, config=IMAGE_FOLDER[0], codes=_OTHER[usable], **options
-    )
+    check = ("<here>/images", "--check", "--images", "--workers=1")
+    yield case("lists", f"{file}, {name}: check", "prepare folder", *check, codes=_CHECK[usable], **options)
+    show = (IMAGE_FOLDER[0], "--config.data.root=<here>/images")
+    yield case("lists", f"{file}, {name}: show", "show", *show, codes=_OTHER[usable], **options)
 
 
 def _without_folders(here: Path, chance: random.Random) -> None:
@@ -210,8 +207,7 @@ def _annotations() -> Iterator[Case]:
         yield case(
             "lists",
             f"annotations of {name}, {number}",
-            "data.prepare",
-            name,
+            f"prepare {name}",
             "<here>/annotations",
             "<clips>",
             "--out=<here>/out",
@@ -220,8 +216,7 @@ def _annotations() -> Iterator[Case]:
     yield case(
         "lists",
         "annotations that are missing",
-        "data.prepare",
-        "kinetics400",
+        "prepare kinetics400",
         "<here>/missing",
         "<clips>",
         "--out=<here>/out",

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from attacks.case import Case
-from attacks.commands import IMAGE_FOLDER, case, main, shown
+from attacks.commands import IMAGE_FOLDER, case, shown, train
 from attacks.damage import DELETED, Prepare, change, edit_json, folder, remove, steps, text
 from attacks.names import DEEP, TRAP
 
@@ -123,7 +123,7 @@ def _resume_and_report(name: str, prepare: Prepare, file: str) -> Iterator[Case]
 def _resume(name: str, prepare: Prepare, codes: tuple[int, ...] = (0, 2)) -> Case:
     """A run of which the later checkpoint is not there, so that it has to read what it wrote before."""
     rewound = steps(remove("image_run/checkpoints/4"), prepare)
-    return main(
+    return train(
         "logs",
         f"resume with {name}",
         "--config.data.root=<images>",

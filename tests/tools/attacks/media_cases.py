@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from attacks.case import Case, Result
-from attacks.commands import CLIP, DIGITS, IMAGE, IMAGE_FOLDER, case, main, nothing_executed
+from attacks.commands import CLIP, DIGITS, IMAGE, IMAGE_FOLDER, case, nothing_executed, train
 from attacks.names import DAMAGES, IMAGE_FORMATS, VIDEO_FORMATS
 
 # Files that are refused, or read, one by one: name in the part, and whether it has to be read.
@@ -78,7 +78,7 @@ def _all_damages(model: str, part: str, kind: str, whole: str) -> Iterator[Case]
         "media",
         f"predict {name}",
         "predict",
-        f"--checkpoint=<{model}_run>",
+        f"<{model}_run>",
         *paths,
         check=check,
         codes=(0, 2),
@@ -96,7 +96,7 @@ def _one(model: str, path: str, read: bool | None) -> Iterator[Case]:
         "media",
         f"predict {name}",
         "predict",
-        f"--checkpoint=<{model}_run>",
+        f"<{model}_run>",
         whole,
         path,
         codes=codes,
@@ -109,11 +109,11 @@ def _one(model: str, path: str, read: bool | None) -> Iterator[Case]:
 
 def _check(name: str, model: str, paths: Sequence[str], codes: tuple[int, ...], **options) -> Case:
     """`prepare list`, of a list in the folder of the case whose rows are written when it is prepared."""
-    arguments = ["list", "<here>/bad.csv", "--check", "--workers=1", *(["--images"] * (model == "image"))]
+    arguments = ["<here>/bad.csv", "--check", "--workers=1", *(["--images"] * (model == "image"))]
     return case(
         "media",
         f"check {name}",
-        "data.prepare",
+        "prepare list",
         *arguments,
         codes=codes,
         needs=tuple(re.findall("<([a-z_]+)>", " ".join(paths))),
@@ -145,7 +145,7 @@ def _in_training() -> Iterator[Case]:
     """A bad example among good ones stops no training."""
     for name in ("bomb_wide.png", "bomb_square.png", "cut_50.png", "fifo.jpg", "eps_named.jpg", "zero.png"):
         put = functools.partial(_put, f"bad_images/{name}", f"images/train/one/{name}")
-        yield main(
+        yield train(
             "media",
             f"train with {name}",
             "--config.data.root=<here>/images",
@@ -159,7 +159,7 @@ def _in_training() -> Iterator[Case]:
     clips = f"{DIGITS.rpartition(':')[0]}:clips"
     for name in ("frames", "announced.mkv", "flip_100.mp4", "png_named.mp4"):
         put = functools.partial(_put, f"bad_videos/{name}", f"clips/train/one/{name}")
-        yield main(
+        yield train(
             "media",
             f"train with {name}",
             "--config.data.root=<here>/clips",
@@ -172,7 +172,7 @@ def _in_training() -> Iterator[Case]:
         )
     for name in ("local.m3u8", "address.mp4", "sdp.mp4"):
         put = functools.partial(_put, f"playlists/{name}", f"clips/train/one/{name}.mp4")
-        yield main(
+        yield train(
             "media",
             f"train with {name}",
             "--config.data.root=<here>/clips",

@@ -26,7 +26,7 @@ class Part(NamedTuple):
 
 
 def _train(kind: str, *changes: str) -> Part:
-    return Part("structvit_jax.main", (f"{TINY}:{kind}", *changes))
+    return Part("structvit_jax", ("train", f"{TINY}:{kind}", *changes))
 
 
 PARTS = {
@@ -40,8 +40,8 @@ PARTS = {
     "clip_run": _train("clips", "--config.data.root=<clips>", "--workdir=<clip_run>"),
     "digits_run": _train("digits", "--workdir=<digits_run>"),
     "structvit_run": _train("structvit", "--config.data.root=<images>", "--workdir=<structvit_run>"),
-    "shards": Part("structvit_jax.data.shards", ("<images>", "<shards>", "--images")),
-    "maps": Part("structvit prepare label_maps", ("<structvit_run>", "<maps>")),
+    "shards": Part("structvit_jax", ("prepare", "shards", "<images>", "<shards>", "--images")),
+    "maps": Part("structvit_jax", ("prepare", "label_maps", "<structvit_run>", "<maps>")),
     "weights": Part("attacks.build", ("weights", "<weights>")),
     "pickles": Part("attacks.build", ("pickles", "<pickles>", "<weights>", "<marker>")),
     "native": Part("attacks.build", ("native", "<native>")),
@@ -111,7 +111,7 @@ class Sandbox:
                 "XDG_CACHE_HOME": str(cache),
                 "JAX_COMPILATION_CACHE_DIR": str(cache / "jax"),
                 "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-                "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests"))),
+                "PYTHONPATH": os.pathsep.join(str(ROOT / name) for name in ("", "tests/tools", "examples")),
                 "PYTHONDONTWRITEBYTECODE": "1",
                 "NO_GCE_CHECK": "true",
                 "GCE_METADATA_HOST": self._addresses["silent"],

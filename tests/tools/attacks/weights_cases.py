@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from attacks.case import Case, Result
-from attacks.commands import IMAGE_FOLDER, case, main, nothing_executed
+from attacks.commands import IMAGE_FOLDER, case, nothing_executed, train
 from attacks.damage import Prepare, change, steps, text
 from attacks.list_cases import THINGS
 from attacks.names import DEEP
@@ -120,7 +120,7 @@ def _commands(name: str, prepare: Prepare, path: str, **options: Any) -> Iterato
     yield case(
         "weights", f"convert {name}", "convert", path, "<here>/out", "--model=uniformer_tiny", **options
     )
-    yield main(
+    yield train(
         "weights",
         f"start from {name}",
         "--config.data.root=<images>",

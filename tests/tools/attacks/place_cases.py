@@ -1,0 +1,123 @@
+"""Checkpoints that do not exist, and outputs that cannot be written."""
+
+from __future__ import annotations
+
+import os
+import random
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from attacks.case import Case, Result
+from attacks.commands import ARMS, COMMANDS, DIGITS, IMAGE, case, short
+from attacks.damage import folder, text
+from attacks.names import LONG, NINES
+
+_REMOTE = ("gs://bucket/x", "s3://bucket/x", "http://<silent>/x")
+
+# Places that hold no checkpoint, for every command that takes one.
+_NO_CHECKPOINT = (
+    "",
+    "<here>/missing",
+    "<here>",
+    "/dev/null",
+    "/dev/null/x",
+    "<images>",
+    IMAGE,
+    "<image_run>/checkpoints/99",
+    f"<image_run>/checkpoints/{NINES}",
+    "<image_run>/checkpoints/\u00b2",
+    LONG,
+    "\udcff",
+    "~nobody/x",
+)
+_TAKE_CHECKPOINT = {
+    "predict": ("{}", IMAGE),
+    "explain": ("{}", IMAGE, "--out=<here>/out"),
+    "export": ("{}", "<here>/out.jax"),
+    "evaluate": ("{}",),
+    "prepare label_maps": ("{}", "<here>/out"),
+    "convert": ("{}", "<here>/out"),
+    "report": ("{}", "--out=<here>/out.html"),
+    "train": (DIGITS, "--config.init_from={}", "--workdir=<here>/run"),
+}
+
+# Outputs that cannot be written, for every command that writes.
+_UNWRITABLE = ("<here>/file/x", f"<here>/{LONG}", "\udcff/../file/x")
+_WRITE = {
+    "train": ("train", DIGITS, "--workdir={}"),
+    "show": ("show", DIGITS, "--data", "--workdir={}"),
+    "plan": ("plan", DIGITS, "--workdir={}"),
+    "features": ("predict", *COMMANDS["predict"], "--features={}"),
+    "explain": ("explain", *COMMANDS["explain"][:2], "--out={}"),
+    "export": ("export", "<image_run>", "--platforms=cpu", "{}"),
+    "report": ("report", "<image_run>", "--out={}"),
+    "evaluate": ("evaluate", "<image_run>", "--out={}"),
+    "convert": ("convert", "<structvit_run>", "{}"),
+    "convert to a file": ("convert", "<structvit_run>", "{}.safetensors"),
+    "prepare": ("prepare folder", "<images>", "--images", "--out={}"),
+    "shards": ("prepare shards", "<images>", "{}", "--images"),
+    "label maps": ("prepare label_maps", "<structvit_run>", "{}"),
+    "ablate": ("ablate", DIGITS, *ARMS, "--workdir={}"),
+    "motion": ("motion", "{}", "--clips=8"),
+}
+_WRITES_NOTHING = ("plan",)
+_FILES = ("export", "report", "motion", "convert to a file")  # whose output is a file, not a folder
+
+
+def cases() -> Iterator[Case]:
+    for command, words in _TAKE_CHECKPOINT.items():
+        for place in _NO_CHECKPOINT:
+            if place or command != "train":  # whose config.init_from="" is valid
+                filled = [word.replace("{}", place) for word in words]
+                yield case("places", f"{command} of {short(place)}", command, *filled)
+        for place in _REMOTE:
+            filled = [word.replace("{}", place) for word in words]
+            name = f"{command} of {place}"
+            yield case("places", name, command, *filled, codes=(2, 75), first=_impatient)
+    for name, (command, *words) in _WRITE.items():
+        codes = (0, 2) if name in _WRITES_NOTHING else (2,)
+        remote = (0, 2, 75) if name in _WRITES_NOTHING else (2, 75)
+        places = [*_UNWRITABLE, *(["<here>/folder"] * (name in _FILES))]
+        for place in places:
+            filled = [word.replace("{}", place) for word in words]
+            yield case("places", f"{name} to {short(place)}", command, *filled, codes=codes, prepare=_file)
+        for place in _REMOTE:
+            filled = [word.replace("{}", place) for word in words]
+            yield case("places", f"{name} to {place}", command, *filled, codes=remote, first=_impatient)
+        if name in _FILES and hasattr(os, "geteuid") and os.geteuid() == 0:
+            filled = [word.replace("{}", "<here>/null").removesuffix(".safetensors") for word in words]
+            if name != "convert to a file":
+                yield case(
+                    "places",
+                    f"{name} to a device",
+                    command,
+                    *filled,
+                    codes=(0, 2),
+                    prepare=_device,
+                    check=_still_a_device,
+                )
+
+
+def _file(here: Path, chance: random.Random) -> None:
+    text("file", "")(here, chance)
+    for name in ("folder", "folder.safetensors"):
+        folder(name)(here, chance)
+
+
+def _device(here: Path, chance: random.Random) -> None:
+    """Make a second /dev/null, which an attacked command may replace."""
+    del chance
+    os.mknod(here / "null", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+
+
+def _still_a_device(here: Path, result: Result) -> str:
+    del result
+    return "" if stat.S_ISCHR(os.lstat(here / "null").st_mode) else "the device was replaced by a file"
+
+
+def _impatient() -> None:
+    """Try buckets as often as the client does, but without its minute of pauses."""
+    from gcsfs import retry
+
+    retry.min = lambda *pauses: 0.01
