@@ -1,7 +1,7 @@
 """The `structvit` command.
 
-Each subcommand is a module of this package with a function `command`. It is imported when it is called, so
-that `structvit --help` takes a fraction of a second.
+Each subcommand is a module of this package that defines `command`. Modules are imported when their command is
+called, and import heavy packages when it runs, so that `structvit --help` returns at once.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import click
+from click.shell_completion import shell_complete
 
+from structvit_jax.cli.groups import CommandGroup
 from structvit_jax.runtime import process
-from structvit_jax.utils.errors import EXIT_USER_ERROR, UserError, did_you_mean
+from structvit_jax.utils.errors import UserError
 
 COMMANDS = {
     "train": "Train a configuration, or resume its run.",
@@ -31,38 +33,33 @@ COMMANDS = {
     "bench": "Measure the speed of a model or of reading data.",
     "ablate": "Train and compare a grid of models and seeds.",
 }
+_COMPLETE = "_STRUCTVIT_COMPLETE"  # set by the completion script of a shell
 
 
-class _Commands(click.Group):
-    """The subcommands; only the one that is called is imported."""
+class _LazyCommands(CommandGroup):
+    """The subcommands of `structvit`; only the one that is called is imported."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
 
-    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        if name not in COMMANDS:
+    def description(self, ctx: click.Context, name: str) -> str:
+        return COMMANDS[name]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
             return None
-        return importlib.import_module(f"structvit_jax.cli.{name}").command
-
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
-        if args[0] not in COMMANDS and not args[0].startswith("-"):
-            raise UserError(f"unknown command {args[0]!r}.{did_you_mean(args[0], COMMANDS)}")
-        return super().resolve_command(ctx, args)
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl(list(COMMANDS.items()))
+        return importlib.import_module(f"structvit_jax.cli.{cmd_name}").command
 
 
 def _print_version(ctx: click.Context, option: click.Parameter, value: bool) -> None:
-    if value:
+    if value and not ctx.resilient_parsing:
         from structvit_jax import __version__
 
         click.echo(f"structvit_jax {__version__}")
         ctx.exit()
 
 
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=_LazyCommands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version,
               help="Print the version and exit.")  # fmt: skip
 def structvit() -> None:
@@ -73,27 +70,32 @@ def structvit() -> None:
       structvit train --config=moving_digits
       structvit predict runs/moving_digits CLIP.mp4
 
-    `structvit COMMAND --help` describes a command.
+    `structvit COMMAND --help` describes a command. Completion in bash:
+    eval "$(_STRUCTVIT_COMPLETE=bash_source structvit)"
     """
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the `structvit` command and exit.
 
-    Exit codes: 0 success, 1 unreadable data or a bug, 2 a user's error, 75 re-run to resume, 130 interrupted.
+    Exit codes: 0 success, 1 unreadable data or a bug, 2 an error of the user, 75 re-run to resume, 130
+    interrupted.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    if "_STRUCTVIT_COMPLETE" in os.environ:  # set by the shell, see the README
-        structvit.main(prog_name="structvit")
+    if instruction := os.environ.get(_COMPLETE):
+        with process.exit_in_one_line():
+            sys.exit(_complete(instruction))
     run(structvit, arguments, name="structvit", trains=arguments[:1] == ["train"])
 
 
 def run(command: click.Command, arguments: Sequence[str], *, name: str, trains: bool) -> NoReturn:
-    """Run a command line and exit; an expected failure is one line on stderr.
+    """Run a command and exit; an expected failure is one line on stderr.
 
     Args:
-      name: of the program, for its help.
-      trains: whether it trains, and a signal saves its run.
+      command: the command.
+      arguments: its command line.
+      name: the name of the program in its help.
+      trains: whether the command trains; a signal then saves the run.
     """
     process.prepare(trains=trains)
     try:
@@ -107,10 +109,10 @@ def run(command: click.Command, arguments: Sequence[str], *, name: str, trains: 
 
 
 def call(command: click.Command, arguments: Sequence[str], name: str = "structvit") -> int:
-    """Run a command line in this process and return its exit code.
+    """Run a command in this process and return its exit code.
 
     Raises:
-      UserError: also for words that the command does not take.
+      UserError: also for a command line that the command does not accept.
     """
     try:
         with command.make_context(name, list(arguments)) as context:
@@ -119,16 +121,30 @@ def call(command: click.Command, arguments: Sequence[str], name: str = "structvi
         return end.exit_code
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message())
-        return EXIT_USER_ERROR
+        return 0
     except click.ClickException as error:
         raise UserError(_message(error)) from error
     return code if isinstance(code, int) else 0
 
 
 def _message(error: click.ClickException) -> str:
-    """Return the message of click's exception as one line with the way out."""
+    """Return the message of an exception of click as one line that names the help."""
     text = " ".join(error.format_message().split())
     context = error.ctx if isinstance(error, click.UsageError) else None
-    if context is None:
-        return text
-    return f"{text} See {context.command_path} --help"
+    return f"{text} See {context.command_path} --help" if context else text
+
+
+def _complete(instruction: str) -> int:
+    """Answer the completion script of a shell and return the exit code.
+
+    Raises:
+      UserError: a request that no completion script sends.
+    """
+    try:
+        if not shell_complete(structvit, {}, "structvit", _COMPLETE, instruction):
+            return 0
+    except UserError:  # in the unfinished command line, which has no completions then
+        return 0
+    except (KeyError, ValueError):  # variables that the script sets are missing or damaged
+        pass
+    raise UserError(f"{_COMPLETE}={instruction} is unknown: use bash_source, zsh_source or fish_source")

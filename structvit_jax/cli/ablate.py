@@ -4,30 +4,37 @@ from __future__ import annotations
 
 import shlex
 import sys
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from structvit_jax.cli import options
 from structvit_jax.cli.options import Words
 from structvit_jax.cli.train import workdir_of
+from structvit_jax.utils.errors import UserError, check_choice
+
+if TYPE_CHECKING:
+    from structvit_jax.analysis.ablate import Study
+
+_LARGEST_RATE = 3.4e38  # just below the largest float32
 
 
-class _Numbers(click.ParamType):
-    """Positive numbers, separated by commas."""
+class _Rates(click.ParamType):
+    """Learning rates, separated by commas."""
 
-    name = "numbers"
+    name = "rates"
 
     def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+        self, value: str, param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[float, ...]:
         try:
-            numbers = tuple(float(word) for word in value.split(","))
+            rates = tuple(map(float, value.split(",")))
         except ValueError:
-            numbers = ()
-        if not numbers or not all(0 < number < 3.4e38 for number in numbers):
+            rates = ()
+        if not rates or not all(0 < rate < _LARGEST_RATE for rate in rates):
             self.fail(f"{value!r} is not a list of positive numbers, as 1e-3,2e-3", param, ctx)
-        return numbers
+        return rates
 
 
 @options.config_command()
@@ -36,29 +43,25 @@ class _Numbers(click.ParamType):
     "--arms",
     multiple=True,
     metavar="'NAME: KEY=VALUE ...'",
-    help="An arm and the keys that it changes; repeat it.",
-)
-@click.option("--against", metavar="NAME", help="Arm that others are compared with; by default the first.")
-@click.option(
-    "--same_time", metavar="NAME", help="Arm whose time all others get in further runs; by default none."
+    help="An arm and the keys that it changes; repeat the option for each arm.",
 )
 @click.option(
-    "--lrs", type=_Numbers(), metavar="LIST", help="Peak learning rates, of which each arm takes its best."
+    "--against", metavar="NAME", help="Arm that the others are compared with; by default the first."
 )
+@click.option("--same_time", metavar="NAME", help="Also train all other arms for the time of this arm.")
+@click.option("--lrs", type=_Rates(), metavar="LIST", help="Peak learning rates; each arm uses its best.")
 @click.option(
-    "--tune_seeds", type=click.IntRange(min=1), help="Runs of each learning rate, on validation clips."
+    "--tune_seeds", type=click.IntRange(min=1), help="Runs per learning rate, scored on validation clips."
 )
-@click.option("--seeds", type=click.IntRange(min=1), help="Runs of each arm, on held-out test clips.")
-@click.option(
-    "--rounds", type=click.IntRange(min=1), help="Measurements of a step, of which the median counts."
-)
+@click.option("--seeds", type=click.IntRange(min=1), help="Runs per arm, scored on held-out test clips.")
+@click.option("--rounds", type=click.IntRange(min=1), help="Measurements of a step; the median is reported.")
 def command(words: Words, workdir: str | None, **chosen: Any) -> None:
     """Train a grid of arms and seeds, and test their differences.
 
-    STUDY in the configuration file names the arms and the other options, which the command line changes.
-    Each arm takes the learning rate that is best on validation clips, then as many seeds on held-out test
-    clips. Writes ablation.md (tables), ablation.json (every run) and ablation.png into the workdir, again
-    after every arm. Re-run the command to resume.
+    STUDY in the configuration file names the arms and the other options; the command line changes them. The
+    learning rate of each arm is selected on validation clips, then the arm is trained with several seeds and
+    scored on held-out test clips. Writes ablation.md (tables), ablation.json (every run) and ablation.png to
+    the workdir after every arm. Re-run the command to resume.
 
     \b
     Example:
@@ -73,9 +76,24 @@ def command(words: Words, workdir: str | None, **chosen: Any) -> None:
     file = load_file(words.file)
     override(file.config, words.overrides)
     check_config(file.config)
-    from structvit_jax.analysis.ablate import Study, study
-
-    given = {key: value for key, value in chosen.items() if value not in (None, ())}
-    options_ = Study(**{"arms": (), **file.constants.get("STUDY", {}), **given})
+    changes = {name: value for name, value in chosen.items() if value not in (None, ())}
+    study = _study(file.constants.get("STUDY", {}), changes)
     experiment.select_devices(file.config)
-    study.run(file.config, options_, parse_path(workdir_of(words, workdir)), shlex.join(sys.argv[2:]))
+    from structvit_jax.analysis.ablate import study as studies
+
+    studies.run(file.config, study, parse_path(workdir_of(words, workdir)), shlex.join(sys.argv[2:]))
+
+
+def _study(defaults: object, changes: Mapping[str, Any]) -> Study:
+    """Return the study that STUDY of a configuration file and a command line describe.
+
+    Raises:
+      UserError: STUDY is not a dictionary, or has an unknown key.
+    """
+    from structvit_jax.analysis.ablate import Study
+
+    if not isinstance(defaults, Mapping):
+        raise UserError(f"STUDY in the configuration file is {type(defaults).__name__}, not a dictionary")
+    for key in defaults:
+        check_choice("key of STUDY", str(key), Study._fields)
+    return Study(**{"arms": (), **defaults, **changes})

@@ -5,11 +5,12 @@ from __future__ import annotations
 import click
 
 from structvit_jax.cli import options
+from structvit_jax.cli.groups import CommandGroup
 from structvit_jax.cli.options import Words
 from structvit_jax.cli.train import workdir_of
 
 
-@click.group(context_settings=options.SETTINGS)
+@click.group(cls=CommandGroup, context_settings=options.SETTINGS)
 def command() -> None:
     """Measure the speed of a model or of reading data.
 

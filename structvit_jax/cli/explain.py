@@ -1,4 +1,4 @@
-"""`structvit explain`: what a model's attention reads in an image or a video."""
+"""`structvit explain`: show what a model's attention reads in an image or a video."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from structvit_jax.cli.options import Words
 
 
 def _split(ctx: click.Context, option: click.Parameter, value: str | None) -> list[str] | None:
+    """Split the value of an option at its commas."""
     return value.split(",") if value else None
 
 
@@ -18,30 +19,39 @@ def _split(ctx: click.Context, option: click.Parameter, value: str | None) -> li
 @click.option(
     "--query", metavar="T,Y,X", callback=_split, help="Position of the input: frame, row and column."
 )
-@click.option("--layer", metavar="NAME", help="Attention block of the picture, as blocks3.0.")
-@click.option("--head", type=click.IntRange(min=0), help="Head of the picture.")
-@click.option("--smooth/--nosmooth", default=True, help="Interpolate maps between positions, or draw cells.")
-@click.option(
-    "--animate", type=click.Choice(["gif", "mp4"]), help="Also write the maps of a video as an animation."
-)
-@click.option("--beside", metavar="RUN,RUN", callback=_split, help="Other models for the page.")
+@click.option("--layer", metavar="NAME", help="Attention block to draw, as blocks3.0.")
+@click.option("--head", type=click.IntRange(min=0), help="Attention head to draw.")
+@click.option("--smooth/--nosmooth", default=True, help="Interpolate maps between positions.")
+@click.option("--animate", type=click.Choice(["gif", "mp4"]), help="Also animate the maps of a video.")
+@click.option("--beside", metavar="RUN,RUN", callback=_split, help="Other models to show on the page.")
 @click.option("--out", default=".", metavar="DIR", help="Folder for the files.")
-def command(words: Words, checkpoint: str, path: str, beside: list[str] | None, **chosen: object) -> None:
+def command(
+    words: Words,
+    checkpoint: str,
+    path: str,
+    query: list[str] | None,
+    layer: str | None,
+    head: int | None,
+    smooth: bool,
+    animate: str | None,
+    beside: list[str] | None,
+    out: str,
+) -> None:
     """Show what a model's attention reads in an image or a video.
 
     Writes two files. explained.png shows one query, a position of the input, in one layer and head: its
     correlations with all positions, the attention of each of the D structure kernels beside the kernels that
-    make it, and the final map, the weight with which each value counts. explained.html is a self-contained
-    page on which any query, layer and head can be selected, with the models of --beside next to it.
+    produce it, and the final map: the weight of each value. explained.html is a self-contained page on which
+    any query, layer and head can be selected, with the models of --beside next to it.
 
-    FILE is an image, a video, a folder of frames, or test:N, example N of the run's test data.
+    FILE is an image, a video, a folder of frames, or test:N for example N of the run's test data.
 
-    Without --layer, --head or --query, those with the highest score are selected: (effective rank - 1) /
-    (D - 1), or 1 if D < 2, times 4 h (1 - h), where h is the attention's entropy divided by its maximum,
-    log(D keys). The effective rank counts how many different dynamic kernels a query uses; the second factor
-    is 0 for attention that is even or at a single key. Candidates are all heads of the layers whose frames
-    have at least 3 x 3 positions, and up to 6 of the most textured positions of the middle frame. --query
-    counts frames and pixels as the model sees them (Y,X of an image).
+    --layer, --head and --query default to those with the highest score: (effective rank - 1) / (D - 1), or 1
+    if D < 2, times 4 h (1 - h), where h is the attention's entropy divided by its maximum, log(D keys). The
+    effective rank counts the distinct dynamic kernels of a query; the second factor is 0 for attention that
+    is uniform or at a single key. Candidates are all heads of the layers whose frames have at least 3 x 3
+    positions, and up to 6 of the most textured positions of the middle frame. --query counts frames and
+    pixels of the model's input (Y,X for an image).
 
     \b
     Example:
@@ -50,4 +60,5 @@ def command(words: Words, checkpoint: str, path: str, beside: list[str] | None, 
     config = options.open_checkpoint_config(checkpoint, words)
     from structvit_jax.analysis.explain import explain
 
-    explain.run(checkpoint, config, explain.Request(path, beside=beside or (), **chosen))  # type: ignore[arg-type]
+    request = explain.Request(path, query, layer, head, smooth, animate, beside or (), out)
+    explain.run(checkpoint, config, request)

@@ -2,35 +2,38 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
 from structvit_jax.cli import options
+from structvit_jax.cli.groups import CommandGroup
 from structvit_jax.cli.options import Words
 
-# Data sets whose annotation files are read, see structvit_jax.data.annotations.
+F = TypeVar("F", bound=Callable[..., Any])
+# Data sets with a reader of their annotation files in structvit_jax.data.annotations.
 PUBLISHED = {
     "kinetics400": "Kinetics-400, from its CSV files.",
     "something_v1": "Something-Something V1, from its CSV files and folders of frames.",
     "something_v2": "Something-Something V2, from its JSON files.",
     "diving48": "Diving-48 (V2), from its JSON files.",
     "finegym99": "FineGym with 99 classes, from its lists and its JSON file.",
-    "finegym288": "FineGym with 288 classes.",
+    "finegym288": "FineGym with 288 classes, from its lists and its JSON file.",
     "imagenet": "ImageNet-1K, from its folders and its development kit.",
 }
 
 
-@click.group(context_settings=options.SETTINGS)
+@click.group(cls=CommandGroup, context_settings=options.SETTINGS)
 def command() -> None:
     """Prepare and check data sets: lists to train from, shards, and label maps.
 
-    With --check a command decodes frames at the beginning, middle and end of every example, in parallel, and
-    prints a table of the data set and the command to run next. Unreadable examples are listed with the
-    reason, in bad_files.txt in --out or in a file named after the data. The exit code is 1 if there are any,
-    or if training would be pointless.
+    --check decodes frames at the beginning, middle and end of every example, in parallel, and prints a table
+    of the data set and the command to run next. Unreadable examples are listed with the reason in
+    bad_files.txt in --out, or in a file named after the data. The exit code is 1 if there are any, or if the
+    data cannot be trained on.
 
     \b
     Example:
@@ -39,48 +42,43 @@ def command() -> None:
     """
 
 
-def _common(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options of all lists."""
-    added = (
-        click.option("--out", default="", metavar="DIR", help="Folder for lists, class names and reports."),
-        click.option("--check", is_flag=True, help="Decode every file."),
+def _combine(*decorators: Callable[[F], F]) -> Callable[[F], F]:
+    """Return one decorator that adds several options."""
+    return lambda function: functools.reduce(lambda inner, add: add(inner), reversed(decorators), function)
+
+
+_images = click.option("--images", is_flag=True, help="Files are images; by default the kind of most files.")
+_list_options = _combine(
+    click.option(
+        "--out",
+        default="",
+        show_default=False,
+        metavar="DIR",
+        help="Folder for lists, class names and reports.",
+    ),
+    click.option("--check", is_flag=True, help="Decode every file."),
+    click.option(
+        "--workers", type=click.IntRange(min=1), default=os.cpu_count() or 1, help="Decoding processes."
+    ),
+)
+
+
+def _split_options(val_fraction: float) -> Callable[[F], F]:
+    """Return a decorator that adds the options of folders."""
+    return _combine(
+        click.option("--train_split", default="train", help="Folder or list to train on."),
+        click.option("--test_split", default="val", help="Folder or list to test on."),
         click.option(
-            "--workers",
-            type=click.IntRange(min=1),
-            default=os.cpu_count() or 1,
-            help="Processes that decode.",
+            "--val_fraction",
+            type=click.FloatRange(0, 1, max_open=True),
+            default=val_fraction,
+            help="Fraction of the training examples held out if there is no test split.",
         ),
+        _images,
     )
-    for option in reversed(added):
-        function = option(function)
-    return function
 
 
-def _splits(val_fraction: float) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Add the options of folders."""
-
-    def add(function: Callable[..., Any]) -> Callable[..., Any]:
-        added = (
-            click.option("--train_split", default="train", help="Folder or list to train on."),
-            click.option("--test_split", default="val", help="Folder or list to test on."),
-            click.option(
-                "--val_fraction",
-                type=click.FloatRange(0, 1, max_open=True),
-                default=val_fraction,
-                help="Fraction of the training examples held out if there is no test split.",
-            ),
-            click.option(
-                "--images", is_flag=True, help="Files are images; by default what most of them are."
-            ),
-        )
-        for option in reversed(added):
-            function = option(function)
-        return function
-
-    return add
-
-
-def _prepare(source: str, paths: tuple[str, ...], **chosen: Any) -> int:
+def _run(source: str, paths: tuple[str, ...], **chosen: Any) -> int:
     from structvit_jax.data import prepare
 
     return prepare.run(prepare.Request(source, paths, **chosen))
@@ -88,8 +86,8 @@ def _prepare(source: str, paths: tuple[str, ...], **chosen: Any) -> int:
 
 @command.command("folder", context_settings=options.SETTINGS)
 @click.argument("path", metavar="DIR")
-@_common
-@_splits(0.1)
+@_list_options
+@_split_options(0.1)
 def folder(path: str, **chosen: Any) -> int:
     """Your own data: DIR/train/CLASS/FILE and DIR/val/CLASS/FILE, lists, or DIR/CLASS/FILE alone.
 
@@ -97,58 +95,68 @@ def folder(path: str, **chosen: Any) -> int:
     Example:
       structvit prepare folder DIR --check
     """
-    return _prepare("folder", (path,), **chosen)
+    return _run("folder", (path,), **chosen)
 
 
 @command.command("list", context_settings=options.SETTINGS)
 @click.argument("paths", metavar="FILE...", nargs=-1, required=True)
-@_common
-@click.option("--images", is_flag=True, help="Files are images; by default what most of them are.")
+@_list_options
+@_images
 def list_(paths: tuple[str, ...], **chosen: Any) -> int:
-    """Lists of examples (CSV, JSON lines, or SlowFast's); the first is the one to train on.
+    """Lists of examples (CSV, JSON lines, or SlowFast's); the first is the training list.
 
     \b
     Example:
       structvit prepare list train.csv val.csv --check
     """
-    return _prepare("list", paths, **chosen)
+    return _run("list", paths, **chosen)
 
 
-def _add_published(name: str, help_text: str) -> None:
-    @command.command(name, context_settings=options.SETTINGS, short_help=help_text)
-    @click.argument("annotations", metavar="ANNOTATIONS")
-    @click.argument("media", metavar="[FILES]", required=False)
-    @_common
+def _add_published(name: str, description: str) -> None:
+    """Add the command of a published data set."""
+
     def published(annotations: str, media: str | None, **chosen: Any) -> int:
-        return _prepare(name, (annotations, media) if media else (annotations,), **chosen)
+        return _run(name, (annotations, media) if media else (annotations,), **chosen)
 
-    published.help = f"""{help_text}
+    published.__doc__ = f"""{description}
 
-    Writes train.jsonl, val.jsonl and labels.txt into --out, which becomes the config.data.root, and the names
-    of annotated files that are missing into missing-SPLIT.txt; compares the counts with those published.
+    Writes train.jsonl, val.jsonl and labels.txt to --out, the config.data.root to train from. Lists annotated
+    files that are missing in missing-SPLIT.txt, and compares the counts with the published ones.
 
     \b
     Example:
       structvit prepare {name} ANNOTATIONS FILES --out=DIR --check
     """
+    arguments = (
+        click.argument("annotations", metavar="ANNOTATIONS"),
+        click.argument("media", metavar="[FILES]", required=False),
+    )
+    add = command.command(name, context_settings=options.SETTINGS, short_help=description)
+    add(_combine(*arguments, _list_options)(published))
 
 
-for _name, _help in PUBLISHED.items():
-    _add_published(_name, _help)
+for _name, _description in PUBLISHED.items():
+    _add_published(_name, _description)
 
 
 @command.command("shards", context_settings=options.SETTINGS)
 @click.argument("root", metavar="DIR")
 @click.argument("out", metavar="OUT")
-@_splits(0.0)
+@_split_options(0.0)
 @click.option("--shards", type=click.IntRange(min=0), default=0, help="Files per split; 0 chooses.")
-@click.option("--beam_runner", default="", metavar="NAME", help="Runner of Apache Beam, as DirectRunner.")
+@click.option(
+    "--beam_runner",
+    default="",
+    show_default=False,
+    metavar="NAME",
+    help="Runner of Apache Beam, as DirectRunner.",
+)
 @click.option(
     "--beam_option",
     "beam_options",
     multiple=True,
     metavar="KEY=VALUE",
-    help="Of Beam's pipeline; may be repeated.",
+    help="Option of the Beam pipeline; may be repeated.",
 )
 def shards(root: str, out: str, **chosen: Any) -> None:
     """Write ArrayRecord shards of encoded clips or images, for clusters.
@@ -171,15 +179,13 @@ def shards(root: str, out: str, **chosen: Any) -> None:
 @command.command("label_maps", cls=options.ConfigCommand, takes_file=False, context_settings=options.SETTINGS)
 @click.argument("teacher", metavar="CHECKPOINT")
 @click.argument("folder", metavar="DIR")
-@click.option(
-    "--top", type=click.IntRange(min=1), default=5, help="How many classes are kept at each position."
-)
+@click.option("--top", type=click.IntRange(min=1), default=5, help="Number of classes kept per position.")
 def label_maps(words: Words, teacher: str, folder: str, top: int) -> None:
-    """Write label maps for token labelling: a teacher's scores for each part of every training image.
+    """Write label maps for token labelling: a teacher's scores at each position of every training image.
 
-    The teacher's card names the data; a larger --config.data.size than it was trained with gives finer maps
-    (a position for 32 x 32 pixels). A model without a dense head applies its head to every position. DIR
-    becomes the config.data.label_maps of a student. Re-run the command to resume.
+    The teacher's card names the data. A --config.data.size above that of its training gives finer maps (one
+    position per 32 x 32 pixels). A model without a dense head applies its head to every position. DIR becomes
+    the config.data.label_maps of a student. Re-run the command to resume.
 
     \b
     Example:

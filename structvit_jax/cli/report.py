@@ -1,4 +1,4 @@
-"""`structvit report`: runs on one HTML page."""
+"""`structvit report`: compare runs on one HTML page."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from structvit_jax.cli import options
 @click.argument("workdirs", metavar="WORKDIR...", nargs=-1, required=True)
 @click.option("--out", metavar="FILE", help="The page; by default report.html in the first WORKDIR.")
 @click.option(
-    "--hardest", type=click.IntRange(min=0), default=24, help="How many confident errors of each run to show."
+    "--hardest", type=click.IntRange(min=0), default=24, help="Number of confident errors to show per run."
 )
 def command(workdirs: tuple[str, ...], out: str | None, hardest: int) -> None:
-    """Compare runs on one HTML page, which needs no other file and no network.
+    """Compare runs on one self-contained HTML page.
 
-    For all runs side by side: scores, differences between their configurations, curves, and where their time
-    went. For each: accuracy by class, the confusion matrix, and the most confident errors with thumbnails,
-    which are read from the data that the run was evaluated on. A run may be unfinished; the page states what
-    is missing.
+    For all runs side by side: scores, differences between configurations, learning curves, and training time
+    by activity. For each run: accuracy per class, the confusion matrix, and the most confident errors with
+    thumbnails, read from the data of the evaluation. Unfinished runs are accepted; the page states what is
+    missing.
 
     \b
     Example:
@@ -28,5 +28,5 @@ def command(workdirs: tuple[str, ...], out: str | None, hardest: int) -> None:
     from structvit_jax.analysis.report.page import write_report
     from structvit_jax.runtime.mesh import select_devices
 
-    select_devices("cpu")  # accelerators are for those that train
+    select_devices("cpu")  # accelerators may be in use by a training
     print(write_report(list(workdirs), out, hardest))

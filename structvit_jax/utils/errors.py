@@ -9,51 +9,50 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
-EXIT_RESUMABLE = 75  # exit code (EX_TEMPFAIL): re-running the same command resumes
-EXIT_USER_ERROR = 2  # exit code: manual intervention is required first
-EXIT_INTERRUPTED = 130  # exit code: Ctrl-C, as shells report it
-_BUCKET_CLIENTS = ("gcsfs", "aiohttp", "google")  # packages whose exceptions are failures of a bucket
-# Failures that may pass by themselves: no answer, or an overloaded server.
-_PASSING = r"\b(?:UNAVAILABLE|DEADLINE_EXCEEDED)\b|\b(?:429|50[0-4])\b"
+EXIT_USER_ERROR = 2  # the command line, a file or the environment has to be changed first
+EXIT_RESUMABLE = 75  # EX_TEMPFAIL: re-running the same command resumes
+EXIT_INTERRUPTED = 130  # Ctrl-C, as shells report it
+_BUCKET_CLIENTS = ("gcsfs", "aiohttp", "google")  # packages whose exceptions report failures of a bucket
+# Statuses of services that do not answer or are overloaded.
+_TRANSIENT = r"\b(?:UNAVAILABLE|DEADLINE_EXCEEDED)\b|\b(?:429|50[0-4])\b"
 
 
 class UserError(ValueError):
-    """Something the user wrote is wrong; the message is one line and names the way out."""
+    """An error that the user can fix; the message is one line and says how."""
 
     exit_code = EXIT_USER_ERROR
 
 
 class UnreachableError(UserError):
-    """A place does not answer, which may pass by itself."""
+    """A service does not answer; the same command may work later."""
 
     exit_code = EXIT_RESUMABLE
 
 
-class Stopped(Exception):  # noqa: N818 - nothing went wrong
-    """The run was asked to stop, and has saved what it had; the message is one line."""
+class Stopped(Exception):  # noqa: N818 - not an error
+    """The run was asked to stop and has saved its state; the message is one line."""
 
 
 class DecodeError(Exception):
-    """An example cannot be read; the message is the reason, without the file's name."""
+    """An example cannot be read; the message is the reason, without the name of the file."""
 
 
 @contextlib.contextmanager
 def decoding() -> Iterator[None]:
-    """Turns whatever a decoder raises on a damaged file into a `DecodeError`: they raise anything."""
+    """Raise `DecodeError` for every exception but MemoryError: on damaged files decoders raise any type."""
     try:
         yield
     except (DecodeError, MemoryError):
         raise
     except Exception as error:
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise DecodeError(" ".join(reason.split())) from error
+        raise DecodeError(_reason(error)) from error
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Return what a JSON document holds.
+    """Parse a JSON document.
 
     Raises:
-      ValueError: it is not valid, or nested too deeply.
+      ValueError: it is invalid, or nested too deeply.
     """
     try:
         return json.loads(text)
@@ -62,19 +61,22 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def system_failure(error: BaseException) -> str:
-    """Return what the operating system or a bucket's client says in an exception; "" for other kinds of
-    exceptions, which are bugs."""
-    if not isinstance(error, OSError) and type(error).__module__.split(".")[0] not in _BUCKET_CLIENTS:
-        return ""
+    """Return the reason of an error of the operating system or of a bucket's client; "" for other errors."""
+    is_system = isinstance(error, OSError) or type(error).__module__.split(".")[0] in _BUCKET_CLIENTS
+    return _reason(error)[:300] if is_system else ""
+
+
+def _reason(error: BaseException) -> str:
+    """Return the message of an exception in one line."""
     reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return " ".join(reason.split())[:300]
+    return " ".join(reason.split())
 
 
 @contextlib.contextmanager
 def os_errors_as(to_error: Callable[[Exception, str], UserError]) -> Iterator[None]:
-    """Raise `to_error(error, reason)` in the place of what the operating system or a bucket refuses.
+    """Raise `to_error(error, reason)` for an error of the operating system or of a bucket's client.
 
-    Other exceptions are bugs and pass, and so does a closed standard output.
+    A closed standard output (BrokenPipeError) and other exceptions pass unchanged.
     """
     try:
         yield
@@ -87,44 +89,45 @@ def os_errors_as(to_error: Callable[[Exception, str], UserError]) -> Iterator[No
 
 
 def is_transient(error: BaseException, reason: str = "") -> bool:
-    """Return whether a failure may pass by itself; `reason` is searched where the exception has no code."""
-    code = getattr(error, "code", getattr(error, "status", reason))
-    return isinstance(error, TimeoutError | ConnectionError) or bool(re.search(_PASSING, str(code)))
+    """Return whether a retry may succeed; `reason` is searched if the exception has no status code."""
+    status = getattr(error, "code", getattr(error, "status", reason))
+    return isinstance(error, TimeoutError | ConnectionError) or bool(re.search(_TRANSIENT, str(status)))
 
 
 def printable(text: str) -> str:
-    """Return text as one line that is safe to print: every unprintable character becomes its escape.
+    """Return text as one line that is safe to print, with unprintable characters escaped.
 
-    Escape sequences of terminals, line breaks, marks that reverse the direction of text, and bytes of a path
-    that are not UTF-8 are among them.
+    This covers escape sequences of terminals, line breaks, marks that reverse the direction of text, and
+    bytes of a path that are not UTF-8.
     """
 
-    def shown(c: str) -> str:
-        if c.isprintable():
-            return c
-        if "\udc80" <= c <= "\udcff":  # a byte that is not UTF-8, as Python keeps it
-            return f"\\x{ord(c) - 0xDC00:02x}"
-        return c.encode("unicode_escape").decode()
+    def escape(char: str) -> str:
+        if "\udc80" <= char <= "\udcff":  # a byte that is not UTF-8, as Python keeps it
+            return f"\\x{ord(char) - 0xDC00:02x}"
+        return char.encode("unicode_escape").decode()
 
-    return "".join(map(shown, text))
+    return "".join(char if char.isprintable() else escape(char) for char in text)
 
 
-def did_you_mean(word: str, words: Iterable[str]) -> str:
-    """Return ' Did you mean ...?' with the nearest of `words`, or list them all if none is near."""
-    words = sorted(words)
-    near = difflib.get_close_matches(word, words, n=3, cutoff=0.6)
-    if near:
-        return " Did you mean " + " or ".join(repr(name) for name in near) + "?"
-    return " Known: " + ", ".join(words) + "."
+def did_you_mean(name: str, choices: Iterable[str]) -> str:
+    """Return ' Did you mean ...?' with the most similar choices, or ' Known: ...' with all if none is."""
+    choices = sorted(choices)
+    if near := difflib.get_close_matches(name, choices, n=3, cutoff=0.6):
+        return f" Did you mean {' or '.join(map(repr, near))}?"
+    return f" Known: {', '.join(choices)}."
 
 
-def unknown_choice(what: str, word: str, words: Iterable[str]) -> UserError:
-    """The error for a word that is none of `words`; `what` is the kind of thing that they name."""
-    return UserError(f"unknown {what} {word!r}.{did_you_mean(word, words)}")
+def unknown_choice(kind: str, name: str, choices: Iterable[str]) -> UserError:
+    """Return the error for a name that is not one of `choices`; `kind` says what they name."""
+    return UserError(f"unknown {kind} {name!r}.{did_you_mean(name, choices)}")
 
 
-def check_choice(what: str, word: str, words: Collection[str]) -> str:
-    """The word itself, if it is one of `words`; raises `unknown` otherwise."""
-    if word not in words:
-        raise unknown_choice(what, word, words)
-    return word
+def check_choice(kind: str, name: str, choices: Collection[str]) -> str:
+    """Return `name`.
+
+    Raises:
+      UserError: it is not one of `choices`, see `unknown_choice`.
+    """
+    if name not in choices:
+        raise unknown_choice(kind, name, choices)
+    return name

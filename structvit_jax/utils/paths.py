@@ -1,4 +1,4 @@
-"""Paths on a disk, or in a bucket as gs://BUCKET/PATH."""
+"""Paths on a local disk, or in a bucket as gs://BUCKET/PATH."""
 
 from __future__ import annotations
 
@@ -18,28 +18,27 @@ def is_bucket(path: str | os.PathLike[str]) -> bool:
 
 
 def absolute(path: epath.Path) -> epath.Path:
-    """Return the path in the form that Orbax takes."""
+    """Return the absolute path, which Orbax requires."""
     return path if is_bucket(path) else path.resolve()
 
 
 def parse_path(text: str) -> epath.Path:
-    """Return the path of a file or folder to read or write, on a disk or in a bucket.
+    """Return the path of a file or folder on a local disk or in a bucket.
 
     Raises:
       UserError: another kind of URL, as s3:// or http://, or a bucket without its client.
     """
-    scheme, separator, _ = text.partition("://")
-    if separator and scheme != "gs":
-        raise UserError(f"{text!r} cannot be used: name a folder, or gs://BUCKET/PATH")
-    if separator and find_spec("gcsfs") is None:
-        raise UserError(f"{text!r} needs gcsfs: pip install 'structvit_jax[gcs]'")
-    if separator:
-        logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # what matters it raises
+    if is_bucket(text):
+        if not text.startswith("gs://"):
+            raise UserError(f"{text!r} cannot be used: name a folder, or gs://BUCKET/PATH")
+        if find_spec("gcsfs") is None:
+            raise UserError(f"{text!r} needs gcsfs: pip install 'structvit_jax[gcs]'")
+        logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # its failures are raised as well
     return epath.Path(text)
 
 
 def write_errors_as_user_error(path: str | os.PathLike[str]) -> AbstractContextManager[None]:
-    """Turn what refuses an output, a file or a folder on a disk or in a bucket, into one line.
+    """Translate errors of writing to a file or folder, on a local disk or in a bucket.
 
     Raises:
       UserError: names the path and the reason.
@@ -47,9 +46,9 @@ def write_errors_as_user_error(path: str | os.PathLike[str]) -> AbstractContextM
     """
 
     def to_error(error: Exception, reason: str) -> UserError:
-        place = getattr(error, "filename", None)
-        where = place if isinstance(place, str) and place.startswith(f"{path}{os.sep}") else path
-        line = f"{where} cannot be written: {reason}"
+        inner = getattr(error, "filename", None)
+        is_inside = isinstance(inner, str) and inner.startswith(f"{path}{os.sep}")
+        line = f"{inner if is_inside else path} cannot be written: {reason}"
         if is_transient(error, reason if is_bucket(path) else ""):
             return UnreachableError(f"{line}; try again")
         return UserError(f"{line}; choose another place")
@@ -58,10 +57,10 @@ def write_errors_as_user_error(path: str | os.PathLike[str]) -> AbstractContextM
 
 
 def check_local(path: str) -> None:
-    """Check that the path of an output is on a local disk.
+    """Check that an output is written to a local disk.
 
     Raises:
-      UserError: it is a URL, as gs://BUCKET/PATH.
+      UserError: the path is a URL, as gs://BUCKET/PATH.
     """
     if is_bucket(path):
         raise UserError(f"{path} cannot be written: choose a path on a local disk")
