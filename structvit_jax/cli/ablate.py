@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -21,16 +21,16 @@ _LARGEST_RATE = 3.4e38  # just below the largest float32
 
 
 class _Rates(click.ParamType):
-    """Learning rates, separated by commas."""
+    """Learning rates: text, separated by commas, or numbers."""
 
     name = "rates"
 
     def convert(
-        self, value: str, param: click.Parameter | None, ctx: click.Context | None
+        self, value: str | Iterable[float], param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[float, ...]:
         try:
-            rates = tuple(map(float, value.split(",")))
-        except ValueError:
+            rates = tuple(map(float, value.split(",") if isinstance(value, str) else value))
+        except (TypeError, ValueError):
             rates = ()
         if not rates or not all(0 < rate < _LARGEST_RATE for rate in rates):
             self.fail(f"{value!r} is not a list of positive numbers, as 1e-3,2e-3", param, ctx)
@@ -89,11 +89,16 @@ def _study(defaults: object, changes: Mapping[str, Any]) -> Study:
 
     Raises:
       UserError: STUDY is not a dictionary, or has an unknown key.
+      click.BadParameter: a value that the option of this name does not accept.
     """
     from structvit_jax.analysis.ablate import Study
 
     if not isinstance(defaults, Mapping):
         raise UserError(f"STUDY in the configuration file is {type(defaults).__name__}, not a dictionary")
-    for key in defaults:
-        check_choice("key of STUDY", str(key), Study._fields)
-    return Study(**{"arms": (), **defaults, **changes})
+    context = click.get_current_context()
+    known = {str(option.name): option for option in context.command.params if option.name in Study._fields}
+    checked = {
+        key: known[check_choice("key of STUDY", str(key), known)].type_cast_value(context, value)
+        for key, value in defaults.items()
+    }
+    return Study(**{"arms": (), **checked, **changes})

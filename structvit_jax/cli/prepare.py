@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -12,6 +13,7 @@ import click
 from structvit_jax.cli import options
 from structvit_jax.cli.groups import CommandGroup
 from structvit_jax.cli.options import Words
+from structvit_jax.utils.errors import UserError
 
 F = TypeVar("F", bound=Callable[..., Any])
 # Data sets with a reader of their annotation files in structvit_jax.data.annotations.
@@ -47,6 +49,13 @@ def _combine(*decorators: Callable[[F], F]) -> Callable[[F], F]:
     return lambda function: functools.reduce(lambda inner, add: add(inner), reversed(decorators), function)
 
 
+def _check_number(ctx: click.Context, option: click.Parameter, value: float) -> float:
+    """Refuse NaN, which is in every range for click."""
+    if math.isnan(value):
+        raise click.BadParameter("nan is not a number", ctx, option)
+    return value
+
+
 _images = click.option("--images", is_flag=True, help="Files are images; by default the kind of most files.")
 _list_options = _combine(
     click.option(
@@ -72,6 +81,7 @@ def _split_options(val_fraction: float) -> Callable[[F], F]:
             "--val_fraction",
             type=click.FloatRange(0, 1, max_open=True),
             default=val_fraction,
+            callback=_check_number,
             help="Fraction of the training examples held out if there is no test split.",
         ),
         _images,
@@ -158,7 +168,7 @@ for _name, _description in PUBLISHED.items():
     metavar="KEY=VALUE",
     help="Option of the Beam pipeline; may be repeated.",
 )
-def shards(root: str, out: str, **chosen: Any) -> None:
+def shards(root: str, out: str, beam_runner: str, beam_options: tuple[str, ...], **chosen: Any) -> None:
     """Write ArrayRecord shards of encoded clips or images, for clusters.
 
     DIR is a folder as for `structvit prepare folder`; OUT becomes the config.data.root to train from. Parts
@@ -171,9 +181,11 @@ def shards(root: str, out: str, **chosen: Any) -> None:
     Example:
       structvit prepare shards DIR OUT --beam_runner=DirectRunner
     """
+    if beam_options and not beam_runner:
+        raise UserError("--beam_option needs --beam_runner, as --beam_runner=DirectRunner")
     from structvit_jax.data import shards
 
-    shards.write(root, out, **chosen)
+    shards.write(root, out, beam_runner=beam_runner, beam_options=beam_options, **chosen)
 
 
 @command.command("label_maps", cls=options.ConfigCommand, takes_file=False, context_settings=options.SETTINGS)

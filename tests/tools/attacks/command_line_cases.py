@@ -55,7 +55,6 @@ _BAD_VALUES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
             "nonsense",
             "moving-digits",
             "configs/digits.txt",
-            "digits/",
         ),
         "--data": ("1",),
     },
@@ -133,7 +132,7 @@ _BAD_VALUES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
             LONG,
         ),
         "--lrs": ("-1.0", "nan", "0.0", "x", "inf", "1e39", "", ",", "(1e-3,)", "1e-3,,1e-3"),
-        "--against": ("nonsense", ""),
+        "--against": ("nonsense",),
         "--same_time": ("nonsense",),
         "--seeds": ("0", "-1", "x"),
         "--tune_seeds": ("0", "x"),
@@ -154,7 +153,7 @@ _OTHER_VALUES = (  # command, option, values, exit codes
     ("predict", "--config.data.test_crops", ("3",), (0,)),
     ("prepare shards", "--shards", ("1000000",), (0, 2)),
     ("prepare folder", "--workers", ("3",), (0,)),
-    ("show", "--config", ("digits", "digits.py", "configs/digits.py", "moving_digits"), (0,)),
+    ("show", "--config", ("digits", "digits.py", "configs/digits.py", "digits/"), (0,)),
 )
 
 # The words of `structvit` itself, exit codes, and what the output has to contain.
@@ -169,7 +168,7 @@ _STRUCTVIT: dict[str, tuple[tuple[str, ...], tuple[int, ...], str]] = {
     "escapes": (("\x1b[31mtrain",), (2,), "error: unknown command"),
     "misspelt command": (("trian",), (2,), "Did you mean 'train'?"),
     "command in capitals": (("Train",), (2,), "Did you mean 'train'?"),
-    "old module": (("structvit_jax.predict",), (2,), "Did you mean 'predict'?"),
+    "old module": (("structvit_jax.predict",), (2,), "error: unknown command"),
     "module path": (("../train",), (2,), "error: unknown command"),
     "private module": (("configuration",), (2,), "error: unknown command"),
     "option first": (("--config=digits", "train"), (2,), "error: "),
@@ -181,7 +180,11 @@ _STRUCTVIT: dict[str, tuple[tuple[str, ...], tuple[int, ...], str]] = {
     "bench, nothing": (("bench",), (0,), "model"),
     "bench, misspelt": (("bench", "imput"), (2,), "Did you mean 'input'?"),
     "prepare, empty word": (("prepare", ""), (2,), "error: unknown command ''"),
-    "option with dashes": (("prepare", "folder", "<images>", "--train-split=nonsense"), (2,), "nonsense"),
+    "option with dashes": (
+        ("prepare", "folder", "<images>", "--check", "--train-split=nonsense"),
+        (2,),
+        "nonsense",
+    ),
     "misspelt option": (("predict", "x", "y", "--tpo=1"), (2,), "--top"),
     "misspelt choice": (("predict", "x", "y", "--format=jsnl"), (2,), "jsonl"),
     "abbreviated option": (("predict", "x", "y", "--feat=x"), (2,), "--features"),
@@ -215,7 +218,7 @@ _COMPLETIONS = (
     ("bash_complete", None, None, (0, 2), ""),
     ("nonsense", "", "", (2,), "error: "),
     ("nonsense_source", "", "", (2,), "error: "),
-    ("", "", "", (2,), "error: "),
+    ("", "", "", (0,), "Commands:"),
 )
 
 

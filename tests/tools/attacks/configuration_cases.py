@@ -48,6 +48,21 @@ _TEXTS: dict[str, str | bytes] = {
     "binary": bytes(range(256)),
     "nested": "x = " + "(" * 5000,
 }
+_STUDIES = {  # of `ablate`
+    "a number": "5",
+    "a list": "[]",
+    "an unknown key": "{'arm': ()}",
+    "a key that is a number": "{1: 2}",
+    "a number for arms": "{'arms': 5}",
+    "text for arms": "{'arms': 'abc'}",
+    "numbers in arms": "{'arms': (1, 2)}",
+    "text for seeds": "{'seeds': 'x'}",
+    "no seeds": "{'seeds': 0}",
+    "a number for lrs": "{'lrs': 1e-3}",
+    "text in lrs": "{'lrs': ('x',)}",
+    "None in lrs": "{'lrs': (None,)}",
+    "a number for against": "{'arms': ('a: model.structure_dim=1', 'b: model.structure_dim=2'), 'against': 5}",
+}
 _ENDINGS = {
     "missing": "missing.py",
     "no .py": "c.txt",
@@ -83,6 +98,16 @@ def cases() -> Iterator[Case]:
             )
         for words in (("--config=",), ("--config",), ("--config=:x",), ("--config=<here>/c.py:x",), ()):
             yield case("configurations", f"{command}: {' '.join(words) or 'none'}", command, *words, *more)
+    yield from _studies()
+
+
+def _studies() -> Iterator[Case]:
+    for name, study in _STUDIES.items():
+        content = f"{_BEGIN}return default_config()\n\nSTUDY = {study}\n"
+        words = ("--config=<here>/c.py", "--workdir=<here>/run")
+        yield case(
+            "configurations", f"ablate: STUDY is {name}", "ablate", *words, prepare=text("c.py", content)
+        )
 
 
 def _odd_files(here: Path, chance: random.Random) -> None:
