@@ -131,7 +131,9 @@ def _message(error: click.ClickException) -> str:
     """Return the message of an exception of click as one line that names the help."""
     text = " ".join(error.format_message().split())
     context = error.ctx if isinstance(error, click.UsageError) else None
-    return f"{text} See {context.command_path} --help" if context else text
+    if not context:
+        return text
+    return f"{text}{'' if text.endswith(('.', '?')) else '.'} See {context.command_path} --help"
 
 
 def _complete(instruction: str) -> int:

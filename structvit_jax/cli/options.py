@@ -68,6 +68,8 @@ def split_words(words: Sequence[str]) -> tuple[Words, list[str]]:
             others.append(word)
             continue
         negated, key, equals, text = match.groups()
+        if negated and (equals or not key):
+            raise UserError(f"{word}: --noconfig.SECTION.KEY makes a key false and takes no value")
         if not equals:
             follows = remaining and not remaining[0].startswith("-") and not negated
             text = remaining.pop(0) if follows and not _is_switch(key) else "false" if negated else "true"

@@ -61,7 +61,7 @@ _STUDIES = {  # of `ablate`
     "a number for lrs": "{'lrs': 1e-3}",
     "text in lrs": "{'lrs': ('x',)}",
     "None in lrs": "{'lrs': (None,)}",
-    "a number for against": "{'arms': ('a: model.structure_dim=1', 'b: model.structure_dim=2'), 'against': 5}",
+    "a number for against": "{'arms': ('a: model.structure_dim=1', 'b: model.remat=full'), 'against': 5}",
 }
 _ENDINGS = {
     "missing": "missing.py",
