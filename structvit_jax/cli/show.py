@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import ml_collections
 
 from structvit_jax.cli import options
 from structvit_jax.cli.options import Words
 from structvit_jax.cli.train import workdir_of
+
+if TYPE_CHECKING:
+    import ml_collections
 
 
 @options.config_command()
