@@ -1,12 +1,12 @@
-"""Attack the commands with bad command lines, damaged files and environments; count what falls short.
+"""Attack the commands with bad command lines, damaged files and unusual environments; count failures.
 
     python tests/tools/hostile.py [--only PATTERN ...] [--list] [--sample] [--self] [--seed 0] [--jobs 2]
         [--keep DIR]
 
-A command may refuse, but in one line and with exit code 2 (or 75, if the same command may work later): no
-traceback, no hang, no gigabytes, nothing written outside its folders, no process left behind. Each case in
-tests/attacks states the exit codes that it allows. Exits with 1 if a case falls short. Only the loopback
-interface of this machine is contacted.
+A command may refuse its input, in one line and with exit code 2 (or 75 if the same command may work later).
+It must not print a traceback, hang, exceed its memory, write outside its folders or leave a process behind.
+Each case in tests/tools/attacks states its allowed exit codes. Exits with 1 if a case fails. Only the
+loopback interface of this machine is contacted.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _TABLES = (
     *("command_line", "place", "extreme", "key", "configuration", "media"),
     *("list", "checkpoint", "log", "data", "weights", "environment"),
 )
-_SAMPLE = (  # seconds, and no part that has to be trained
+_SAMPLE = (  # runs in seconds and needs no trained model
     "flags: main: --mode=nonsense",
     "flags: structvit: *",
     "flags: prepare shards: --shards=-1",
@@ -52,7 +52,7 @@ _SAMPLE = (  # seconds, and no part that has to be trained
     "configurations: show: raises KeyError",
     "configurations: show: returns nothing",
     "configurations: show: a fifo",
-    "lists: labels.txt, byte order mark: written anew",
+    "lists: labels.txt, byte order mark: rewritten",
     "lists: labels.txt, Latin-1: show",
     "lists: train.csv, labels of 5,000 digits: show",
     "lists: train.jsonl, nested: show",
@@ -63,7 +63,7 @@ _SAMPLE = (  # seconds, and no part that has to be trained
 
 
 def select(options: argparse.Namespace) -> list[Case]:
-    """The cases that the options ask for."""
+    """Return the cases that the options select."""
     if options.self:
         return list(self_cases.cases())
     tables = (importlib.import_module(f"attacks.{name}_cases") for name in _TABLES)
@@ -81,14 +81,14 @@ def _matches(name: str, pattern: str) -> bool:
 
 
 def parts_of(cases: Iterable[Case]) -> list[str]:
-    """The parts of the sandbox that cases need, in the order in which to make them."""
-    words = [word for case in cases for word in (*case.arguments, *map(str, case.environment.values()))]
-    words += [f"<{part}>" for case in cases for part in (*case.copies, *case.needs)]
-    return needed(words)
+    """Return the parts of the sandbox that cases need, in the order in which to make them."""
+    texts = [text for case in cases for text in (*case.arguments, *map(str, case.environment.values()))]
+    texts += [f"<{part}>" for case in cases for part in (*case.copies, *case.needs)]
+    return needed(texts)
 
 
 def build(runner: Runner, parts: Iterable[str]) -> None:
-    """Make parts of the sandbox; what goes wrong there ends the program."""
+    """Make parts of the sandbox, or exit with the output of the command that failed."""
     for part in parts:
         module, arguments = PARTS[part]
         case = Case("sandbox", part, module, arguments, codes=(0,), seconds=300, megabytes=6000)
@@ -98,7 +98,7 @@ def build(runner: Runner, parts: Iterable[str]) -> None:
 
 
 def table(groups: dict[str, list[tuple[Result, dict[str, str]]]]) -> Iterator[str]:
-    """Counts by group, a line each."""
+    """Yield a line with the counts of each group."""
     yield f"{'group':15} cases  good " + "".join(f"{kind:>10}" for kind in KINDS) + "  slowest  largest"
     everything = [row for rows in groups.values() for row in rows]
     for name, rows in [*groups.items(), ("all", everything)]:
@@ -111,7 +111,7 @@ def table(groups: dict[str, list[tuple[Result, dict[str, str]]]]) -> Iterator[st
 
 
 def attack(runner: Runner, cases: Sequence[Case], *, keep: bool) -> list[tuple[Case, Result, dict[str, str]]]:
-    """Run the cases and prints those that fall short, as they end."""
+    """Run the cases, and print those that fail as they end."""
     finished = []
     for case, result, here in runner.run(cases):
         wrong = problems(case, result, here)
@@ -131,12 +131,12 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", action="append", default=[], metavar="PATTERN", help="as 'cards: *'")
-    parser.add_argument("--list", action="store_true", help="print the names of the cases")
-    parser.add_argument("--sample", action="store_true", help="the cases of tests/test_hostile.py")
-    parser.add_argument("--self", action="store_true", help="commands that misbehave: are they noticed?")
-    parser.add_argument("--seed", type=int, default=0, help="of the damage to files")
-    parser.add_argument("--jobs", type=int, default=2, help="how many at a time")
-    parser.add_argument("--keep", type=Path, help="a folder for the sandbox, which then stays")
+    parser.add_argument("--list", action="store_true", help="print the names of the cases and exit")
+    parser.add_argument("--sample", action="store_true", help="run the cases of test_hostile.py")
+    parser.add_argument("--self", action="store_true", help="check that misbehaving commands are detected")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the damage to files")
+    parser.add_argument("--jobs", type=int, default=2, help="cases at a time")
+    parser.add_argument("--keep", type=Path, help="folder of the sandbox, which is kept and reused")
     options = parser.parse_args()
     cases = select(options)
     if options.list:
@@ -144,7 +144,7 @@ def main() -> int:
         return 0
     started = time.monotonic()
     folder = options.keep or Path(tempfile.mkdtemp(prefix="hostile_"))
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the sandbox goes
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # remove the sandbox
     try:
         finished = _run(options, cases, folder.resolve())
     finally:
@@ -156,14 +156,12 @@ def main() -> int:
     print("", *table(groups), sep="\n")
     slowest = sorted(finished, key=lambda row: -row[1].seconds)[:5]
     print("slowest:", "; ".join(f"{case} ({result.seconds:.0f} s)" for case, result, _ in slowest))
-    short = sum(bool(wrong) for _, _, wrong in finished)
+    failed = sum(bool(wrong) for _, _, wrong in finished)
     wall, used = time.monotonic() - started, sum(result.cpu_seconds for _, result, _ in finished)
-    print(
-        f"{len(finished)} cases, {short} fell short; {wall / 60:.1f} minutes, {used / 60:.1f} of one core's"
-    )
+    print(f"{len(finished)} cases, {failed} failed; {wall / 60:.1f} minutes, {used / 60:.1f} CPU minutes")
     if options.self:
         return int(any(set(wrong) != self_cases.EXPECTED[case.name] for case, _, wrong in finished))
-    return int(short > 0 or not finished)
+    return int(failed > 0 or not finished)
 
 
 def _import_package() -> None:

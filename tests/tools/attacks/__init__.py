@@ -1,5 +1,5 @@
-"""Tables of attacks on the commands, and what runs and judges them; `tests/tools/hostile.py` is the program.
+"""Attacks on the commands, run by `tests/tools/hostile.py`.
 
-A module that ends in `_cases` is a table. Its rows are `Case`s: a command line, the files to damage first,
-and the exit codes that are allowed.
+Every module whose name ends in `_cases` is a table of `Case`s: a command line, the files to damage first, and
+the allowed exit codes. `runner` runs cases in a `sandbox`, `case` judges their results.
 """

@@ -1,4 +1,4 @@
-"""Make the files of a part of the sandbox: python -m attacks.build PART FOLDER [ARGUMENT ...]."""
+"""Make a part of the sandbox: python -m attacks.build PART FOLDER [ARGUMENT ...]."""
 
 from __future__ import annotations
 
@@ -17,23 +17,18 @@ import numpy as np
 from PIL import Image
 
 from attacks import damage
-from attacks.names import (
-    CLASS_NAMES,
-    DAMAGES,
-    IMAGE_FORMATS,
-    VIDEO_FORMATS,
-)
+from attacks.names import CLASS_NAMES, DAMAGES, IMAGE_FORMATS, VIDEO_FORMATS
 
 _CODECS = {"webm": "libvpx", "avi": "mpeg4", "mpg": "mpeg1video", "wmv": "wmv2", "flv": "flv", "3gp": "mpeg4"}
 
 
 def picture(number: int, side: int = 32) -> np.ndarray:
-    """uint8 [side, side, 3], noise that depends on the number."""
+    """Return noise as uint8 [side, side, 3], seeded by the number."""
     return np.random.default_rng(number).integers(0, 255, (side, side, 3), np.uint8)
 
 
 def video(path: Path, frames: int = 16, side: int = 32, **options: str) -> None:
-    """Encode noise by the codec that belongs to the name's extension."""
+    """Write a video of noise, in the format of the file's extension."""
     kind = path.suffix[1:]
     with av.open(str(path), "w") as container:
         stream: Any = container.add_stream(_CODECS.get(kind, "libx264"), rate=16, options=options)
@@ -46,7 +41,7 @@ def video(path: Path, frames: int = 16, side: int = 32, **options: str) -> None:
 
 
 def images(folder: Path) -> None:
-    """A data set of images: 3 classes, 4 to train on and 2 to test."""
+    """Write a data set of images: 3 classes with 4 training and 2 test images each."""
     for split, count in (("train", 4), ("val", 2)):
         for label in CLASS_NAMES:
             (folder / split / label).mkdir(parents=True)
@@ -56,7 +51,7 @@ def images(folder: Path) -> None:
 
 
 def clips(folder: Path) -> None:
-    """The same of videos."""
+    """Write a data set of videos: 3 classes with 3 training and 1 test video each."""
     for split, count in (("train", 3), ("val", 1)):
         for label in CLASS_NAMES:
             (folder / split / label).mkdir(parents=True)
@@ -65,7 +60,7 @@ def clips(folder: Path) -> None:
 
 
 def bad_images(folder: Path, seed: str) -> None:
-    """Every format with every damage, and images that lie about themselves."""
+    """Write images of every format with every damage, and images with false headers or extensions."""
     folder.mkdir()
     for kind in IMAGE_FORMATS:
         whole = folder / f"whole.{kind}"
@@ -86,7 +81,7 @@ def bad_images(folder: Path, seed: str) -> None:
 
 
 def _bombs(folder: Path) -> None:
-    """Small files that claim to be large pictures."""
+    """Write small files whose headers announce large pictures."""
     sizes = {"wide": (170_000_000, 1), "square": (30_000, 30_000), "largest": (2**31 - 1, 2**31 - 1)}
     for name, (width, height) in sizes.items():
         rows = 200 if name == "square" else 1
@@ -103,7 +98,7 @@ def _bombs(folder: Path) -> None:
 
 
 def _png(width: int, height: int, rows: int) -> bytes:
-    """A PNG of one bit per pixel, with some of its rows."""
+    """Return a PNG of one bit per pixel that holds only some of its rows."""
     squeezed, row = zlib.compressobj(9), bytes(min(width // 8 + 2, 2**25))
     data = b"".join(squeezed.compress(row) for _ in range(rows)) + squeezed.flush()
 
@@ -116,7 +111,7 @@ def _png(width: int, height: int, rows: int) -> bytes:
 
 
 def bad_videos(folder: Path, seed: str) -> None:
-    """The same of videos."""
+    """Write videos of every format with every damage, and videos with false headers or extensions."""
     folder.mkdir()
     for kind in VIDEO_FORMATS:
         whole = folder / f"whole.{kind}"
@@ -143,7 +138,7 @@ def _announce(source: Path, target: Path, seconds: float) -> None:
 
 
 def _cut_with_edit_list(path: Path) -> None:
-    """What `ffmpeg -ss 1 -i whole.mp4 -c copy cut.mp4` makes: a key frame that is decoded and not shown."""
+    """Cut a video as `ffmpeg -ss 1 -i whole.mp4 -c copy cut.mp4` does: its key frame is not shown."""
     whole = path.with_name("long.mp4")
     video(whole, frames=32, g="64", bf="0", sc_threshold="0")
     with av.open(str(whole)) as source, av.open(str(path), "w", options={"use_editlist": "1"}) as target:
@@ -157,7 +152,7 @@ def _cut_with_edit_list(path: Path) -> None:
 
 
 def huge_videos(folder: Path) -> None:
-    """A small file of large frames."""
+    """Write a small file of large frames."""
     folder.mkdir()
     side = 16000
     with av.open(str(folder / f"{side}.mp4"), "w") as container:
@@ -170,7 +165,7 @@ def huge_videos(folder: Path) -> None:
 
 
 def playlists(folder: Path, clips: str, contact: str) -> None:
-    """Files that ask to open others: on this machine, at an address, and themselves."""
+    """Write files that refer to others: on this machine, at an address, and to themselves."""
     folder.mkdir()
     clip = next(Path(clips).rglob("*.mp4"))
     url = f"http://{contact}"
@@ -213,7 +208,7 @@ def playlists(folder: Path, clips: str, contact: str) -> None:
 
 
 def weights(folder: Path) -> None:
-    """A .safetensors file of a tiny UniFormer, in PyTorch's names."""
+    """Write a .safetensors file of a tiny UniFormer with PyTorch's keys."""
     from safetensors.numpy import save_file
 
     from structvit_jax import create_model
@@ -229,7 +224,7 @@ def weights(folder: Path) -> None:
 
 
 class _Code:
-    """What a pickle of this calls when it is loaded."""
+    """An object whose pickle runs a command when it is loaded."""
 
     def __init__(self, marker: str):
         self._marker = marker
@@ -239,7 +234,7 @@ class _Code:
 
 
 def pickles(folder: Path, weights: str, marker: str) -> None:
-    """Files of PyTorch that hold other things than dense tensors of floats."""
+    """Write .pth files that do not hold dense tensors of floats."""
     import torch
     from safetensors.numpy import load_file
 
@@ -280,7 +275,7 @@ def pickles(folder: Path, weights: str, marker: str) -> None:
 
 
 def native(folder: Path) -> None:
-    """The compiled operations, in a cache of their own."""
+    """Compile the native operations into a cache folder."""
     from structvit_jax.ops import native
 
     os.environ["XDG_CACHE_HOME"] = str(folder)

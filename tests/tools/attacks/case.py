@@ -1,4 +1,4 @@
-"""One attack, the result of running it, and the rules that it is judged by."""
+"""An attack, its result, and the rules that a result has to obey."""
 
 from __future__ import annotations
 
@@ -10,41 +10,41 @@ import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-KINDS = ("exit", "traceback", "hang", "memory", "lines", "stray", "left", "check")  # of problems
+KINDS = ("exit", "traceback", "hang", "memory", "lines", "stray", "left", "check")  # kinds of problems
 _TRACEBACK = re.compile(
     r"Traceback \(most recent call last\)|Fatal Python error|Exception ignored in|Exception in thread"
     r"|terminate called|^\*\*\* (?:SIG|Check)|dumped core|PC: @",
     re.MULTILINE,
 )
 _WARNING = re.compile(r"(?:\S{1,99}\s)?(?:warning|note)\b", re.IGNORECASE)
-_SHOWN = 20_000  # characters of a message that are judged
+_SHOWN = 20_000  # length of a message that is judged, in characters
 _PROGRESS = re.compile(r"\d%\||\d ?\w* \[\d\d:\d\d")  # tqdm
 _CONTROL = re.compile(r"(?!\x1b\[A)[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\x9b]")
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A command line in a folder of its own.
+    """A command that runs in a new folder.
 
-    Arguments and values of the environment may name parts of the sandbox: "<images>", "<here>" (the folder of
-    the case), and those of `sandbox.PARTS`.
+    Arguments and environment variables may contain "<here>", the folder of the case, and parts of the
+    sandbox, as "<images>": see `sandbox.PARTS`.
     """
 
     group: str
     name: str
-    module: str  # as `python -m` takes it
+    module: str  # run as `python -m MODULE`
     arguments: tuple[str, ...] = ()
-    codes: tuple[int, ...] = (2,)  # exit codes that are allowed
-    copies: tuple[str, ...] = ()  # parts of the sandbox that are copied to <here>/NAME
-    needs: tuple[str, ...] = ()  # further parts that `prepare` uses
-    prepare: Callable[[Path, random.Random], None] | None = None  # what to damage in <here>
-    check: Callable[[Path, Result], str] | None = None  # what else went wrong; "" if nothing did
-    first: Callable[[], None] | None = None  # called in the process before the command
-    environment: Mapping[str, str | None] = dataclasses.field(default_factory=dict)  # None removes
-    python: tuple[str, ...] | None = None  # options of a new interpreter; None forks one that is warm
-    redirect: str = ""  # as the shell writes it; needs `python`
-    seconds: float = 60  # of wall time before it counts as a hang
-    megabytes: int = 2000  # of memory that all its processes may take together
+    codes: tuple[int, ...] = (2,)  # allowed exit codes
+    copies: tuple[str, ...] = ()  # parts of the sandbox to copy to <here>/NAME
+    needs: tuple[str, ...] = ()  # other parts that `prepare` uses
+    prepare: Callable[[Path, random.Random], None] | None = None  # damages files in <here>
+    check: Callable[[Path, Result], str] | None = None  # returns another problem, or ""
+    first: Callable[[], None] | None = None  # called in the process of the command before it
+    environment: Mapping[str, str | None] = dataclasses.field(default_factory=dict)  # None unsets
+    python: tuple[str, ...] | None = None  # options of a new interpreter; None: fork the harness
+    redirect: str = ""  # in the syntax of the shell; needs `python`
+    seconds: float = 60  # limit of wall time
+    megabytes: int = 2000  # limit of memory, all processes together
 
     def __str__(self) -> str:
         return f"{self.group}: {self.name}"
@@ -52,7 +52,7 @@ class Case:
 
 @dataclasses.dataclass
 class Result:
-    """What a case did."""
+    """The result of a case."""
 
     command: tuple[str, ...]
     code: int | None = None  # negative for a signal
@@ -64,12 +64,12 @@ class Result:
     stderr: str = ""
     strays: list[str] = dataclasses.field(default_factory=list)  # files outside its folder, or left in TMPDIR
     left: list[str] = dataclasses.field(default_factory=list)  # processes that outlived it
-    reached: list[str] = dataclasses.field(default_factory=list)  # other machines that it looked for
-    contacts: int = 0  # connections to the address that nothing should open
+    reached: list[str] = dataclasses.field(default_factory=list)  # other machines that it tried to reach
+    contacts: int = 0  # connections to the "<contact>" address
 
 
 def problems(case: Case, result: Result, here: Path) -> dict[str, str]:
-    """The rules that a result breaks: what is wrong, by kind."""
+    """Return the problems of a result by kind; see `KINDS`."""
     found = {}
     output = result.stdout + result.stderr
     if result.killed:
@@ -88,7 +88,7 @@ def problems(case: Case, result: Result, here: Path) -> dict[str, str]:
     if result.left:
         found["left"] = ", ".join(result.left[:5])
     if result.reached:
-        found["check"] = f"looked for other machines: {', '.join(result.reached[:3])}"
+        found["check"] = f"tried to reach other machines: {', '.join(result.reached[:3])}"
     elif result.contacts:
         found["check"] = f"{result.contacts} connections were opened"
     elif case.check and (wrong := case.check(here, result)):
@@ -97,7 +97,7 @@ def problems(case: Case, result: Result, here: Path) -> dict[str, str]:
 
 
 def _not_one_line(result: Result) -> str:
-    """Why the message of a refusal is not the one line that is promised."""
+    """Return why the message of an error is not one clean line, or ""."""
     if match := _CONTROL.search(result.stdout + result.stderr):
         return f"control character {match[0]!r} in the output"
     if result.code not in (2, 75):
@@ -111,7 +111,7 @@ def _not_one_line(result: Result) -> str:
 
 
 def message(stderr: str) -> list[str]:
-    """Lines of stderr other than warnings and progress bars."""
+    """Return the lines of stderr other than warnings and progress bars."""
     lines = re.split(r"\n|\r|\x1b\[A", stderr[:_SHOWN])
     return [
         line for line in lines if line.strip() and not (_PROGRESS.search(line[:500]) or _WARNING.match(line))
@@ -119,7 +119,7 @@ def message(stderr: str) -> list[str]:
 
 
 def describe(case: Case, result: Result, wrong: Mapping[str, str]) -> str:
-    """A case that fell short: command, reasons and the first lines of its output."""
+    """Return a report of a failed case: reasons, command and the first lines of stderr."""
     lines = [f"{case}: {'; '.join(f'{kind}: {text}' for kind, text in wrong.items())}"]
     changed = [f"{key}={value}" for key, value in case.environment.items() if value is not None]
     command = shlex.join(["python", *(case.python or ()), "-m", *result.command])

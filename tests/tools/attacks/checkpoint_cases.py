@@ -1,4 +1,4 @@
-"""Checkpoints: cards that were changed and signed again, and files that are damaged."""
+"""Checkpoints with changed cards, whose digests are recomputed, and with damaged files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from attacks.users import without_privileges
 _STEP = "image_run/checkpoints/4"
 _CARD = f"{_STEP}/card/metadata"
 
-# What a card that was signed again says: key, value, exit codes of `predict`.
+# Changes of a card: key, value, exit codes of `predict`.
 _CARDS: tuple[tuple[str, Any, tuple[int, ...]], ...] = (
     ("config", DELETED, (2,)),
     ("config", {}, (2,)),
@@ -135,14 +135,14 @@ _CARDS: tuple[tuple[str, Any, tuple[int, ...]], ...] = (
     ("metrics", "x", (0, 2)),
     ("metrics", {"top1": "x"}, (0, 2)),
 )
-_READERS = {  # commands that read a card, besides predict
+_READERS = {  # commands that read a card, in addition to predict
     "evaluate": ("<here>/image_run",),
     "explain": ("<here>/image_run", IMAGE, "--out=<here>/out"),
     "export": ("<here>/image_run", "<here>/out.jax", "--platforms=cpu"),
     "convert": ("<here>/image_run", "<here>/out"),
     "report": ("<here>/image_run", "--out=<here>/out.html"),
 }
-_EVERY_READER = (  # of these edits
+_EVERY_READER = (  # changes that all of them are attacked with
     ("config", DELETED),
     ("class_names", None),
     ("class_names", 5),
@@ -235,7 +235,7 @@ def _cards() -> Iterator[Case]:
 
 
 def edit_config(key: str, value: Any) -> Prepare:
-    """The same edit of the run's config.json, where it has the key."""
+    """Make the same change in the run's config.json if it is a key of the configuration."""
 
     def prepare(here: Path, chance: random.Random) -> None:
         if key.startswith("config."):
@@ -254,14 +254,14 @@ def _cache_unused(here: Path, result: Result) -> str:
 
 
 def _no_trap(here: Path, result: Result) -> str:
-    """No page holds a class name after which its parser would not find the end of a script."""
+    """Check that pages escape a class name that would hide the end of a script."""
     del result
     pages = [*here.glob("out/*.html"), *here.glob("out*.html")]
     wrong = [path.name for path in pages if "<!--<script" in path.read_text()]
     return f"{wrong[0]} holds a class name unescaped" if wrong else ""
 
 
-# Files of a checkpoint, as patterns, each damaged in these ways, as they are and signed again.
+# Files of a checkpoint, as patterns, and damages. Each runs with old and with recomputed digests.
 _FILES = (
     "sha256.json",
     "_CHECKPOINT_METADATA",
@@ -284,7 +284,7 @@ def _checkpoint_files() -> Iterator[Case]:
         for way in _WAYS:
             where = f"{_STEP}/{file}"
             name = f"{file} {way}"
-            # An older checkpoint takes the place of one that is damaged.
+            # An older checkpoint replaces a damaged one.
             yield _predict(name, change(where, way), codes=(0, 2))
             if file != "sha256.json":
                 yield _predict(f"{name}, signed", _signed(change(where, way)), codes=(0, 2))

@@ -1,4 +1,4 @@
-"""Configuration files that are no configurations."""
+"""Files that are not valid configurations."""
 
 from __future__ import annotations
 

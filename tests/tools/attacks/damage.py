@@ -1,4 +1,4 @@
-"""Ways to damage bytes and files. Those that return a function are for the column `prepare` of tables."""
+"""Damage bytes and files. Functions that return a `Prepare` are for the field `prepare` of a case."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Prepare = Callable[[Path, random.Random], None]
 
 
 def damaged(content: bytes, kind: str, chance: random.Random) -> bytes:
-    """The content with one of `names.DAMAGES`."""
+    """Return the content with a damage of `names.DAMAGES`."""
     name, _, amount = kind.partition("_")
     size = len(content)
     if name == "cut":
@@ -41,7 +41,7 @@ def damaged(content: bytes, kind: str, chance: random.Random) -> bytes:
 
 
 def steps(*prepares: Prepare) -> Prepare:
-    """Several, one after the other."""
+    """Run several functions, one after the other."""
 
     def prepare(here: Path, chance: random.Random) -> None:
         for step in prepares:
@@ -63,7 +63,7 @@ def text(path: str, content: str | bytes) -> Prepare:
 
 
 def change(path: str, kind: str) -> Prepare:
-    """Damage a file by one of `names.DAMAGES`; of a pattern, the first file that matches."""
+    """Apply a damage of `names.DAMAGES` to a file; a pattern selects its first match."""
 
     def prepare(here: Path, chance: random.Random) -> None:
         target = _at(here, path)
@@ -84,7 +84,7 @@ def remove(path: str) -> Prepare:
 
 
 def folder(path: str) -> Prepare:
-    """Put a folder in the place of whatever is there."""
+    """Replace a path by an empty folder."""
 
     def prepare(here: Path, chance: random.Random) -> None:
         remove(path)(here, chance)
@@ -94,7 +94,7 @@ def folder(path: str) -> Prepare:
 
 
 def edit_json(path: str, key: str, value: Any) -> Prepare:
-    """Set what dots lead to, as "config.data.size", in a JSON file; DELETED removes it."""
+    """Set a key of a JSON file, as "config.data.size"; the value DELETED removes it."""
 
     def prepare(here: Path, chance: random.Random) -> None:
         del chance
@@ -114,7 +114,7 @@ def edit_json(path: str, key: str, value: Any) -> Prepare:
 
 
 def sign(checkpoint: str) -> Prepare:
-    """Write the digests of a checkpoint anew, so that what was damaged before counts as saved so."""
+    """Recompute the digests of a checkpoint, so that they match damaged files."""
 
     def prepare(here: Path, chance: random.Random) -> None:
         del chance

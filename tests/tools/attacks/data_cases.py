@@ -1,4 +1,4 @@
-"""Label maps, shards and compiled code that are damaged."""
+"""Damaged label maps, shards and compiled code."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def _save(path: str, array: np.ndarray, here: Path, chance: random.Random) -> No
 
 
 def _save_like(path: str, value: float, *rest: Any) -> None:
-    """Set the values of an array, from the image on that `rest` may begin with."""
+    """Set the values of an array, from the image whose index `rest` may start with."""
     *start, here, _ = rest
     array = np.load(here / path)
     array[slice(*start, None)] = value
@@ -203,7 +203,7 @@ def _damage_shard(way: str, salt: str, here: Path, chance: random.Random) -> Non
 
 
 def _evil(here: Path, chance: random.Random) -> None:
-    """A module in the working directory that leaves a mark when it is imported."""
+    """Write a module to the working directory that creates the marker when it is imported."""
     marker = here.parent.parent / MARKER
     text("evil.py", f"open({str(marker)!r}, 'w').close()\nclass Evil:\n    pass\n")(here, chance)
 
@@ -243,7 +243,7 @@ def _native_folder(here: Path, chance: random.Random) -> None:
 
 
 def _other_library(here: Path, chance: random.Random) -> None:
-    """Replace the library by one of the system."""
+    """Replace the library by another one."""
     del chance
     found = [path for path in Path("/lib").rglob("libm.so.6") if path.is_file()]
     next(here.glob("native/structvit_jax/native/*.so")).write_bytes(found[0].read_bytes())
@@ -251,4 +251,4 @@ def _other_library(here: Path, chance: random.Random) -> None:
 
 def _fast(here: Path, result: Result) -> str:
     del here
-    return "it is slow, and blames the compiler" if "no C++ compiler" in result.stdout else ""
+    return "it falls back to slow code and reports no compiler" if "no C++ compiler" in result.stdout else ""

@@ -1,4 +1,4 @@
-"""Environments: variables, streams, disks and users that commands are started with."""
+"""Environments: variables, streams, disks and users."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _VARIABLES: dict[str, tuple[dict[str, str | None], tuple[int, ...]]] = {
     "compiler that is missing": ({"CXX": "nonsense", "XDG_CACHE_HOME": "<here>/tmpcache"}, (0,)),
     "compiler with options": ({"CXX": "c++ -O0", "XDG_CACHE_HOME": "<here>/tmpcache"}, (0,)),
 }
-_STARTS: dict[str, tuple[dict[str, str | None], tuple[int, ...]]] = {  # read when Python or JAX starts
+_STARTS: dict[str, tuple[dict[str, str | None], tuple[int, ...]]] = {  # read at the start of Python or JAX
     "LC_ALL=C": ({"LC_ALL": "C", "LANG": "C"}, (0,)),
     "output in ASCII": ({"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}, (0,)),
     "a locale that is not there": ({"LC_ALL": "nonsense"}, (0,)),
@@ -41,7 +41,7 @@ _STARTS: dict[str, tuple[dict[str, str | None], tuple[int, ...]]] = {  # read wh
     "HOME unset": ({"HOME": None}, (0,)),
     "TMPDIR missing": ({"TMPDIR": "/nonexistent/x"}, (0,)),
 }
-# Redirections of the shell and exit codes. A reader that has gone ends a command quietly.
+# Redirections of the shell and exit codes. A closed pipe ends a command silently.
 _STREAMS: dict[str, tuple[int, ...]] = {
     "<&-": (0,),
     ">&-": (0, 1, 2, 75),
@@ -96,7 +96,7 @@ def _with_accents() -> tuple[str, ...]:
 
 
 def _accents(here: Path, chance: random.Random) -> None:
-    """A class and a file whose names are not ASCII."""
+    """Write a class and a file with names that are not ASCII."""
     card = "image_run/checkpoints/4"
     names = edit_json(f"{card}/card/metadata", "class_names", [_ACCENTS, "b", "c"])
     steps(names, sign(card))(here, chance)
@@ -105,7 +105,7 @@ def _accents(here: Path, chance: random.Random) -> None:
 
 
 def _users() -> Iterator[Case]:
-    """A user without a name, as containers give, and folders that it may not write into."""
+    """Users without a name, as in containers, and folders without write permission."""
     options = {"first": without_a_name}
     nobody = {"HOME": None, "XDG_CACHE_HOME": None, "JAX_COMPILATION_CACHE_DIR": None, "USER": None}
     yield train(
@@ -156,7 +156,7 @@ def _closed(here: Path, chance: random.Random) -> None:
 
 
 def _limits() -> Iterator[Case]:
-    """Files that may not grow, as on a full disk; few open files; a working directory that is gone."""
+    """A limit on the size of files, as on a full disk, on open files, and a deleted working directory."""
     full = {"first": _small_files, "environment": {"JAX_COMPILATION_CACHE_DIR": None}}
     yield train(
         "environments", "train on a full disk", "--config.mesh.compilation_cache=", codes=(2, 75), **full
@@ -198,7 +198,7 @@ def _limits() -> Iterator[Case]:
 
 
 def _small_files() -> None:
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the write fails then
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writes fail instead
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
 
 

@@ -1,4 +1,4 @@
-"""Every key of a configuration with a value of another type, and one at the end of its own range."""
+"""Every key of a configuration with a value of another type, and with one at the end of its range."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import ml_collections
 from attacks.case import Case
 from attacks.commands import DIGITS, case, short
 
-# Values by the type of the default, of which each key gets one in turn: one that is refused, one that may be
-# accepted.
+# Values by the type of the default; each key gets the next one of both tables. The first are refused, the
+# second may be accepted.
 _REFUSED = {
     int: ("x", "", "1.5", "nan", "1e39", "None", "(1,)"),
     float: ("x", "", "None", "(1,)"),
@@ -45,7 +45,7 @@ def cases() -> Iterator[Case]:
 
 
 def _leaves(section: ml_collections.ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every key with its default, by dots."""
+    """Yield every key, as "data.size", with its default."""
     for key in sorted(section.keys()):
         value = section[key]
         if isinstance(value, ml_collections.ConfigDict):

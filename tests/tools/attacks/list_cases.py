@@ -1,4 +1,4 @@
-"""Lists of examples, names of classes, and annotation files that are damaged or odd."""
+"""Damaged and unusual lists of examples, class names and annotation files."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ _LABELS: dict[str, tuple[str | bytes, bool | None]] = {
     "escapes": ("one\nthree\ntwo two\n\x1b[31m\n", None),
     "a million": ("one\nthree\ntwo two\n" + "".join(f"{n}\n" for n in range(10**6)), None),
 }
-# What is in the place of a file: how to make it.
+# Things that replace a file.
 THINGS: dict[str, Prepare] = {
     "a folder": lambda at, _: at.mkdir(),
     "a fifo": lambda at, _: os.mkfifo(at),
@@ -99,7 +99,7 @@ THINGS: dict[str, Prepare] = {
 }
 
 
-# Exit codes of `prepare --check` and of other commands, by whether the data can be used; None is either.
+# Exit codes of `prepare --check` and of other commands for usable data, unusable data, and either (None).
 _CHECK = {True: (0,), False: (1, 2), None: (0, 1, 2)}
 _OTHER = {True: (0,), False: (2,), None: (0, 2)}
 
@@ -125,7 +125,7 @@ def _on_labels(name: str, prepare: Prepare, usable: bool | None) -> Iterator[Cas
     if usable:
         yield case(
             "lists",
-            f"labels.txt, {name}: written anew",
+            f"labels.txt, {name}: rewritten",
             "prepare folder",
             "<here>/images",
             "--images",
@@ -140,7 +140,7 @@ def _on_labels(name: str, prepare: Prepare, usable: bool | None) -> Iterator[Cas
 def _commands(
     file: str, name: str, prepare: Prepare, usable: bool | None, first: Callable[[], None] | None = None
 ) -> Iterator[Case]:
-    """The commands that read the lists of a data set."""
+    """Attack the commands that read the lists of a data set."""
     options = {"copies": ("images",), "prepare": prepare, "first": first, "seconds": 30}
     check = ("<here>/images", "--check", "--images", "--workers=1")
     yield case("lists", f"{file}, {name}: check", "prepare folder", *check, codes=_CHECK[usable], **options)
@@ -149,7 +149,7 @@ def _commands(
 
 
 def _without_folders(here: Path, chance: random.Random) -> None:
-    """Make room for a list: the folder of the training split gets another name."""
+    """Rename the folder of the training split, so that a list replaces it."""
     del chance
     (here / "images" / "train").rename(here / "images" / "files")
 

@@ -1,4 +1,4 @@
-"""Files in a workdir that are damaged: a run resumes from them, and a report is written of them."""
+"""Damaged files in a workdir, which a run resumes from and a report reads."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from attacks.commands import IMAGE_FOLDER, case, shown, train
 from attacks.damage import DELETED, Prepare, change, edit_json, folder, remove, steps, text
 from attacks.names import DEEP, TRAP
 
-# Files in a workdir, and what they are replaced by.
+# Files in a workdir, and contents that replace them.
 _TEXT_FILES = (
     "metrics.jsonl",
     "goodput.json",
@@ -121,7 +121,7 @@ def _resume_and_report(name: str, prepare: Prepare, file: str) -> Iterator[Case]
 
 
 def _resume(name: str, prepare: Prepare, codes: tuple[int, ...] = (0, 2)) -> Case:
-    """A run of which the later checkpoint is not there, so that it has to read what it wrote before."""
+    """Resume a run without its latest checkpoint, so that it reads the logs of removed steps."""
     rewound = steps(remove("image_run/checkpoints/4"), prepare)
     return train(
         "logs",
@@ -150,7 +150,7 @@ def _report(name: str, prepare: Prepare) -> Case:
 
 
 def _lock(changes: dict[str, Any]) -> Prepare:
-    """A lock of a process of this machine that is gone, with odd values."""
+    """Write the lock of a dead process of this machine, with some values changed."""
 
     def prepare(here: Path, chance: random.Random) -> None:
         from structvit_jax.runtime.lock import WorkdirLock
@@ -162,7 +162,7 @@ def _lock(changes: dict[str, Any]) -> Prepare:
 
 
 def _predictions() -> dict[str, dict[str, Any]]:
-    """Arrays of predictions.npz that are changed."""
+    """Return changes of the arrays in predictions.npz."""
     few = np.array([f"class {number}" for number in range(10_000)])
     return {
         "10,000 classes": {

@@ -1,4 +1,4 @@
-"""Damaged images and videos, bombs, and files that ask for others."""
+"""Damaged images and videos, decompression bombs, and files that refer to others."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from attacks.case import Case, Result
 from attacks.commands import CLIP, DIGITS, IMAGE, IMAGE_FOLDER, case, nothing_executed, train
 from attacks.names import DAMAGES, IMAGE_FORMATS, VIDEO_FORMATS
 
-# Files that are refused, or read, one by one: name in the part, and whether it has to be read.
+# Files of a part, and whether they have to be read (True), refused (False), or either (None).
 _IMAGES = {
     "bomb_wide.png": False,
     "bomb_square.png": False,
@@ -70,28 +70,20 @@ def cases() -> Iterator[Case]:
 
 
 def _all_damages(model: str, part: str, kind: str, whole: str) -> Iterator[Case]:
-    """All damages of a format in one command, between two files that are whole."""
+    """Attack with all damages of a format in one command, between two valid files."""
     paths = [whole, *(f"<{part}>/{damage}.{kind}" for damage in DAMAGES), f"<{part}>/whole.{kind}"]
     name = f"{len(DAMAGES)} damaged .{kind}"
     check = functools.partial(_a_line_for_each, count=len(paths))
-    yield case(
-        "media",
-        f"predict {name}",
-        "predict",
-        f"<{model}_run>",
-        *paths,
-        check=check,
-        codes=(0, 2),
-    )
+    yield case("media", f"predict {name}", "predict", f"<{model}_run>", *paths, check=check, codes=(0, 2))
     yield _check(name, model, paths, (0, 1, 2))
 
 
 def _one(model: str, path: str, read: bool | None) -> Iterator[Case]:
-    """A file beside one that is whole; `read` says whether it has to be read, None if either will do."""
+    """Attack with a file beside a valid one; for `read` see `_IMAGES`."""
     whole = IMAGE if model == "image" else CLIP
     codes = {True: (0,), False: (2,), None: (0, 2)}[read]
     name = re.sub("[<>]", "", path)
-    is_folder = path.endswith(("folder.jpg", "folder.mp4"))  # in which there is nothing: all is refused
+    is_folder = path.endswith(("folder.jpg", "folder.mp4"))  # an empty folder is refused as a whole
     yield case(
         "media",
         f"predict {name}",
@@ -108,7 +100,7 @@ def _one(model: str, path: str, read: bool | None) -> Iterator[Case]:
 
 
 def _check(name: str, model: str, paths: Sequence[str], codes: tuple[int, ...], **options) -> Case:
-    """`prepare list`, of a list in the folder of the case whose rows are written when it is prepared."""
+    """Check a list with `prepare list`."""
     arguments = ["<here>/bad.csv", "--check", "--workers=1", *(["--images"] * (model == "image"))]
     return case(
         "media",
@@ -130,19 +122,19 @@ def _write_list(paths: Sequence[str], here: Path, chance: random.Random) -> None
 
 
 def _a_line_for_each(here: Path, result: Result, *, count: int) -> str:
-    """One line for each file, a class for the first, and no code executed."""
+    """Check that each file has a line, the first has a class, and no code was executed."""
     lines = result.stdout.splitlines()
     if result.code == 0 and any("cannot be" in line for line in lines):
         return "exit code 0 although a file could not be read"
     if not result.killed and len(lines) != count:
         return f"{len(lines)} lines for {count} files"
     if not result.killed and not re.search(r" [01]\.\d{3}", lines[0]):
-        return "a whole file was not read"
+        return "a valid file was not read"
     return nothing_executed(here, result)
 
 
 def _in_training() -> Iterator[Case]:
-    """A bad example among good ones stops no training."""
+    """Train with a bad example among good ones, which must not stop the run."""
     for name in ("bomb_wide.png", "bomb_square.png", "cut_50.png", "fifo.jpg", "eps_named.jpg", "zero.png"):
         put = functools.partial(_put, f"bad_images/{name}", f"images/train/one/{name}")
         yield train(
@@ -186,6 +178,6 @@ def _in_training() -> Iterator[Case]:
 
 
 def _put(source: str, target: str, here: Path, chance: random.Random) -> None:
-    """A link to a file of the sandbox among the data of a case."""
+    """Link a file of the sandbox into the data of a case."""
     del chance
     (here / target).symlink_to(here.parent.parent / "parts" / source)

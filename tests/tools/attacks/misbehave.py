@@ -1,4 +1,4 @@
-"""A command that does on request what the harness has to notice: python -m attacks.misbehave HOW."""
+"""Misbehave in a way that the harness has to detect: python -m attacks.misbehave HOW."""
 
 import os
 import subprocess

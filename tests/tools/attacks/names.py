@@ -1,4 +1,4 @@
-"""Names that tables of cases share with what makes their files."""
+"""Constants that the tables share with `build`."""
 
 CLASS_NAMES = ("one", "three", "two two")
 IMAGE_FORMATS = ("jpg", "png", "webp", "bmp", "ppm")
@@ -23,13 +23,13 @@ DAMAGES = (  # see attacks.damage
     "noise",
     "appended",
 )
-MARKER = "executed"  # a file in the sandbox that code makes which should not have run
+MARKER = "executed"  # a file in the sandbox that only maliciously executed code creates
 
-NINES = "9" * 5000  # Python refuses to read numbers of more than 4,300 digits
-LONG = "x" * 5000  # longer than a file's name may be
-DEEP = "[" * 100_000  # JSON that is deeper than a parser's stack
-TRAP = "<script>alert(1)</script><!--<script>"  # a name that a page must not take for markup
-# What is in the place of a JSON file, by what it is.
+NINES = "9" * 5000  # Python does not parse integers of more than 4,300 digits
+LONG = "x" * 5000  # longer than a file name may be
+DEEP = "[" * 100_000  # JSON nested more deeply than a parser's stack
+TRAP = "<script>alert(1)</script><!--<script>"  # a name that must be escaped in HTML
+# Contents that replace a JSON file.
 JSON_TEXTS: dict[str, str | bytes] = {
     "empty": "",
     "null": "null",

@@ -1,7 +1,7 @@
-"""Run cases in forks of this process, within limits, and watches what they leave.
+"""Run cases in forks of this process, limit their time and memory, and find what they leave behind.
 
-A fork starts in milliseconds, since the modules that commands need are imported before. Each case is a
-session of its own, so that all its processes can be counted and killed together.
+A fork starts in milliseconds because the package is imported before. Each case is a session, so that all its
+processes can be counted and killed together.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ from pathlib import Path
 from attacks.case import Case, Result
 from attacks.sandbox import Sandbox
 
-_TICK = 0.05  # seconds between looks at memory and clocks
-_GRACE = 3.0  # seconds for the processes of a command to follow it
-_LARGEST_FILE = 2**30  # bytes that a case may write into one file
+_TICK = 0.05  # seconds between checks of time and memory
+_GRACE = 3.0  # seconds for child processes to end after the command
+_LARGEST_FILE = 2**30  # limit of the size of a file, in bytes
 
 
 @dataclasses.dataclass
 class _Running:
-    """A case under way."""
+    """A case that is running."""
 
     case: Case
     here: Path
     pid: int
     result: Result
     started: float
-    before: dict[str, tuple[int, int]]  # watched files when it started
-    ended: float = 0.0  # when its first process did
+    before: dict[str, tuple[int, int]]  # watched files at its start
+    ended: float = 0.0  # time at which its first process ended
 
 
 class Runner:
@@ -55,11 +55,11 @@ class Runner:
         self._sandbox, self._jobs, self._seed = sandbox, jobs, seed
         self._running: dict[int, _Running] = {}
         self._count = 0
-        ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: orphans become ours to reap
+        ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: adopt orphans
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])  # for sigtimedwait
 
     def run(self, cases: Iterable[Case]) -> Iterator[tuple[Case, Result, Path]]:
-        """Yield each case with its result and its folder, in the order in which they end."""
+        """Yield each case with its result and its folder, in the order of their ends."""
         waiting = iter(cases)
         more = True
         while more or self._running:
@@ -73,7 +73,7 @@ class Runner:
                 yield from self._finished()
 
     def close(self) -> None:
-        """Kill the cases under way."""
+        """Kill the running cases."""
         sessions = _sessions()
         for pid in self._running:
             _kill(sessions.get(pid, {}))
@@ -105,13 +105,13 @@ class Runner:
         sessions = _sessions()
         for running in list(self._running.values()):
             members = sessions.get(running.pid, {})
-            self._judge_limits(running, members)
+            self._enforce_limits(running, members)
             if not running.ended or (members and time.monotonic() - running.ended < _GRACE):
                 continue
             del self._running[running.pid]
             running.result.left = [] if running.result.killed else list(members.values())
             _kill(members)
-            self._look(running)
+            self._inspect(running)
             yield running.case, running.result, running.here
 
     def _reap(self) -> None:
@@ -130,8 +130,8 @@ class Runner:
                 running.result.cpu_seconds = usage.ru_utime + usage.ru_stime
                 running.result.megabytes = max(running.result.megabytes, usage.ru_maxrss / 1024)
 
-    def _judge_limits(self, running: _Running, members: dict[int, str]) -> None:
-        """Kill a case that takes too much."""
+    def _enforce_limits(self, running: _Running, members: dict[int, str]) -> None:
+        """Kill a case that exceeds its time or memory."""
         result, case = running.result, running.case
         result.megabytes = max(result.megabytes, sum(map(_own_megabytes, members)))
         if result.killed:
@@ -143,8 +143,8 @@ class Runner:
             result.killed = "hang"
             _kill(members)
 
-    def _look(self, running: _Running) -> None:
-        """Read what the case wrote, and finds what it should not have."""
+    def _inspect(self, running: _Running) -> None:
+        """Read the output of a case, and find stray files and connections."""
         result, here = running.result, running.here
         for name in ("stdout", "stderr"):
             content = (here.parent / f"{here.name}.{name}").read_bytes()[: 2**20]
@@ -152,7 +152,7 @@ class Runner:
         after = self._sandbox.watched()
         result.strays = [path for path in after if after[path] != running.before.get(path)]
         removed = sorted(running.before.keys() - after.keys())
-        for other in self._running.values():  # which a case at the same time did not write as well
+        for other in self._running.values():  # which these did not write
             other.before |= {path: after[path] for path in result.strays}
             other.before = {path: value for path, value in other.before.items() if path not in removed}
         result.strays += [f"{path} (removed)" for path in removed]
@@ -166,8 +166,8 @@ class Runner:
 
 
 def _child(case: Case, here: Path, arguments: tuple[str, ...], environment: dict[str, str]) -> None:
-    """The body of the forked process; never returns."""
-    code = 70  # of a fault of the harness
+    """Run a case in the forked process; never returns."""
+    code = 70  # an error of the harness
     try:
         os.setsid()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
@@ -217,7 +217,7 @@ def _exec(case: Case, arguments: tuple[str, ...]) -> None:
 
 
 def _exit_code(command: Callable[[], object]) -> int:
-    """Run a command as an interpreter would, up to the exit code that it would end with."""
+    """Run a command as an interpreter does, and return its exit code."""
     code = 0
     try:
         command()
@@ -229,7 +229,7 @@ def _exit_code(command: Callable[[], object]) -> int:
         sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
         code = 1
     threading._shutdown()  # type: ignore[attr-defined]
-    atexit._run_exitfuncs()  # which end the workers of a pool
+    atexit._run_exitfuncs()  # end the workers of pools
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -239,7 +239,7 @@ def _exit_code(command: Callable[[], object]) -> int:
 
 
 def _sessions() -> dict[int, dict[int, str]]:
-    """The living processes of every session: {session: {pid: name}}."""
+    """Return the living processes of every session: {session: {pid: name}}."""
     found: dict[int, dict[int, str]] = {}
     for entry in os.listdir("/proc"):
         if not entry.isdecimal():
@@ -255,7 +255,7 @@ def _sessions() -> dict[int, dict[int, str]]:
 
 
 def _own_megabytes(pid: int) -> float:
-    """Memory of a process that no file backs."""
+    """Return the memory of a process that is not backed by a file."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
@@ -265,8 +265,10 @@ def _own_megabytes(pid: int) -> float:
 
 
 def _late(elapsed: float, limit: float, pids: Iterable[int]) -> bool:
-    """Whether a case has had its time. On a busy machine the time that it waited for a core is not counted,
-    up to the machine's load."""
+    """Return whether a case exceeded its time limit.
+
+    On a busy machine, time spent waiting for a core is not counted, up to a share given by the load.
+    """
     if elapsed < limit:
         return False
     most = elapsed * (1 - min(1.0, (os.cpu_count() or 1) / max(os.getloadavg()[0], 1e-3)))
@@ -274,7 +276,7 @@ def _late(elapsed: float, limit: float, pids: Iterable[int]) -> bool:
 
 
 def _seconds_in_queue(pid: int) -> float:
-    """How long threads of a process that could run have waited for a core."""
+    """Return how long runnable threads of a process waited for a core."""
     waited = 0
     for task in Path(f"/proc/{pid}/task").glob("*/schedstat"):
         with contextlib.suppress(OSError):

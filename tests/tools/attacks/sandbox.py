@@ -1,4 +1,4 @@
-"""The folder that cases work in: parts that are made once, a folder for each case, and its environment."""
+"""The folder in which cases run: shared parts that are built once, a folder per case, and its environment."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import NamedTuple
 
 from attacks.names import MARKER
 
-ROOT = Path(__file__).parents[3]  # of the checkout
+ROOT = Path(__file__).parents[3]  # the checkout
 TINY = f"--config={Path(__file__).with_name('tiny.py')}"
 _SKIPPED = {".git", ".venv", "tests", "__pycache__", ".mypy_cache", ".pytest_cache", ".ruff_cache", "runs"}
 _INHERITED = ("PATH", "LD_LIBRARY_PATH", "XLA_FLAGS", "JAX_PLATFORMS", "JAX_DISABLE_MOST_OPTIMIZATIONS")
 
 
 class Part(NamedTuple):
-    """How a part is made: a module that is run, its arguments, and the parts that these need."""
+    """The command that makes a part. Its arguments may contain other parts, which are made before."""
 
     module: str
     arguments: tuple[str, ...]
@@ -49,7 +49,7 @@ PARTS = {
 
 
 class Sandbox:
-    """A folder with the parts, folders of cases, caches that cases share, and two addresses.
+    """A folder with parts, folders of cases and shared caches, and two addresses.
 
     "<contact>" is HOST:PORT of a listener on the loopback interface whose connections are counted;
     "<silent>" is one at which nothing listens.
@@ -60,7 +60,7 @@ class Sandbox:
         for name in ("parts", "cases", "cache"):
             (folder / name).mkdir(parents=True, exist_ok=True)
             (folder / name).chmod(0o755)
-        folder.chmod(0o755)  # for cases that run as another user
+        folder.chmod(0o755)  # cases may run as another user
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._listener.setblocking(False)
         with socket.create_server(("127.0.0.1", 0)) as closed:
@@ -71,11 +71,11 @@ class Sandbox:
         }
 
     def path(self, part: str) -> Path:
-        """Where a part is, or will be."""
+        """Return the path of a part, which may not exist yet."""
         return self.folder / "parts" / part
 
     def new_folder(self, number: int) -> Path:
-        """An empty folder for a case, with a HOME and a TMPDIR."""
+        """Create the folder of a case, with a HOME and a TMPDIR."""
         here = self.folder / "cases" / f"{number:04}"
         shutil.rmtree(here, ignore_errors=True)
         for stream in ("stdout", "stderr", "network"):
@@ -85,7 +85,7 @@ class Sandbox:
         return here
 
     def fill(self, text: str, here: Path) -> str:
-        """Put paths and addresses in the place of their names in angle brackets."""
+        """Replace names in angle brackets by paths and addresses."""
         names = {
             "here": here,
             "root": ROOT,
@@ -97,7 +97,7 @@ class Sandbox:
         return re.sub("<([a-z_]+)>", lambda match: str(names.get(match[1], match[0])), text)
 
     def environment(self, here: Path) -> dict[str, str]:
-        """Variables of a case, before its own changes: nothing leads out of the sandbox or this machine."""
+        """Return the default environment of a case, which points to the sandbox and this machine only."""
         cache = self.folder / "cache"
         kept = {name: os.environ[name] for name in _INHERITED if name in os.environ}
         nowhere = f"http://{self._addresses['silent']}"
@@ -126,7 +126,7 @@ class Sandbox:
         )
 
     def watched(self) -> dict[str, tuple[int, int]]:
-        """Size and time of the files that no case may change: the checkout and the parts."""
+        """Return size and time of the files that no case may change: the checkout and the parts."""
         found = {}
         for top in (ROOT, self.folder / "parts"):
             for folder, folders, files in os.walk(top):
@@ -139,7 +139,7 @@ class Sandbox:
         return found
 
     def contacts(self) -> int:
-        """How many connections to "<contact>" were opened since this was last asked."""
+        """Return the number of connections to "<contact>" since the last call."""
         count = 0
         with contextlib.suppress(BlockingIOError):
             while True:
@@ -148,8 +148,8 @@ class Sandbox:
         return count
 
 
-def needed(words: list[str]) -> list[str]:
-    """The parts that texts name, and those that these need, in the order in which to make them."""
+def needed(texts: list[str]) -> list[str]:
+    """Return the parts that texts contain, and those that these need, in the order in which to make them."""
     found: list[str] = []
 
     def visit(text: str) -> None:
@@ -160,6 +160,6 @@ def needed(words: list[str]) -> list[str]:
                         visit(word)
                 found.append(name)
 
-    for word in words:
-        visit(word)
+    for text in texts:
+        visit(text)
     return found

@@ -1,4 +1,4 @@
-"""Commands that misbehave, and what the harness has to call it."""
+"""Commands that misbehave, and the kinds of problems that the harness has to report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A configuration that trains in a second: `tiny.py:KIND`, on images, clips, digits, or another model."""
+"""A configuration that trains in a second: `tiny.py:KIND`, where KIND is a key of `_MODELS`."""
 
 import ml_collections
 

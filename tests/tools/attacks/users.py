@@ -1,4 +1,4 @@
-"""What a process that root has started may do less, for the column `first` of tables."""
+"""Drop privileges of a process that root started: functions for the field `first` of a case."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import ctypes
 import os
 from pathlib import Path
 
-_DAC_OVERRIDE, _DAC_READ_SEARCH = 1, 2  # capabilities: of reading and writing what modes forbid
-_KEEPCAPS = 8  # of prctl
-_NOBODY = 12345  # a number without a name
+_DAC_OVERRIDE, _DAC_READ_SEARCH = 1, 2  # capabilities that bypass file modes
+_KEEPCAPS = 8  # PR_SET_KEEPCAPS
+_NOBODY = 12345  # a user id without a name
 
 
 def without_privileges() -> None:
-    """The modes of files hold for root as well."""
+    """Make file modes apply to root, too."""
     if os.geteuid() == 0:
         _set_capabilities(_held() & ~(1 << _DAC_OVERRIDE | 1 << _DAC_READ_SEARCH))
 
 
 def without_a_name() -> None:
-    """A user that the machine does not know, as containers have; it may still read and write everything."""
+    """Become a user without a name, as in containers, who may still read and write every file."""
     if os.geteuid() == 0:
         held = _held()
         ctypes.CDLL(None).prctl(_KEEPCAPS, 1, 0, 0, 0)

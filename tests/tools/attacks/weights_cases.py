@@ -1,4 +1,4 @@
-"""Files of weights from elsewhere: .safetensors that lie, .pth that hold other things than weights."""
+"""Weight files: .safetensors with false headers, .pth that hold other objects than weights."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def _make(thing: str, path: str, here: Path, chance: random.Random) -> None:
 
 
 def _commands(name: str, prepare: Prepare, path: str, **options: Any) -> Iterator[Case]:
-    """The commands that take a file of weights."""
+    """Attack the commands that read weight files."""
     options = {"codes": (2,), "check": _no_advice, "prepare": prepare} | options
     yield case(
         "weights", f"convert {name}", "convert", path, "<here>/out", "--model=uniformer_tiny", **options
@@ -131,7 +131,7 @@ def _commands(name: str, prepare: Prepare, path: str, **options: Any) -> Iterato
 
 
 def _no_advice(here: Path, result: Result) -> str:
-    """No code was executed, and no message says how it could be."""
+    """Check that no code was executed, and that no message suggests how to allow it."""
     if "weights_only" in result.stdout + result.stderr:
         return "the message names weights_only"
     return nothing_executed(here, result)
