@@ -25,7 +25,7 @@ def steps_to_profile(text: str) -> range:
     """
     if not text:
         return range(0)
-    match = re.fullmatch(r"(\d+):(\d+)", text)
+    match = re.fullmatch(r"(\d{1,9}):(\d{1,9})", text)
     if not match or not 1 <= int(match[1]) < int(match[2]):
         raise UserError(f"--profile={text}: write START:STOP, as 10:13 for steps 10 to 12")
     return range(int(match[1]), int(match[2]))
@@ -35,7 +35,7 @@ class Profile:
     """Trace steps, named as "START:STOP", into WORKDIR/profile."""
 
     def __init__(self, steps: range, workdir: epath.Path, start: int):
-        self._steps = [step for step in steps if step > start]
+        self._steps = range(max(steps.start, start + 1), steps.stop)
         number, count = process_shard()
         self._folder = workdir / FOLDER / f"process-{number}" if count > 1 else workdir / FOLDER
         self._running = False
