@@ -21,7 +21,7 @@ from structvit_jax.utils.errors import UserError
 )
 @click.option(
     "--device_batch",
-    type=click.IntRange(min=1),
+    type=click.IntRange(1, 2**24),
     metavar="N",
     help="Examples on a device, in the place of data.batch_size.",
 )

@@ -38,6 +38,7 @@ GPUS = {
 CHIPS = TPUS | GPUS
 # Of the topologies of the data sheets, those with 1, 8, 64 and 256 chips; any other shape works too. GPUs are
 # counted by the node, or as nodes x GPUs.
+_MOST_CHIPS = 4096  # of a topology; missing ones are replaced by as many CPU devices
 EXAMPLES = (
     *("v5e:1x1", "v5e:2x4", "v5e:8x8", "v5e:16x16", "v5p:1x1x1", "v5p:2x2x2", "v5p:4x4x4", "v5p:4x8x8"),
     *("a100:1", "h100:1", "h100:8", "h100:4x8", "h200:8"),
@@ -59,9 +60,6 @@ def devices_of(topology: str) -> Devices:
       UserError: an unknown topology, or more devices than the CPU can stand in for.
     """
     generation, _, shape = topology.partition(":")
-    form = {**dict.fromkeys(TPUS, r"\d+x\d+(x\d+)?"), **dict.fromkeys(GPUS, r"(\d+x)?\d+")}
-    if not re.fullmatch(form.get(generation, r"\b\B"), shape):
-        raise unknown_choice("topology", topology, EXAMPLES)
     missing, chips = _missing(generation), _count(topology)
     if missing:
         if len(jax.devices("cpu")) < chips:
@@ -86,8 +84,19 @@ def pretend_devices(wanted: tuple[str, ...]) -> None:
         jax.config.update("jax_num_cpu_devices", max(fake))
 
 
-def _count(topology):
-    return math.prod(map(int, re.findall(r"\d+", topology.partition(":")[2])))
+def _count(topology: str) -> int:
+    """Return the number of chips of a topology.
+
+    Raises:
+      UserError: an unknown topology, or too many chips.
+    """
+    generation, _, shape = topology.partition(":")
+    forms = dict.fromkeys(TPUS, r"\d{1,4}x\d{1,4}(x\d{1,4})?") | dict.fromkeys(GPUS, r"(\d{1,4}x)?\d{1,4}")
+    if not re.fullmatch(forms.get(generation, r"\b\B"), shape):
+        raise unknown_choice("topology", topology, EXAMPLES)
+    if (chips := math.prod(map(int, shape.split("x")))) > _MOST_CHIPS:
+        raise UserError(f"{topology} has {chips:,} chips; the limit is {_MOST_CHIPS:,}")
+    return chips
 
 
 def _missing(generation):

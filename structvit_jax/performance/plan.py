@@ -164,7 +164,7 @@ def read_size(text: str) -> float:
     Raises:
       UserError: it is neither.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([KMGT])(i?)B?\s*", text)
+    match = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{0,9})?)\s*([KMGT])(i?)B?\s*", text)
     if not match:
         raise UserError(f"--device_memory={text}: write 24GB, or 16GiB")
     return float(match[1]) * (1024 if match[3] else 1000) ** (1 + "KMGT".index(match[2]))
