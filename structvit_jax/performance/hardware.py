@@ -38,11 +38,11 @@ GPUS = {
 CHIPS = TPUS | GPUS
 # Of the topologies of the data sheets, those with 1, 8, 64 and 256 chips; any other shape works too. GPUs are
 # counted by the node, or as nodes x GPUs.
-_MOST_CHIPS = 4096  # of a topology; missing ones are replaced by as many CPU devices
 EXAMPLES = (
     *("v5e:1x1", "v5e:2x4", "v5e:8x8", "v5e:16x16", "v5p:1x1x1", "v5p:2x2x2", "v5p:4x4x4", "v5p:4x8x8"),
     *("a100:1", "h100:1", "h100:8", "h100:4x8", "h200:8"),
 )
+_MOST_CHIPS = 4096  # of a topology; missing ones are replaced by as many CPU devices
 
 
 class Devices(NamedTuple):
@@ -91,7 +91,8 @@ def _count(topology: str) -> int:
       UserError: an unknown topology, or too many chips.
     """
     generation, _, shape = topology.partition(":")
-    forms = dict.fromkeys(TPUS, r"\d{1,4}x\d{1,4}(x\d{1,4})?") | dict.fromkeys(GPUS, r"(\d{1,4}x)?\d{1,4}")
+    n = r"[1-9]\d{0,3}"
+    forms = dict.fromkeys(TPUS, rf"{n}x{n}(x{n})?") | dict.fromkeys(GPUS, rf"({n}x)?{n}")
     if not re.fullmatch(forms.get(generation, r"\b\B"), shape):
         raise unknown_choice("topology", topology, EXAMPLES)
     if (chips := math.prod(map(int, shape.split("x")))) > _MOST_CHIPS:
