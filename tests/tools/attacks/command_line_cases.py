@@ -10,6 +10,8 @@ from attacks.case import Case, Result
 from attacks.commands import ARMS, CLIP, COMMANDS, DIGITS, IMAGE, case, short
 from attacks.names import LONG, NINES
 
+_case = functools.partial(case, "flags")
+
 # Appended to a valid command line.
 _APPENDED = {
     "unknown flag": "--nonsense=1",
@@ -217,12 +219,12 @@ _COMPLETIONS = (
 def cases() -> Iterator[Case]:
     for command, right in COMMANDS.items():
         yield case("as documented", command, command, *right, codes=(0,))
-        yield case("flags", f"{command}: help", command, "--help", codes=(0,))
+        yield _case(f"{command}: help", command, "--help", codes=(0,))
         if command not in _NO_ARGUMENTS:
-            yield case("flags", f"{command}: nothing", command)
+            yield _case(f"{command}: nothing", command)
         for name, word in _APPENDED.items():
             codes = _IGNORED.get(name, (2,))
-            yield case("flags", f"{command}: {name}", command, *right, word, codes=codes)
+            yield _case(f"{command}: {name}", command, *right, word, codes=codes)
     for command, flags in _BAD_VALUES.items():
         for flag, values in flags.items():
             yield from (_value(command, flag, value, (2,)) for value in values)
@@ -240,7 +242,7 @@ def _value(command: str, flag: str, value: str, codes: tuple[int, ...]) -> Case:
     """Return a case with a value of an option in the place of the valid one."""
     others = (word for word in COMMANDS[command] if not word.startswith(f"{flag}="))
     name = f"{command}: {flag}={short(value)}"
-    return case("flags", name, command, *others, f"{flag}={value}", codes=codes)
+    return _case(name, command, *others, f"{flag}={value}", codes=codes)
 
 
 def _videos() -> Iterator[Case]:
@@ -248,11 +250,11 @@ def _videos() -> Iterator[Case]:
     run = "<clip_run>"
     for value, codes in {"1e-9": (0, 2), "0.5": (0,), "1e300": (0,), "nan": (2,), "inf": (0, 2)}.items():
         name = f"predict a video: --every={value}"
-        yield case("flags", name, "predict", run, CLIP, f"--every={value}", codes=codes)
+        yield _case(name, "predict", run, CLIP, f"--every={value}", codes=codes)
     for number in ("99", "-1", "x", "", NINES, "\u00b2", "1e3"):
         for command in ("predict", "explain"):
             words = (run, f"test:{number}", *(["--out=<here>/out"] * (command == "explain")))
-            yield case("flags", f"{command}: test:{short(number)}", command, *words)
+            yield _case(f"{command}: test:{short(number)}", command, *words)
 
 
 def _completions() -> Iterator[Case]:

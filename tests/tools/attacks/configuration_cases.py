@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 from collections.abc import Iterator
@@ -10,6 +11,8 @@ from pathlib import Path
 from attacks.case import Case
 from attacks.commands import case
 from attacks.damage import text
+
+_case = functools.partial(case, "configurations")
 
 _BEGIN = "from structvit_jax.config import default_config\n\ndef get_config(argument=None):\n    "
 _TEXTS: dict[str, str | bytes] = {
@@ -77,8 +80,7 @@ def cases() -> Iterator[Case]:
         for name, content in _TEXTS.items():
             if command == "show" or name in ("returns nothing", "raises KeyError", "syntax error"):
                 codes = {"added key": (0, 2), "exits": (2, 5)}.get(name, (2,))
-                yield case(
-                    "configurations",
+                yield _case(
                     f"{command}: {name}",
                     command,
                     "--config=<here>/c.py",
@@ -87,8 +89,7 @@ def cases() -> Iterator[Case]:
                     prepare=text("c.py", content),
                 )
         for name, path in _ENDINGS.items():
-            yield case(
-                "configurations",
+            yield _case(
                 f"{command}: {name}",
                 command,
                 f"--config=<here>/{path}",
@@ -97,7 +98,7 @@ def cases() -> Iterator[Case]:
                 seconds=20,
             )
         for words in (("--config=",), ("--config",), ("--config=:x",), ("--config=<here>/c.py:x",), ()):
-            yield case("configurations", f"{command}: {' '.join(words) or 'none'}", command, *words, *more)
+            yield _case(f"{command}: {' '.join(words) or 'none'}", command, *words, *more)
     yield from _studies()
 
 
@@ -105,9 +106,7 @@ def _studies() -> Iterator[Case]:
     for name, study in _STUDIES.items():
         content = f"{_BEGIN}return default_config()\n\nSTUDY = {study}\n"
         words = ("--config=<here>/c.py", "--workdir=<here>/run")
-        yield case(
-            "configurations", f"ablate: STUDY is {name}", "ablate", *words, prepare=text("c.py", content)
-        )
+        yield _case(f"ablate: STUDY is {name}", "ablate", *words, prepare=text("c.py", content))
 
 
 def _odd_files(here: Path, chance: random.Random) -> None:

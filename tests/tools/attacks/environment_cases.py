@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import resource
@@ -13,6 +14,9 @@ from attacks.case import Case
 from attacks.commands import COMMANDS, DIGITS, IMAGE, case, train
 from attacks.damage import edit_json, sign, steps, text
 from attacks.users import without_a_name, without_privileges
+
+_case = functools.partial(case, "environments")
+_train = functools.partial(train, "environments")
 
 _PREDICT = COMMANDS["predict"]
 _SOME = ("predict", "report", "evaluate", "prepare folder", "show")
@@ -56,13 +60,10 @@ _ACCENTS = "caf\u00e9 \u6f22\u5b57"
 
 def cases() -> Iterator[Case]:
     for name, (variables, codes) in _VARIABLES.items():
-        yield train("environments", f"train with {name}", environment=variables, codes=codes, seconds=90)
-        yield case(
-            "environments", f"predict with {name}", "predict", *_PREDICT, environment=variables, codes=codes
-        )
+        yield _train(f"train with {name}", environment=variables, codes=codes, seconds=90)
+        yield _case(f"predict with {name}", "predict", *_PREDICT, environment=variables, codes=codes)
     for name, (variables, codes) in _STARTS.items():
-        yield case(
-            "environments",
+        yield _case(
             f"predict, {name}",
             "predict",
             *_with_accents(),
@@ -72,11 +73,10 @@ def cases() -> Iterator[Case]:
             copies=("image_run",),
             prepare=_accents,
         )
-        yield train("environments", f"train, {name}", environment=variables, codes=codes, python=())
+        yield _train(f"train, {name}", environment=variables, codes=codes, python=())
     for redirect, codes in _STREAMS.items():
         for command in _SOME:
-            yield case(
-                "environments",
+            yield _case(
                 f"{command} {redirect}",
                 command,
                 *COMMANDS[command],
@@ -84,9 +84,9 @@ def cases() -> Iterator[Case]:
                 codes=codes,
                 python=(),
             )
-        yield train("environments", f"train {redirect}", redirect=redirect, codes=codes, python=())
-    yield case("environments", "without docstrings", "show", *COMMANDS["show"], python=("-OO",), codes=(0,))
-    yield case("environments", "help without docstrings", "convert", "--help", python=("-OO",), codes=(0,))
+        yield _train(f"train {redirect}", redirect=redirect, codes=codes, python=())
+    yield _case("without docstrings", "show", *COMMANDS["show"], python=("-OO",), codes=(0,))
+    yield _case("help without docstrings", "convert", "--help", python=("-OO",), codes=(0,))
     yield from _users()
     yield from _limits()
 
@@ -108,16 +108,10 @@ def _users() -> Iterator[Case]:
     """Users without a name, as in containers, and folders without write permission."""
     options = {"first": without_a_name}
     nobody = {"HOME": None, "XDG_CACHE_HOME": None, "JAX_COMPILATION_CACHE_DIR": None, "USER": None}
-    yield train(
-        "environments",
-        "train as a user without a name and HOME",
-        environment=nobody,
-        codes=(0,),
-        seconds=120,
-        **options,
+    yield _train(
+        "train as a user without a name and HOME", environment=nobody, codes=(0,), seconds=120, **options
     )
-    yield case(
-        "environments",
+    yield _case(
         "predict as a user without a name and HOME",
         "predict",
         *_PREDICT,
@@ -140,8 +134,7 @@ def _users() -> Iterator[Case]:
     }
     for name, (command, *words) in places.items():
         filled = [word.replace("{}", "<here>/closed") for word in words]
-        yield case(
-            "environments",
+        yield _case(
             f"{name} into a folder that is closed",
             command,
             *filled,
@@ -158,12 +151,9 @@ def _closed(here: Path, chance: random.Random) -> None:
 def _limits() -> Iterator[Case]:
     """A limit on the size of files, as on a full disk, on open files, and a deleted working directory."""
     full = {"first": _small_files, "environment": {"JAX_COMPILATION_CACHE_DIR": None}}
-    yield train(
-        "environments", "train on a full disk", "--config.mesh.compilation_cache=", codes=(2, 75), **full
-    )
+    yield _train("train on a full disk", "--config.mesh.compilation_cache=", codes=(2, 75), **full)
     for command in ("export", "explain", "convert", "prepare shards", "report"):
-        yield case(
-            "environments",
+        yield _case(
             f"{command} to a full disk",
             command,
             *COMMANDS[command],
@@ -171,30 +161,13 @@ def _limits() -> Iterator[Case]:
             **full,
         )
     for command in _SOME:
-        yield case(
-            "environments",
-            f"{command} with 64 open files",
-            command,
-            *COMMANDS[command],
-            first=_few_files,
-            codes=(0, 2),
+        yield _case(
+            f"{command} with 64 open files", command, *COMMANDS[command], first=_few_files, codes=(0, 2)
         )
-        yield case(
-            "environments",
-            f"{command} in a folder that is gone",
-            command,
-            *COMMANDS[command],
-            first=_gone,
-            codes=(0, 2),
+        yield _case(
+            f"{command} in a folder that is gone", command, *COMMANDS[command], first=_gone, codes=(0, 2)
         )
-        yield case(
-            "environments",
-            f"{command} with umask 777",
-            command,
-            *COMMANDS[command],
-            first=_umask,
-            codes=(0, 2),
-        )
+        yield _case(f"{command} with umask 777", command, *COMMANDS[command], first=_umask, codes=(0, 2))
 
 
 def _small_files() -> None:

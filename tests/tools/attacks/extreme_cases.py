@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
 from attacks.case import Case, Result
 from attacks.commands import DIGITS, case, short, train
 from attacks.names import LONG, NINES
+
+_case = functools.partial(case, "extremes")
+_train = functools.partial(train, "extremes")
 
 _HUGE = "9" * 30
 # Keys of a training, and exit codes.
@@ -139,10 +143,9 @@ _OPTIONS: tuple[tuple[str, tuple[str, ...], tuple[int, ...]], ...] = (
 def cases() -> Iterator[Case]:
     for changes, codes in _EXTREMES:
         name = short(" ".join(changes))
-        yield train("extremes", name, *(f"--config.{change}" for change in changes), codes=codes)
+        yield _train(name, *(f"--config.{change}" for change in changes), codes=codes)
     for command, words, codes in _OPTIONS:
-        yield case(
-            "extremes",
+        yield _case(
             f"{command} {short(' '.join(words))}",
             command,
             DIGITS,
@@ -151,7 +154,7 @@ def cases() -> Iterator[Case]:
             codes=codes,
         )
     twice = [f"--config.data.mean=({n},{n},{n})" for n in (0.1, 0.2)]
-    yield case("extremes", "a tuple twice", "show", DIGITS, *twice, codes=(0,), check=_second_mean)
+    yield _case("a tuple twice", "show", DIGITS, *twice, codes=(0,), check=_second_mean)
 
 
 def _second_mean(here: Path, result: Result) -> str:

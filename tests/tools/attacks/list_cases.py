@@ -14,6 +14,8 @@ from attacks.damage import Prepare, steps, text
 from attacks.names import DEEP, NINES
 from attacks.users import without_privileges
 
+_case = functools.partial(case, "lists")
+
 _GOOD = "".join(f"files/{name}/{n}.png,{name}\n" for name in ("one", "three", "two two") for n in range(4))
 _ROW = "files/one/0.png,"
 # Content of train.csv, and whether it can be used.
@@ -123,8 +125,7 @@ def cases() -> Iterator[Case]:
 def _on_labels(name: str, prepare: Prepare, usable: bool | None) -> Iterator[Case]:
     yield from _commands("labels.txt", name, prepare, usable)
     if usable:
-        yield case(
-            "lists",
+        yield _case(
             f"labels.txt, {name}: rewritten",
             "prepare folder",
             "<here>/images",
@@ -143,9 +144,9 @@ def _commands(
     """Attack the commands that read the lists of a data set."""
     options = {"copies": ("images",), "prepare": prepare, "first": first, "seconds": 30}
     check = ("<here>/images", "--check", "--images", "--workers=1")
-    yield case("lists", f"{file}, {name}: check", "prepare folder", *check, codes=_CHECK[usable], **options)
+    yield _case(f"{file}, {name}: check", "prepare folder", *check, codes=_CHECK[usable], **options)
     show = (IMAGE_FOLDER[0], "--config.data.root=<here>/images")
-    yield case("lists", f"{file}, {name}: show", "show", *show, codes=_OTHER[usable], **options)
+    yield _case(f"{file}, {name}: show", "show", *show, codes=_OTHER[usable], **options)
 
 
 def _without_folders(here: Path, chance: random.Random) -> None:
@@ -204,8 +205,7 @@ _ANNOTATIONS: tuple[tuple[str, dict[str, str | bytes]], ...] = (
 def _annotations() -> Iterator[Case]:
     for number, (name, files) in enumerate(_ANNOTATIONS):
         prepare = steps(*(text(f"annotations/{path}", content) for path, content in files.items()))
-        yield case(
-            "lists",
+        yield _case(
             f"annotations of {name}, {number}",
             f"prepare {name}",
             "<here>/annotations",
@@ -213,11 +213,6 @@ def _annotations() -> Iterator[Case]:
             "--out=<here>/out",
             prepare=prepare,
         )
-    yield case(
-        "lists",
-        "annotations that are missing",
-        "prepare kinetics400",
-        "<here>/missing",
-        "<clips>",
-        "--out=<here>/out",
+    yield _case(
+        "annotations that are missing", "prepare kinetics400", "<here>/missing", "<clips>", "--out=<here>/out"
     )

@@ -17,6 +17,9 @@ from attacks.commands import IMAGE_FOLDER, case, shown, train
 from attacks.damage import DELETED, Prepare, change, edit_json, folder, remove, steps, text
 from attacks.names import DEEP, TRAP
 
+_case = functools.partial(case, "logs")
+_train = functools.partial(train, "logs")
+
 # Files in a workdir, and contents that replace them.
 _TEXT_FILES = (
     "metrics.jsonl",
@@ -98,8 +101,7 @@ def cases() -> Iterator[Case]:
         yield from _resume_and_report(f"config.json with {key} {shown(value)}", prepare, "")
     for name, arrays in _predictions().items():
         prepare = functools.partial(_save_predictions, arrays)
-        yield case(
-            "logs",
+        yield _case(
             f"report with predictions of {name}",
             "report",
             "<here>/image_run",
@@ -123,8 +125,7 @@ def _resume_and_report(name: str, prepare: Prepare, file: str) -> Iterator[Case]
 def _resume(name: str, prepare: Prepare, codes: tuple[int, ...] = (0, 2)) -> Case:
     """Resume a run without its latest checkpoint, so that it reads the logs of removed steps."""
     rewound = steps(remove("image_run/checkpoints/4"), prepare)
-    return train(
-        "logs",
+    return _train(
         f"resume with {name}",
         "--config.data.root=<images>",
         "--workdir=<here>/image_run",
@@ -137,8 +138,7 @@ def _resume(name: str, prepare: Prepare, codes: tuple[int, ...] = (0, 2)) -> Cas
 
 
 def _report(name: str, prepare: Prepare) -> Case:
-    return case(
-        "logs",
+    return _case(
         f"report with {name}",
         "report",
         "<here>/image_run",

@@ -12,6 +12,9 @@ from attacks.case import Case, Result
 from attacks.commands import CLIP, DIGITS, IMAGE, IMAGE_FOLDER, case, nothing_executed, train
 from attacks.names import DAMAGES, IMAGE_FORMATS, VIDEO_FORMATS
 
+_case = functools.partial(case, "media")
+_train = functools.partial(train, "media")
+
 # Files of a part, and whether they have to be read (True), refused (False), or either (None).
 _IMAGES = {
     "bomb_wide.png": False,
@@ -74,7 +77,7 @@ def _all_damages(model: str, part: str, kind: str, whole: str) -> Iterator[Case]
     paths = [whole, *(f"<{part}>/{damage}.{kind}" for damage in DAMAGES), f"<{part}>/whole.{kind}"]
     name = f"{len(DAMAGES)} damaged .{kind}"
     check = functools.partial(_a_line_for_each, count=len(paths))
-    yield case("media", f"predict {name}", "predict", f"<{model}_run>", *paths, check=check, codes=(0, 2))
+    yield _case(f"predict {name}", "predict", f"<{model}_run>", *paths, check=check, codes=(0, 2))
     yield _check(name, model, paths, (0, 1, 2))
 
 
@@ -84,8 +87,7 @@ def _one(model: str, path: str, read: bool | None) -> Iterator[Case]:
     codes = {True: (0,), False: (2,), None: (0, 2)}[read]
     name = re.sub("[<>]", "", path)
     is_folder = path.endswith(("folder.jpg", "folder.mp4"))  # an empty folder is refused as a whole
-    yield case(
-        "media",
+    yield _case(
         f"predict {name}",
         "predict",
         f"<{model}_run>",
@@ -102,8 +104,7 @@ def _one(model: str, path: str, read: bool | None) -> Iterator[Case]:
 def _check(name: str, model: str, paths: Sequence[str], codes: tuple[int, ...], **options) -> Case:
     """Check a list with `prepare list`."""
     arguments = ["<here>/bad.csv", "--check", "--workers=1", *(["--images"] * (model == "image"))]
-    return case(
-        "media",
+    return _case(
         f"check {name}",
         "prepare list",
         *arguments,
@@ -137,8 +138,7 @@ def _in_training() -> Iterator[Case]:
     """Train with a bad example among good ones, which must not stop the run."""
     for name in ("bomb_wide.png", "bomb_square.png", "cut_50.png", "fifo.jpg", "eps_named.jpg", "zero.png"):
         put = functools.partial(_put, f"bad_images/{name}", f"images/train/one/{name}")
-        yield train(
-            "media",
+        yield _train(
             f"train with {name}",
             "--config.data.root=<here>/images",
             config=IMAGE_FOLDER[0],
@@ -151,8 +151,7 @@ def _in_training() -> Iterator[Case]:
     clips = f"{DIGITS.rpartition(':')[0]}:clips"
     for name in ("frames", "announced.mkv", "flip_100.mp4", "png_named.mp4"):
         put = functools.partial(_put, f"bad_videos/{name}", f"clips/train/one/{name}")
-        yield train(
-            "media",
+        yield _train(
             f"train with {name}",
             "--config.data.root=<here>/clips",
             config=clips,
@@ -164,8 +163,7 @@ def _in_training() -> Iterator[Case]:
         )
     for name in ("local.m3u8", "address.mp4", "sdp.mp4"):
         put = functools.partial(_put, f"playlists/{name}", f"clips/train/one/{name}.mp4")
-        yield train(
-            "media",
+        yield _train(
             f"train with {name}",
             "--config.data.root=<here>/clips",
             config=clips,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import stat
@@ -12,6 +13,8 @@ from attacks.case import Case, Result
 from attacks.commands import ARMS, COMMANDS, DIGITS, IMAGE, case, short
 from attacks.damage import folder, text
 from attacks.names import LONG, NINES
+
+_case = functools.partial(case, "places")
 
 _REMOTE = ("gs://bucket/x", "s3://bucket/x", "http://<silent>/x")
 
@@ -70,26 +73,25 @@ def cases() -> Iterator[Case]:
         for place in _NO_CHECKPOINT:
             if place or command != "train":  # whose config.init_from="" is valid
                 filled = [word.replace("{}", place) for word in words]
-                yield case("places", f"{command} of {short(place)}", command, *filled)
+                yield _case(f"{command} of {short(place)}", command, *filled)
         for place in _REMOTE:
             filled = [word.replace("{}", place) for word in words]
             name = f"{command} of {place}"
-            yield case("places", name, command, *filled, codes=(2, 75), first=_impatient)
+            yield _case(name, command, *filled, codes=(2, 75), first=_impatient)
     for name, (command, *words) in _WRITE.items():
         codes = (0, 2) if name in _WRITES_NOTHING else (2,)
         remote = (0, 2, 75) if name in _WRITES_NOTHING else (2, 75)
         places = [*_UNWRITABLE, *(["<here>/folder"] * (name in _FILES))]
         for place in places:
             filled = [word.replace("{}", place) for word in words]
-            yield case("places", f"{name} to {short(place)}", command, *filled, codes=codes, prepare=_file)
+            yield _case(f"{name} to {short(place)}", command, *filled, codes=codes, prepare=_file)
         for place in _REMOTE:
             filled = [word.replace("{}", place) for word in words]
-            yield case("places", f"{name} to {place}", command, *filled, codes=remote, first=_impatient)
+            yield _case(f"{name} to {place}", command, *filled, codes=remote, first=_impatient)
         if name in _FILES and hasattr(os, "geteuid") and os.geteuid() == 0:
             filled = [word.replace("{}", "<here>/null").removesuffix(".safetensors") for word in words]
             if name != "convert to a file":
-                yield case(
-                    "places",
+                yield _case(
                     f"{name} to a device",
                     command,
                     *filled,

@@ -16,6 +16,9 @@ from attacks.damage import Prepare, change, steps, text
 from attacks.list_cases import THINGS
 from attacks.names import DEEP
 
+_case = functools.partial(case, "weights")
+_train = functools.partial(train, "weights")
+
 _FILE = "weights/whole.safetensors"
 _PICKLES = (
     "code",
@@ -117,11 +120,8 @@ def _make(thing: str, path: str, here: Path, chance: random.Random) -> None:
 def _commands(name: str, prepare: Prepare, path: str, **options: Any) -> Iterator[Case]:
     """Attack the commands that read weight files."""
     options = {"codes": (2,), "check": _no_advice, "prepare": prepare} | options
-    yield case(
-        "weights", f"convert {name}", "convert", path, "<here>/out", "--model=uniformer_tiny", **options
-    )
-    yield train(
-        "weights",
+    yield _case(f"convert {name}", "convert", path, "<here>/out", "--model=uniformer_tiny", **options)
+    yield _train(
         f"start from {name}",
         "--config.data.root=<images>",
         f"--config.init_from={path}",
