@@ -6,6 +6,7 @@ called, and import heavy packages when it runs, so that `structvit --help` retur
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import sys
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import click
-from click.shell_completion import shell_complete
+from click.shell_completion import CompletionItem, get_completion_class
 
 from structvit_jax.cli.groups import CommandGroup
 from structvit_jax.runtime import process
@@ -137,16 +138,26 @@ def _message(error: click.ClickException) -> str:
 
 
 def _complete(instruction: str) -> int:
-    """Answer the completion script of a shell and return the exit code.
+    """Answer the completion script of a shell and return the exit code; by default files are completed.
 
     Raises:
       UserError: a request that no completion script sends.
     """
-    try:
-        if not shell_complete(structvit, {}, "structvit", _COMPLETE, instruction):
-            return 0
-    except UserError:  # in the unfinished command line, which has no completions then
+    shell, _, request = instruction.partition("_")
+    shell_class = get_completion_class(shell)
+    if not shell_class or request not in ("source", "complete"):
+        raise UserError(f"{_COMPLETE}={instruction} is unknown: use bash_source, zsh_source or fish_source")
+    completion = shell_class(structvit, {}, "structvit", _COMPLETE)
+    if request == "source":
+        click.echo(completion.source(), nl=False)
         return 0
-    except (KeyError, ValueError):  # variables that the script sets are missing or damaged
-        pass
-    raise UserError(f"{_COMPLETE}={instruction} is unknown: use bash_source, zsh_source or fish_source")
+    try:
+        words, incomplete = completion.get_completion_args()
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{_COMPLETE}={instruction} needs the variables of the completion script") from error
+    items: list[CompletionItem] = []
+    with contextlib.suppress(UserError):  # the unfinished command line is invalid
+        items = completion.get_completions(words, incomplete)
+    for item in items or [CompletionItem(incomplete, type="file")]:
+        click.echo(completion.format_completion(item))
+    return 0

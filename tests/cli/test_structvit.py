@@ -132,23 +132,27 @@ def test_exit_code_and_output(words, code, out, err):
         ("structvit prepare s", 2, {"something_v1", "something_v2", "shards"}),
         ("structvit predict --t", 2, {"--top"}),
         ("structvit predict --format ", 3, {"text", "jsonl", "csv"}),
-        ("structvit nonsense ", 2, None),
-        ("structvit train --config ", 3, None),
+        ("structvit predict ru", 2, {"ru"}),
+        ("structvit train --config ", 3, {""}),
     ],
 )
 def test_a_shell_completes(words, position, found):
     variables = {"COMP_WORDS": words, "COMP_CWORD": str(position), "_STRUCTVIT_COMPLETE": "bash_complete"}
     process = _python(MAIN.format([]), **variables)
     assert (process.returncode, process.stderr) == (0, "")
-    if found is not None:
-        assert {line.partition(",")[2] for line in process.stdout.split()} == found
+    kinds, answers = zip(*(line.split(",") for line in process.stdout.splitlines()), strict=True)
+    assert set(answers) == found
+    assert set(kinds) == {"file" if found <= {"ru", ""} else "plain"}
 
 
 def test_completion_script_and_unknown_requests():
     process = _python(MAIN.format([]), _STRUCTVIT_COMPLETE="bash_source")
     assert process.returncode == 0
     assert "_STRUCTVIT_COMPLETE=bash_complete" in process.stdout
-    for variables in ({"_STRUCTVIT_COMPLETE": "tcsh_source"}, {"_STRUCTVIT_COMPLETE": "bash_complete"}):
-        process = _python(MAIN.format([]), **variables)
-        assert process.returncode == 2
-        assert process.stderr.endswith("use bash_source, zsh_source or fish_source\n")
+    for request, message in (
+        ("tcsh_source", "is unknown: use bash"),
+        ("bash_complete", "needs the variables"),
+    ):
+        process = _python(MAIN.format([]), _STRUCTVIT_COMPLETE=request)
+        assert (process.returncode, len(process.stderr.splitlines())) == (2, 1)
+        assert f"error: _STRUCTVIT_COMPLETE={request} {message}" in process.stderr
