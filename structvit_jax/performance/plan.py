@@ -21,10 +21,9 @@ import ml_collections
 from etils import epath
 
 from structvit_jax.config import model_arguments
-from structvit_jax.models import cost
 from structvit_jax.performance import traffic
+from structvit_jax.performance.cost import cost, count_flops
 from structvit_jax.performance.hardware import CHIPS, Chip, Devices, devices_of
-from structvit_jax.performance.operations import operations
 from structvit_jax.runtime.mesh import check_batch, make_mesh
 from structvit_jax.runtime.processes import log
 from structvit_jax.runtime.storage import write
@@ -95,7 +94,7 @@ def _measure(
     log(f"compiling the train step for {len(devices)} x {devices[0].device_kind}, {batch} examples ...")
     started = time.monotonic()
     traced = trace_train_step(run, abstract_state(run))
-    made = operations(traced.jaxpr)
+    made = count_flops(traced.jaxpr)
     arguments = model_arguments(config)
     forward = cost(arguments.pop("name"), data.shape, len(data.class_names), **arguments).macs
     useful = 3 * 2 * forward * batch / len(devices)

@@ -12,7 +12,7 @@ from structvit_jax import cost, data
 from structvit_jax.config import default_config, model_arguments
 from structvit_jax.ops import native
 from structvit_jax.performance import plan, traffic
-from structvit_jax.performance.operations import operations as operations_of
+from structvit_jax.performance.cost import count_flops
 from structvit_jax.runtime.mesh import make_mesh
 from structvit_jax.training.compilation import trace_train_step
 from structvit_jax.training.run import Run, abstract_state
@@ -29,11 +29,11 @@ QUICK = [
 
 
 def operations(function, *args):
-    return operations_of(jax.make_jaxpr(function)(*args))
+    return count_flops(jax.make_jaxpr(function)(*args))
 
 
 def of_a_step(run):
-    return operations_of(trace_train_step(run, abstract_state(run)).jaxpr)
+    return count_flops(trace_train_step(run, abstract_state(run)).jaxpr)
 
 
 def test_operations_by_hand():

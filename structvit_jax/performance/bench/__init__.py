@@ -19,12 +19,12 @@ import numpy as np
 from etils import epath
 
 from structvit_jax.config import matching, model_arguments
-from structvit_jax.models import cost
 from structvit_jax.performance.bench import report
 from structvit_jax.performance.bench.parts import Part, forward_program, parts_of, train_program
 from structvit_jax.performance.bench.peer import TorchPeer
 from structvit_jax.performance.bench.report import Row
 from structvit_jax.performance.bench.timing import Call, alternate, measure_rates
+from structvit_jax.performance.cost import cost
 from structvit_jax.runtime.processes import log
 from structvit_jax.training.run import Run
 from structvit_jax.utils.errors import UserError

@@ -22,7 +22,7 @@ from structvit_jax.ops import convolve_patterns
 from structvit_jax.ops.attention import attention
 from structvit_jax.performance import traffic
 from structvit_jax.performance.bench.timing import Call
-from structvit_jax.performance.operations import operations
+from structvit_jax.performance.cost import count_flops
 from structvit_jax.runtime.mesh import put_batch
 from structvit_jax.training.compilation import memory_of, trace_train_step
 from structvit_jax.training.run import Run, abstract_state
@@ -114,7 +114,7 @@ class Part:
     def least(self) -> dict[str, tuple[float, float]]:
         """Operations and bytes, by "forward" and by "train", which is forward and backward. Products count
         once, with gradients three times; arrays that come in or go out count once, those between not."""
-        computed = operations(jax.make_jaxpr(self.forward)(self.weights, self._abstract()))
+        computed = count_flops(jax.make_jaxpr(self.forward)(self.weights, self._abstract()))
         given = sum(_size(x) for x in (*jax.tree.leaves(self.weights), *self._abstract()))
         made = _size(self.output)
         # backward: read weights, inputs and a cotangent like the output, write gradients of the first two
