@@ -79,11 +79,10 @@ def cost(name: str, input_shape: Sequence[int], num_classes: int, **overrides: A
     with _reference_operations(), _named(layers):
         program = jax.make_jaxpr(lambda x: model(x))(jnp.zeros((1, *input_shape)))
     for (scope, is_convolution), flops in _count(program.jaxpr, "", count_padding=True).items():
-        path = next((name for name in reversed(scope.split("/")) if name in layers), None)
-        if path is not None:
-            part = path.partition(".")[0]
+        for layer in [name for name in scope.split("/") if name in layers][-1:]:  # the innermost
+            part = layer.partition(".")[0]
             macs[part] += flops // 2 * repeats.get(part, 1)
-            kinds[_kind(layers[path], is_convolution)] += flops // 2 * repeats.get(part, 1)
+            kinds[_kind(layers[layer], is_convolution)] += flops // 2 * repeats.get(part, 1)
     parts = {part: Part(params[part], macs[part]) for part in dict.fromkeys((*macs, *params))}
     return Cost(params.total(), macs.total(), parts, dict(kinds))
 
