@@ -9,7 +9,8 @@ __version__ = "0.1.0"
 __all__ = ["StructAttention", "convert", "cost", "create_model", "list_models", "load_trained", "ops"]
 
 # Loaded on first use: processes that only read data load no models.
-_MODULES = dict.fromkeys(("StructAttention", "cost", "create_model", "list_models"), "models")
+_MODULES = dict.fromkeys(("StructAttention", "create_model", "list_models"), "models")
+_MODULES["cost"] = "performance.cost"
 _MODULES["load_trained"] = "inference.trained"
 
 

@@ -90,8 +90,8 @@ def gpu():
 
 def _place(topology):
     found = hardware.devices_of(topology)
-    if found.note:
-        pytest.skip(f"the CPU{found.note}")
+    if found.missing:
+        pytest.skip(f"needs {found.missing.value}")
     (device,) = found.devices
     with batch_split_over(mesh.make_mesh(1, 1, [device])):
         yield jax.sharding.SingleDeviceSharding(device)

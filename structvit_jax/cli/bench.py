@@ -1,4 +1,4 @@
-"""`structvit bench`: the speed of a model, and of reading data."""
+"""`structvit bench`: speed of a model, and of reading data."""
 
 from __future__ import annotations
 
@@ -24,19 +24,25 @@ def command() -> None:
 @command.command("model", cls=options.ConfigCommand, context_settings=options.SETTINGS)
 @options.workdir
 @click.option(
-    "--only", default="", metavar="PATTERNS", help="What is timed, as model or 'blocks1.*,*.attend'."
+    "--only",
+    default="",
+    show_default=False,
+    metavar="PATTERNS",
+    help="What to time, as model or 'blocks1.*,*.attend'. Default: everything.",
 )
 @click.option(
     "--rounds",
     type=click.IntRange(min=1),
     default=5,
-    help="Measurements of each part, of which the median counts.",
+    metavar="N",
+    help="Measurements of each part; their median is reported.",
 )
 @click.option("--peer", type=click.Choice(["torch"]), help="Compare with extras/structvit_torch.py.")
 def model(words: Words, workdir: str | None, only: str, rounds: int, peer: str | None) -> None:
-    """Time the forward pass, the train step and their parts against the machine and against PyTorch.
+    """Time the forward pass, the train step and their parts.
 
-    Writes bench.md, bench.json and bench.png into the workdir.
+    They are compared with the machine's peak rates and, with --peer=torch, with PyTorch. Writes bench.md,
+    bench.json and bench.png into the workdir.
 
     \b
     Example:
@@ -53,18 +59,27 @@ def model(words: Words, workdir: str | None, only: str, rounds: int, peer: str |
 
 
 @command.command("input", context_settings=options.SETTINGS)
-@click.option("--video", metavar="FILE", default="", help="A video; by default some are made.")
-@click.option("--image", metavar="FILE", default="", help="A picture; by default one is made.")
-@click.option("--clips", type=click.IntRange(min=1), default=40, help="How many clips are read.")
-@click.option("--memory", type=int, default=2000, metavar="N",
-              help="Read N clips with two workers and print resident memory; 0 does not.")  # fmt: skip
+@click.option(
+    "--video", metavar="FILE", default="", show_default=False, help="A video. Default: generated ones."
+)
+@click.option(
+    "--image", metavar="FILE", default="", show_default=False, help="An image. Default: a generated one."
+)
+@click.option("--clips", type=click.IntRange(min=1), default=40, metavar="N", help="How many clips to read.")
+@click.option(
+    "--memory",
+    type=int,
+    default=2000,
+    metavar="N",
+    help="Read N clips with two workers and print resident memory; 0 skips this.",
+)
 def input_(video: str, image: str, clips: int, memory: int) -> None:
-    """Time reading clips and images on one core, stage by stage, and measure its memory.
+    """Time reading clips and images on one core, stage by stage, and measure memory.
 
-    Without files it makes videos of 300 frames of 340x256 (h264, a drifting texture with noise, a key frame
-    every 30, 60 or 250) and a picture of 500x375. A clip is 16 frames spread over a fifth of the video,
-    augmented as for Kinetics, 224x224. The plain loop decodes and converts every frame with PyAV and then
-    picks. All figures are medians of alternating rounds.
+    The generated videos have 300 frames of 340x256 (h264, a drifting texture with noise, a key frame every
+    30, 60 or 250), the generated image has 500x375 pixels. A clip is 16 frames spread over a fifth of the
+    video, augmented as for Kinetics, 224x224. The plain loop decodes and converts every frame with PyAV and
+    then selects. All figures are medians of alternating rounds.
 
     \b
     Example:

@@ -1,4 +1,4 @@
-"""`structvit plan`: what a training takes, from its compiled step, also for chips that are not here."""
+"""`structvit plan`: cost of a train step, from its compiled program, also for chips that are not attached."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from structvit_jax.cli.options import Words
 from structvit_jax.cli.train import workdir_of
 from structvit_jax.utils.errors import UserError
 
+_FOR_PROGRAMS = ("parts", "depth", "trips", "unknown")
+
 
 @options.config_command()
 @options.workdir
@@ -17,33 +19,48 @@ from structvit_jax.utils.errors import UserError
     "topologies",
     multiple=True,
     metavar="NAME",
-    help="Chips to compile for, as v5e:2x4 or h100:8; may be repeated. Default: this machine.",
+    help="Chips to compile for, as v5e:2x4 or h100:8; repeatable. Default: this machine.",
 )
 @click.option(
     "--device_batch",
     type=click.IntRange(1, 2**24),
     metavar="N",
-    help="Examples on a device, in the place of data.batch_size.",
+    help="Examples per device, instead of data.batch_size over all devices.",
 )
 @click.option(
     "--device_memory",
     metavar="SIZE",
     default="",
+    show_default=False,
     help="Find the largest batch that fits into this memory of a device, as 24GB.",
 )
-@click.option("--program", metavar="FILE", help="Only count the traffic of a compiled program's text.")
+@click.option("--program", metavar="FILE", help="Only count the memory traffic of a compiled program's text.")
 @click.option(
-    "--parts", type=click.IntRange(min=0), default=20, help="Of --program: how many parts to print."
+    "--parts",
+    type=click.IntRange(min=0),
+    default=20,
+    metavar="N",
+    help="With --program: how many parts to print.",
 )
 @click.option(
-    "--depth", type=click.IntRange(min=1), default=1, help="Of --program: name scopes that make a part."
+    "--depth",
+    type=click.IntRange(min=1),
+    default=1,
+    metavar="N",
+    help="With --program: how many name scopes make a part.",
 )
 @click.option(
-    "--trips", multiple=True, metavar="LOOP=N", help="Of --program: how often a loop runs; may be repeated."
+    "--trips", multiple=True, metavar="LOOP=N", help="With --program: how often a loop runs; repeatable."
 )
-@click.option("--unknown", type=click.IntRange(min=0), metavar="N",
-              help="Of --program: how often loops of unknown length run.")  # fmt: skip
+@click.option(
+    "--unknown",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="With --program: how often loops of unknown length run.",
+)
+@click.pass_context
 def command(
+    ctx: click.Context,
     words: Words,
     workdir: str | None,
     topologies: tuple[str, ...],
@@ -69,11 +86,14 @@ def command(
 
         print(table.describe(program, trips=trips, unknown=unknown, depth=depth, parts=parts))
         return
+    for name in _FOR_PROGRAMS:
+        if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
+            raise UserError(f"--{name} needs --program=FILE")
     from structvit_jax.cli import experiment
     from structvit_jax.performance import hardware, plan
 
     opened = experiment.open_data(experiment.load(words), workdir_of(words, workdir))
-    hardware.pretend_devices(topologies)
+    hardware.add_fake_devices(topologies)
     experiment.select_devices(opened.config, cached=not topologies)
     for line in opened.lines:
         print(line)

@@ -56,7 +56,7 @@ def describe(config: ml_collections.ConfigDict, data: Any) -> str:
       UserError: a model that does not take the data's shape.
     """
     from structvit_jax.config import durations, model_arguments
-    from structvit_jax.models import cost
+    from structvit_jax.performance.cost import cost
 
     arguments = model_arguments(config)
     counted = cost(arguments.pop("name"), data.shape, len(data.class_names), **arguments)

@@ -1,16 +1,13 @@
 """Networks that hold weights (Flax NNX) on top of the operations."""
 
 from structvit_jax.models.attention import StructAttention
-from structvit_jax.models.cost import Cost, cost
 from structvit_jax.models.networks import Network, create_model
 from structvit_jax.models.variants import Variant, get_variant, list_models
 
 __all__ = [
-    "Cost",
     "Network",
     "StructAttention",
     "Variant",
-    "cost",
     "create_model",
     "get_variant",
     "list_models",

@@ -12,7 +12,6 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from structvit_jax.models.layers import Linear, normal_init
-from structvit_jax.models.ledger import declare
 from structvit_jax.ops import StructAttentionMaps, struct_attention, struct_attention_maps
 from structvit_jax.utils.errors import UserError, check_choice
 
@@ -102,7 +101,6 @@ class StructAttention(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         operands = self.operands(x)
-        self._declare(x)
         y = struct_attention(*operands, stride=self.stride, method=self.method)
         return self.proj(y.reshape(x.shape))
 
@@ -124,12 +122,3 @@ class StructAttention(nnx.Module):
             None if k is None else k[...].astype(qkv.dtype) for k in (self.key_kernels, self.value_kernels)
         ]
         return (query, key, value, *kernels)
-
-    def _declare(self, x):
-        batch, *grid, width = x.shape
-        keys = math.prod(self.key_grid(grid))
-        if self.key_kernels is not None:
-            keys *= self.key_kernels.shape[-1]
-            taps = sum(math.prod(k.shape[:-3]) for k in (self.key_kernels, self.value_kernels))
-            declare(self, "structure", batch * keys * taps * width)
-        declare(self, "attention", 2 * x.size * keys)

@@ -1,7 +1,6 @@
 """The layers of UniFormer and DeiT, with PyTorch's initialisation and statistics where they matter.
 
-Every layer follows its `dtype` for computing and keeps float32 parameters, and every layer with
-matrix products or convolutions declares them to the ledger.
+Every layer follows its `dtype` for computing and keeps float32 parameters.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from flax import nnx
 from jax.nn import initializers
 from jax.typing import ArrayLike
 
-from structvit_jax.models.ledger import declare
 from structvit_jax.ops import convolve, depthwise_conv, mlp
 from structvit_jax.ops.devices import target
 
@@ -71,15 +69,12 @@ linear_init = normal_init(0.02)  # timm's trunc_normal_(std=0.02) cuts at 100 si
 class Linear(nnx.Linear):
     """[..., in] -> [..., out]."""
 
-    kind = "linear"
-
     def __init__(
         self, inputs: int, outputs: int, *, init=linear_init, bias_init=initializers.zeros, dtype, rngs
     ):
         super().__init__(inputs, outputs, kernel_init=init, bias_init=bias_init, dtype=dtype, rngs=rngs)
 
     def __call__(self, inputs: jax.Array, out_sharding=None) -> jax.Array:
-        declare(self, self.kind, inputs.size * self.out_features)
         x = inputs
         if target().platform == "cpu":  # which transpose maps slowly, for the gradients of kernels
             x = x.reshape(-1, x.shape[-1])
@@ -88,8 +83,6 @@ class Linear(nnx.Linear):
 
 class Pointwise(Linear):
     """A 1x1 (or 1x1x1) convolution, computed as the matrix product that it is."""
-
-    kind = "conv"
 
     def __init__(self, inputs: int, outputs: int, *, dtype, rngs):
         init = uniform_init(inputs)
@@ -129,9 +122,7 @@ class Conv(nnx.Conv):
     def __call__(self, inputs: jax.Array, out_sharding=None) -> jax.Array:
         arrays = inputs, self.kernel[...], self.bias[...]  # type: ignore[index]  # it has one
         x, kernel, bias = nnx.nn.dtypes.promote_dtype(arrays, dtype=self.dtype)
-        y = convolve(x, kernel, strides=self.strides, padding=[zeros for zeros, _ in self.padding]) + bias
-        declare(self, "conv", y.size * math.prod(self.kernel_shape[:-1]))
-        return y
+        return convolve(x, kernel, strides=self.strides, padding=[zeros for zeros, _ in self.padding]) + bias
 
 
 class DepthwiseConv(nnx.Module):
@@ -144,7 +135,6 @@ class DepthwiseConv(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        declare(self, "depthwise", x.size * math.prod(self.kernel.shape[:-2]))
         x, kernel, bias = nnx.nn.dtypes.promote_dtype((x, self.kernel[...], self.bias[...]), dtype=self.dtype)
         return depthwise_conv(x, kernel[..., 0, :, None], bias[:, None])[:, 0]
 
@@ -201,7 +191,6 @@ class Mlp(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         weights = []
         for layer in (self.fc1, self.fc2):
-            declare(layer, layer.kind, x.size // x.shape[-1] * layer.kernel.size)
             weights += [layer.kernel[...], layer.bias[...]]  # type: ignore[index]  # they have one
         return mlp(*nnx.nn.dtypes.promote_dtype((x, *weights), dtype=self.fc1.dtype))
 

@@ -133,7 +133,7 @@ def _plus_bias(form):
 
 
 def _suited_form(which, where, kernel):
-    """The definition is traced, too: `structvit_jax.performance.operations` counts its convolution."""
+    """The definition is traced, too: `structvit_jax.performance.cost` counts its convolution."""
     platform, lowered_for = ("gpu", ("cuda", "rocm")) if where.platform == "gpu" else ("cpu", ("cpu",))
     if platform == "gpu":
         suited = _suits_gpus(which, kernel)

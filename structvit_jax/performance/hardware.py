@@ -1,14 +1,16 @@
-"""Accelerators that need not be here: what their data sheets say, and devices that programs compile for."""
+"""Accelerators that need not be attached: their data sheets, and devices that programs compile for."""
 
 from __future__ import annotations
 
 import dataclasses
+import enum
 import importlib.util
 import math
 import os
 import re
+from collections.abc import Sequence
 from importlib.metadata import entry_points
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 from jax.experimental import topologies
@@ -18,12 +20,12 @@ from structvit_jax.utils.errors import UserError, did_you_mean, unknown_choice
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What data sheets say of one chip (cloud.google.com/tpu/docs and NVIDIA's, November 2026)."""
+    """Data sheet of one chip (cloud.google.com/tpu/docs and NVIDIA's, November 2026)."""
 
-    flops: float  # bfloat16 operations a second, of dense products
+    flops: float  # bfloat16 operations per second, of dense products
     memory: float  # bytes
-    bandwidth: float  # bytes a second between memory and chip
-    links: float  # bytes a second that it sends to other chips of its pod or node, over all its links
+    bandwidth: float  # bytes per second between memory and chip
+    links: float  # bytes per second sent to other chips of its pod or node, over all its links
 
 
 TPUS = {
@@ -36,52 +38,76 @@ GPUS = {
     "h200": Chip(989e12, 141e9, 4800e9, 450e9),
 }
 CHIPS = TPUS | GPUS
-# Of the topologies of the data sheets, those with 1, 8, 64 and 256 chips; any other shape works too. GPUs are
-# counted by the node, or as nodes x GPUs.
+# Topologies with 1, 8, 64 and 256 TPUs from the data sheets; any other shape works too. GPUs are counted per
+# node, or as nodes x GPUs.
 EXAMPLES = (
     *("v5e:1x1", "v5e:2x4", "v5e:8x8", "v5e:16x16", "v5p:1x1x1", "v5p:2x2x2", "v5p:4x4x4", "v5p:4x8x8"),
     *("a100:1", "h100:1", "h100:8", "h100:4x8", "h200:8"),
 )
+
 _MOST_CHIPS = 4096  # of a topology; missing ones are replaced by as many CPU devices
 
 
-class Devices(NamedTuple):
-    """Something to compile for."""
+class Compiler(enum.Enum):
+    """What compiles for chips that are not attached; the value is how to install it."""
 
-    devices: list
-    note: str = ""  # what they are not
-    options: dict[str, Any] | None = None  # of the compiler
+    TPU = "libtpu ('jax[tpu]')"
+    GPU = "JAX's CUDA plugin ('jax[cuda13]')"
+
+    @property
+    def is_installed(self) -> bool:
+        if self is Compiler.TPU:
+            return importlib.util.find_spec("libtpu") is not None
+        return not {"xla_cuda12", "xla_cuda13"}.isdisjoint(
+            plugin.name for plugin in entry_points(group="jax_plugins")
+        )
+
+
+class Devices(NamedTuple):
+    """Devices to compile for."""
+
+    devices: list[jax.Device]
+    chip: Chip | None = None  # their data sheet; None for devices of this machine
+    missing: Compiler | None = None  # not installed: `devices` are fake CPU devices in place of the chips
+    options: dict[str, bool] | None = None  # of XLA
 
 
 def devices_of(topology: str) -> Devices:
-    """The devices of a topology, as "v5e:2x4" or "h100:8".
+    """Return the devices of a topology, such as "v5e:2x4" or "h100:8".
 
     Raises:
-      UserError: an unknown topology, or more devices than the CPU can stand in for.
+      UserError: an unknown topology, or one whose compiler is missing and that has more devices than the
+        CPU has fake ones.
     """
     generation, _, shape = topology.partition(":")
-    missing, chips = _missing(generation), _count(topology)
-    if missing:
-        if len(jax.devices("cpu")) < chips:
-            raise UserError(f"{topology}: needs {missing}")
-        return Devices(
-            jax.devices("cpu")[:chips], f" in the place of {generation}: {missing} is not installed"
-        )
+    compiler, count = _compiler(topology), _count(topology)
+    if not compiler.is_installed:
+        fake = jax.devices("cpu")[:count]
+        if len(fake) < count:
+            raise UserError(f"{topology}: needs {compiler.value}")
+        return Devices(fake, missing=compiler)
     try:
-        described = _tpus(topology, chips) if generation in TPUS else _gpus(generation, shape)
+        described = _tpus(topology, count) if generation in TPUS else _gpus(generation, shape)
     except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
         hint = did_you_mean(topology, EXAMPLES)
         raise UserError(f"there is no topology {topology!r} ({error}).{hint}") from error
-    # of XLA's own products the fastest tiles are found by trying: where there is no GPU, cuBLAS's are taken
+    # XLA tunes its own tiles by running them, which takes a GPU: use cuBLAS.
     options = {"xla_gpu_enable_triton_gemm": False} if generation in GPUS else None
-    return Devices(list(described.devices), options=options)
+    return Devices(list(described.devices), CHIPS[generation], options=options)
 
 
-def pretend_devices(wanted: tuple[str, ...]) -> None:
-    """Before JAX opens a device: as many fake ones as the largest has that cannot be compiled for."""
-    fake = [_count(topology) for topology in wanted if _missing(topology.partition(":")[0])]
+def add_fake_devices(wanted: Sequence[str]) -> None:
+    """Give the CPU as many devices as the largest topology has whose compiler is missing.
+
+    Has to run before JAX opens a device.
+    """
+    fake = [_count(topology) for topology in wanted if not _compiler(topology).is_installed]
     if fake:
         jax.config.update("jax_num_cpu_devices", max(fake))
+
+
+def _compiler(topology: str) -> Compiler:
+    return Compiler.GPU if topology.partition(":")[0] in GPUS else Compiler.TPU
 
 
 def _count(topology: str) -> int:
@@ -92,30 +118,22 @@ def _count(topology: str) -> int:
     """
     generation, _, shape = topology.partition(":")
     n = r"[1-9]\d{0,3}"
-    forms = dict.fromkeys(TPUS, rf"{n}x{n}(x{n})?") | dict.fromkeys(GPUS, rf"({n}x)?{n}")
-    if not re.fullmatch(forms.get(generation, r"\b\B"), shape):
+    form = rf"{n}x{n}(x{n})?" if generation in TPUS else rf"({n}x)?{n}"
+    if generation not in CHIPS or not re.fullmatch(form, shape):
         raise unknown_choice("topology", topology, EXAMPLES)
     if (chips := math.prod(map(int, shape.split("x")))) > _MOST_CHIPS:
         raise UserError(f"{topology} has {chips:,} chips; the limit is {_MOST_CHIPS:,}")
     return chips
 
 
-def _missing(generation):
-    """What has to be installed to compile for these chips, "" where it is."""
-    if generation in GPUS:
-        plugins = {plugin.name for plugin in entry_points(group="jax_plugins")}
-        return "" if plugins & {"xla_cuda12", "xla_cuda13"} else "JAX's CUDA plugin ('jax[cuda13]')"
-    return "" if importlib.util.find_spec("libtpu") else "libtpu ('jax[tpu]')"
-
-
-def _tpus(topology, chips):
+def _tpus(topology: str, count: int) -> topologies.TopologyDescription:
     for name, value in _WITHOUT_TPU.items():
         os.environ.setdefault(name, value)
-    options = {"chips_per_host_bounds": (1, 1, 1)} if chips == 1 else {}
+    options = {"chips_per_host_bounds": (1, 1, 1)} if count == 1 else {}
     return topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
 
 
-# What lets libtpu compile on a machine that has no TPU.
+# Lets libtpu compile on a machine without a TPU.
 _WITHOUT_TPU = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -124,7 +142,7 @@ _WITHOUT_TPU = {
 }
 
 
-def _gpus(generation, shape):
+def _gpus(generation: str, shape: str) -> topologies.TopologyDescription:
     chip, (name, traits) = GPUS[generation], _GPU_TRAITS[generation]
     nodes, gpus = shape.split("x") if "x" in shape else ("1", shape)
     sizes = {"memory_bandwidth": int(chip.bandwidth), "device_memory_size": int(chip.memory)}
@@ -139,7 +157,7 @@ def _gpus(generation, shape):
     )
 
 
-# What XLA asks of a GPU that is not there; as the driver tells of those that are.
+# Device properties that XLA reads, as the driver reports them.
 _EVERY_GPU = {
     "threads_per_block_limit": 1024,
     "threads_per_warp": 32,

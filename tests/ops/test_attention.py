@@ -17,7 +17,7 @@ from structvit_jax.ops import attention as module
 from structvit_jax.ops import native
 from structvit_jax.ops.attention import attention
 from structvit_jax.ops.devices import batch_split_over
-from structvit_jax.performance.operations import operations
+from structvit_jax.performance.cost import count_flops
 from structvit_jax.runtime.mesh import make_mesh
 
 # batch, queries, keys, heads, channels: odd sizes, and of the networks the smallest grid; and the bytes of
@@ -132,7 +132,7 @@ def test_native_at_sizes_of_its_own(shape):
     assert_close(ours, value_and_grads(definition, *args), 1e-5)
     again = jax.jit(functools.partial(value_and_grads, FORMS["native"]))(*args)
     assert all((a == b).all() for a, b in zip(ours, again, strict=True))
-    assert operations(jax.make_jaxpr(functools.partial(value_and_grads, FORMS["native"]))(*args)) == (
+    assert count_flops(jax.make_jaxpr(functools.partial(value_and_grads, FORMS["native"]))(*args)) == (
         (2 + 5) * 2 * math.prod(shape)
     )
 
@@ -181,7 +181,7 @@ def test_cudnn_is_what_gpus_get(gpu, queries, keys):
     text = half.lower().compile().as_text()
     assert "__cudnn$fmhaSoftmax" in text and "__cudnn$fmhaSoftmaxBackward" in text
     pairs = (queries + queries % 2) * (keys + keys % 2)
-    assert operations(half.jaxpr) == (2 + 5) * 2 * pairs * 2 * 3 * 64
+    assert count_flops(half.jaxpr) == (2 + 5) * 2 * pairs * 2 * 3 * 64
     for others in traced(jnp.float32), traced(jnp.bfloat16, channels=12):
         assert "__cudnn$fmha" not in others.lower().as_text()
 

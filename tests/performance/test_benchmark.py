@@ -1,4 +1,4 @@
-"""--mode=bench: its parts are the model's and PyTorch's alike, its floors right, its files whole."""
+"""`structvit bench model`: parts equal to the model's and PyTorch's, lower bounds, files."""
 
 import json
 import math
@@ -19,12 +19,11 @@ from structvit_jax.utils.errors import UserError
 
 NAME, SHAPE = "structvit_tiny_3_2_video", (2, 4, 40, 32, 3)
 TINY = [
-    "--config=configs/bench.py:structvit_tiny_4_1",
+    "--config=bench:structvit_tiny_4_1",
     "--config.data.name=noise:5",
     "--config.data.size=32",
     "--config.data.batch_size=2",
-    "--config.bench.rounds=2",
-    "--mode=bench",
+    "--rounds=2",
 ]
 
 
@@ -33,16 +32,16 @@ def model():
     return create_model(NAME, num_classes=5)
 
 
-def test_calls_take_turns():
-    """Each run after one that does not count; the first turn tells how often others should repeat it."""
+def test_calls_alternate():
+    """Each measurement follows a warm-up; the first one only determines the repeats."""
     order = []
 
     def call(name):
-        return timing.Call(lambda: (order.append(name), time.sleep(timing._LEAST)), lambda _: None)
+        return timing.Call(lambda: (order.append(name), time.sleep(timing._MIN_SECONDS)), lambda _: None)
 
     times = timing.alternate({name: call(name) for name in "ab"}, 3)
     assert "".join(order) == "aabb" + "aabb" * 3
-    assert all(len(turns.turns) == 3 and turns.median >= timing._LEAST for turns in times.values())
+    assert all(len(t.rounds) == 3 and t.median >= timing._MIN_SECONDS for t in times.values())
 
 
 def test_short_calls_repeat():
@@ -54,11 +53,11 @@ def test_short_calls_repeat():
 def test_medians_and_ratios():
     ours, theirs = timing.Times((1.0, 4.0, 2.0)), timing.Times((3.0, 4.0, 5.0))
     assert ours.median == 2.0 and ours.spread == "-50% +100%"
-    assert theirs.over(ours) == 2.5  # of 3, 1 and 2.5
+    assert theirs.ratio_to(ours) == 2.5  # of 3, 1 and 2.5
     row = report.Row("x", "forward", ours, 10.0, 8.0, {"slow": timing.Times((9.0,) * 3), "fast": theirs})
     assert (row.peer, row.speedup) == ("fast", 2.5)
     rates = timing.Rates(operations=10.0, bytes=16.0)
-    assert row.floors(rates) == (1.0, 0.5) and row.share(rates) == 0.5
+    assert row.floors(rates) == (1.0, 0.5) and row.efficiency(rates) == 0.5
 
 
 @pytest.mark.parametrize(
@@ -70,28 +69,31 @@ def test_parts_make_up_the_model(name, shape):
     found = list(parts.parts_of(model, shape))
     counted = cost(name, shape[1:], 5)
     blocks = shape[0] * (counted.macs - counted.parts["head"].macs)
-    whole = sum(part.times * part.least()["forward"][0] for part in found if not part.inner)
+    whole = sum(part.times * part.lower_bounds()["forward"][0] for part in found if not part.inner)
     assert 0.9 * 2 * blocks < whole <= 2 * blocks  # zeros around convolutions are not multiplied
     by_name = {part.name: part for part in found}
     for part in found:
         if part.inner:
             outer = by_name[part.name.rpartition(".")[0]]
-            assert part.times * part.least()["forward"][0] <= outer.times * outer.least()["forward"][0]
+            assert (
+                part.times * part.lower_bounds()["forward"][0]
+                <= outer.times * outer.lower_bounds()["forward"][0]
+            )
 
 
 def test_floors_by_hand(model):
     by_name = {part.name: part for part in parts.parts_of(model, SHAPE)}
-    least = by_name["blocks2.position.depthwise"].least()
+    bounds = by_name["blocks2.position.depthwise"].lower_bounds()
     assert by_name["blocks2.position.depthwise"].shapes == [(2, 2, 10, 8, 32)]
     values, weights = 2 * 2 * 10 * 8 * 32, (27 + 1) * 32
-    assert least["forward"][1] == 4 * (2 * values + weights)
-    assert least["train"][1] == 4 * (5 * values + 3 * weights)
+    assert bounds["forward"][1] == 4 * (2 * values + weights)
+    assert bounds["train"][1] == 4 * (5 * values + 3 * weights)
     taps = math.prod(3 * n - 2 for n in (2, 10, 8)) * 2 * 32  # those that see the grid
-    assert least["forward"][0] == 2 * taps and least["train"][0] == 6 * taps
+    assert bounds["forward"][0] == 2 * taps and bounds["train"][0] == 6 * taps
 
 
 def test_parts_are_pytorchs(model):
-    """Values, and gradients of the input where there is one."""
+    """Values, and gradients of the inputs."""
     peer = TorchPeer(model)
     kinds = ("patch_embed1", "blocks1", "blocks3")
     for part in (part for part in parts.parts_of(model, SHAPE) if part.name.partition(".")[0] in kinds):
@@ -134,10 +136,10 @@ def test_the_legend_names_what_is_drawn(monkeypatch):
 
 def test_the_command(command, tmp_path):
     eager = {"TORCHDYNAMO_DISABLE": "1"}  # torch.compile takes minutes
-    chosen = "--config.bench.only=model, blocks3.mixer", "--config.model.depths=(1,1,1,1)"
-    done = command(*TINY, *chosen, "--peer=torch", f"--workdir={tmp_path}", **eager)
+    chosen = "--only=model, blocks3.mixer", "--config.model.depths=(1,1,1,1)", f"--workdir={tmp_path}"
+    done = command(*TINY, *chosen, "--peer=torch", program="bench model", **eager)
     assert done.returncode == 0, done.stderr
-    assert "logits and PyTorch's (channels last): " in done.stdout
+    assert "logits differ from PyTorch's (channels last) by " in done.stdout
     assert "structvit_tiny_4_1 train: " in done.stdout and "times as fast" in done.stdout
     assert ", first call " in done.stdout
     assert "channels last" in done.stdout and "ms, compiled" not in done.stdout  # it was switched off
@@ -146,7 +148,7 @@ def test_the_command(command, tmp_path):
     names = ("structvit_tiny_4_1", "blocks3.mixer")
     assert set(rows) == {(name, phase) for name in names for phase in ("forward", "train")}
     for row in rows.values():
-        assert len(row["ours"]["turns"]) == 2 and min(row["ours"]["turns"]) > 0
+        assert len(row["ours"]["rounds"]) == 2 and min(row["ours"]["rounds"]) > 0
         assert {"contiguous", "channels last"} <= set(row["peers"])
     assert min(found["rates"].values()) > 1e8
     lines = (tmp_path / "bench.md").read_text().splitlines()
@@ -160,27 +162,25 @@ def test_the_command(command, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (
-            ["--config.bench.only=block3.*"],
-            "config.bench.only: nothing is named 'block3.*'; there are model, ",
-        ),
+        (["--only=block3.*"], "--only: nothing is named 'block3.*'; there are model, "),
         (["--config.model.name=deit_tiny", "--peer=torch"], "UniFormers and StructViTs alone"),
         (["--config.model.aggregation=element", "--peer=torch"], "structvit_torch.py has no such model"),
-        (["--config.bench.rounds=0"], "to be at least 1"),
-        (["--mode=show", "--peer=torch"], "--peer is for --mode=bench"),
+        (["--rounds=0"], "0 is not in the range x>=1"),
+        (["--peer=torhc"], "'torhc' is not 'torch'"),
+        (["--onyl=model"], "No such option '--onyl'. Did you mean '--only'?"),
     ],
 )
-def test_mistakes_are_one_line(command, tmp_path, arguments, message):
-    done = command(*TINY, *arguments, f"--workdir={tmp_path}")
+def test_user_errors_are_one_line(command, tmp_path, arguments, message):
+    done = command(*TINY, *arguments, f"--workdir={tmp_path}", program="bench model")
     assert done.returncode == 2
     assert message in done.stderr and done.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
 
-def test_other_logits_are_told():
+def test_logits_that_differ_are_an_error():
     ours, theirs = (timing.Call(lambda x=x: x) for x in (jnp.ones((2, 5)), torch.full((2, 5), 1.01)))
-    with pytest.raises(UserError, match=r"PyTorch \(eager\) gives other logits: 0.0099 of the largest apart"):
-        bench._compare(ours, {"eager": theirs}, "float32")
+    with pytest.raises(UserError, match=r"differ from PyTorch's \(eager\) by 0.0099 of the largest"):
+        bench._check_logits(ours, {"eager": theirs}, "float32")
 
 
 def test_several_devices_are_refused(tmp_path):

@@ -13,9 +13,10 @@ from etils import epath
 
 from structvit_jax import data
 from structvit_jax.config import check_config, durations, model_arguments
-from structvit_jax.models import cost, get_variant
+from structvit_jax.models import get_variant
 from structvit_jax.performance.bench.parts import train_program
 from structvit_jax.performance.bench.timing import alternate
+from structvit_jax.performance.cost import cost
 from structvit_jax.runtime.goodput import wall_seconds
 from structvit_jax.runtime.storage import CONFIG, read_json, write_json
 from structvit_jax.training import loop

@@ -1,15 +1,16 @@
-"""How fast a configuration runs, against what this machine could do and against PyTorch: `--mode=bench`.
+"""Time a configuration against this machine's peak rates and against PyTorch: `structvit bench model`.
 
-The forward pass and the train step are timed, and then the parts that the model is made of, each forward
-alone and with its gradients. All are held against two floors: operations at the rate that matrix products
-reach here, and bytes at the rate of copies. What is compared takes turns within one run, and medians are
-told, since machines are noisy.
+The forward pass and the train step are timed, then the parts of the model, each forward alone and with its
+gradients. All are compared with two lower bounds: operations at the measured rate of matrix products, and
+bytes at the measured rate of copies. Calls that are compared alternate within one run, and medians are
+reported, since machines are noisy.
 """
 
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,38 +20,34 @@ import numpy as np
 from etils import epath
 
 from structvit_jax.config import matching, model_arguments
-from structvit_jax.models import cost
+from structvit_jax.data import Dataset
 from structvit_jax.performance.bench import report
 from structvit_jax.performance.bench.parts import Part, forward_program, parts_of, train_program
 from structvit_jax.performance.bench.peer import TorchPeer
-from structvit_jax.performance.bench.report import Row
+from structvit_jax.performance.bench.report import PHASES, Row
 from structvit_jax.performance.bench.timing import Call, alternate, measure_rates
+from structvit_jax.performance.cost import cost
 from structvit_jax.runtime.processes import log
 from structvit_jax.training.run import Run
 from structvit_jax.utils.errors import UserError
 
-PHASES = ("forward", "train")
-_AGREE = {"float32": 1e-3, "bfloat16": 0.1}  # logits and the peer's, relative to the largest
+_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}  # of logits to the peer's, relative to the largest
 
 
 class Request(NamedTuple):
     """What to time."""
 
     only: str = ""  # patterns of names, as "model" or "blocks1.*,*.attend"; "" is all
-    rounds: int = 5  # measurements of each part, of which the median counts
+    rounds: int = 5  # measurements of each part; their median is reported
     peer: str | None = None  # "torch" compares with extras/structvit_torch.py
 
 
-def run(config: ml_collections.ConfigDict, data: Any, workdir: epath.Path, request: Request) -> None:
-    """Prints and writes WORKDIR/bench.md, bench.png and, with every turn, bench.json.
-
-    Args:
-      config, data, workdir: as for `train`.
-      request: what is timed, how often, and against what.
+def run(config: ml_collections.ConfigDict, data: Dataset, workdir: epath.Path, request: Request) -> None:
+    """Time a configuration, print the results and write WORKDIR/bench.md, bench.png and bench.json.
 
     Raises:
-      UserError: several devices, nothing with a name as in request.only, a model that PyTorch's file
-        does not have, or logits that differ from PyTorch's.
+      UserError: several devices, no part that matches `request.only`, a model that PyTorch's file does not
+        have, or logits that differ from PyTorch's.
     """
     if jax.device_count() > 1:
         raise UserError(f"structvit bench measures one device; there are {jax.device_count()} here")
@@ -60,81 +57,76 @@ def run(config: ml_collections.ConfigDict, data: Any, workdir: epath.Path, reque
     names = ["model", *(part.name for part in parts)]
     complaint = f"--only: nothing is named {{}}; there are {', '.join(names)}"
     wanted = matching(request.only or "*", names, complaint)
-    parts = [part for part in parts if part.name in wanted]
-    other = TorchPeer(prepared.model) if request.peer else None
+    peer = TorchPeer(prepared.model) if request.peer else None
     dtype = prepared.model.variant.dtype
     rates = measure_rates(dtype, request.rounds)
     header = (
         f"{config.model.name}, batch {'x'.join(map(str, shape))}, {dtype};"
         f" {report.machine(bool(request.peer))}; {datetime.date.today()}. Here matrix products reach"
         f" {rates.operations / 1e9:.4g} G operations/s"
-        f" and copies {rates.bytes / 1e9:.4g} GB/s. Medians of {request.rounds} turns."
+        f" and copies {rates.bytes / 1e9:.4g} GB/s. Medians of {request.rounds} rounds."
     )
     log(header)
     rows = []
-    for row in _rows(prepared, parts, "model" in wanted, shape, other, request.rounds):
+    wanted_parts = [part for part in parts if part.name in wanted]
+    for row in _rows(prepared, wanted_parts, "model" in wanted, shape, peer, request.rounds):
         rows.append(row)
-        log(report.tell(row, rates))
+        log(report.summary(row, rates))
     report.write(rows, rates, header, workdir)
     log(f"{workdir / 'bench.md'}, bench.json" + ", bench.png" * any(not row.samples for row in rows))
 
 
 def _rows(
     prepared: Run,
-    parts: list[Part],
-    whole: bool,
+    parts: Sequence[Part],
+    with_model: bool,
     shape: tuple[int, ...],
-    other: TorchPeer | None,
+    peer: TorchPeer | None,
     rounds: int,
 ) -> Iterator[Row]:
-    if whole:
-        yield from _whole(prepared, shape, other, rounds)
+    """Time the forward pass and the train step of the model, if it is wanted, and then its parts."""
+    if with_model:
+        yield from _model_rows(prepared, shape, peer, rounds)
     for part in parts:
         for phase in PHASES:
-            yield _part(part, phase, other, rounds)
+            function: Callable[..., Any] = part.forward
+            arguments: tuple[Any, ...] = (part.weights, part.inputs())
+            if phase == "train":
+                function = part.gradients
+                arguments = (*arguments, jnp.ones(part.output.shape, part.output.dtype))
+            compiled = jax.jit(function).lower(*arguments).compile()
+            calls = {"": Call(functools.partial(compiled, *arguments))}
+            if peer:
+                calls |= peer.part(part, backward=phase == "train")
+            times = alternate(calls, rounds)
+            operations, moved = part.lower_bounds()[phase]
+            yield Row(part.name, phase, times.pop(""), operations, moved, times, times=part.times)
 
 
-def _whole(prepared: Run, shape: tuple[int, ...], other: TorchPeer | None, rounds: int) -> Iterator[Row]:
-    """The model's forward pass and its train step."""
+def _model_rows(prepared: Run, shape: tuple[int, ...], peer: TorchPeer | None, rounds: int) -> Iterator[Row]:
     config, samples = prepared.config, shape[0]
     arguments = model_arguments(config)
     macs = cost(arguments.pop("name"), shape[1:], len(prepared.data.class_names), **arguments).macs
     inputs = jnp.asarray(np.random.default_rng(0).standard_normal(shape, np.float32))
     for phase in PHASES:
         program = forward_program(prepared, inputs) if phase == "forward" else train_program(prepared)
-        calls = getattr(other, phase)(inputs) if other else {}
+        peers = getattr(peer, phase)(inputs) if peer else {}
         if phase == "forward":
-            _compare(program.call, calls, prepared.model.variant.dtype)
-        times = alternate({"": program.call, **calls}, rounds)
+            _check_logits(program.call, peers, prepared.model.variant.dtype)
+        times = alternate({"": program.call, **peers}, rounds)
         operations = 2 * macs * samples * (3 if phase == "train" else 1)
         yield Row(
             config.model.name, phase, times.pop(""), operations, program.moved, times,
-            samples=samples, memory=program.memory, compiling=program.compiling,
-            first=program.first,
+            samples=samples, memory=program.memory, compiling=program.compiling, first=program.first,
         )  # fmt: skip
 
 
-def _compare(ours: Call, peers: dict[str, Call], dtype: str) -> None:
-    """Raises UserError where a variant of the peer gives other logits than ours."""
-    logits = np.asarray(ours.run(), np.float32)
-    for variant, call in peers.items():
-        theirs = call.run().float().cpu().numpy()
-        apart = np.abs(logits - theirs).max() / np.abs(theirs).max()
-        if not apart < _AGREE[dtype]:
-            raise UserError(f"PyTorch ({variant}) gives other logits: {apart:.2g} of the largest apart")
-        log(f"logits and PyTorch's ({variant}): {apart:.1e} of the largest apart")
-
-
-def _part(part: Part, phase: str, other: TorchPeer | None, rounds: int) -> Row:
-    function: Any = part.forward
-    arguments: tuple[Any, ...] = (part.weights, part.inputs())
-    if phase == "train":
-        function, output = part.gradients, part.output
-        arguments = (*arguments, jnp.ones(output.shape, output.dtype))
-    compiled = jax.jit(function).lower(*arguments).compile()
-    calls = {"": Call(lambda: compiled(*arguments))}
-    if other:
-        calls |= other.part(part, backward=phase == "train")
-    times = alternate(calls, rounds)
-    operations, moved = part.least()[phase]
-    return Row(part.name, phase, times.pop(""), operations, moved, times, times=part.times)
+def _check_logits(call: Call, peers: Mapping[str, Call], dtype: str) -> None:
+    """Raise UserError if a variant of the peer gives other logits."""
+    logits = np.asarray(call.run(), np.float32)
+    for variant, peer in peers.items():
+        others = peer.run().float().cpu().numpy()
+        error = np.abs(logits - others).max() / np.abs(others).max()
+        if not error < _TOLERANCE[dtype]:
+            raise UserError(f"logits differ from PyTorch's ({variant}) by {error:.2g} of the largest")
+        log(f"logits differ from PyTorch's ({variant}) by {error:.1e} of the largest")

@@ -1,5 +1,4 @@
-"""What is timed: forward pass and train step as they are compiled, and the parts of a model, each as a
-function of its own, with the least that it must compute and move."""
+"""What is timed: forward pass and train step as compiled, and the parts of a model as single functions."""
 
 from __future__ import annotations
 
@@ -15,14 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from structvit_jax.models import Network
+from structvit_jax.models import Network, StructAttention
 from structvit_jax.models.blocks import Block, ConvMixer
 from structvit_jax.models.weights import split
 from structvit_jax.ops import convolve_patterns
 from structvit_jax.ops.attention import attention
 from structvit_jax.performance import traffic
 from structvit_jax.performance.bench.timing import Call
-from structvit_jax.performance.operations import operations
+from structvit_jax.performance.cost import count_flops
 from structvit_jax.runtime.mesh import put_batch
 from structvit_jax.training.compilation import memory_of, trace_train_step
 from structvit_jax.training.run import Run, abstract_state
@@ -32,31 +31,31 @@ from structvit_jax.utils.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """Something compiled, and what it takes on one device."""
+    """A compiled program and its cost on one device."""
 
     call: Call
     compiling: float  # seconds
     first: float  # seconds of its first call, which on a GPU can take as long again
     memory: float  # bytes: arguments, results and temporaries
-    moved: float  # bytes from and to memory; 0 where the counter cannot read the program
+    moved: float  # bytes from and to memory; 0 if the counter cannot read the program
 
 
 def forward_program(run: Run, inputs: jax.Array) -> Program:
-    """Logits of normalised inputs, in evaluation mode."""
+    """Compile the logits of normalised inputs, in evaluation mode."""
     structure, weights = split(run.model)
     traced = jax.jit(lambda weights, x: structure.model(weights)(x)).trace(weights, inputs)
     return _compile(traced, lambda compiled: lambda: compiled(weights, inputs))
 
 
 def train_program(run: Run) -> Program:
-    """The train step as `--mode=train` takes it, on one batch again and again."""
+    """Compile the train step of `structvit train`; its calls repeat one batch."""
 
-    def start(compiled):
+    def start(compiled: jax.stages.Compiled) -> Callable[[], Any]:
         rows = run.config.data.batch_size
         batch = put_batch(run.mesh, next(iter(run.data.train_batches(rows, start_step=0))))
         state = init_state(split(run.model)[1], run.optimizer, run.mesh, averaged=run.averages)
 
-        def step():
+        def step() -> Any:
             nonlocal state
             state, metrics = compiled(state, batch)
             return metrics
@@ -66,7 +65,7 @@ def train_program(run: Run) -> Program:
     return _compile(trace_train_step(run, abstract_state(run)), start)
 
 
-def _compile(traced: Any, start: Any) -> Program:
+def _compile(traced: jax.stages.Traced, start: Callable[[jax.stages.Compiled], Callable[[], Any]]) -> Program:
     begin = time.perf_counter()
     compiled = traced.lower().compile()
     seconds = time.perf_counter() - begin
@@ -85,15 +84,15 @@ Shape = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Something that a model in training does `times` times, each time on the same shapes."""
+    """A function that a model in training calls `times` times on inputs of the same shapes."""
 
     name: str  # as "blocks3.mixer"
     times: int
-    function: Callable  # (weights, *inputs) -> output
-    weights: Any
+    function: Callable[..., jax.Array]  # (weights, *inputs) -> output
+    weights: Any  # a pytree of arrays
     shapes: Sequence[Shape]  # of the inputs
     dtype: str
-    inner: bool  # whether it lies inside another part
+    inner: bool = False  # whether it lies inside another part
 
     def inputs(self) -> list[jax.Array]:
         rng = np.random.default_rng(0)
@@ -103,7 +102,7 @@ class Part:
         return self.function(weights, *inputs)
 
     def gradients(self, weights: Any, inputs: list[jax.Array], cotangent: jax.Array) -> Any:
-        """The output, and the gradients of weights and inputs."""
+        """Return the output, and the gradients of weights and inputs."""
         output, pull = jax.vjp(self.forward, weights, inputs)
         return output, pull(cotangent)
 
@@ -111,79 +110,85 @@ class Part:
     def output(self) -> jax.ShapeDtypeStruct:
         return jax.eval_shape(self.forward, self.weights, self._abstract())
 
-    def least(self) -> dict[str, tuple[float, float]]:
-        """Operations and bytes, by "forward" and by "train", which is forward and backward. Products count
-        once, with gradients three times; arrays that come in or go out count once, those between not."""
-        computed = operations(jax.make_jaxpr(self.forward)(self.weights, self._abstract()))
-        given = sum(_size(x) for x in (*jax.tree.leaves(self.weights), *self._abstract()))
-        made = _size(self.output)
-        # backward: read weights, inputs and a cotangent like the output, write gradients of the first two
-        return {"forward": (computed, given + made), "train": (3 * computed, 3 * given + 2 * made)}
+    def lower_bounds(self) -> dict[str, tuple[float, float]]:
+        """Return the operations and bytes that "forward" and "train" (forward and backward) need at least.
 
-    def _abstract(self):
+        Products count once, with gradients three times. Inputs, weights and outputs are read or written once,
+        intermediate arrays never.
+        """
+        operations = count_flops(jax.make_jaxpr(self.forward)(self.weights, self._abstract()))
+        given = sum(map(_bytes, (*jax.tree.leaves(self.weights), *self._abstract())))
+        made = _bytes(self.output)
+        # backward: read weights, inputs and a cotangent like the output, write gradients of the first two
+        return {"forward": (operations, given + made), "train": (3 * operations, 3 * given + 2 * made)}
+
+    def _abstract(self) -> list[jax.ShapeDtypeStruct]:
         return [jax.ShapeDtypeStruct(shape, self.dtype) for shape in self.shapes]
 
 
-def _size(x):
+def _bytes(x: jax.Array | jax.ShapeDtypeStruct) -> int:
     return math.prod(x.shape) * x.dtype.itemsize
 
 
 def parts_of(model: Network, shape: Shape) -> Iterator[Part]:
-    """The embeddings and rows of equal blocks of a model, for inputs of this shape, [batch, *grid, 3]."""
+    """Yield the parts of a model for inputs [batch, *grid, 3].
+
+    Those are its embeddings and, of each stage, position, mixer and mlp of the equal blocks. Inside the mixer
+    lie the depthwise convolution, the convolution of keys (that of values is equal) and attention.
+    """
+    dtype = model.variant.dtype
     maps = jax.eval_shape(model.features, jax.ShapeDtypeStruct(shape, jnp.float32))
-    rows = ("1", "2", "3", "4") if model.variant.network == "uniformer" else ("",)
+    stages = ("1", "2", "3", "4") if model.variant.network == "uniformer" else ("",)
     shapes = [shape, *(x.shape for x in maps)]
-    for row, (before, after) in zip(rows, itertools.pairwise(shapes), strict=False):
-        embed, blocks = getattr(model, f"patch_embed{row}"), getattr(model, f"blocks{row}")
-        yield _of(embed, f"patch_embed{row}", type(embed).__call__, before, model.variant.dtype)
-        yield from _of_blocks(f"blocks{row}", blocks, after, model.variant.dtype)
+    for stage, (before, after) in zip(stages, itertools.pairwise(shapes), strict=False):
+        embed = f"patch_embed{stage}"
+        yield Part(embed, 1, *_in_training(getattr(model, embed), _call), [before], dtype)
+        yield from _block_parts(f"blocks{stage}", getattr(model, f"blocks{stage}"), after, dtype)
 
 
-def _of_blocks(row: str, blocks: Any, shape: Shape, dtype: str) -> Iterator[Part]:
-    """Position, mixer and mlp of equal blocks; and, from inside the mixer, depthwise convolution, the
-    patterns of keys (those of values are alike) and attention."""
+def _block_parts(row: str, blocks: Sequence[Block], shape: Shape, dtype: str) -> Iterator[Part]:
     block, times = blocks[0], len(blocks)
+
+    def part(name: str, module: nnx.Module, method: Callable = _call, inner: bool = False) -> Part:
+        return Part(f"{row}.{name}", times, *_in_training(module, method), [shape], dtype, inner)
+
     if block.pos_embed is not None:
-        yield _of(block, f"{row}.position", Block.add_position, shape, dtype, times)
-        yield _of(block.pos_embed, f"{row}.position.depthwise", _call, shape, dtype, times, inner=True)
-    yield _of(block, f"{row}.mixer", Block.add_mixer, shape, dtype, times)
+        yield part("position", block, Block.add_position)
+        yield part("position.depthwise", block.pos_embed, inner=True)
+    yield part("mixer", block, Block.add_mixer)
     if isinstance(block.attn, ConvMixer):
-        yield _of(block.attn.depthwise, f"{row}.mixer.depthwise", _call, shape, dtype, times, inner=True)
-    else:
-        yield from _of_attention(f"{row}.mixer", block.attn, shape, dtype, times)
-    yield _of(block, f"{row}.mlp", Block.add_mlp, shape, dtype, times)
+        yield part("mixer.depthwise", block.attn.depthwise, inner=True)
+    elif isinstance(block.attn, StructAttention):
+        yield from _attention_parts(f"{row}.mixer", block.attn, shape, dtype, times)
+    yield part("mlp", block, Block.add_mlp)
 
 
-def _of_attention(row: str, layer: Any, shape: Shape, dtype: str, times: int) -> Iterator[Part]:
+def _attention_parts(
+    name: str, layer: StructAttention, shape: Shape, dtype: str, times: int
+) -> Iterator[Part]:
     batch, *grid, width = shape
     heads = (layer.heads, width // layer.heads)
     keys = query = (batch, math.prod(grid), *heads)
     if layer.key_kernels is not None:
 
-        def convolve(kernels, x):
+        def convolve(kernels: jax.Array, x: jax.Array) -> jax.Array:
             return convolve_patterns(x, kernels.astype(x.dtype), stride=layer.stride)
 
-        kernels = layer.key_kernels[...]
-        shapes = [(batch, *grid, *heads)]
-        part = Part(f"{row}.patterns", 2 * times, convolve, kernels, shapes, dtype, inner=True)
+        kernels, shapes = layer.key_kernels[...], [(batch, *grid, *heads)]
+        part = Part(f"{name}.patterns", 2 * times, convolve, kernels, shapes, dtype, inner=True)
         yield part
         keys = (batch, math.prod(part.output.shape[1:-2]), *heads)
-    yield Part(f"{row}.attend", times, lambda _, *qkv: attention(*qkv), (), [query, keys, keys], dtype, True)
+    shapes = [query, keys, keys]
+    yield Part(f"{name}.attend", times, lambda _, *qkv: attention(*qkv), (), shapes, dtype, inner=True)
 
 
-def _call(layer, x):
+def _call(layer: Any, x: jax.Array) -> jax.Array:
     return layer(x)
 
 
-def _of(
-    module: nnx.Module, name: str, method: Callable, shape: Shape, dtype: str, times: int = 1, inner=False
-) -> Part:
-    """A method of a module in training mode, on an input of this shape."""
+def _in_training(module: nnx.Module, method: Callable) -> tuple[Callable[..., jax.Array], nnx.State]:
+    """Return a method of a module in training mode as a function of its weights, and the weights."""
     module.train()
     graphdef, *(weights, rest) = nnx.split(module, nnx.Param, nnx.BatchStat)
     module.eval()
-
-    def function(weights, x):
-        return method(nnx.merge(graphdef, weights, rest, copy=True), x)
-
-    return Part(name, times, function, weights, [shape], dtype, inner)
+    return lambda weights, x: method(nnx.merge(graphdef, weights, rest, copy=True), x), weights

@@ -1,4 +1,4 @@
-"""The same network in PyTorch, from extras/structvit_torch.py: what the benchmark compares with."""
+"""The same network in PyTorch, from extras/structvit_torch.py, to compare with."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import functools
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,14 @@ from structvit_jax.performance.bench.timing import Call
 from structvit_jax.runtime.processes import log
 from structvit_jax.utils.errors import UserError
 
-_FILE = Path(__file__).parents[2] / "extras" / "structvit_torch.py"
+_FILE = Path(__file__).parents[3] / "extras" / "structvit_torch.py"
 
 
 class TorchPeer:
-    """A PyTorch model with our model's weights, on the same device, run in PyTorch's ways: contiguous,
-    channels last, and the faster of the two compiled (where torch.compile works, and is not switched off by
-    TORCHDYNAMO_DISABLE=1); in bfloat16 by autocast.
+    """A PyTorch model with the same weights on the same device, in several variants.
+
+    Variants are contiguous, channels last, and the faster of the two compiled, if torch.compile works and
+    TORCHDYNAMO_DISABLE=1 does not switch it off. bfloat16 runs under autocast.
 
     Raises:
       UserError: PyTorch or the file is missing, or the file has no such model.
@@ -44,7 +45,7 @@ class TorchPeer:
             raise UserError("--peer=torch: PyTorch sees no GPU; --config.mesh.device=cpu compares on the CPU")
         v, weights = model.variant, split(model)[1]
         arrays = convert.to_torch({k: np.asarray(x) for part in weights for k, x in part.items()})
-        network = _file().StructViT(
+        network = _load_module().StructViT(
             v.depths, v.widths, patterns=v.structure_dim, stride=v.stride, video=v.video,
             classes=weights.params["head.bias"].size, head_width=v.head_width, patch=v.patch,
             mixer_window=v.mixer_window, drop_path=v.drop_path, layer_scale=v.layer_scale,
@@ -52,9 +53,9 @@ class TorchPeer:
         try:
             network.load_state_dict({k: torch.from_numpy(np.array(x)) for k, x in arrays.items()})
         except RuntimeError as error:
-            told = " ".join(str(error).split())
-            raise UserError(f"--peer=torch: {_FILE.name} has no such model: {told}") from error
-        torch.backends.cudnn.benchmark = True  # on GPUs the fastest of cuDNN's ways, as trainers set it
+            reason = " ".join(str(error).split())
+            raise UserError(f"--peer=torch: {_FILE.name} has no such model: {reason}") from error
+        torch.backends.cudnn.benchmark = True  # let cuDNN search for its fastest algorithms, as trainers do
         self._torch, self._half = torch, v.dtype == "bfloat16"
         self._device = torch.device("cuda" if on_gpu else "cpu")
         last = torch.channels_last_3d if v.video else torch.channels_last
@@ -63,23 +64,23 @@ class TorchPeer:
         self._layouts = {"contiguous": torch.contiguous_format, "channels last": last}
 
     def forward(self, inputs: jax.Array) -> dict[str, Call]:
-        """Logits, in evaluation mode; by variant."""
+        """Return calls that compute logits in evaluation mode, by variant."""
 
-        def make(network, apply, x):
+        def make(network: Any, apply: Callable, x: Any) -> Callable[[], Any]:
             network.eval()
             return lambda: apply(x)
 
         return self._variants(make, inputs, self._torch.inference_mode)
 
     def train(self, inputs: jax.Array) -> dict[str, Call]:
-        """A step of fused AdamW on normalised inputs of one class; by variant."""
+        """Return calls that take a step of fused AdamW on normalised inputs of one class, by variant."""
         torch = self._torch
         labels = torch.zeros(len(inputs), dtype=torch.long, device=self._device)
 
-        def make(network, apply, x):
+        def make(network: Any, apply: Callable, x: Any) -> Callable[[], None]:
             optimizer = torch.optim.AdamW(network.train().parameters(), lr=1e-4, fused=True)
 
-            def run():
+            def run() -> None:
                 optimizer.zero_grad()
                 loss = torch.nn.functional.cross_entropy(apply(x), labels)
                 loss.backward()
@@ -90,7 +91,7 @@ class TorchPeer:
         return self._variants(make, inputs, torch.enable_grad)
 
     def part(self, part: Part, *, backward: bool) -> dict[str, Call]:
-        """One of our parts; by variant."""
+        """Return calls of one part of the model, by variant."""
         calls = {}
         for variant, network in self._networks.items():
             function, arrange = self._function(network.train(), part)
@@ -104,18 +105,18 @@ class TorchPeer:
                 calls[variant] = self._call(functools.partial(function, *inputs), self._torch.inference_mode)
         return calls
 
-    def _with_gradients(self, network, function, inputs):
+    def _with_gradients(self, network: Any, function: Callable, inputs: Sequence[Any]) -> Call:
         inputs = [x.requires_grad_() for x in inputs]
         wanted = [*inputs, *network.parameters()]
 
-        def run():
+        def run() -> Any:
             output = function(*inputs)
             return self._torch.autograd.grad(output, wanted, self._torch.ones_like(output), allow_unused=True)
 
         return self._call(run, self._torch.enable_grad)
 
     def _function(self, network: Any, part: Part) -> tuple[Callable, Callable]:
-        """The part in this network, and how it wants our inputs arranged."""
+        """Return the part of this network, and the function that arranges its inputs."""
         row, _, name = part.name.partition(".")
         if not name:
             return getattr(network, row), _channels_first
@@ -151,13 +152,13 @@ class TorchPeer:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 compiled.run()
-        except Exception as error:  # it raises anything
-            log(f"note: torch.compile fails here ({type(error).__name__}) and is left out")
+        except Exception as error:  # of any type
+            log(f"note: torch.compile fails here ({type(error).__name__}) and is skipped")
             return calls
         return {**calls, "compiled": compiled}
 
     def _call(self, run: Callable, mode: Callable) -> Call:
-        def in_mode():
+        def in_mode() -> Any:
             with mode(), self._torch.autocast(self._device.type, self._torch.bfloat16, enabled=self._half):
                 return run()
 
@@ -175,7 +176,7 @@ def _channels_first(x: Any) -> Any:
     return x.movedim(-1, 1)
 
 
-def _file() -> Any:
+def _load_module() -> Any:
     if not _FILE.exists():
         raise UserError(f"--peer=torch needs {_FILE}: run it in a clone of the repository")
     spec: Any = importlib.util.spec_from_file_location(_FILE.stem, _FILE)

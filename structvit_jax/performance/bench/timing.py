@@ -1,4 +1,4 @@
-"""Medians of what runs in turns, and the rates that this machine reaches at all."""
+"""Median times of alternating calls, and the peak rates of this machine."""
 
 from __future__ import annotations
 
@@ -13,19 +13,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-_LEAST = 0.1  # seconds that one turn of a short call is repeated for
+_MIN_SECONDS = 0.1  # a short call is repeated for at least this long in each round
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """Something to time: `run` may return before it is done, `wait` on its result not."""
+    """Something to time: `run` may return before its work is done, `wait` waits for its result."""
 
     run: Callable[[], Any]
     wait: Callable[[Any], Any] = jax.block_until_ready
 
     def seconds(self, repeats: int) -> float:
-        """Of one run, over as many in a row, after one that does not count: the threads of the other library
-        may still be spinning, its data lie in the caches, and its variants take their turns in a row."""
+        """Return the mean seconds of consecutive runs, after a warm-up run.
+
+        The warm-up fills the caches and lets spinning threads of other libraries go to sleep.
+        """
         self.wait(self.run())
         start = time.perf_counter()
         for _ in range(repeats):
@@ -36,46 +38,41 @@ class Call:
 
 @dataclasses.dataclass(frozen=True)
 class Times:
-    """Seconds of one call, over several turns."""
+    """Seconds of one call, by round."""
 
-    turns: tuple[float, ...]
+    rounds: tuple[float, ...]
 
     @property
     def median(self) -> float:
-        return statistics.median(self.turns)
+        return statistics.median(self.rounds)
 
     @property
     def spread(self) -> str:
-        """The fastest and the slowest turn, relative to the median."""
-        return f"{min(self.turns) / self.median - 1:+.0%} {max(self.turns) / self.median - 1:+.0%}"
+        """The fastest and the slowest round, relative to the median."""
+        return f"{min(self.rounds) / self.median - 1:+.0%} {max(self.rounds) / self.median - 1:+.0%}"
 
-    def over(self, other: Times) -> float:
-        """How many times as long as the other, which took its turns beside these: the median of ratios."""
-        return statistics.median(a / b for a, b in zip(self.turns, other.turns, strict=True))
+    def ratio_to(self, other: Times) -> float:
+        """Return the median ratio to the times of a call that was measured in the same rounds."""
+        return statistics.median(a / b for a, b in zip(self.rounds, other.rounds, strict=True))
 
 
 def alternate(calls: Mapping[str, Call], rounds: int) -> dict[str, Times]:
-    """Times calls one after the other, again and again, so that what slows the machine slows all."""
-    repeats = {}
-    for name, call in calls.items():
-        repeats[name] = max(1, math.ceil(_LEAST / call.seconds(1)))
-    turns: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            turns[name].append(call.seconds(repeats[name]))
-    return {name: Times(tuple(seconds)) for name, seconds in turns.items()}
+    """Time calls in alternation, so that what slows the machine down slows all of them."""
+    repeats = {name: max(1, math.ceil(_MIN_SECONDS / call.seconds(1))) for name, call in calls.items()}
+    by_round = [{name: call.seconds(repeats[name]) for name, call in calls.items()} for _ in range(rounds)]
+    return {name: Times(tuple(seconds[name] for seconds in by_round)) for name in calls}
 
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-    """What one device reaches: the ceilings that all else is measured against."""
+    """Peak rates of one device, as measured."""
 
-    operations: float  # a second, of matrix products
-    bytes: float  # a second, read and written, of copies
+    operations: float  # per second, of matrix products
+    bytes: float  # per second, read and written, of copies
 
 
 def measure_rates(dtype: str, rounds: int) -> Rates:
-    """Of the first device: the best of some sizes."""
+    """Measure the first device: the best rate of two sizes of products, and of an update in place."""
     on_cpu = jax.default_backend() == "cpu"
     products = []
     for size in (1024, 2048) if on_cpu else (4096, 8192):
@@ -86,9 +83,9 @@ def measure_rates(dtype: str, rounds: int) -> Rates:
     x = jnp.zeros(2**26 if on_cpu else 2**29, jnp.float32)
     moved, step = 2 * x.nbytes, jax.jit(lambda x: x + 1, donate_argnums=0)
 
-    def again():  # in place: on CPUs fresh pages would cost more than what is written to them
+    def update() -> jax.Array:  # in place: on CPUs new pages would cost more than writing to them
         nonlocal x
         x = step(x)
         return x
 
-    return Rates(max(products), moved / alternate({"": Call(again)}, rounds)[""].median)
+    return Rates(max(products), moved / alternate({"": Call(update)}, rounds)[""].median)
