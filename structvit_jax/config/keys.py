@@ -138,7 +138,7 @@ KEYS: dict[str, Key] = {
     "train.duration": Key("100 steps", "length of the run"),
     "train.seed": Key(0, "seed of weights, generated data, order, augmentation and stochastic depth", COUNT),
     "train.label_smoothing": Key(0.0, "fraction of the label spread over all classes", BELOW_ONE),
-    "train.dense_weight": Key(1.0, "weight of the dense head's loss, with model.token_labels"),
+    "train.dense_weight": Key(1.0, "weight of the dense head's loss, with model.token_labels", NOT_NEGATIVE),
     "train.grad_accum_steps": Key(1, "parts of a batch, computed in turn to save memory", at_least(1)),
     "train.max_skipped": Key(10, "non-finite steps in a row before the run stops", at_least(1)),
     # AdamW and its schedule.

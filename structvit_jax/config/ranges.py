@@ -59,4 +59,4 @@ FRACTIONS = Range(lambda x: _is_interval(x, 1), "two numbers, from and to, above
 RATIOS = Range(lambda x: _is_interval(x, math.inf), "two numbers, from and to, above 0")
 TRIPLE = Range(lambda x: _is_triple(x, -math.inf), "three finite numbers, one per channel")
 POSITIVE_TRIPLE = Range(lambda x: _is_triple(x, 0), "three finite numbers, one per channel, positive")
-PATH = Range(lambda path: path.isprintable(), "a path of printable characters")
+PATH = Range(lambda path: isinstance(path, str) and path.isprintable(), "a path of printable characters")
