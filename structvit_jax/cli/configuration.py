@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import ast
 import difflib
+import glob
 import os
 import traceback
 import types
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,10 +16,10 @@ from typing import Any, NamedTuple
 import ml_collections
 
 from structvit_jax.cli.options import Override, Words
-from structvit_jax.config import default_config, keys_of, short
+from structvit_jax.config import KEYS, keys_of, set_value, short
 from structvit_jax.utils.errors import UserError, did_you_mean
 
-# Names of our keys in other projects, by the last word of the key, in lower case and without underscores.
+# Names that other projects give to our keys: the last part, in lower case and without underscores.
 _SYNONYMS = {
     **dict.fromkeys(("learningrate", "baselr", "maxlr", "peaklr"), "optimizer.lr"),
     **dict.fromkeys(("epochs", "numepochs", "steps", "numsteps", "maxsteps", "maxepochs"), "train.duration"),
@@ -51,7 +52,7 @@ _SYNONYMS = {
 
 
 def load_config(words: Words) -> ml_collections.ConfigDict:
-    """Return the configuration that a command line describes. Its values are not checked, see `check_config`.
+    """Return the configuration of a command line. Ranges are not checked yet, see `check_config`.
 
     Raises:
       UserError: no file, a file that fails or returns something else, an unknown key, or a value of
@@ -65,33 +66,38 @@ def load_config(words: Words) -> ml_collections.ConfigDict:
 class File(NamedTuple):
     """A configuration file."""
 
-    config: ml_collections.ConfigDict  # what get_config() returns
-    constants: Mapping[str, Any]  # the names that it defines
+    config: ml_collections.ConfigDict  # the result of get_config()
+    constants: Mapping[str, Any]  # the module's names, as STUDY
 
 
 def load_file(given: str) -> File:
-    """Load a configuration file, as --config names it: FILE, FILE:ARGUMENT or a name of the package.
+    """Load a configuration file.
+
+    Args:
+      given: the value of --config: FILE or FILE:ARGUMENT, where FILE may be a name of the package.
 
     Raises:
       UserError: no file, or a file that fails or returns something else.
     """
     if not given:
-        raise UserError("say which configuration: --config=configs/moving_digits.py")
+        raise UserError("no configuration is given: --config=configs/moving_digits.py")
     name, _, argument = given.partition(":")
     path = find_file(name)
     module = types.ModuleType(path.stem)
     module.__file__ = str(path)
     try:
-        exec(compile(path.read_bytes(), path, "exec"), module.__dict__)
+        source = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    try:
+        exec(compile(source, path, "exec"), module.__dict__)
         if not callable(getattr(module, "get_config", None)):
             raise UserError(f"{path} has no function get_config()")
         config = module.get_config(argument) if argument else module.get_config()
     except UserError:
         raise
     except SyntaxError as error:
-        raise UserError(f"{error.filename}:{error.lineno}: {error.msg}") from error
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise UserError(f"{error.filename or path}:{error.lineno or 1}: {error.msg}") from error
     except (Exception, SystemExit) as error:
         raise _failure(error, path) from error
     _check_structure(config)
@@ -104,34 +110,22 @@ def override(config: ml_collections.ConfigDict, overrides: Sequence[Override]) -
     Raises:
       UserError: an unknown key, or a value of another type.
     """
-    keys = dict(keys_of(config))
-    for key, text in overrides:
-        if key not in keys:
-            if key in config:
-                raise UserError(
-                    f"config.{key} is a section; set its keys, as config.{key}.{_first(config[key])}"
-                )
-            raise UserError(f"the configuration has no key {key!r}.{suggest_key(key, keys)}")
-        section, _, name = key.rpartition(".")
-        part = config[section] if section else config
-        kind = part.get_type(name)
+    for name, text in overrides:
+        if name in config and name not in KEYS:
+            first = next(key for key in KEYS if key.startswith(f"{name}."))
+            raise UserError(f"config.{name} is a section; set its keys, as --config.{first}=VALUE")
+        if name not in KEYS:
+            raise UserError(f"the configuration has no key {name!r}.{suggest_key(name)}")
+        key = KEYS[name]
         try:
-            part[name] = None if text == "None" and _is_optional(key) else _parse(text, kind)
+            is_unset = text == "None" and key.default is None
+            set_value(config, name, None if is_unset else _parse(text, key.type))
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
-            raise UserError(
-                f"--config.{key}={short(text)}: it takes {_NEEDS.get(kind, kind.__name__)}"
-            ) from error
+            needs = _TYPES.get(key.type, key.type.__name__)
+            raise UserError(f"--config.{name}={short(text)}: it takes {needs}") from error
 
 
-def _first(section: Any) -> str:
-    return next(iter(section))
-
-
-def _is_optional(key: str) -> bool:
-    return dict(keys_of(default_config()))[key] is None
-
-
-_NEEDS = {
+_TYPES = {
     bool: "true or false",
     int: "an integer",
     float: "a number",
@@ -141,7 +135,11 @@ _NEEDS = {
 
 
 def _parse(text: str, kind: type) -> Any:
-    """Return the value that a text stands for."""
+    """Return the value of a type that a text denotes.
+
+    Raises:
+      ValueError, SyntaxError, MemoryError, RecursionError: the text is malformed.
+    """
     if kind is bool:
         if text.lower() not in ("true", "false", "t", "f", "1", "0"):
             raise ValueError(text)
@@ -168,25 +166,27 @@ def find_file(name: str) -> Path:
     if path.parent.name in ("", "configs") and len(path.parts) <= 2 and candidate.is_file():
         return candidate
     known = sorted(file.stem for file in packaged.glob("*.py"))
-    near = [str(file) for file in path.parent.glob("*.py")] if path.suffix == ".py" else []
-    hint = did_you_mean(name, near or known)
+    beside = glob.glob("*.py", root_dir=path.parent) if path.suffix == ".py" else []
+    hint = did_you_mean(name, [str(path.parent / file) for file in beside] or known)
     raise UserError(f"no configuration file (.py) at {name!r}.{hint}")
 
 
 def _failure(error: BaseException, path: Path) -> UserError:
-    """Return the line for an exception that the code of a configuration file raised."""
-    lines = [
-        frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)
-    ]
+    """Return the error message for an exception that the code of a configuration file raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == str(path)]
     where = f"{path}:{lines[-1]}: " if lines else f"{path}: "
     if isinstance(error, AttributeError | KeyError) and (key := _unknown_key(error)):
-        return UserError(f"{where}the configuration has no key {key!r}.{suggest_key(key, _all_keys())}")
+        return UserError(f"{where}the configuration has no key {key!r}.{suggest_key(key)}")
     text = " ".join(str(error).split())[:300]
     return UserError(f"{where}{type(error).__name__}: {text}")
 
 
 def _unknown_key(error: BaseException) -> str:
-    """Return the key that a configuration does not have, if that is what an exception is about."""
+    """Return the key that a ConfigDict does not have, if an exception is about one, else "".
+
+    The exception only has a message, so the key is taken from the method of ConfigDict that raised it.
+    """
     frame = error.__traceback__
     while frame and frame.tb_next:
         frame = frame.tb_next
@@ -196,29 +196,23 @@ def _unknown_key(error: BaseException) -> str:
     return ""
 
 
-def _all_keys() -> list[str]:
-    return [key for key, _ in keys_of(default_config())]
-
-
 def _check_structure(config: Any) -> None:
-    items = getattr(config, "items", None)
-    if items is None or {key for key, _ in keys_of(config)} != set(_all_keys()):
+    if not isinstance(config, ml_collections.ConfigDict) or dict(keys_of(config)).keys() != KEYS.keys():
         raise UserError(
             "the configuration does not have the right keys: get_config() has to return"
             " structvit_jax.config.default_config() with other values"
         )
 
 
-def suggest_key(wrong: str, keys: Collection[str]) -> str:
-    """Return ' Did you mean ...?' with keys that may have been meant by `wrong`, or how to print all keys."""
+def suggest_key(wrong: str) -> str:
+    """Return ' Did you mean ...?' with at most three keys, or how to print all keys if none is near."""
     section, _, word = wrong.rpartition(".")
     plain = word.lower().replace("_", "")
-    last = {key: key.rpartition(".")[2] for key in keys}
-    near = [key for key in keys if last[key] == word or last[key].replace("_", "") == plain]
-    if plain in _SYNONYMS:
-        near.append(_SYNONYMS[plain])
-    close = difflib.get_close_matches(wrong, keys, n=2, cutoff=0.7)
-    near = near or close or [k for k in keys if difflib.SequenceMatcher(None, word, last[k]).ratio() > 0.75]
+    last = {key: key.rpartition(".")[2] for key in KEYS}
+    near = [key for key in KEYS if last[key] == word or last[key].replace("_", "") == plain]
+    near += [_SYNONYMS[plain]] if plain in _SYNONYMS else []
+    near = near or difflib.get_close_matches(wrong, KEYS, n=2, cutoff=0.7)
+    near = near or [key for key in KEYS if difflib.SequenceMatcher(None, word, last[key]).ratio() > 0.75]
     if not near:
         return " structvit show prints all keys."
     near = sorted(dict.fromkeys(near), key=lambda key: not key.startswith(f"{section}."))[:3]

@@ -11,20 +11,18 @@ from structvit_jax.cli.options import Words
 @options.config_command(takes_file=False)
 @options.checkpoint
 @click.argument("path", metavar="OUT.jax")
-@click.option(
-    "--platforms", default="cpu,cuda,tpu", metavar="LIST", help="Platforms that the program runs on."
-)
+@click.option("--platforms", default="cpu,cuda,tpu", metavar="LIST", help="Platforms to run on.")
 def command(words: Words, checkpoint: str, path: str, platforms: str) -> None:
     """Export a trained model as a program that runs wherever JAX does, without this package.
 
     Writes OUT.jax, a program serialised by `jax.export` with the weights inside, and OUT.jax.json, which
-    describes its inputs, its outputs, its classes and how to run it. It takes any number of examples. JAX
-    promises to run programs that were exported by versions up to six months older than it.
+    describes its inputs, outputs, classes and how to run it. The program takes any number of examples. JAX
+    guarantees to run programs exported by versions up to six months older.
 
     \b
     Example:
       structvit export runs/moving_digits model.jax --platforms=cpu,cuda
-      pip install jax flatbuffers   # where it runs, then in Python:
+      pip install jax flatbuffers   # on the target machine; then in Python:
       program = jax.export.deserialize(open("model.jax", "rb").read())
       logits = program.call(pixels)  # uint8 [batch, [time,] height, width, 3]
     """

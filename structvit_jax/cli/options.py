@@ -1,4 +1,4 @@
-"""Words of a command line that several subcommands share. Imports nothing that takes long."""
+"""Options that several subcommands share. Imports nothing that takes long."""
 
 from __future__ import annotations
 
@@ -15,15 +15,14 @@ if TYPE_CHECKING:
     import ml_collections
 
 F = TypeVar("F", bound=Callable[..., Any])
-# Options may be written with dashes, too: --train-split is --train_split.
 SETTINGS = {
     "help_option_names": ["-h", "--help"],
-    "token_normalize_func": lambda word: word.replace("-", "_"),
+    "token_normalize_func": lambda word: word.replace("-", "_"),  # --train-split is --train_split
     "show_default": True,
 }
 
-
-_WORD = re.compile(r"--(no)?config(?:\.([\w.]*))?(?:(=)(.*))?", re.DOTALL)
+_CONFIG_OPTION = re.compile(r"--(no)?config(?:\.([\w.-]*))?(?:=(.*))?", re.DOTALL)
+_OPTION = re.compile(r"-(?!\.?\d).*", re.DOTALL)  # and not a negative number
 
 
 class Override(NamedTuple):
@@ -34,9 +33,9 @@ class Override(NamedTuple):
 
 
 class Words(NamedTuple):
-    """What a command line says about its configuration."""
+    """The configuration options of a command line."""
 
-    file: str = ""  # of --config, with an argument after ":"; "" if there is none
+    file: str = ""  # of --config, with an argument after ":"; "" without --config
     overrides: tuple[Override, ...] = ()
 
     @property
@@ -45,17 +44,17 @@ class Words(NamedTuple):
         return Path(self.file.partition(":")[0]).stem
 
     def value(self, key: str, default: str) -> str:
-        """The last text that is given for a key."""
+        """Return the last text given for a key."""
         return next((given.text for given in reversed(self.overrides) if given.key == key), default)
 
 
 def split_words(words: Sequence[str]) -> tuple[Words, list[str]]:
     """Separate --config and --config.KEY from the other words of a command line.
 
-    Values follow "=" or a space; --config.KEY alone is true and --noconfig.KEY false.
+    Values follow "=" or a space. For a key of type bool, --config.KEY is true and --noconfig.KEY false.
 
     Raises:
-      UserError: --config without a file.
+      UserError: --config or a key without a value, or --noconfig with one.
     """
     file, overrides, others = "", list[Override](), list[str]()
     remaining = list(words)
@@ -64,39 +63,44 @@ def split_words(words: Sequence[str]) -> tuple[Words, list[str]]:
         if word == "--":
             others += [word, *remaining]
             break
-        if not (match := _WORD.fullmatch(word)):
+        if not (match := _CONFIG_OPTION.fullmatch(word)):
             others.append(word)
             continue
-        negated, key, equals, text = match.groups()
-        if negated and (equals or not key):
-            raise UserError(f"{word}: --noconfig.SECTION.KEY makes a key false and takes no value")
-        if not equals:
-            follows = remaining and not remaining[0].startswith("-") and not negated
-            text = remaining.pop(0) if follows and not _is_switch(key) else "false" if negated else "true"
+        negated, key, text = match.groups()
+        key = None if key is None else key.replace("-", "_")
+        if negated:
+            if key is None or text is not None:
+                raise UserError(f"{word}: --noconfig.SECTION.KEY makes a key false and takes no value")
+            text = "false"
+        elif text is None and key is not None and _is_bool(key):
+            text = "true"
+        elif text is None and remaining and not _OPTION.fullmatch(remaining[0]):
+            text = remaining.pop(0)
         if key is None:
-            file = text if equals or text != "true" else ""
-            if not file:
+            if not text:
                 raise UserError("--config needs a file: --config=configs/moving_digits.py")
+            file = text
+        elif text is None:
+            raise UserError(f"{word} needs a value: {word}=VALUE")
         else:
             overrides.append(Override(key, text))
     return Words(file, tuple(overrides)), others
 
 
-def _is_switch(key: str | None) -> bool:
-    """Return whether a key is a truth value, which may stand alone."""
-    from structvit_jax.config import default_config, keys_of
+def _is_bool(key: str) -> bool:
+    from structvit_jax.config import KEYS
 
-    return isinstance(dict(keys_of(default_config())).get(key or ""), bool)
+    return key in KEYS and KEYS[key].type is bool
 
 
 class ConfigCommand(click.Command):
-    """A command that takes --config.SECTION.KEY=VALUE; its function gets them as `words`.
+    """A command with the options --config.SECTION.KEY=VALUE; its function gets them as `words`.
 
     Args:
-      takes_file: whether it takes --config=FILE, too.
+      takes_file: whether the command has the option --config=FILE, too.
     """
 
-    def __init__(self, *args: Any, takes_file: bool = True, **options: Any):
+    def __init__(self, *args: Any, takes_file: bool = True, **options: Any) -> None:
         super().__init__(*args, **options)
         self.takes_file = takes_file
 
@@ -104,8 +108,8 @@ class ConfigCommand(click.Command):
         words, others = split_words(args)
         if words.file and not self.takes_file:
             raise UserError(
-                f"{ctx.command_path} takes its configuration from the checkpoint, not --config={words.file};"
-                " change single keys, as --config.data.root=DIR"
+                f"{ctx.command_path} takes its configuration from the checkpoint, not from"
+                f" --config={words.file}; change single keys, as --config.data.root=DIR"
             )
         ctx.params["words"] = words
         return super().parse_args(ctx, others)
@@ -113,12 +117,7 @@ class ConfigCommand(click.Command):
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         rows = []
         if self.takes_file:
-            rows.append(
-                (
-                    "--config FILE[:ARGUMENT]",
-                    "Configuration: a file, or one of the package, as moving_digits.",
-                )
-            )
+            rows.append(("--config FILE[:ARGUMENT]", "A file, or a name of the package, as moving_digits."))
         rows.append(("--config.SECTION.KEY VALUE", "Set a key; `structvit show --config=FILE` prints all."))
         with formatter.section("Configuration"):
             formatter.write_dl(rows)
@@ -126,12 +125,12 @@ class ConfigCommand(click.Command):
 
 
 def config_command(*, takes_file: bool = True) -> Callable[[Callable[..., Any]], ConfigCommand]:
-    """Decorate the function of a command that takes a configuration."""
+    """Return a decorator for the function of a command that takes a configuration."""
     return click.command(cls=ConfigCommand, takes_file=takes_file, context_settings=SETTINGS)
 
 
 def plain_command() -> Callable[[Callable[..., Any]], click.Command]:
-    """Decorate the function of a command without a configuration."""
+    """Return a decorator for the function of a command without a configuration."""
     return click.command(context_settings=SETTINGS)
 
 
@@ -140,10 +139,10 @@ workdir = click.option("--workdir", metavar="DIR", help="Folder of the run; by d
 
 
 def open_checkpoint_config(checkpoint: str, words: Words) -> ml_collections.ConfigDict:
-    """Return the configuration of a checkpoint's card with the changes of a command line; select devices.
+    """Return a checkpoint's configuration with the overrides of a command line, and select its devices.
 
     Raises:
-      UserError: no checkpoint, an unknown key, or a value that a key does not take.
+      UserError: no checkpoint, an unknown key, or a value of another type or outside its range.
     """
     from structvit_jax.cli.configuration import override
     from structvit_jax.config import check_config

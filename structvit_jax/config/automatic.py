@@ -1,7 +1,7 @@
-"""Keys that a configuration leaves open (None), filled in by the data that it is used on.
+"""Choose values from the data for keys that a configuration leaves open (None).
 
-`configs/folder.py` leaves open the model, the sizes and the durations. Whatever the user sets, on the command
-line or in a configuration, is not None and stays. A run that is resumed keeps what its checkpoint says (see
+`configs/folder.py` leaves the model, the sizes and the durations open. Values that the user sets, on the
+command line or in a configuration, are kept. A resumed run takes the values of its checkpoint (see
 `structvit_jax.training.start.resolve_open_keys`).
 """
 
@@ -14,7 +14,8 @@ from typing import NamedTuple
 import ml_collections
 from ml_collections import config_dict
 
-from structvit_jax.config import check_config, default_config, model_arguments, steps_in
+from structvit_jax.config.durations import steps_in
+from structvit_jax.config.keys import KEYS, check_config, get_value, model_arguments, set_value
 from structvit_jax.models.variants import get_variant
 
 OPEN = (
@@ -28,14 +29,14 @@ OPEN = (
     "eval.every",
     "checkpoint.every",
 )
-_LEAST_STEPS = 300  # of a run, by default
+_LEAST_STEPS = 300  # of a run
 _MOST_STEPS = {"images": 10_000, "videos": 5_000}  # hours on a few CPU cores
-_MOST_IMAGES = {True: 128, False: 64}  # in a batch, of a tiny model or another
-_CLIPS = 16  # in a batch
+_BATCH_OF_CLIPS = 16
+_LARGEST_BATCH_OF_IMAGES = {"tiny": 128, "other": 64}
 
 
 class DataFacts(NamedTuple):
-    """What is known of a data set."""
+    """Sizes of a data set."""
 
     train_examples: int
     test_examples: int
@@ -45,29 +46,30 @@ class DataFacts(NamedTuple):
 
 
 def leave_open(config: ml_collections.ConfigDict, *keys: str) -> None:
-    """Set keys of OPEN to None, whatever their type."""
+    """Set keys of OPEN to None; they keep their types."""
     for key in keys:
-        section, name = key.split(".")
-        config[section][name] = config_dict.placeholder(type(config[section][name]))
+        set_value(config, key, config_dict.placeholder(KEYS[key].type))
 
 
 def missing(config: ml_collections.ConfigDict) -> list[str]:
     """Return the keys that are open."""
-    return [key for key in OPEN if _get(config, key) is None]
+    return [key for key in OPEN if get_value(config, key) is None]
 
 
 def check_given(config: ml_collections.ConfigDict) -> None:
-    """Raise UserError for the first value outside its range, as `check_config`, whatever is left open."""
-    closed, defaults = config.copy_and_resolve_references(), default_config()
+    """Raise UserError for the first value outside its range, as `check_config`, except for open keys."""
+    closed = config.copy_and_resolve_references()
     for key in missing(closed):
-        _fill(closed, key, 1 if key == "data.size" else _get(defaults, key))
+        set_value(closed, key, 1 if key == "data.size" else KEYS[key].default)
     check_config(closed)
 
 
 def fill_model(config: ml_collections.ConfigDict, is_video: Callable[[], bool]) -> None:
-    """Set the model and the frames of a clip, where they are open: by each other, or else by the data.
+    """Set the model and the frames of a clip, if open: each from the other, or both from the data.
 
-    `is_video` is called if both are open.
+    Args:
+      config: changed in place.
+      is_video: returns whether the data are videos; called if both keys are open.
     """
     name, frames = config.model.name, config.data.frames
     if frames is None and name is None:
@@ -82,13 +84,13 @@ def fill_model(config: ml_collections.ConfigDict, is_video: Callable[[], bool]) 
 
 
 def fill(config: ml_collections.ConfigDict, facts: DataFacts) -> None:
-    """Set all other open keys.
+    """Set all other open keys, in place.
 
-    - size: that of the data, rounded up to what the model's strides divide, at most 64 (tiny models) or 224;
-    - batch: 16 clips; 16 to 128 images, so that an epoch has at least 32 steps;
-    - duration: 30 epochs (20 from weights), at least 300 and at most 10,000 steps (of clips 5,000);
-    - warm-up: 2 epochs, at most a tenth of the run; six evaluations; a checkpoint every epoch, but 50 to 500
-      steps apart.
+    - size: that of the data, rounded up to a multiple of the model's stride, at most 64 (tiny models) or 224;
+    - batch: 16 clips, or 16 to 128 images, so that an epoch has at least 32 steps;
+    - duration: 30 epochs (20 from weights), at least 300 and at most 10,000 steps (videos 5,000);
+    - warm-up: 2 epochs, at most a tenth of the run;
+    - six evaluations, and a checkpoint every epoch, but 50 to 500 steps apart.
     """
     video = config.data.frames > 0
     _fill(config, "data.size", _size(config, min(facts.width, facts.height)))
@@ -105,7 +107,7 @@ def fill(config: ml_collections.ConfigDict, facts: DataFacts) -> None:
 
 
 def describe(config: ml_collections.ConfigDict, facts: DataFacts) -> str:
-    """Return what a configuration makes of the data, in one line."""
+    """Return a line with the sizes of the data and the chosen model, input, batch and duration."""
     rows = facts.train_examples * config.augment.repeated_augmentation
     total = steps_in(config.train.duration, "config.train.duration", config.data.batch_size, rows)
     unit, data, takes = "images", f"{facts.width}x{facts.height}", f"{config.data.size}"
@@ -119,7 +121,7 @@ def describe(config: ml_collections.ConfigDict, facts: DataFacts) -> str:
 
 
 def _size(config: ml_collections.ConfigDict, side: int) -> int:
-    """Return the height and width of inputs for pictures with such short sides."""
+    """Return height and width of the inputs for data with this short side, pixels."""
     variant = get_variant(**model_arguments(config))
     if variant.network == "deit":
         return variant.image_size
@@ -128,9 +130,10 @@ def _size(config: ml_collections.ConfigDict, side: int) -> int:
 
 
 def _batch(config: ml_collections.ConfigDict, examples: int) -> int:
-    wanted = _CLIPS
+    wanted = _BATCH_OF_CLIPS
     if not config.data.frames:
-        wanted = min(max(_power_of_two(examples / 32), 16), _MOST_IMAGES[_is_tiny(config)])
+        largest = _LARGEST_BATCH_OF_IMAGES["tiny" if _is_tiny(config) else "other"]
+        wanted = min(max(_power_of_two(examples / 32), 16), largest)
     return min(wanted, max(_power_of_two(examples), 2))
 
 
@@ -144,6 +147,7 @@ def _duration(config: ml_collections.ConfigDict, epoch: float) -> str:
 
 
 def _power_of_two(number: float) -> int:
+    """Return the largest power of two up to a number, at least 1."""
     return 2 ** int(math.log2(number)) if number >= 1 else 1
 
 
@@ -151,12 +155,7 @@ def _is_tiny(config: ml_collections.ConfigDict) -> bool:
     return "tiny" in config.model.name
 
 
-def _get(config: ml_collections.ConfigDict, key: str) -> object:
-    section, name = key.split(".")
-    return config[section][name]
-
-
 def _fill(config: ml_collections.ConfigDict, key: str, value: object) -> None:
-    section, name = key.split(".")
-    if config[section][name] is None:
-        config[section][name] = value
+    """Set a key if it is open."""
+    if get_value(config, key) is None:
+        set_value(config, key, value)

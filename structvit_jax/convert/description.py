@@ -1,7 +1,7 @@
-"""The description beside exported weights: model, class names and inputs, so that reading needs no flags.
+"""The description beside exported weights: model, class names and inputs, so that reading needs no options.
 
-It is plain data, JSON in a .safetensors and a dict in a .pth. What comes from a file is validated against the
-file's arrays before it is used.
+It is plain data, JSON in a .safetensors file and a dict in a .pth. A description that is read is validated
+against the arrays of its file.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from typing import Any, NamedTuple
 from structvit_jax.models.variants import OVERRIDES, get_variant
 from structvit_jax.utils.errors import UserError
 
-# How a program runs, which is not a property of the weights.
+# Fields that describe how a program runs, not the weights.
 _NOT_OF_WEIGHTS = ("attention", "dtype", "remat", "scan_blocks")
 _LONGEST_NAME = 1000  # characters of a class name
 _LONGEST_ARGUMENT = 100
 
 
 class Inputs(NamedTuple):
-    """What weights expect of an image or frame."""
+    """The inputs that weights expect."""
 
     mean: tuple[float, float, float]  # subtracted from channels scaled to 0..1
     std: tuple[float, float, float]  # then divided by
@@ -28,7 +28,7 @@ class Inputs(NamedTuple):
 
 
 class Description(NamedTuple):
-    """What is known of weights beside their arrays."""
+    """Model, class names and inputs of weights."""
 
     model: dict[str, Any]  # arguments of `get_variant`
     class_names: tuple[str, ...] | None  # in the order of the head's outputs; None if unknown
@@ -48,7 +48,7 @@ class Description(NamedTuple):
 
 
 def parse(plain: Any, facts: Mapping[str, Any], classes: int) -> Description:
-    """Validate what a file holds as its description.
+    """Validate the description in a file.
 
     Args:
       plain: see `Description.as_plain`; may be anything.
@@ -56,10 +56,10 @@ def parse(plain: Any, facts: Mapping[str, Any], classes: int) -> Description:
       classes: outputs of the file's head.
 
     Raises:
-      UserError: a description that is malformed, or not of these arrays.
+      UserError: a description that is malformed, or does not fit the arrays.
     """
     if not isinstance(plain, Mapping):
-        raise UserError("its description is no mapping")
+        raise UserError("its description is not a mapping")
     return Description(
         _parse_model(plain.get("model"), facts),
         _parse_class_names(plain.get("class_names"), classes),
@@ -70,9 +70,9 @@ def parse(plain: Any, facts: Mapping[str, Any], classes: int) -> Description:
 def _parse_model(model: Any, facts: Mapping[str, Any]) -> dict[str, Any]:
     fields = ("name", *OVERRIDES)
     if not isinstance(model, Mapping) or "name" not in model:
-        raise UserError("its description has no name of a model")
+        raise UserError("its description does not name a model")
     if not isinstance(model["name"], str):
-        raise UserError("its description has a name of the model that is no string")
+        raise UserError("its description names a model with something other than a string")
     arguments = {
         key: _parse_field(model[key]) for key in fields if key in model and key not in _NOT_OF_WEIGHTS
     }
@@ -84,7 +84,7 @@ def _parse_model(model: Any, facts: Mapping[str, Any]) -> dict[str, Any]:
         if key == "value_window" and variant.aggregation == "element":
             described = (1,) * variant.grid_axes
         if described != value:
-            raise UserError(f"its description says {key} {described}, and its arrays have {value}")
+            raise UserError(f"its description has {key} {described}, but its arrays have {value}")
     return arguments
 
 
@@ -94,25 +94,25 @@ def _parse_field(value: Any) -> Any:
         return tuple(value)
     if isinstance(value, bool | int | float) or (isinstance(value, str) and len(value) <= _LONGEST_ARGUMENT):
         return value
-    raise UserError("its description has an argument of the model that is no number, word or short list")
+    raise UserError("its description has an argument of the model that is not a number, word or short list")
 
 
 def _parse_class_names(names: Any, classes: int) -> tuple[str, ...] | None:
     if names is None:
         return None
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
-        raise UserError("its description has class names that are no list of strings")
+        raise UserError("its description has class names that are not a list of strings")
     check_class_names(names, classes)
     return tuple(names)
 
 
 def check_class_names(names: Sequence[str], classes: int) -> None:
-    """Raise UserError unless there is one name for each of so many classes, and no name twice."""
+    """Raise UserError unless names are distinct, and as many as there are classes."""
     if len(names) != classes:
         raise UserError(f"there are {len(names)} class names for {classes} classes")
     if len(set(names)) < classes:
         twice = next(name for index, name in enumerate(names) if name in names[:index])
-        raise UserError(f"the class name {twice[:100]!r} is there more than once")
+        raise UserError(f"the class name {twice[:100]!r} occurs more than once")
     if any(len(name) > _LONGEST_NAME for name in names):
         raise UserError(f"a class name is longer than {_LONGEST_NAME} characters")
 

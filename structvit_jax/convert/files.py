@@ -1,6 +1,6 @@
 """Files of PyTorch weights: .pth (and .pt, .bin, .tar) through torch, .safetensors without it.
 
-What a file holds is data: no code of it runs, and its sizes are checked before memory is taken for them.
+A file is untrusted: its code is never run, and sizes are checked before memory is allocated.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from structvit_jax.utils.paths import write_errors_as_user_error
 SAFETENSORS = ".safetensors"
 TORCH = (".pth", ".pt", ".bin", ".tar")
 SUFFIXES = (SAFETENSORS, *TORCH)
-DESCRIPTION = "structvit_jax"  # beside the weights: what they are, see structvit_jax.convert.description
+DESCRIPTION = "structvit_jax"  # key beside the weights, see structvit_jax.convert.description
 RAW, AVERAGED = "raw", "ema"  # the trained weights, and their moving average
 # Names under which the authors' programs save weights. Their evaluation scripts load the raw ones.
 _PLACES = {RAW: ("model", "model_state", "state_dict"), AVERAGED: ("model_ema", "state_dict_ema")}
 _FLOATS = ("F16", "BF16", "F32", "F64")  # dtypes of safetensors
-_INTEGERS = ("I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64", "BOOL")  # of counters
+_INTEGERS = ("I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64", "BOOL")  # for counters
 _LONGEST_DESCRIPTION = 2**24  # characters
 _INSTALL = "pip install 'structvit_jax[torch]'"
 
@@ -39,24 +39,24 @@ class StateDict(NamedTuple):
 
     arrays: dict[str, np.ndarray]  # PyTorch's keys to arrays in PyTorch's layout
     place: str  # the name under which the file holds them; "" at the top level
-    other: str  # the same for the raw or averaged weights that were not taken; "" without any
-    description: Any  # plain data that `write` put beside them, not validated; None without any
+    other: str  # the name of the raw or averaged weights that were not taken; "" if there are none
+    description: Any  # plain data beside them, not validated; None if there are none
 
 
 def is_weights_file(path: str) -> bool:
-    """Return whether a path names a file of PyTorch weights, and not a run or checkpoint."""
+    """Return whether a path names a file of PyTorch weights, not a run or checkpoint."""
     return str(path).endswith(SUFFIXES)
 
 
-def read(path: str, which: str = "") -> StateDict:
-    """Read the weights in a file. Of a .pth only tensors and plain containers are loaded: no code of it runs.
+def read(path: str, which: str | None = None) -> StateDict:
+    """Read the weights in a file. No code in it is run: only tensors and plain containers are loaded.
 
     Args:
       path: the file.
-      which: of files that hold both, RAW or AVERAGED weights; "" takes the raw ones, if there are any.
+      which: RAW or AVERAGED, for files that hold both; None prefers the raw weights.
 
     Raises:
-      UserError: no such file, one that is damaged or holds something else, or torch is missing.
+      UserError: no such file, a file that is damaged or holds something else, or torch is missing.
     """
     path = os.path.expanduser(path)
     if not os.path.isfile(path):
@@ -65,7 +65,7 @@ def read(path: str, which: str = "") -> StateDict:
         arrays, description = _read_safetensors(path)
         place = other = ""
         if which == AVERAGED:
-            raise UserError(f"{path} holds one set of weights; leave --weights out")
+            raise UserError(f"{path} holds one set of weights; omit --weights")
     else:
         state_dict, place, other, description = _choose(path, _load_torch(path), which)
         arrays = _to_numpy(path, state_dict)
@@ -114,8 +114,7 @@ def write(
 def create(path: str) -> Iterator[str]:
     """Yield a temporary name beside `path`, for a file or folder that is renamed to `path` at the end.
 
-    What an earlier process left under the temporary name when it was killed is removed. Nothing stays of a
-    body that raises.
+    Remains of an earlier process that was killed are removed first. If the body raises, nothing is left.
 
     Raises:
       UserError: `path` exists, or cannot be written; at once, before the body runs.
@@ -148,7 +147,7 @@ def _remove(path: Path) -> None:
 
 
 def _read_safetensors(path: str) -> tuple[dict[str, np.ndarray], Any]:
-    """Return the arrays and the description. The library checks the header against the size of the file."""
+    """Return the arrays and the description; the library checks the header against the file size."""
     import safetensors
 
     try:
@@ -179,8 +178,8 @@ def _parse(path: str, text: str) -> Any:
         ) from error
 
 
-def _choose(path: str, content: Any, which: str) -> tuple[Mapping[Any, Any], str, str, Any]:
-    """Return the state dict in what a .pth holds, its name, that of the other one, and the description."""
+def _choose(path: str, content: Any, which: str | None) -> tuple[Mapping[Any, Any], str, str, Any]:
+    """Return the state dict in a .pth, its name, the name of the other one, and the description."""
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds no weights: a {type(content).__name__}")
     places = {
@@ -191,7 +190,7 @@ def _choose(path: str, content: Any, which: str) -> tuple[Mapping[Any, Any], str
     place, other = places[taken], places[AVERAGED if taken == RAW else RAW]
     if not place and (which == AVERAGED or other):
         held = f"it has {other!r}" if other else "it holds one set of weights"
-        raise UserError(f"{path} has no {which} weights ({held}); leave --weights out")
+        raise UserError(f"{path} has no {which} weights ({held}); omit --weights")
     state_dict = content[place] if place else content
     if not state_dict:
         raise UserError(f"{path} holds no weights: {_what(content)}")
@@ -202,13 +201,15 @@ def _torch() -> Any:
     try:
         import torch
     except ImportError as error:
-        raise UserError(f"reading and writing .pth needs torch: {_INSTALL}, or take .safetensors") from error
+        raise UserError(f"reading and writing .pth needs torch: {_INSTALL}; or use .safetensors") from error
     return torch
 
 
 def _load_torch(path: str) -> Any:
-    """Load tensors and plain containers. torch's own messages are never repeated: they advise to run the
-    code in the file."""
+    """Load tensors and plain containers.
+
+    torch's own error messages are not repeated: they suggest running the code in the file.
+    """
     torch = _torch()
     try:
         if zipfile.is_zipfile(path):
@@ -222,7 +223,7 @@ def _load_torch(path: str) -> Any:
 
 
 def _check_archive(path: str) -> None:
-    """torch stores its records as they are; a compressed one may unpack to any size."""
+    """Refuse compressed archives, which may unpack to any size; torch does not compress."""
     with zipfile.ZipFile(path) as archive:
         if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
             raise UserError(
@@ -235,8 +236,8 @@ def _why(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if named := re.search(r"GLOBAL ([\w.]{1,100})", str(error)):
-        return f"it holds more than weights, which is not loaded: {named[1]}"
-    return "it is damaged, or not a file of PyTorch weights alone"
+        return f"it holds objects other than weights, which are not loaded: {named[1]}"
+    return "it is damaged, or holds something other than PyTorch weights"
 
 
 def _to_numpy(path: str, state_dict: Mapping[Any, Any]) -> dict[str, np.ndarray]:
@@ -246,11 +247,11 @@ def _to_numpy(path: str, state_dict: Mapping[Any, Any]) -> dict[str, np.ndarray]
         if not isinstance(key, str):
             raise UserError(f"{path} holds no weights: its keys are not strings, as {str(key)[:50]!r}")
         if not isinstance(value, torch.Tensor):
-            raise UserError(f"{path} holds no weights, or not only: {key} is no tensor")
+            raise UserError(f"{path} holds something other than weights: {key} is not a tensor")
         if problem := _problem(value):
             raise _unsuitable(path, key, problem)
         size += value.numel() * value.element_size()
-    if size > os.path.getsize(path):  # tensors may repeat or share the numbers that the file holds
+    if size > os.path.getsize(path):  # an expanded tensor repeats the numbers in the file
         raise UserError(f"{path} cannot be read: its tensors have {size:,} bytes, more than the file")
     for key, value in state_dict.items():
         value = value.detach()
@@ -259,7 +260,7 @@ def _to_numpy(path: str, state_dict: Mapping[Any, Any]) -> dict[str, np.ndarray]
 
 
 def _problem(tensor: Any) -> str:
-    """Return what a tensor holds that weights cannot be; "" for ordinary numbers."""
+    """Return why a tensor cannot be a weight; "" if it can."""
     if tensor.is_quantized:
         return "quantised numbers"
     if str(tensor.layout) != "torch.strided":

@@ -1,8 +1,8 @@
-"""Weights from a file or checkpoint, with all that is known of them: model, classes and inputs.
+"""Weights from a file or checkpoint, with their model, classes and input normalisation.
 
-Names and shapes of the arrays determine the model. What they leave open (the width of heads, normalisation,
-the order of channels, the names of the classes) is in the description that `structvit convert`
-writes beside exported weights, follows from what was released, or has to be given.
+Names and shapes of the arrays determine the model, except for the width of heads, the input normalisation,
+the channel order and the class names. These come from the description that `structvit convert` writes beside
+exported weights, from the table of releases, or from the user.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from structvit_jax.convert.names import Arrays, from_torch
 from structvit_jax.models.variants import VARIANTS, Variant, get_variant
 from structvit_jax.utils.errors import UserError, check_choice
 
-_MOST_PATTERNS = 256  # structure kernels of a file; a model needs memory in proportion
+_LARGEST_STRUCTURE_DIM = 256  # that is read from a file: a model's memory grows with it
 
 
 class Release(NamedTuple):
@@ -59,17 +59,21 @@ RELEASED = {
 class Source:
     """Weights to start from or to convert."""
 
-    arrays: Arrays  # parameters and batch statistics by our names
+    arrays: Arrays  # parameters and batch statistics, by the names of this package
     variant: Variant
     model: dict[str, Any]  # arguments of `get_variant` that give the variant
     num_classes: int
     class_names: tuple[str, ...] | None  # in the order of the head's outputs; None if unknown
     inputs: Inputs | None  # None if unknown
     where: str  # for messages
-    notes: tuple[str, ...] = ()  # what was decided in reading them, a line each
+    notes: tuple[str, ...] = ()  # choices made while reading, to print, one line each
 
     def with_class_names(self, names: Sequence[str], where: str) -> Source:
-        """Return the same weights with other names for their classes; `where` the names are from.
+        """Return the same weights with other names for their classes.
+
+        Args:
+          names: in the order of the head's outputs.
+          where: the origin of the names, for messages.
 
         Raises:
           UserError: not one distinct name for each class.
@@ -83,19 +87,24 @@ class Source:
 
 
 def read_released(
-    path: str, *, model: str = "", data: str = "", head_width: int = 0, which: str = ""
+    path: str,
+    *,
+    model: str | None = None,
+    data: str | None = None,
+    head_width: int | None = None,
+    which: str | None = None,
 ) -> Source:
     """Read a file of PyTorch weights.
 
     Args:
       path: a .pth or .safetensors file.
-      model: name of the model, for files of a StructViT without a description: shapes leave the stride open.
-      data: a name in RELEASED, where the number of classes does not determine it.
-      head_width: 32 or 64, where the release has both.
-      which: "raw" or "ema", of files that hold both; "" takes the raw weights, if there are any.
+      model: name of the model, for a StructViT without a description: shapes do not determine the stride.
+      data: a name in RELEASED, if the number of classes does not determine it.
+      head_width: 32 or 64, if UniFormers of this size were released with both.
+      which: "raw" or "ema", for files that hold both; None prefers the raw weights.
 
     Raises:
-      UserError: a file that holds no UniFormer, or one of which something has to be given.
+      UserError: a file that holds no UniFormer, or one that needs a further argument.
     """
     state_dict = files.read(path, which)
     try:
@@ -112,8 +121,8 @@ def read_released(
     if state_dict.description is None:
         if model and "blocks3.0.attn.key_kernels" in arrays:
             arguments = {**arguments, "name": model}
-        arguments |= _heads(path, arguments, head_width)
-    notes = _choice(path, state_dict)
+        arguments |= _head_width(path, arguments, head_width)
+    notes = _choice_notes(state_dict)
     if data or inputs is None:
         release = _release(path, arguments, classes, data)
         inputs = release.inputs
@@ -124,8 +133,8 @@ def read_released(
     return Source(arrays, get_variant(**arguments), arguments, classes, names, inputs, where, tuple(notes))
 
 
-def _choice(path: str, state_dict: files.StateDict) -> list[str]:
-    """Return a note on which weights were taken, where the file holds raw and averaged ones."""
+def _choice_notes(state_dict: files.StateDict) -> list[str]:
+    """Return a note on which weights were taken, if the file holds raw and averaged ones."""
     if not state_dict.other:
         return []
     averaged = "ema" in state_dict.place
@@ -133,15 +142,15 @@ def _choice(path: str, state_dict: files.StateDict) -> list[str]:
     flag = f"--weights={files.RAW if averaged else files.AVERAGED}"
     return [
         f"weights: {state_dict.place!r}, the {kinds[0]} ones; the file also holds {state_dict.other!r}, the"
-        f" {kinds[1]} ones: {flag} of structvit convert takes those"
+        f" {kinds[1]} ones, which structvit convert takes with {flag}"
     ]
 
 
 def recognise(arrays: Arrays) -> tuple[dict[str, Any], int]:
-    """Return the arguments of `get_variant` that give a model these arrays, and the number of its classes.
+    """Return the arguments of `get_variant` for the model of these arrays, and the number of its classes.
 
     Raises:
-      UserError: they are of no model here.
+      UserError: no model here has such arrays.
     """
     facts = _facts(arrays)
     shape = tuple(facts[key] for key in ("depths", "widths", "stem"))
@@ -159,16 +168,16 @@ def recognise(arrays: Arrays) -> tuple[dict[str, Any], int]:
         arguments |= {"layer_scale": 1e-6 if scaled[1] else 0.0, "conv_layer_scale": scaled[0]}
     if facts["token_labels"]:
         arguments["token_labels"] = True
-    patterns = facts["structure_dim"]
-    name = f"{base.replace('uniformer', 'structvit')}_{patterns}_1" if patterns else base
+    dim = facts["structure_dim"]
+    name = f"{base.replace('uniformer', 'structvit')}_{dim}_1" if dim else base
     return {"name": name + "_video" * facts["video"], **arguments}, arrays["head.kernel"].shape[-1]
 
 
 def _facts(arrays: Arrays) -> dict[str, Any]:
-    """Return the fields of the variant that the arrays' names and shapes determine.
+    """Return the fields of the variant that names and shapes of the arrays determine.
 
     Raises:
-      UserError: arrays of no UniFormer, or of sizes that no model has.
+      UserError: arrays that are not a UniFormer's, or have impossible shapes.
     """
     depths = tuple(_depth(arrays, stage) for stage in range(1, 5))
     needed: tuple[str, ...] = ("head.kernel", "blocks1.0.pos_embed.kernel", "blocks1.0.attn.depthwise.kernel")
@@ -194,54 +203,55 @@ def _facts(arrays: Arrays) -> dict[str, Any]:
     for part in ("key", "value"):
         kernels = arrays.get(f"blocks3.0.attn.{part}_kernels")
         if kernels is not None:
-            if kernels.ndim != 5 + video or kernels.shape[-1] > _MOST_PATTERNS:
-                raise UserError(f"blocks3.0.attn.{part}_kernels has a shape of no StructViT: {kernels.shape}")
+            if kernels.ndim != 5 + video or kernels.shape[-1] > _LARGEST_STRUCTURE_DIM:
+                raise UserError(f"blocks3.0.attn.{part}_kernels has shape {kernels.shape}, as no StructViT")
             facts |= {"structure_dim": kernels.shape[-1], f"{part}_window": kernels.shape[:-3]}
     return facts
 
 
 def _depth(arrays: Arrays, stage: int) -> int:
+    """Return the number of blocks of a stage; 0 if they are not numbered from 0 on."""
     numbers = {int(m[1]) for name in arrays if (m := re.match(rf"blocks{stage}\.(\d+)\.norm1\.scale$", name))}
     return len(numbers) if numbers == set(range(len(numbers))) else 0
 
 
 def _scales(variant: Variant) -> list[bool]:
-    """Whether convolution and attention blocks have layer scales."""
+    """Return whether convolution blocks and attention blocks have layer scales."""
     has = bool(variant.layer_scale)
     return [has and variant.conv_layer_scale, has]
 
 
-def _heads(path: str, arguments: dict[str, Any], given: int) -> dict[str, int]:
-    """Return the width of heads, where it is not that of the variant of this name."""
+def _head_width(path: str, arguments: dict[str, Any], given: int | None) -> dict[str, int]:
+    """Return the width of heads as an argument, if it differs from that of the named variant."""
     variant = get_variant(**arguments)
     if given:
         return {"head_width": given} if given != variant.head_width else {}
     if variant.stem == "conv" or (arguments.get("token_labels") and variant.layer_scale is None):
         raise UserError(
-            f"{path}: shapes do not determine whether its heads are 32 wide, as in the authors' first models"
-            f" of this kind, or 64, as those whose names end in _dim64; {_give('--head_width=32')} or 64"
+            f"{path}: shapes do not determine whether its heads are 32 wide, as in the first models of this"
+            f" kind, or 64, as in those whose names end in _dim64; {_give('--head_width=32')} or 64"
         )
     return {}
 
 
-def _release(path: str, arguments: dict[str, Any], classes: int, given: str) -> Release:
-    """Return the data set that weights without a description were trained on."""
+def _release(path: str, arguments: dict[str, Any], classes: int, given: str | None) -> Release:
+    """Return the release that weights without a description belong to."""
     if given:
         return RELEASED[check_choice("--data", given, RELEASED)]
     if arguments.get("token_labels"):
         raise UserError(
-            f"{path}: trained with token labelling, for which the authors' normalisation depends on the"
-            f" version of timm; {_give('--data=imagenet')}, or imagenet_half for 0.5 (timm 0.4.12)"
+            f"{path}: trained with token labelling, so its normalisation depends on the authors' version of"
+            f" timm; {_give('--data=imagenet')}, or imagenet_half for 0.5 (timm 0.4.12)"
         )
     video = get_variant(**arguments).video
     for release in RELEASED.values():
         if release.classes == classes and release.video == video:
             return release
     raise UserError(
-        f"{path}: {classes} classes, so its normalisation and channel order are unknown;"
-        f" {_give('--data=NAME')}, of {', '.join(RELEASED)}"
+        f"{path}: nothing was released with {classes} classes, so normalisation and channel order are"
+        f" unknown; {_give('--data=NAME')}, one of {', '.join(RELEASED)}"
     )
 
 
 def _give(flag: str) -> str:
-    return f"convert it with structvit convert SOURCE DESTINATION, and give {flag}"
+    return f"convert the file with structvit convert SOURCE DESTINATION {flag}"

@@ -31,7 +31,7 @@ class Optimizer(NamedTuple):
 def learning_rate(config: ml_collections.ConfigDict, durations: Durations) -> optax.Schedule:
     """Linear from `warmup_lr` to `lr`, then half a cosine that would reach `end_lr` after the last step, or
     before the cool-down. With stairs it stands still between them, and may lag behind by some."""
-    warmup, stair = durations.warmup, durations.stair or 1
+    warmup, stair = durations.warmup, durations.lr_update_every or 1
     first = warmup if config.schedule_origin == "warmup" else 0
     length = max(durations.total - durations.cooldown - first, 1)
 

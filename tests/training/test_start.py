@@ -76,14 +76,14 @@ def test_fine_tuning_in_one_command_each(digits, command, tmp_path):
         f"--config.init_from={tmp_path / 'classes'}",
     ]
     said = tune("larger", f"{OWN}:deit_tiny_struct_8,finetune", *larger)
-    assert "structure kernels with patterns repeated, 4 to 8: 4 arrays" in said
-    assert "positions resized: 1 arrays, 512 values: pos_embed" in said
+    assert "structure kernels repeated, 4 to 8: 4 arrays" in said
+    assert "positions resized: 1 array, 512 values: pos_embed" in said
     assert "re-initialised" not in said
 
     video = ["--config=configs/moving_digits.py", "--config.model.name=deit_tiny_struct_2_video"]
     said = tune("video", *video, f"--config.init_from={digits}")
     for phrase in (
-        "inflated in time (average): 1 arrays",
+        "inflated in time, by average: 1 array",
         "start as plain attention: 4 arrays",
         "re-initialised, for 8 classes instead of 10",
         "note: config.data.mean is (0.08, 0.08, 0.08); the weights were trained with (0.3, 0.3, 0.3)",

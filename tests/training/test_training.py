@@ -210,7 +210,7 @@ def test_schedule_as_the_released_programs_run_it():
         "start",
     )
     total, warm = 300, 5
-    schedule = optim.learning_rate(config, Durations(310 * 4, warmup=warm * 4, cooldown=10 * 4, stair=4))
+    schedule = optim.learning_rate(config, Durations(310 * 4, warmup=warm * 4, cooldown=10 * 4, lr_update_every=4))
     for epoch in (0, 1, 2, 5, 6, 150, 300, 301, 309):
         t = max(epoch - 1, 0)
         cosine = 1e-5 + (1e-3 - 1e-5) * (1 + np.cos(np.pi * min(t, total) / total)) / 2
@@ -351,11 +351,11 @@ def test_durations():
     ("key", "value", "message"),
     [
         ("train.duration", "3 weeks", "is '3 weeks'; write 'N steps'"),
-        ("train.duration", "", "needs a step at least"),
+        ("train.duration", "", "at least one step"),
         ("train.duration", "9" * 400 + " steps", r"it takes fewer than 2\*\*31 steps"),
         ("checkpoint.every", "99999999999999999999 steps", r"it takes fewer than 2\*\*31 steps"),
-        ("train.duration", "0 epochs", "needs a step at least"),
-        ("optimizer.warmup", "101 steps", "longer than the run of 100"),
+        ("train.duration", "0 epochs", "at least one step"),
+        ("optimizer.warmup", "101 steps", "too long for a run of 100"),
         ("eval.every", "often", r"config\.eval\.every is 'often'"),
     ],
 )

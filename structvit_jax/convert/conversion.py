@@ -1,4 +1,7 @@
-"""Convert PyTorch weights to a checkpoint, one model's weights to another's, and back to PyTorch's keys."""
+"""The body of `structvit convert`: PyTorch weights to a checkpoint, one model's to another's, and back.
+
+It builds on checkpoints and recipes, so `structvit_jax.convert` does not import it.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +16,13 @@ import numpy as np
 from etils import epath
 
 import structvit_jax
-from structvit_jax.config import recipes
-from structvit_jax.convert import (
-    Description,
-    Rules,
-    Source,
-    adapt,
-    files,
-    is_weights_file,
-    read_released,
-    to_torch,
-)
+from structvit_jax.config import INPUTS, recipes
+from structvit_jax.convert import files
+from structvit_jax.convert.adapt import Rules, adapt
+from structvit_jax.convert.description import Description
+from structvit_jax.convert.files import is_weights_file
+from structvit_jax.convert.names import to_torch
+from structvit_jax.convert.source import Source, read_released
 from structvit_jax.models import create_model
 from structvit_jax.models.weights import Weights, cast_like, split
 from structvit_jax.runtime.mesh import make_mesh
@@ -38,53 +37,52 @@ from structvit_jax.utils.paths import is_bucket, parse_path
 
 
 class Request(NamedTuple):
-    """What to convert; see `structvit convert`."""
+    """The arguments of `structvit convert`."""
 
     source: str
     destination: str
-    model: str = ""  # to fit the weights to; "" keeps their own
-    data: str = ""  # what they were trained on
-    head_width: int = 0  # 32 or 64, where the release has both
-    weights: str = ""  # of files that hold raw and averaged weights
-    labels: str = ""  # a file with the class names
-    inflate: str = "average"  # over time: "average" or "centre"
-    noise: float = Rules.noise  # that sets equal structure kernels apart
+    model: str | None = None  # to fit the weights to; None keeps their own
+    data: str | None = None  # that released weights were trained on, see `structvit_jax.convert.RELEASED`
+    head_width: int | None = None  # 32 or 64, if both were released
+    weights: str | None = None  # "raw" or "ema", for files that hold both
+    labels: str | None = None  # a file with the class names
+    inflate: str = "average"  # image weights over time: "average" or "centre"
+    noise: float = Rules.noise  # deviation that sets equal structure kernels apart
 
 
-def run(request: Request) -> None:
-    """Convert weights and print what became of them.
+def convert(request: Request) -> None:
+    """Convert weights and print a summary.
 
     Raises:
-      UserError: a source that is not understood, or a destination that cannot be written.
+      UserError: a source that cannot be read or fitted, or a destination that cannot be written.
     """
     if not 0 <= request.noise < math.inf:
         raise UserError(f"--noise is {request.noise:g}; it needs to be finite and not negative")
-    with _create(request.destination) as place:
+    with _create(request.destination) as path:
         source = _read(request)
         print(f"{source.where}: {source.model['name']}, {source.num_classes} classes")
         if source.inputs:
             print(f"  expects mean {source.inputs.mean}, std {source.inputs.std}, {source.inputs.channels}")
-        print(*(f"  {note}" for note in source.notes), sep="\n", end="\n" * bool(source.notes))
+        for note in source.notes:
+            print(f"  {note}")
         if source.class_names is None:
             print("  note: its classes have no names, so training will not keep its head; give --labels=FILE")
         model, weights = _fit(source, request)
-        if is_weights_file(request.destination):
-            _write_torch(place, source, model, weights)
-        else:
-            _write_checkpoint(place, source, model, weights)
+        write = _write_torch if is_weights_file(request.destination) else _write_checkpoint
+        write(path, source, model, weights)
     print(f"written: {request.destination}")
 
 
 @contextlib.contextmanager
 def _create(destination: str) -> Iterator[str]:
-    """Yield where to write, after checking that it can be written; see `files.create`.
+    """Yield the path to write to, after checking that it can be written; see `files.create`.
 
-    A bucket cannot rename: there a conversion is complete when its checkpoint is.
+    A bucket cannot rename: there, a conversion is complete when its checkpoint is.
     """
     folder = parse_path(destination)
     if not is_bucket(folder):
-        with files.create(destination) as place:
-            yield place
+        with files.create(destination) as path:
+            yield path
         return
     if is_weights_file(destination):
         raise UserError(f"{destination}: files of PyTorch weights are written to a disk; choose a local path")
@@ -107,8 +105,8 @@ def _read(request: Request) -> Source:
         )
     elif request.data or request.head_width or request.weights:
         raise UserError(
-            f"{request.source} is no file of PyTorch weights (.pth, .safetensors), which --data, --head_width"
-            " and --weights are for"
+            "--data, --head_width and --weights are for files of PyTorch weights (.pth, .safetensors);"
+            f" {request.source} is not one, so omit them"
         )
     else:
         source = start.find_weights(request.source, make_mesh(-1, 1))
@@ -139,7 +137,8 @@ def _fit(source: Source, request: Request) -> tuple[dict[str, Any], Weights]:
     fresh = split(model)[1]
     rules = Rules(inflate=request.inflate, noise=request.noise)
     adapted = adapt(source, fresh.params | fresh.batch_stats, model.variant, None, rules)
-    print(*(f"  {line}" for line in adapted.lines()), sep="\n")
+    for line in adapted.lines():
+        print(f"  {line}")
     return arguments, cast_like(fresh, adapted.arrays)
 
 
@@ -150,7 +149,7 @@ def _write_torch(path: str, source: Source, model: dict[str, Any], weights: Weig
 
 
 def _write_checkpoint(path: str, source: Source, model: dict[str, Any], weights: Weights) -> None:
-    config = _config(source, model)
+    config = _recipe(source, model)
     folder = epath.Path(path)
     with io_errors_as_user_error(folder):
         (folder / FOLDER).mkdir(parents=True, exist_ok=True)
@@ -160,8 +159,8 @@ def _write_checkpoint(path: str, source: Source, model: dict[str, Any], weights:
             checkpoints.save(TrainState(jnp.int32(0), weights, None), card)
 
 
-def _config(source: Source, model: dict[str, Any]) -> ml_collections.ConfigDict:
-    """Return the recipe that the weights are evaluated by."""
+def _recipe(source: Source, model: dict[str, Any]) -> ml_collections.ConfigDict:
+    """Return the configuration to evaluate the weights with."""
     name = model["name"]
     if not name.endswith("_video"):
         config = recipes.images(name)
@@ -172,6 +171,5 @@ def _config(source: Source, model: dict[str, Any]) -> ml_collections.ConfigDict:
     config.model.update(model)
     config.init_from = ""
     if source.inputs:
-        for key in ("mean", "std", "channels"):
-            config.data[key] = getattr(source.inputs, key)
+        config.data.update({key: getattr(source.inputs, key) for key in INPUTS})
     return config

@@ -1,0 +1,238 @@
+"""Configurations on the command line: options, files, and suggestions for unknown keys."""
+
+import pytest
+from conftest import ROOT
+
+from structvit_jax.cli.configuration import (
+    _SYNONYMS,
+    find_file,
+    load_config,
+    load_file,
+    override,
+    suggest_key,
+)
+from structvit_jax.cli.options import Override, Words, split_words
+from structvit_jax.config import KEYS, default_config, get_value
+from structvit_jax.utils.errors import UserError
+
+
+def parse(*words):
+    """Return the configuration of a command line over the defaults, and the other words."""
+    given, others = split_words(words)
+    config = default_config()
+    override(config, given.overrides)
+    return config, others
+
+
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [
+        ("data.size=32", 32),
+        ("mesh.data=-1", -1),
+        ("optimizer.lr=3e-4", 3e-4),
+        ("optimizer.lr=1", 1.0),
+        ("data.root=a b=c", "a b=c"),
+        ("data.root=", ""),
+        ("data.root=None", "None"),  # a folder of this name: the key is never unset
+        ("data.channels=None", None),
+        ("data.channels=bgr", "bgr"),
+        ("data.mean=(0.1,0.2,0.3)", (0.1, 0.2, 0.3)),
+        ("data.mean=0.1,0.2,0.3", (0.1, 0.2, 0.3)),
+        ("data.mean=[0.1, 0.2, 0.3]", (0.1, 0.2, 0.3)),
+        ("data.mean=None", None),
+        ("augment.crop_area=(0.5,1)", (0.5, 1)),
+        ("model.widths=16", (16,)),
+        ("model.key_window=5", 5),
+        ("model.key_window=(3,5)", (3, 5)),
+        ("model.drop_path=None", None),
+        ("eval.ema=False", False),
+        ("eval.ema=1", True),
+        ("model.token_labels=t", True),
+        ("init_from=runs/a", "runs/a"),
+        ("data.batch-size=8", 8),
+    ],
+)
+def test_values_of_every_type(word, value):
+    name = word.partition("=")[0].replace("-", "_")
+    for words in ([f"--config.{word}"], [f"--config.{word.partition('=')[0]}", word.partition("=")[2]]):
+        if KEYS[name].type is bool and len(words) == 2:
+            continue  # a switch takes no value after a space
+        config, others = parse(*words)
+        assert get_value(config, name) == value and type(get_value(config, name)) is type(value)
+        assert not others
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("data.size=big", "--config.data.size='big': it takes an integer"),
+        ("data.size=1.5", "--config.data.size='1.5': it takes an integer"),
+        ("data.size=None", "--config.data.size='None': it takes an integer"),
+        ("data.size=" + "9" * 5000, "9': it takes an integer"),
+        ("optimizer.lr=fast", "--config.optimizer.lr='fast': it takes a number"),
+        ("eval.ema=maybe", "--config.eval.ema='maybe': it takes true or false"),
+        ("data.mean=a", "--config.data.mean='a': it takes a tuple, as (1,2)"),
+        ("data.mean=" + "(" * 1000, "it takes a tuple"),
+        ("model.key_window=3x3", "it takes an integer or a tuple, as 3 or (3,5)"),
+        ("optimzer.lr=1", "the configuration has no key 'optimzer.lr'. Did you mean config.optimizer.lr?"),
+        ("=1", "the configuration has no key ''. structvit show prints all keys."),
+        ("data.size.x=1", "the configuration has no key 'data.size.x'."),
+        ("data=1", "config.data is a section; set its keys, as --config.data.name=VALUE"),
+    ],
+)
+def test_bad_values_are_one_line(word, message):
+    with pytest.raises(UserError) as error:
+        parse(f"--config.{word}")
+    assert message in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 200
+
+
+def test_options_are_separated_from_other_words():
+    words, others = split_words(
+        [
+            "run",
+            "--config=a.py:x=1",
+            "--workdir",
+            "w",
+            "--config.train.seed",
+            "-1",
+            "--config.eval.ema",
+            "clip.mp4",
+        ]
+    )
+    assert words == Words("a.py:x=1", (Override("train.seed", "-1"), Override("eval.ema", "true")))
+    assert others == ["run", "--workdir", "w", "clip.mp4"]
+    assert (words.name, words.value("train.seed", "0"), words.value("data.size", "24")) == ("a", "-1", "24")
+    assert split_words(["--config", "b.py"])[0].file == "b.py"
+    assert split_words(["--", "--config=a.py"]) == (Words(), ["--", "--config=a.py"])
+    assert split_words(["--configs=a.py", "--config:x"])[1] == ["--configs=a.py", "--config:x"]
+
+
+def test_the_last_value_of_a_repeated_key_wins():
+    given = ["--config.data.mean=(1,1,1)", "--config.data.size=8", "--config.data.mean=(2,2,2)"]
+    config, _ = parse(*given, "--config.data.size", "16", "--config.eval.ema", "--noconfig.eval.ema")
+    assert (config.data.mean, config.data.size, config.eval.ema) == ((2, 2, 2), 16, False)
+    assert split_words(["--config=a.py", "--config=b.py"])[0].file == "b.py"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--config"], "--config needs a file"),
+        (["--config="], "--config needs a file"),
+        (["--config", "--workdir=w"], "--config needs a file"),
+        (["--noconfig"], "--noconfig: write --noconfig.KEY without a value"),
+        (["--noconfig.eval.ema=true"], "--noconfig.eval.ema=true: write --noconfig.KEY without a value"),
+        (["--config.data.size"], "--config.data.size needs a value: --config.data.size=VALUE"),
+        (["--config.data.size", "--workdir=w"], "--config.data.size needs a value"),
+    ],
+)
+def test_options_without_a_value(words, message):
+    with pytest.raises(UserError, match=message):
+        split_words(words)
+
+
+_BEGIN = "from structvit_jax.config import default_config\ndef get_config(argument='none'):\n    "
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def get_config(): raise RuntimeError('boom\\nbang')", "file.py:1: RuntimeError: boom bang"),
+        ("x = 0\ndef get_config(): return int('a')", "file.py:2: ValueError: invalid literal"),
+        ("def get_config(): open('/no/file')", "file.py:1: FileNotFoundError"),
+        ("import sys\nsys.exit(3)", "file.py:2: SystemExit: 3"),
+        ("import no_such_module", "file.py:1: ModuleNotFoundError: No module named 'no_such_module'"),
+        ("def get_config(:", "file.py:1: invalid syntax"),
+        ("x = '\\ud800'.encode()", "file.py:1: UnicodeEncodeError"),
+        (b"x = '\xff'", "file.py:1: "),
+        (b"x = 0\0", "null bytes"),
+        ("x = 1", "file.py has no function get_config()"),
+        ("get_config = 3", "file.py has no function get_config()"),
+        ("def get_config(): pass", "get_config() has to return structvit_jax.config.default_config()"),
+        (_BEGIN + "return default_config().to_dict()", "get_config() has to return"),
+        (
+            _BEGIN + "c = default_config(); c.unlock(); del c.train.seed; return c",
+            "get_config() has to return",
+        ),
+        (_BEGIN + "c = default_config(); c.unlock(); c.train = 5; return c", "file.py:3: TypeError: "),
+        (_BEGIN + "c = default_config(); c.train.nonsense = 1", "the configuration has no key 'nonsense'."),
+        (
+            _BEGIN + "c = default_config(); c.eval.batchsize = 1",
+            "Did you mean config.data.batch_size or config.eval",
+        ),
+        (_BEGIN + "c = default_config(); c.optimzer.lr = 1", "the configuration has no key 'optimzer'."),
+        (_BEGIN + "c = default_config(); c.train.seed = 'x'", "file.py:3: TypeError: "),
+        ("def get_config(): return {}['x']", "file.py:1: KeyError: 'x'"),
+    ],
+)
+def test_configuration_files_that_fail(text, message, tmp_path):
+    path = tmp_path / "file.py"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError) as error:
+        load_file(str(path))
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert "file.py" in str(error.value) or "get_config() has to return" in message
+
+
+def test_arguments_overrides_and_constants_of_a_file(tmp_path):
+    path = tmp_path / "file.py"
+    path.write_text(f"STUDY = 3\n{_BEGIN}c = default_config(); c.data.name = argument; return c")
+    assert load_file(str(path)).config.data.name == "none"
+    assert load_file(f"{path}:a:b,c=1").config.data.name == "a:b,c=1"
+    assert load_file(str(path)).constants["STUDY"] == 3
+    config = load_config(Words(f"{path}:x", (Override("data.size", "8"),)))
+    assert (config.data.name, config.data.size) == ("x", 8) and config.is_locked
+    assert list(tmp_path.iterdir()) == [path]  # no __pycache__
+
+
+def test_no_configuration():
+    with pytest.raises(UserError, match=r"no configuration is given: --config=configs/moving_digits\.py"):
+        load_config(Words())
+
+
+@pytest.mark.parametrize("name", ["digits", "digits.py", "configs/digits.py"])
+def test_configurations_of_the_package_are_found_everywhere(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_file(name).read_bytes() == (ROOT / "configs" / "digits.py").read_bytes()
+    (tmp_path / "digits.py").write_text("")
+    assert str(find_file("digits.py")) == "digits.py"  # a local file comes first
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("digist", "no configuration file (.py) at 'digist'. Did you mean 'digits'?"),
+        ("configs/moving_digts.py", "Did you mean 'configs/moving_digits.py' or "),
+        ("configs", "Known: ablate_digits, ablations"),
+        ("a/configs/digits.py", "no configuration file (.py) at 'a/configs/digits.py'."),
+        ("README.md", "no configuration file (.py) at 'README.md'."),
+        ("x" * 300 + "/file.py", "no configuration file (.py) at "),
+    ],
+)
+def test_missing_files_have_suggestions(name, message, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(UserError) as error:
+        find_file(name)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "keys"),
+    [
+        ("train.lr", "config.optimizer.lr"),
+        ("optimizer.learning_rate", "config.optimizer.lr"),
+        ("lr", "config.optimizer.lr"),
+        ("optimzer.lr", "config.optimizer.lr"),
+        ("train.epochs", "config.train.duration"),
+        ("batch_size", "config.data.batch_size or config.eval.batch_size"),
+        ("eval.batchSize", "config.eval.batch_size or config.data.batch_size"),
+        ("data.num_workers", "config.data.workers"),
+    ],
+)
+def test_suggestions_for_unknown_keys(wrong, keys):
+    assert suggest_key(wrong) == f" Did you mean {keys}?"
+
+
+def test_synonyms_name_existing_keys():
+    assert {*_SYNONYMS.values()} <= {*KEYS}
+    assert suggest_key("zzzzz") == " structvit show prints all keys."
