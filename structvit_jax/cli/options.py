@@ -70,7 +70,7 @@ def split_words(words: Sequence[str]) -> tuple[Words, list[str]]:
         key = None if key is None else key.replace("-", "_")
         if negated:
             if key is None or text is not None:
-                raise UserError(f"{word}: --noconfig.SECTION.KEY makes a key false and takes no value")
+                raise UserError(f"{word}: write --noconfig.KEY without a value")
             text = "false"
         elif text is None and key is not None and _is_bool(key):
             text = "true"
