@@ -150,7 +150,7 @@ _OTHER_VALUES = (  # command, option, values, exit codes
     ("show", "--config", ("digits", "digits.py", "configs/digits.py", "digits/"), (0,)),
 )
 
-# The words of `structvit` itself, exit codes, and what the output has to contain.
+# Arguments of `structvit` itself, exit codes, and text that the output has to contain.
 _STRUCTVIT: dict[str, tuple[tuple[str, ...], tuple[int, ...], str]] = {
     "help": (("--help",), (0,), "structvit train --config=moving_digits"),
     "short help": (("-h",), (0,), "Commands:"),
@@ -196,7 +196,7 @@ _STRUCTVIT: dict[str, tuple[tuple[str, ...], tuple[int, ...], str]] = {
     "arms of unknown keys": (("ablate", DIGITS, "--arms=a: x=1", "--arms=b: y=2"), (2,), "error: "),
     "arms missing": (("ablate", DIGITS, "--workdir=<here>/out"), (2,), "--arms"),
 }
-# Variables that a shell sets to complete a command line: type, words, position, exit codes, output.
+# Variables that a shell sets to complete a command line, exit codes, and text of the output.
 _COMPLETIONS = (
     ("bash_source", "", "", (0,), "complete"),
     ("zsh_source", "", "", (0,), "compdef"),

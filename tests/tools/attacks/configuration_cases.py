@@ -22,7 +22,7 @@ _TEXTS: dict[str, str | bytes] = {
     "indentation error": "def get_config():\nreturn 1",
     "raises ValueError": "def get_config():\n    raise ValueError('two\\nlines')",
     "raises KeyError": "def get_config():\n    return {}['x']",
-    "raises an error of no words": "def get_config():\n    assert False",
+    "raises an error without a message": "def get_config():\n    assert False",
     "raises at import": "1 / 0",
     "recursion": "def get_config():\n    return get_config()",
     "exits": "import sys\ndef get_config():\n    sys.exit(5)",
