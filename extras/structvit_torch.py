@@ -4,9 +4,9 @@
     model = structvit("b", patterns=4, video=True, classes=400)     # clips [batch, 3, 32, 224, 224]
     model.load_state_dict(safetensors.torch.load_file("weights.safetensors"))
 
-Needs torch alone. The weights are those that `structvit convert RUN weights.safetensors`
-writes, and without patterns (patterns=0) those of the released UniFormer. The project's tests compare the
-two implementations, gradients included.
+Needs only torch. `structvit convert RUN weights.safetensors` writes the weights; with patterns=0 the model is
+UniFormer and loads its released weights. The tests of the project compare the two implementations, gradients
+included.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ SIZES = {  # blocks and channels of the four stages, stochastic depth, layer sca
 class StructSA(nn.Module):
     """Structural self-attention over a grid (section 3; channel-wise, appendix A).
 
-    The correlation of a query with all keys is itself a picture, and D kernels are convolved over it. Since
-    convolution and dot product commute, the keys can be convolved instead, and the values likewise: what
-    remains is attention of N queries over N'·D keys, with one softmax over positions and patterns together.
+    The correlations of a query with all keys are a map, which is convolved with D kernels. Convolution and
+    dot product commute, so the keys are convolved instead, and likewise the values. What remains is attention
+    of N queries over N'·D keys, with one softmax over all positions and patterns.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class StructSA(nn.Module):
         self.key_kernels = self.value_kernels = None
         if patterns:
             shape = (*[window] * axes, self.heads, head_width, patterns)
-            deviation = window ** (-axes / 2)  # keeps the variance of uncorrelated features
+            deviation = window ** (-axes / 2)  # preserves the variance of uncorrelated features
             self.key_kernels = nn.Parameter(deviation * torch.randn(shape))
             self.value_kernels = nn.Parameter(deviation * torch.randn(shape))
 
@@ -73,21 +73,21 @@ class StructSA(nn.Module):
         weight = kernels.flatten(-3).movedim(-1, 0).unsqueeze(1)  # [channels·D, 1, *window]
         convolve = nn.functional.conv2d if len(grid) == 2 else nn.functional.conv3d
         x = tokens.transpose(1, 2).unflatten(2, grid)
-        if x.is_cuda:  # where several kernels a channel are up to 15 times slower in channels last
+        if x.is_cuda:  # channels last is up to 15 times slower with several kernels per channel
             x = x.contiguous()
         x = convolve(
             x,
             weight,
-            stride=(1,) * (len(grid) - 2) + (self.stride, self.stride),  # in space alone
+            stride=(1,) * (len(grid) - 2) + (self.stride, self.stride),  # in space only
             padding=[side // 2 for side in window],
             groups=channels,
         )
         x = x.flatten(2).unflatten(1, (heads, head_width, -1))  # [batch, heads, channels of a head, D, N']
-        return x.permute(0, 1, 3, 4, 2).flatten(2, 3).contiguous()  # as the fused attention asks for
+        return x.permute(0, 1, 3, 4, 2).flatten(2, 3).contiguous()  # for the fused attention
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: drops the branch of an example, and divides those that stay by the keep rate."""
+    """Stochastic depth: drop the branch of an example, and divide the others by the keep rate."""
 
     def __init__(self, rate: float):
         super().__init__()
@@ -110,7 +110,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """x += position(x); x += mixer(norm(x)); x += mlp(norm(x)). Layer scale is on the last two, if any."""
+    """x += position(x); x += mixer(norm(x)); x += mlp(norm(x)), the last two with optional layer scale."""
 
     def __init__(self, width: int, axes: int, drop: float, scale: float | None, scale_shape: tuple[int, ...]):
         super().__init__()
@@ -140,7 +140,7 @@ class Block(nn.Module):
 
 
 class ConvBlock(Block):
-    """Its mixer is 1x1, depthwise 5x5(x5), 1x1, under BatchNorm."""
+    """A block with BatchNorm whose mixer is 1x1, depthwise 5x5(x5) and 1x1 convolutions."""
 
     def __init__(self, width: int, axes: int, drop: float, scale: float | None, window: int):
         super().__init__(width, axes, drop, scale, (1, width, *[1] * axes))
@@ -161,7 +161,7 @@ class ConvBlock(Block):
 
 
 class StructBlock(Block):
-    """Its mixer is StructSA, under LayerNorm."""
+    """A block with LayerNorm whose mixer is StructSA."""
 
     def __init__(
         self,
@@ -187,12 +187,12 @@ class StructBlock(Block):
 
 
 def _over_channels(layer: nn.Module, x: Tensor) -> Tensor:
-    """A layer over the last axis, applied to [batch, channels, *grid]."""
+    """Apply a layer for the last axis to the channels of [batch, channels, *grid]."""
     return layer(x.movedim(1, -1)).movedim(-1, 1)
 
 
 class PatchEmbed(nn.Module):
-    """A strided convolution, then LayerNorm with PyTorch's epsilon. In time the first of video overlaps."""
+    """A strided convolution, then LayerNorm with eps 1e-5. For video the first overlaps in time."""
 
     def __init__(self, inputs: int, width: int, side: int, axes: int, first: bool):
         super().__init__()
@@ -211,7 +211,7 @@ class PatchEmbed(nn.Module):
 class StructViT(nn.Module):
     """Two stages of convolution blocks, two of structural self-attention, BatchNorm, mean, a linear head.
 
-    With the names of the released UniFormer, which it is when `patterns` is 0.
+    Weights have the names of the released UniFormer; with patterns=0 it is a UniFormer.
     """
 
     def __init__(
@@ -253,8 +253,10 @@ class StructViT(nn.Module):
         return self.head(self.norm(x).flatten(2).mean(2))
 
     def channels_last(self) -> StructViT:
-        """Lays convolutions out with channels last, for inputs that are. `to(memory_format=...)` would try
-        it on the structure kernels too, and fail."""
+        """Convert convolutions to channels last, for such inputs.
+
+        `to(memory_format=...)` fails, since it converts the structure kernels too.
+        """
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 module.to(memory_format=torch.channels_last)
@@ -272,7 +274,7 @@ def _initialise(module: nn.Module) -> None:
 def structvit(
     size: str, *, patterns: int = 4, stride: int = 1, video: bool = False, classes: int = 1000
 ) -> StructViT:
-    """StructViT-SIZE-D-S: `patterns` is D, `stride` S; size "s", "b", "l", or "tiny" for tests."""
+    """Return StructViT-SIZE-D-S: size "s", "b", "l" or, for tests, "tiny"; `patterns` is D, `stride` S."""
     depths, widths, drop_path, layer_scale = SIZES[size]
     more = {"head_width": 16, "patch": 2, "mixer_window": 3} if size == "tiny" else {}
     return StructViT(

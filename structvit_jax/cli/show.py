@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -12,6 +12,8 @@ from structvit_jax.cli.train import workdir_of
 
 if TYPE_CHECKING:
     import ml_collections
+
+    from structvit_jax.data import Dataset
 
 
 @options.config_command()
@@ -46,14 +48,14 @@ def command(words: Words, workdir: str | None, shows_data: bool) -> None:
     path = opened.workdir / "batch.png"
     with storage.io_errors_as_user_error(opened.workdir):
         rows = batch_preview.write(opened.config, opened.dataset, path)
-    print(f"{path}: {rows} rows of the first batch, as the model gets them")
+    print(f"{path}: {rows} rows of the first batch, as the model sees them")
 
 
-def describe(config: ml_collections.ConfigDict, data: Any) -> str:
-    """Return the configuration, the parts of its model, its batches and its steps.
+def describe(config: ml_collections.ConfigDict, data: Dataset) -> str:
+    """Return the configuration, the parts of its model, its batches and its steps as text.
 
     Raises:
-      UserError: a model that does not take the data's shape.
+      UserError: a model that does not fit the shape of the data.
     """
     from structvit_jax.config import durations, model_arguments
     from structvit_jax.performance.cost import cost
@@ -64,8 +66,8 @@ def describe(config: ml_collections.ConfigDict, data: Any) -> str:
     rows = [("part", "parameters", "multiply-accumulates")]
     rows += [(name, f"{part.params:,}", f"{part.macs:,}") for name, part in counted.parts.items()]
     rows += [("total", f"{counted.params:,}", f"{counted.macs:,}")]
-    wide = [max(len(row[column]) for row in rows) for column in range(3)]
-    table = [f"  {a:<{wide[0]}}  {b:>{wide[1]}}  {c:>{wide[2]}}" for a, b, c in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    table = [f"  {a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}" for a, b, c in rows]
     kinds = ", ".join(f"{kind} {macs:,}" for kind, macs in counted.kinds.items())
     batch = config.data.batch_size
     return "\n".join(

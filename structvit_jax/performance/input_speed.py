@@ -1,4 +1,4 @@
-"""How fast examples are read on one core, stage by stage, and the memory it takes."""
+"""Speed of reading examples on one core, stage by stage, and its memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import statistics
 import tempfile
 import time
 import types
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +23,12 @@ from structvit_jax.data.reader import Reader
 from structvit_jax.utils.errors import DecodeError, UserError
 
 FRAMES, SIZE = 16, 224
-_LEAST = 16  # clips, to see how memory grows
+_MIN_CLIPS = 16  # to see memory grow
 _LENGTH, _HEIGHT, _WIDTH = 300, 256, 340
 
 
 def write_video(path: str, key_interval: int = 250) -> None:
-    """A drifting texture with as much noise as makes some 300 kbit/s of it."""
+    """Write a video of a drifting texture, with noise for some 300 kbit/s."""
     rng = np.random.default_rng(0)
     blocks = rng.integers(0, 255, (64, 128), np.uint8)
     texture = np.kron(blocks, np.ones((8, 8), np.uint8))
@@ -45,18 +44,20 @@ def write_video(path: str, key_interval: int = 250) -> None:
 
 
 def write_image(path: str) -> None:
+    """Write a JPEG of 500x375 pixels."""
     rng = np.random.default_rng(0)
     blocks = rng.integers(0, 255, (47, 63, 3), np.uint8)
     Image.fromarray(blocks).resize((500, 375), Image.Resampling.BICUBIC).save(path, quality=90)
 
 
 def seconds_of(path: str) -> float:
+    """Return the duration of a video."""
     with av.open(path) as container:
         return (container.duration or 1) / av.time_base
 
 
 def make_reader(path: str, frames: int, randaugment: str) -> Reader:
-    """Reads one file again and again, as the paper's recipes do."""
+    """Return a reader of 1000 copies of one file, augmented as in the recipes of the paper."""
     count = open_media(path).count
     data = types.SimpleNamespace(frames=frames, size=SIZE, short_side=0, channels="rgb", sampling="dense")
     data.max_pixels = Limits().pixels
@@ -68,7 +69,7 @@ def make_reader(path: str, frames: int, randaugment: str) -> Reader:
 
 
 def time_stages(reader: Reader, examples: int) -> dict[str, list[float]]:
-    """Seconds of opening, decoding and augmenting, and of RandAugment alone, for each of some examples."""
+    """Return the seconds of opening, decoding and augmenting, by example."""
     stages: dict[str, list[float]] = {"open and index": [], "decode": [], "augment and crop": []}
     for number in range(examples):
         times = [time.perf_counter()]
@@ -85,7 +86,7 @@ def time_stages(reader: Reader, examples: int) -> dict[str, list[float]]:
 
 
 def plain_loop(path: str, reader: Reader, number: int) -> np.ndarray:
-    """What users write: decode and convert every frame, then pick."""
+    """Decode and convert every frame, then select, as users do."""
     with av.open(path) as container:
         pictures = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     picked = reader.frames(len(pictures), reader.generator(1, 0, number))
@@ -93,31 +94,36 @@ def plain_loop(path: str, reader: Reader, number: int) -> np.ndarray:
 
 
 def compare_decoding(path: str, clips: int) -> tuple[float, float]:
-    """Median seconds a clip of our decoding and of the plain loop, taken in turns; they agree bit for bit."""
+    """Return the median seconds per clip of `Reader` and of the plain loop, in alternation.
+
+    Raises:
+      RuntimeError: their frames differ in a bit.
+    """
     reader = make_reader(path, FRAMES, "")
-    ours, plain = [], []
+    reader_seconds, plain_seconds = [], []
     for number in range(clips):
         begin = time.perf_counter()
         media, _ = reader.source.open(number)
         (clip,) = reader.decode(media, [reader.frames(media.count, reader.generator(1, 0, number))])
         middle = time.perf_counter()
         other = plain_loop(path, reader, number)
-        ours.append(middle - begin)
-        plain.append(time.perf_counter() - middle)
+        reader_seconds.append(middle - begin)
+        plain_seconds.append(time.perf_counter() - middle)
         if not np.array_equal(clip, other):
             raise RuntimeError(f"clip {number} of {path} differs from the plain loop's")
-    return statistics.median(ours), statistics.median(plain)
+    return statistics.median(reader_seconds), statistics.median(plain_seconds)
 
 
 def report_stages(name: str, stages: dict[str, list[float]]) -> None:
+    """Print the medians of `time_stages`."""
     medians = {stage: statistics.median(seconds) for stage, seconds in stages.items()}
     total = statistics.median(map(sum, zip(*stages.values(), strict=True)))
     parts = ", ".join(f"{stage} {1000 * seconds:.1f} ms" for stage, seconds in medians.items())
-    print(f"{name}: {1 / total:.1f} a second on one core ({parts})", flush=True)
+    print(f"{name}: {1 / total:.1f} per second on one core ({parts})", flush=True)
 
 
 def resident_mb() -> float:
-    """Resident memory of this process and its children, in MB; pages that they share count in each."""
+    """Return the resident memory of this process and its children in MB; shared pages count in each."""
     pages = 0
     for pid in [os.getpid(), *_children(os.getpid())]:
         with contextlib.suppress(OSError):
@@ -135,8 +141,8 @@ def _children(parent: int) -> list[int]:
     return found
 
 
-def report_memory(path: str, clips: int, say: Callable[[str], None] = print) -> float:
-    """Reads clips with two workers; returns by how many MB memory grew over the last three quarters."""
+def report_memory(path: str, clips: int) -> None:
+    """Read clips with two workers and print the growth of memory over the last three quarters."""
     reader, batch = make_reader(path, FRAMES, "rand-m7-n4-mstd0.5-inc1"), 4
     marks: dict[int, float] = {}
     stream: Any = train_batches(reader, batch, repeats=1, start_step=0, share=WHOLE, workers=2)
@@ -145,20 +151,19 @@ def report_memory(path: str, clips: int, say: Callable[[str], None] = print) -> 
             next(stream)
             if step * batch in (clips // 4, clips // 2, 3 * clips // 4, clips):
                 marks[step * batch] = resident_mb()
-                say(f"resident memory after {step * batch} clips: {marks[step * batch]:.0f} MB")
+                print(f"resident memory after {step * batch} clips: {marks[step * batch]:.0f} MB", flush=True)
     growth = marks[max(marks)] - marks[min(marks)]
-    say(f"growth from clip {min(marks)} to clip {max(marks)}: {growth:+.1f} MB")
-    return growth
+    print(f"growth from clip {min(marks)} to clip {max(marks)}: {growth:+.1f} MB", flush=True)
 
 
 def run(video: str, image: str, clips: int, memory: int) -> None:
-    """Print all measurements, see `structvit bench input`.
+    """Print all measurements of `structvit bench input`.
 
     Raises:
       UserError: a file that cannot be read, or too few clips to see memory grow.
     """
-    if memory and memory < _LEAST:
-        raise UserError(f"--memory={memory}: it takes 0 or at least {_LEAST} clips")
+    if memory and memory < _MIN_CLIPS:
+        raise UserError(f"--memory={memory}: it takes 0 or at least {_MIN_CLIPS} clips")
     try:
         measure(video, image, clips, memory)
     except DecodeError as error:
@@ -178,12 +183,13 @@ def measure(video: str, image: str, clips: int, memory: int) -> None:
             for path, interval in zip(videos, (30, 60, 250), strict=True):
                 write_video(path, interval)
         for path in videos:
-            ours, plain = compare_decoding(path, clips)
+            seconds, plain = compare_decoding(path, clips)
             rate = 8e-3 * os.path.getsize(path) / seconds_of(path)
-            times = (
-                f"{1000 * ours:.1f} ms a clip, plain loop {1000 * plain:.1f} ms ({plain / ours:.1f} times)"
+            print(
+                f"{os.path.basename(path)}, {rate:.0f} kbit/s: decoding {1000 * seconds:.1f} ms per clip,"
+                f" plain loop {1000 * plain:.1f} ms ({plain / seconds:.1f} times)",
+                flush=True,
             )
-            print(f"{os.path.basename(path)}, {rate:.0f} kbit/s: decoding {times}", flush=True)
         reader = make_reader(videos[-1], FRAMES, "rand-m7-n4-mstd0.5-inc1")
         report_stages("clips", time_stages(reader, clips))
         picture = image or os.path.join(folder, "image.jpg")

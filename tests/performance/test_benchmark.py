@@ -97,10 +97,9 @@ def test_parts_are_pytorchs(model):
     peer = TorchPeer(model)
     kinds = ("patch_embed1", "blocks1", "blocks3")
     for part in (part for part in parts.parts_of(model, SHAPE) if part.name.partition(".")[0] in kinds):
-        inputs = part.inputs()
-        output = part.forward(part.weights, inputs)
-        _, (_, gradients) = part.gradients(part.weights, inputs, jnp.ones_like(output))
-        gradients = map(np.asarray, gradients)  # NumPy's transpositions need no compiler
+        inputs, cotangent = part.inputs(), jnp.ones(part.output.shape)
+        output, (_, gradients) = jax.jit(part.gradients)(part.weights, inputs, cotangent)
+        gradients = map(np.asarray, gradients)  # transposed by NumPy, which compiles nothing
         ours = [_as_torch(part, np.asarray(output)), *(_as_torch_input(part, x) for x in gradients)]
         forward, backward = peer.part(part, backward=False), peer.part(part, backward=True)
         assert list(forward) == list(backward) == ["contiguous", "channels last"]

@@ -1,4 +1,4 @@
-"""The counter of traffic against what small programs must move by hand, for TPUs and on the CPU."""
+"""The traffic counter on small programs for TPUs and CPUs, against counts by hand."""
 
 import importlib.util
 import subprocess
@@ -16,12 +16,12 @@ from structvit_jax.performance.traffic import count
 from structvit_jax.utils.errors import UserError
 
 STORED = ROOT / "tests" / "fixtures" / "programs"
-BIG = 8192 * 8192 * 4  # bytes of the array that the loops work on; vector memory holds half of that
+BIG = 8192 * 8192 * 4  # bytes of the array in the loops; vector memory holds half of it
 SMALL = 1024 * 1024 * 4
 ROWS = 64 * 1024 * 4
 BLOCK = 256 * 256 * 2  # of `programs.multiply`, bfloat16
 STRIP = 128 * 512 * 4  # of `programs.copying`
-# Read, written and sent by hand; None where the compiler is free.
+# Read, written and sent, counted by hand; None if the compiler chooses.
 BY_HAND = {
     "scanned": (6 * BIG, 6 * BIG, 0),
     "unrolled": (6 * BIG, 6 * BIG, 0),
@@ -29,7 +29,7 @@ BY_HAND = {
     "tolerance": ((7 + 8) * BIG, 7 * BIG, 0),  # the condition reads too, once more than the body
     "chain": (2 * SMALL, SMALL, 0),
     "stacked": (8 * 4096 * 4096 * 4, 8 * 4096 * 4096 * 4, 0),
-    "rows": (4 * ROWS, 3 * ROWS, 0),  # a scatter reads what it adds to
+    "rows": (4 * ROWS, 3 * ROWS, 0),  # a scatter reads the elements that it adds to
     "branches": (BIG, BIG, 0),
     "kernel": (2 * 4 * 3 * 2 * BLOCK, 4 * 3 * BLOCK, 0),
     "kernel_lies": (2 * 4 * 3 * 2 * BLOCK, 4 * 3 * BLOCK, 0),
@@ -40,7 +40,7 @@ BY_HAND = {
     # Six weights of 2 * SMALL, gathered forward and backward; gradients scattered over 4, summed over 2.
     "sharded": (None, None, 6 * (3 * 3 / 4 + 1 / 4) * 2 * SMALL),
 }
-# Copies of counters and scales: below 0.1 % of what moves. XLA pads what it scatters: 1.9 % of what is sent.
+# Copies of counters and scales are below 0.1 % of the traffic. XLA pads reduce-scatters: 1.9 % of sent bytes.
 TOLERANCE = {"sharded": 0.03}
 
 
@@ -56,27 +56,25 @@ def stored(name):
 
 
 @pytest.mark.parametrize("name", BY_HAND)
-def test_tpu_programs_move_what_they_must(name):
+def test_stored_tpu_programs(name):
     check(name, stored(name))
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu, which compiles them, is missing"
-)
-def test_tpu_programs_compiled_again(tmp_path):
-    command = [sys.executable, str(ROOT / "tests" / "programs.py"), str(tmp_path)]
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+def test_recompiled_tpu_programs(tmp_path):
+    command = [sys.executable, str(ROOT / "tests" / "tools" / "programs.py"), str(tmp_path)]
     subprocess.run(command, check=True, timeout=600)
     for name in BY_HAND:
         check(name, (tmp_path / f"{name}.txt").read_text())
 
 
-def test_a_scan_moves_what_its_steps_do():
-    """Not to the byte: the unrolled program takes the scales to vector memory whole, padded."""
+def test_a_scan_moves_as_much_as_its_unrolled_steps():
+    """Up to the scales, which the unrolled program copies to vector memory at once, padded."""
     scanned, unrolled = count(stored("scanned")), count(stored("unrolled"))
     assert scanned.hbm == pytest.approx(unrolled.hbm, rel=2e-4)
 
 
-def test_a_kernel_that_lies_changes_nothing():
+def test_a_wrong_cost_estimate_changes_nothing():
     assert "bytes_accessed" in stored("kernel_lies")
     assert count(stored("kernel_lies")) == count(stored("kernel"))
 
@@ -84,7 +82,7 @@ def test_a_kernel_that_lies_changes_nothing():
 def test_parts_are_phases_and_scopes():
     parts = count(stored("trained")).by_part
     assert {f"{phase} stage{n}" for phase in ("forward", "backward") for n in (1, 2)} <= set(parts)
-    stacked = 4 * 65536 * 1024 * 2  # what the scan keeps of one activation for the backward pass
+    stacked = 4 * 65536 * 1024 * 2  # one activation that the scan keeps for the backward pass
     assert parts["forward stage2"].written > stacked
     assert parts["backward stage2"].read > stacked
     assert [*parts] == sorted(parts, key=lambda part: -(parts[part].read + parts[part].written))
@@ -95,7 +93,7 @@ def on_cpu(function, *arguments, donated=()):
 
 
 def test_cpu_scan_and_unrolled():
-    """Sorting ends a fusion, so each step reads and writes x twice; the counter of the loop is the rest."""
+    """Sorting ends a fusion, so each step reads and writes x twice; the rest is the loop counter."""
 
     def step(x, scale):
         return jnp.sort(x * scale, axis=0)
@@ -117,7 +115,7 @@ def test_cpu_slices_count_as_slices():
     size = 8 * 64 * 512 * 4
     traffic = on_cpu(programs.stacked, programs.array(8, 64, 512))
     assert traffic.read == pytest.approx(size, rel=0.01)
-    assert traffic.written == pytest.approx(2 * size, rel=0.01)  # the CPU clears the result first
+    assert traffic.written == pytest.approx(2 * size, rel=0.01)  # the CPU zeroes the result first
 
 
 def test_cpu_collectives():
@@ -136,8 +134,8 @@ def test_the_command_prints_a_table(capsys, tmp_path):
             structvit("plan", "--program", *arguments)
 
 
-def test_a_kernel_that_cannot_be_counted_is_refused():
+def test_a_kernel_that_cannot_be_counted_is_an_error():
     with pytest.raises(UserError, match=r"this jaxlib cannot read the kernel %multiply"):
         count(stored("kernel").replace('"body":"T', '"body":"U'))
-    with pytest.raises(UserError, match=r"what the kernel %choosing.* copies depends on what it reads"):
+    with pytest.raises(UserError, match=r"the copies of kernel %choosing.* depend on what it reads"):
         count(stored("kernel_chooses"))

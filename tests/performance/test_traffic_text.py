@@ -1,4 +1,4 @@
-"""The counter of traffic on single operations, written as compiled programs write them."""
+"""The traffic counter on single operations in the syntax of compiled programs."""
 
 import math
 import re
@@ -8,7 +8,7 @@ import pytest
 from structvit_jax.performance.traffic import count
 from structvit_jax.utils.errors import UserError
 
-# What the entry computations below may call.
+# Computations that the entry computations below call.
 CALLED = """
 %sum (a: f32[], b: f32[]) -> f32[] {
   %a = f32[] parameter(0)
@@ -123,7 +123,7 @@ CALLED = """
 
 
 def program(*lines, tiled=True):
-    """A program of eight devices with an entry computation of these lines."""
+    """Return a program for eight devices with these lines in its entry computation."""
     text = "\n".join(["HloModule m, num_partitions=8", CALLED, "ENTRY %main () -> f32[] {"])
     text += "".join(f"\n  {line}" for line in lines) + "\n}\n"
     return text if tiled else re.sub(r":T\([^}]*\)(?=S|\})", ":", text).replace(":}", "}")
@@ -165,7 +165,7 @@ HBM, VMEM = "f32[{},100]{{1,0:T(8,128)}}".format, "f32[{},100]{{1,0:T(8,128)S(1)
         # Vector memory and the host's memory are not HBM.
         ("f32[16,100]{1,0:T(8,128)S(1)} negate(%x)", (16, 128), (0,)),
         ("f32[16,100]{1,0:T(8,128)S(5)} copy(%x)", (16, 128), (0,)),
-        # What starts counts there, and not where it is done.
+        # Asynchronous operations count at their start, not at their end.
         (f"({VMEM(16)}, {HBM(16)}, u32[]{{:S(2)}}) copy-start(%x)", (16, 128), (0,)),
         (
             f"(({HBM(16)}), {VMEM(8)}, s32[]{{:S(2)}}) slice-start(%x), slice={{[8:16], [0:100]}}",
@@ -190,7 +190,7 @@ RESULT = "ROOT %y = f32[{},1024]{{1,0:T(8,128)}} "
         (RESULT.format(8) + "fusion(%t, %i), calls=%part", FEW, FEW),
         (RESULT.format(8) + "fusion(%t, %i, %j), calls=%parts", 2 * FEW, FEW),  # equal slices are read once
         (RESULT.format(512) + "fusion(%t, %u, %i), calls=%put", FEW, FEW),
-        (RESULT.format(512) + "fusion(%t, %u, %i), calls=%puts", ALL + FEW, ALL),  # negates what it puts
+        (RESULT.format(512) + "fusion(%t, %u, %i), calls=%puts", ALL + FEW, ALL),  # negates the whole array
         (RESULT.format(512) + "fusion(%u, %i), calls=%fresh", FEW, ALL),
         (RESULT.format(512).replace("}", "S(1)}") + "fusion(%t, %u, %i), calls=%put", ALL + FEW, 0),
     ],
@@ -206,21 +206,21 @@ def test_fusions_of_slices(line, read, written):
 
 
 def test_a_fusion_of_one_reduction_with_two_results_and_another():
-    """As GPU programs have them: a tuple in a tuple."""
+    """A tuple in a tuple, as in GPU programs."""
     kind = "((f32[16]{0:T(16)}, f32[16]{0:T(16)}), f32[16,100]{1,0:T(8,128)})"
     moved = count(program(LARGE, f"ROOT %y = {kind} fusion(%x), kind=kInput, calls=%sums"))
     assert moved[:2] == (whole((16, 128)), 2 * whole((16,)) + whole((16, 128)))
 
 
 def test_memory_spaces_off_tpus():
-    """There S(1) is memory for collectives, a part of the device's own."""
+    """There S(1) is memory for collectives, part of the main memory."""
     near = program(LARGE, f"ROOT %y = {VMEM(16)} negate(%x)", tiled=False)
     host = program(LARGE, "ROOT %y = f32[16,100]{1,0:S(5)} copy(%x)", tiled=False)
     assert count(near)[:3] == (whole((16, 100)), whole((16, 100)), 0)
     assert count(host)[:3] == (whole((16, 100)), 0, 0)
 
 
-def test_copies_without_a_name_count_to_what_uses_or_made_them():
+def test_copies_without_a_name_belong_to_their_user_or_source():
     named = 'metadata={op_name="jit(f)/%s/sin"}'
     lines = [
         f"%s = ({VMEM(16)}, {HBM(16)}, u32[]{{:S(2)}}) copy-start(%x)",
@@ -247,8 +247,8 @@ def test_collectives_that_start_and_end():
     assert traffic.written == 2 * whole((16, 128))
 
 
-def test_a_collective_beside_other_work_counts_once():
-    """XLA for TPUs repeats it in the fusion that starts it and in those after it; they share its buffers."""
+def test_an_asynchronous_collective_counts_once():
+    """XLA for TPUs repeats it in all fusions that overlap it; they share its buffers."""
     aliases = "output_to_operand_aliasing"
     parts = [f"%g{n} = {kind} get-tuple-element(%s), index={n}" for n, kind in enumerate((HBM(16), HBM(64)))]
     lines = [
@@ -273,11 +273,11 @@ FROM_1_TO_10 = [
     ("body", "steps"),
     [
         ("step", 3),  # from 1 by 3, while below 10
-        ("around", 9 * 3),  # from 1 by 1; the inner loop's end comes through the outer one
+        ("around", 9 * 3),  # from 1 by 1; the outer loop carries the end of the inner one
     ],
 )
-def test_a_loop_runs_as_often_as_its_integers_say(body, steps):
-    """Each step writes 4096 bytes, reads them and writes as many."""
+def test_the_integers_of_a_loop_give_its_trip_count(body, steps):
+    """Each step writes 4096 bytes, reads them and writes as many again."""
     loop = f"ROOT %w = (s32[], s32[]) while(%t0), condition=%below, body=%{body}"
     traffic = count(program(*FROM_1_TO_10, loop))
     assert traffic.read == pytest.approx(steps * 4096, abs=steps * COUNTERS)
@@ -290,7 +290,7 @@ LOOP = [
 ]
 
 
-def test_a_loop_without_a_count_is_refused():
+def test_a_loop_of_unknown_length_is_an_error():
     text = program(*LOOP)
     with pytest.raises(UserError, match=r"how often the loop %w .* runs: give --trips w=N"):
         count(text)
@@ -305,8 +305,8 @@ def test_a_loop_without_a_count_is_refused():
         count(named, trips={"v": 5})
 
 
-def test_what_cannot_be_read_is_refused():
-    with pytest.raises(UserError, match="%y is a 'teleport', an operation that the counter"):
+def test_unreadable_programs_are_errors():
+    with pytest.raises(UserError, match="%y is a 'teleport', an operation unknown to the traffic counter"):
         count(program(LARGE, "ROOT %y = f32[16,100]{1,0} teleport(%x)"))
     with pytest.raises(UserError, match="no ENTRY computation"):
         count("HloModule m\n")

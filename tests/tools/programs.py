@@ -1,9 +1,9 @@
-"""Small programs whose traffic can be told by hand, compiled for TPUs (ahead of time; libtpu is needed).
+"""Small programs whose traffic can be counted by hand, compiled ahead of time for TPUs (needs libtpu).
 
     python tests/tools/programs.py FOLDER [NAME ...]
 
-writes the texts of all programs, or of those named, without what does not bear on the count (stack frames,
-most backend_configs). tests/fixtures/programs holds those of the versions that its README names.
+writes the texts of all programs, or of the named ones, without parts that do not affect the count (stack
+frames, most backend_configs). tests/fixtures/programs holds those of the versions in its README.
 """
 
 import os
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-TPU = {  # lets libtpu compile where there is no TPU, and in several processes at a time
+TPU = {  # lets libtpu compile without a TPU, and in several processes at a time
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -32,7 +32,7 @@ def layer(x, scale):
 
 
 def scanned(x, scales):
-    """Too large for vector memory: every step reads and writes x."""
+    """x is too large for vector memory: every step reads and writes it."""
     return jax.lax.scan(lambda x, scale: (layer(x, scale), None), x, scales)[0]
 
 
@@ -53,29 +53,29 @@ def tolerance(x):
 
 
 def chain(x, y):
-    """Small enough for vector memory, too much for one fusion."""
+    """Small enough for vector memory, too large for one fusion."""
     y = jnp.tanh(x @ y) + x
     return jnp.sin(y) / jnp.sum(jnp.exp(y), axis=0)
 
 
 def stacked(xs):
-    """Reads and writes a slice of a stacked array in every step."""
+    """Read and write a slice of a stacked array in every step."""
     return jax.lax.map(lambda x: jnp.sin(x) * 2, xs)
 
 
 def rows(table, sums, target, indices, new):
-    """Some rows of large arrays: gathered, scattered, and written over."""
+    """Gather, scatter and overwrite some rows of large arrays."""
     target = jax.lax.dynamic_update_slice(target, new, (indices[0], 0))
     return table[indices], sums.at[indices].add(new), target
 
 
 def branches(which, x):
-    """One branch writes x and the other does not."""
+    """Only one branch writes x."""
     return jax.lax.cond(which > 0, jnp.sin, lambda x: x, x)
 
 
 def trained(x, weights):
-    """A gradient with named scopes; the scan stacks what the backward pass needs."""
+    """A gradient with named scopes; the scan stacks its residuals."""
 
     def loss(weights):
         with jax.named_scope("stage1"):
@@ -120,15 +120,15 @@ def multiply(x, y, cost=None):
 
 
 def copying(order, x):
-    """A kernel that copies blocks of x itself, two in every step but the first, and has x in two windows
-    too: the blocks of one change with every second step, those of the other as `order` says."""
+    """A kernel that copies blocks of x itself, two in every step but the first, and reads x in two windows:
+    the blocks of one change with every second step, those of the other follow `order`."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import tpu as pltpu
 
     def kernel(order_ref, hbm_ref, half_ref, any_ref, out_ref, block, semaphore):
         step = pl.program_id(0)
 
-        def fetch(turn, _):
+        def fetch(i, _):
             copy = pltpu.make_async_copy(hbm_ref.at[pl.ds(step * 128, 128)], block, semaphore)
             copy.start()
             copy.wait()
@@ -164,7 +164,7 @@ def copying(order, x):
 
 
 def doubling(x):
-    """A kernel whose last blocks reach beyond x."""
+    """A kernel whose last blocks extend beyond x."""
     from jax.experimental import pallas as pl
 
     def kernel(x_ref, out_ref):
@@ -176,7 +176,7 @@ def doubling(x):
 
 
 def choosing(order, x):
-    """A kernel that copies x where what it reads says so."""
+    """A kernel that copies x depending on a value that it reads."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import tpu as pltpu
 
@@ -198,7 +198,7 @@ def choosing(order, x):
 
 
 def collectives(x):
-    """x is split over both axes; every collective runs over the four devices of the second."""
+    """x is split over both axes; each collective runs over the four devices of the second."""
     return (
         jax.lax.psum(x, "b"),
         jax.lax.all_gather(x, "b", tiled=True),
@@ -209,7 +209,7 @@ def collectives(x):
 
 
 def sharded(weights, x):
-    """A step with weights split over axis b and the batch over both."""
+    """A step with weights split over axis b and the batch over both axes."""
 
     def loss(weights):
         y, _ = jax.lax.scan(lambda y, w: (jnp.tanh(y @ w), None), x, weights)
@@ -242,7 +242,7 @@ PROGRAMS = {
     "kernel_chooses": (choosing, (INT(8), array(1024, 512)), ()),
     "kernel_copies": (copying, (INT(8), array(1024, 512)), ()),
 }
-# Programs for eight chips, 2 x 4: function, arguments, how these are split.
+# Programs for eight chips, 2 x 4: function, arguments, their partitions.
 SPLIT = {
     "collectives": (collectives, (array(8192, 1024),), ((("a", "b"),),)),
     "sharded": (sharded, (BF16(6, 2048, 2048), BF16(16384, 2048)), ((None, "b"), (("a", "b"),))),
@@ -274,7 +274,7 @@ def compile_for_tpu(name):
 
 
 def trimmed(text):
-    """A program's text without stack frames and file names, and without most backend_configs."""
+    """Return the text of a program without stack frames, file names and most backend_configs."""
     head, rest = text.split("\n", 1)
     body = rest[re.search(r"^(%|ENTRY )", rest, re.MULTILINE).start() :]
     lines = [
@@ -286,7 +286,7 @@ def trimmed(text):
 
 def main(folder, *names):
     os.environ.update(TPU)  # before libtpu is loaded
-    jax.config.update("jax_traceback_in_locations_limit", 0)  # kernels would keep the paths of files
+    jax.config.update("jax_traceback_in_locations_limit", 0)  # kernels would contain file paths
     for name in names or [*PROGRAMS, *SPLIT]:
         Path(folder, f"{name}.txt").write_text(trimmed(compile_for_tpu(name).as_text()))
 

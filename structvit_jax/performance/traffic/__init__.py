@@ -1,23 +1,23 @@
-"""The bytes that a compiled XLA program moves: to and from the device's memory, and to other devices.
+"""Count the bytes that a compiled XLA program moves: from and to device memory, and to other devices.
 
     traffic = count(compiled.as_text())
     structvit plan --program=PROGRAM.txt
 
-The text is all that is read; no device is opened. It suits programs compiled for TPUs, also ahead of time
-on a machine without one, and programs for CPUs and GPUs. Unlike XLA's own cost analysis,
+Only the text is read; no device is opened. Programs may be compiled for TPUs (also ahead of time on a machine
+without one), CPUs and GPUs. Unlike in XLA's cost analysis,
 
-- a loop's body counts as often as it runs;
-- what stays in vector memory (layouts with S(1)) is left out: a fusion reads its operands in HBM and writes
-  its results there, a copy between the two counts at its end in HBM, and a slice counts as a slice;
-- a Pallas kernel counts by the blocks that it fetches and stores, not by the cost that it declares;
-- arrays count with the padding of their tiles, which the bus carries too. Scalars count their own size.
+- the body of a loop counts once per step;
+- arrays in vector memory (layouts with S(1)) do not count: a fusion reads its operands in HBM and writes its
+  results there, a copy between the two counts at its end in HBM, and a slice counts as a slice;
+- a Pallas kernel counts by the blocks that it fetches and stores, not by its cost estimate;
+- arrays count with the padding of their tiles, which is transferred too. Scalars count without.
 
-Every operand is read once by each operation. That is a lower bound where a convolution or a matrix product
-fetches tiles again, and an upper one for gathers, which count a row for every index.
+Each operation reads every operand once. That is a lower bound if a convolution or a matrix product fetches
+tiles again, and an upper bound for gathers, which count a row for every index.
 
-Bytes sent are those that one device sends, by the rule of a ring of n devices: 2(n-1)/n of an all-reduce's
-array, (n-1)/n of the whole array of an all-gather, reduce-scatter or all-to-all, all of a
-collective-permute or a broadcast. Of a conditional's branches the one that moves most counts.
+One device sends in a ring of n devices 2(n-1)/n of the array of an all-reduce, (n-1)/n of the whole array of
+an all-gather, reduce-scatter or all-to-all, and all of a collective-permute or a broadcast. Of the branches
+of a conditional the one that moves most counts.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from structvit_jax.performance.traffic.program import (
     Computation,
     Instruction,
     Program,
-    begun,
     leaves,
     parse,
+    unwrap_async_start,
 )
 from structvit_jax.performance.traffic.touched import SOURCES, touched
 from structvit_jax.utils.errors import UserError
@@ -50,13 +50,13 @@ class Moved(NamedTuple):
 
 
 class Traffic(NamedTuple):
-    """What one run of a program moves on one device, in bytes."""
+    """Bytes that one run of a program moves on one device."""
 
     read: float  # from HBM
     written: float  # to HBM
     sent: float  # to other devices
-    by_part: dict[str, Moved]  # by phase and name scope, see `names.part_of`; the largest first
-    guessed: tuple[str, ...] = ()  # names of the loops for which `unknown` was taken
+    by_part: dict[str, Moved]  # by phase and name scope, see `names.part_of`; largest first
+    guessed: tuple[str, ...] = ()  # name scopes of the loops that were assumed to run `unknown` times
 
     @property
     def hbm(self) -> float:
@@ -67,17 +67,17 @@ class Traffic(NamedTuple):
 def count(
     text: str, *, trips: Mapping[str, int] | None = None, unknown: int | None = None, depth: int = 1
 ) -> Traffic:
-    """Counts a compiled program.
+    """Count the traffic of a compiled program.
 
     Args:
-      text: what `compiled.as_text()` returns.
-      trips: how often loops run, by the name of their while instruction; for those where the text does
-        not say (an optimisation that ends on a tolerance, say).
-      unknown: how often such loops run that `trips` does not name; without it they are an error.
+      text: from `compiled.as_text()`.
+      trips: how often loops of unknown length run, by the name of their while instruction (as in an
+        optimisation that ends on a tolerance).
+      unknown: how often loops run that are of unknown length and not in `trips`; None makes them an error.
       depth: how many name scopes make a part.
 
     Raises:
-      UserError: text that is no such program, a loop without a count, or an operation that is not known.
+      UserError: text that is not a program, a loop of unknown length, or an unknown operation.
     """
     program = parse(text)
     counter = _Counter(program, dict(trips or {}), unknown, depth)
@@ -95,7 +95,14 @@ def _total(all_moved: Iterable[Moved]) -> Moved:
 
 Parts = dict[str, Moved]
 
-# Nothing moves in these; what they name is counted where it is made and used.
+
+def _add(parts: Parts, more: Parts, times: int = 1) -> None:
+    for part, moved in more.items():
+        moved = Moved(*(times * size for size in moved))
+        parts[part] = _total([parts[part], moved]) if part in parts else moved
+
+
+# These move nothing; their arrays count where they are computed and used.
 _FREE = frozenset(
     (*SOURCES, "add-dependency", "bitcast", "domain", "get-tuple-element", "opt-barrier", "tuple")
 )
@@ -103,26 +110,25 @@ _FREE_CALLS = ("AllocateBuffer", "ConcatBitcast")
 
 
 class _Counter:
-    """Walks the computations that are run one by one, and adds up what their instructions move."""
+    """Walks through the computations in the order of their execution and adds up the traffic."""
 
     def __init__(self, program: Program, trips: dict[str, int], unknown: int | None, depth: int):
         self.program, self.trips, self.unknown, self.depth = program, trips, unknown, depth
-        self.loops: set[str] = set()  # those met
-        self.guessed: set[str] = set()  # names of those of unknown length
+        self.loops: set[str] = set()  # names of all loops
+        self.guessed: set[str] = set()  # name scopes of those of unknown length
 
     def walk(self, computation: Computation, arguments: list, outer: str) -> Parts:
-        """What one run of a computation moves.
+        """Return the traffic of one run of a computation.
 
         Args:
-          arguments: the integers among its arguments that are known, see `loops.Scalars`.
-          outer: the name of what runs it, for operations without one.
+          arguments: the known integers among its arguments, see `loops.Scalars`.
+          outer: name scopes of the caller, for operations without any.
         """
         scalars = loops.Scalars(self.program, computation, arguments)
         names = op_names(self.program, computation, outer)
         parts: Parts = {}
         for op in computation.instructions.values():
-            for part, moved in self._run(op, computation, scalars, names[op.name]).items():
-                parts[part] = _total([parts[part], moved]) if part in parts else moved
+            _add(parts, self._run(op, computation, scalars, names[op.name]))
         return parts
 
     def _run(self, op: Instruction, computation: Computation, scalars: loops.Scalars, name: str) -> Parts:
@@ -137,7 +143,7 @@ class _Counter:
             return max(branches, key=lambda parts: sum(_total(parts.values())))
         if kind in ("call", "async-start"):
             return self._call(op.called("to_apply", "calls")[0], name)
-        return {part_of(name, self.depth): self._moved(begun(op), computation.sources(op))}
+        return {part_of(name, self.depth): self._moved(unwrap_async_start(op), computation.sources(op))}
 
     def _call(self, called: str, name: str, arguments: list | None = None) -> Parts:
         computation = self.program.computations[called]
@@ -152,19 +158,17 @@ class _Counter:
             count = self.unknown
         if count is None:
             raise UserError(
-                f"the text does not say how often the loop %{op.name} ({op.op_name or 'no name'}) runs:"
+                f"unknown how often the loop %{op.name} ({op.op_name or 'no name'}) runs:"
                 f" give --trips {op.name}=N, or trips={{{op.name!r}: N}}"
             )
-        arguments = loops.kept(op, scalars)
+        arguments = loops.invariants(op, scalars)
         parts: Parts = {}
         for key, times in (("body", count), ("condition", count + 1)):
-            for part, moved in self._call(op.called(key)[0], name, arguments).items():
-                more = Moved(*(times * size for size in moved))
-                parts[part] = _total([parts[part], more]) if part in parts else more
+            _add(parts, self._call(op.called(key)[0], name, arguments), times)
         return parts
 
     def _moved(self, op: Instruction, operands: list[Instruction]) -> Moved:
-        """What an instruction moves that runs no other."""
+        """Return the traffic of an instruction that calls no computation of its own."""
         if op.opcode == "custom-call":
             if kernels.TARGET in op.rest:
                 return self._kernel(op, operands)

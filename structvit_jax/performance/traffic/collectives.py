@@ -1,4 +1,4 @@
-"""What collectives send to other devices, and how one that runs beside other work is told."""
+"""Bytes that collectives send to other devices."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import math
 import re
 from collections.abc import Sequence
 
-from structvit_jax.performance.traffic.program import Computation, Instruction, Program, leaves, words
+from structvit_jax.performance.traffic.program import Computation, Instruction, Program, leaves, opcodes
 from structvit_jax.utils.errors import UserError
 
-COLLECTIVES = words(
+COLLECTIVES = opcodes(
     "all-gather all-reduce all-to-all collective-broadcast collective-permute ragged-all-to-all"
     " reduce-scatter"
 )
@@ -19,10 +19,10 @@ COLLECTIVES = words(
 def sent(
     program: Program, op: Instruction, operands: Sequence[Instruction], scattered: bool = False
 ) -> float:
-    """Return the bytes that a device sends in a collective, as a ring does.
+    """Return the bytes that a device sends in a collective over a ring.
 
     Args:
-      scattered: for an all-reduce, that each device keeps its slice only.
+      scattered: whether each device keeps only its slice of an all-reduce.
     """
     given = sum(array.bytes for operand in operands for array in leaves(operand.type))
     if op.opcode == "collective-permute":
@@ -39,10 +39,10 @@ def sent(
 
 
 def group_size(program: Program, op: Instruction) -> int:
-    """How many devices share a collective.
+    """Return the number of devices in a group of a collective.
 
     Raises:
-      UserError: groups of a form that is not known.
+      UserError: groups in an unknown notation.
     """
     text = op.rest[op.rest.find("replica_groups=") + len("replica_groups=") :]
     if match := re.match(r"\{\{([\d,]*)\}", text):  # {{0,1},{2,3}}
@@ -60,18 +60,21 @@ def group_size(program: Program, op: Instruction) -> int:
 
 
 def asynchronous(op: Instruction) -> bool:
-    """Whether this is of a collective that XLA for TPUs runs beside other work, in several fusions that all
-    repeat it; the first of them has an AsyncCollectiveStart."""
+    """Return whether this belongs to an asynchronous collective.
+
+    XLA for TPUs overlaps those with other work, in several fusions that all repeat the collective; the first
+    one contains an AsyncCollectiveStart.
+    """
     return "chain_id=" in op.rest or '"AsyncCollective' in op.rest
 
 
 def starts(fused: Computation) -> bool:
-    """Whether a fusion begins a collective that runs beside other work."""
+    """Return whether a fusion starts an asynchronous collective."""
     return any('"AsyncCollectiveStart"' in op.rest for op in fused.instructions.values())
 
 
 def sent_within(program: Program, fused: Computation) -> float:
-    """The bytes that a device sends in the collectives of a fusion; each chain of fusions counts once."""
+    """Return the bytes sent in the collectives of a fusion; each chain of fusions counts once."""
     total = 0.0
     for op in fused.instructions.values():
         if op.opcode in COLLECTIVES and (not asynchronous(op) or starts(fused)):

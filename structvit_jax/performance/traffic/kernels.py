@@ -1,8 +1,8 @@
-"""What a Pallas kernel for TPUs moves, from its Mosaic module and not from the cost that it declares.
+"""Traffic of a Pallas kernel for TPUs, from its Mosaic module instead of its cost estimate.
 
-A block is fetched when its index differs from that of the step before, and stored when the index of the
-next step differs, as the pipeline that Pallas builds does; blocks end where the array does. Operands left
-in HBM count by the copies (DMA) that the body starts. The kernel is taken to run on one core.
+As in the pipeline that Pallas builds, a block is fetched if its index differs from that of the previous step,
+and stored if the index of the next step differs; blocks are cut off at the edge of the array. Operands left
+in HBM count by the copies (DMA) that the body starts. The kernel is assumed to run on one core.
 """
 
 from __future__ import annotations
@@ -42,24 +42,24 @@ _COMPARE = (operator.eq, operator.ne, *[operator.lt, operator.le, operator.gt, o
 
 
 class KernelTraffic(NamedTuple):
-    """What a call of a kernel moves."""
+    """Bytes that one call of a kernel moves."""
 
-    read: list[float]  # bytes of each operand
-    written: list[float]  # bytes of each result
-    sent: float  # bytes to other devices
+    read: list[float]  # of each operand
+    written: list[float]  # of each result
+    sent: float  # to other devices
 
 
 class _Reference(NamedTuple):
-    """A view of an argument of the body."""
+    """A view of an argument of the kernel body."""
 
     argument: int
 
 
 def kernel_traffic(op: Instruction, operands: Sequence[Array]) -> KernelTraffic:
-    """What a call of a kernel moves, were all operands and results in HBM.
+    """Return the bytes that a call of a kernel moves if all operands and results are in HBM.
 
     Raises:
-      UserError: a kernel whose copies depend on what it reads, or that this jaxlib cannot take apart.
+      UserError: a kernel whose copies depend on what it reads, or that this jaxlib cannot parse.
     """
     from jaxlib.mlir import ir
 
@@ -75,11 +75,11 @@ def kernel_traffic(op: Instruction, operands: Sequence[Array]) -> KernelTraffic:
         walk = _Walk(op.name)
         if "tpu.enqueue" in str(main):
             for step in steps:
-                refs = [_Reference(place) for place in range(len(body.arguments) - len(grid))]
+                refs = [_Reference(index) for index in range(len(body.arguments) - len(grid))]
                 walk.run(body, [*step, *refs])
         moved = [float(array.bytes) for array in arrays[:first]]  # prefetched scalars
-        for place, array in enumerate(arrays[first:]):
-            window = attributes["window_params"][place] if "window_params" in attributes else {}
+        for index, array in enumerate(arrays[first:]):
+            window = attributes["window_params"][index] if "window_params" in attributes else {}
             if "transform_indices" in window:
                 map_name = ir.FlatSymbolRefAttr(window["transform_indices"]).value
                 where = functions[map_name].regions[0].blocks[0]
@@ -87,15 +87,15 @@ def kernel_traffic(op: Instruction, operands: Sequence[Array]) -> KernelTraffic:
                 moved.append(
                     _blocks(indices, _integers(window, "window_bounds"), "window_kind" in window, array)
                 )
-            elif _in_hbm(body.arguments[len(grid) + first + place]):
-                moved.append(walk.moved.get(first + place, 0.0))
+            elif _in_hbm(body.arguments[len(grid) + first + index]):
+                moved.append(walk.moved.get(first + index, 0.0))
             else:
-                moved.append(array.bytes)  # whole, to vector memory
+                moved.append(array.bytes)  # the whole array, to vector memory
     return KernelTraffic(moved[: len(operands)], moved[len(operands) :], walk.sent)
 
 
 def _module(op: Instruction, context: Any) -> Any:
-    """The kernel's module: a function for the body, and one for the index map of each window."""
+    """Return the module of the kernel: functions for the body and for the index map of each window."""
     from jaxlib.mlir import ir
     from jaxlib.mlir.passmanager import PassManager
     from jaxlib.mosaic.python import tpu
@@ -125,7 +125,7 @@ def _in_hbm(value: Any) -> bool:
 
 
 def _blocks(indices: Sequence[list], bounds: Sequence[int], by_element: bool, array: Array) -> float:
-    """The bytes of the blocks at these indices, one for each run of equal ones."""
+    """Return the bytes of the blocks at these indices; consecutive equal ones count once."""
     total, before = 0.0, None
     for index in indices:
         if index != before or None in index:
@@ -139,7 +139,7 @@ def _blocks(indices: Sequence[list], bounds: Sequence[int], by_element: bool, ar
 
 
 class _Walk:
-    """Follows a function's integers; what it reads from memory is None. Adds up the copies on the way."""
+    """Evaluates the integers of a function and adds up its copies; values read from memory are None."""
 
     def __init__(self, kernel: str):
         self.kernel = kernel
@@ -148,7 +148,7 @@ class _Walk:
         self.values: dict[Any, Any] = {}
 
     def run(self, block: Any, arguments: Sequence[Any]) -> list:
-        """Runs a block and returns what its last operation returns or yields."""
+        """Run a block; return what its last operation returns or yields."""
         self.values.update(zip(block.arguments, arguments, strict=True))
         for op in block.operations:
             operands = [self.values.get(value) for value in op.operands]
@@ -173,7 +173,7 @@ class _Walk:
             raise UserError(f"the kernel %{self.kernel} copies within {op.name}, which cannot be counted")
         if any(isinstance(known, _Reference) for known in operands):
             views = [str(result.type).startswith("memref") for result in op.results]
-            return [operands[0] if view else None for view in views]  # else what it reads from memory
+            return [operands[0] if view else None for view in views]  # None: read from memory
         if None in operands or op.name not in (*_BINARY, *_SAME, "arith.cmpi"):
             return unknown
         if op.name in _SAME:
@@ -202,11 +202,11 @@ class _Walk:
     def _refuse_copies(self, op: Any) -> None:
         if "tpu.enqueue" in str(op):
             raise UserError(
-                f"what the kernel %{self.kernel} copies depends on what it reads; it cannot be counted"
+                f"the copies of kernel %{self.kernel} depend on what it reads; they cannot be counted"
             )
 
     def _copy(self, op: Any, operands: list) -> None:
-        """Adds a copy (DMA) between HBM and the chip, or to another device."""
+        """Add a copy (DMA) between HBM and the chip, or to another device."""
         ends = [
             (value, known)
             for value, known in zip(op.operands, operands, strict=True)

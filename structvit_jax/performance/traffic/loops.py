@@ -1,4 +1,4 @@
-"""How often a while loop runs, from the program's text."""
+"""Trip counts of while loops, from the text of the program."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from structvit_jax.performance.traffic.program import Array, Computation, Instruction, Program
 
-_MOST = 10**6  # steps that are followed
+_MAX_STEPS = 10**6  # followed at most
 
 _COMPARE = {
     "EQ": operator.eq,
@@ -22,7 +22,7 @@ _COMPARE = {
 
 
 def quotient(a: int, b: int) -> int:
-    """a / b without its fraction; -1 where b is 0, as XLA has it."""
+    """Return a / b, truncated; -1 if b is 0, as in XLA."""
     if not b:
         return -1
     return abs(a) // abs(b) * (1 if (a < 0) == (b < 0) else -1)
@@ -47,9 +47,9 @@ _SAME = ("copy", "bitcast", "reshape", "convert", "broadcast", "opt-barrier")
 
 
 class Scalars:
-    """The integers that a computation's text determines; what it does not is None.
+    """Integers of a computation that are known without running it.
 
-    A value is an int, None, or a list of values for a tuple.
+    A value is an int, a list of values for a tuple, or None if it is unknown.
     """
 
     def __init__(self, program: Program, computation: Computation, arguments: Sequence[Any]):
@@ -91,22 +91,22 @@ class Scalars:
 
 
 def trips(loop: Instruction, scalars: Scalars) -> int | None:
-    """How often a while loop's body runs; None where the text does not say.
+    """Return how often the body of a while loop runs; None if it is unknown.
 
-    XLA names the count of some loops (not on TPUs). Otherwise the loop's own integers are followed, from
-    their first values to the end of the condition: so a loop that was peeled, unrolled or pipelined
-    counts as it stands. The last resort is a name scope right around the loop, such as "times8".
+    XLA annotates some loops (not on TPUs). For others the integers of the loop are evaluated step by step
+    until the condition is false, which also covers loops that XLA peeled, unrolled or pipelined. The last
+    resort is a name scope directly around the loop, such as "times8".
 
     Args:
       loop: the while instruction.
-      scalars: of the computation that it stands in.
+      scalars: of the computation that contains it.
     """
     if match := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest):
         return int(match[1])
     program = scalars.program
     (condition,), (body,) = loop.called("condition"), loop.called("body")
     state = scalars.value(loop.operands[0])
-    for count in range(_MOST):
+    for count in range(_MAX_STEPS):
         check = Scalars(program, program.computations[condition], [state])
         goes_on = check.value(check.computation.root)
         if goes_on is None:
@@ -119,8 +119,8 @@ def trips(loop: Instruction, scalars: Scalars) -> int | None:
     return int(named[1]) if named else None
 
 
-def kept(loop: Instruction, scalars: Scalars) -> list:
-    """The body's argument, as far as no step changes it: the loop's first values there, None elsewhere."""
+def invariants(loop: Instruction, scalars: Scalars) -> list:
+    """Return the arguments of the body: the initial values that no step changes, None for the others."""
     state = scalars.value(loop.operands[0])
     body = scalars.program.computations[loop.called("body")[0]]
     root = body.instructions[body.root]
@@ -130,7 +130,7 @@ def kept(loop: Instruction, scalars: Scalars) -> list:
     same = [
         op.opcode == "get-tuple-element"
         and op.operands[0] == argument
-        and op.attribute("index") == str(place)
-        for place, op in enumerate(body.sources(root))
+        and op.attribute("index") == str(index)
+        for index, op in enumerate(body.sources(root))
     ]
     return [[value if unchanged else None for value, unchanged in zip(state, same, strict=True)]]

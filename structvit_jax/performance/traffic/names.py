@@ -1,12 +1,18 @@
-"""Which part of the model an operation belongs to, from the name scopes in its metadata."""
+"""The part of the model that an operation belongs to, from the name scopes in its metadata."""
 
 from __future__ import annotations
 
 import re
 
-from structvit_jax.performance.traffic.program import Computation, Instruction, Program, begun, leaves
+from structvit_jax.performance.traffic.program import (
+    Computation,
+    Instruction,
+    Program,
+    leaves,
+    unwrap_async_start,
+)
 
-# What JAX adds to the scopes that the program names, transforms such as jvp(scope) aside.
+# Scopes that JAX adds, except for transforms such as jvp(scope).
 _ADDED = re.compile(
     r"|while|body|cond|scan|times\d+|branch_\d+_fun|closed_call|core_call|checkpoint|remat\d?|shard_map|pmap"
     r"|rematted_computation|custom_[jv][vj]p_call\w*|p?jit(\(.*\))?|pallas_call|.*->.*"
@@ -14,10 +20,10 @@ _ADDED = re.compile(
 
 
 def part_of(op_name: str, depth: int = 1) -> str:
-    """The part that an operation counts to: "forward", "backward" or nothing, and its outer name scopes.
+    """Return the part of an operation: its phase, if it is differentiated, and its outer name scopes.
 
-    What is differentiated is forward (jvp in the name) or backward (transpose). "jit(step)/transpose(jvp(
-    stage1))/mul" is of "backward stage1"; names without either, of "other".
+    The phase is "forward" (jvp in the name) or "backward" (transpose): the part of "jit(step)/transpose(jvp(
+    stage1))/mul" is "backward stage1". Without phase and scopes it is "other".
     """
     op_name = op_name.split(";")[0]
     phase = "backward" if "transpose(" in op_name else "forward" if "jvp(" in op_name else ""
@@ -31,8 +37,11 @@ def part_of(op_name: str, depth: int = 1) -> str:
 
 
 def op_names(program: Program, computation: Computation, outer: str) -> dict[str, str]:
-    """Every instruction's name in the source. Copies that XLA inserted have none: one out of HBM is called
-    as what uses it, one into HBM as what made it, and what is left, by `outer`."""
+    """Return the name scopes of every instruction.
+
+    Copies that XLA inserted have none: a copy out of HBM takes the name of its user, a copy into HBM that of
+    its source, and others `outer`.
+    """
     found = {op.name: op.op_name for op in computation.instructions.values() if "/" in op.op_name}
     by_source, by_user = dict(found), dict(found)
     for op in computation.instructions.values():
@@ -43,7 +52,7 @@ def op_names(program: Program, computation: Computation, outer: str) -> dict[str
         by_user.setdefault(op.name, next(known, ""))
 
     def name_of(op: Instruction) -> str:
-        result = next(leaves(begun(op).type), None)
+        result = next(leaves(unwrap_async_start(op).type), None)
         inward = result is not None and not program.in_hbm(result)
         first, second = (by_user, by_source) if inward else (by_source, by_user)
         return first[op.name] or second[op.name] or outer

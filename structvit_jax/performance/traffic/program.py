@@ -1,4 +1,4 @@
-"""The text of a compiled XLA program, read into computations, instructions and the arrays they yield."""
+"""Parse the text of a compiled XLA program into computations, instructions and arrays."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Array(NamedTuple):
 
     dtype: str
     dims: tuple[int, ...]
-    order: tuple[int, ...]  # of the dims, the minor first
+    order: tuple[int, ...]  # of the dims, minor first
     tile: tuple[int, ...]  # the outermost tile, major first; () without tiling
-    space: int  # the layout's S(n); 0 where it has none
-    bits: int  # of an element
+    space: int  # memory space, the layout's S(n); 0 without one
+    bits: int  # per element
 
     @property
     def elements(self) -> int:
@@ -33,7 +33,7 @@ class Array(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """What the array takes in memory, padded to whole tiles; a scalar takes its own size alone."""
+        """Size in memory, padded to whole tiles. Scalars are not padded."""
         padded = list(self.dims)
         for axis, side in zip(self.order, reversed(self.tile), strict=False):
             padded[axis] = -(-padded[axis] // side) * side
@@ -41,20 +41,20 @@ class Array(NamedTuple):
         return math.prod(padded) * math.prod(missing) * self.bits // 8
 
     def part(self, elements: float) -> float:
-        """The bytes of so many elements, padding included in proportion."""
+        """Return the bytes of some of the elements, with padding in proportion."""
         return self.bytes * min(1.0, elements / self.elements) if self.elements else 0.0
 
 
 Type = Array | tuple["Type", ...]  # a tuple type holds the types of its elements
 
 
-def words(text: str) -> frozenset[str]:
-    """A set of the words of a text."""
+def opcodes(text: str) -> frozenset[str]:
+    """Return the opcodes in a text, which spaces separate."""
     return frozenset(text.split())
 
 
 def leaves(kind: Type) -> Iterator[Array]:
-    """The arrays of a type, in order."""
+    """Yield the arrays of a type, in order."""
     if isinstance(kind, Array):
         yield kind
     else:
@@ -64,7 +64,7 @@ def leaves(kind: Type) -> Iterator[Array]:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line: %name = type opcode(arguments), rest."""
+    """One line of a program: %name = type opcode(arguments), rest."""
 
     name: str
     type: Type
@@ -80,12 +80,12 @@ class Instruction:
 
     @functools.cached_property
     def op_name(self) -> str:
-        """The name scopes that JAX gave the operation, "" where it gave none."""
+        """Name scopes from JAX, "" without any."""
         match = re.search(r'op_name="((?:[^"\\]|\\.)*)"', self.rest)
         return match[1] if match else ""
 
     def called(self, *keys: str) -> list[str]:
-        """The computations that an attribute such as calls, body or branch_computations names."""
+        """Return the computations in attributes such as calls, body or branch_computations."""
         found = []
         for key in keys:
             if match := re.search(rf"(?:^|, ){key}=(\{{[^}}]*\}}|%?[\w.\-]+)", self.rest):
@@ -93,14 +93,14 @@ class Instruction:
         return found
 
     def attribute(self, key: str) -> str:
-        """An attribute up to its closing brace or quote, "" where it is missing."""
+        """Return an attribute up to its closing brace or quote, "" if it is missing."""
         match = re.search(rf'(?:^|, ){key}=("[^"]*"|\{{(?:[^{{}}]|\{{[^{{}}]*\}})*\}}|[^,]*)', self.rest)
         return match[1].strip('"') if match else ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Computation:
-    """A computation: instructions that end in a root."""
+    """A function of a program; its root instruction gives the result."""
 
     name: str
     instructions: dict[str, Instruction]  # operands come before their users
@@ -125,7 +125,7 @@ class Computation:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A compiled program as its text shows it."""
+    """A compiled program."""
 
     computations: dict[str, Computation]
     entry: Computation
@@ -133,31 +133,30 @@ class Program:
     tiled: bool  # layouts have tiles, as those of TPU programs
 
     def in_hbm(self, array: Array) -> bool:
-        """Whether an array lies in the device's large memory.
+        """Return whether an array is in the main memory of the device.
 
-        On TPUs a layout without S(n) lies in HBM; S(1) is the vector memory, S(6) the scalar memory, S(2)
-        and S(4) hold semaphores and S(5) is the host's memory. Elsewhere only S(5) is not the device's.
+        On TPUs a layout without S(n) is in HBM. S(1) is vector memory, S(6) scalar memory, S(2) and S(4) hold
+        semaphores, S(5) is host memory. On other devices only S(5) is outside.
         """
         return array.space == 0 if self.tiled else array.space != 5
 
-    def hbm(self, kind: Type) -> float:
-        """The bytes in HBM of an array or of all arrays of a tuple."""
-        return sum(array.bytes for array in leaves(kind) if self.in_hbm(array))
 
+def unwrap_async_start(op: Instruction) -> Instruction:
+    """Return the operation that an asynchronous start begins; return other operations as they are.
 
-def begun(op: Instruction) -> Instruction:
-    """The operation that an asynchronous start begins, with its result alone: starts yield (operands, result,
-    semaphores), those of a copy (result, operand, semaphore)."""
+    A start yields (operands, result, semaphores), that of a copy (result, operand, semaphore); the returned
+    operation yields the result only.
+    """
     kind = op.opcode.removesuffix("-start")
     if kind == op.opcode or kind == "async":
         return op
-    place = {"copy": 0, "all-reduce": None}.get(kind, 1)
-    result = op.type if place is None or isinstance(op.type, Array) else op.type[place]
+    index = {"copy": 0, "all-reduce": None}.get(kind, 1)
+    result = op.type if index is None or isinstance(op.type, Array) else op.type[index]
     return dataclasses.replace(op, opcode=kind, type=result)
 
 
 def parse(text: str) -> Program:
-    """Reads what `compiled.as_text()` gives.
+    """Parse the text of `compiled.as_text()`.
 
     Raises:
       UserError: text that is no compiled XLA program.
@@ -181,10 +180,9 @@ def parse(text: str) -> Program:
         elif line.strip():
             raise UserError(f"cannot read this line of a program: {line[:80]!r}")
     if entry is None:
-        raise UserError("no ENTRY computation: give what compiled.as_text() returns, whole")
-    head = text[: text.find("\n")]
-    counts = [re.search(rf"{key}=(\d+)", head) for key in ("num_partitions", "replica_count")]
-    devices = math.prod(int(match[1]) for match in counts if match)
+        raise UserError("no ENTRY computation: pass all of compiled.as_text()")
+    header_line = text.partition("\n")[0]
+    devices = math.prod(map(int, re.findall(r"(?:num_partitions|replica_count)=(\d+)", header_line)))
     return Program(computations, computations[entry], devices, tiled=":T(" in text)
 
 
@@ -199,7 +197,7 @@ def _instruction(name: str, text: str) -> Instruction:
 
 
 def _closing(text: str, start: int) -> int:
-    """Where the parenthesis that opens at `start` closes; strings are skipped."""
+    """Return the index of the parenthesis that closes the one at `start`, skipping strings."""
     depth = 0
     for match in re.compile(r'"(?:[^"\\]|\\.)*"|[()]').finditer(text, start):
         depth += {"(": 1, ")": -1}.get(match[0], 0)
@@ -209,7 +207,7 @@ def _closing(text: str, start: int) -> int:
 
 
 def _type(text: str, start: int) -> tuple[Type, int]:
-    """The type that begins at `start`, and where it ends."""
+    """Return the type that begins at `start`, and the index of its end."""
     if text[start] != "(":
         match = _ARRAY.match(text, start)
         if match is None:

@@ -1,4 +1,4 @@
-"""What a compiled program moves, as a table."""
+"""Traffic of a compiled program as a table: `structvit plan --program`."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ def describe(
     """Return the traffic of a program as a table.
 
     Args:
-      path: a file with what compiled.as_text() returns.
+      path: file with the text of compiled.as_text().
       trips: how often loops run, as "LOOP=N".
       unknown: how often other loops of unknown length run.
       depth: how many name scopes make a part.
-      parts: how many parts are listed, the largest first.
+      parts: how many parts to list, the largest first.
 
     Raises:
-      UserError: a file that is no program, or a loop of unknown length.
+      UserError: a file that is not a program, or a loop of unknown length.
     """
     traffic = count(_read(path), trips=dict(map(_trip, trips)), unknown=unknown, depth=depth)
     return table(traffic, parts)
@@ -33,7 +33,7 @@ def _read(path: str) -> str:
         return Path(path).read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
-            f"cannot read {path}: {getattr(error, 'strerror', None) or 'it is no text'}"
+            f"cannot read {path}: {getattr(error, 'strerror', None) or 'it is not a text'}"
         ) from error
 
 
@@ -45,7 +45,7 @@ def _trip(text: str) -> tuple[str, int]:
 
 
 def table(traffic: Traffic, parts: int) -> str:
-    """The totals and the largest parts, in MB (10^6 bytes)."""
+    """Return the largest parts and the total, in MB (10^6 bytes)."""
     rows: list[tuple[str, ...]] = [("part", "read MB", "written MB", "sent MB")]
     shown = [*list(traffic.by_part.items())[:parts], ("total", traffic[:3])]
     rows += [(name, *(f"{size / 1e6:,.3f}" for size in moved)) for name, moved in shown]

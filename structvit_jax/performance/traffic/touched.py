@@ -1,8 +1,8 @@
-"""What part of its operands an operation touches: a fusion may read a slice of a stacked array, or write one.
+"""Bytes that an operation reads and writes: a fusion may touch only a slice of a stacked array.
 
-A demand says which elements of an array are wanted: regions and how many elements each has. Demands run
-from the results of a fused computation back to its parameters. Equal slices are one region, so what two
-users both slice is read once; different regions of one array add up, to the whole array at most.
+A demand lists the elements of an array that are needed: regions and their numbers of elements. Demands are
+propagated from the results of a fused computation back to its parameters. Equal slices are one region, so a
+slice with two users is read once; different regions of one array add up, at most to the whole array.
 """
 
 from __future__ import annotations
@@ -13,14 +13,21 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from structvit_jax.performance.traffic.collectives import COLLECTIVES, asynchronous
-from structvit_jax.performance.traffic.program import Array, Computation, Instruction, Program, leaves, words
+from structvit_jax.performance.traffic.program import (
+    Array,
+    Computation,
+    Instruction,
+    Program,
+    leaves,
+    opcodes,
+)
 from structvit_jax.utils.errors import UserError
 
 Demand = dict[Any, float]  # region -> elements
 WHOLE: Demand = {None: math.inf}
 
-# Every element of the result takes the elements of the same place, in the result or in the operand.
-ELEMENTWISE = words(
+# An element of the result depends on one element of each operand.
+ELEMENTWISE = opcodes(
     "abs acos acosh add and asin asinh atan atan2 atanh bitcast bitcast-convert cbrt ceil clamp compare"
     " complex convert copy cosh cosine count-leading-zeros divide erf exponential exponential-minus-one"
     " floor imag is-finite log log-plus-one logistic map maximum minimum multiply negate not opt-barrier"
@@ -28,8 +35,8 @@ ELEMENTWISE = words(
     " rsqrt select shift-left shift-right-arithmetic shift-right-logical sign sine sinh sqrt stochastic-"
     " convert subtract tan tanh transpose tuple get-tuple-element xor"
 )
-# Any element of the result may take all of every operand.
-MIXING = words(
+# An element of the result may depend on all elements of every operand.
+MIXING = opcodes(
     "batch-norm-grad batch-norm-inference batch-norm-training broadcast cholesky concatenate convolution"
     " custom-call dot fft get-dimension-size pad ragged-dot reduce reduce-window rng rng-bit-generator"
     " rng-get-and-update-state scaled-dot select-and-scatter set-dimension-size sort topk triangular-solve"
@@ -41,10 +48,9 @@ SOURCES = ("parameter", "constant", "partition-id", "replica-id", "after-all")
 
 
 def touched(program: Program, op: Instruction, operands: Sequence[Instruction]) -> tuple[float, float]:
-    """Bytes that an operation reads from HBM, and writes to it.
+    """Return the bytes that an operation reads from HBM and writes to it.
 
-    Operands are read once each, whatever tiles the compiler chose: how often a convolution fetches a tile
-    again is not in the text.
+    Each operand is read once: the text does not state how often a convolution fetches a tile again.
 
     Raises:
       UserError: an operation that is not known.
@@ -58,8 +64,8 @@ def touched(program: Program, op: Instruction, operands: Sequence[Instruction]) 
         sizes = [_size(fused, updated) for updated in updates]
         wanted = [WHOLE] * len(results)
         if any(map(asynchronous, fused.instructions.values())):
-            for place in _aliased(op):  # buffers that a collective hands on until it is done
-                sizes[place], wanted[place] = 0.0, {}
+            for index in _aliased(op):  # buffers that a collective passes on until it is done
+                sizes[index], wanted[index] = 0.0, {}
         in_place = {update.name for updated in updates for update in updated}
         wants = _demands(program, fused, zip(made, wanted, strict=True), in_place, names)
     else:
@@ -81,13 +87,13 @@ def touched(program: Program, op: Instruction, operands: Sequence[Instruction]) 
 
 
 def _aliased(op: Instruction) -> set[int]:
-    """The results that share their buffers with operands."""
+    """Return the indices of results that share a buffer with an operand."""
     pairs = op.attribute("output_to_operand_aliasing")
-    return {int(place or 0) for place in re.findall(r"\{(\d*)\}: \(", pairs)}
+    return {int(index or 0) for index in re.findall(r"\{(\d*)\}: \(", pairs)}
 
 
 def _made(fused: Computation, results: int) -> list[Instruction]:
-    """The instructions that make a fusion's results; one may make several."""
+    """Return the instructions that compute the results of a fusion; one may compute several."""
     root = fused.instructions[fused.root]
     if root.opcode != "tuple":
         return [root] * results
@@ -99,7 +105,7 @@ def _same_space(op: Instruction, result: Array) -> bool:
 
 
 def _origin(program: Program, fused: Computation, op: Instruction) -> Instruction:
-    """The instruction whose bytes `op` yields, behind bitcasts and fusions of nothing but a bitcast."""
+    """Return the instruction whose bytes `op` yields through bitcasts."""
     while op.opcode == "bitcast" or (op.opcode == "fusion" and _only_bitcasts(program, op)):
         op = fused.sources(op)[0]
     return op
@@ -111,7 +117,7 @@ def _only_bitcasts(program: Program, op: Instruction) -> bool:
 
 
 def _updates(program: Program, fused: Computation, op: Instruction, result: Array) -> list[Instruction]:
-    """The updates that make a result out of a parameter with which it then shares its buffer."""
+    """Return the updates in place that compute a result from a parameter, whose buffer it shares."""
     found = []
     while (op := _origin(program, fused, op)).opcode in UPDATING:
         found.append(op)
@@ -120,12 +126,12 @@ def _updates(program: Program, fused: Computation, op: Instruction, result: Arra
 
 
 def _size(fused: Computation, updates: list[Instruction]) -> float | None:
-    """The elements that updates write; None, where there are none, is the whole result."""
+    """Return the number of elements that updates write; None is the whole result."""
     return sum(_update_elements(op, fused.sources(op)) for op in updates) if updates else None
 
 
 def _update_elements(op: Instruction, operands: Sequence[Instruction]) -> float:
-    """Elements that a dynamic-update-slice or a scatter writes."""
+    """Return the number of elements that a dynamic-update-slice or a scatter writes."""
     position = 1 if op.opcode == "dynamic-update-slice" else (len(operands) - 1) // 2 + 1
     return next(leaves(operands[position].type)).elements
 
@@ -137,19 +143,19 @@ def _demands(
     in_place: Collection[str],
     names: Sequence[str],
 ) -> list[Demand]:
-    """What a fused computation wants of its parameters.
+    """Return the demands of a fused computation on its parameters.
 
     Args:
-      wanted: the instructions that make its results, and what is wanted of them.
-      in_place: the updates that write to a parameter's own buffer.
-      names: of the operands, by which the regions of slices are told apart.
+      wanted: the instructions that compute its results, and the demands on them.
+      in_place: names of the updates that write to the buffer of a parameter.
+      names: of the operands; they identify the regions of slices.
     """
     wants: dict[str, list[Demand]] = {name: [] for name in fused.instructions}
     for op, want in wanted:
         wants[op.name].append(want)
     named = {op.name: names[int(op.arguments)] for op in fused.parameters}
 
-    def name_of(op):
+    def name_of(op: Instruction) -> str:
         op = _origin(program, fused, op)
         if op.opcode == "constant":
             return op.arguments
@@ -174,8 +180,10 @@ def _demands(
     ]
 
 
-def _passed_on(op: Instruction, want: Demand, operands, in_place: bool, names: Sequence[str]) -> list[Demand]:
-    """What an operation wants of its operands so as to give the wanted part of its result."""
+def _passed_on(
+    op: Instruction, want: Demand, operands: Sequence[Instruction], in_place: bool, names: Sequence[str]
+) -> list[Demand]:
+    """Return the demands of an operation on its operands, given the demand on its result."""
     kind, result = op.opcode, next(leaves(op.type))
     size = result.elements
     if kind in SLICING:
@@ -185,15 +193,15 @@ def _passed_on(op: Instruction, want: Demand, operands, in_place: bool, names: S
     if kind in UPDATING:
         if not in_place:
             return [want] + [WHOLE] * (len(operands) - 1)
-        # A scatter combines with what was there, or may; a dynamic-update-slice overwrites it.
+        # A scatter may read the old elements, a dynamic-update-slice overwrites them.
         count = (len(operands) - 1) // 2 if kind == "scatter" else 1
         old = {op.name: _update_elements(op, operands)} if kind == "scatter" else {}
         return [old] * count + [WHOLE] * (len(operands) - count)
-    if kind in ("bitcast", "bitcast-convert"):  # may change the width of elements
+    if kind in ("bitcast", "bitcast-convert"):  # may change the size of elements
         ratio = next(leaves(operands[0].type)).elements / max(size, 1)
         return [{region: elements * ratio for region, elements in want.items()}]
     if kind in ELEMENTWISE:
         return [want] * len(operands)
     if kind in MIXING or kind in COLLECTIVES:
         return [WHOLE] * len(operands)
-    raise UserError(f"%{op.name} is a {kind!r}, an operation that the counter of traffic does not know")
+    raise UserError(f"%{op.name} is a {kind!r}, an operation unknown to the traffic counter")
