@@ -94,7 +94,7 @@ def test_a_description_is_validated(tmp_path):
     path = str(tmp_path / "weights.safetensors")
     for change, phrase in [
         ([], "is not a mapping"),
-        ({"model": {"name": 3}}, "something other than a string"),
+        ({"model": {"name": 3}}, "is not a string"),
         ({"model": {"name": "x" * 1000}}, "not a number, word or short list"),
         ({"model": {**arguments, "name": "structvit_s_8_2"}}, "structure_dim 8, but its arrays have 4"),
         ({"model": {**arguments, "patch": 10**9}}, "patch is 1000000000; it takes a positive integer up to"),
