@@ -1,19 +1,20 @@
 """The paper's ablations (tables 1, 6 and 7): DeiT-S with every attention layer replaced.
 
-    python -m structvit_jax.main --config=configs/ablations.py:imagenet,structure_dim=8 --config.data.root=DIR
-    python -m structvit_jax.main --config=configs/ablations.py:something_v1,structure_dim=8 \
-        --config.data.root=DIR --config.init_from=RUN
+    structvit train --config=ablations:imagenet,structure_dim=8 --config.data.root=DIR
+    structvit train --config=ablations:something_v1,structure_dim=8 --config.data.root=DIR \
+        --config.init_from=RUN
 
-The argument is imagenet or something_v1 (16 frames, from the weights of the former), then any of
+The argument is imagenet or something_v1 (16 frames, from the ImageNet weights), then any of
 
-    structure_dim=D                       table 1; 0 is plain attention, 1 ConvSA; 4 by default
-    window=M, key_window=, value_window=  tables 1 and 6b, sides of the kernels; 3 by default
-    aggregation=element                   table 6a; context by default
-    key_kernels=shared, value_kernels=    table 6a; channel by default
+    structure_dim=D                       table 1; 0 is plain attention, 1 ConvSA; default 4
+    window=M, key_window=, value_window=  tables 1 and 6b, sides of the kernels; default 3
+    aggregation=element                   table 6a; default context
+    key_kernels=shared, value_kernels=    table 6a; default channel
     width=W, depth=N                      table 7, the same cost in other ways, with structure_dim=0
 
 The paper's top-1 on ImageNet and Something-Something V1, by structure_dim: 80.5 and 48.3 (0), 80.8 and 49.7
-(1), 80.9 and 50.1 (2), 81.1 and 50.4 (4), 81.3 and 50.6 (8). Not run here.
+(1), 80.9 and 50.1 (2), 81.1 and 50.4 (4), 81.3 and 50.6 (8).
+Not run here.
 """
 
 import ml_collections
@@ -26,8 +27,8 @@ def get_config(argument: str = "imagenet") -> ml_collections.ConfigDict:
     data, *pairs = argument.split(",")
     check_choice("data set", data, ("imagenet", "something_v1"))
     settings = {key: value for key, _, value in (pair.partition("=") for pair in pairs)}
-    patterns = int(settings.pop("structure_dim", 4))
-    name = f"deit_s_struct_{patterns}" if patterns else "deit_s"
+    dim = int(settings.pop("structure_dim", 4))
+    name = f"deit_s_struct_{dim}" if dim else "deit_s"
     config = recipes.images(name) if data == "imagenet" else recipes.ablation_video(f"{name}_video")
     if "window" in settings:
         config.model.key_window = config.model.value_window = int(settings.pop("window"))

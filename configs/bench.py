@@ -1,12 +1,11 @@
-"""A model at its size on random pictures, to see how fast it is: no data are needed.
+"""A model at full size on random pictures, to measure its speed: no data are needed.
 
-    python -m structvit_jax.main --config=configs/bench.py:structvit_s_4_1 --mode=bench --peer=torch
-    python -m structvit_jax.main --config=configs/bench.py:structvit_s_4_1_video --mode=bench \
-        --config.data.batch_size=1
+    structvit bench model --config=bench:structvit_s_4_1 --peer=torch
+    structvit bench model --config=bench:structvit_s_4_1_video
 
-The argument is the model: images of 224, eight at a time, or one clip of 16 frames; no augmentation.
-For half precision --config.model.dtype=bfloat16, and then larger batches; for other sizes
---config.data.size and --config.data.frames. What is timed: --config.bench.only=model, or parts.
+The argument is the model: eight images of 224, or one clip of 16 frames, without augmentation. Set
+--config.model.dtype=bfloat16 for half precision, --config.data.batch_size for larger batches, and
+--config.data.size and --config.data.frames for other sizes.
 """
 
 import ml_collections

@@ -1,8 +1,10 @@
-"""StructViT on images of handwritten digits: 1437 real scans to train on, 360 to test.
+"""StructViT on images of handwritten digits: 1437 real scans for training, 360 for testing.
 
-    python -m structvit_jax.main --config=configs/digits.py
+    structvit train --config=digits
 
-Nothing to download. See the README for the accuracy and time measured.
+Data: nothing to download.
+Measured: top-1 0.972 on the 360 scans after 449 steps of 64 images, in 53 s on two cores of an AMD EPYC
+(float32, Python 3.11, JAX 0.10.2, November 2026; one run).
 """
 
 import ml_collections

@@ -1,11 +1,13 @@
-"""StructViT on Diving-48, V2 of its labels.
+"""StructViT on Diving-48, version 2 of its labels.
 
     structvit prepare diving48 ANNOTATIONS VIDEOS --out DIR --check
-    python -m structvit_jax.main --config=configs/diving48.py:structvit_b_4_1_video --config.data.root=DIR
+    structvit train --config=diving48:structvit_b_4_1_video --config.data.root=DIR \
+        --config.init_from=RUN_OR_FILE
 
-Needs Diving48_V2_train.json, Diving48_V2_test.json, Diving48_vocab.json and the videos (15,027 and 1,970).
-The paper's top-1: 88.3 (structvit_b_4_1_video); its test views are not stated, 3 crops here.
-Not run here. Starts from Kinetics-400 weights, as the paper: --config.init_from=RUN_OR_FILE.
+Data: Diving48_V2_train.json, Diving48_V2_test.json, Diving48_vocab.json and the videos (15,027 and 1,970).
+Starts from Kinetics-400 weights, as in the paper.
+The paper's top-1: 88.3 (structvit_b_4_1_video). It does not state the test views; here they are 3 crops.
+Not run here.
 """
 
 import ml_collections

@@ -1,19 +1,17 @@
 """Your own videos or images: from scratch, or from existing weights.
 
-    python -m structvit_jax.main --config=configs/folder.py --config.data.root=DIR
-    python -m structvit_jax.main --config=configs/folder.py:structvit_s_4_1_video,finetune \
-        --config.data.root=DIR --config.init_from=FILE_OR_RUN
+    structvit train --config=folder --config.data.root=DIR
+    structvit train --config=folder:structvit_s_4_1_video,finetune --config.data.root=DIR \
+        --config.init_from=FILE_OR_RUN
 
-DIR/train/CLASS/FILE and DIR/val/CLASS/FILE, or lists DIR/train.csv and DIR/val.csv (path,label[,start,end]),
-or only DIR/CLASS/FILE, of which a tenth is then held out for testing; see the README.
-
-Keys that are left open here are filled in by the data (`structvit_jax.config.automatic`) and printed in
-one line: a small StructViT for videos or for images, whichever most files are, at a size near that of the
-data; the batch, and a duration of 300 to 10,000 steps. Any key can be set, as
---config.train.duration="10 epochs".
+Data: DIR/train/CLASS/FILE and DIR/val/CLASS/FILE, or lists DIR/train.csv and DIR/val.csv
+(path,label[,start,end]), or DIR/CLASS/FILE, of which a tenth is then held out for testing; see the README.
 
 The argument is MODEL,STAGE: another model, as structvit_s_4_1, and scratch or finetune.
-Flipping is off, since left and right may be classes; where they are not, try --config.augment.flip=0.5.
+Keys that are left open are chosen by the data (`structvit_jax.config.automatic`) and printed in one line: a
+small StructViT for videos or images, whichever most files are; a size near that of the data; the batch; and
+a duration of 300 to 10,000 steps. Set any key on the command line, as --config.train.duration="10 epochs".
+Flipping is off, since left and right may be classes; if they are not, try --config.augment.flip=0.5.
 """
 
 import ml_collections
@@ -33,7 +31,7 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
 
     config.data.name = "folder"
     config.data.val_fraction = 0.1
-    config.data.sampling = "segment"  # over the whole clip, however long
+    config.data.sampling = "segment"  # over the whole clip, whatever its length
     config.augment.crop_area = (0.5, 1.0)
     config.augment.crop_aspect = (0.75, 1.3333)
 
@@ -48,11 +46,9 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
         if model and "tiny" not in model:
             config.data.size = 224
         config.data.batch_size = 16
-        config.model.drop_path = 0.2  # more than for large data, as UniFormer's on Something-Something
-        config.train.grad_accum_steps = (
-            2  # eight clips at a time: 14 GB for structvit_s_4_1_video, by --mode=plan
-        )
-        config.optimizer.lr = 1e-4  # UniFormer's rule, 2e-4 for 32 clips
+        config.model.drop_path = 0.2  # more than for large data sets, as UniFormer on Something-Something
+        config.train.grad_accum_steps = 2  # 8 clips at a time: 14 GB for structvit_s_4_1_video (estimated)
+        config.optimizer.lr = 1e-4  # UniFormer's rule: 2e-4 for 32 clips
         config.optimizer.layer_decay = 0.85
         config.optimizer.clip_norm = 20.0
         config.checkpoint.keep_best = 1

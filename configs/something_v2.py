@@ -1,12 +1,14 @@
 """StructViT on Something-Something V2.
 
     structvit prepare something_v2 ANNOTATIONS VIDEOS --out DIR --check
-    python -m structvit_jax.main --config=configs/something_v2.py:structvit_s_4_1_video --config.data.root=DIR
+    structvit train --config=something_v2:structvit_s_4_1_video --config.data.root=DIR \
+        --config.init_from=RUN_OR_FILE
 
-Needs the json files and the webm videos (168,913 and 24,777).
-The paper's top-1 with 3 crops: 68.8 (structvit_s_4_1_video, 16 frames) and 71.5
-(structvit_b_4_1_video, 32 frames).
-Not run here. Starts from Kinetics-400 weights, as the paper: --config.init_from=RUN_OR_FILE.
+Data: the json files and the webm videos (168,913 and 24,777).
+Starts from Kinetics-400 weights, as in the paper.
+The paper's top-1 with 3 crops: 68.8 (structvit_s_4_1_video, 16 frames) and 71.5 (structvit_b_4_1_video,
+32 frames).
+Not run here.
 """
 
 import ml_collections

@@ -214,6 +214,6 @@ def suggest_key(wrong: str) -> str:
     near = near or difflib.get_close_matches(wrong, KEYS, n=2, cutoff=0.7)
     near = near or [key for key in KEYS if difflib.SequenceMatcher(None, word, last[key]).ratio() > 0.75]
     if not near:
-        return " structvit show prints all keys."
+        return " structvit show --keys lists them."
     near = sorted(dict.fromkeys(near), key=lambda key: not key.startswith(f"{section}."))[:3]
     return " Did you mean " + " or ".join(f"config.{key}" for key in near) + "?"

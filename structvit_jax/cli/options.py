@@ -118,7 +118,7 @@ class ConfigCommand(click.Command):
         rows = []
         if self.takes_file:
             rows.append(("--config FILE[:ARGUMENT]", "A file, or a name of the package, as moving_digits."))
-        rows.append(("--config.SECTION.KEY VALUE", "Set a key; `structvit show --config=FILE` prints all."))
+        rows.append(("--config.SECTION.KEY VALUE", "Set a key; `structvit show --keys` lists them."))
         with formatter.section("Configuration"):
             formatter.write_dl(rows)
         super().format_options(ctx, formatter)

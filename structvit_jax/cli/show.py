@@ -21,14 +21,21 @@ if TYPE_CHECKING:
 @click.option(
     "--data", "shows_data", is_flag=True, help="Survey the data and draw a batch into WORKDIR/batch.png."
 )
-def command(words: Words, workdir: str | None, shows_data: bool) -> None:
+@click.option("--keys", "lists_keys", is_flag=True, help="List all keys of a configuration and exit.")
+def command(words: Words, workdir: str | None, shows_data: bool, lists_keys: bool) -> None:
     """Describe a configuration: every key, the model's parts, its batches and its steps. Trains nothing.
 
     \b
     Example:
       structvit show --config=moving_digits
       structvit show --config=folder --config.data.root=DIR --data
+      structvit show --keys
     """
+    if lists_keys:
+        from structvit_jax.config import describe_keys
+
+        print(describe_keys())
+        return
     from structvit_jax.cli import experiment
 
     opened = experiment.open_data(experiment.load(words), workdir_of(words, workdir))

@@ -53,7 +53,12 @@ def _model_keys() -> dict[str, Key]:
     types = {"str": str, "bool": bool, "int": int, "float": float, "float | None": float}
     types |= {"tuple[int, ...]": tuple, "int | tuple[int, ...]": object}
     return {
-        f"model.{field.name}": Key(None, "see structvit_jax.models.Variant", ANY, types[str(field.type)])
+        f"model.{field.name}": Key(
+            None,
+            "field of structvit_jax.models.Variant; None keeps the named model's",
+            ANY,
+            types[str(field.type)],
+        )
         for field in dataclasses.fields(Variant)
         if field.name in OVERRIDES
     }
@@ -92,9 +97,11 @@ KEYS: dict[str, Key] = {
     "data.batch_size": Key(64, "clips or images per step on all devices, copies included", _BATCH_AXIS),
     "data.train_examples": Key(0, "examples per epoch of generated data", COUNT),
     "data.test_examples": Key(0, "test examples of generated data", COUNT),
-    "data.mean": Key(None, "subtracted from channels scaled to 0..1; None: see INPUTS", TRIPLE, tuple),
-    "data.std": Key(None, "then divided by; None: see INPUTS", POSITIVE_TRIPLE, tuple),
-    "data.channels": Key(None, "order of the channels; None: see INPUTS", one_of("rgb", "bgr"), str),
+    "data.mean": Key(
+        None, "subtracted from channels scaled to 0..1; None follows the weights", TRIPLE, tuple
+    ),
+    "data.std": Key(None, "divides what is left; None follows the weights", POSITIVE_TRIPLE, tuple),
+    "data.channels": Key(None, "order of the channels; None follows the weights", one_of("rgb", "bgr"), str),
     "data.frames": Key(8, "frames of a clip; 0 means images", _OPTIONAL_SIDE),
     "data.stride": Key(1, "a clip spans frames x stride frames of its video", _BATCH_AXIS),
     "data.sampling": Key("dense", "dense, strided or segment: see structvit_jax.data.sampling"),
@@ -205,6 +212,16 @@ def default_config() -> ml_collections.ConfigDict:
             config[section] = ml_collections.ConfigDict()
         set_value(config, name, config_dict.placeholder(key.type) if key.default is None else key.default)
     return config.lock()
+
+
+def describe_keys() -> str:
+    """Return a line per key: its default, its meaning and its range."""
+    width = max(map(len, KEYS))
+    lines = []
+    for name, key in KEYS.items():
+        needs = "" if key.range is ANY else f"; needs {key.range.phrase}"
+        lines.append(f"{name:<{width}}  {key.default!r}  {key.meaning}{needs}")
+    return "\n".join(lines)
 
 
 def check_config(config: ml_collections.ConfigDict) -> None:

@@ -1,16 +1,16 @@
-"""What the paper states of its training (section 5), as configurations that `configs/` picks from.
+"""The training recipes of the paper (section 5), for the files in `configs/`.
 
-Where the paper defers to DeiT, MViT or UniFormer these are the values that the released programs run with.
-Some of these are accidents. Here is each, and what to set for what was meant:
+Where the paper refers to DeiT, MViT or UniFormer, the values are those of the released programs. Some of them
+are accidents; this list has each, with the keys that undo it:
 
-- Images: the rate changes once an epoch, an epoch late, and its cosine counts the warm-up. Plain:
+- Images: the learning rate changes once per epoch, an epoch late, and its cosine includes the warm-up. Undo:
   `optimizer.lr_update_every=`, `optimizer.lr_update_delay=0`, `optimizer.schedule_origin=warmup`.
-- Images: an epoch of DeiT's sees a third of the images three times. Plain: `augment.repeated_augmentation=1`,
-  `train.duration='300 epochs'`, `optimizer.warmup='5 epochs'`.
-- Video: each clip is augmented twice, so that a batch has twice the clips that the release names. Plain:
+- Images: an epoch of DeiT sees a third of the images, three times each. Undo:
+  `augment.repeated_augmentation=1`, `train.duration='300 epochs'`, `optimizer.warmup='5 epochs'`.
+- Video: each clip is augmented twice, so a batch has twice the clips that the release names. Undo:
   `augment.repeated_augmentation=1`, `data.batch_size=64`.
-- Images: the release asks for colour jitter and never applies it. Plain: `augment.color_jitter=0.4`.
-- Something-Something: the release trains on BGR. Here it is RGB; `data.channels=bgr` reproduces it.
+- Images: the release configures colour jitter and never applies it. Undo: `augment.color_jitter=0.4`.
+- Something-Something: the release trains on BGR. Here it is RGB; `data.channels=bgr` reproduces the release.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ RANDAUGMENT_VIDEO = "rand-m7-n4-mstd0.5-inc1"  # UniFormer's, after MViT
 
 
 def imagenet(model: str, stage: str = "224") -> ml_collections.ConfigDict:
-    """ImageNet-1K: "224" from scratch, "384" fine-tuned from it; with "_labels" behind, token labelling.
+    """Return the recipe of a stage: "224", or "384" fine-tuned from it; both also with the suffix "_labels".
 
     Raises:
       UserError: an unknown stage.
@@ -35,10 +35,10 @@ def imagenet(model: str, stage: str = "224") -> ml_collections.ConfigDict:
 
 
 def images(model: str) -> ml_collections.ConfigDict:
-    """ImageNet-1K from scratch: DeiT's augmentation, 300 of its epochs, batch 1024, peak rate 1e-3.
+    """ImageNet-1K from scratch: DeiT's augmentation and 300 epochs, batch 1024, peak learning rate 1e-3.
 
-    DeiT repeats every image three times in a batch and counts an epoch as so many rows as there are images;
-    an epoch here has every image, so that 100 of them are its 300.
+    DeiT repeats each image three times in a batch, and its epoch has as many rows as there are images. An
+    epoch here has every image, so 100 epochs here are DeiT's 300.
     """
     config = _images(model)
     config.augment.mixup = 0.8
@@ -46,17 +46,19 @@ def images(model: str) -> ml_collections.ConfigDict:
     config.augment.repeated_augmentation = 3
     config.train.duration = "100 epochs"
     config.optimizer.lr = 1e-3
-    config.optimizer.warmup = "1.66667 epochs"  # five of DeiT's
+    config.optimizer.warmup = "1.66667 epochs"  # five of DeiT
     config.optimizer.end_lr = 1e-5
-    config.optimizer.lr_update_every = "0.333333 epochs"  # one of DeiT's
+    config.optimizer.lr_update_every = "0.333333 epochs"  # one of DeiT
     config.optimizer.lr_update_delay = 1
     config.optimizer.schedule_origin = "start"
     return config
 
 
 def images_384(model: str) -> ml_collections.ConfigDict:
-    """ImageNet-1K at 384 from weights at 224. The paper fine-tunes with token labelling only: these are its
-    values with the augmentation of `images`."""
+    """ImageNet-1K at 384 from weights at 224.
+
+    The paper fine-tunes with token labelling only; these are its values with the augmentation of `images`.
+    """
     config = _at_384(images(model))
     config.augment.repeated_augmentation = 1
     config.optimizer.lr_update_every = ""
@@ -65,8 +67,11 @@ def images_384(model: str) -> ml_collections.ConfigDict:
 
 
 def token_labels(model: str) -> ml_collections.ConfigDict:
-    """ImageNet-1K with token labelling, as UniFormer's: 310 epochs, the last ten at the end rate, batch 1024,
-    MixToken in the place of mixup and cutmix, the moving average evaluated. Needs config.data.label_maps."""
+    """ImageNet-1K with token labelling, as UniFormer: needs config.data.label_maps.
+
+    310 epochs, the last ten at the final learning rate; batch 1024; MixToken instead of mixup and cutmix; the
+    moving average is evaluated.
+    """
     config = _images(model)
     config.model.token_labels = True
     config.data.crop_fraction = 0.9
@@ -83,8 +88,10 @@ def token_labels(model: str) -> ml_collections.ConfigDict:
 
 
 def token_labels_384(model: str) -> ml_collections.ConfigDict:
-    """Fine-tuning at 384 with token labelling: 60 epochs at 5e-6, batch 512 (L: 256). Needs
-    config.data.label_maps."""
+    """ImageNet-1K at 384 with token labelling, from weights at 224: needs config.data.label_maps.
+
+    60 epochs at a learning rate of 5e-6, batch 512 (L: 256).
+    """
     config = _at_384(token_labels(model))
     config.data.crop_fraction = 0.9
     config.optimizer.ema = 0.0
@@ -92,8 +99,7 @@ def token_labels_384(model: str) -> ml_collections.ConfigDict:
 
 
 def dense_video(model: str) -> ml_collections.ConfigDict:
-    """Kinetics from ImageNet weights: dense sampling, mirrored clips, 110 epochs of 64 clips a step, each
-    augmented twice."""
+    """Kinetics from ImageNet weights: dense sampling, mirroring, 110 epochs, 64 clips a step, each twice."""
     config = _video(model)
     config.init_from = "<ImageNet weights>"
     config.data.sampling = "dense"
@@ -106,8 +112,10 @@ def dense_video(model: str) -> ml_collections.ConfigDict:
 
 
 def segment_video(model: str) -> ml_collections.ConfigDict:
-    """Something-Something, Diving-48 and FineGym from Kinetics-400 weights: one frame per segment, no
-    mirroring, 60 epochs; B with random crops as its only augmentation."""
+    """Something-Something, Diving-48 and FineGym from Kinetics-400 weights.
+
+    One frame per segment, no mirroring, 60 epochs; B is augmented with random crops only.
+    """
     config = _video(model)
     config.init_from = "<Kinetics-400 weights>"
     if "_b_" in model:
@@ -133,7 +141,7 @@ def _crops_only(config: ml_collections.ConfigDict) -> None:
 
 
 def _at_384(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """UniFormer's fine-tuning: a constant rate, which is the end rate too."""
+    """Change a recipe to UniFormer's fine-tuning at 384, with a constant learning rate."""
     config.init_from = "<ImageNet weights at 224>"
     config.data.size = 384
     config.data.crop_fraction = 1.0
@@ -146,7 +154,7 @@ def _at_384(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
 
 
 def _images(model: str) -> ml_collections.ConfigDict:
-    config = _both(model)
+    config = _common(model)
     config.data.frames = 0
     config.data.crop_fraction = 224 / 256
     config.data.mean = (0.485, 0.456, 0.406)
@@ -160,7 +168,7 @@ def _images(model: str) -> ml_collections.ConfigDict:
 
 
 def _video(model: str) -> ml_collections.ConfigDict:
-    config = _both(model)
+    config = _common(model)
     config.data.frames = 32 if "_b_" in model else 16
     config.data.mean = (0.45, 0.45, 0.45)
     config.data.std = (0.225, 0.225, 0.225)
@@ -176,7 +184,7 @@ def _video(model: str) -> ml_collections.ConfigDict:
     return config
 
 
-def _both(model: str) -> ml_collections.ConfigDict:
+def _common(model: str) -> ml_collections.ConfigDict:
     config = default_config()
     config.model.name = model
     config.data.name = "folder"

@@ -72,7 +72,7 @@ def _parse_model(model: Any, facts: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(model, Mapping) or "name" not in model:
         raise UserError("its description does not name a model")
     if not isinstance(model["name"], str):
-        raise UserError("its description names a model with something other than a string")
+        raise UserError("its description has a name of the model that is not a string")
     arguments = {
         key: _parse_field(model[key]) for key in fields if key in model and key not in _NOT_OF_WEIGHTS
     }

@@ -41,6 +41,7 @@ class StateDict(NamedTuple):
     place: str  # the name under which the file holds them; "" at the top level
     other: str  # the name of the raw or averaged weights that were not taken; "" if there are none
     description: Any  # plain data beside them, not validated; None if there are none
+    kind: str = RAW  # or AVERAGED
 
 
 def is_weights_file(path: str) -> bool:
@@ -63,13 +64,16 @@ def read(path: str, which: str | None = None) -> StateDict:
         raise UserError(f"no file {path}")
     if path.endswith(SAFETENSORS):
         arrays, description = _read_safetensors(path)
-        place = other = ""
+        place, other, kind = "", "", RAW
         if which == AVERAGED:
             raise UserError(f"{path} holds one set of weights; omit --weights")
     else:
-        state_dict, place, other, description = _choose(path, _load_torch(path), which)
-        arrays = _to_numpy(path, state_dict)
-    return StateDict({key.removeprefix("module."): a for key, a in arrays.items()}, place, other, description)
+        content = _load_torch(path)
+        place, other, kind = _choose(path, content, which)
+        arrays = _to_numpy(path, content[place] if place else content)
+        description = content.get(DESCRIPTION) if place else None
+    arrays = {key.removeprefix("module."): array for key, array in arrays.items()}
+    return StateDict(arrays, place, other, description, kind)
 
 
 def write(
@@ -178,23 +182,22 @@ def _parse(path: str, text: str) -> Any:
         ) from error
 
 
-def _choose(path: str, content: Any, which: str | None) -> tuple[Mapping[Any, Any], str, str, Any]:
-    """Return the state dict in a .pth, its name, the name of the other one, and the description."""
+def _choose(path: str, content: Any, which: str | None) -> tuple[str, str, str]:
+    """Return the name of the state dict in a .pth, the name of the other one, and the kind of the former."""
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds no weights: a {type(content).__name__}")
     places = {
         kind: next((name for name in names if isinstance(content.get(name), Mapping)), "")
         for kind, names in _PLACES.items()
     }
-    taken = which or (RAW if places[RAW] else AVERAGED)
-    place, other = places[taken], places[AVERAGED if taken == RAW else RAW]
+    kind = which or (RAW if places[RAW] or not places[AVERAGED] else AVERAGED)
+    place, other = places[kind], places[AVERAGED if kind == RAW else RAW]
     if not place and (which == AVERAGED or other):
         held = f"it has {other!r}" if other else "it holds one set of weights"
         raise UserError(f"{path} has no {which} weights ({held}); omit --weights")
-    state_dict = content[place] if place else content
-    if not state_dict:
+    if not (content[place] if place else content):
         raise UserError(f"{path} holds no weights: {_what(content)}")
-    return state_dict, place, other, content.get(DESCRIPTION) if place else None
+    return place, other, kind
 
 
 def _torch() -> Any:

@@ -137,12 +137,13 @@ def _choice_notes(state_dict: files.StateDict) -> list[str]:
     """Return a note on which weights were taken, if the file holds raw and averaged ones."""
     if not state_dict.other:
         return []
-    averaged = "ema" in state_dict.place
-    kinds = ("averaged", "raw") if averaged else ("raw", "averaged")
-    flag = f"--weights={files.RAW if averaged else files.AVERAGED}"
+    if state_dict.kind == files.RAW:
+        kind, other, option = "raw", "averaged", files.AVERAGED
+    else:
+        kind, other, option = "averaged", "raw", files.RAW
     return [
-        f"weights: {state_dict.place!r}, the {kinds[0]} ones; the file also holds {state_dict.other!r}, the"
-        f" {kinds[1]} ones, which structvit convert takes with {flag}"
+        f"weights: {state_dict.place!r}, the {kind} ones; the file also holds {state_dict.other!r}, the"
+        f" {other} ones, which structvit convert takes with --weights={option}"
     ]
 
 
@@ -204,7 +205,9 @@ def _facts(arrays: Arrays) -> dict[str, Any]:
         kernels = arrays.get(f"blocks3.0.attn.{part}_kernels")
         if kernels is not None:
             if kernels.ndim != 5 + video or kernels.shape[-1] > _LARGEST_STRUCTURE_DIM:
-                raise UserError(f"blocks3.0.attn.{part}_kernels has shape {kernels.shape}, as no StructViT")
+                raise UserError(
+                    f"blocks3.0.attn.{part}_kernels has shape {kernels.shape}, which no StructViT has"
+                )
             facts |= {"structure_dim": kernels.shape[-1], f"{part}_window": kernels.shape[:-3]}
     return facts
 

@@ -1,4 +1,4 @@
-"""Output that cannot be written, and signals, of any command: a line or silence, and the right exit code."""
+"""Any command whose output cannot be written, or that gets a signal: at most one line, and the exit code."""
 
 import os
 import signal
@@ -9,9 +9,7 @@ import pytest
 from conftest import ROOT
 
 NOTHING = "stopped by a signal with nothing to save; re-run the command to resume\n"
-BODY = (
-    "import sys; from structvit_jax.runtime.process import exit_in_one_line\nwith exit_in_one_line():\n    "
-)
+BODY = "import sys; from structvit_jax.runtime.process import exit_in_one_line\nwith exit_in_one_line():\n  "
 FULL = (
     "error: standard output cannot be written: No space left on device; redirect it and re-run the command\n"
 )
@@ -27,13 +25,13 @@ def python(body, stdout, **environment):
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("body", ["print('x')", "print('x', flush=True)", "print('x'); sys.exit(0)"])
-def test_a_full_disk_behind_the_output(body, unbuffered):
+def test_output_to_a_full_disk(body, unbuffered):
     with open("/dev/full", "w") as full:
         process = python(body, full, PYTHONUNBUFFERED=unbuffered)
     assert (process.returncode, process.stderr) == (2, FULL)
 
 
-def test_a_closed_pipe_ends_in_silence():
+def test_output_to_a_closed_pipe():
     reader, writer = os.pipe()
     os.close(reader)
     with open(writer, "w") as pipe:
@@ -41,12 +39,12 @@ def test_a_closed_pipe_ends_in_silence():
     assert (process.returncode, process.stderr) == (1, "")
 
 
-def test_text_that_the_output_has_no_letters_for():
+def test_output_that_the_encoding_lacks():
     process = python("print('caf\\xe9 \\udce9')", subprocess.PIPE, PYTHONIOENCODING="ascii")
     assert (process.returncode, process.stdout, process.stderr) == (0, "caf\\xe9 \\udce9\n", "")
 
 
-def test_a_closed_output():
+def test_closed_output():
     script = f'exec "{sys.executable}" -c "$1" >&-'
     command = ["sh", "-c", script, "sh", BODY + "print('x')"]
     process = subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
@@ -65,7 +63,7 @@ def test_a_closed_output():
     ],
 )
 def test_a_signal_during_imports(tmp_path, words, number, code, line):
-    """Ended at once, in a line; NumPy's place is taken by a module that takes its time."""
+    """The command ends at once, with one line. A module that is imported slowly replaces NumPy."""
     (tmp_path / "numpy.py").write_text("import time; print('importing', flush=True); time.sleep(60)")
     command = [sys.executable, "-m", *words.split()]
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}

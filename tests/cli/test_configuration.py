@@ -1,7 +1,7 @@
 """Configurations on the command line: options, files, and suggestions for unknown keys."""
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, structvit
 
 from structvit_jax.cli.configuration import (
     _SYNONYMS,
@@ -75,7 +75,7 @@ def test_values_of_every_type(word, value):
         ("data.mean=" + "(" * 1000, "it takes a tuple"),
         ("model.key_window=3x3", "it takes an integer or a tuple, as 3 or (3,5)"),
         ("optimzer.lr=1", "the configuration has no key 'optimzer.lr'. Did you mean config.optimizer.lr?"),
-        ("=1", "the configuration has no key ''. structvit show prints all keys."),
+        ("=1", "the configuration has no key ''. structvit show --keys lists them."),
         ("data.size.x=1", "the configuration has no key 'data.size.x'."),
         ("data=1", "config.data is a section; set its keys, as --config.data.name=VALUE"),
     ],
@@ -233,6 +233,14 @@ def test_suggestions_for_unknown_keys(wrong, keys):
     assert suggest_key(wrong) == f" Did you mean {keys}?"
 
 
+def test_the_list_of_keys(capsys):
+    assert structvit("show", "--keys") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(KEYS)
+    (line,) = (line for line in lines if line.startswith("data.test_crops "))
+    assert "  1  crops of a test example" in line and line.endswith("; needs to be 1 or 3")
+
+
 def test_synonyms_name_existing_keys():
     assert {*_SYNONYMS.values()} <= {*KEYS}
-    assert suggest_key("zzzzz") == " structvit show prints all keys."
+    assert suggest_key("zzzzz") == " structvit show --keys lists them."

@@ -1,4 +1,4 @@
-"""The command: what it prints, writes and refuses. Each case runs it as a user would."""
+"""`python -m structvit_jax.main`, run as a user would: its output, its files and its error messages."""
 
 import json
 import os
@@ -7,7 +7,7 @@ import signal
 import stat
 
 import pytest
-from conftest import CONFIG, QUICK, ROOT, Command, records, refusal, run
+from conftest import CONFIG, QUICK, ROOT, Command, records
 from ml_collections import ConfigDict
 
 from structvit_jax import data
@@ -18,7 +18,7 @@ from structvit_jax.training.run import Run
 from structvit_jax.training.start import starting_state
 
 
-def test_a_run_says_what_it_does_and_leaves_its_files(finished):
+def test_a_run_logs_progress_and_writes_its_files(finished):
     workdir, out = finished
     for phrase in (
         "devices: 1 x cpu",
@@ -47,7 +47,7 @@ def test_a_run_says_what_it_does_and_leaves_its_files(finished):
     assert list((workdir / "tensorboard").glob("events.out.tfevents.*"))
 
 
-def test_a_complete_run_says_so_and_a_longer_one_goes_on(finished, command, tmp_path):
+def test_a_complete_run_is_reported_and_can_be_extended(finished, command, tmp_path):
     workdir = shutil.copytree(finished[0], tmp_path / "run")
     before = (workdir / "metrics.jsonl").read_bytes()
     again = command(*QUICK, f"--workdir={workdir}")
@@ -60,7 +60,7 @@ def test_a_complete_run_says_so_and_a_longer_one_goes_on(finished, command, tmp_
     assert other.returncode == 0, other.stderr
     assert "on 10 examples" in other.stdout and "result.json stays" in other.stdout
     assert (workdir / "result.json").read_bytes() == result
-    (workdir / "result.json").write_text('{"top1": 0.')  # damaged: evaluated anew
+    (workdir / "result.json").write_text('{"top1": 0.')  # damaged: evaluated again
     evaluated = command(*QUICK, f"--workdir={workdir}")
     assert evaluated.returncode == 0, evaluated.stderr
     assert (workdir / "result.json").read_bytes() == result
@@ -104,7 +104,7 @@ def test_weights_of_another_run(finished, command, tmp_path):
 
 @pytest.mark.parametrize("kill_after", [["3"], ["6", "9"]])
 def test_a_killed_run_resumes_to_the_same_numbers(finished, command, tmp_path, kill_after):
-    """SIGKILL as soon as a checkpoint appears: in the midst of the save, or of the steps that follow."""
+    """SIGKILL as soon as a checkpoint appears: during the save or the steps that follow."""
     workdir = tmp_path / "run"
     for step in kill_after:
         killed = Command(tmp_path, *QUICK, f"--workdir={workdir}")
@@ -151,7 +151,7 @@ def test_a_killed_run_resumes_to_the_same_numbers(finished, command, tmp_path, k
         ([], "--config=configs/moving_digits.py"),
     ],
 )
-def test_mistakes_are_one_clear_line(arguments, phrase, refused, tmp_path):
+def test_user_errors_are_one_line(arguments, phrase, refused, tmp_path):
     typo = tmp_path / "typo.py"
     typo.write_text(
         "from structvit_jax.config import default_config\n"
@@ -170,12 +170,13 @@ def test_a_checkpoint_of_another_model_is_refused_and_kept(finished, refused):
     assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before
 
 
-def test_an_nvidia_gpu_that_jax_does_not_see_is_an_error(tmp_path):
+def test_an_nvidia_gpu_that_jax_does_not_see_is_an_error(refused, tmp_path):
     fake = tmp_path / "nvidia-smi"
     fake.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA H100 (UUID: GPU-0)'\n")
     fake.chmod(fake.stat().st_mode | stat.S_IEXEC)
     path = f"{tmp_path}:{os.environ['PATH']}"
-    line = refusal(run(*QUICK, f"--workdir={tmp_path / 'run'}", PATH=path, JAX_PLATFORMS=""))
+    workdir = f"--workdir={tmp_path / 'run'}"
+    line = refused(*QUICK, workdir, PATH=path, JAX_PLATFORMS="")
     assert "pip install -U 'jax[cuda13]'" in line and "--config.mesh.device=cpu" in line
-    options = [CONFIG, "--mode=eval", f"--workdir={tmp_path / 'run'}", "--config.mesh.device=cpu"]
-    assert "no checkpoint" in refusal(run(*options, PATH=path, JAX_PLATFORMS=""))
+    options = [CONFIG, "--mode=eval", workdir, "--config.mesh.device=cpu"]
+    assert "no checkpoint" in refused(*options, PATH=path, JAX_PLATFORMS="")

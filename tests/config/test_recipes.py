@@ -1,6 +1,6 @@
 """Every recipe of the paper, with a tiny model on random data of the right shapes.
 
-Each trains, evaluates, saves, resumes, and starts from what the paper starts from.
+Each trains, evaluates, saves and resumes, from the kind of weights that the paper starts from.
 """
 
 import os
@@ -22,24 +22,24 @@ TINY = [
     "--config.optimizer.cooldown=0 steps",
     "--config.checkpoint.every=1 steps",
 ]
-# The rest takes minutes: EVERY_RECIPE=1 python -m pytest tests/test_recipes.py
+# The other tests take minutes: EVERY_RECIPE=1 python -m pytest tests/config/test_recipes.py
 every = pytest.mark.skipif(not os.environ.get("EVERY_RECIPE"), reason="EVERY_RECIPE is not set")
 CLIPS = ["--config.data.frames=2", "--config.data.test_clips=2", "--config.data.test_crops=1"]
 
 
-def test_crops_are_those_of_the_release():
+def test_crops_equal_the_release():
     video, images, labelled, fine = (
         make("structvit_s_4_1" + "_video" * (make is recipes.dense_video))
         for make in (recipes.dense_video, recipes.images, recipes.token_labels, recipes.token_labels_384)
     )
     assert video.augment.crop_aspect == (0.75, 1.3333) and images.augment.crop_aspect == (3 / 4, 4 / 3)
     assert images.data.crop_fraction == 0.875
-    assert labelled.data.crop_fraction == fine.data.crop_fraction == 0.9  # of its 384, too
+    assert labelled.data.crop_fraction == fine.data.crop_fraction == 0.9  # at 384, too
 
 
 @pytest.fixture
 def recipe(command, tmp_path):
-    """Runs a recipe for two steps, resumes it for a third, and returns its workdir."""
+    """Run a recipe for two steps, resume it for a third, and return its workdir."""
 
     def run(name, *arguments):
         workdir = tmp_path / name.translate(str.maketrans(":,=", "___"))
@@ -56,7 +56,7 @@ def recipe(command, tmp_path):
 
 
 def test_videos_after_images(recipe):
-    """ImageNet from scratch, Kinetics from its weights."""
+    """Train ImageNet from scratch, then Kinetics from its weights."""
     shallow = "--config.model.depths=(1,)"
     images = recipe("imagenet.py:deit_tiny_struct_2", shallow)
     recipe("kinetics400.py:deit_tiny_struct_2_video", shallow, *CLIPS, f"--config.init_from={images}")
