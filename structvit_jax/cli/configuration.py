@@ -82,7 +82,11 @@ def load_file(given: str) -> File:
     module = types.ModuleType(path.stem)
     module.__file__ = str(path)
     try:
-        exec(compile(path.read_bytes(), path, "exec"), module.__dict__)
+        source = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    try:
+        exec(compile(source, path, "exec"), module.__dict__)
         if not callable(getattr(module, "get_config", None)):
             raise UserError(f"{path} has no function get_config()")
         config = module.get_config(argument) if argument else module.get_config()
@@ -90,8 +94,6 @@ def load_file(given: str) -> File:
         raise
     except SyntaxError as error:
         raise UserError(f"{error.filename}:{error.lineno}: {error.msg}") from error
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
     except (Exception, SystemExit) as error:
         raise _failure(error, path) from error
     _check_structure(config)

@@ -25,8 +25,8 @@ from structvit_jax.models import get_variant, weights
 from structvit_jax.models.positions import resize_positions
 from structvit_jax.training import loop
 from structvit_jax.training.card import from_card
+from structvit_jax.training.compatibility import adopt_classes
 from structvit_jax.training.restore import open_checkpoint
-from structvit_jax.training.run import adopt_classes
 from structvit_jax.utils import class_names
 from structvit_jax.utils.errors import UserError
 

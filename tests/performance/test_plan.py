@@ -15,7 +15,7 @@ from structvit_jax.performance import plan, traffic
 from structvit_jax.performance.operations import operations as operations_of
 from structvit_jax.runtime.mesh import make_mesh
 from structvit_jax.training.compilation import trace_train_step
-from structvit_jax.training.run import Run, abstract_state
+from structvit_jax.training.learner import Learner
 from structvit_jax.utils.errors import UserError
 
 QUICK = [
@@ -32,8 +32,8 @@ def operations(function, *args):
     return operations_of(jax.make_jaxpr(function)(*args))
 
 
-def of_a_step(run):
-    return operations_of(trace_train_step(run, abstract_state(run)).jaxpr)
+def of_a_step(learner):
+    return operations_of(trace_train_step(learner, learner.abstract_state()).jaxpr)
 
 
 def test_operations_by_hand():
@@ -81,7 +81,7 @@ def a_run(name, shape, classes, **model):
         class_names=[str(i) for i in range(classes)],
         rows_per_epoch=800,
     )
-    return Run.prepare(config, source, make_mesh(1, 1, jax.devices()[:1]))
+    return Learner.create(config, source, make_mesh(1, 1, jax.devices()[:1]))
 
 
 @pytest.mark.parametrize(
@@ -155,8 +155,10 @@ def test_traffic_of_the_default_model_stays_in_its_band():
     namespace: dict = {}
     exec((ROOT / "configs" / "moving_digits.py").read_text(), namespace)
     config = namespace["get_config"]()
-    run = Run.prepare(config, data.load(config.data, config.augment), make_mesh(1, 1, jax.devices()[:1]))
-    moved = traffic.count(trace_train_step(run, abstract_state(run)).lower().compile().as_text())
+    learner = Learner.create(
+        config, data.load(config.data, config.augment), make_mesh(1, 1, jax.devices()[:1])
+    )
+    moved = traffic.count(trace_train_step(learner, learner.abstract_state()).lower().compile().as_text())
     print(f"{moved.hbm / 64 / 1e6:.2f} MB an example")
     # operations in C++ count by what goes in and comes out, loops by every step
     least, most = (15, 17) if native.available() else (28, 36)

@@ -26,7 +26,7 @@ from structvit_jax.performance.bench.peer import TorchPeer
 from structvit_jax.performance.bench.report import Row
 from structvit_jax.performance.bench.timing import Call, alternate, measure_rates
 from structvit_jax.runtime.processes import log
-from structvit_jax.training.run import Run
+from structvit_jax.training.learner import Learner
 from structvit_jax.utils.errors import UserError
 
 PHASES = ("forward", "train")
@@ -54,15 +54,15 @@ def run(config: ml_collections.ConfigDict, data: Any, workdir: epath.Path, reque
     """
     if jax.device_count() > 1:
         raise UserError(f"structvit bench measures one device; there are {jax.device_count()} here")
-    prepared = Run.prepare(config, data)
+    learner = Learner.create(config, data)
     shape = (config.data.batch_size, *data.shape)
-    parts = list(parts_of(prepared.model, shape))
+    parts = list(parts_of(learner.model, shape))
     names = ["model", *(part.name for part in parts)]
     complaint = f"--only: nothing is named {{}}; there are {', '.join(names)}"
     wanted = matching(request.only or "*", names, complaint)
     parts = [part for part in parts if part.name in wanted]
-    other = TorchPeer(prepared.model) if request.peer else None
-    dtype = prepared.model.variant.dtype
+    other = TorchPeer(learner.model) if request.peer else None
+    dtype = learner.model.variant.dtype
     rates = measure_rates(dtype, request.rounds)
     header = (
         f"{config.model.name}, batch {'x'.join(map(str, shape))}, {dtype};"
@@ -72,7 +72,7 @@ def run(config: ml_collections.ConfigDict, data: Any, workdir: epath.Path, reque
     )
     log(header)
     rows = []
-    for row in _rows(prepared, parts, "model" in wanted, shape, other, request.rounds):
+    for row in _rows(learner, data, parts, "model" in wanted, shape, other, request.rounds):
         rows.append(row)
         log(report.tell(row, rates))
     report.write(rows, rates, header, workdir)
@@ -80,7 +80,8 @@ def run(config: ml_collections.ConfigDict, data: Any, workdir: epath.Path, reque
 
 
 def _rows(
-    prepared: Run,
+    learner: Learner,
+    data: Any,
     parts: list[Part],
     whole: bool,
     shape: tuple[int, ...],
@@ -88,23 +89,25 @@ def _rows(
     rounds: int,
 ) -> Iterator[Row]:
     if whole:
-        yield from _whole(prepared, shape, other, rounds)
+        yield from _whole(learner, data, shape, other, rounds)
     for part in parts:
         for phase in PHASES:
             yield _part(part, phase, other, rounds)
 
 
-def _whole(prepared: Run, shape: tuple[int, ...], other: TorchPeer | None, rounds: int) -> Iterator[Row]:
+def _whole(
+    learner: Learner, data: Any, shape: tuple[int, ...], other: TorchPeer | None, rounds: int
+) -> Iterator[Row]:
     """The model's forward pass and its train step."""
-    config, samples = prepared.config, shape[0]
+    config, samples = learner.config, shape[0]
     arguments = model_arguments(config)
-    macs = cost(arguments.pop("name"), shape[1:], len(prepared.data.class_names), **arguments).macs
+    macs = cost(arguments.pop("name"), shape[1:], len(data.class_names), **arguments).macs
     inputs = jnp.asarray(np.random.default_rng(0).standard_normal(shape, np.float32))
     for phase in PHASES:
-        program = forward_program(prepared, inputs) if phase == "forward" else train_program(prepared)
+        program = forward_program(learner, inputs) if phase == "forward" else train_program(learner, data)
         calls = getattr(other, phase)(inputs) if other else {}
         if phase == "forward":
-            _compare(program.call, calls, prepared.model.variant.dtype)
+            _compare(program.call, calls, learner.model.variant.dtype)
         times = alternate({"": program.call, **calls}, rounds)
         operations = 2 * macs * samples * (3 if phase == "train" else 1)
         yield Row(
