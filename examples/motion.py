@@ -40,7 +40,7 @@ from structvit_jax.data.digits import MovingDigits
 from structvit_jax.data.media import open_media
 from structvit_jax.ops import StructAttentionMaps, convolve_patterns, struct_attention_maps
 from structvit_jax.ops.attention import attention
-from structvit_jax.runtime.mesh import select_devices
+from structvit_jax.runtime.devices import select_devices
 from structvit_jax.runtime.storage import write
 from structvit_jax.utils.errors import DecodeError, UserError, printable
 from structvit_jax.utils.paths import parse_path, write_errors_as_user_error

@@ -1,9 +1,9 @@
-"""Train or evaluate a configuration: `structvit train` under the name that scripts know.
+"""Train or evaluate a configuration, like `structvit train` and `structvit evaluate`.
 
     python -m structvit_jax.main --config=configs/moving_digits.py [--mode=train|eval] [--workdir=DIR]
         [--config.section.key=value ...]
 
-The same command resumes a run that was interrupted. All other commands are those of `structvit`.
+After an interruption, re-run the command to resume. `structvit --help` lists all other commands.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ def command(words: Words, mode: str, workdir: str | None, profile: str) -> None:
 
 
 def main() -> None:
+    """Run the command and exit, see `structvit_jax.cli.run`."""
     cli.run(command, sys.argv[1:], name="python -m structvit_jax.main", trains=True)
 
 

@@ -1,4 +1,4 @@
-"""`structvit evaluate`: evaluate a checkpoint on the data of its card, or on others."""
+"""`structvit evaluate`: evaluate a checkpoint on the data of its run, or on other data."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from structvit_jax.cli.options import Words
 def command(words: Words, checkpoint: str, out: str | None) -> None:
     """Evaluate a checkpoint: RUN/checkpoints/STEP, or RUN for its latest.
 
-    Its card holds the model, the data and how they are read; --config.SECTION.KEY changes any of it, as the
-    folder of the data or the number of views.
+    Its card holds the model, the data and how they are read. --config.SECTION.KEY changes any of these, for
+    example the folder of the data or the number of views.
 
     \b
     Example:

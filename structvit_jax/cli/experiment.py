@@ -1,4 +1,4 @@
-"""Open the configuration and the data of a command line."""
+"""Load the configuration of a command line and open its data."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from structvit_jax.utils.paths import parse_path
 
 
 class Opened(NamedTuple):
-    """What a command acts on."""
+    """An experiment that is ready to run."""
 
     config: ml_collections.ConfigDict
     workdir: epath.Path
     dataset: data.Dataset
-    lines: list[str]  # to print
+    lines: list[str]  # to log
 
 
 def load(words: Words) -> ml_collections.ConfigDict:
-    """Return the configuration of a command line, its given values checked.
+    """Load the configuration of a command line and check its values, except open ones.
 
     Raises:
       UserError: a configuration that cannot be used.
@@ -35,7 +35,7 @@ def load(words: Words) -> ml_collections.ConfigDict:
 
 
 def open_data(config: ml_collections.ConfigDict, workdir: str) -> Opened:
-    """Fill in the keys that a configuration leaves open and open its data. Opens no device.
+    """Fill in open keys of a configuration and open its data, without opening a device.
 
     Raises:
       UserError: a configuration or data that cannot be used.
@@ -61,9 +61,10 @@ def select_devices(config: ml_collections.ConfigDict, *, cached: bool = True) ->
     """Open the devices of a configuration.
 
     Args:
-      cached: whether compiled programs are kept; those for other machines cannot be read back.
+      config: its section mesh.
+      cached: cache compiled programs; those for other machines cannot be loaded again.
     """
-    from structvit_jax.runtime import mesh
+    from structvit_jax.runtime import devices
 
-    mesh.select_devices(config.mesh.device)
-    mesh.use_compilation_cache(config.mesh.compilation_cache if cached else "")
+    devices.select_devices(config.mesh.device)
+    devices.use_compilation_cache(config.mesh.compilation_cache if cached else "")

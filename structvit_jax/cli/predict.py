@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     "--top",
     type=click.IntRange(min=1),
     default=5,
-    help="How many classes are printed, the most probable first.",
+    help="Number of classes to print, the most probable first.",
 )
 @click.option(
     "--format",
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 @click.option(
     "--features",
     metavar="DIR",
-    help="Also write what the head reads: float32 [views, width] as DIR/FILE.npy.",
+    help="Also write the features before the head: float32 [views, width] as DIR/FILE.npy.",
 )
 def command(
     words: Words,
@@ -59,10 +59,10 @@ def command(
 ) -> None:
     """Run a trained model on files and folders, and print one line per example.
 
-    Folders are searched recursively for videos (or images, as the model takes); a folder of frames is one
-    video; test:N is example N of the data that the model was tested on. Unreadable files are reported and
-    skipped; the command then exits with code 2. --config.SECTION.KEY changes how examples are read, as the
-    number of views.
+    Folders are searched recursively for videos or images, whichever the model takes. A folder of frames is
+    one video; test:N is example N of the test data of the run. Unreadable files are reported and
+    skipped; the command then exits with code 2. --config.SECTION.KEY changes how examples are read, for
+    example the number of views.
 
     \b
     Example:
@@ -78,12 +78,14 @@ def command(
         predictions = _saving_features(predictions, features)
     _FORMATS[format_](_counting(predictions, count), top, sys.stdout)
     if count[False]:
-        raise UserError(f"{count[False]} of {sum(count.values())} could not be read; the lines say why")
+        raise UserError(
+            f"{count[False]} of {sum(count.values())} could not be read; their lines give the reasons"
+        )
 
 
 def _text(predictions: Iterable[Prediction], top: int, out: TextIO) -> None:
     for prediction in predictions:
-        found = "  ".join(f"{printable(name)} {share:.3f}" for name, share in prediction.best(top))
+        found = "  ".join(f"{printable(name)} {value:.3f}" for name, value in prediction.best(top))
         print(f"{prediction.id}: {prediction.problem or found}", file=out, flush=True)
 
 
@@ -94,33 +96,37 @@ def _jsonl(predictions: Iterable[Prediction], top: int, out: TextIO) -> None:
             line["problem"] = prediction.problem
         else:
             best = prediction.best(top)
-            line |= {"classes": [name for name, _ in best], "probabilities": [share for _, share in best]}
+            line |= {"classes": [name for name, _ in best], "probabilities": [value for _, value in best]}
         print(_json(line), file=out, flush=True)
 
 
-def _json(value: Any) -> str:
-    """Return JSON in which unprintable characters are escaped and all others are readable."""
+def _json(value: object) -> str:
+    """Return JSON in which only unprintable characters are escaped."""
     text = json.dumps(value, ensure_ascii=False)
     return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
 
 
 def _csv(predictions: Iterable[Prediction], top: int, out: TextIO) -> None:
-    """A row for each class that is told."""
+    """Write one row per class."""
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["path", "rank", "class", "probability", "problem"])
     for prediction in predictions:
         if prediction.problem:
             writer.writerow([prediction.id, "", "", "", prediction.problem])
-        for rank, (name, share) in enumerate([] if prediction.problem else prediction.best(top), 1):
-            writer.writerow([prediction.id, rank, printable(name), share, ""])
+        for rank, (name, value) in enumerate([] if prediction.problem else prediction.best(top), 1):
+            writer.writerow([prediction.id, rank, printable(name), value, ""])
         out.flush()
 
 
-_FORMATS: dict[str, Callable] = {"text": _text, "jsonl": _jsonl, "csv": _csv}
+_FORMATS: dict[str, Callable[[Iterable[Prediction], int, TextIO], None]] = {
+    "text": _text,
+    "jsonl": _jsonl,
+    "csv": _csv,
+}
 
 
 def _saving_features(predictions: Iterable[Prediction], folder: str) -> Iterator[Prediction]:
-    """Write the features of each below `folder`, under its path without what would lead out of there."""
+    """Write the features of each prediction into `folder`, under its path without parts such as ".."."""
     import numpy as np
 
     from structvit_jax.runtime.storage import write
@@ -139,7 +145,7 @@ def _saving_features(predictions: Iterable[Prediction], folder: str) -> Iterator
 
 
 def _counting(predictions: Iterable[Prediction], count: dict[bool, int]) -> Iterator[Prediction]:
-    """Count the readable and unreadable ones, and print the notes on the readable."""
+    """Count readable (True) and unreadable examples, and print the notes on readable ones."""
     short: list[str] = []
     for prediction in predictions:
         count[not prediction.problem] += 1

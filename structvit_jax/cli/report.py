@@ -26,7 +26,7 @@ def command(workdirs: tuple[str, ...], out: str | None, hardest: int) -> None:
       structvit report runs/first runs/second --out=report.html
     """
     from structvit_jax.analysis.report.page import write_report
-    from structvit_jax.runtime.mesh import select_devices
+    from structvit_jax.runtime.devices import select_devices
 
     select_devices("cpu")  # accelerators may be in use by a training
     print(write_report(list(workdirs), out, hardest))

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import click
 
 from structvit_jax.cli import options
 from structvit_jax.cli.options import Words
+
+if TYPE_CHECKING:
+    from structvit_jax.cli.experiment import Opened
 
 
 @options.config_command()
@@ -16,7 +22,7 @@ from structvit_jax.cli.options import Words
     "--profile", metavar="START:STOP", default="", help="Write a profile of these steps to WORKDIR/profile."
 )
 def command(words: Words, workdir: str | None, profile: str) -> None:
-    """Train a configuration. The same command resumes a run that was interrupted.
+    """Train a configuration. After an interruption, re-run the command to resume.
 
     \b
     Example:
@@ -28,19 +34,7 @@ def command(words: Words, workdir: str | None, profile: str) -> None:
 
 def train(words: Words, workdir: str | None, profile: str = "") -> None:
     """Train the configuration of a command line in its workdir."""
-    from structvit_jax.cli import experiment
-    from structvit_jax.runtime import heartbeat, processes
-
-    config = experiment.load(words)
-    processes.join(config.mesh.heartbeat, stoppable=True)
-    with heartbeat.fail_together(config.mesh.heartbeat):
-        opened = experiment.open_data(config, workdir_of(words, workdir))
-        found = opened.dataset.survey() if opened.dataset.in_files else None
-        if found:
-            found.check()
-        experiment.select_devices(config)
-        for line in (*opened.lines, *(found.lines() if found else ())):
-            processes.log(line)
+    with _experiment(words, workdir, stoppable=True) as opened:
         from structvit_jax.training import loop
 
         loop.train(opened.config, opened.workdir, opened.dataset, profile=profile)
@@ -48,20 +42,39 @@ def train(words: Words, workdir: str | None, profile: str = "") -> None:
 
 def evaluate(words: Words, workdir: str | None) -> None:
     """Evaluate the newest checkpoint of a workdir with the configuration of a command line."""
+    with _experiment(words, workdir, stoppable=False) as opened:
+        from structvit_jax.training import loop
+
+        loop.evaluate(opened.config, opened.workdir, opened.workdir, opened.dataset)
+
+
+@contextlib.contextmanager
+def _experiment(words: Words, workdir: str | None, *, stoppable: bool) -> Iterator[Opened]:
+    """Connect the processes of a run, open its data, and select its devices.
+
+    Args:
+      words: of the command line.
+      workdir: as given.
+      stoppable: whether signals stop a training, whose data are surveyed first.
+    """
     from structvit_jax.cli import experiment
     from structvit_jax.runtime import heartbeat, processes, signals
 
     config = experiment.load(words)
-    signals.LISTENER.stop()
-    processes.join(config.mesh.heartbeat, stoppable=False)
+    if not stoppable:
+        signals.LISTENER.stop()
+    processes.join(config.mesh.heartbeat, stoppable=stoppable)
     with heartbeat.fail_together(config.mesh.heartbeat):
         opened = experiment.open_data(config, workdir_of(words, workdir))
+        lines = opened.lines
+        if stoppable and opened.dataset.in_files:
+            survey = opened.dataset.survey()
+            survey.check()
+            lines = [*lines, *survey.lines()]
         experiment.select_devices(config)
-        for line in opened.lines:
+        for line in lines:
             processes.log(line)
-        from structvit_jax.training import loop
-
-        loop.evaluate(opened.config, opened.workdir, opened.workdir, opened.dataset)
+        yield opened
 
 
 def workdir_of(words: Words, workdir: str | None) -> str:

@@ -1,4 +1,4 @@
-"""Export a trained model as a program of its own, see `structvit export`."""
+"""Export a trained model as a standalone program, see `structvit export`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 import structvit_jax
 from structvit_jax.config import INPUTS
-from structvit_jax.inference.trained import Trained
+from structvit_jax.inference.trained import TrainedModel
 from structvit_jax.ops import portable_lowering
 from structvit_jax.runtime import storage
 from structvit_jax.runtime.storage import check_replaceable
@@ -24,11 +24,11 @@ _INSTALL = "pip install jax flatbuffers"  # with JAX's extra for the accelerator
 _SAMPLING = ("frames", "stride", "sampling", "size", "crop_fraction", "test_clips", "test_crops")
 
 
-def export(trained: Trained, platforms: Sequence[str] = _USUAL) -> jax.export.Exported:
-    """The program: uint8 [batch, [time,] height, width, 3] -> logits, float32 [batch, classes].
+def export(trained: TrainedModel, platforms: Sequence[str] = _USUAL) -> jax.export.Exported:
+    """Export the program: uint8 [batch, [time,] height, width, 3] -> logits, float32 [batch, classes].
 
-    Pixels are normalised inside. Operations take forms in JAX that run anywhere, slower than those of the
-    framework: the C++ of CPUs and the kernels of TPUs are not there where the program is loaded.
+    It normalises the pixels. Its operations are plain JAX and slower than here, because the package's kernels
+    in C++ and for TPUs are not available where the program is loaded.
 
     Raises:
       UserError: an unknown platform.
@@ -36,7 +36,7 @@ def export(trained: Trained, platforms: Sequence[str] = _USUAL) -> jax.export.Ex
     for platform in platforms:
         check_choice("platform", platform, PLATFORMS)
 
-    def logits(pixels):
+    def logits(pixels: jax.Array) -> jax.Array:
         return trained.network(trained.normalized(pixels[None]))[0].astype(jnp.float32)
 
     (batch,) = jax.export.symbolic_shape("batch")
@@ -45,8 +45,8 @@ def export(trained: Trained, platforms: Sequence[str] = _USUAL) -> jax.export.Ex
         return jax.export.export(jax.jit(jax.vmap(logits)), platforms=platforms)(example)
 
 
-def card(trained: Trained, program: jax.export.Exported, content: bytes) -> dict[str, Any]:
-    """Return the card of a program: how to run it, and where it comes from."""
+def card(trained: TrainedModel, program: jax.export.Exported, content: bytes) -> dict[str, Any]:
+    """Return the card of a program: how to run it, its inputs and outputs, and its origin."""
     data = trained.config.data
     axes = ["batch", *["time"] * (data.frames > 0), "height", "width", "channels"]
     return {
@@ -71,22 +71,20 @@ def card(trained: Trained, program: jax.export.Exported, content: bytes) -> dict
 
 
 def check_output(path: str) -> None:
-    """Raise UserError if there is something at the path of a program that is not a regular file."""
+    """Raise UserError if the path of a program exists and is not a regular file."""
     check_replaceable(parse_path(path))
 
 
-def write(trained: Trained, path: str, platforms: Sequence[str] = _USUAL) -> str:
-    """Write a program and its card, and return a line that describes them.
+def write(trained: TrainedModel, path: str, platforms: Sequence[str] = _USUAL) -> str:
+    """Write a program and its card; return one line about them.
 
     Raises:
       UserError: an unknown platform, or a path that cannot be written.
     """
-    place, program = parse_path(path), export(trained, platforms)
+    file, program = parse_path(path), export(trained, platforms)
     content = bytes(program.serialize())
-    with write_errors_as_user_error(place):
-        place.parent.mkdir(parents=True, exist_ok=True)
-        storage.write(place, content)
-        storage.write_json(place.with_name(place.name + ".json"), card(trained, program, content))
-    return (
-        f"{place}: {len(content):,} bytes for {', '.join(program.platforms)}; its card is {place.name}.json"
-    )
+    with write_errors_as_user_error(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        storage.write(file, content)
+        storage.write_json(file.with_name(file.name + ".json"), card(trained, program, content))
+    return f"{file}: {len(content):,} bytes for {', '.join(program.platforms)}; its card is {file.name}.json"

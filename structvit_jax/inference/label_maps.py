@@ -1,4 +1,4 @@
-"""Write label maps for token labelling: a teacher's scores for each part of every training image."""
+"""Write label maps for token labelling: a teacher's scores at each position of every training image."""
 
 from __future__ import annotations
 
@@ -14,36 +14,37 @@ from structvit_jax import data
 from structvit_jax.data.label_maps import LabelMapWriter, check_destination, digest
 from structvit_jax.models.weights import Weights, sha256, split
 from structvit_jax.ops import batch_split_over
-from structvit_jax.runtime.mesh import check_batch, put_batch
+from structvit_jax.runtime.mesh import check_batch
 from structvit_jax.runtime.sharding import batch_sharding
+from structvit_jax.training.evaluation import StepRunner
+from structvit_jax.training.learner import Learner
 from structvit_jax.training.restore import open_checkpoint, rereading
-from structvit_jax.training.run import Run
 from structvit_jax.training.step import normalize
 from structvit_jax.utils.errors import UserError
 
 
 def write(config: ml_collections.ConfigDict, teacher: str, folder: str, top: int) -> str:
-    """Write the maps of the training split, and return a line that describes them.
+    """Write the maps of the training split; return one line about them.
 
     Args:
       config: of the teacher, see `structvit_jax.cli.options.open_checkpoint_config`.
       teacher: RUN/checkpoints/STEP, or RUN for its latest.
-      folder: where the maps go; an unfinished one is resumed.
-      top: how many classes are kept at each position.
+      folder: for the maps; an unfinished one is resumed.
+      top: number of classes to keep at each position.
 
     Raises:
-      UserError: a teacher of clips, or a folder of other maps.
+      UserError: the teacher takes clips, or the folder holds other maps.
     """
     config.data.label_maps = ""
     dataset = data.load(config.data, config.augment, config.train.seed)
     if config.data.frames:
         raise UserError("label maps are of images; the teacher's data are clips")
     check_destination(folder)
-    run = Run.prepare(config, dataset)
-    check_batch(run.mesh, "eval.batch_size", config.eval.batch_size)
-    structure, like = split(run.model)
-    weights = _restore(teacher, like, run)
-    height, width = run.model.grid(config.data.size)
+    learner = Learner.create(config, dataset)
+    mesh, size = learner.mesh, config.eval.batch_size
+    check_batch(mesh, "eval.batch_size", size)
+    weights = _restore(teacher, learner)
+    height, width = learner.model.grid(config.data.size)
     top = min(top, len(dataset.class_names))
     images = dataset.train_examples
     card = {
@@ -56,31 +57,41 @@ def write(config: ml_collections.ConfigDict, teacher: str, folder: str, top: int
         "ids": digest([dataset.train_id(i) for i in range(images)]),
     }
     writer = LabelMapWriter(folder, card, (images, height, width, top))
-    size = config.eval.batch_size
     start = writer.done // size
-
-    @jax.jit
-    def look(weights, inputs):
-        network: Any = structure.model(weights)
-        inputs = jax.lax.with_sharding_constraint(inputs, batch_sharding(run.mesh))
-        with batch_split_over(run.mesh):
-            scores = network.dense_scores(normalize(inputs, config))
-        return jax.lax.top_k(jax.nn.softmax(scores), top)
-
+    runner = StepRunner(_make_dense_step(learner, top), mesh)
     stream: Any = dataset.whole_batches(size, start=start)
     progress = tqdm(total=images, initial=start * size, unit="images")
     with contextlib.closing(stream) as batches, progress:
-        for number, batch in enumerate(batches, start):
-            scores, classes = look(weights, put_batch(run.mesh, batch)["inputs"])
+        for number, (batch, arrays) in enumerate(runner(weights, batches), start):
             rows = batch["index"] >= 0
-            scores = np.where(batch["mask"][:, None, None, None], np.asarray(scores), np.nan)[rows]
-            writer.write(number * size, np.asarray(classes)[rows], scores)
+            scores = np.where(batch["mask"][:, None, None, None], arrays["scores"], np.nan)[rows]
+            writer.write(number * size, arrays["classes"][rows], scores)
             progress.update(int(rows.sum()))
     writer.finish()
-    return f"{folder}: maps of {images} images, {height}x{width}, {top} classes at each place"
+    return f"{folder}: maps of {images} images, {height}x{width}, {top} classes at each position"
+
+
+def _make_dense_step(learner: Learner, top: int) -> jax.stages.Wrapped:
+    """Return a jitted step: (weights, batch) -> the highest probabilities at every position.
+
+    These are `scores` float32 and `classes` int32, both [rows, height, width, top].
+    """
+    structure, _ = split(learner.model)
+    mesh, config = learner.mesh, learner.config
+
+    def step_fn(weights: Weights, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        network: Any = structure.model(weights)
+        inputs = jax.lax.with_sharding_constraint(batch["inputs"], batch_sharding(mesh))
+        with batch_split_over(mesh):
+            logits = network.dense_scores(normalize(inputs, config))
+        scores, classes = jax.lax.top_k(jax.nn.softmax(logits), top)
+        return {"scores": scores, "classes": classes}
+
+    return jax.jit(step_fn)
 
 
 @rereading
-def _restore(teacher: str, like: Weights, run: Run) -> Weights:
+def _restore(teacher: str, learner: Learner) -> Weights:
+    like, advice = split(learner.model)[1], "configure the teacher's model"
     with open_checkpoint(teacher) as (checkpoints, step):
-        return checkpoints.weights(step, like, run.mesh, "configure the teacher's model", averaged=True)
+        return checkpoints.weights(step, like, learner.mesh, advice, averaged=True)

@@ -1,10 +1,10 @@
-"""A trained model from its checkpoint alone: no data set, no optimizer.
+"""Run a trained model on files and folders. It needs its checkpoint, but no data set.
 
     trained = structvit_jax.load_trained("runs/moving_digits")
     for prediction in trained.predict(["clip.mp4", "folder"]):
         print(prediction.id, prediction.best(3))
 
-It reads and scores as an evaluation does.
+Files are read and scored exactly as in an evaluation.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from jax.sharding import Mesh
 
 from structvit_jax import data
 from structvit_jax.config import model_arguments
@@ -30,51 +31,56 @@ from structvit_jax.data.reader import Crop, Reader
 from structvit_jax.models import Network, create_model
 from structvit_jax.models.variants import counterpart
 from structvit_jax.models.weights import Weights, split, update
-from structvit_jax.runtime.mesh import fitting_batch, make_mesh, put_batch
+from structvit_jax.runtime.mesh import fitting_batch, make_mesh, single_device_mesh
+from structvit_jax.runtime.sharding import state_sharding
 from structvit_jax.training.card import from_card
-from structvit_jax.training.evaluation import probabilities
+from structvit_jax.training.evaluation import StepRunner, probabilities
 from structvit_jax.training.restore import open_checkpoint, rereading
-from structvit_jax.training.step import make_eval_step, normalize
+from structvit_jax.training.step import make_eval_step, make_features_step, normalize
+from structvit_jax.training.types import Batch
 
 
 class Prediction(NamedTuple):
-    """What a model says of an example."""
+    """The outputs of a model for one example."""
 
-    id: str  # its path; of a part of a file with the seconds, "clip.mp4#0-10"
+    id: str  # its path; for a part of a file with the seconds, "clip.mp4#0-10"
     problem: str  # why it could not be read; "" if it could
     class_names: tuple[str, ...]
-    scores: np.ndarray  # float32 [classes], as an evaluation saves them: the mean over views
-    probabilities: np.ndarray  # float32 [classes]: of these, their softmax if they are logits
-    features: np.ndarray | None  # float32 [views, width], before the head, where they were asked for
+    scores: np.ndarray  # float32 [classes], the mean over views of logits or probabilities
+    probabilities: np.ndarray  # float32 [classes], the softmax of the scores if they are logits
+    features: np.ndarray | None  # float32 [views, width], before the head, if requested
     notes: tuple[data.Problem, ...] = ()  # frames that were replaced or repeated
 
     def best(self, count: int = 5) -> list[tuple[str, float]]:
-        """The most probable classes with their probabilities, the first the most probable."""
+        """Return the most probable classes with their probabilities, in descending order."""
         order = np.argsort(-self.probabilities, kind="stable")[:count]
         return [(self.class_names[i], float(self.probabilities[i])) for i in order]
 
 
 class Example(NamedTuple):
-    """A file, or test:N, as a model sees it and as it was recorded."""
+    """A file or test example, as model inputs and as recorded."""
 
-    views: np.ndarray  # uint8 [views, *shape of an input], as an evaluation sees them
-    frames: np.ndarray  # uint8 [time, height, width, 3], RGB: those of the middle view, uncropped
+    views: np.ndarray  # uint8 [views, *input shape], as in an evaluation
+    frames: np.ndarray  # uint8 [time, height, width, 3], RGB; frames of the middle view, uncropped
     crop: Crop  # the part of the frames in the middle view
-    true_class: str  # "" where it is not known
+    true_class: str  # "" if unknown
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Trained:
-    """A network with trained weights, and what their card says."""
+class TrainedModel:
+    """A network with trained weights, its configuration and its classes."""
 
     network: Network  # in evaluation mode
     config: ml_collections.ConfigDict
     class_names: tuple[str, ...]
-    where: str  # the checkpoint's folder
+    where: str  # folder of the checkpoint
+    _runners: dict[tuple[str, Mesh], StepRunner] = dataclasses.field(
+        init=False, repr=False, default_factory=dict
+    )
 
     @property
     def reader(self) -> Reader:
-        """Reads examples as the evaluation does."""
+        """A reader of examples, as in an evaluation."""
         return self._reader(self.find([]))
 
     def _reader(self, source: Files) -> Reader:
@@ -82,7 +88,7 @@ class Trained:
         return Reader(source, section["data"], section["augment"], self.config.train.seed)
 
     def find(self, paths: Sequence[str], *, every: float = 0) -> Files:
-        """The examples that paths of files and folders stand for; see `structvit_jax.data.files.find`."""
+        """Find the examples at paths of files and folders, see `structvit_jax.data.files.find`."""
         video = self.config.data.frames > 0
         limits = Limits.of(self.config.data)
         other = counterpart(self.config.model.name)
@@ -96,7 +102,7 @@ class Trained:
         return data.load(self.config.data, self.config.augment, self.config.train.seed).test.source
 
     def read(self, path: str) -> np.ndarray:
-        """The views of a file, or of test:N, that an evaluation sees: uint8 [views, *shape of an input].
+        """Read the views of a file or of test:N, as in an evaluation: uint8 [views, *input shape].
 
         Raises:
           DecodeError: it cannot be read.
@@ -104,7 +110,7 @@ class Trained:
         return self._reader(self.find([path])).test(0)["inputs"]
 
     def example(self, path: str) -> Example:
-        """Read a file, or test:N, together with the frames that its middle view was cut from.
+        """Read a file or test:N, together with the uncropped frames of its middle view.
 
         Raises:
           DecodeError: it cannot be read.
@@ -114,93 +120,101 @@ class Trained:
         return Example(reader.test(0)["inputs"], *reader.uncropped(0), source.true_class(0))
 
     def normalized(self, pixels: np.ndarray | jax.Array) -> jax.Array:
-        """uint8 pixels as the network takes them, float32."""
+        """Normalise uint8 pixels for the network: float32."""
         return normalize(jnp.asarray(pixels), self.config)
 
     def scores(self, views: np.ndarray) -> np.ndarray:
-        """Of one example with all its views, uint8 [views, ...]: float32 [classes], as an evaluation's."""
-        mesh = make_mesh(1, 1, jax.devices()[:1])
-        structure, weights = split(self.network)
-        step = make_eval_step(structure, self.config, mesh, weights)
+        """Return the scores of one example, float32 [classes], as in an evaluation.
+
+        Args:
+          views: uint8 [views, *input shape].
+        """
         batch = {"inputs": views[None], "labels": np.zeros(1, np.int32)}
         batch |= {"mask": np.ones(1, bool), "index": np.zeros(1, np.int32)}
-        return np.asarray(step(weights, put_batch(mesh, batch))["scores"])[0]
+        mesh = single_device_mesh()
+        return self._runner("scores", mesh).run(self._weights(mesh), batch)["scores"][0]
 
     def prediction(self, name: str, scores: np.ndarray, features: np.ndarray | None = None) -> Prediction:
-        """Scores with their probabilities and classes."""
-        shares = probabilities(scores, self.config.eval.average)
-        return Prediction(name, "", self.class_names, scores, shares, features)
+        """Return the prediction for an example with these scores."""
+        return Prediction(
+            name, "", self.class_names, scores, probabilities(scores, self.config.eval.average), features
+        )
 
     def predict(
         self, paths: Sequence[str], *, every: float = 0, features: bool = False
     ) -> Iterator[Prediction]:
-        """What the model says of files, and of all that is in folders, one after the other, as they are read:
-        config.eval.batch_size at a time, config.data.test_clips x test_crops views of each.
+        """Yield predictions for files and for all files in folders, in the order in which they are read.
+
+        A batch has config.eval.batch_size examples of config.data.test_clips x test_crops views each.
 
         Args:
-          paths: of files and folders.
-          every: seconds; longer videos are cut into parts of this length. 0 cuts none.
-          features: whether to keep what the head sees.
+          paths: files and folders.
+          every: cut longer videos into parts of so many seconds; 0 cuts none.
+          features: also return the features before the head.
 
         Raises:
-          UserError: a folder with nothing in it that the model takes.
+          UserError: a folder without files that the model takes.
         """
-        mesh = make_mesh(-1, 1)
-        source = self.find(paths, every=every)
-        structure, weights = split(self.network)
-        step = make_eval_step(structure, self.config, mesh, weights)
-        pooled = jax.jit(self._pooled) if features else None
+        mesh, source = make_mesh(-1, 1), self.find(paths, every=every)
+        weights, runner = self._weights(mesh), self._runner("scores", mesh)
         reader, size = self._reader(source), fitting_batch(mesh, self.config.eval.batch_size, len(source))
         stream: Any = test_batches(reader, size, share=WHOLE, workers=self.config.data.workers)
         with contextlib.closing(stream) as batches:
-            for batch in batches:
-                scores = np.asarray(step(weights, put_batch(mesh, batch))["scores"])
-                kept = np.asarray(pooled(weights, batch["inputs"])) if pooled else [None] * len(scores)
-                yield from self._told(batch, source, scores, kept)
+            for batch, arrays in runner(weights, batches):
+                if features:
+                    arrays |= self._runner("features", mesh).run(weights, batch)
+                yield from self._predictions(source, batch, arrays)
 
-    def _told(self, batch: Any, source: Files, scores: np.ndarray, features: Any) -> Iterator[Prediction]:
+    def _predictions(
+        self, source: Files, batch: Batch, arrays: dict[str, np.ndarray]
+    ) -> Iterator[Prediction]:
         problems = {problem.id: problem.reason for problem in batch["problems"] if problem.left_out}
         notes = [problem for problem in batch["problems"] if not problem.left_out]
+        features = arrays.get("features", [None] * len(arrays["scores"]))
         for row, index in enumerate(batch["index"]):
             if index < 0:
                 continue
-            name = source.id(int(index))
+            name, scores = source.id(int(index)), arrays["scores"][row]
             if batch["mask"][row]:
-                prediction = self.prediction(name, scores[row], features[row])
+                prediction = self.prediction(name, scores, features[row])
                 yield prediction._replace(notes=tuple(note for note in notes if note.id == name))
             else:
-                empty = np.full_like(scores[row], np.nan)
+                empty = np.full_like(scores, np.nan)
                 yield Prediction(name, problems[name], self.class_names, empty, empty, None)
 
-    def _pooled(self, weights: Weights, inputs: jax.Array) -> jax.Array:
-        """uint8 [rows, views, ...] -> float32 [rows, views, width]."""
-        network: Any = split(self.network)[0].model(weights)
+    def _weights(self, mesh: Mesh) -> Weights:
+        """Return the weights of the network, placed on a mesh."""
+        weights = split(self.network)[1]
+        return jax.device_put(weights, state_sharding(mesh, weights))
 
-        def of_view(pixels):
-            return network.pooled(normalize(pixels, self.config)).astype(jnp.float32)
-
-        return jnp.moveaxis(jax.lax.map(of_view, jnp.moveaxis(inputs, 1, 0)), 0, 1)
+    def _runner(self, kind: str, mesh: Mesh) -> StepRunner:
+        """Return the step for "scores" or "features"; it keeps its compiled programs."""
+        if (kind, mesh) not in self._runners:
+            make = {"scores": make_eval_step, "features": make_features_step}[kind]
+            structure, weights = split(self.network)
+            self._runners[kind, mesh] = StepRunner(make(structure, self.config, mesh, weights), mesh)
+        return self._runners[kind, mesh]
 
 
 @rereading
-def load_trained(checkpoint: str, config: ml_collections.ConfigDict | None = None) -> Trained:
-    """The model of a checkpoint of ours, with the moving average of its weights where there is one and
-    config.eval.ema is set.
+def load_trained(checkpoint: str, config: ml_collections.ConfigDict | None = None) -> TrainedModel:
+    """Load the model of a checkpoint of this package.
+
+    It has the moving average of the weights if there is one and config.eval.ema is set.
 
     Args:
       checkpoint: RUN/checkpoints/STEP, or RUN for its latest.
-      config: in place of the card's, with other views or another size, say.
+      config: replaces the configuration of the card, for example with other views or another size.
 
     Raises:
-      UserError: no checkpoint, a damaged one, or a configured model that is not the one that was saved.
+      UserError: no checkpoint, a damaged one, or a configured model that differs from the saved one.
     """
     with open_checkpoint(str(checkpoint)) as (checkpoints, step):
         card, where = checkpoints.card(step), str(checkpoints.path(step))
         config = from_card(card["config"], where) if config is None else config
         names = card["class_names"] or [f"class {i}" for i in range(checkpoints.classes(step))]
         network = create_model(**model_arguments(config), num_classes=len(names), seed=None)
-        mesh = make_mesh(1, 1, jax.devices()[:1])
-        advice = "leave config.model as it was saved"
-        like = split(network)[1]
-        update(network, checkpoints.weights(step, like, mesh, advice, averaged=config.eval.ema))
-    return Trained(network, config, tuple(names), where)
+        advice, like = "leave config.model as it was saved", split(network)[1]
+        weights = checkpoints.weights(step, like, single_device_mesh(), advice, averaged=config.eval.ema)
+        update(network, weights)
+    return TrainedModel(network, config, tuple(names), where)

@@ -29,7 +29,7 @@ from structvit_jax.runtime.mesh import check_batch, make_mesh
 from structvit_jax.runtime.processes import log
 from structvit_jax.runtime.storage import write
 from structvit_jax.training.compilation import memory_of, trace_train_step
-from structvit_jax.training.run import Run, abstract_state
+from structvit_jax.training.learner import Learner
 from structvit_jax.utils.errors import UserError
 
 _FOLDER = "plan"  # in the workdir: texts of compiled programs
@@ -96,10 +96,10 @@ def _measure(
     config.data.batch_size = batch
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, found.devices)
     check_batch(mesh, "data.batch_size", batch, config.train.grad_accum_steps)
-    run = Run.prepare(config, data, mesh)
+    learner = Learner.create(config, data, mesh)
     log(f"compiling the train step for {count} x {kind}, {batch} examples ...")
     started = time.monotonic()
-    traced = trace_train_step(run, abstract_state(run))
+    traced = trace_train_step(learner, learner.abstract_state())
     arguments = model_arguments(config)
     forward = cost(arguments.pop("name"), data.shape, len(data.class_names), **arguments).macs
     operations, useful = count_flops(traced.jaxpr) / count, 3 * 2 * forward * batch / count

@@ -1,4 +1,4 @@
-"""Folders for compiled machine code, which only this user can write."""
+"""Folders for compiled machine code that only this user can write."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 
 
 def user_folder(name: str) -> tuple[Path | None, str]:
-    """Return a private folder in the user's cache, created if needed; or None, and why there is none.
+    """Create and return a private folder in the user's cache; without one, return None and the reason.
 
-    Code is loaded from these folders, so nobody else may put any there: the folder belongs to this user and
-    has mode 0700, and no folder above it is writable by everybody.
+    Code is loaded from these folders, so nobody else may write there: the folder belongs to this user, has
+    mode 0700, and no folder above it is writable by everybody.
 
     Args:
-      name: below `structvit_jax` in XDG_CACHE_HOME, by default ~/.cache.
+      name: of the folder, below `structvit_jax` in XDG_CACHE_HOME, by default ~/.cache.
     """
     root = os.environ.get("XDG_CACHE_HOME", "")
     if not os.path.isabs(root):
@@ -34,7 +34,7 @@ def user_folder(name: str) -> tuple[Path | None, str]:
 
 
 def _other_writer(folder: Path) -> str:
-    """Return how other users could write into a folder or replace it; "" if they could not."""
+    """Return how other users could write into a folder or replace it; "" if they cannot."""
     status = folder.stat()
     if status.st_uid != os.geteuid():
         return f"{folder} belongs to another user"

@@ -1,4 +1,4 @@
-"""A digest of every file in a folder, kept beside them: Orbax itself takes flipped bytes for weights."""
+"""SHA-256 digests of all files in a folder, stored in it. Orbax itself does not detect flipped bytes."""
 
 from __future__ import annotations
 
@@ -16,16 +16,19 @@ _CHUNK = 2**24  # bytes
 
 
 def write_digests(folder: epath.Path) -> None:
-    """Writes the digests of all files below a folder, into that folder."""
+    """Write the digests of all files below a folder into that folder."""
     write_json(folder / FILE, _digests(folder, sorted(_files(folder, ""))))
 
 
 def find_damage(folder: epath.Path, part: str = "") -> str:
-    """Return what is wrong with the files of a folder that has digests, or with those whose names begin with
-    `part`; "" if nothing is.
+    """Compare the files of a folder with its digests; return the first problem, "" if there is none.
+
+    Args:
+      folder: with digests.
+      part: beginning of the names to compare, as "card/"; "" compares all.
 
     Raises:
-      UserError: a file may not be read, which is no damage.
+      UserError: a file cannot be read for lack of permission, which is no damage.
     """
     try:
         written = read_json(folder / FILE)
@@ -66,5 +69,5 @@ def _digests(folder: epath.Path, names: list[str]) -> dict[str, str]:
                 value.update(chunk)
         return value.hexdigest()
 
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:  # a bucket answers slowly, but to many at once
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:  # requests to a bucket have a high latency
         return dict(zip(names, pool.map(digest, names), strict=True))

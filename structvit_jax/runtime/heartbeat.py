@@ -1,5 +1,7 @@
-"""The watch over the other processes of a run: one that fails or vanishes is named by the others, and all
-end together. Otherwise they would wait for it inside a collective operation."""
+"""Watch the other processes of a run: if one fails or vanishes, the others name it and end as well.
+
+Otherwise they would wait for it in a collective operation.
+"""
 
 from __future__ import annotations
 
@@ -23,14 +25,17 @@ from structvit_jax.utils.errors import EXIT_RESUMABLE, Stopped, UserError
 
 _NAME, _FAILED, _ALIVE = (f"structvit_jax/{what}/" for what in ("name", "failed", "alive"))
 _DONE = "done"
-_GRACE = 3.0  # seconds in which the others read why a process fails, before it is gone
+_GRACE = 3.0  # seconds that the others have to read why a process fails
 
 
 @contextlib.contextmanager
 def fail_together(heartbeat: int) -> Iterator[None]:
-    """Tells the other processes of a run what fails in this one, and ends this one when another fails.
+    """Report a failure of this process to the others of its run, and end this process if another fails.
 
-    Enter it after `processes.join`; with one process it does nothing.
+    Enter it after `processes.join`. With one process it does nothing.
+
+    Args:
+      heartbeat: seconds without a heartbeat after which a process counts as dead.
     """
     if not processes.is_multiprocess():
         yield
@@ -41,21 +46,22 @@ def fail_together(heartbeat: int) -> Iterator[None]:
             yield
         except Stopped as stop:
             stopped = stop
-        processes.barrier()  # all have done their work
+        processes.barrier()  # all have finished
     except BaseException as error:
         watch.end(error)
     watch.close()
-    jax.distributed.shutdown()  # the others with it: none is ended by JAX because the first is gone
+    jax.distributed.shutdown()  # together: JAX aborts processes that outlive the first one
+    signal.signal(signal.SIGABRT, signal.SIG_DFL)
     if stopped:
         raise stopped
 
 
 class _Watch:
-    """A thread that shows this process's signs of life and looks for the others'."""
+    """Threads that send the heartbeat of this process and look for those of the others."""
 
     def __init__(self, heartbeat: int):
         state = processes.distributed()
-        self._store: Any = state.client
+        self._store: Any = state.client  # JAX's key-value store, which process 0 holds
         self._patience, self._pause = heartbeat, min(1.0, heartbeat / 10)
         self._me, self._count = state.process_id, state.num_processes
         name = f"process {self._me} of {self._count} (host {socket.gethostname()}, pid {os.getpid()})"
@@ -66,30 +72,30 @@ class _Watch:
             self._names = [self._store.blocking_key_value_get(key, wait) for key in keys]
         except jax.errors.JaxRuntimeError:
             processes.give_up(f"{processes.JOIN_TIMEOUT} s")
-        # by key: the last sign of life, and when it was new; one that never gives any is lost too
+        # The last heartbeat by key, and when it arrived. The first counts from now.
         self._seen = {f"{_ALIVE}{i}": ("", time.monotonic()) for i in range(self._count)}
-        self._answers = 0  # of the store
+        self._answers = 0  # replies of the store
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
         if self._me:
             threading.Thread(target=self._watch_store, daemon=True).start()
-            # JAX aborts when process 0 is gone, and has no hook for it: what is left is the signal itself
-            self._address = processes.distributed().coordinator_address
+            self._address = state.coordinator_address
+            # JAX aborts when process 0 is gone, and offers no other hook. Python's handlers come too late.
             self._on_abort = ctypes.CFUNCTYPE(None, ctypes.c_int)(self._aborted)
             ctypes.CDLL(None).signal(signal.SIGABRT, self._on_abort)
 
     def close(self) -> None:
-        """Ends the watch of a process that has done its work."""
+        """Stop watching, after this process and all others have finished."""
         self._closing.set()
         self._thread.join()
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             self._store.key_value_set(f"{_ALIVE}{self._me}", _DONE, allow_overwrite=True)
 
     def end(self, error: BaseException) -> NoReturn:
-        """Ends this process for an error of its own, or for the one behind it."""
+        """End this process because of its own error, or of the failure of another that caused it."""
         if isinstance(error, jax.errors.JaxRuntimeError):
-            print("perhaps another process is gone; waiting for what the watch finds", file=sys.stderr)
+            print("checking whether another process has failed", file=sys.stderr)
             self._thread.join(timeout=self._patience + _GRACE)
         self._closing.set()
         code = error.exit_code if isinstance(error, UserError) else 1
@@ -109,46 +115,47 @@ class _Watch:
             try:
                 self._store.key_value_set(f"{_ALIVE}{self._me}", str(beat), allow_overwrite=True)
                 failures = self._store.key_value_dir_get(_FAILED)
-                signs = self._store.key_value_dir_get(_ALIVE)
+                heartbeats = self._store.key_value_dir_get(_ALIVE)
             except jax.errors.JaxRuntimeError:
-                continue  # process 0 is gone, or going: JAX ends this process
+                continue  # process 0 is gone or ending: JAX aborts this process
             self._answers += 1
             for key, value in failures:
                 if key != f"{_FAILED}{self._me}":
                     text, code = json.loads(value)
                     self._leave(f"{self._names[int(key.removeprefix(_FAILED))]} failed: {text}", code)
-            for name in self._lost(signs):
+            for name in self._lost(heartbeats):
                 self._leave_lost(name)
 
     def _watch_store(self) -> None:
-        """End this process when process 0, which holds the store, stops answering without being gone.
+        """End this process when process 0, which holds the store, is suspended and does not reply.
 
-        Calls to the store hang while it is stopped, and JAX aborts later, with a stack trace.
+        Calls to the store then hang, and JAX would abort later with a stack trace.
         """
         pause, silent, answers = self._pause, 0.0, 0
         while not self._closing.wait(pause):
-            silent = silent + pause if answers == self._answers else 0.0  # no time in which we were stopped
+            # Count pauses instead of reading a clock: this process may have been suspended, too.
+            silent = silent + pause if answers == self._answers else 0.0
             answers = self._answers
             if silent > self._patience:
                 self._leave_lost(self._names[0])
 
     def _aborted(self, number: int) -> None:
-        """Called in place of an abort: names process 0, if it cannot be reached."""
+        """Handle SIGABRT: name process 0 if it cannot be reached."""
         host, _, port = self._address.rpartition(":")
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
         except OSError:
             self._leave(f"{self._names[0]} is gone", EXIT_RESUMABLE)
-        faulthandler.dump_traceback()  # another reason; returning from here ends the process
+        faulthandler.dump_traceback()  # another reason; the process ends when this returns
 
-    def _lost(self, signs):
-        """Names of processes that have been silent for too long."""
+    def _lost(self, heartbeats: list[tuple[str, str]]) -> list[str]:
+        """Return the names of processes whose last heartbeat is too old."""
         now = time.monotonic()
-        for key, sign in signs:
-            if sign == _DONE:
+        for key, beat in heartbeats:
+            if beat == _DONE:
                 self._seen.pop(key, None)
-            elif self._seen.get(key, ("", 0.0))[0] != sign:
-                self._seen[key] = sign, now
+            elif self._seen.get(key, ("", 0.0))[0] != beat:
+                self._seen[key] = beat, now
         own = f"{_ALIVE}{self._me}"
         silent = [k for k, (_, since) in self._seen.items() if now - since > self._patience and k != own]
         return [self._names[int(key.removeprefix(_ALIVE))] for key in silent]
@@ -163,7 +170,7 @@ class _Watch:
         self._exit(code)
 
     def _exit(self, code: int) -> NoReturn:
-        """Without Python's own end, which would wait for the others."""
-        if self._me == 0:  # the store goes with it
+        """End the process without Python's cleanup, which would wait for the others."""
+        if self._me == 0:  # the store ends with it
             time.sleep(_GRACE)
         os._exit(code)

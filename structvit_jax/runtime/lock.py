@@ -1,16 +1,15 @@
 """The lock of a workdir: two runs never write into it at once.
 
-It is a small file that its owner rewrites every few seconds. Two mechanisms decide between runs that start at
-the same time:
+The lock is a small file that its owner rewrites every few seconds. Two mechanisms decide between runs that
+start at the same time:
 
-- On one machine, `flock` on the workdir itself: they look for an owner and write the file under it, so that
-  one excludes the others for sure, however slow the disk is. The kernel drops it with the process, and it
-  leaves no file.
-- Between machines, in a bucket or on a network file system that keeps `flock` to each of them, nothing of the
-  kind can be relied on, nor can a common clock: a run writes its name, waits for a rival's write to arrive,
-  and owns the lock if its name is still there. It waits longer where its own write took long.
+- On one machine, `flock` on the workdir. Runs look for an owner and write the file while they hold it, so
+  exactly one wins, however slow the disk is. The kernel releases it with the process, and it leaves no file.
+- Between machines, in a bucket or on a network file system with a local `flock`, neither that nor a common
+  clock is reliable. A run writes its name, waits for a rival's write to arrive, and owns the lock if its name
+  is still there. It waits longer if its own write took long.
 
-An owner that has died stops rewriting the file; one that sees another name in it stops its run.
+An owner that has died stops rewriting the file. An owner that reads another name in it stops its run.
 """
 
 from __future__ import annotations
@@ -33,14 +32,14 @@ from structvit_jax.utils.errors import UserError
 from structvit_jax.utils.paths import is_bucket
 
 FILE = "lock.json"
-_RENEW = 10.0  # seconds between signs of life
-_EXPIRY = 60.0  # seconds without one after which an owner that cannot be asked counts as gone
+_RENEW = 10.0  # seconds between writes of the owner
+_EXPIRY = 60.0  # seconds without a write after which an owner on another machine counts as dead
 _SETTLE = {True: 2.0, False: 0.1}  # seconds for a rival's write to arrive, in a bucket and on a disk
-_SLOWER = 3  # how many times as long as our own write a rival's may take
+_SLOWER = 3  # a rival's write may take this many times as long as our own
 
 
 class WorkdirLock:
-    """Held from entering the context to leaving it.
+    """Holds the lock within its context.
 
     Raises:
       UserError: on entering, another run holds it; on `check`, another run has taken it.
@@ -77,13 +76,13 @@ class WorkdirLock:
             self._path.unlink()
 
     def check(self) -> None:
-        """Raises UserError if the lock was lost; ask before writing."""
+        """Raise UserError if the lock was lost. Call it before writing."""
         if self._lost:
             raise UserError(self._lost)
 
     @contextlib.contextmanager
     def _alone_on_this_machine(self) -> Iterator[None]:
-        """Exclude other runs of this machine that enter, where the file system can."""
+        """Exclude other runs of this machine at the same time, if the file system can."""
         if is_bucket(self._path):
             yield
             return
@@ -95,9 +94,12 @@ class WorkdirLock:
         finally:
             os.close(descriptor)
 
-    def _wait_until_free(self):
-        """Returns when nobody holds the lock: an owner that is known to be gone is not waited for, one on
-        another machine until it has not renewed for the time of expiry."""
+    def _wait_until_free(self) -> None:
+        """Return when nobody holds the lock.
+
+        A dead owner on this machine is ignored at once. One on another machine counts as dead after it has
+        not written for the time of expiry.
+        """
         found = self._read()
         if not found:
             return
@@ -105,7 +107,10 @@ class WorkdirLock:
             if _is_alive(found):
                 raise UserError(self._taken(found))
             return
-        log(f"the workdir was last used by {_describe(found)}; waiting {self._expiry:.0f} s for a sign of it")
+        log(
+            f"workdir is locked by {_describe(found)}; waiting {self._expiry:.0f} s to see whether that run"
+            " is alive"
+        )
         deadline = time.monotonic() + self._expiry
         while time.monotonic() < deadline:
             time.sleep(min(1.0, self._renew / 2))
@@ -115,28 +120,28 @@ class WorkdirLock:
             if now != found:
                 raise UserError(self._taken(now))
 
-    def _read(self):
+    def _read(self) -> dict[str, Any]:
         return _read(self._path)
 
-    def _taken(self, owner):
+    def _taken(self, owner: dict[str, Any]) -> str:
         return (
             f"{self._path.parent} is being written by another run ({_describe(owner)});"
-            " wait for its end, or choose another --workdir"
+            " wait until it ends, or choose another --workdir"
         )
 
-    def _gone(self):
+    def _gone(self) -> str:
         return (
             f"{self._path} is gone: it was removed, or another run has started and ended while this one could"
             " not renew it; re-run the command to resume"
         )
 
-    def _write(self):
+    def _write(self) -> None:
         self._beat += 1
         write_json(self._path, {**self._owner, "token": self._token, "beat": self._beat})
 
-    def _keep(self):
+    def _keep(self) -> None:
         while not self._closing.wait(self._renew):
-            with contextlib.suppress(Exception):  # a disk's or, of whatever type, a bucket's: it may pass
+            with contextlib.suppress(Exception):  # outages may pass; buckets raise errors of any type
                 found = self._read()
                 if found.get("token") != self._token:
                     self._lost = self._taken(found) if found else self._gone()
@@ -151,7 +156,7 @@ def live_owner(workdir: epath.Path) -> str:
 
 
 def _read(path: epath.Path) -> dict[str, Any]:
-    """Return the owner that the file names; empty without a file, and for what a kill left of one."""
+    """Return the owner that the file names; {} if there is no file or a kill left it incomplete."""
     try:
         return read_json(path) or {}
     except FileNotFoundError:
@@ -159,7 +164,7 @@ def _read(path: epath.Path) -> dict[str, Any]:
 
 
 def _machine() -> dict[str, Any]:
-    """Return what process numbers are unique in."""
+    """Return what identifies the scope in which process ids are unique."""
     return {"host": socket.gethostname(), "boot": _boot(), "namespace": _pid_namespace()}
 
 
@@ -172,7 +177,7 @@ def _describe(owner: dict[str, Any]) -> str:
 
 
 def _boot() -> str:
-    """What tells one start of this machine from another."""
+    """Return the id of this boot of the machine; "" if unknown."""
     try:
         return epath.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
@@ -180,7 +185,7 @@ def _boot() -> str:
 
 
 def _pid_namespace() -> str:
-    """What tells the process numbers of one container from another's."""
+    """Return the id of this container's process namespace; "" if unknown."""
     try:
         return os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -188,11 +193,13 @@ def _pid_namespace() -> str:
 
 
 def _born(pid: int | str = "self") -> str:
-    """When a process was started, in the kernel's ticks: pids are used again. "" of one that has ended, even
-    if its parent has not asked for its exit code."""
+    """Return when a process was started, in the kernel's ticks, because process ids are reused.
+
+    It is "" for a process that has ended, also for a zombie.
+    """
     try:
-        state, *words = epath.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-        return "" if state in "ZX" else words[18]
+        state, *fields = epath.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+        return "" if state in "ZX" else fields[18]
     except (OSError, IndexError, ValueError):
         return ""
 

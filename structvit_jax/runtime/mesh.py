@@ -1,111 +1,31 @@
-"""Devices: which are used, how they form a mesh, and how a batch comes onto them."""
+"""The mesh of devices, and the placement of batches and weights on it."""
 
 from __future__ import annotations
 
-import ctypes
-import os
-import shutil
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
-from importlib.metadata import entry_points
-from importlib.util import find_spec
-from platform import libc_ver
-from typing import Any
+from typing import TypeVar
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from structvit_jax.runtime import cache
 from structvit_jax.runtime.sharding import batch_sharding
 from structvit_jax.utils.errors import UserError
 
+T = TypeVar("T")
 MESH_AXES = ("data", "fsdp")
 
 
-def select_devices(device: str) -> None:
-    """Apply config.mesh.device, before JAX opens any.
+def make_mesh(data: int, fsdp: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Return a mesh with the axes data and fsdp.
+
+    Args:
+      data, fsdp: devices along each axis; data = -1 takes all that fsdp leaves.
+      devices: all of this run, by default.
 
     Raises:
-      UserError: the device is not available, or there is an NVIDIA GPU that JAX does not see and the CPU
-        was not asked for.
+      UserError: the devices cannot be arranged in this way.
     """
-    wants_cpu = device == "cpu" or os.environ.get("JAX_PLATFORMS") == "cpu"
-    if wants_cpu or not (entry_points(group="jax_plugins") or find_spec("libtpu")):  # nothing else is there
-        _keep_freed_memory()
-    if device != "auto":
-        jax.config.update("jax_platforms", {"gpu": "cuda"}.get(device, device))
-    try:
-        platform, reason = jax.devices()[0].platform, ""
-    except (RuntimeError, AssertionError) as error:  # AssertionError: JAX without a plug-in for GPUs
-        platform, reason = "none", " ".join(str(error).split()) or "its plug-in is not installed"
-    if platform in ("cpu", "none") and not wants_cpu and _nvidia_gpu():
-        raise UserError(
-            "there is an NVIDIA GPU that JAX does not see: pip install -U 'jax[cuda13]' (drivers before"
-            " 580: 'jax[cuda12]'), or choose the CPU with --config.mesh.device=cpu"
-        )
-    if platform == "none":
-        raise UserError(f"JAX finds no device for config.mesh.device={device!r}: {reason}")
-
-
-def _keep_freed_memory() -> None:
-    """Has glibc's allocator keep what arrays in this machine's memory leave, and take it in large pages. As
-    it comes, it gives large blocks back at once, and every step of a training on CPUs asks for them again,
-    page by small page. JAX's threads keep the allocator that they find when they start."""
-    if libc_ver()[0] != "glibc":
-        return
-    m_trim_threshold, m_mmap_max, m_arena_max, madv_hugepage = -1, -4, -8, 14  # of its headers
-    libc, page = ctypes.CDLL(None), 2**21
-    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
-    libc.free.argtypes = [ctypes.c_void_p]
-    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    for option, value in ((m_arena_max, 1), (m_mmap_max, 0), (m_trim_threshold, -1)):
-        libc.mallopt(option, value)
-    size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    block = libc.malloc(size)  # of addresses: untouched, it takes no memory
-    if block:
-        first = -(-block // page) * page
-        libc.madvise(first, (block + size - first) // page * page, madv_hugepage)
-        libc.free(block)
-
-
-def _nvidia_gpu() -> bool:
-    command = shutil.which("nvidia-smi")
-    if command is None:
-        return False
-    try:
-        listing = subprocess.run([command, "-L"], capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return False
-    return listing.returncode == 0 and "GPU" in listing.stdout
-
-
-def use_compilation_cache(folder: str) -> None:
-    """Apply config.mesh.compilation_cache, from which later runs read what was compiled once.
-
-    Programs in it run without any check. So "auto" is a folder that only this user can write, or the one that
-    JAX_COMPILATION_CACHE_DIR names; where there is no such folder, nothing is kept.
-    """
-    if folder == "auto" and not (folder := os.environ.get("JAX_COMPILATION_CACHE_DIR", "")):
-        private, problem = cache.user_folder("compiled")
-        folder = str(private or "")
-        if problem:
-            print(f"note: {problem}; compiled programs are not kept", file=sys.stderr, flush=True)
-    jax.config.update("jax_compilation_cache_dir", os.path.expanduser(folder) or None)
-
-
-def describe_devices() -> str:
-    """How many devices of which kind, in how many processes."""
-    devices, processes = jax.devices(), jax.process_count()
-    several = f" in {processes} processes" if processes > 1 else ""
-    return (
-        f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform}){several}, jax {jax.__version__}"
-    )
-
-
-def make_mesh(data: int, fsdp: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh of the devices (all, by default) with axes data and fsdp; data = -1 takes what fsdp leaves."""
     devices = jax.devices() if devices is None else devices
     if data == -1 and len(devices) % fsdp:
         raise UserError(f"config.mesh.fsdp is {fsdp}, which does not divide {len(devices)} devices")
@@ -115,31 +35,41 @@ def make_mesh(data: int, fsdp: int, devices: Sequence[jax.Device] | None = None)
     return jax.make_mesh((data, fsdp), MESH_AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
 
 
+def single_device_mesh() -> Mesh:
+    """Return a mesh of the first device alone."""
+    return make_mesh(1, 1, jax.devices()[:1])
+
+
 def fitting_batch(mesh: Mesh, batch_size: int, examples: int) -> int:
-    """Return the batch size for so many examples: no larger than needed, in equal parts for all devices."""
+    """Return the smallest multiple of the number of devices that holds min(batch_size, examples) rows."""
     return -(-max(1, min(batch_size, examples)) // mesh.size) * mesh.size
 
 
 def check_batch(mesh: Mesh, key: str, batch_size: int, parts: int = 1) -> None:
-    """Raises UserError where devices, or `parts` of a batch on each device, would be unequal."""
+    """Raise UserError unless a batch can be cut into `parts` equal parts on every device."""
     least = mesh.size * parts
     if batch_size % least:
         near = max(least, round(batch_size / least) * least)
-        takers = f"{mesh.size} devices" + (f" in {parts} parts" if parts > 1 else "")
-        raise UserError(f"config.{key} is {batch_size}, which {takers} cannot share equally; {near} would do")
+        divisor = f"{mesh.size} devices" + (f" in {parts} parts" if parts > 1 else "")
+        raise UserError(f"config.{key} is {batch_size}, not divisible by {divisor}; try {near}")
 
 
-def put_batch(mesh: Mesh, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """What the device needs of a batch, split over all devices; every process brings its share."""
+def put_batch(mesh: Mesh, batch: Mapping[str, object]) -> dict[str, jax.Array]:
+    """Return the arrays of a batch as global arrays, split over all devices.
+
+    Args:
+      mesh: the devices.
+      batch: the rows that this process reads; values that are no arrays are left out.
+    """
     sharding = batch_sharding(mesh)
     arrays = {key: rows for key, rows in batch.items() if isinstance(rows, np.ndarray)}
     return {key: jax.make_array_from_process_local_data(sharding, rows) for key, rows in arrays.items()}
 
 
-def put_whole(arrays: Any, shardings: Any) -> Any:
-    """Places arrays of which every process has the whole."""
+def put_whole(arrays: T, shardings: object) -> T:
+    """Place a tree of arrays, of which every process holds all values, in a tree of shardings."""
 
-    def put(array, sharding):
+    def put(array: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
         value = np.asarray(array)
         return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 

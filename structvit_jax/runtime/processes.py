@@ -1,7 +1,6 @@
-"""The processes of one run: how they join and what they tell each other.
+"""The processes of one run: join, synchronise, exchange objects, and stop after the same step.
 
-JAX starts them and carries arrays between them. Here is the rest: one process writes and speaks, all decide
-alike, and a signal to one stops all after the same step.
+JAX connects them and moves arrays between them. The primary process alone writes files and prints.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import pickle
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar, cast
 
 import jax
 import numpy as np
@@ -21,34 +20,38 @@ from jax.experimental import multihost_utils
 from structvit_jax.runtime import signals
 from structvit_jax.utils.errors import EXIT_RESUMABLE, UserError, printable
 
-JOIN_TIMEOUT = 300  # seconds in which all have to have started
-_LONG = 7 * 24 * 3600  # seconds: who does not come is noticed otherwise
-_meetings = itertools.count()
+T = TypeVar("T")
+JOIN_TIMEOUT = 300  # seconds within which all processes must have started
+_LONG = 7 * 24 * 3600  # seconds; the heartbeat finds a process that never reaches a barrier
+_barriers = itertools.count()
 
 
 def join(heartbeat: int, stoppable: bool) -> None:
-    """Joins the processes of this run, if there are several; call it before JAX opens a device.
+    """Connect the processes of this run, if there are several. Call it before JAX opens a device.
 
-    On SLURM and on TPU pods JAX finds them by itself. Elsewhere the variables JAX_COORDINATOR_ADDRESS
-    (HOST:PORT of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID say who they are.
+    On SLURM and TPU pods JAX finds them by itself. Elsewhere the environment variables
+    JAX_COORDINATOR_ADDRESS (HOST:PORT of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID are needed.
 
     Args:
-      heartbeat: seconds without a sign of life after which a process counts as lost.
-      stoppable: whether a `StopSignal` will ask for SIGTERM; it ends the process otherwise.
+      heartbeat: seconds without a heartbeat after which a process counts as dead.
+      stoppable: whether a `StopSignal` handles SIGTERM; otherwise SIGTERM ends the process.
+
+    Raises:
+      UserError: incomplete or invalid variables, or a coordinator that cannot be reached.
     """
     jax.config.update("jax_enable_preemption_service", stoppable)
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     given = [name for name in names if os.environ.get(name)]
     if given and len(given) < len(names):
         raise UserError(f"{' and '.join(given)} given without {' and '.join(set(names) - set(given))}")
-    options: dict[str, Any] = {  # JAX's own limits would abort with a stack trace: they come later
+    options: dict[str, Any] = {  # later than our own limits: JAX aborts with a stack trace
         "heartbeat_timeout_seconds": 2 * heartbeat + 20,
         "initialization_timeout": 2 * JOIN_TIMEOUT,
     }
     if given:
         address, count, number = (os.environ[name] for name in names)
         if not (count.isdecimal() and number.isdecimal() and int(number) < int(count)):
-            raise UserError(f"JAX_PROCESS_ID={number} of JAX_NUM_PROCESSES={count} is none of 0 to N - 1")
+            raise UserError(f"JAX_PROCESS_ID={number} of JAX_NUM_PROCESSES={count} is not one of 0 to N - 1")
         options |= {"coordinator_address": address, "num_processes": int(count), "process_id": int(number)}
     place = f" at {options['coordinator_address']}" if given else ""
     late = threading.Timer(JOIN_TIMEOUT, give_up, [f"{JOIN_TIMEOUT} s{place}"])
@@ -58,7 +61,7 @@ def join(heartbeat: int, stoppable: bool) -> None:
         jax.distributed.initialize(**options)
     except ValueError as error:
         if given or "should be defined" not in str(error):
-            raise UserError(f"the processes of the run do not find each other: {error}") from error
+            raise UserError(f"the processes of the run cannot connect: {error}") from error
     finally:
         late.cancel()
     if is_multiprocess() and stoppable:
@@ -66,10 +69,14 @@ def join(heartbeat: int, stoppable: bool) -> None:
 
 
 def give_up(waited: str) -> NoReturn:
-    """Ends a process that waits for others that do not come."""
+    """End a process that waits for others which do not connect.
+
+    Args:
+      waited: for how long, and where.
+    """
     print(
-        f"error: not all processes of the run have come together in {waited}: each has to be started, and to"
-        " reach process 0 there; the same command tries again",
+        f"error: not all processes of the run have connected within {waited}: each must be started and must"
+        " reach process 0 there; re-run the command to try again",
         file=sys.stderr,
         flush=True,
     )
@@ -77,42 +84,42 @@ def give_up(waited: str) -> NoReturn:
 
 
 def is_primary() -> bool:
-    """Whether this process is the one that writes files and speaks."""
+    """Return whether this process is the one that writes files and prints."""
     return jax.process_index() == 0
 
 
 def log(line: str) -> None:
-    """Print a line, in one process of a run."""
+    """Print a line in the primary process."""
     if is_primary():
         print(printable(line), flush=True)
 
 
 def process_shard() -> tuple[int, int]:
-    """This process's number and how many there are: the share of every batch that it reads."""
+    """Return this process's index and the process count: which part of every batch it reads."""
     return jax.process_index(), jax.process_count()
 
 
 def available_cores() -> int:
-    """CPU cores that this process may use."""
+    """Return how many CPU cores this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def is_multiprocess() -> bool:
-    """Whether the run has more than one process; this opens no device."""
+    """Return whether the run has more than one process, without opening a device."""
     return (distributed().num_processes or 1) > 1
 
 
 def barrier() -> None:
-    """Waits until all processes have come here. CPUs that meet in a computation give up after 30 s."""
+    """Wait until all processes are here. (In a collective operation, CPUs give up after 30 s.)"""
     if is_multiprocess():
-        name = f"structvit_jax/meeting/{next(_meetings)}"
+        name = f"structvit_jax/barrier/{next(_barriers)}"
         distributed().client.wait_at_barrier(name, timeout_in_ms=1000 * _LONG)
 
 
-def allgather_object(value: Any) -> list[Any]:
-    """Every process's value, on every process; all have to call it."""
+def allgather_object(value: T) -> list[T]:
+    """Return the values of all processes, in all processes; each must call it."""
     if not is_multiprocess():
         return [value]
     barrier()
@@ -122,16 +129,17 @@ def allgather_object(value: Any) -> list[Any]:
     return [pickle.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
 
-def broadcast_from_primary(choose: Callable[[], Any]) -> Any:
-    """What the first process chooses, on every process; all have to call it."""
-    return allgather_object(choose() if is_primary() else None)[0]
+def broadcast_from_primary(function: Callable[[], T]) -> T:
+    """Return in all processes what `function` returns in the primary one; each must call this."""
+    value = allgather_object(function() if is_primary() else None)[0]
+    return cast(T, value)
 
 
 class StopSignal:
-    """Whether SIGTERM (a preemption, a time limit), Ctrl-C or SIGHUP has asked the run to stop.
+    """Asks whether SIGTERM (preemption, a time limit), Ctrl-C or SIGHUP has requested the run to stop.
 
-    Of several processes one that gets the signal is enough: JAX itself receives SIGTERM and passes it on. See
-    `structvit_jax.runtime.signals` for what a signal does before the first question.
+    A signal to one of several processes is enough: JAX receives SIGTERM and passes it on. See
+    `structvit_jax.runtime.signals` for the effect of a signal before the first call of `before`.
     """
 
     def __init__(self) -> None:
@@ -150,10 +158,11 @@ class StopSignal:
             signals.LISTENER.stop()
 
     def before(self, step: int) -> bool:
-        """Whether to stop before a step: the same answer in all processes, which must ask in the same order.
+        """Return whether to stop before a step.
 
-        JAX answers yes for one number, the first that no process had asked for when the signal came. So
-        a run that is resumed asks for all earlier steps too.
+        All processes get the same answer; they must ask for the same steps in the same order. JAX answers yes
+        for one step alone, the first that no process had asked for when the signal came, so a resumed run
+        asks for all earlier steps, too.
         """
         signals.LISTENER.defer()
         if not is_multiprocess():
@@ -163,7 +172,7 @@ class StopSignal:
 
 
 def distributed() -> Any:
-    """The state of jax.distributed, whose barriers and key-value store have no public names."""
+    """Return the state of jax.distributed, whose barriers and key-value store are not public."""
     from jax._src import distributed
 
     return distributed.global_state

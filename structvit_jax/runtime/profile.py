@@ -1,10 +1,9 @@
-"""A profile of some steps, for xprof and TensorBoard."""
+"""Profile a range of training steps, for xprof and TensorBoard."""
 
 from __future__ import annotations
 
 import re
 import tempfile
-from typing import Any
 
 import jax
 from etils import epath
@@ -18,10 +17,10 @@ FOLDER = "profile"
 
 
 def steps_to_profile(text: str) -> range:
-    """Reads "START:STOP": steps START up to, not including, STOP; "" is none.
+    """Parse "START:STOP", the steps START to STOP - 1; "" is an empty range.
 
     Raises:
-      UserError: it cannot be read, or has no step.
+      UserError: another format, or no step.
     """
     if not text:
         return range(0)
@@ -32,7 +31,7 @@ def steps_to_profile(text: str) -> range:
 
 
 class Profile:
-    """Trace steps, named as "START:STOP", into WORKDIR/profile."""
+    """Profiles steps into WORKDIR/profile, or WORKDIR/profile/process-N of several processes."""
 
     def __init__(self, steps: range, workdir: epath.Path, start: int):
         self._steps = range(max(steps.start, start + 1), steps.stop)
@@ -47,8 +46,13 @@ class Profile:
         if self._running:
             self._stop()
 
-    def before(self, step: int, state: Any) -> None:
-        """Starts or stops, so that whole steps are in the profile; `state` is what the last one left."""
+    def before(self, step: int, state: object) -> None:
+        """Start or stop the profile before a step.
+
+        Args:
+          step: the number of the step, from 1.
+          state: the result of the previous step, which must be complete first.
+        """
         starts = not self._running and step in self._steps
         stops = self._running and step not in self._steps
         if starts or stops:
@@ -57,10 +61,10 @@ class Profile:
             self._stop()
         if starts:
             self._running = True
-            self._local: Any = tempfile.TemporaryDirectory() if is_bucket(self._folder) else None
+            self._local = tempfile.TemporaryDirectory() if is_bucket(self._folder) else None
             jax.profiler.start_trace(self._local.name if self._local else str(self._folder))
 
-    def _stop(self):
+    def _stop(self) -> None:
         self._running = False
         jax.profiler.stop_trace()
         if self._local:

@@ -1,12 +1,11 @@
-"""What SIGTERM, SIGINT and SIGHUP do while a run is trained.
+"""Handle SIGTERM, SIGINT and SIGHUP during training.
 
-Until a run has something to save, a signal ends the process at once with exit code 75: files are written
-whole or not at all, so nothing is lost. From the first step on the signal is noted, and the run saves and
-stops after the step under way. A second Ctrl-C ends it at once with exit code 130.
+Until a run has something to save, a signal ends the process at once with exit code 75; files are written
+atomically, so nothing is lost. From the first step on, the signal is noted, and the run saves and stops after
+the current step. A second Ctrl-C ends it at once with exit code 130.
 
-A thread acts on the signals. Python calls handlers in the main thread, which compiling a program can keep
-busy for minutes. Nothing but the standard library is imported here: `python -m structvit_jax.main` starts
-listening before its imports, which take seconds.
+A thread acts on the signals, because Python calls handlers in the main thread, which may be busy compiling
+for minutes. Only the standard library is imported: commands listen before the imports that take seconds.
 """
 
 from __future__ import annotations
@@ -27,14 +26,14 @@ from structvit_jax.utils.errors import EXIT_INTERRUPTED, EXIT_RESUMABLE
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # Seconds in which a second SIGINT is the same Ctrl-C: from the terminal, and passed on by a launcher.
 _SAME = 0.2
-_INTERRUPTS = 10  # signals that are sent to a main thread that does not raise
+_INTERRUPTS = 10  # attempts to interrupt the main thread
 
 
 class SignalListener:
-    """Receives the signals that ask a run to stop; there is one for the process, `LISTENER`."""
+    """Receives the signals that ask a run to stop. The process has one, `LISTENER`."""
 
     def __init__(self) -> None:
-        self._old: dict[int, Any] = {}  # handlers before
+        self._old: dict[int, Any] = {}  # handlers to restore
         self._ends_process = self._deferring = self._forwarding = self._interrupting = False
         self._first: float | None = None  # when the first signal came
         self._sent = -math.inf  # when this object last sent SIGINT
@@ -42,7 +41,7 @@ class SignalListener:
 
     @property
     def running(self) -> bool:
-        """Whether it receives the signals."""
+        """Whether the signals arrive here."""
         return bool(self._old)
 
     @property
@@ -51,10 +50,10 @@ class SignalListener:
         return self._first is not None
 
     def start(self, *, ends_process: bool) -> None:
-        """Receive the signals from now on; call it in the main thread.
+        """Start to receive the signals; call it in the main thread.
 
         Args:
-          ends_process: whether the process is a command, which a signal may end. In others a signal is only
+          ends_process: whether the process is a command, which a signal may end. Otherwise a signal is only
             noted, and a second Ctrl-C raises KeyboardInterrupt in the main thread.
         """
         if self.running:
@@ -70,28 +69,27 @@ class SignalListener:
                 self._old[number] = signal.signal(number, self._handle)
 
     def stop(self) -> None:
-        """Give the signals back; call it in the main thread."""
+        """Restore the previous handlers; call it in the main thread."""
         if not self.running:
             return
         for number, handler in self._old.items():
             signal.signal(number, handler)
         self._old.clear()
         signal.set_wakeup_fd(self._old_writer)
-        os.close(self._writer)  # which ends the thread
+        os.close(self._writer)  # this ends the thread
 
     def defer(self, *, forward: bool = False) -> None:
-        """Only note signals from now on, since there is something to save.
+        """Only note signals from now on, because there is something to save.
 
         Args:
-          forward: send this process SIGTERM for other signals: with several processes JAX receives it, and
-            stops the others.
+          forward: turn other signals into SIGTERM, which JAX passes on to the other processes of the run.
         """
         self._deferring = True
         self._forwarding = self._forwarding or forward
 
     @contextlib.contextmanager
     def cleanup(self, function: Callable[[], None]) -> Iterator[None]:
-        """Call `function`, from another thread, if a signal ends the process within this context."""
+        """Call `function` from the listening thread if a signal ends the process within this context."""
         self._cleanups.append(function)
         try:
             yield
@@ -99,7 +97,7 @@ class SignalListener:
             self._cleanups.remove(function)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        """Called in the main thread; the other thread has the signal as well."""
+        """Raise KeyboardInterrupt if `_interrupt` asked for it. Python calls this in the main thread."""
         if self._interrupting:
             self._interrupting = False
             raise KeyboardInterrupt
@@ -128,10 +126,10 @@ class SignalListener:
             self._interrupt()
 
     def _interrupt(self) -> None:
-        """Raise KeyboardInterrupt in the main thread, also out of a call that waits.
+        """Raise KeyboardInterrupt in the main thread, also while it waits in a system call.
 
-        That call has to see a signal. One that comes just before the call begins is not seen, so it is sent
-        again; a main thread that computes raises as soon as it is back in Python.
+        A signal that arrives just before such a call does not end it, so the signal is sent again. A main
+        thread that computes raises when it returns to Python.
         """
         main = threading.main_thread().ident
         assert main is not None
@@ -155,17 +153,8 @@ class SignalListener:
 LISTENER = SignalListener()
 
 
-def prepare_command(*, trains: bool) -> None:
-    """Set up a process that is to run a command, before its imports.
-
-    Ctrl-C prints one line instead of a traceback. A command that may train listens to all signals.
-    """
-    sys.excepthook = _excepthook
-    if trains:
-        LISTENER.start(ends_process=True)
-
-
-def _excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+def excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """End the process with one line on Ctrl-C, for sys.excepthook; other exceptions keep their traceback."""
     if not issubclass(kind, KeyboardInterrupt):
         sys.__excepthook__(kind, error, trace)
         return

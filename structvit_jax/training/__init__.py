@@ -1,1 +1,1 @@
-"""Training and evaluation: this room owns the mesh, the state and the files of a run."""
+"""Training and evaluation. Start reading at `structvit_jax.training.loop`."""

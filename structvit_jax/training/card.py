@@ -1,66 +1,107 @@
-"""The card of a checkpoint: what it may set, and what is checked before it is used.
+"""The card of a checkpoint: what a configuration in it may set, and how it is checked and compared.
 
 A checkpoint may come from a stranger. Its card describes an experiment: the model, its inputs, its training
-and its scoring. It never sets how this machine runs it: devices, caches of compiled code, processes, and
-files that are fetched or written keep their defaults, which flags change.
+and its evaluation. It never sets how this machine runs it: devices, caches of compiled code, processes, and
+files that are fetched or written keep their defaults, which only options change.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import ml_collections
+from etils import epath
 
+import structvit_jax
 from structvit_jax.config import check_config, default_config, keys_of, model_arguments, short
 from structvit_jax.models.variants import get_variant
+from structvit_jax.runtime.storage import read_json
 from structvit_jax.utils.errors import UserError
 
 # Every key of a configuration is in one of these two, as a section or as section.key.
 PORTABLE = (
     *("init", "model", "augment", "train", "optimizer", "eval"),
-    *(
-        "data.name",
-        "data.root",
-        "data.train_split",
-        "data.test_split",
-        "data.val_fraction",
-        "data.label_maps",
-    ),
-    *("data.batch_size", "data.train_examples", "data.test_examples"),
+    *("data.name", "data.root", "data.train_split", "data.test_split", "data.val_fraction"),
+    *("data.label_maps", "data.batch_size", "data.train_examples", "data.test_examples"),
     *("data.max_unreadable_fraction", "data.max_replaced_frames"),
     *("data.mean", "data.std", "data.channels", "data.frames", "data.stride", "data.sampling"),
     *("data.size", "data.short_side", "data.crop_fraction", "data.test_clips", "data.test_crops"),
 )
-MACHINE = (*("init_from", "data.workers", "data.max_pixels", "data.max_frames", "checkpoint", "mesh"),)
-_LOCAL = ("data.root", "data.label_maps")  # folders that are read; a card names them on local disks only
+MACHINE = ("init_from", "data.workers", "data.max_pixels", "data.max_frames", "checkpoint", "mesh")
+_LOCAL = ("data.root", "data.label_maps")  # folders to read; a card may not name remote ones
 
-_TYPES: dict[type, tuple[type, ...]] = {  # in JSON, by the type of the default
+_TYPES: dict[type, tuple[type, ...]] = {  # types in JSON by the type of the default
     bool: (bool,),
     int: (int,),
     float: (float, int),
     str: (str,),
     tuple: (list,),
-    type(None): (type(None), bool, int, float, str, list),  # a placeholder, which checks its own type
+    type(None): (type(None), bool, int, float, str, list),  # ConfigDict checks the type
 }
 
 
 def is_portable(key: str) -> bool:
-    """Whether a card may set a key, as "model.name"."""
+    """Return whether a card may set a key, such as "model.name"."""
     return key in PORTABLE or key.partition(".")[0] in PORTABLE
+
+
+def as_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """Return a configuration in plain types."""
+    return json.loads(config.to_json_best_effort())
+
+
+def make_card(
+    class_names: Sequence[str] | None,
+    config: ml_collections.ConfigDict,
+    scores: Mapping[str, float] | None,
+    fingerprint: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Return the card of a checkpoint.
+
+    Args:
+      class_names: in the order of the outputs; None if unknown.
+      config: of the run.
+      scores: of the evaluation after its step, if there was one.
+      fingerprint: of the training data; None for weights that were trained elsewhere.
+    """
+    return {
+        "class_names": None if class_names is None else list(class_names),
+        "config": as_json(config),
+        "metrics": scores,
+        "version": structvit_jax.__version__,
+        "data": fingerprint,
+    }
+
+
+def read_card(checkpoint: epath.Path) -> dict[str, Any]:
+    """Read and check the card of a checkpoint.
+
+    Args:
+      checkpoint: the folder of its step.
+
+    Raises:
+      UserError: the card is missing or invalid.
+    """
+    path = checkpoint / "card" / "metadata"  # Orbax's name for the JSON of an item
+    try:
+        return check_card(read_json(path), path)
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing: {checkpoint} is no checkpoint of structvit_jax") from error
 
 
 def from_card(
     saved: Mapping[str, Any], where: object, *, any_model: bool = False
 ) -> ml_collections.ConfigDict:
-    """Return the configuration that a card describes: its portable keys, and defaults for all others.
+    """Return a configuration with the portable keys of a card, and defaults for all others.
 
-    Keys that no longer exist are left out.
+    Keys that no longer exist are ignored.
 
     Args:
       saved: the card's configuration, in plain types.
-      where: the file that holds it, for error messages.
-      any_model: whether a model that does not exist is accepted.
+      where: the card's file, for error messages.
+      any_model: accept unknown models.
 
     Raises:
       UserError: a value of another type or out of range, or an unknown model.
@@ -86,19 +127,18 @@ def from_card(
     return config
 
 
-def check_card(card: Any, where: object) -> dict[str, Any]:
-    """Return a card whose parts have the types that they should have.
+def check_card(card: object, where: object) -> dict[str, Any]:
+    """Return the card if its parts have the right types.
 
     Args:
-      card: what the file holds: {"class_names": names or None, "config": {...}, ...}.
-      where: the file, for error messages.
+      card: the content of the file: {"class_names": names or None, "config": {...}, ...}.
+      where: the card's file, for error messages.
 
     Raises:
-      UserError: anything else.
+      UserError: other types.
     """
-    problem = ""
-    names = card.get("class_names", 0) if isinstance(card, dict) else 0
-    config = card.get("config") if isinstance(card, dict) else None
+    problem, parts = "", card if isinstance(card, dict) else {}
+    names, config = parts.get("class_names", 0), parts.get("config")
     if not (names is None or _is_names(names)):
         problem = "class_names should be null or a list of names"
     elif not isinstance(config, dict) or not all(map(_is_section, config.values())):
@@ -107,21 +147,51 @@ def check_card(card: Any, where: object) -> dict[str, Any]:
         problem = "config.model.name is missing"
     if problem:
         raise UserError(f"{where} is not a valid card of a checkpoint: {problem}")
-    return card
+    return parts
 
 
-def _is_names(names: Any) -> bool:
+def _is_names(names: object) -> bool:
     return isinstance(names, list) and bool(names) and all(isinstance(name, str) for name in names)
 
 
-def _is_section(value: Any) -> bool:
-    """Whether it is a value, or a section of values; a list of plain values is one."""
+def _is_section(value: object) -> bool:
+    """Return whether it is a plain value, a list of plain values, or a section of these."""
     if isinstance(value, dict):
         return all(_is_value(inner) for inner in value.values())
     return _is_value(value)
 
 
-def _is_value(value: Any) -> bool:
+def _is_value(value: object) -> bool:
     if isinstance(value, list):
         return all(not isinstance(inner, list | dict) for inner in value)
     return not isinstance(value, dict)
+
+
+class Difference(NamedTuple):
+    """A key whose values differ between two configurations."""
+
+    key: str  # as "train.seed"
+    before: Any
+    after: Any
+
+    def describe(self) -> str:
+        """Return one line for users."""
+        return (
+            f"config.{self.key} is now {short(self.after)}; the checkpoint was trained with"
+            f" {short(self.before)}"
+        )
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], *, portable: bool = True) -> list[Difference]:
+    """Return the keys that differ between two configurations in plain types, sorted.
+
+    Args:
+      old, new: see `as_json`; a key that is missing in one of them has the value None there.
+      portable: skip the keys that only affect how a machine runs the configuration.
+    """
+    before, after = dict(keys_of(old)), dict(keys_of(new))
+    return [
+        Difference(key, before.get(key), after.get(key))
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key) and (is_portable(key) or not portable)
+    ]

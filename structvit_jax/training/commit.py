@@ -1,5 +1,4 @@
-"""The folder of a run's checkpoints: which steps it holds, and how a save is committed, with the digests of
-its files or not at all."""
+"""The folder of a run's checkpoints: list its steps, and commit a save together with its digests."""
 
 from __future__ import annotations
 
@@ -17,14 +16,14 @@ FOLDER = "checkpoints"  # in a workdir
 
 
 class OnDisk(atomicity.AtomicRenameTemporaryPath):
-    """A save on a disk gets its digests between Orbax's last write and the rename that commits it."""
+    """A save on a disk: writes the digests between Orbax's last write and the rename that commits it."""
 
     async def finalize(self) -> None:
         final = self.get_final()
         if not _is_checkpoint(final):
             await super().finalize()
             return
-        # still a temporary name: what a kill leaves of it is removed
+        # Still a temporary name, which is removed after a kill.
         self._final_path = self._tmp_path.with_name(self._tmp_path.name + "-written")
         await super().finalize()
         await asyncio.to_thread(write_digests, self._final_path)
@@ -33,7 +32,7 @@ class OnDisk(atomicity.AtomicRenameTemporaryPath):
 
 
 class InBucket(atomicity.CommitFileTemporaryPath):
-    """A save in a bucket, which cannot rename: the file of digests is empty until the save is finished."""
+    """A save in a bucket, which cannot rename: the digest file is empty until the save is finished."""
 
     async def create(self) -> epath.Path:
         path = await super().create()
@@ -48,14 +47,14 @@ class InBucket(atomicity.CommitFileTemporaryPath):
 
 
 def _is_checkpoint(path: epath.Path) -> bool:
-    """Whether it is a whole checkpoint, and not one of the items inside."""
+    """Return whether this is the folder of a step, and not of one of its items."""
     return path.parent.name == FOLDER
 
 
 def is_unfinished(path: epath.Path) -> bool:
-    """Return whether a save was not finished: on a disk it has a temporary name, in a bucket no digests.
+    """Return whether a save was not finished: on a disk its name is temporary, in a bucket it has no digests.
 
-    Where that file is missing from a save that was committed, or holds anything else, it was damaged.
+    A committed save in a bucket without a valid digest file is damaged instead.
     """
     if not is_bucket(path):
         return atomicity.TMP_DIR_SUFFIX in path.name
@@ -65,20 +64,22 @@ def is_unfinished(path: epath.Path) -> bool:
 
 
 def is_step(path: epath.Path) -> bool:
-    """Return whether a folder is named after a step, as `str` writes it."""
+    """Return whether the name of a folder is a step, as written by `str`."""
     name = path.name
     return name.isascii() and name.isdecimal() and len(name) <= 18 and str(int(name)) == name
 
 
 def entries(folder: epath.Path) -> list[epath.Path]:
-    """Return what is in a folder of checkpoints, nothing if there is none."""
+    """Return the content of a folder of checkpoints; [] if it does not exist."""
     try:
         return list(folder.iterdir()) if folder.exists() else []
     except NotADirectoryError as error:
-        raise UserError(f"{folder} is a file, where a run keeps its checkpoints; move it away") from error
+        raise UserError(
+            f"{folder} is a file, but a run stores its checkpoints there; move it away"
+        ) from error
 
 
 def steps_in(folder: epath.Path) -> list[int]:
-    """Return the steps in a folder whose save was finished, newest first."""
+    """Return the finished steps in a folder, newest first."""
     paths = [path for path in entries(folder) if is_step(path) and not is_unfinished(path)]
     return sorted((int(path.name) for path in paths), reverse=True)

@@ -1,11 +1,11 @@
-"""Evaluation: every example exactly once, all its views averaged, on any number of devices."""
+"""Evaluate weights: run a jitted step over batches and score every example once, on any devices."""
 
 from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import ml_collections
@@ -13,46 +13,90 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from structvit_jax.models import Network
-from structvit_jax.models.weights import Weights, split
+from structvit_jax.models.weights import Weights
 from structvit_jax.runtime import processes
 from structvit_jax.runtime.mesh import fitting_batch, put_batch
 from structvit_jax.runtime.storage import write
-from structvit_jax.training.step import make_eval_step
+from structvit_jax.training.types import Batch, Dataset, Problem
 from structvit_jax.utils.errors import UserError
+
+_ARRAYS = ("index", "mask", "labels", "scores", "top1", "top5")  # of an evaluation step
+
+
+class StepRunner:
+    """Runs a jitted step over batches. It compiles the step once for every shape of a batch."""
+
+    def __init__(self, step: jax.stages.Wrapped, mesh: Mesh):
+        """Args: `step`, a function (weights, batch) -> arrays; `mesh`, on which the batches are placed."""
+        self.mesh, self._step = mesh, step
+        self._compiled: dict[tuple[tuple[int, ...], ...], jax.stages.Compiled] = {}
+
+    def __call__(
+        self, weights: Weights, batches: Iterable[Batch]
+    ) -> Iterator[tuple[Batch, dict[str, np.ndarray]]]:
+        """Yield every batch with the results of the step. One batch is computed ahead.
+
+        Args:
+          weights: placed as the step expects them.
+          batches: the rows that this process reads.
+        """
+        running: tuple[Batch, dict[str, jax.Array]] | None = None
+        for batch in batches:
+            started = batch, self._start(weights, batch)
+            if running:
+                yield running[0], jax.device_get(running[1])
+            running = started
+        if running:
+            yield running[0], jax.device_get(running[1])
+
+    def run(self, weights: Weights, batch: Mapping[str, object]) -> dict[str, np.ndarray]:
+        """Return the results of the step for one batch."""
+        return jax.device_get(self._start(weights, batch))
+
+    def _start(self, weights: Weights, batch: Mapping[str, object]) -> dict[str, jax.Array]:
+        arrays = put_batch(self.mesh, batch)
+        shapes = tuple(arrays[key].shape for key in sorted(arrays))
+        if shapes not in self._compiled:
+            self._compiled[shapes] = self._step.lower(weights, arrays).compile()
+            processes.barrier()  # some processes may have found it in the compilation cache
+        return self._compiled[shapes](weights, arrays)
 
 
 class Scores(NamedTuple):
-    """What an evaluation comes to, over the examples that could be read."""
+    """Aggregate metrics over readable examples."""
 
     top1: float  # fraction of examples whose label has the highest score
     top5: float  # ... one of the five highest
     mean_class: float  # top1 of each class that has examples, averaged over these classes
-    examples: int  # that were scored
-    missing: int  # that could not be read, and count nowhere
+    examples: int  # number of readable examples
+    missing: int  # number of unreadable examples, which count nowhere
 
 
 class Evaluation(NamedTuple):
-    """What an evaluation found, example by example in the order of the data set."""
+    """Results of an evaluation by example, in the order of the data set."""
 
     ids: tuple[str, ...]
-    labels: np.ndarray  # int32 [examples], -1 where the example could not be read
+    labels: np.ndarray  # int32 [examples], -1 for unreadable examples
     scores: np.ndarray  # float32 [examples, classes], the mean over views
     hits: dict[str, np.ndarray]  # bool [examples] for "top1" and "top5"
-    problems: tuple[Any, ...]  # of data.Problem, notes included
-    tolerated: int  # how many may be missing
+    problems: tuple[Problem, ...]  # of all processes, with notes on readable examples
+    max_unreadable: int  # see config.eval.max_unreadable
 
     def summary(self) -> Scores:
-        """Raises UserError if more examples are missing than the configuration tolerates."""
+        """Aggregate the metrics.
+
+        Raises:
+          UserError: more examples are unreadable than the configuration tolerates.
+        """
         seen = self.labels >= 0
         count, missing = int(seen.sum()), int((~seen).sum())
-        if missing > self.tolerated or not count:
+        if missing > self.max_unreadable or not count:
             unreadable = [problem for problem in self.problems if problem.left_out]
             first = "; ".join(f"{problem.id}: {problem.reason}" for problem in unreadable[:3])
             raise UserError(
                 f"no score: {missing} of {len(seen)} test examples cannot be read ({first}"
-                f"{'; ...' if missing > 3 else ''}); fix or remove them, or accept that they are left out"
-                f" with --config.eval.max_unreadable={missing}"
+                f"{'; ...' if missing > 3 else ''}); fix or remove them, or leave them out of the score with"
+                f" --config.eval.max_unreadable={missing}"
             )
         top1, labels = self.hits["top1"][seen], self.labels[seen]
         per_class = [top1[labels == label].mean() for label in np.unique(labels)]
@@ -60,7 +104,7 @@ class Evaluation(NamedTuple):
         return Scores(float(top1.mean()), float(top5), float(np.mean(per_class)), count, missing)
 
     def save(self, path: epath.Path, class_names: Sequence[str]) -> None:
-        """Writes ids, labels, scores and class names as a NumPy .npz file."""
+        """Write ids, labels, scores and class names as a NumPy .npz file."""
         buffer = io.BytesIO()
         np.savez_compressed(
             buffer,
@@ -72,57 +116,59 @@ class Evaluation(NamedTuple):
         write(path, buffer.getvalue())
 
 
+def evaluate(
+    runner: StepRunner,
+    weights: Weights,
+    data: Dataset,
+    section: ml_collections.ConfigDict,
+    before: Callable[[int], None] = lambda batch: None,
+) -> Evaluation:
+    """Score weights on the test split of a data set. All processes must call this together.
+
+    Args:
+      runner: of an evaluation step, see `structvit_jax.training.step.make_eval_step`.
+      weights: placed on the mesh of the runner.
+      data: the data set.
+      section: config.eval.
+      before: called with the number of every batch; may end the evaluation with an exception.
+    """
+    problems: list[Problem] = []
+    results: list[dict[str, np.ndarray]] = []
+
+    def watched(batches: Iterable[Batch]) -> Iterator[Batch]:
+        for number, batch in enumerate(batches):
+            before(number)
+            yield batch
+
+    size = fitting_batch(runner.mesh, section.batch_size, data.test_examples)
+    with contextlib.closing(data.test_batches(size, share=processes.process_shard())) as batches:
+        for batch, arrays in runner(weights, watched(batches)):
+            problems.extend(batch["problems"])
+            results.append(arrays)
+    whole = {name: np.concatenate([arrays[name] for arrays in results]) for name in _ARRAYS}
+    order = np.argsort(whole["index"], kind="stable")[np.sum(whole["index"] < 0) :]  # without padding
+    whole = {name: values[order] for name, values in whole.items()}
+    if not np.array_equal(whole["index"], np.arange(data.test_examples)):
+        seen, examples = len(whole["index"]), data.test_examples
+        raise RuntimeError(f"evaluation saw {seen} examples of {examples}, or some twice")
+    return Evaluation(
+        data.test_ids,
+        np.where(whole["mask"], whole["labels"], -1),
+        whole["scores"],
+        {name: whole[name] for name in ("top1", "top5")},
+        tuple(problem for own in processes.allgather_object(problems) for problem in own),
+        section.max_unreadable,
+    )
+
+
 def probabilities(scores: np.ndarray, average: str) -> np.ndarray:
-    """Of scores [..., classes], which are means over views of what config.eval.average says: the softmax of
-    logits; those of "softmax" are probabilities already."""
+    """Return the probabilities for scores of an evaluation, float32 [..., classes].
+
+    Args:
+      scores: [..., classes], means over views.
+      average: config.eval.average: "logits" need a softmax, "softmax" are probabilities already.
+    """
     if average == "softmax":
         return scores
-    shares = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    return shares / shares.sum(axis=-1, keepdims=True)
-
-
-class Evaluator:
-    """Scores weights on the test split of a `structvit_jax.data.Dataset`; compiled once."""
-
-    def __init__(self, model: Network, config: ml_collections.ConfigDict, mesh: Mesh, data: Any):
-        structure, weights = split(model)
-        self._step = make_eval_step(structure, config, mesh, weights)
-        self._compiled: Any = None
-        self._mesh, self._data, self._config = mesh, data, config.eval
-
-    def _scores(self, weights: Weights, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        if not self._compiled:
-            self._compiled = self._step.lower(weights, batch).compile()
-            processes.barrier()
-        return self._compiled(weights, batch)
-
-    def __call__(self, weights: Weights, before: Callable[[int], None] | None = None) -> Evaluation:
-        """`before` is called with the number of every batch; it may end the evaluation by raising."""
-        results: list[dict[str, Any]] = []
-        problems: list[Any] = []
-        size = fitting_batch(self._mesh, self._config.batch_size, self._data.test_examples)
-        stream = self._data.test_batches(size, share=processes.process_shard())
-        with contextlib.closing(stream) as batches:
-            for number, batch in enumerate(batches):
-                if before:
-                    before(number)
-                results.append(self._scores(weights, put_batch(self._mesh, batch)))
-                problems.extend(batch["problems"])
-                if len(results) > 1:  # one batch in flight, not all of them
-                    results[-2] = jax.device_get(results[-2])
-        names = ("index", "mask", "labels", "scores", "top1", "top5")
-        whole = {name: np.concatenate([np.asarray(r[name]) for r in results]) for name in names}
-        order = np.argsort(whole["index"], kind="stable")[np.sum(whole["index"] < 0) :]  # without padding
-        whole = {name: values[order] for name, values in whole.items()}
-        if not np.array_equal(whole["index"], np.arange(self._data.test_examples)):
-            seen, examples = len(whole["index"]), self._data.test_examples
-            raise RuntimeError(f"evaluation saw {seen} examples of {examples}, or some twice")
-        hits = {name: whole[name] for name in ("top1", "top5")}
-        return Evaluation(
-            self._data.test_ids,
-            np.where(whole["mask"], whole["labels"], -1),
-            whole["scores"],
-            hits,
-            tuple(problem for mine in processes.allgather_object(problems) for problem in mine),
-            self._config.max_unreadable,
-        )
+    exponentials = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return exponentials / exponentials.sum(axis=-1, keepdims=True)

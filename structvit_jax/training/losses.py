@@ -1,4 +1,4 @@
-"""Losses and scores of a batch; masked examples count nowhere."""
+"""Losses and metrics of a batch; masked examples do not count."""
 
 from __future__ import annotations
 
@@ -8,21 +8,22 @@ import optax
 
 
 def smooth_targets(labels: jax.Array, classes: int, smoothing: float) -> jax.Array:
-    """Targets s / classes off, 1 - s + s / classes on: int [batch] -> float32 [batch, classes]."""
+    """Return targets of s / classes, plus 1 - s for the label: int [batch] -> float32 [batch, classes]."""
     return optax.smooth_labels(jax.nn.one_hot(labels, classes), smoothing)
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.Array:
-    """Mean cross-entropy: logits and targets [batch, classes], mask bool [batch] -> scalar float32."""
+    """Return the mean cross-entropy: logits and targets [batch, classes], mask bool [batch] -> float32 []."""
     return masked_mean(optax.softmax_cross_entropy(logits, targets), mask)
 
 
 def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
+    """Return the mean over unmasked examples, 0 if there are none: both [batch] -> []."""
     return jnp.sum(values * mask) / jnp.maximum(jnp.sum(mask), 1)
 
 
 def in_top(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:
-    """Whether each label is among the k highest logits: bool [batch].
+    """Return whether each label is among the k highest logits: [batch, classes], int [batch] -> bool [batch].
 
     Ties go to the lower class; an example with a NaN among its logits is never correct.
     """

@@ -1,11 +1,11 @@
-"""AdamW with UniFormer's decay rule, warm-up and cosine; which weights it trains, and each at what rate."""
+"""AdamW with UniFormer's weight decay, the learning rate schedule, frozen weights and layer-wise rates."""
 
 from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,40 +16,53 @@ from structvit_jax.config import Durations, matching
 from structvit_jax.ops.devices import target
 from structvit_jax.utils.errors import UserError
 
+T = TypeVar("T")
+
 
 class Optimizer(NamedTuple):
-    """AdamW over the weights that are not frozen."""
+    """AdamW over the parameters that are not frozen."""
 
-    transform: optax.GradientTransformation
-    frozen: frozenset[str] = frozenset()
+    transform: optax.GradientTransformationExtraArgs
+    frozen: frozenset[str] = frozenset()  # names of parameters
 
-    def trained(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        """Those of the arrays that it trains."""
+    def trained(self, params: Mapping[str, T]) -> dict[str, T]:
+        """Return the parameters that are not frozen."""
         return {name: array for name, array in params.items() if name not in self.frozen}
 
 
-def learning_rate(config: ml_collections.ConfigDict, durations: Durations) -> optax.Schedule:
-    """Linear from `warmup_lr` to `lr`, then half a cosine that would reach `end_lr` after the last step, or
-    before the cool-down. With stairs it stands still between them, and may lag behind by some."""
+def learning_rate(
+    config: ml_collections.ConfigDict, durations: Durations
+) -> Callable[[jax.Array | int], jax.Array]:
+    """Return the learning rate as a function of the step.
+
+    It rises linearly from `warmup_lr` to `lr`, then follows half a cosine that reaches `end_lr` after the
+    last step or before the cool-down. With `lr_update_every` it is piecewise constant, and `lr_update_delay`
+    delays it by so many pieces.
+
+    Args:
+      config: the section `optimizer`.
+      durations: in steps.
+    """
     warmup, stair = durations.warmup, durations.lr_update_every or 1
     first = warmup if config.schedule_origin == "warmup" else 0
     length = max(durations.total - durations.cooldown - first, 1)
 
-    def rate(step):
-        place = jnp.maximum(step // stair - config.lr_update_delay, 0) * stair
-        ramp = config.warmup_lr + (config.lr - config.warmup_lr) * place / max(warmup, 1)
-        turned = jnp.cos(jnp.pi * jnp.clip((place - first) / length, 0, 1))
-        cosine = config.end_lr + (config.lr - config.end_lr) * (1 + turned) / 2
-        return jnp.where(place < warmup, ramp, cosine)
+    def rate(step: jax.Array | int) -> jax.Array:
+        position = jnp.maximum(step // stair - config.lr_update_delay, 0) * stair
+        ramp = config.warmup_lr + (config.lr - config.warmup_lr) * position / max(warmup, 1)
+        wave = jnp.cos(jnp.pi * jnp.clip((position - first) / length, 0, 1))
+        cosine = config.end_lr + (config.lr - config.end_lr) * (1 + wave) / 2
+        return jnp.where(position < warmup, ramp, cosine)
 
     return rate
 
 
 def decays(name: str, array: jax.Array) -> bool:
-    """Weight decay spares vectors (biases, norms, layer scales) and DeiT's position table.
+    """Return whether weight decay applies to a parameter.
 
-    Depthwise kernels decay, position encoding's included, as in the released UniFormer; so do the
-    structure kernels, which the paper leaves open.
+    It skips vectors (biases, norms, layer scales) and DeiT's position embedding. It applies to all depthwise
+    kernels, also of the position encoding, as in the released UniFormer; and to the structure kernels, which
+    the paper leaves open.
     """
     return array.ndim > 1 and name != "pos_embed"
 
@@ -57,13 +70,13 @@ def decays(name: str, array: jax.Array) -> bool:
 def make_optimizer(
     config: ml_collections.ConfigDict, names: Collection[str] = (), depths: Sequence[int] = ()
 ) -> Optimizer:
-    """AdamW's direction, after clipping by global norm where `clip_norm` is set.
+    """Return AdamW without the learning rate, after clipping by global norm if `clip_norm` is set.
 
-    The step takes it times minus the learning rate, which is a function of the step alone.
+    The train step multiplies its updates by the negative learning rate.
 
     Args:
       config: the section `optimizer`.
-      names: of all parameters, to freeze some or train layers at rates of their own.
+      names: of all parameters, needed for frozen weights and layer-wise rates.
       depths: blocks per stage.
 
     Raises:
@@ -83,7 +96,7 @@ def make_optimizer(
 
 
 def frozen_names(patterns: str, names: Sequence[str]) -> frozenset[str]:
-    """What config.optimizer.freeze means, see `matching`."""
+    """Return the parameters that config.optimizer.freeze selects, see `structvit_jax.config.matching`."""
     some = ", ".join(sorted({re.sub(r"\.\d+\..*", ".*", name) for name in names}))
     frozen = matching(patterns, names, f"config.optimizer.freeze: {{}} matches no weights, as {some}")
     if frozen and len(frozen) == len(names):
@@ -92,11 +105,19 @@ def frozen_names(patterns: str, names: Sequence[str]) -> frozenset[str]:
 
 
 def layer_rates(names: Iterable[str], depths: Sequence[int], decay: float) -> dict[str, float]:
-    """Factors on the learning rate: 1 for the final norm and the heads, times `decay` for each block further
-    down; an embedding goes with the block that follows, the first below all."""
-    first = [sum(depths[:stage]) + 1 for stage in range(len(depths))]  # number of each stage's first block
+    """Return factors on the learning rate by parameter, for layer-wise decay.
 
-    def layer(name):
+    The final norm and the heads have the factor 1, and every block below multiplies it by `decay`. Patch
+    embeddings belong to the block that follows, but the first one and `pos_embed` are below all blocks.
+
+    Args:
+      names: of the parameters.
+      depths: blocks per stage.
+      decay: factor per block.
+    """
+    first = [sum(depths[:stage]) + 1 for stage in range(len(depths))]  # index of each stage's first block
+
+    def layer(name: str) -> int:
         if not (match := re.match(r"(patch_embed|pos_embed|blocks)(\d?)(?:\.(\d+))?", name)):
             return sum(depths) + 1
         stage = int(match[2] or 1) - 1
@@ -108,13 +129,22 @@ def layer_rates(names: Iterable[str], depths: Sequence[int], decay: float) -> di
 
 
 def _adam(b1: float, b2: float, eps: float) -> optax.GradientTransformationExtraArgs:
-    """optax's, for steps that may leave all as it is. The weights change by the moments as they come out:
-    CPUs would otherwise compute these twice, from copies of the old ones."""
+    """Return optax's Adam with an argument `finite`; if it is false, the moments do not change.
+
+    The updates are computed from the new moments behind a barrier, because XLA on CPUs would otherwise
+    compute the moments twice, from copies of the old ones.
+    """
     adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
 
-    def update(grads, old, params=None, *, finite=True):
+    def update(
+        grads: optax.Updates,
+        old: optax.OptState,
+        params: optax.Params | None = None,
+        *,
+        finite: jax.typing.ArrayLike = True,
+    ) -> tuple[optax.Updates, optax.OptState]:
         new = jax.tree.map(functools.partial(jnp.where, finite), adam.update(grads, old)[1], old)
-        if target().platform == "cpu":  # elsewhere one loop writes the moments and the weights
+        if target().platform == "cpu":  # on other devices one fused loop writes moments and weights
             new = jax.lax.optimization_barrier(new)
         mean = optax.tree.bias_correction(new.mu, b1, new.count)
         square = optax.tree.bias_correction(new.nu, b2, new.count)

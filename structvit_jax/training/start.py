@@ -1,6 +1,6 @@
-"""Where a run starts: at its own latest checkpoint, from other weights, or from scratch.
+"""The state in which a run starts: its latest checkpoint, other weights, or fresh weights.
 
-Weights bring with them what they expect of their inputs; a configuration that does not say follows them.
+Weights come with the normalisation that they expect; a configuration that leaves it open adopts it.
 """
 
 from __future__ import annotations
@@ -18,24 +18,25 @@ from structvit_jax.models.variants import get_variant
 from structvit_jax.models.weights import Weights, cast_like, split
 from structvit_jax.runtime.processes import log
 from structvit_jax.runtime.storage import io_errors_as_user_error
-from structvit_jax.training.card import from_card, is_portable
+from structvit_jax.training.card import as_json, differences, from_card, is_portable
 from structvit_jax.training.checkpoint import Checkpoints
+from structvit_jax.training.compatibility import adopt_classes, check_data
+from structvit_jax.training.learner import Learner
 from structvit_jax.training.restore import newest_card, open_card, open_checkpoint, rereading
-from structvit_jax.training.run import Run, abstract_state, adopt_classes, as_json, check_data, differences
-from structvit_jax.training.step import TrainState, init_state
+from structvit_jax.training.step import TrainState
+from structvit_jax.training.types import Dataset
 from structvit_jax.utils.errors import UserError
 
 
 def resolve_open_keys(config: ml_collections.ConfigDict, workdir: epath.Path) -> ml_collections.ConfigDict:
-    """Return the configuration with open keys (None) filled in by what the run starts from.
+    """Return the configuration with its open keys (None) filled in from the weights that the run starts with.
 
-    These are the keys of INPUTS, and those of `structvit_jax.config.automatic`. The workdir's newest
-    checkpoint decides both. Without one, the keys of INPUTS are those that the weights of init_from expect,
-    or the defaults, and the others stay open, for the data to decide. Opens no device and waits for no
-    process.
+    Open keys are those of INPUTS and of `structvit_jax.config.automatic`. The newest checkpoint in the
+    workdir sets them all. Without one, the weights of config.init_from or the defaults set those of INPUTS,
+    and the others stay open until the data are known. This opens no device and waits for no process.
 
     Raises:
-      UserError: no weights at config.init_from, or such that something has to be said of them first.
+      UserError: no weights at config.init_from, or weights that cannot be identified.
     """
     inputs = [f"data.{key}" for key in INPUTS if config.data[key] is None]
     wanted = inputs + automatic.missing(config)
@@ -47,7 +48,7 @@ def resolve_open_keys(config: ml_collections.ConfigDict, workdir: epath.Path) ->
     if card:
         saved = from_card(card["config"], workdir)
         found = {key: value for key, value in keys_of(saved) if is_portable(key)}
-    elif inputs and config.init_from and not _is_placeholder(config):
+    elif inputs and config.init_from and not is_placeholder(config.init_from):
         found = {f"data.{key}": value for key, value in _inputs_of(config.init_from).items()}
     config = config.copy_and_resolve_references()
     for key in wanted:
@@ -60,78 +61,78 @@ def resolve_open_keys(config: ml_collections.ConfigDict, workdir: epath.Path) ->
     return config
 
 
-def starting_state(run: Run, checkpoints: Checkpoints) -> TrainState:
-    """The latest checkpoint's state; without one, weights fitted from config.init_from, or fresh ones.
+def starting_state(learner: Learner, data: Dataset, checkpoints: Checkpoints, total_steps: int) -> TrainState:
+    """Return the state of the latest checkpoint; without one, of config.init_from or of fresh weights.
 
     Raises:
       UserError: a checkpoint or weights that do not fit.
     """
     if (latest := checkpoints.latest()) is not None:
-        return _resumed(run, checkpoints, latest)
-    weights = split(run.model)[1]
-    if _is_placeholder(run.config):
+        return _resume(learner, data, checkpoints, latest, total_steps)
+    weights, init_from = split(learner.model)[1], learner.config.init_from
+    if is_placeholder(init_from):
         raise UserError(
-            f"config.init_from: this recipe starts from {run.config.init_from.strip('<>')}; name a run, a"
-            " checkpoint or a released file, or start from scratch with --config.init_from="
+            f"config.init_from: this recipe starts from {init_from.strip('<>')}; name a run, a checkpoint or"
+            " a released file, or start from scratch with --config.init_from="
         )
-    if run.config.init_from:
-        weights = _fitted(run, weights)
+    if init_from:
+        weights = _fine_tune(learner, weights, tuple(data.class_names))
     else:
         log("starting from scratch")
-    return init_state(weights, run.optimizer, run.mesh, averaged=run.averages)
+    return learner.init_state(weights)
 
 
-def _is_placeholder(config: ml_collections.ConfigDict) -> bool:
-    """Return whether a recipe leaves open which weights it starts from, as "<ImageNet weights>"."""
-    return config.init_from.startswith("<")
+def is_placeholder(init_from: str) -> bool:
+    """Return whether a recipe leaves its weights open, as in "<ImageNet weights>"."""
+    return init_from.startswith("<")
 
 
-def _resumed(run: Run, checkpoints: Checkpoints, step: int) -> TrainState:
-    where = f"{checkpoints.path(step)}, step {step} of {run.durations.total}"
-    if step > run.durations.total:
+def _resume(
+    learner: Learner, data: Dataset, checkpoints: Checkpoints, step: int, total_steps: int
+) -> TrainState:
+    path, config = checkpoints.path(step), learner.config
+    where = f"{path}, step {step} of {total_steps}"
+    if step > total_steps:
         log(f"{where}: the checkpoint is already past the last step")
     else:
         log(f"resuming from {where}")
     checkpoints.check_resumable(step)
     card = checkpoints.card(step)
-    adopt_classes(run.data, card)
-    check_data(run, card, checkpoints.path(step), is_complete=step >= run.durations.total)
-    _check_frozen(run, card, checkpoints.path(step))
-    advice = "choose another --workdir, or the model that was saved"
-    state = checkpoints.state(step, abstract_state(run), run.mesh, advice)
-    for line in differences(card["config"], as_json(run.config)):
-        log(f"note: {line}")
-    return state
-
-
-def _check_frozen(run: Run, card: dict[str, Any], path: epath.Path) -> None:
-    saved, now = from_card(card["config"], path).optimizer.freeze, run.config.optimizer.freeze
+    adopt_classes(data, card)
+    check_data(data, card, path, is_complete=step >= total_steps)
+    saved, now = from_card(card["config"], path).optimizer.freeze, config.optimizer.freeze
     if saved != now:
         raise UserError(
             f"config.optimizer.freeze is {now!r}, and {path} was trained with {saved!r}: its optimizer has"
             f" state for other weights. Start another run from it: --config.init_from={path} --workdir=..."
         )
+    advice = "choose another --workdir, or the model that was saved"
+    state = checkpoints.state(step, learner.abstract_state(), learner.mesh, advice)
+    for difference in differences(card["config"], as_json(config)):
+        log(f"note: {difference.describe()}")
+    return state
 
 
-def _fitted(run: Run, fresh: Weights) -> Weights:
-    """Return the weights of config.init_from in the model's shapes, and log what became of them."""
-    source = find_weights(run.config.init_from, run.mesh)
-    rules = convert.Rules(**run.config.init, seed=run.config.train.seed)
-    names = tuple(run.data.class_names)
-    adapted = convert.adapt(source, fresh.params | fresh.batch_stats, run.model.variant, names, rules)
+def _fine_tune(learner: Learner, fresh: Weights, class_names: tuple[str, ...]) -> Weights:
+    """Return the weights of config.init_from adapted to the model, and log a summary."""
+    config = learner.config
+    source = find_weights(config.init_from, learner.mesh)
+    rules = convert.Rules(**config.init, seed=config.train.seed)
+    arrays, variant = fresh.params | fresh.batch_stats, learner.model.variant
+    adapted = convert.adapt(source, arrays, variant, class_names, rules)
     log(f"fine-tuning: starting at step 0 from the {source.model['name']} in {source.where}")
     for line in (*source.notes, *adapted.lines()):
         log(f"  {line}")
-    for key, value in _described(source).items():
-        if value is not None and list(value) != list(run.config.data[key]):
-            now, theirs = (v if isinstance(v, str) else tuple(v) for v in (run.config.data[key], value))
+    for key, value in _inputs_of_source(source).items():
+        if value is not None and list(value) != list(config.data[key]):
+            now, theirs = (v if isinstance(v, str) else tuple(v) for v in (config.data[key], value))
             log(f"  note: config.data.{key} is {now!r}; the weights were trained with {theirs!r}")
     return cast_like(fresh, adapted.arrays)
 
 
 @rereading
 def find_weights(path: str, mesh: Mesh) -> convert.Source:
-    """Return the weights that a path names: a released file, or a checkpoint.
+    """Load the weights of a released file or a checkpoint.
 
     Raises:
       UserError: there are none, or they cannot be used.
@@ -154,17 +155,17 @@ def find_weights(path: str, mesh: Mesh) -> convert.Source:
     )
 
 
-@functools.lru_cache(maxsize=1)  # asked for its inputs first, then for its arrays
+@functools.lru_cache(maxsize=1)  # read once for its inputs and its arrays
 def _read_released(path: str) -> convert.Source:
     return convert.read_released(path)
 
 
 def _inputs_of(path: str) -> dict[str, Any]:
     if convert.is_weights_file(path):
-        return _described(_read_released(path))
+        return _inputs_of_source(_read_released(path))
     config = from_card(open_card(path)["config"], path)
     return {key: config.data[key] for key in INPUTS}
 
 
-def _described(source: convert.Source) -> dict[str, Any]:
+def _inputs_of_source(source: convert.Source) -> dict[str, Any]:
     return {key: getattr(source.inputs, key, None) for key in INPUTS}

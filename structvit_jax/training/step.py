@@ -1,10 +1,10 @@
-"""The train step and the evaluation step: one jitted function each, shardings given."""
+"""The train step and the evaluation steps: one jitted function each, with explicit shardings."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from structvit_jax.config import INPUTS
+from structvit_jax.models import Network
 from structvit_jax.models.weights import ModelDef, Weights, batch_stats, training_structure
 from structvit_jax.ops import batch_split_over
 from structvit_jax.runtime.mesh import put_whole
@@ -20,26 +21,24 @@ from structvit_jax.runtime.sharding import batch_sharding, replicated, state_sha
 from structvit_jax.training import losses, mixing, token_labels
 from structvit_jax.training.optim import Optimizer
 
-Batch = dict[str, jax.Array]
-Metrics = dict[str, jax.Array]
+Arrays = Mapping[str, jax.Array]
 
 
 class TrainState(NamedTuple):
-    """All that a run carries from step to step."""
+    """The state of training between two steps."""
 
-    step: jax.Array  # int32, steps done
+    step: jax.Array  # int32, completed steps
     weights: Weights
-    optimizer: Any  # optax's state; None in a checkpoint of weights alone
-    average: Weights | None = None  # the moving average of the weights, where it is kept
+    optimizer: optax.OptState | None  # None in a checkpoint of weights alone
+    average: Weights | None = None  # moving average of the weights, if it is kept
 
     def scored(self, averaged: bool) -> Weights:
-        """What evaluations score."""
+        """Return the weights to evaluate: the moving average if it exists and `averaged` is set."""
         return self.weights if self.average is None or not averaged else self.average
 
 
 def init_state(weights: Weights, optimizer: Optimizer, mesh: Mesh, *, averaged: bool = False) -> TrainState:
-    """The state before the first step, placed on the mesh; every process brings the same weights."""
-
+    """Return the state before the first step, placed on the mesh; all processes pass the same weights."""
     init = functools.partial(fresh_state, optimizer, averaged)
     shardings = state_sharding(mesh, jax.eval_shape(init, weights))
     weights = put_whole(weights, shardings.weights)
@@ -47,29 +46,33 @@ def init_state(weights: Weights, optimizer: Optimizer, mesh: Mesh, *, averaged: 
 
 
 def fresh_state(optimizer: Optimizer, averaged: bool, weights: Weights) -> TrainState:
-    """The state before the first step."""
+    """Return the state before the first step, without placing it."""
     moments = optimizer.transform.init(optimizer.trained(weights.params))
     return TrainState(jnp.zeros((), jnp.int32), weights, moments, weights if averaged else None)
 
 
 def make_train_step(
-    model: Any,
+    model: Network,
     optimizer: Optimizer,
     schedule: optax.Schedule,
     config: ml_collections.ConfigDict,
     mesh: Mesh,
     state: TrainState,
-) -> Any:
-    """One optimizer step, jitted: (state, batch) -> (state, metrics). The given state's buffers are reused.
+) -> jax.stages.Wrapped:
+    """Return one jitted optimizer step: (state, batch) -> (state, metrics). It donates the old state.
 
-    Every random number derives from config.train.seed and the step, so a resumed run draws what an
-    uninterrupted one would. A step whose loss or gradient is not finite changes nothing but the count of
-    steps, and is marked in its metrics.
+    Every random number derives from config.train.seed and the step, so a resumed run draws the same numbers
+    as an uninterrupted one. A step with a non-finite loss or gradient only increments the step count, and
+    its metrics mark it as skipped.
+
+    Args:
+      model, optimizer, schedule, config, mesh: see `structvit_jax.training.learner.Learner`.
+      state: arrays or shapes, for the shardings.
     """
     gradients = _gradients(model, optimizer, config, mesh)
     shardings = state_sharding(mesh, state)
 
-    def step_fn(state, batch):
+    def step_fn(state: TrainState, batch: Arrays) -> tuple[TrainState, dict[str, jax.Array]]:
         loss, top1, stats, grads = gradients(state.weights, batch, state.step)
         grads = jax.lax.with_sharding_constraint(grads, optimizer.trained(shardings.weights.params))
         lr, grad_norm = schedule(state.step), optax.tree.norm(grads)
@@ -96,25 +99,39 @@ def make_train_step(
     )
 
 
-def _gradients(model: Any, optimizer: Optimizer, config: ml_collections.ConfigDict, mesh: Mesh) -> Callable:
-    """(weights, batch, step) -> loss, top1, new statistics and gradients of a batch, in as many parts as
-    configured."""
+Gradients = tuple[jax.Array, jax.Array, dict[str, jax.Array], dict[str, jax.Array]]  # see `_gradients`
+Carry = tuple[dict[str, jax.Array], jax.Array, jax.Array, dict[str, jax.Array]]
+
+
+def _gradients(
+    model: Network, optimizer: Optimizer, config: ml_collections.ConfigDict, mesh: Mesh
+) -> Callable[[Weights, Arrays, jax.Array], Gradients]:
+    """Return a function: (weights, batch, step) -> loss, top1, new batch statistics and gradients.
+
+    It processes the batch in config.train.grad_accum_steps parts.
+    """
     structure = training_structure(model, optimizer.frozen)
     grid = model.grid(config.data.size) if config.data.label_maps else None
     examples = batch_sharding(mesh)
 
-    def place(x):
+    def place(x: jax.Array) -> jax.Array:
         return jax.lax.with_sharding_constraint(x, examples)
 
-    def loss_fn(trained, frozen, stats, part, key):
-        """Sums over a part of the batch, as shares of the whole batch's means."""
-        network = structure.model(Weights(frozen | trained, stats))
+    def loss_fn(
+        trained: dict[str, jax.Array],
+        frozen: dict[str, jax.Array],
+        stats: dict[str, jax.Array],
+        part: Arrays,
+        key: jax.Array,
+    ) -> tuple[jax.Array, tuple[dict[str, jax.Array], jax.Array]]:
+        """Return the contribution of a part to the loss and accuracy of the whole batch."""
+        network = cast(Network, structure.model(Weights(frozen | trained, stats)))
         with batch_split_over(mesh):
             logits, loss = forward(network, part, key, place, config)
         top1 = losses.masked_mean(losses.in_top(logits, part["labels"], 1), part["mask"])
-        return loss * part["share"], (batch_stats(network), top1 * part["share"])
+        return loss * part["fraction"], (batch_stats(network), top1 * part["fraction"])
 
-    def gradients(weights, batch, step):
+    def gradients(weights: Weights, batch: Arrays, step: jax.Array) -> Gradients:
         drop_key, augment_key = step_keys(config, step)
         with jax.named_scope("augment"):
             prepared = prepare_batch(augment_key, batch, weights.params["head.bias"].size, config, grid)
@@ -123,13 +140,13 @@ def _gradients(model: Any, optimizer: Optimizer, config: ml_collections.ConfigDi
         trained = optimizer.trained(weights.params)
         frozen = {name: weights.params[name] for name in optimizer.frozen}
         if config.train.grad_accum_steps == 1:
-            part = whole | {"share": jnp.float32(1)}
+            part = whole | {"fraction": jnp.float32(1)}
             (loss, (stats, top1)), grads = value_and_grad(
                 trained, frozen, weights.batch_stats, part, drop_key
             )
             return loss, top1, stats, grads
 
-        def add(carry, part_and_key):
+        def add(carry: Carry, part_and_key: tuple[dict[str, jax.Array], jax.Array]) -> tuple[Carry, None]:
             stats, *sums = carry
             (loss, (stats, top1)), grads = value_and_grad(trained, frozen, stats, *part_and_key)
             return (stats, *jax.tree.map(jnp.add, tuple(sums), (loss, top1, grads))), None
@@ -145,31 +162,36 @@ def _gradients(model: Any, optimizer: Optimizer, config: ml_collections.ConfigDi
     return gradients
 
 
-def split_batch(batch: dict[str, jax.Array], parts: int, mesh: Mesh) -> dict[str, jax.Array]:
-    """[examples, ...] -> [parts, examples / parts, ...], every device's examples staying where they are;
-    and each part's share of the examples that count."""
+def split_batch(batch: Arrays, parts: int, mesh: Mesh) -> dict[str, jax.Array]:
+    """Reshape [examples, ...] to [parts, examples / parts, ...] without moving examples between devices.
+
+    Also return `fraction`, each part's fraction of the unmasked examples: float32 [parts].
+    """
     sharding = NamedSharding(mesh, PartitionSpec(None, *batch_sharding(mesh).spec))
 
-    def cut(rows):
+    def cut(rows: jax.Array) -> jax.Array:
         rows = jnp.swapaxes(rows.reshape(-1, parts, *rows.shape[1:]), 0, 1)
         return jax.lax.with_sharding_constraint(rows, sharding)
 
-    cuts = jax.tree.map(cut, batch)
+    cuts = {key: cut(rows) for key, rows in batch.items()}
     counts = cuts["mask"].sum(axis=1)
-    return cuts | {"share": counts / jnp.maximum(counts.sum(), 1)}
+    return cuts | {"fraction": counts / jnp.maximum(counts.sum(), 1)}
 
 
 def make_eval_step(
     structure: ModelDef, config: ml_collections.ConfigDict, mesh: Mesh, weights: Weights
-) -> Any:
-    """(weights, batch) -> scores of examples with all their views, jitted: float32 [rows, classes], the mean
-    over views, with labels, mask and index, and whether the label is among the first one and five; whole on
-    every process."""
+) -> jax.stages.Wrapped:
+    """Return the jitted evaluation step: (weights, batch) -> arrays that are whole on every process.
 
-    def step_fn(weights, batch):
-        network = structure.model(weights)
+    These are `scores`, float32 [rows, classes], the mean over views of logits or probabilities (see
+    config.eval.average); `top1` and `top5`, bool [rows], whether the label is among the highest scores; and
+    the `labels`, `mask` and `index` of the batch. Its inputs are uint8 [rows, views, ...].
+    """
 
-        def scores(view):
+    def step_fn(weights: Weights, batch: Arrays) -> dict[str, jax.Array]:
+        network = cast(Network, structure.model(weights))
+
+        def scores(view: jax.Array) -> jax.Array:
             logits = network(normalize(view, config)).astype(jnp.float32)
             return jax.nn.softmax(logits) if config.eval.average == "softmax" else logits
 
@@ -183,23 +205,48 @@ def make_eval_step(
     return jax.jit(step_fn, in_shardings=(shardings, batch_sharding(mesh)), out_shardings=replicated(mesh))
 
 
+def make_features_step(
+    structure: ModelDef, config: ml_collections.ConfigDict, mesh: Mesh, weights: Weights
+) -> jax.stages.Wrapped:
+    """Return a step like `make_eval_step` for `features` before the head: float32 [rows, views, width]."""
+
+    def step_fn(weights: Weights, batch: Arrays) -> dict[str, jax.Array]:
+        network = cast(Network, structure.model(weights))
+
+        def pooled(view: jax.Array) -> jax.Array:
+            return network.pooled(normalize(view, config)).astype(jnp.float32)
+
+        views = jnp.moveaxis(batch["inputs"], 1, 0)
+        with batch_split_over(mesh):
+            features = jax.lax.map(pooled, views)
+        return {"features": jnp.moveaxis(features, 0, 1)}
+
+    shardings = state_sharding(mesh, weights)
+    return jax.jit(step_fn, in_shardings=(shardings, batch_sharding(mesh)), out_shardings=replicated(mesh))
+
+
 def step_keys(config: ml_collections.ConfigDict, step: jax.Array | int) -> tuple[jax.Array, jax.Array]:
-    """The keys of a step, for stochastic depth and for the augmentation of its batch."""
+    """Return the random keys of a step, for stochastic depth and for augmentation."""
     key = jax.random.fold_in(jax.random.key(config.train.seed), step)
     drop_key, augment_key = jax.random.split(key)
     return drop_key, augment_key
 
 
 def forward(
-    network: Any, part: Batch, key: jax.Array, place: Callable, config: ml_collections.ConfigDict
+    network: Network,
+    part: Arrays,
+    key: jax.Array,
+    place: Callable[[jax.Array], jax.Array],
+    config: ml_collections.ConfigDict,
 ) -> tuple[jax.Array, jax.Array]:
-    """Logits of a part of a batch in training, and their loss."""
+    """Return the logits of a part of a training batch, and their loss."""
     if not network.variant.token_labels:
         logits = network(part["inputs"], key=key, place=place)
         return logits, losses.cross_entropy(logits, part["targets"], part["mask"])
     mix = token_labels.MixToken(jax.random.fold_in(key, 1), config.augment.mix_token)
-    mixes = {"mix": mix} if config.augment.mix_token else {}
+    mixes: dict[str, Any] = {"mix": mix} if config.augment.mix_token else {}
     logits, dense_logits = network.scores(part["inputs"], key=key, place=place, **mixes)
+    assert dense_logits is not None
     whole, shape = part["targets"], dense_logits.shape
     positions = whole.reshape(len(whole), *[1] * (len(shape) - 2), -1)
     dense = part["dense"] if "dense" in part else jnp.broadcast_to(positions, shape)
@@ -211,18 +258,26 @@ def forward(
 
 def prepare_batch(
     key: jax.Array,
-    batch: Batch,
+    batch: Arrays,
     classes: int,
     config: ml_collections.ConfigDict,
-    grid: tuple[int, int] | None = None,
+    grid: tuple[int, ...] | None = None,
 ) -> dict[str, jax.Array]:
-    """What a training step feeds the model: normalised, erased and mixed `inputs`, and their `targets`; for a
-    grid of positions with label maps also `dense`, their targets, of which `targets` are the mean."""
+    """Return normalised and augmented `inputs`, and their `targets`, distributions over classes.
+
+    Args:
+      key: for augmentation.
+      batch: uint8 inputs, labels and mask, and the arrays of label maps.
+      classes: their number.
+      config: its sections data, augment and train.
+      grid: positions of the label maps along height and width. The result then also has `dense`, the targets
+        of the positions, and `targets` is their mean.
+    """
     batch = fill_masked_rows(batch)
     smoothing = config.train.label_smoothing
     inputs = normalize(batch["inputs"], config)
     targets = losses.smooth_targets(batch["labels"], classes, smoothing)
-    prepared = {}
+    prepared: dict[str, jax.Array] = {}
     if grid:
         dense = token_labels.dense_targets(batch, grid, classes)
         prepared["dense"] = optax.smooth_labels(dense, smoothing)
@@ -231,15 +286,17 @@ def prepare_batch(
     return {"inputs": inputs, "targets": targets, **prepared}
 
 
-def fill_masked_rows(batch: Batch) -> Batch:
-    """A batch in which every masked row repeats the first row that is not: batch statistics and mixing then
-    see real pictures only. The mask still keeps the row out of the loss."""
+def fill_masked_rows(batch: Arrays) -> dict[str, jax.Array]:
+    """Replace masked rows by the first unmasked row, so that batch statistics and mixing see real inputs.
+
+    The mask is unchanged and keeps these rows out of the loss.
+    """
     mask = batch["mask"]
     first = jnp.arange(mask.size) == jnp.argmax(mask)
 
-    def fill(rows):
+    def fill(rows: jax.Array) -> jax.Array:
         first_, mask_ = (flags.reshape(-1, *[1] * (rows.ndim - 1)) for flags in (first, mask))
-        # Not rows[place], for which every device would get the whole batch.
+        # A sum, because indexing would gather the whole batch on every device.
         row = jnp.where(first_, rows, 0).sum(axis=0, dtype=rows.dtype)
         return jnp.where(mask_, rows, row)
 
@@ -247,6 +304,6 @@ def fill_masked_rows(batch: Batch) -> Batch:
 
 
 def normalize(inputs: jax.Array, config: ml_collections.ConfigDict) -> jax.Array:
-    """uint8 pixels to float32 with the configured mean and deviation of channels scaled to 0..1."""
+    """Scale uint8 pixels to 0..1 and normalise them with the channels' configured mean and std: float32."""
     mean, std = (jnp.array(config.data[key] or INPUTS[key], jnp.float32) for key in ("mean", "std"))
     return (inputs.astype(jnp.float32) / 255.0 - mean) / std

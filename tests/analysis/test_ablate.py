@@ -14,7 +14,7 @@ from structvit_jax.analysis.ablate import arms, compare, grid, results, study, s
 from structvit_jax.config import default_config, durations
 from structvit_jax.data.digits import DigitMotions, MovingDigits
 from structvit_jax.runtime.storage import write_json
-from structvit_jax.training.run import as_json
+from structvit_jax.training.card import as_json
 from structvit_jax.utils.errors import UserError
 
 

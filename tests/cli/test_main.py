@@ -14,7 +14,7 @@ from structvit_jax import data
 from structvit_jax.config import default_config
 from structvit_jax.models.weights import sha256
 from structvit_jax.training.checkpoint import Checkpoints
-from structvit_jax.training.run import Run
+from structvit_jax.training.learner import Learner
 from structvit_jax.training.start import starting_state
 
 
@@ -95,9 +95,10 @@ def test_weights_of_another_run(finished, command, tmp_path):
     config = default_config()
     config.update(ConfigDict(json.loads((workdir / "config.json").read_text())))
     config.init_from = f"{workdir}/checkpoints/12"
-    run_ = Run.prepare(config, data.load(config.data, config.augment))
+    dataset = data.load(config.data, config.augment)
+    learner = Learner.create(config, dataset)
     with Checkpoints(tmp_path) as none:
-        state = starting_state(run_, none)
+        state = starting_state(learner, dataset, none, 12)
     assert sha256(state.weights) == json.loads((workdir / "result.json").read_text())["params_sha256"]
     assert int(state.step) == 0
 

@@ -12,24 +12,33 @@ import numpy as np
 import pytest
 from conftest import structvit
 from etils import epath
-from structvit_jax.cli.command import _last_values, parse_flags, suggest_key
 
 from structvit_jax import create_model, data, load_trained
-from structvit_jax.analysis.ablate.grid import Ablation
+from structvit_jax.analysis.ablate.grid import Ablation, Study
 from structvit_jax.analysis.report.classes import class_sections
 from structvit_jax.analysis.report.predictions import Predictions
-from structvit_jax.cli import predict
+from structvit_jax.cli import configuration, predict
+from structvit_jax.cli.configuration import suggest_key
+from structvit_jax.cli.options import split_words
 from structvit_jax.config import check_config, default_config
 from structvit_jax.data import Problem
 from structvit_jax.inference.trained import Prediction
 from structvit_jax.models import weights
 from structvit_jax.ops import native
-from structvit_jax.runtime import cache, goodput, mesh, storage
+from structvit_jax.runtime import cache, devices, goodput, mesh, storage
 from structvit_jax.runtime.digests import write_digests
 from structvit_jax.runtime.process import exit_in_one_line
 from structvit_jax.training import evaluation, log
-from structvit_jax.training.card import MACHINE, PORTABLE, check_card, from_card, is_portable, keys_of
-from structvit_jax.training.run import as_json, differences
+from structvit_jax.training.card import (
+    MACHINE,
+    PORTABLE,
+    as_json,
+    check_card,
+    differences,
+    from_card,
+    is_portable,
+    keys_of,
+)
 from structvit_jax.training.unreadable import Unreadable
 from structvit_jax.utils import paths
 from structvit_jax.utils.errors import UserError, printable
@@ -71,7 +80,7 @@ def test_a_card_sets_nothing_of_this_machine():
     assert (config.model.name, config.data.root, config.data.size) == ("deit_tiny", "/data", 32)
     assert config.data.label_maps == ""
     assert from_card(card_of(data__root="gs://evil/data"), "card").data.root == ""
-    assert differences(hostile, as_json(config)) == [
+    assert [difference.describe() for difference in differences(hostile, as_json(config))] == [
         "config.data.label_maps is now ''; the checkpoint was trained with 'http://evil/maps'"
     ]
 
@@ -153,7 +162,7 @@ def test_a_card_names_data_sets_of_tfds_alone(name):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("data.size", 10**9), ("device_batch", 10**9), ("optimizer.lr", 1e39), ("data.frames", 10**6)],
+    [("data.size", 10**9), ("optimizer.lr", 1e39), ("data.frames", 10**6)],
 )
 def test_values_beyond_reason_are_refused(key, value):
     config = default_config()
@@ -169,30 +178,31 @@ def test_a_batch_beyond_reason_is_refused():
         check_config(config)
 
 
-def test_batches_hold_no_more_than_there_is(monkeypatch):
-    devices = mesh.make_mesh(-1, 1)  # eight of them
-    assert [mesh.fitting_batch(devices, size, 20) for size in (100_000, 24, 16)] == [24, 24, 16]
+def test_batches_hold_no_more_than_there_is():
+    grid = mesh.make_mesh(-1, 1)  # eight devices
+    assert [mesh.fitting_batch(grid, size, 20) for size in (100_000, 24, 16)] == [24, 24, 16]
     seen = []
 
     def batches(size, share):
         seen.append(size)
         raise InterruptedError
 
-    evaluator = object.__new__(evaluation.Evaluator)
-    evaluator._mesh, evaluator._config = devices, types.SimpleNamespace(batch_size=100_000)
-    evaluator._data = types.SimpleNamespace(test_examples=20, test_batches=batches)
+    source = types.SimpleNamespace(test_examples=20, test_batches=batches)
+    section = types.SimpleNamespace(batch_size=100_000)
     with pytest.raises(InterruptedError):
-        evaluator(None)
+        evaluation.evaluate(evaluation.StepRunner(None, grid), None, source, section)
     assert seen == [24]
 
 
 def test_an_ablation_checks_all_rates_before_it_trains(tmp_path):
     config = default_config()
-    config.ablate.arms = ("a: model.drop_path=0.0", "b: model.drop_path=0.1")
-    for rates, phrase in (((0.001, -1.0), "config.optimizer.lr is -1.0"), (("x",), "it needs numbers")):
-        config.ablate.lrs = rates
+    arms = ("a: model.drop_path=0.0", "b: model.drop_path=0.1")
+    for rates, phrase in (
+        ((0.001, -1.0), "config.optimizer.lr is -1.0"),
+        (("x",), "config.optimizer.lr does not take 'x'"),
+    ):
         with pytest.raises(UserError, match=phrase):
-            Ablation(config, epath.Path(tmp_path))
+            Ablation(config, Study(arms, lrs=rates), epath.Path(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["deit_tiny", "deit_tiny_struct_1_video"])
@@ -273,12 +283,12 @@ def test_compiled_programs_are_kept_in_private(tmp_path, monkeypatch, capsys):
     try:
         monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-        mesh.use_compilation_cache("auto")
+        devices.use_compilation_cache("auto")
         folder = tmp_path.resolve() / "structvit_jax" / "compiled"
         assert jax.config.jax_compilation_cache_dir == str(folder)
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
         folder.chmod(0o777)
-        mesh.use_compilation_cache("auto")
+        devices.use_compilation_cache("auto")
         assert jax.config.jax_compilation_cache_dir is None
         assert "others can write into" in capsys.readouterr().err
     finally:
@@ -306,22 +316,23 @@ def test_unknown_keys_are_answered_with_those_that_were_meant(wrong, keys):
 
 
 def test_synonyms_stand_for_keys_that_exist():
-    from structvit_jax.cli.command import _SYNONYMS
-
-    assert {*_SYNONYMS.values()} <= {*KEYS}
+    assert {*configuration._SYNONYMS.values()} <= {*KEYS}
     assert suggest_key("zzzzz", KEYS) == " structvit show prints all keys."
 
 
 def test_the_last_value_of_a_key_counts():
-    words = ["main", "--config.a=(1,)", "x", "--config.b", "2", "--config.a=(2,)", "--config.b=3", "--top=1"]
-    assert _last_values(words) == ["main", "x", "--config.a=(2,)", "--config.b=3", "--top=1"]
+    given = ["--config.data.size=1", "x", "--config.data.frames", "2", "--config.data.size=3", "--top=1"]
+    words, others = split_words(given)
+    assert others == ["x", "--top=1"] and words.value("data.size", "") == "3"
+    config = default_config()
+    configuration.override(config, words.overrides)
+    assert (config.data.size, config.data.frames) == (3, 2)
 
 
-@pytest.mark.parametrize("word", ["--help", "-h", "--helpfull"])
+@pytest.mark.parametrize("word", ["--help", "-h"])
 def test_help_is_no_failure(word, capsys):
-    with pytest.raises(SystemExit) as end:
-        parse_flags(["program", "--config=nowhere.py", word], config_file=True)
-    assert end.value.code == 0 and "flags" in capsys.readouterr().out
+    assert structvit("train", "--config=nowhere.py", word) == 0
+    assert "--config FILE[:ARGUMENT]" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -361,14 +372,14 @@ def test_bugs_keep_their_traceback():
 
 
 def test_a_device_without_its_plug_in(monkeypatch):
-    def devices():
+    def no_devices():
         raise AssertionError
 
-    monkeypatch.setattr(mesh.jax, "devices", devices)
-    monkeypatch.setattr(mesh.jax.config, "update", lambda *words: None)
-    monkeypatch.setattr(mesh, "_nvidia_gpu", lambda: False)
+    monkeypatch.setattr(jax, "devices", no_devices)
+    monkeypatch.setattr(jax.config, "update", lambda *words: None)
+    monkeypatch.setattr(devices, "_has_nvidia_gpu", lambda: False)
     with pytest.raises(UserError, match=r"JAX finds no device for config.mesh.device='gpu': its plug-in"):
-        mesh.select_devices("gpu")
+        devices.select_devices("gpu")
 
 
 def test_the_bench_of_data_names_what_it_cannot_read(tmp_path):

@@ -17,7 +17,7 @@ from structvit_jax.performance import hardware, plan, traffic
 from structvit_jax.performance.cost import count_flops
 from structvit_jax.runtime.mesh import make_mesh
 from structvit_jax.training.compilation import trace_train_step
-from structvit_jax.training.run import Run, abstract_state
+from structvit_jax.training.learner import Learner
 from structvit_jax.utils.errors import UserError
 
 QUICK = [
@@ -34,7 +34,7 @@ def operations(function, *args):
 
 
 def step_operations(run):
-    return count_flops(trace_train_step(run, abstract_state(run)).jaxpr)
+    return count_flops(trace_train_step(run, run.abstract_state()).jaxpr)
 
 
 def test_operations_by_hand():
@@ -82,7 +82,7 @@ def prepare_run(name, shape, classes, **model):
         class_names=[str(i) for i in range(classes)],
         rows_per_epoch=800,
     )
-    return Run.prepare(config, source, make_mesh(1, 1, jax.devices()[:1]))
+    return Learner.create(config, source, make_mesh(1, 1, jax.devices()[:1]))
 
 
 @pytest.mark.parametrize(
@@ -154,8 +154,8 @@ def test_traffic_of_the_default_model_stays_in_its_band():
     """The CPU program of the default train step: a figure without noise. Changes should lower it, and then
     this band."""
     config = load_config(Words("moving_digits"))
-    run = Run.prepare(config, data.load(config.data, config.augment), make_mesh(1, 1, jax.devices()[:1]))
-    moved = traffic.count(trace_train_step(run, abstract_state(run)).lower().compile().as_text())
+    run = Learner.create(config, data.load(config.data, config.augment), make_mesh(1, 1, jax.devices()[:1]))
+    moved = traffic.count(trace_train_step(run, run.abstract_state()).lower().compile().as_text())
     print(f"{moved.hbm / 64 / 1e6:.2f} MB per example")
     # operations in C++ count by their inputs and outputs, loops by every step
     low, high = (15, 17) if native.available() else (28, 36)

@@ -19,8 +19,8 @@ from structvit_jax.models import weights
 from structvit_jax.ops.devices import Target
 from structvit_jax.runtime import mesh, sharding
 from structvit_jax.training import losses, optim, step
-from structvit_jax.training.evaluation import Evaluator
-from structvit_jax.training.run import warn_of_single_examples
+from structvit_jax.training.evaluation import StepRunner, evaluate
+from structvit_jax.training.learner import check_train_batch
 from structvit_jax.utils.errors import UserError
 
 
@@ -104,20 +104,26 @@ def test_the_table_names_every_parameter(name):
         assert share <= 1.1 / ways
 
 
+def runner(model, config, grid):
+    """The evaluation step of a model."""
+    structure, arrays = weights.split(model)
+    return StepRunner(step.make_eval_step(structure, config, grid, arrays), grid)
+
+
 def test_evaluation_counts_every_example_once():
     config = small_config()
     digits = data.load(config.data, config.augment)
     grid, model, state, _ = setup(config, 8, 1)
     scores = []
     for config.eval.batch_size in (16, 56):  # 360 is a multiple of neither
-        evaluation = Evaluator(model, config, grid, digits)(state.weights)
+        evaluation = evaluate(runner(model, config, grid), state.weights, digits, config.eval)
         assert len(set(evaluation.ids)) == 360 and evaluation.scores.shape == (360, 10)
         scores.append(evaluation.summary())
     assert scores[0] == scores[1]
     assert (scores[0].examples, scores[0].missing) == (360, 0) and 0 <= scores[0].top1 <= scores[0].top5 <= 1
     more = types.SimpleNamespace(test_examples=361, test_ids=(), test_batches=digits.test_batches)
     with pytest.raises(RuntimeError, match="360 examples of 361"):
-        Evaluator(model, config, grid, more)(state.weights)
+        evaluate(runner(model, config, grid), state.weights, more, config.eval)
 
 
 @pytest.mark.parametrize("average", ["logits", "softmax"])
@@ -141,14 +147,16 @@ def test_scores_are_averaged_over_views(average):
         test_examples=360, test_ids=digits.test_ids, test_batches=lambda size, share: (b for b in [batch])
     )
     grid, model, state, _ = setup(config, 1, 1)
-    evaluation = Evaluator(model, config, grid, source)(state.weights)
+    evaluation = evaluate(runner(model, config, grid), state.weights, source, config.eval)
     one_view = jax.jit(lambda inputs: model(step.normalize(inputs, config)), compiler_options=COMPILED_SOON)
     logits = [np.asarray(one_view(views[:, view])) for view in range(3)]
     expected = np.mean([jax.nn.softmax(one) if average == "softmax" else one for one in logits], axis=0)
     np.testing.assert_allclose(evaluation.scores, expected, rtol=2e-4, atol=2e-5)
-    with pytest.raises(UserError, match=r"1 of 360 test examples cannot be read \(7: torn\).*max_missing=1"):
+    with pytest.raises(
+        UserError, match=r"1 of 360 test examples cannot be read \(7: torn\).*max_unreadable=1"
+    ):
         evaluation.summary()
-    scores = evaluation._replace(tolerated=1).summary()
+    scores = evaluation._replace(max_unreadable=1).summary()
     hits = (expected.argmax(1) == labels)[mask]
     assert (scores.examples, scores.missing, scores.top1) == (359, 1, pytest.approx(hits.mean()))
     classes = [hits[labels[mask] == c].mean() for c in range(10)]
@@ -210,7 +218,9 @@ def test_schedule_as_the_released_programs_run_it():
         "start",
     )
     total, warm = 300, 5
-    schedule = optim.learning_rate(config, Durations(310 * 4, warmup=warm * 4, cooldown=10 * 4, lr_update_every=4))
+    schedule = optim.learning_rate(
+        config, Durations(310 * 4, warmup=warm * 4, cooldown=10 * 4, lr_update_every=4)
+    )
     for epoch in (0, 1, 2, 5, 6, 150, 300, 301, 309):
         t = max(epoch - 1, 0)
         cosine = 1e-5 + (1e-3 - 1e-5) * (1 + np.cos(np.pi * min(t, total) / total)) / 2
@@ -388,7 +398,7 @@ def test_mesh_and_batch_must_fit_the_devices():
         mesh.make_mesh(3, 2)
     with pytest.raises(UserError, match="fsdp is 3, which does not divide 8"):
         mesh.make_mesh(-1, 3)
-    with pytest.raises(UserError, match=r"config\.data\.batch_size is 12, which 8 devices cannot share"):
+    with pytest.raises(UserError, match=r"config\.data\.batch_size is 12, not divisible by 8 devices"):
         mesh.check_batch(mesh.make_mesh(-1, 1), "data.batch_size", 12)
 
 
@@ -422,7 +432,8 @@ def test_single_examples_are_warned_of(name, batch, parts, warns, capsys):
     config.data.batch_size, config.train.grad_accum_steps = batch, parts
     small = {"depths": (1, 1, 1, 1), "widths": (8, 8, 16, 16), "head_width": 8} if name != "deit_tiny" else {}
     model = create_model(name, num_classes=3, **small)
-    warn_of_single_examples(types.SimpleNamespace(config=config, model=model))
+    learner = types.SimpleNamespace(config=config, model=model, mesh=mesh.single_device_mesh())
+    check_train_batch(learner)
     assert ("normalises a single example" in capsys.readouterr().out) == warns
     if warns and batch == 1:
         model.train()

@@ -20,7 +20,8 @@ from structvit_jax.performance.cost import cost
 from structvit_jax.runtime.goodput import wall_seconds
 from structvit_jax.runtime.storage import CONFIG, read_json, write_json
 from structvit_jax.training import loop
-from structvit_jax.training.run import Run, as_json, differences
+from structvit_jax.training.card import as_json, differences
+from structvit_jax.training.learner import Learner
 from structvit_jax.utils.errors import UserError, check_choice
 
 _TIMES = "times.json"
@@ -164,7 +165,7 @@ class Ablation:
             print(f"timing a step of {len(names)} arms in turns", flush=True)
             configs = [with_overrides(self._config, arm.changes) for arm in self.arms]
             calls = {
-                name: train_program(Run.prepare(config, self._dataset)).call
+                name: train_program(Learner.create(config, self._dataset), self._dataset).call
                 for name, config in zip(names, configs, strict=True)
             }
             kept = {name: times.median for name, times in alternate(calls, self.study.rounds).items()}
@@ -210,7 +211,7 @@ class Ablation:
         return RunResult(seed, lr, total, result["top1"], wall_seconds(workdir))
 
 
-def _finished(config: ml_collections.ConfigDict, workdir: epath.Path, steps: int) -> dict[str, Any] | None:
+def _finished(config: ml_collections.ConfigDict, workdir: epath.Path, steps: int) -> loop.Result | None:
     """The result of a run that is complete.
 
     Raises:
@@ -221,6 +222,7 @@ def _finished(config: ml_collections.ConfigDict, workdir: epath.Path, steps: int
     changes = differences(read_json(workdir / CONFIG) or {}, as_json(config))
     if changes:
         raise UserError(
-            f"{workdir} is of another ablation: {'; '.join(changes[:3])}; choose another --workdir"
+            f"{workdir} is of another ablation: {'; '.join(c.describe() for c in changes[:3])}; choose"
+            " another --workdir"
         )
     return loop.read_result(workdir, steps)

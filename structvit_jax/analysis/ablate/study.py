@@ -12,7 +12,7 @@ import structvit_jax
 from structvit_jax.analysis.ablate import results
 from structvit_jax.analysis.ablate.grid import Ablation, Study
 from structvit_jax.runtime.storage import io_errors_as_user_error, write
-from structvit_jax.training.run import as_json
+from structvit_jax.training.card import as_json
 
 _ALIKE = 0.05  # of the time of a step
 

@@ -14,7 +14,7 @@ from structvit_jax.analysis.explain.choice import SCORE, choose
 from structvit_jax.analysis.explain.layout import Line
 from structvit_jax.analysis.explain.maps import Layer, Query, layers, position_of, query_maps
 from structvit_jax.data.reader import Crop
-from structvit_jax.inference.trained import Trained, load_trained
+from structvit_jax.inference.trained import TrainedModel, load_trained
 from structvit_jax.runtime.storage import write
 from structvit_jax.training.commit import FOLDER
 from structvit_jax.utils.errors import DecodeError, UserError, check_choice, printable
@@ -37,7 +37,7 @@ class Request(NamedTuple):
 class Explained(NamedTuple):
     """A model and what it makes of one input."""
 
-    trained: Trained
+    trained: TrainedModel
     pixels: np.ndarray  # uint8 [[time,] height, width, 3], RGB, as the model saw it
     frames: np.ndarray  # uint8 [time, height, width, 3], RGB, as recorded
     crop: Crop  # of the frames, what the model saw
@@ -147,7 +147,7 @@ def _heading(request: Request, model: Explained, layer: Layer, query: Query, hea
     ]
 
 
-def _explained(trained: Trained, path: str) -> Explained:
+def _explained(trained: TrainedModel, path: str) -> Explained:
     """Raises UserError: a file that cannot be read."""
     try:
         example = trained.example(path)

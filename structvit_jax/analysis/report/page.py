@@ -15,7 +15,7 @@ from structvit_jax.analysis.report.markup import Markup, joined, table, tag
 from structvit_jax.analysis.report.record import Record, read_records
 from structvit_jax.runtime.goodput import ACTIVITIES
 from structvit_jax.runtime.storage import io_errors_as_user_error, write
-from structvit_jax.training.run import as_json, changed_keys
+from structvit_jax.training.card import as_json, differences
 from structvit_jax.utils.paths import parse_path, write_errors_as_user_error
 
 FILE = "report.html"  # in the first workdir
@@ -131,7 +131,10 @@ def _differences(records: Sequence[Record]) -> Markup:
     if len(records) < 2:
         return Markup()
     first, *others = (as_json(record.config) for record in records)
-    found = [changed_keys(first, other) for other in others]
+    found = [
+        {f"config.{d.key}": (d.before, d.after) for d in differences(first, other, portable=False)}
+        for other in others
+    ]
     values = {key: pair[0] for change in found for key, pair in change.items()}
     title = tag("h3", "What differs between their configurations")
     if not values:

@@ -28,7 +28,7 @@ from structvit_jax.performance.bench.report import PHASES, Row
 from structvit_jax.performance.bench.timing import Call, alternate, measure_rates
 from structvit_jax.performance.cost import cost
 from structvit_jax.runtime.processes import log
-from structvit_jax.training.run import Run
+from structvit_jax.training.learner import Learner
 from structvit_jax.utils.errors import UserError
 
 _TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}  # of logits to the peer's, relative to the largest
@@ -51,14 +51,14 @@ def run(config: ml_collections.ConfigDict, data: Dataset, workdir: epath.Path, r
     """
     if jax.device_count() > 1:
         raise UserError(f"structvit bench measures one device; there are {jax.device_count()} here")
-    prepared = Run.prepare(config, data)
+    learner = Learner.create(config, data)
     shape = (config.data.batch_size, *data.shape)
-    parts = list(parts_of(prepared.model, shape))
+    parts = list(parts_of(learner.model, shape))
     names = ["model", *(part.name for part in parts)]
     complaint = f"--only: nothing is named {{}}; there are {', '.join(names)}"
     wanted = matching(request.only or "*", names, complaint)
-    peer = TorchPeer(prepared.model) if request.peer else None
-    dtype = prepared.model.variant.dtype
+    peer = TorchPeer(learner.model) if request.peer else None
+    dtype = learner.model.variant.dtype
     rates = measure_rates(dtype, request.rounds)
     header = (
         f"{config.model.name}, batch {'x'.join(map(str, shape))}, {dtype};"
@@ -69,7 +69,7 @@ def run(config: ml_collections.ConfigDict, data: Dataset, workdir: epath.Path, r
     log(header)
     rows = []
     wanted_parts = [part for part in parts if part.name in wanted]
-    for row in _rows(prepared, wanted_parts, "model" in wanted, shape, peer, request.rounds):
+    for row in _rows(learner, data, wanted_parts, "model" in wanted, shape, peer, request.rounds):
         rows.append(row)
         log(report.summary(row, rates))
     report.write(rows, rates, header, workdir)
@@ -77,7 +77,8 @@ def run(config: ml_collections.ConfigDict, data: Dataset, workdir: epath.Path, r
 
 
 def _rows(
-    prepared: Run,
+    learner: Learner,
+    data: Dataset,
     parts: Sequence[Part],
     with_model: bool,
     shape: tuple[int, ...],
@@ -86,7 +87,7 @@ def _rows(
 ) -> Iterator[Row]:
     """Time the forward pass and the train step of the model, if it is wanted, and then its parts."""
     if with_model:
-        yield from _model_rows(prepared, shape, peer, rounds)
+        yield from _model_rows(learner, data, shape, peer, rounds)
     for part in parts:
         for phase in PHASES:
             function: Callable[..., Any] = part.forward
@@ -103,16 +104,18 @@ def _rows(
             yield Row(part.name, phase, times.pop(""), operations, moved, times, times=part.times)
 
 
-def _model_rows(prepared: Run, shape: tuple[int, ...], peer: TorchPeer | None, rounds: int) -> Iterator[Row]:
-    config, samples = prepared.config, shape[0]
+def _model_rows(
+    learner: Learner, data: Dataset, shape: tuple[int, ...], peer: TorchPeer | None, rounds: int
+) -> Iterator[Row]:
+    config, samples = learner.config, shape[0]
     arguments = model_arguments(config)
-    macs = cost(arguments.pop("name"), shape[1:], len(prepared.data.class_names), **arguments).macs
+    macs = cost(arguments.pop("name"), shape[1:], len(data.class_names), **arguments).macs
     inputs = jnp.asarray(np.random.default_rng(0).standard_normal(shape, np.float32))
     for phase in PHASES:
-        program = forward_program(prepared, inputs) if phase == "forward" else train_program(prepared)
+        program = forward_program(learner, inputs) if phase == "forward" else train_program(learner, data)
         peers = getattr(peer, phase)(inputs) if peer else {}
         if phase == "forward":
-            _check_logits(program.call, peers, prepared.model.variant.dtype)
+            _check_logits(program.call, peers, learner.model.variant.dtype)
         times = alternate({"": program.call, **peers}, rounds)
         operations = 2 * macs * samples * (3 if phase == "train" else 1)
         yield Row(

@@ -24,8 +24,7 @@ from structvit_jax.performance.bench.timing import Call
 from structvit_jax.performance.cost import count_flops
 from structvit_jax.runtime.mesh import put_batch
 from structvit_jax.training.compilation import memory_of, trace_train_step
-from structvit_jax.training.run import Run, abstract_state
-from structvit_jax.training.step import init_state
+from structvit_jax.training.learner import Learner
 from structvit_jax.utils.errors import UserError
 
 
@@ -40,20 +39,20 @@ class Program:
     moved: float  # bytes from and to memory; 0 if the counter cannot read the program
 
 
-def forward_program(run: Run, inputs: jax.Array) -> Program:
+def forward_program(learner: Learner, inputs: jax.Array) -> Program:
     """Compile the logits of normalised inputs, in evaluation mode."""
-    structure, weights = split(run.model)
+    structure, weights = split(learner.model)
     traced = jax.jit(lambda weights, x: structure.model(weights)(x)).trace(weights, inputs)
     return _compile(traced, lambda compiled: lambda: compiled(weights, inputs))
 
 
-def train_program(run: Run) -> Program:
+def train_program(learner: Learner, data: Dataset) -> Program:
     """Compile the train step of `structvit train`; its calls repeat one batch."""
 
     def start(compiled: jax.stages.Compiled) -> Callable[[], Any]:
-        rows = run.config.data.batch_size
-        batch = put_batch(run.mesh, next(iter(run.data.train_batches(rows, start_step=0))))
-        state = init_state(split(run.model)[1], run.optimizer, run.mesh, averaged=run.averages)
+        rows = learner.config.data.batch_size
+        batch = put_batch(learner.mesh, next(iter(data.train_batches(rows, start_step=0))))
+        state = learner.init_state(split(learner.model)[1])
 
         def step() -> Any:
             nonlocal state
@@ -62,7 +61,7 @@ def train_program(run: Run) -> Program:
 
         return step
 
-    return _compile(trace_train_step(run, abstract_state(run)), start)
+    return _compile(trace_train_step(learner, learner.abstract_state()), start)
 
 
 def _compile(traced: jax.stages.Traced, start: Callable[[jax.stages.Compiled], Callable[[], Any]]) -> Program:

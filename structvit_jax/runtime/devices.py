@@ -1,0 +1,74 @@
+"""Select devices before JAX opens them, and decide where compiled programs are cached."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from importlib.util import find_spec
+
+import jax
+
+from structvit_jax.runtime import cache, process
+from structvit_jax.utils.errors import UserError
+
+
+def select_devices(device: str) -> None:
+    """Apply config.mesh.device, before JAX opens any device.
+
+    Raises:
+      UserError: the device is not available, or JAX does not see an NVIDIA GPU of this machine although the
+        CPU was not asked for.
+    """
+    wants_cpu = device == "cpu" or os.environ.get("JAX_PLATFORMS") == "cpu"
+    if wants_cpu or not (entry_points(group="jax_plugins") or find_spec("libtpu")):
+        process.keep_freed_memory()  # before JAX starts threads, which keep the allocator that they find
+    if device != "auto":
+        jax.config.update("jax_platforms", {"gpu": "cuda"}.get(device, device))
+    try:
+        platform, reason = jax.devices()[0].platform, ""
+    except (RuntimeError, AssertionError) as error:  # AssertionError: JAX without a plug-in for GPUs
+        platform, reason = "none", " ".join(str(error).split()) or "its plug-in is not installed"
+    if platform in ("cpu", "none") and not wants_cpu and _has_nvidia_gpu():
+        raise UserError(
+            "there is an NVIDIA GPU that JAX does not see: pip install -U 'jax[cuda13]' (drivers before"
+            " 580: 'jax[cuda12]'), or choose the CPU with --config.mesh.device=cpu"
+        )
+    if platform == "none":
+        raise UserError(f"JAX finds no device for config.mesh.device={device!r}: {reason}")
+
+
+def _has_nvidia_gpu() -> bool:
+    command = shutil.which("nvidia-smi")
+    if command is None:
+        return False
+    try:
+        listing = subprocess.run([command, "-L"], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return listing.returncode == 0 and "GPU" in listing.stdout
+
+
+def use_compilation_cache(folder: str) -> None:
+    """Apply config.mesh.compilation_cache: later runs load from this folder what was compiled before.
+
+    JAX runs the programs in it unchecked. So "auto" is a folder that only this user can write, or the one
+    that JAX_COMPILATION_CACHE_DIR names; if there is neither, nothing is cached.
+    """
+    if folder == "auto" and not (folder := os.environ.get("JAX_COMPILATION_CACHE_DIR", "")):
+        private, problem = cache.user_folder("compiled")
+        folder = str(private or "")
+        if problem:
+            print(f"note: {problem}; compiled programs are not kept", file=sys.stderr, flush=True)
+    jax.config.update("jax_compilation_cache_dir", os.path.expanduser(folder) or None)
+
+
+def describe_devices() -> str:
+    """Return the number and kind of devices, the number of processes and JAX's version, for a log line."""
+    devices, processes = jax.devices(), jax.process_count()
+    several = f" in {processes} processes" if processes > 1 else ""
+    return (
+        f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform}){several}, jax {jax.__version__}"
+    )
