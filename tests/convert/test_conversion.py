@@ -8,12 +8,12 @@ import pytest
 from conftest import structvit
 from convert_helpers import tiny
 from PIL import Image
-from structvit_jax.training.run import adopt_classes
 
 from structvit_jax import convert, create_model, data
 from structvit_jax.models import weights
 from structvit_jax.training import loop
 from structvit_jax.training.card import from_card
+from structvit_jax.training.compatibility import adopt_classes
 from structvit_jax.training.restore import open_checkpoint
 from structvit_jax.utils.errors import UserError
 

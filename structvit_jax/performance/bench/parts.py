@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from structvit_jax.data import Dataset
 from structvit_jax.models import Network, StructAttention
 from structvit_jax.models.blocks import Block, ConvMixer
 from structvit_jax.models.weights import split
