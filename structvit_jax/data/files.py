@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from structvit_jax.data.image import IMAGES
 from structvit_jax.data.index import Entry, examples_below
 from structvit_jax.data.limits import Limits
-from structvit_jax.data.media import Media, open_media
-from structvit_jax.data.reader import Source
+from structvit_jax.data.media import open_media
+from structvit_jax.data.types import Media, Source
 from structvit_jax.data.video import VideoFile
 from structvit_jax.utils.errors import DecodeError, UserError
 

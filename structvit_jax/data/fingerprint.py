@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from structvit_jax.data.media import IMAGES, VIDEOS
-from structvit_jax.data.reader import Source
+from structvit_jax.data.types import Source
 from structvit_jax.utils.errors import DecodeError, decoding
 
 SAMPLED = 64

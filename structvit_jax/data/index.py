@@ -23,7 +23,8 @@ import numpy as np
 from structvit_jax.data.container import VIDEOS
 from structvit_jax.data.image import IMAGES
 from structvit_jax.data.limits import Limits
-from structvit_jax.data.media import Media, frame_names, open_media, without_extension
+from structvit_jax.data.media import frame_names, open_media, without_extension
+from structvit_jax.data.types import Media
 from structvit_jax.utils.errors import DecodeError, UserError, decoding, did_you_mean, parse_json, printable
 
 LABELS = "labels.txt"

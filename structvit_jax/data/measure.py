@@ -14,7 +14,7 @@ import numpy as np
 
 from structvit_jax.data.fingerprint import bytes_digest
 from structvit_jax.data.index import Index
-from structvit_jax.data.reader import Source
+from structvit_jax.data.types import Source
 from structvit_jax.utils.errors import DecodeError, UserError
 
 _SAMPLED = 200  # examples of a split that are measured, at most

@@ -6,7 +6,6 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import PurePath
-from typing import Protocol
 
 import cv2
 import numpy as np
@@ -14,35 +13,11 @@ import numpy as np
 from structvit_jax.data.container import VIDEOS
 from structvit_jax.data.image import IMAGES, read_image
 from structvit_jax.data.limits import Limits
+from structvit_jax.data.types import Media
 from structvit_jax.data.video import VideoFile, check_there, stack
 from structvit_jax.utils.errors import DecodeError
 
 cv2.setNumThreads(1)  # workers are the parallelism
-
-
-class Media(Protocol):
-    """Frames 0 to count - 1 in display order; the last `missing` of them are lost.
-
-    `repaired` frames of the last `frames` call could not be decoded and were replaced by their neighbours.
-    """
-
-    count: int
-    missing: int
-
-    @property
-    def repaired(self) -> int: ...
-
-    def frames(self, wanted: Sequence[int], short_side: int = 0) -> np.ndarray:
-        """Return uint8 [len(wanted), height, width, 3], RGB; longer short sides are scaled to `short_side`.
-
-        Raises:
-          DecodeError: a frame cannot be read.
-        """
-        ...
-
-    def close(self) -> None:
-        """Free what is held open."""
-        ...
 
 
 class FrameRange:

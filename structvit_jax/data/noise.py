@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
 import numpy as np
 
 from structvit_jax.data.media import InMemoryFrames
+from structvit_jax.data.types import DataOptions
 from structvit_jax.utils.errors import UserError
 
 
@@ -18,7 +18,8 @@ class Noise:
     and 64 pixels a side where it leaves them open.
     """
 
-    def __init__(self, name: str, split: str, data: Any, seed: int):
+    def __init__(self, data: DataOptions, split: str, seed: int):
+        name = data.name
         classes, examples = name.removeprefix("noise:"), data.train_examples
         if split == "test":
             examples = data.test_examples

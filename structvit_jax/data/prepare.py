@@ -20,7 +20,7 @@ from structvit_jax.data.annotations import DATA_SETS, Prepared
 from structvit_jax.data.image import IMAGES
 from structvit_jax.data.index import LABELS, Entry, Index, class_names_of, order, read_list, write_list
 from structvit_jax.data.measure import Measured, measure
-from structvit_jax.data.survey import look_at
+from structvit_jax.data.survey import survey
 from structvit_jax.data.workers import Note, in_processes
 from structvit_jax.utils.errors import UserError
 from structvit_jax.utils.paths import check_local, write_errors_as_user_error
@@ -224,7 +224,7 @@ def check(
                     bad.append(f"{split}\t{index.id(number)}\t{one.problem}")
                     bar.write(f"{split} {index.id(number)}: {one.problem}", file=sys.stdout)
             bad += [f"{split}\t{name}\tunknown label {label!r}" for name, label in _unlabelled(index)]
-    found = look_at(indices, video=video, measured=measured)
+    found = survey(indices, video=video, measured=measured)
     print(found.table())
     with write_errors_as_user_error(report):
         with contextlib.suppress(FileNotFoundError):
@@ -250,7 +250,7 @@ def _measured(index: Index, workers: int) -> Iterator[tuple[int, Measured]]:
     """Yield number and `Measured` of every example, even if it kills its decoder."""
     numbers = range(len(index))
     measure_one = functools.partial(_measure, index)
-    found = in_processes(measure_one, numbers, workers, ahead=_AHEAD, lost=lambda worker: _KILLED)
+    found = in_processes(measure_one, numbers, workers, ahead=_AHEAD, on_death=lambda worker: _KILLED)
     with contextlib.closing(found):
         yield from zip(numbers, found, strict=True)
 

@@ -13,7 +13,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from structvit_jax.data.limits import Limits
-from structvit_jax.data.media import FrameRange, Media, Pictures
+from structvit_jax.data.media import FrameRange, Pictures
+from structvit_jax.data.types import Media
 from structvit_jax.data.video import VideoFile
 from structvit_jax.utils.errors import DecodeError, UserError, decoding, parse_json
 

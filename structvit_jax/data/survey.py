@@ -1,6 +1,6 @@
 """One look at a data set before anything is trained: what is there, what is missing, what is wrong.
 
-`look_at` reads the splits and returns a `Survey`: errors make a run pointless, warnings do not. `prepare
+`survey` reads the splits and returns a `Survey`: errors make a run pointless, warnings do not. `prepare
 --check` decodes every example for it; `--mode=data` and the start of a training sample for a few seconds.
 """
 
@@ -18,7 +18,7 @@ import numpy as np
 from structvit_jax.data.folder import counts
 from structvit_jax.data.index import LABELS, Found, Index
 from structvit_jax.data.measure import Measured, Spread, duplicates, measure_some, spread
-from structvit_jax.data.reader import Source
+from structvit_jax.data.types import Source
 from structvit_jax.utils.errors import UserError, printable
 
 SECONDS = 2.0  # that a look takes where it samples
@@ -135,7 +135,7 @@ class Survey:
             yield f"  {short}", [f"{one.get(name, 0):,}" for one in known]
 
 
-def look_at(
+def survey(
     splits: Mapping[str, Source],
     *,
     video: bool,

@@ -40,7 +40,7 @@ _NOTE = 512  # bytes
 _ALIGNMENT = 64  # bytes; JAX takes such arrays without a copy on a CPU
 
 
-class Lost(NamedTuple):
+class DeadWorker(NamedTuple):
     """A worker that died."""
 
     number: int  # what it was working on
@@ -55,7 +55,7 @@ def in_processes(
     count: int,
     *,
     ahead: int,
-    lost: Callable[[Lost], T],
+    on_death: Callable[[DeadWorker], T],
 ) -> Generator[T]:
     """Yield function(number, note) for every number, in order, computed in `count` processes.
 
@@ -63,7 +63,7 @@ def in_processes(
       function: of a number and a `Note`; it is pickled, those of the main module by value. Exceptions that it
         raises are raised here.
       ahead: how many numbers each process is given in advance, the one that it works on included.
-      lost: returns the result for the number that a process died of, or raises. A new process takes over.
+      on_death: returns the result for the number that a process died of, or raises. A new process takes over.
     """
     pickled = _pickle(function)
     pool: list[_Worker] = []
@@ -84,7 +84,7 @@ def in_processes(
             try:
                 result: T = pool[place].answer()
             except (EOFError, ConnectionError):
-                result = lost(pool[place].obituary(number))
+                result = on_death(pool[place].describe_death(number))
                 pool[place].close()
                 pool[place] = _Worker(pickled)
                 for other, its_place in pending:
@@ -141,11 +141,11 @@ class _Worker:
         offsets = _offsets(sizes)
         return [memory[start : start + size] for start, size in zip(offsets, sizes, strict=True)]
 
-    def obituary(self, number: int) -> Lost:
+    def describe_death(self, number: int) -> DeadWorker:
         """Describe its death, of this number."""
         code = self._process.wait()
         note = os.pread(self._note, _NOTE, 0).rstrip(b"\0 ")
-        return Lost(number, self._process.pid, code, os.fsdecode(note))
+        return DeadWorker(number, self._process.pid, code, os.fsdecode(note))
 
     def close(self) -> None:
         """End the process: it has nothing to lose."""

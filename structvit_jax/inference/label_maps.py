@@ -67,7 +67,7 @@ def write(config: ml_collections.ConfigDict, teacher: str, folder: str, top: int
             scores = network.dense_scores(normalize(inputs, config))
         return jax.lax.top_k(jax.nn.softmax(scores), top)
 
-    stream: Any = dataset.whole_batches(size, start=start)
+    stream: Any = dataset.uncropped_batches(size, start=start)
     progress = tqdm(total=images, initial=start * size, unit="images")
     with contextlib.closing(stream) as batches, progress:
         for number, batch in enumerate(batches, start):

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import types
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -25,8 +24,9 @@ from structvit_jax import data
 from structvit_jax.config import model_arguments
 from structvit_jax.data.files import Files, find
 from structvit_jax.data.limits import Limits
-from structvit_jax.data.pipeline import WHOLE, test_batches
+from structvit_jax.data.pipeline import test_batches
 from structvit_jax.data.reader import Crop, Reader
+from structvit_jax.data.types import AugmentOptions, DataOptions
 from structvit_jax.models import Network, create_model
 from structvit_jax.models.variants import counterpart
 from structvit_jax.models.weights import Weights, split, update
@@ -78,8 +78,9 @@ class Trained:
         return self._reader(self.find([]))
 
     def _reader(self, source: Files) -> Reader:
-        section = {key: types.SimpleNamespace(**self.config[key]) for key in ("data", "augment")}
-        return Reader(source, section["data"], section["augment"], self.config.train.seed)
+        options = DataOptions.from_config(self.config.data)
+        augment = AugmentOptions.from_config(self.config.augment)
+        return Reader(source, options, augment, self.config.train.seed)
 
     def find(self, paths: Sequence[str], *, every: float = 0) -> Files:
         """The examples that paths of files and folders stand for; see `structvit_jax.data.files.find`."""
@@ -151,8 +152,7 @@ class Trained:
         step = make_eval_step(structure, self.config, mesh, weights)
         pooled = jax.jit(self._pooled) if features else None
         reader, size = self._reader(source), fitting_batch(mesh, self.config.eval.batch_size, len(source))
-        stream: Any = test_batches(reader, size, share=WHOLE, workers=self.config.data.workers)
-        with contextlib.closing(stream) as batches:
+        with contextlib.closing(test_batches(reader, size)) as batches:
             for batch in batches:
                 scores = np.asarray(step(weights, put_batch(mesh, batch))["scores"])
                 kept = np.asarray(pooled(weights, batch["inputs"])) if pooled else [None] * len(scores)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import statistics
 import tempfile
 import time
-import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,12 @@ import av
 import numpy as np
 from PIL import Image
 
+from structvit_jax.config import default_config
 from structvit_jax.data.index import Entry, Index
-from structvit_jax.data.limits import Limits
 from structvit_jax.data.media import open_media
-from structvit_jax.data.pipeline import WHOLE, train_batches
+from structvit_jax.data.pipeline import train_batches
 from structvit_jax.data.reader import Reader
+from structvit_jax.data.types import AugmentOptions, DataOptions
 from structvit_jax.utils.errors import DecodeError, UserError
 
 FRAMES, SIZE = 16, 224
@@ -58,12 +59,23 @@ def seconds_of(path: str) -> float:
 def make_reader(path: str, frames: int, randaugment: str) -> Reader:
     """Reads one file again and again, as the paper's recipes do."""
     count = open_media(path).count
-    data = types.SimpleNamespace(frames=frames, size=SIZE, short_side=0, channels="rgb", sampling="dense")
-    data.max_pixels = Limits().pixels
-    data.stride = max(count // 5 // max(frames, 1), 1)
-    data.mean, data.test_clips, data.test_crops, data.crop_fraction = (0.45,) * 3, 1, 1, 1.0
-    augment = types.SimpleNamespace(randaugment=randaugment, flip=0.5, color_jitter=0.0)
-    augment.crop_area, augment.crop_aspect = (0.08, 1.0), (3 / 4, 4 / 3)
+    config = default_config()
+    data = dataclasses.replace(
+        DataOptions.from_config(config.data),
+        frames=frames,
+        size=SIZE,
+        channels="rgb",
+        stride=max(count // 5 // max(frames, 1), 1),
+        mean=(0.45,) * 3,
+        workers=2,
+    )
+    augment = dataclasses.replace(
+        AugmentOptions.from_config(config.augment),
+        randaugment=randaugment,
+        flip=0.5,
+        crop_area=(0.08, 1.0),
+        crop_aspect=(3 / 4, 4 / 3),
+    )
     return Reader(Index("", [Entry(os.path.abspath(path), "0")] * 1000, ("0",)), data, augment, seed=0)
 
 
@@ -139,7 +151,7 @@ def report_memory(path: str, clips: int, say: Callable[[str], None] = print) -> 
     """Reads clips with two workers; returns by how many MB memory grew over the last three quarters."""
     reader, batch = make_reader(path, FRAMES, "rand-m7-n4-mstd0.5-inc1"), 4
     marks: dict[int, float] = {}
-    stream: Any = train_batches(reader, batch, repeats=1, start_step=0, share=WHOLE, workers=2)
+    stream = train_batches(reader, batch, start_step=0)
     with contextlib.closing(stream):
         for step in range(1, clips // batch + 1):
             next(stream)

@@ -101,7 +101,7 @@ class Evaluator:
         results: list[dict[str, Any]] = []
         problems: list[Any] = []
         size = fitting_batch(self._mesh, self._config.batch_size, self._data.test_examples)
-        stream = self._data.test_batches(size, share=processes.process_shard())
+        stream = self._data.test_batches(size, shard=processes.process_shard())
         with contextlib.closing(stream) as batches:
             for number, batch in enumerate(batches):
                 if before:

@@ -184,7 +184,7 @@ def take_steps(
     step_fn = compile_train_step(run, state)
     run_log.restart_clock()
     stream = run.data.train_batches(
-        run.config.data.batch_size, start_step=start, share=processes.process_shard()
+        run.config.data.batch_size, start_step=start, shard=processes.process_shard()
     )
     profile = Profile(profiled, session.workdir, start)
     with contextlib.closing(stream) as batches, profile:

@@ -195,9 +195,9 @@ def test_images_draw_no_frames(rule, monkeypatch):
 
 def test_every_test_example_is_on_one_host(clips):
     for hosts in (2, 4):
-        shares = [take(clips.test_batches(8, share=(host, hosts)), 99) for host in range(hosts)]
+        shares = [take(clips.test_batches(8, shard=(host, hosts)), 99) for host in range(hosts)]
         index = np.concatenate([batch["index"] for batches in shares for batch in batches])
         assert sorted(index[index >= 0]) == list(range(21))
         assert {len(batches) for batches in shares} == {3}
-    with pytest.raises(UserError, match="3 processes cannot share a batch of 8"):
-        take(clips.test_batches(8, share=(0, 3)), 1)
+    with pytest.raises(UserError, match="a batch of 8 is not divisible by 3 processes"):
+        take(clips.test_batches(8, shard=(0, 3)), 1)

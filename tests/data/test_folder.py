@@ -71,7 +71,7 @@ def test_the_same_batches_from_folders_lists_and_frames(root, tmp_path):
 
 def test_the_same_batches_for_any_number_of_workers_and_hosts(root):
     """And after resuming in the middle of the second epoch; with copies that straddle batches and hosts."""
-    setting = {"root": str(root), **VIDEO, **AUGMENT, "augment__repeats": 3}
+    setting = {"root": str(root), **VIDEO, **AUGMENT, "augment__repeated_augmentation": 3}
     whole = take(load(**setting).train_batches(8, start_step=0), 24)  # an epoch has 117 rows: 14.6 steps
     tests = take(load(**setting, test_clips=2).test_batches(4), 3)
     for workers in (2, 3):
@@ -81,7 +81,7 @@ def test_the_same_batches_for_any_number_of_workers_and_hosts(root):
         assert all(map(same, take(dataset.test_batches(4), 3), tests)), workers
     for hosts in (2, 4):
         shares = [
-            take(load(**setting).train_batches(8, start_step=13, share=Shard(host, hosts)), 3)
+            take(load(**setting).train_batches(8, start_step=13, shard=Shard(host, hosts)), 3)
             for host in range(hosts)
         ]
         for step in range(3):
@@ -91,7 +91,7 @@ def test_the_same_batches_for_any_number_of_workers_and_hosts(root):
 
 
 def test_every_epoch_has_all_examples_and_draws_of_its_own(root):
-    dataset = load(root=str(root), **VIDEO, **AUGMENT, augment__repeats=2)
+    dataset = load(root=str(root), **VIDEO, **AUGMENT, augment__repeated_augmentation=2)
     assert dataset.rows_per_epoch == 78
     first, second = take(dataset.train_batches(78, start_step=0), 2)
     assert (first["index"] != second["index"]).any()
@@ -105,7 +105,7 @@ def test_every_epoch_has_all_examples_and_draws_of_its_own(root):
 
 def test_copies_share_their_frames(root):
     """Repeated augmentation draws pixels anew, not time."""
-    plain = load(root=str(root), **VIDEO, augment__repeats=2)
+    plain = load(root=str(root), **VIDEO, augment__repeated_augmentation=2)
     (batch,) = take(plain.train_batches(8, start_step=0), 1)
     assert (batch["inputs"][::2] == batch["inputs"][1::2]).all()
 
@@ -131,7 +131,7 @@ def test_a_killed_worker_is_an_error_that_names_it(root):
     assert children
     os.kill(children[0], signal.SIGKILL)
     with pytest.raises(
-        UserError, match=rf"pid {children[0]}\) died with exit code -9, reading train/\w+/\d+"
+        UserError, match=rf"pid {children[0]}\) died with exit code -9 while reading train/\w+/\d+"
     ):
         for _ in range(50):
             next(stream)

@@ -47,7 +47,7 @@ def unexpected(worker):
 
 
 def test_results_come_in_order_and_hold_arrays():
-    with contextlib.closing(in_processes(arrays, range(5, 12), 3, ahead=2, lost=unexpected)) as results:
+    with contextlib.closing(in_processes(arrays, range(5, 12), 3, ahead=2, on_death=unexpected)) as results:
         kept = list(results)
     for number, result in enumerate(kept, 5):
         assert result["text"] == f"number {number}" and result["empty"].shape == (0,)
@@ -58,7 +58,7 @@ def test_results_come_in_order_and_hold_arrays():
 
 def test_a_dead_worker_is_replaced_and_described():
     lost = []
-    with contextlib.closing(in_processes(deadly, range(10), 2, ahead=3, lost=lost.append)) as results:
+    with contextlib.closing(in_processes(deadly, range(10), 2, ahead=3, on_death=lost.append)) as results:
         assert list(results) == [0, 1, 2, None, None, 5, 6, 7, None, 9]
     assert [(worker.number, worker.code, worker.note) for worker in lost] == [
         (number, -signal.SIGKILL, f"example {number}") for number in (3, 4, 8)
@@ -66,7 +66,7 @@ def test_a_dead_worker_is_replaced_and_described():
 
 
 def test_an_exception_is_raised_with_its_traceback():
-    with contextlib.closing(in_processes(failing, range(5), 2, ahead=2, lost=unexpected)) as results:
+    with contextlib.closing(in_processes(failing, range(5), 2, ahead=2, on_death=unexpected)) as results:
         assert [next(results), next(results)] == [0, 1]
         with pytest.raises(RuntimeError, match="OddError: a b") as caught:
             next(results)
@@ -74,7 +74,7 @@ def test_an_exception_is_raised_with_its_traceback():
 
 
 def test_workers_hear_no_signals_of_the_group():
-    (status,) = in_processes(blocked, [0], 1, ahead=1, lost=unexpected)
+    (status,) = in_processes(blocked, [0], 1, ahead=1, on_death=unexpected)
     mask = int(status.split("SigBlk:")[1].split()[0], 16)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         assert mask >> number - 1 & 1
@@ -90,7 +90,7 @@ def work(number, note):
         return os.getpid()
     time.sleep(100)
 
-results = in_processes(work, range(9), 2, ahead=2, lost=None)
+results = in_processes(work, range(9), 2, ahead=2, on_death=None)
 print(next(results), next(results), flush=True)
 time.sleep(100)
 """
