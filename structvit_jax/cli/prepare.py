@@ -163,9 +163,9 @@ def shards(root: str, out: str, **chosen: Any) -> None:
     Example:
       structvit prepare shards DIR OUT --beam_runner=DirectRunner
     """
-    from structvit_jax.data import shards
+    from structvit_jax.data import tfds_writer
 
-    shards.write(root, out, **chosen)
+    tfds_writer.write_folder(root, out, **chosen)
 
 
 @command.command("label_maps", cls=options.ConfigCommand, takes_file=False, context_settings=options.SETTINGS)

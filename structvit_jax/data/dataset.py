@@ -28,7 +28,7 @@ from structvit_jax.utils import class_names
 from structvit_jax.utils.errors import UserError, unknown_choice
 
 if TYPE_CHECKING:
-    from structvit_jax.data.records import Shards
+    from structvit_jax.data.tfds_reader import Shards
 
 BUILT_IN: dict[str, Callable[[str, int, int], Source]] = {
     "moving_digits": MovingDigits,
@@ -149,7 +149,7 @@ def is_video(section: Any) -> bool:
     if options.name != "folder":
         return options.name in ("moving_digits", "digit_motions")
     layout = _layout(options)
-    if shards := _find_shards(layout.root):
+    if shards := find_shards(layout.root):
         return _open_shards(shards, layout)[0].is_video
     return folder.is_video(layout)
 
@@ -160,16 +160,16 @@ def _layout(options: DataOptions) -> folder.Layout:
     return folder.Layout(root, options.train_split, options.test_split, options.val_fraction, limits)
 
 
-def _find_shards(root: str) -> str | None:
+def find_shards(root: str) -> str | None:
     """Return the folder of the ArrayRecord shards that a data root is or contains, None for files."""
     candidates = (os.path.join(root, "clips", "1.0.0"), root)
     return next((f for f in candidates if os.path.isfile(os.path.join(f, "features.json"))), None)
 
 
 def _open_shards(root: str, layout: folder.Layout) -> tuple[Shards, Shards]:
-    from structvit_jax.data import records  # imported here: TFDS takes seconds
+    from structvit_jax.data import tfds_reader  # imported here: TFDS takes seconds
 
-    return records.open_shards(root, layout.train, layout.test, layout.limits)
+    return tfds_reader.open_shards(root, layout.train, layout.test, layout.limits)
 
 
 def sources(section: Any, seed: int = 0) -> tuple[Source, Source]:
@@ -194,14 +194,14 @@ def sources(section: Any, seed: int = 0) -> tuple[Source, Source]:
         return Noise(options, "train", seed), Noise(options, "test", seed)
     layout = _layout(options)
     if name == "folder":
-        if shards := _find_shards(layout.root):
+        if shards := find_shards(layout.root):
             return _open_shards(shards, layout)
         return folder.read_splits(layout, video=options.frames > 0)
     if name.startswith("tfds:"):
-        from structvit_jax.data import records  # imported here: TFDS takes seconds
+        from structvit_jax.data import tfds_reader  # imported here: TFDS takes seconds
 
         name = name.removeprefix("tfds:")
-        return records.open_images(name, layout.root, layout.train, layout.test, layout.limits)
+        return tfds_reader.open_images(name, layout.root, layout.train, layout.test, layout.limits)
     raise unknown_choice("data set", name, SOURCES)
 
 

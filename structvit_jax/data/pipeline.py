@@ -17,6 +17,7 @@ from typing import Any, NoReturn, cast
 import numpy as np
 
 from structvit_jax.data.reader import Reader
+from structvit_jax.data.setup import configure_decoding
 from structvit_jax.data.types import WHOLE, Arrays, Batch, Problem
 from structvit_jax.data.workers import DeadWorker, Note, in_processes
 from structvit_jax.utils.errors import DecodeError, UserError
@@ -140,7 +141,9 @@ def _prefetched(read: Callable[[int, Note], Batch], numbers: range, workers: int
       UserError: a worker died; names the example that it was reading.
     """
     if workers:
-        return in_processes(read, numbers, workers, ahead=_AHEAD, on_death=_raise_worker_death)
+        return in_processes(
+            read, numbers, workers, ahead=_AHEAD, on_death=_raise_worker_death, setup=configure_decoding
+        )
     return _in_threads(read, numbers)
 
 

@@ -21,6 +21,7 @@ from structvit_jax.data.index import Entry, Index
 from structvit_jax.data.media import open_media
 from structvit_jax.data.pipeline import train_batches
 from structvit_jax.data.reader import Reader
+from structvit_jax.data.setup import configure_decoding
 from structvit_jax.data.types import AugmentOptions, DataOptions
 from structvit_jax.utils.errors import DecodeError, UserError
 
@@ -171,6 +172,7 @@ def run(video: str, image: str, clips: int, memory: int) -> None:
     """
     if memory and memory < _LEAST:
         raise UserError(f"--memory={memory}: it takes 0 or at least {_LEAST} clips")
+    configure_decoding()
     try:
         measure(video, image, clips, memory)
     except DecodeError as error:

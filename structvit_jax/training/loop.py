@@ -307,9 +307,8 @@ def _is_other_data(changed: list[str], card: dict[str, Any], data: Any) -> bool:
     indifferent = _INDIFFERENT
     if fingerprint := card.get("data"):
         indifferent += _PLACES
-        if processes.broadcast_from_primary(
-            lambda: data.changes_since(fingerprint, test_only=True)
-        ).described:
+        changes = processes.broadcast_from_primary(lambda: data.changes_since(fingerprint, test_only=True))
+        if not changes.same:
             return True
     keys = ("config.data.", "config.eval.average")
     return any(line.startswith(keys) and not line.startswith(indifferent) for line in changed)

@@ -153,7 +153,7 @@ def check_data(run: Run, card: dict[str, Any], path: epath.Path, is_complete: bo
     if not card.get("data"):  # converted weights
         return
     changes = processes.broadcast_from_primary(lambda: run.data.changes_since(card["data"]))
-    if not changes.described:
+    if changes.same:
         return
     if is_complete or 2 * changes.alike < changes.sampled:
         kind = "the complete run of" if is_complete else "a run on"

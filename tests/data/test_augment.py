@@ -66,7 +66,7 @@ def test_the_policy():
     assert RandAugment.parse("rand-m9-mstd0.5-inc1") == RandAugment(9.0, 2, 0.5)
     assert RandAugment.parse("") is None
     for text in ("rand-m7-n4", "m7-inc1", "rand-m11-inc1", "rand-n1.5-inc1", "rand-m7-inc1-p3", "augmix"):
-        with pytest.raises(UserError, match="it is written"):
+        with pytest.raises(UserError, match="write it as"):
             RandAugment.parse(text)
     clip = np.stack([PICTURE] * 3)
     policy, unchanged = RandAugment(9.0, 1, 0.5), 0
@@ -217,7 +217,7 @@ def test_images_mix_too():
 
 
 @pytest.mark.parametrize(
-    "operation", [None, *augment._MOVES], ids=lambda o: o.__name__.strip("_") if o else "crop"
+    "operation", [None, *augment._GEOMETRIC], ids=lambda o: o.__name__.strip("_") if o else "crop"
 )
 def test_poses_say_where_pixels_come_from(operation):
     """A picture of its own coordinates, smooth enough for any interpolation, is altered; what its pixels then
@@ -230,7 +230,7 @@ def test_poses_say_where_pixels_come_from(operation):
         out, pose = augment.random_crop(clip, 64, (0.2, 0.5), (0.75, 4 / 3), 1.0, rng, image=False)
     else:
         out = np.asarray(operation(Image.fromarray(clip[0]), 0.6, -1, (255, 255, 255)))[None]
-        pose = augment._MOVES[operation](-0.6, width / height)
+        pose = augment._GEOMETRIC[operation](-0.6, width / height)
     sides = out.shape[1:3]
     v, u = np.meshgrid(*((np.arange(n) + 0.5) / n for n in sides), indexing="ij")
     places = np.stack([u, v, np.ones_like(u)], axis=-1) @ pose.T
@@ -265,11 +265,11 @@ class _Moves(RandAugment):
 
     def __call__(self, clip, fill, rng):
         pose = np.eye(3)
-        for number in rng.choice(len(augment._MOVES), 2):
-            operation = list(augment._MOVES)[number]
+        for number in rng.choice(len(augment._GEOMETRIC), 2):
+            operation = list(augment._GEOMETRIC)[number]
             level = rng.uniform(0.1, 0.6)
             clip = np.stack([np.asarray(operation(Image.fromarray(f), level, 1, (0, 0, 255))) for f in clip])
-            pose = pose @ augment._MOVES[operation](level, clip.shape[2] / clip.shape[1])
+            pose = pose @ augment._GEOMETRIC[operation](level, clip.shape[2] / clip.shape[1])
         return clip, pose
 
 

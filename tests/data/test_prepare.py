@@ -231,17 +231,17 @@ def test_a_file_that_kills_the_decoder_is_found(tmp_path, capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (("kinetics", "a", "b", "--check"), "unknown source 'kinetics'. Did you mean 'kinetics400'"),
+        (("kinetics", "a", "b", "--check"), "'kinetics'. Did you mean 'kinetics400'"),
         (("folder", "nowhere", "--check"), "no folder 'nowhere'"),
         (("list", "nowhere.csv", "--check"), "no list 'nowhere.csv'"),
         (("folder", "."), "nothing to do"),
         (("folder", ".", "--check"), "has neither a folder 'train' nor a list"),
-        (("folder", ".", "--check", "--val_fraction", "1"), "to lie from 0 to below 1"),
-        (("folder", ".", "--check", "--workers", "0"), "needs to be at least 1"),
+        (("folder", ".", "--check", "--val_fraction", "1"), "--val_fraction.*not in the range"),
+        (("folder", ".", "--check", "--workers", "0"), "--workers.*not in the range"),
         (("kinetics400", ".", ".", "--check"), "has no file train.csv or kinetics"),
     ],
 )
-def test_mistakes(arguments, message, tmp_path, monkeypatch):
+def test_user_errors_name_the_problem(arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=message):
         run(*arguments)

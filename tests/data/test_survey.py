@@ -50,8 +50,8 @@ def test_what_is_found_and_what_is_ignored(tmp_path):
     train, val = found.splits
     assert (train.examples, val.examples, found.unit) == (7, 2, "images")
     assert train.classes == {"a": 4, "b": 3} and train.sides[0].middle == 20 and train.sides[1].most == 10
-    assert train.found.ignored == {".odd": 3, "no extension": 1, "videos": 1}
-    assert train.found.empty == {"\x1b[31m": {}, "c": {".odd": 1}} and not found.errors
+    assert train.scan.ignored == {".odd": 3, "no extension": 1, "videos": 1}
+    assert train.scan.empty == {"\x1b[31m": {}, "c": {".odd": 1}} and not found.errors
     assert "\x1b" not in found.table() + "".join(found.lines())
     _, warning = found.warnings
     assert warning == "the class folder 'c' of train has no examples: only 1 .odd, ignored"
@@ -66,7 +66,7 @@ def test_what_is_found_and_what_is_ignored(tmp_path):
         r"examples +7 +2",
         r"classes +2 +2",
         r"  a +4 +1",
-        r"looked at +7 of 7 +2 of 2",
+        r"decoded +7 of 7 +2 of 2",
         r"width.* 20 +20",
     ):
         assert re.search(f"^{row}$", table, re.MULTILINE), (row, table)
@@ -110,7 +110,7 @@ def test_a_class_that_the_label_file_lacks_stops_at_the_start(tmp_path, refused)
     (tmp_path / "labels.txt").write_bytes(b"\xef\xbb\xbfcat\r\ndog\r\nowls\r\n")
     line = refused(OWN, f"--config.data.root={tmp_path}", f"--workdir={tmp_path / 'run'}")
     assert "labels.txt lacks the class 'owl' of train: add the names" in line and "mean 'owls'" in line
-    assert "and 1 more: --mode=data lists them" in line and not (tmp_path / "run").exists()
+    assert "and 1 more: structvit show --data lists them" in line and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_unreadable_examples_are_counted(tmp_path):
     write_images(tmp_path, {"train": {"a": 3, "b": 3}, "val": {"a": 1, "b": 1}})
     (tmp_path / "train" / "a" / "000.png").write_bytes(b"?")
     found = survey(tmp_path)
-    assert "1 of 6 examples looked at in train cannot be read (train/a/000.png: " in found.warnings[0]
+    assert "1 of 6 decoded examples of train cannot be read (train/a/000.png: " in found.warnings[0]
     for path in (tmp_path / "val").rglob("*.png"):
         path.write_bytes(b"?")
     (error,) = survey(tmp_path).errors
@@ -166,7 +166,7 @@ def test_unreadable_examples_are_counted(tmp_path):
 def test_short_videos_and_lengths(tmp_path):
     clips.write_folder(tmp_path, {"train": 1, "val": 1})
     found = load(root=str(tmp_path), name="folder", size=24, frames=32).survey()
-    assert "3 of 3 videos looked at are shorter than the 32 frames of a clip" in found.warnings[0]
+    assert "3 of 3 decoded videos are shorter than the 32 frames of a clip" in found.warnings[0]
     assert re.search(r"^length, frames +16 +16$", found.table(), re.MULTILINE)
 
 
@@ -240,7 +240,7 @@ def test_images_or_videos(tmp_path):
     with pytest.raises(UserError, match=r"no images or videos in it; ignored: 1 .odd"):
         is_video(touch(tmp_path / "7", "train/a/x.odd"))
     images = write_images(tmp_path / "8", {"train": {"a": 2}, "val": {"a": 2}})
-    with pytest.raises(UserError, match="has no videos, but 2 images: take a model for images"):
+    with pytest.raises(UserError, match="has no videos, but 2 images: choose a model for images"):
         load(root=str(images), name="folder")
 
 
@@ -375,7 +375,7 @@ def test_a_workdir_is_of_one_data_set(command, tmp_path):
     first = run(root)
     assert first.returncode == 0, first.stderr
     assert "images: 18 + 4 of 8x8: deit_tiny at 24, batch 16, 2 steps" in first.stdout
-    assert "warning: 1 of 18 examples looked at in train cannot be read" in first.stdout
+    assert "warning: 1 of 18 decoded examples of train cannot be read" in first.stdout
     result = (workdir / "result.json").read_bytes()
     again = run(shutil.copytree(root, tmp_path / "moved"))
     assert "the run is complete" in again.stdout, again.stderr
@@ -396,17 +396,20 @@ def test_a_workdir_is_of_one_data_set(command, tmp_path):
     assert (workdir / "result.json").read_bytes() == result
 
 
-def test_the_data_in_one_picture_and_table(command, tmp_path):
-    """--mode=data prints the table, and says why a data set cannot be trained on."""
+def test_show_prints_a_table_and_errors_and_draws_a_batch(command, tmp_path):
+    def show(root, workdir):
+        given = [OWN, "--data", f"--config.data.root={root}", f"--workdir={workdir}"]
+        return command(*given, program="show")
+
     root = write_images(tmp_path / "data", {"train": {"a": 2, "b": 2}, "val": {"a": 1, "b": 1}}, (28, 28))
-    shown = command(OWN, f"--config.data.root={root}", "--mode=data", f"--workdir={tmp_path / 'run'}")
+    shown = show(root, tmp_path / "run")
     assert shown.returncode == 0, shown.stderr
-    assert "looked at" in shown.stdout and "structvit_tiny_4_1 at 32" in shown.stdout
+    assert "decoded" in shown.stdout and "structvit_tiny_4_1 at 32" in shown.stdout
     assert (tmp_path / "run" / "batch.png").exists()
     shutil.rmtree(root / "train" / "b")
-    refused = command(OWN, f"--config.data.root={root}", "--mode=data", f"--workdir={tmp_path / 'other'}")
+    refused = show(root, tmp_path / "other")
     assert refused.returncode == 2 and refused.stdout.count("\nerror: ") == 2, refused.stdout
-    blocked = command(OWN, f"--config.data.root={root}", "--mode=data", "--workdir=/dev/null/run")
+    blocked = show(root, "/dev/null/run")
     assert blocked.returncode == 2 and len(blocked.stderr.splitlines()) == 1
 
 

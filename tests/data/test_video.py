@@ -144,7 +144,7 @@ def test_folders_of_frames(tmp_path):
     assert frames.count == 3
     assert (frames.frames([2, 0, 0]) == FRAMES[[10, 1, 1]]).all()
     assert frames.frames([1], short_side=25).shape == (1, 25, 33, 3)
-    with pytest.raises(DecodeError, match="no seconds"):
+    with pytest.raises(DecodeError, match="has no times"):
         open_media(str(tmp_path), start=1.0)
     (tmp_path / "2.png").write_bytes(b"")
     with pytest.raises(DecodeError, match="empty file"):
@@ -309,14 +309,14 @@ def test_playlists_and_addresses_are_not_followed(folder, tmp_path):
         for name, content in lists.items():
             (tmp_path / name).write_text(content)
             for file in (str(tmp_path / name), content.encode()):
-                with pytest.raises(DecodeError, match=r"containers that are read|Invalid data"):
+                with pytest.raises(DecodeError, match=r"not a supported container|Invalid data"):
                     VideoFile(file)
         for path in (f"http://{address}/clip.mp4", f"tcp://{address}", f"concat:{entries[0]}|{entries[0]}"):
             with pytest.raises(DecodeError, match="No such file"):
                 open_media(path)
         with pytest.raises(TimeoutError):
             server.accept()
-    with pytest.raises(DecodeError, match="containers that are read"):
+    with pytest.raises(DecodeError, match="not a supported container"):
         VideoFile(clips_of("image2pipe", "mjpeg"))
     with pytest.raises(DecodeError, match="program stream does not keep the times"):
         VideoFile(clips_of("mpeg", "mpeg2video"))

@@ -16,7 +16,8 @@ from conftest import ROOT, structvit
 from etils import epath
 from PIL import Image
 
-from structvit_jax.data import records, shard_writer
+from structvit_jax.data import tfds_writer
+from structvit_jax.data.dataset import find_shards
 from structvit_jax.data.index import Entry, Index
 from structvit_jax.utils.errors import DecodeError, UserError
 
@@ -127,7 +128,7 @@ def test_a_description_imports_no_module(written, monkeypatch, name, description
     monkeypatch.syspath_prepend(str(written))
     known = json.loads((folder / name).read_text())
     (folder / name).write_text(json.dumps(known | description))
-    with pytest.raises(UserError, match=rf"{name} names 'evil\.Feature', which is no feature") as error:
+    with pytest.raises(UserError, match=rf"{name} names 'evil\.Feature', which is not a feature") as error:
         load(**VIDEO, root=str(written))
     assert "\n" not in str(error.value)
     (written / "image_set" / "1.0.0").mkdir(parents=True)
@@ -151,14 +152,14 @@ def test_damaged_shards_are_one_line(written):
     ids.write_text(text)
     for content in ("[" * 100_000, '{"name"', '{"name": "clips", "version": 3}', "\0"):
         info.write_text(content)
-        with pytest.raises(UserError, match=r"cannot be read|no shards that can be read") as error:
+        with pytest.raises(UserError, match=r"cannot be read|has no shards that can be read") as error:
             load(**VIDEO, root=str(written))
         assert "\n" not in str(error.value)
 
 
 def test_pipes_are_not_copied_into_shards(tmp_path):
     os.mkfifo(tmp_path / "pipe.jpg")
-    record = shard_writer.record(Index(str(tmp_path), [Entry("pipe.jpg", "a")], ("a",)), 0)
+    record = tfds_writer.record(Index(str(tmp_path), [Entry("pipe.jpg", "a")], ("a",)), 0)
     assert record["problem"] == "not a regular file" and not record["files"]
 
 
@@ -175,7 +176,7 @@ def test_shards_that_were_killed_are_written_again(root, tmp_path, monkeypatch):
         patch.setattr(Index, "id", lambda self, number: stopped())
         with pytest.raises(SystemExit):
             structvit("prepare", "shards", *arguments)
-    assert records.find_shards(str(out)) is None
+    assert find_shards(str(out)) is None
     structvit("prepare", "shards", *arguments)
     assert [path.name for path in out.iterdir()] == ["clips"]
     dataset = load(**VIDEO, root=str(out), train_split="some")
@@ -185,7 +186,7 @@ def test_shards_that_were_killed_are_written_again(root, tmp_path, monkeypatch):
 def test_copying_to_a_bucket(tmp_path):
     (tmp_path / "a" / "b").mkdir(parents=True)
     (tmp_path / "a" / "b" / "c").write_text("d")
-    shard_writer.copy_tree(epath.Path(tmp_path / "a"), epath.Path(tmp_path / "e"))
+    tfds_writer.copy_tree(epath.Path(tmp_path / "a"), epath.Path(tmp_path / "e"))
     assert (tmp_path / "e" / "b" / "c").read_text() == "d"
 
 
