@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from structvit_jax.data.types import Batch, Dataset, Problem, Shard, Source
+from structvit_jax.data.types import Batch, Dataset, Problem, Source
 
 if TYPE_CHECKING:
     from structvit_jax.data.dataset import SOURCES, is_video, load, sources
@@ -26,7 +26,6 @@ __all__ = [
     "Batch",
     "Dataset",
     "Problem",
-    "Shard",
     "Source",
     "is_video",
     "load",

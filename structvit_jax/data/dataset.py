@@ -22,6 +22,7 @@ from structvit_jax.data.types import (
     Batch,
     DataOptions,
     Dataset,
+    Shard,
     Source,
 )
 from structvit_jax.utils import class_names
@@ -118,12 +119,10 @@ class ConfiguredDataset(Dataset):
             reader.adopt_classes(names, order)
         return order != list(range(len(order)))
 
-    def train_batches(
-        self, batch_size: int, *, start_step: int, shard: tuple[int, int] = WHOLE
-    ) -> Generator[Batch]:
+    def train_batches(self, batch_size: int, *, start_step: int, shard: Shard = WHOLE) -> Generator[Batch]:
         return pipeline.train_batches(self.train, batch_size, start_step=start_step, shard=shard)
 
-    def test_batches(self, batch_size: int, *, shard: tuple[int, int] = WHOLE) -> Generator[Batch]:
+    def test_batches(self, batch_size: int, *, shard: Shard = WHOLE) -> Generator[Batch]:
         return pipeline.test_batches(self.test, batch_size, shard=shard)
 
     def uncropped_batches(self, batch_size: int, *, start: int) -> Generator[Batch]:

@@ -18,7 +18,7 @@ import numpy as np
 
 from structvit_jax.data.reader import Reader
 from structvit_jax.data.setup import configure_decoding
-from structvit_jax.data.types import WHOLE, Arrays, Batch, Problem
+from structvit_jax.data.types import WHOLE, Arrays, Batch, Problem, Shard
 from structvit_jax.data.workers import DeadWorker, Note, in_processes
 from structvit_jax.utils.errors import DecodeError, UserError
 
@@ -28,7 +28,7 @@ _Job = tuple[slice, int, Callable[[], dict[str, Any]]]
 
 
 def train_batches(
-    reader: Reader, batch_size: int, *, start_step: int, shard: tuple[int, int] = WHOLE
+    reader: Reader, batch_size: int, *, start_step: int, shard: Shard = WHOLE
 ) -> Generator[Batch]:
     """Yield shuffled batches forever, from step `start_step` on.
 
@@ -39,7 +39,7 @@ def train_batches(
     return _prefetched(read, range(start_step, sys.maxsize), reader.data.workers)
 
 
-def test_batches(reader: Reader, batch_size: int, *, shard: tuple[int, int] = WHOLE) -> Generator[Batch]:
+def test_batches(reader: Reader, batch_size: int, *, shard: Shard = WHOLE) -> Generator[Batch]:
     """Yield all views of every example once, in order; the last batch is padded with masked rows."""
     shape, dtype = reader.arrays["inputs"]
     arrays = {"inputs": ((reader.views, *shape), dtype), "labels": reader.arrays["labels"]}
@@ -58,13 +58,13 @@ def _in_order(
     arrays: Arrays,
     batch_size: int,
     start: int,
-    shard: tuple[int, int],
+    shard: Shard,
 ) -> Generator[Batch]:
     make = functools.partial(_ordered_batch, reader, read, arrays, batch_size, shard)
     return _prefetched(make, range(start, -(-len(reader.source) // batch_size)), reader.data.workers)
 
 
-def _train_batch(reader: Reader, batch_size: int, shard: tuple[int, int], step: int, note: Note) -> Batch:
+def _train_batch(reader: Reader, batch_size: int, shard: Shard, step: int, note: Note) -> Batch:
     rows = _rows(step, batch_size, shard)
     return _fill(reader, reader.arrays, len(rows), _train_jobs(reader, rows), note)
 
@@ -85,7 +85,7 @@ def _ordered_batch(
     read: Callable[[int], dict[str, Any]],
     arrays: Arrays,
     batch_size: int,
-    shard: tuple[int, int],
+    shard: Shard,
     number: int,
     note: Note,
 ) -> Batch:
@@ -98,7 +98,7 @@ def _ordered_batch(
     return _fill(reader, arrays, len(rows), jobs, note)
 
 
-def _rows(batch: int, batch_size: int, shard: tuple[int, int]) -> range:
+def _rows(batch: int, batch_size: int, shard: Shard) -> range:
     """Return the positions of a shard's rows, counted over all batches."""
     host, hosts = shard
     if batch_size % hosts:

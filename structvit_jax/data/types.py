@@ -46,14 +46,9 @@ class Batch(TypedDict):
     pose: NotRequired[np.ndarray]  # float32 [rows, 2, 3]; takes a point of the crop to one of the image
 
 
-class Shard(NamedTuple):
-    """The part of every batch that one process reads: the `host`-th of `hosts` equal runs of rows."""
-
-    host: int = 0
-    hosts: int = 1
-
-
-WHOLE = Shard()
+# The part of every batch that a process reads, (host, hosts): the host-th of `hosts` equal runs of rows.
+Shard = tuple[int, int]
+WHOLE: Shard = (0, 1)
 
 
 class Media(Protocol):
@@ -181,19 +176,17 @@ class Dataset(Protocol):
         """
         ...
 
-    def train_batches(
-        self, batch_size: int, *, start_step: int, shard: tuple[int, int] = WHOLE
-    ) -> Generator[Batch]:
+    def train_batches(self, batch_size: int, *, start_step: int, shard: Shard = WHOLE) -> Generator[Batch]:
         """Yield shuffled batches forever, from step `start_step` on.
 
         Args:
           batch_size: rows of a batch over all processes.
           start_step: first step; since a batch depends on the seed and its step alone, a run resumes exactly.
-          shard: (process, processes).
+          shard: the part of each batch to read.
         """
         ...
 
-    def test_batches(self, batch_size: int, *, shard: tuple[int, int] = WHOLE) -> Generator[Batch]:
+    def test_batches(self, batch_size: int, *, shard: Shard = WHOLE) -> Generator[Batch]:
         """Yield every test example once, with all its views, in order; the last batch is padded."""
         ...
 

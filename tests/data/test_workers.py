@@ -1,4 +1,4 @@
-"""Data workers: results in order, deaths, signals that pass them by, and nothing left behind."""
+"""Data workers: ordered results, deaths, blocked signals, and nothing left behind."""
 
 import contextlib
 import os
@@ -15,7 +15,7 @@ from conftest import ROOT
 
 from structvit_jax.data.workers import in_processes
 
-cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers need not import the tests
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not import the tests
 
 
 def arrays(number, note):
@@ -31,7 +31,7 @@ def deadly(number, note):
 
 def failing(number, note):
     class OddError(Exception):
-        """No other process can load it."""
+        """A local class, which no other process can load."""
 
     if number == 2:
         raise OddError("a b")
@@ -46,7 +46,7 @@ def unexpected(worker):
     raise AssertionError(worker)
 
 
-def test_results_come_in_order_and_hold_arrays():
+def test_results_are_in_order_and_arrays_are_writable():
     with contextlib.closing(in_processes(arrays, range(5, 12), 3, ahead=2, on_death=unexpected)) as results:
         kept = list(results)
     for number, result in enumerate(kept, 5):
@@ -56,7 +56,7 @@ def test_results_come_in_order_and_hold_arrays():
         result["large"] += 1
 
 
-def test_a_dead_worker_is_replaced_and_described():
+def test_a_dead_worker_is_replaced_and_reported():
     lost = []
     with contextlib.closing(in_processes(deadly, range(10), 2, ahead=3, on_death=lost.append)) as results:
         assert list(results) == [0, 1, 2, None, None, 5, 6, 7, None, 9]
@@ -73,7 +73,7 @@ def test_an_exception_is_raised_with_its_traceback():
     assert "in failing" in caught.value.__notes__[0]
 
 
-def test_workers_hear_no_signals_of_the_group():
+def test_workers_block_signals_to_the_process_group():
     (status,) = in_processes(blocked, [0], 1, ahead=1, on_death=unexpected)
     mask = int(status.split("SigBlk:")[1].split()[0], 16)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -96,7 +96,7 @@ time.sleep(100)
 """
 
 
-def test_workers_end_with_a_killed_parent(tmp_path):
+def test_workers_exit_when_their_parent_is_killed(tmp_path):
     command, environment = [sys.executable, "-c", PARENT], os.environ | {"TMPDIR": str(tmp_path)}
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as parent:
         workers = [int(pid) for pid in parent.stdout.readline().split()]
