@@ -79,15 +79,13 @@ class Files:
             return source.open(number)[0], 0
         if not os.path.exists(entry.path):
             raise DecodeError("no such file")
-        if self._video == entry.path.lower().endswith(IMAGES):
-            found, takes, rest = (
-                ("an image", "videos, or folders of frames", "images")
-                if self._video
-                else (f"not an image ({', '.join(IMAGES)})", "images", "videos")
-            )
-            raise DecodeError(
-                f"{found}; this model takes {takes} (a model such as {self._other} takes {rest})"
-            )
+        is_image = entry.path.lower().endswith(IMAGES)
+        if self._video and is_image:
+            takes = f"videos, or folders of frames (a model such as {self._other} takes images)"
+            raise DecodeError(f"an image; this model takes {takes}")
+        if not self._video and not is_image:
+            takes = f"images (a model such as {self._other} takes videos)"
+            raise DecodeError(f"not an image ({', '.join(IMAGES)}); this model takes {takes}")
         return open_media(entry.path, entry.start, entry.end, self._limits), 0
 
     def _test_example(self, path: str) -> tuple[Source, int]:

@@ -55,7 +55,7 @@ class Entry(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Scan:
-    """What a folder contains besides the examples of a split.
+    """Other contents of the folder of a split.
 
     Attributes:
       ignored: number of other files by `kind_of`.

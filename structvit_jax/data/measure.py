@@ -62,13 +62,13 @@ def measure(source: Source, number: int) -> Measured:
 
 def measure_some(source: Source, count: int = _SAMPLED, seconds: float | None = None) -> dict[int, Measured]:
     """Measure `count` examples spread over a split, or fewer if they take longer than `seconds`."""
-    places = np.unique(np.linspace(0, len(source) - 1, min(count, len(source))).astype(int))
+    numbers = np.unique(np.linspace(0, len(source) - 1, min(count, len(source))).astype(int))
     measured: dict[int, Measured] = {}
     started = time.monotonic()
-    for place in np.random.default_rng(0).permutation(places).tolist():
+    for number in np.random.default_rng(0).permutation(numbers).tolist():
         if measured and seconds is not None and time.monotonic() - started > seconds:
             break
-        measured[place] = measure(source, place)
+        measured[number] = measure(source, number)
     return dict(sorted(measured.items()))
 
 
@@ -134,8 +134,8 @@ def _is_one(train: Index, test: Index) -> bool:
 def _sizes(index: Index) -> Iterator[tuple[int, int | None]]:
     """Yield examples, spread over the split, with the size of their file; None if it is not a whole file."""
     step = next(step for step in (7919, 7907, 7901, 1) if len(index) % step or step == 1)
-    for place in range(len(index)):
-        number = place * step % len(index)
+    for position in range(len(index)):
+        number = position * step % len(index)
         size = None
         if not index.entry(number).is_part:
             with contextlib.suppress(OSError, ValueError):

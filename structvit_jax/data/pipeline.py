@@ -71,12 +71,12 @@ def _train_batch(reader: Reader, batch_size: int, shard: Shard, step: int, note:
 
 def _train_jobs(reader: Reader, rows: range) -> Iterator[_Job]:
     repeats, examples = reader.augment.repeated_augmentation, len(reader.source)
-    for place, group in itertools.groupby(rows, lambda position: position // repeats):
-        positions = list(group)
-        epoch, rank = divmod(place, examples)
+    for visit, group in itertools.groupby(rows, lambda row: row // repeats):
+        same = list(group)  # the rows of this shard that are copies of one example
+        epoch, rank = divmod(visit, examples)
         index = int(_order(reader.seed, epoch, examples)[rank])
-        copies = range(positions[0] % repeats, positions[-1] % repeats + 1)
-        first = positions[0] - rows[0]
+        copies = range(same[0] % repeats, same[-1] % repeats + 1)
+        first = same[0] - rows[0]
         yield slice(first, first + len(copies)), index, functools.partial(reader.train, epoch, index, copies)
 
 

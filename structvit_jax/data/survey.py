@@ -28,7 +28,7 @@ _IMBALANCE = 20  # ratio of the largest class to the smallest from which to warn
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """What a split holds.
+    """Contents of one split.
 
     Attributes:
       name: of the split.

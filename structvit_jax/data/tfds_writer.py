@@ -136,16 +136,16 @@ def _write(
 ) -> None:
     """Write one split per index below `out`, a folder or a bucket.
 
-    They are written into a folder beside their place and renamed when they are complete. After a kill the
-    same call starts again.
+    Shards are written into a temporary folder that is renamed when they are complete. After a kill the same
+    call starts again.
 
     Raises:
       UserError: `out` holds shards already, or is full.
     """
-    place = parse_path(out) / Clips.name / "1.0.0"
-    if (place / FEATURES_FILE).exists():
+    target = parse_path(out) / Clips.name / "1.0.0"
+    if (target / FEATURES_FILE).exists():
         raise UserError(f"{out} holds shards already; remove them or choose another folder")
-    in_bucket = is_bucket(place)
+    in_bucket = is_bucket(target)
     partial = (
         tempfile.mkdtemp(prefix="structvit_jax_shards_") if in_bucket else os.path.join(out, "clips.part")
     )
@@ -165,10 +165,10 @@ def _write(
             ids = "".join(index.id(number) + "\n" for number in range(len(index)))
             (made / ids_file(split)).write_text(ids)
         if in_bucket:
-            copy_tree(made, place)
+            copy_tree(made, target)
         else:
-            place.parent.mkdir(exist_ok=True)
-            made.rename(place)
+            target.parent.mkdir(exist_ok=True)
+            made.rename(target)
     finally:
         tempfile.tempdir = None
         shutil.rmtree(partial, ignore_errors=True)

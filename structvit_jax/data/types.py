@@ -30,10 +30,7 @@ class Problem(NamedTuple):
 
 
 class Batch(TypedDict):
-    """The rows of one batch that this process reads, as NumPy arrays.
-
-    Training batches are endless; test batches hold every example once, all its views in one row.
-    """
+    """The rows of one batch that this process reads, as NumPy arrays."""
 
     inputs: np.ndarray  # uint8 [rows, [time,] height, width, 3] in training, [rows, views, ...] in testing
     labels: np.ndarray  # int32 [rows]
@@ -67,7 +64,7 @@ class Media(Protocol):
         """Return frames by number.
 
         Args:
-          wanted: frame numbers below `count`, in any order.
+          wanted: frame numbers below `count`, in any order, with or without repetitions.
           short_side: scale frames down whose short side is longer than this; 0 never scales.
 
         Returns:

@@ -81,14 +81,7 @@ class VideoFile:
         return float(self._span * _time_base(self._stream)) * self.count / max(self.count - 1, 1)
 
     def frames(self, wanted: Sequence[int], short_side: int = 0) -> np.ndarray:
-        """Return frames by number, rotated as the container states.
-
-        Args:
-          wanted: frame numbers below `count`, in any order, with or without repetitions.
-          short_side: scale frames down whose short side is longer than this; 0 never scales.
-
-        Returns:
-          uint8 [len(wanted), height, width, 3], RGB.
+        """Return frames by number, rotated as the container states; see `structvit_jax.data.types.Media`.
 
         Raises:
           DecodeError: a frame is missing, or more frames are damaged than `Limits.bad_frames` allows.

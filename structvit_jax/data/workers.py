@@ -75,28 +75,28 @@ def in_processes(
     try:
         while True:
             while len(pending) < ahead * count and (number := next(source, None)) is not None:
-                place = asked % count
-                if place == len(pool):
+                worker = asked % count
+                if worker == len(pool):
                     pool.append(_Worker(pickled))
-                pool[place].ask(number)
-                pending.append((number, place))
+                pool[worker].ask(number)
+                pending.append((number, worker))
                 asked += 1
             if not pending:
                 return
-            number, place = pending.popleft()
+            number, worker = pending.popleft()
             try:
-                result: T = pool[place].answer()
+                result: T = pool[worker].answer()
             except (EOFError, ConnectionError):
-                result = on_death(pool[place].describe_death(number))
-                pool[place].close()
-                pool[place] = _Worker(pickled)
-                for other, its_place in pending:
-                    if its_place == place:
-                        pool[place].ask(other)
+                result = on_death(pool[worker].describe_death(number))
+                pool[worker].close()
+                pool[worker] = _Worker(pickled)
+                for other, its_worker in pending:
+                    if its_worker == worker:
+                        pool[worker].ask(other)
             yield result
     finally:
-        for worker in pool:
-            worker.close()
+        for process in pool:
+            process.close()
 
 
 class _Worker:
