@@ -1,7 +1,7 @@
-"""A stand-in for Cloud Storage: its JSON interface over HTTP, objects in memory, in this process.
+"""A fake Cloud Storage server: its JSON interface over HTTP, with objects in memory, in this process.
 
-Objects are whole or not there; there are no folders, no appends, no renames, no locks. Both clients that
-a run uses speak to it: gcsfs (behind etils' paths) and tensorstore (behind Orbax).
+Objects exist completely or not at all; there are no folders, appends, renames or locks. It serves both
+clients of a run: gcsfs (behind etils' paths) and tensorstore (behind Orbax).
 """
 
 import contextlib
@@ -19,7 +19,7 @@ _WHEN = "2026-01-01T00:00:00Z"
 
 
 class Bucket:
-    """As a context: serves on a free port. `objects` maps names to bytes; `broken` makes writes fail."""
+    """A context manager that serves on a free port; `objects` maps names to bytes, `broken` fails writes."""
 
     def __init__(self):
         self.objects, self.generations, self.uploads = {}, {}, {}

@@ -1,4 +1,4 @@
-"""Video files for tests: moving digits, written with PyAV in every way that a loader meets."""
+"""Video files for tests: moving digits, written with PyAV in many containers, codecs and states of damage."""
 
 import fractions
 import functools
@@ -30,7 +30,7 @@ class _Digits(MovingDigits):
 
 
 def load(seed=0, **changes):
-    """The data set of the default configuration with changes: `data__root=...`, `augment__flip=...`."""
+    """Return the data set of the default configuration with changes, as `root=...`, `augment__flip=...`."""
     config = default_config()
     for key, value in changes.items():
         section, _, name = key.rpartition("__")
@@ -39,7 +39,7 @@ def load(seed=0, **changes):
 
 
 def take(stream, count):
-    """So many batches of a stream, copied, the stream closed."""
+    """Return copies of the first `count` batches of a stream, and close it."""
     batches = []
     for _, batch in zip(range(count), stream, strict=False):
         batches.append({key: np.array(v) if key != "problems" else v for key, v in batch.items()})
@@ -48,13 +48,13 @@ def take(stream, count):
 
 
 def same(a, b):
-    """Whether two batches are equal bit for bit."""
+    """Return whether two batches are equal bit for bit."""
     assert a.keys() == b.keys()
     return all((a[key] == b[key]).all() if key != "problems" else a[key] == b[key] for key in a)
 
 
 def pictures(label, number, split="train"):
-    """uint8 [16, 32, 32, 3]: clip `number` of a class."""
+    """Return clip `number` of a class: uint8 [16, 32, 32, 3]."""
     source = _digits("train" if split == "train" else "test")
     return source.open(8 * number + CLASSES[label])[0].frames(range(16))
 
@@ -65,17 +65,17 @@ def _digits(split):
 
 
 def decoded():
-    """A clip that needs no file."""
+    """Return a clip in memory."""
     return _Digits("train", 8, seed=0).open(0)[0]
 
 
 def write_video(path, frames, style="h264", rate=16, index_first=False, **options):
-    """Encodes uint8 [time, height, width, 3]; `options` are the encoder's."""
+    """Encode uint8 [time, height, width, 3]; `options` go to the encoder."""
     codec = _CODECS.get(style, "libx264")
     if style == "vp9":
         options = {"deadline": "realtime", "cpu-used": "8", **options}
     if style == "rotated":
-        frames = np.rot90(frames, axes=(1, 2))  # counter-clockwise; shown, it is turned back
+        frames = np.rot90(frames, axes=(1, 2))  # counter-clockwise; the header turns it back
     with av.open(str(path), "w", options={"movflags": "+faststart"} if index_first else {}) as container:
         stream = container.add_stream(codec, rate=rate, options={"crf": "18", **options})
         stream.height, stream.width = frames.shape[1:3]
@@ -106,7 +106,7 @@ def write_silence(container, stream, seconds):
 
 
 def _turn_clockwise(path):
-    """Sets the matrix of the track header as telephones do for upright films."""
+    """Set the matrix of the track header, as phones do for portrait videos."""
     data = path.read_bytes()
     upright = struct.pack(">9i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
     turned = struct.pack(">9i", 0, 1 << 16, 0, -(1 << 16), 0, 0, 0, 0, 1 << 30)
@@ -115,7 +115,7 @@ def _turn_clockwise(path):
 
 
 def write_folder(root, per_class):
-    """ROOT/SPLIT/CLASS/NUMBER.*, the styles in turn; `per_class` is {split: files}."""
+    """Write ROOT/SPLIT/CLASS/NUMBER.* in all styles in turn; `per_class` is {split: files}."""
     for split, count in per_class.items():
         for label in CLASSES:
             (root / split / label).mkdir(parents=True)
@@ -126,7 +126,7 @@ def write_folder(root, per_class):
 
 
 def write_bad(folder):
-    """One damaged file of each kind that users meet; returns {name: part of the reason}."""
+    """Write one file of each common kind of damage; return {name: pattern of the reason}."""
     frames = np.concatenate([pictures("up", number) for number in range(4)])  # 64 of them
     whole, indexed, webm = folder / "whole.mp4", folder / "indexed.mp4", folder / "whole.webm"
     write_video(whole, frames)

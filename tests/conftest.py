@@ -31,7 +31,8 @@ import pytest
 from bucket import Bucket
 from etils import epath
 
-from structvit_jax import cli, data, main
+from structvit_jax import cli, main
+from structvit_jax.data.dataset import ConfiguredDataset
 from structvit_jax.ops import batch_split_over
 from structvit_jax.performance import hardware
 from structvit_jax.runtime import lock, mesh
@@ -130,7 +131,7 @@ class Command:
 
     _server = multiprocessing.get_context("forkserver")
     _modules = (
-        *("cli.configuration", "cli.experiment", "data", "training.loop", "performance.bench"),
+        *("cli.configuration", "cli.experiment", "data.dataset", "training.loop", "performance.bench"),
         *("performance.plan", "analysis.batch_preview"),
     )
     _server.set_forkserver_preload([*map("structvit_jax.{}".format, _modules), "sklearn.datasets"])
@@ -272,7 +273,7 @@ def place(request, tmp_path, monkeypatch):
 
 def slowly(seconds):
     """In a command: every batch takes this long, and is told of."""
-    batches = data.Dataset.train_batches
+    batches = ConfiguredDataset.train_batches
 
     def slow(self, *arguments, **options):
         for batch in batches(self, *arguments, **options):
@@ -280,7 +281,7 @@ def slowly(seconds):
             time.sleep(seconds)
             yield batch
 
-    data.Dataset.train_batches = slow
+    ConfiguredDataset.train_batches = slow
 
 
 def contents(folder):

@@ -1,4 +1,4 @@
-"""A data set for tests whose third example kills the process that reads it; workers import it."""
+"""A data set whose third example kills the process that reads it, in a module that workers can import."""
 
 import os
 import signal

@@ -38,9 +38,9 @@ def write(config: ml_collections.ConfigDict, data: Any, path: epath.Path) -> int
     names = {problem.id: problem.reason for problem in batch["problems"]}
     captions = [_caption(row, data.class_names) for row in np.asarray(targets)]
     for row in np.flatnonzero(~arrays["mask"]):
-        identity = data.train.source.id(int(batch["index"][row]))
+        identity = data.train_id(int(batch["index"][row]))
         captions[row] = f"left out: {identity}: {names.get(identity, '')}"
-    if data.train.is_image:
+    if data.unit == "images":
         sheet = _grid([[_picture(p)] for p in pixels[: _COLUMNS * _ROWS]], captions, beside=_COLUMNS)
     else:
         shown = evenly_spaced(pixels.shape[1], _COLUMNS)
@@ -49,7 +49,7 @@ def write(config: ml_collections.ConfigDict, data: Any, path: epath.Path) -> int
     sheet.save(file, "PNG")
     path.parent.mkdir(parents=True, exist_ok=True)
     storage.write(path, file.getvalue())
-    return min(len(pixels), _COLUMNS * _ROWS if data.train.is_image else _ROWS)
+    return min(len(pixels), _COLUMNS * _ROWS if data.unit == "images" else _ROWS)
 
 
 def evenly_spaced(frames: int, most: int) -> np.ndarray:

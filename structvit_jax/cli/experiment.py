@@ -11,6 +11,7 @@ from structvit_jax import data
 from structvit_jax.cli.configuration import load_config
 from structvit_jax.cli.options import Words
 from structvit_jax.config import automatic, check_config
+from structvit_jax.data.setup import configure_decoding
 from structvit_jax.utils.paths import parse_path
 
 
@@ -42,6 +43,7 @@ def open_data(config: ml_collections.ConfigDict, workdir: str) -> Opened:
     """
     from structvit_jax.training import start
 
+    configure_decoding()
     folder, lines = parse_path(workdir), []
     left_open = automatic.missing(config)
     config = start.resolve_open_keys(config, folder)

@@ -146,10 +146,12 @@ def open_checkpoint_config(checkpoint: str, words: Words) -> ml_collections.Conf
     """
     from structvit_jax.cli.configuration import override
     from structvit_jax.config import check_config
+    from structvit_jax.data.setup import configure_decoding
     from structvit_jax.runtime import devices
     from structvit_jax.training.card import from_card
     from structvit_jax.training.restore import open_card
 
+    configure_decoding()
     devices.select_devices(words.value("mesh.device", "auto"))  # first: reading the card opens a device
     config = from_card(open_card(checkpoint)["config"], checkpoint)
     override(config, words.overrides)

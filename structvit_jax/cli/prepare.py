@@ -183,9 +183,9 @@ def shards(root: str, out: str, beam_runner: str, beam_options: tuple[str, ...],
     """
     if beam_options and not beam_runner:
         raise UserError("--beam_option needs --beam_runner, as --beam_runner=DirectRunner")
-    from structvit_jax.data import shards
+    from structvit_jax.data import tfds_writer
 
-    shards.write(root, out, beam_runner=beam_runner, beam_options=beam_options, **chosen)
+    tfds_writer.write_folder(root, out, beam_runner=beam_runner, beam_options=beam_options, **chosen)
 
 
 @command.command("label_maps", cls=options.ConfigCommand, takes_file=False, context_settings=options.SETTINGS)

@@ -1,8 +1,8 @@
-"""The annotation files of the paper's data sets, as they are distributed, made into lists of examples.
+"""Read the annotation files of the paper's data sets, as they are distributed, into lists of examples.
 
-Each reader takes a folder of annotations and a folder of media, both searched to any depth, and returns the
-splits and the class names in the distributed order. These readers are tested on small files of the documented
-shape; the full sets were not at hand.
+Each reader takes a folder of annotations and a folder of media, searches both recursively, and returns the
+splits and the class names in the distributed order. The readers are tested on small files of the documented
+format; the full sets were not available.
 """
 
 from __future__ import annotations
@@ -21,37 +21,43 @@ from structvit_jax.utils.errors import UserError, parse_json
 
 
 class Prepared(NamedTuple):
-    """What a reader found."""
+    """The examples of annotation files."""
 
     splits: dict[str, list[Entry]]  # paths are absolute
-    missing: dict[str, list[str]]  # names of annotated files that are not there
+    missing: dict[str, list[str]]  # names of annotated files that do not exist
     class_names: tuple[str, ...]
 
+    def add(self, split: str, annotated: Iterable[tuple[str, Entry]], files: dict[str, str]) -> None:
+        """Add annotated examples, given as the name of a file and an entry, to a split.
 
-def _split(name: str, wanted: Iterable[tuple[str, Entry]], files: dict[str, str], into: Prepared) -> None:
-    """Sorts annotated examples into those whose file is there and those whose file is not."""
-    entries, missing = into.splits.setdefault(name, []), into.missing.setdefault(name, [])
-    for key, entry in wanted:
-        if key in files:
-            entries.append(entry._replace(path=files[key]))
-        else:
-            missing.append(key)
+        Args:
+          split: its name.
+          annotated: names without extensions, and entries without paths.
+          files: paths by name.
+        """
+        entries, missing = self.splits.setdefault(split, []), self.missing.setdefault(split, [])
+        for name, entry in annotated:
+            if name in files:
+                entries.append(entry._replace(path=files[name]))
+            else:
+                missing.append(name)
 
 
 def kinetics400(annotations: str, media: str) -> Prepared:
-    """CSV `label,youtube_id,time_start,time_end,split`; files ID_START_END.mp4, in whole seconds of six
-    digits, or ID.mp4."""
-    files = _media(media, VIDEOS)
+    """Read CSV files `label,youtube_id,time_start,time_end,split`.
+
+    Video files are ID_START_END.mp4, with whole seconds of six digits, or ID.mp4.
+    """
+    files = _files_by_name(media, VIDEOS)
     result = Prepared({}, {}, ())
     labels: set[str] = set()
     for split, names in (("train", ("train.csv",)), ("val", ("val.csv", "validate.csv", "validation.csv"))):
         path = _find(
             annotations, *names, *(f"kinetics{mark}400_{name}" for mark in ("", "-", "_") for name in names)
         )
-        rows = list(csv.DictReader(_lines(path)))
-        _need(rows, ("label", "youtube_id", "time_start", "time_end"), path)
+        rows = _csv(path, "label", "youtube_id", "time_start", "time_end")
         labels |= {row["label"] for row in rows}
-        _split(split, ((_kinetics_name(row, files), Entry("", row["label"])) for row in rows), files, result)
+        result.add(split, ((_kinetics_name(row, files), Entry("", row["label"])) for row in rows), files)
     return result._replace(class_names=tuple(sorted(labels)))
 
 
@@ -62,31 +68,37 @@ def _kinetics_name(row: dict[str, str], files: dict[str, str]) -> str:
 
 
 def something_v1(annotations: str, media: str) -> Prepared:
-    """CSV `id;label` without a header and a CSV of labels, one a line; folders of frames ID/00001.jpg."""
-    return _something(annotations, media, "v1", dict(_folders(media)))
+    """Read CSV files `id;label` without a header, and a CSV file of labels, one per line.
+
+    Videos are folders of frames ID/00001.jpg.
+    """
+    folders = {os.path.basename(here): here for here, names in _walk(media) if frame_names(names)}
+    return _something(annotations, "v1", folders)
 
 
 def something_v2(annotations: str, media: str) -> Prepared:
-    """JSON [{"id", "template", ...}] (or CSV as V1) and JSON {label: number}; files ID.webm."""
-    return _something(annotations, media, "v2", _media(media, VIDEOS))
+    """Read JSON files [{"id", "template", ...}], or CSV as V1, and a JSON file {label: number}.
+
+    Video files are ID.webm.
+    """
+    return _something(annotations, "v2", _files_by_name(media, VIDEOS))
 
 
-def _something(annotations: str, media: str, version: str, files: dict[str, str]) -> Prepared:
+def _something(annotations: str, version: str, files: dict[str, str]) -> Prepared:
     result = Prepared({}, {}, _something_labels(annotations, version))
     for split, name in (("train", "train"), ("val", "validation")):
         stems = (f"something-something-{version}-{name}", name)
         path = _find(annotations, *(stem + ending for stem in stems for ending in (".json", ".csv")))
         if path.endswith(".json"):
-            rows = _json(path)
-            _need(rows, ("id", "template"), path)
-            # Labels are templates without the brackets around their blanks.
+            # Labels are templates without the brackets around their placeholders.
+            rows = _json_rows(path, "id", "template")
             pairs = [(str(row["id"]), re.sub(r"[\[\]]", "", row["template"])) for row in rows]
         else:
-            rows = [row for row in csv.reader(_lines(path), delimiter=";") if row]
-            if wrong := [row for row in rows if len(row) != 2]:
+            cells = [row for row in csv.reader(_lines(path), delimiter=";") if row]
+            if wrong := [row for row in cells if len(row) != 2]:
                 raise UserError(f"{path}: a line is not 'id;label': {';'.join(wrong[0])!r}")
-            pairs = [(row[0], row[1]) for row in rows]
-        _split(split, ((name, Entry("", label)) for name, label in pairs), files, result)
+            pairs = [(row[0], row[1]) for row in cells]
+        result.add(split, ((name, Entry("", label)) for name, label in pairs), files)
     return result
 
 
@@ -101,24 +113,26 @@ def _something_labels(annotations: str, version: str) -> tuple[str, ...]:
 
 
 def diving48(annotations: str, media: str) -> Prepared:
-    """JSON [{"vid_name", "label", ...}] of V2, a JSON vocabulary of four phases per class; files NAME.mp4."""
+    """Read JSON files [{"vid_name", "label", ...}] of V2, and a JSON vocabulary of four phases per class.
+
+    Video files are NAME.mp4.
+    """
     vocabulary = [" / ".join(phases) for phases in _json(_find(annotations, "Diving48_vocab.json"))]
-    files, result = _media(media, VIDEOS), Prepared({}, {}, tuple(vocabulary))
+    files, result = _files_by_name(media, VIDEOS), Prepared({}, {}, tuple(vocabulary))
     for split, name in (("train", "train"), ("val", "test")):
         path = _find(annotations, f"Diving48_V2_{name}.json")
-        rows = _json(path)
-        _need(rows, ("vid_name", "label"), path)
+        rows = _json_rows(path, "vid_name", "label")
         if beyond := [row for row in rows if not 0 <= int(row["label"]) < len(vocabulary)]:
             raise UserError(f"{path}: {beyond[0]['vid_name']} has a label outside the vocabulary")
         pairs = ((row["vid_name"], Entry("", vocabulary[int(row["label"])])) for row in rows)
-        _split(split, pairs, files, result)
+        result.add(split, pairs, files)
     return result
 
 
 def finegym(annotations: str, media: str, classes: int) -> Prepared:
-    """Lists "VIDEO_E_START_END_A_START_END LABEL", categories "Clabel: N; ...; (XX) NAME", a JSON with times.
+    """Read lists "VIDEO_E_START_END_A_START_END LABEL", categories "Clabel: N; ...; (XX) NAME", JSON times.
 
-    Files are whole videos, VIDEO.mp4; a clip's times are those of its event plus those inside it.
+    Files are whole videos, VIDEO.mp4; the times of a clip are relative to those of its event.
     """
     lines = _lines(_find(annotations, f"gym{classes}_categories.txt"))
     matches = [re.match(r"Clabel:\s*(\d+);.*?(\([A-Z]+\).*)", line) for line in lines]
@@ -127,11 +141,10 @@ def finegym(annotations: str, media: str, classes: int) -> Prepared:
     if len(names) != classes:
         raise UserError(f"gym{classes}_categories.txt names {len(names)} classes")
     events = _json(_find(annotations, "finegym_annotation_info_v1.1.json"))
-    files, result = _media(media, VIDEOS), Prepared({}, {}, names)
+    files, result = _files_by_name(media, VIDEOS), Prepared({}, {}, names)
     for split in ("train", "val"):
         stems = (f"gym{classes}_{split}_element_v1.1.txt", f"gym{classes}_{split}_element.txt")
-        path = _find(annotations, *stems)
-        _split(split, _finegym_clips(path, events, names), files, result)
+        result.add(split, _finegym_clips(_find(annotations, *stems), events, names), files)
     return result
 
 
@@ -150,40 +163,34 @@ def _finegym_clips(path: str, events: dict[str, Any], names: tuple[str, ...]) ->
 
 
 def imagenet(annotations: str, media: str) -> Prepared:
-    """ILSVRC 2012: train/SYNSET/*.JPEG, and val either likewise or flat with LOC_val_solution.csv.
+    """Read ILSVRC 2012: train/SYNSET/*.JPEG, and val either likewise or flat with LOC_val_solution.csv.
 
-    Classes are synsets, sorted, which is the usual order of the 1000 classes.
+    Classes are the sorted synsets, the usual order of the 1000 classes.
     """
-    result = Prepared({}, {}, ())
-    result.splits["train"] = list(_class_folders(_image_folder(media, "train")))
-    val = _image_folder(media, "val")
-    result.splits["val"] = list(_class_folders(val))
+    train, val = (_image_folder(media, split) for split in ("train", "val"))
+    result = Prepared({"train": _class_folders(train), "val": _class_folders(val)}, {}, ())
     if not result.splits["val"]:
-        rows = list(csv.DictReader(_lines(_find(annotations, "LOC_val_solution.csv"))))
-        _need(rows, ("ImageId", "PredictionString"), "LOC_val_solution.csv")
+        path = _find(annotations, "LOC_val_solution.csv")
+        rows = _csv(path, "ImageId", "PredictionString")
         pairs = ((row["ImageId"], Entry("", row["PredictionString"].split()[0])) for row in rows)
-        _split("val", pairs, _media(val, IMAGES), result)
+        result.add("val", pairs, _files_by_name(val, IMAGES))
     return result._replace(class_names=tuple(sorted({entry.label for entry in result.splits["train"]})))
 
 
-def _class_folders(folder: str) -> Iterator[Entry]:
-    for label in sorted(os.listdir(folder)):
-        if os.path.isdir(os.path.join(folder, label)):
-            for here, files in walk(os.path.abspath(os.path.join(folder, label))):
-                yield from (
-                    Entry(os.path.join(here, name), label) for name in files if name.lower().endswith(IMAGES)
-                )
+def _class_folders(folder: str) -> list[Entry]:
+    labels = [label for label in sorted(os.listdir(folder)) if os.path.isdir(os.path.join(folder, label))]
+    return [Entry(path, label) for label in labels for path in _files(os.path.join(folder, label), IMAGES)]
 
 
 class DataSet(NamedTuple):
-    """How a data set is read, and how many examples it is published to have."""
+    """The reader of a data set, and the number of examples that it is published to have."""
 
     read: Callable[[str, str], Prepared]
     published: dict[str, int]
 
 
 DATA_SETS = {
-    "kinetics400": DataSet(kinetics400, {"train": 240_436, "val": 19_796}),  # as mmaction2 counts its copy
+    "kinetics400": DataSet(kinetics400, {"train": 240_436, "val": 19_796}),  # of the copy of mmaction2
     "something_v1": DataSet(something_v1, {"train": 86_017, "val": 11_522}),
     "something_v2": DataSet(something_v2, {"train": 168_913, "val": 24_777}),
     "diving48": DataSet(diving48, {"train": 15_027, "val": 1_970}),
@@ -193,16 +200,34 @@ DATA_SETS = {
 }
 
 
-def _find(top: str, *names: str) -> str:
-    """The file below `top` with the first of these names; of several the highest."""
+def _walk(top: str) -> Iterator[tuple[str, list[str]]]:
     if not os.path.isdir(top):
         raise UserError(f"no folder {top!r}")
+    return walk(os.path.abspath(top))
+
+
+def _files(top: str, endings: tuple[str, ...]) -> Iterator[str]:
+    """Yield the absolute path of every file below `top` with one of these extensions."""
+    return (
+        os.path.join(here, name)
+        for here, names in _walk(top)
+        for name in names
+        if name.lower().endswith(endings)
+    )
+
+
+def _files_by_name(top: str, endings: tuple[str, ...]) -> dict[str, str]:
+    """Return the absolute paths of media files below `top` by name without extension."""
+    return {os.path.splitext(os.path.basename(path))[0]: path for path in _files(top, endings)}
+
+
+def _find(top: str, *names: str) -> str:
+    """Return the file below `top` with the first of these names, of several the one nearest to `top`."""
     found = [
-        (rank, here.count(os.sep), os.path.join(here, name))
-        for here, files in walk(top)
+        (names.index(name), here.count(os.sep), os.path.join(here, name))
+        for here, files in _walk(top)
         for name in files
-        for rank, wanted in enumerate(names)
-        if name == wanted
+        if name in names
     ]
     if not found:
         raise UserError(f"{top} has no file {' or '.join(names)}")
@@ -210,39 +235,12 @@ def _find(top: str, *names: str) -> str:
 
 
 def _image_folder(top: str, name: str) -> str:
-    """The folder of this name below `top` that has images in it; annotations have folders named alike."""
-    if not os.path.isdir(top):
-        raise UserError(f"no folder {top!r}")
-    for here, _ in walk(top):
+    """Return the folder `name` below `top` that contains images; annotations use the same names."""
+    for here, _ in _walk(top):
         folder = os.path.join(here, name)
-        if os.path.isdir(folder) and any(_images_below(folder)):
+        if os.path.isdir(folder) and any(_files(folder, IMAGES)):
             return folder
     raise UserError(f"{top} has no folder {name!r} with images in it")
-
-
-def _images_below(folder: str) -> Iterator[str]:
-    return (name for _, files in walk(folder) for name in files if name.lower().endswith(IMAGES))
-
-
-def _media(top: str, endings: tuple[str, ...]) -> dict[str, str]:
-    """Name without its ending -> absolute path of every media file below `top`."""
-    if not os.path.isdir(top):
-        raise UserError(f"no folder {top!r}")
-    return {
-        os.path.splitext(name)[0]: os.path.join(here, name)
-        for here, files in walk(os.path.abspath(top))
-        for name in files
-        if name.lower().endswith(endings)
-    }
-
-
-def _folders(top: str) -> Iterator[tuple[str, str]]:
-    """Name and absolute path of every folder below `top` that holds images."""
-    if not os.path.isdir(top):
-        raise UserError(f"no folder {top!r}")
-    return (
-        (os.path.basename(here), here) for here, files in walk(os.path.abspath(top)) if frame_names(files)
-    )
 
 
 def _lines(path: str) -> list[str]:
@@ -255,12 +253,23 @@ def _json(path: str) -> Any:
         try:
             return parse_json(file.read())
         except ValueError as error:
-            raise UserError(f"{path} is no JSON: {error}") from error
+            raise UserError(f"{path} is not valid JSON: {error}") from error
 
 
-def _need(rows: list[Any], keys: tuple[str, ...], path: str) -> None:
+def _csv(path: str, *keys: str) -> list[dict[str, str]]:
+    """Return the rows of a CSV file with a header that has these columns."""
+    return _checked(list(csv.DictReader(_lines(path))), keys, path)
+
+
+def _json_rows(path: str, *keys: str) -> list[dict[str, Any]]:
+    """Return a JSON list of objects that have these keys."""
+    return _checked(_json(path), keys, path)
+
+
+def _checked(rows: list[dict[str, Any]], keys: tuple[str, ...], path: str) -> list[dict[str, Any]]:
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict) or any(row.get(key) is None for key in keys):
             raise UserError(f"{path}: entry {number} lacks one of {', '.join(keys)}")
     if not rows:
         raise UserError(f"{path} is empty")
+    return rows

@@ -1,8 +1,8 @@
-"""Crops, flips and RandAugment: the policies are ours, the pixels are Pillow's and OpenCV's.
+"""Crops, flips and RandAugment on the host, with the pixel operations of Pillow and OpenCV.
 
 A clip is uint8 [time, height, width, 3]; an image is a clip of one frame. All frames of a clip are
-treated alike. What works on whole batches (erasing, mixup, cutmix) is done on the device, in
-`structvit_jax.training.mixing`.
+augmented in the same way. `structvit_jax.training.mixing` augments whole batches on the device (erasing,
+mixup, cutmix).
 """
 
 from __future__ import annotations
@@ -19,16 +19,18 @@ from PIL import Image, ImageEnhance, ImageOps
 from structvit_jax.utils.errors import UserError
 
 Box = tuple[int, int, int, int]  # top, left, height, width
-# Where pixels come from: takes a point (x, y, 1) of what was made, both from 0 to 1, to that of its origin.
-CropAffine = np.ndarray  # float64 [3, 3]
+Fill = tuple[int, int, int]  # RGB
+# float64 [3, 3]; maps a point (x, y, 1) of the output to the point of the input that its pixel comes from.
+# Coordinates are fractions of the width and height.
+CropAffine = np.ndarray
 _MIRRORED: CropAffine = np.array([[-1.0, 0, 1], [0, 1, 0], [0, 0, 1]])
 
 
 def resize(clip: np.ndarray, box: Box, size: tuple[int, int], *, image: bool) -> np.ndarray:
-    """The box of every frame, at another size (height, width).
+    """Crop a box out of every frame and resize it to `size` (height, width).
 
-    Images are resized bicubically with antialiasing, as timm does through Pillow; clips bilinearly without,
-    as UniFormer does with torch's `interpolate` (rounded to whole numbers here).
+    Images are resized bicubically with antialiasing, as timm does with Pillow; clips bilinearly without
+    antialiasing, as UniFormer does with torch's `interpolate`, but rounded to whole pixel values.
     """
     top, left, height, width = box
     clip = clip[:, top : top + height, left : left + width]
@@ -47,9 +49,9 @@ def random_box(
     aspect: tuple[float, float],
     rng: np.random.Generator,
 ) -> Box:
-    """A random part of a frame: its share of the area uniform, its aspect (width / height) log-uniform.
+    """Draw a box whose fraction of the area is uniform and whose aspect (width / height) is log-uniform.
 
-    After ten that do not fit, the largest in the middle whose aspect is in range, as torchvision.
+    After ten boxes that do not fit, return the largest centred box whose aspect is in range, as torchvision.
     """
     for _ in range(10):
         target = height * width * rng.uniform(*area)
@@ -73,14 +75,18 @@ def random_crop(
     *,
     image: bool,
 ) -> tuple[np.ndarray, CropAffine]:
-    """One random box for all frames, resized to size x size, mirrored with probability `flip`; and whence."""
+    """Resize one random box of all frames to size x size and mirror it with probability `flip`.
+
+    Returns:
+      uint8 [time, size, size, 3], and the map to where its pixels come from.
+    """
     height, width = clip.shape[1:3]
     top, left, h, w = box = random_box(height, width, area, aspect, rng)
     clip = resize(clip, box, (size, size), image=image)
-    pose = np.array([[w / width, 0, left / width], [0, h / height, top / height], [0, 0, 1]])
+    affine = np.array([[w / width, 0, left / width], [0, h / height, top / height], [0, 0, 1]])
     if rng.random() < flip:
-        return np.ascontiguousarray(clip[:, :, ::-1]), pose @ _MIRRORED
-    return clip, pose
+        return np.ascontiguousarray(clip[:, :, ::-1]), affine @ _MIRRORED
+    return clip, affine
 
 
 def test_crops(clip: np.ndarray, size: int, fraction: float, crops: int, *, image: bool) -> np.ndarray:
@@ -96,34 +102,34 @@ def test_boxes(
 ) -> tuple[tuple[int, int], list[tuple[int, int]]]:
     """Return the size (height, width) that frames are scaled to for testing, and each crop's (top, left).
 
-    The short side is scaled to size / fraction; crops are size x size. One crop is the middle; three are
-    left, middle, right (top, middle, bottom of upright frames).
+    The short side is scaled to size / fraction; crops are size x size. One crop is the centre; three are
+    left, centre and right, or top, centre and bottom of portrait frames.
     """
     short = int(size / fraction)
-    # Rounded down, as the references do.
+    # Rounded down, as the reference implementations do.
     new = (short, short * width // height) if height <= width else (short * height // width, short)
-    room = (new[0] - size, new[1] - size)
-    top, left = (round(r / 2) if image else -(-r // 2) for r in room)
+    margins = (new[0] - size, new[1] - size)
+    top, left = (round(margin / 2) if image else -(-margin // 2) for margin in margins)
     if crops != 3:
         return new, [(top, left)]
     if width >= height:
-        return new, [(top, 0), (top, left), (top, room[1])]
-    return new, [(0, left), (top, left), (room[0], left)]
+        return new, [(top, 0), (top, left), (top, margins[1])]
+    return new, [(0, left), (top, left), (margins[0], left)]
 
 
 class RandAugment(NamedTuple):
-    """A policy in timm's notation: "rand-m7-n4-mstd0.5-inc1"."""
+    """RandAugment with timm's fifteen increasing operations, written "rand-m7-n4-mstd0.5-inc1" as there."""
 
-    magnitude: float = 10.0  # m, of 10
+    magnitude: float = 10.0  # m, from 0 to 10
     layers: int = 2  # n, operations per example
-    deviation: float = 0.0  # mstd, of the magnitude
+    deviation: float = 0.0  # mstd, standard deviation of the magnitude
 
     @classmethod
     def parse(cls, text: str) -> RandAugment | None:
-        """None for an empty text.
+        """Return the policy that a text describes; None if it is empty.
 
         Raises:
-          UserError: text that is no policy. Only the increasing operations, inc1, are there.
+          UserError: not a policy, or one without "inc1": only the increasing operations are implemented.
         """
         if not text:
             return None
@@ -141,33 +147,43 @@ class RandAugment(NamedTuple):
                 head = part
         if head != "rand" or not increasing or not 0 <= fields.get("magnitude", 10.0) <= 10:
             raise UserError(
-                f"config.augment.randaugment is {text!r}; it is written 'rand-m7-n4-mstd0.5-inc1', m up to 10"
+                f"config.augment.randaugment is {text!r}; write it as 'rand-m7-n4-mstd0.5-inc1', m up to 10"
             )
         return cls(**fields)
 
     def __call__(
-        self, clip: np.ndarray, fill: tuple[int, int, int], rng: np.random.Generator
+        self, clip: np.ndarray, fill: Fill, rng: np.random.Generator
     ) -> tuple[np.ndarray, CropAffine]:
-        """`layers` operations drawn with replacement, each applied with probability one half; and whence the
-        pixels come."""
-        chosen, pose = [], np.eye(3)
+        """Draw `layers` operations with replacement and apply each with probability one half.
+
+        Args:
+          clip: uint8 [time, height, width, 3].
+          fill: RGB colour of pixels that come from outside the frame.
+          rng: source of every draw.
+
+        Returns:
+          The altered clip, and the map to where its pixels come from.
+        """
+        chosen, affine = [], np.eye(3)
         for operation in rng.choice(len(_OPERATIONS), self.layers):
             if rng.random() < 0.5:
                 level = min(max(rng.normal(self.magnitude, self.deviation), 0.0), 10.0) / 10
                 chosen.append((_OPERATIONS[operation], level, 1 if rng.random() < 0.5 else -1))
         if not chosen:
-            return clip, pose
+            return clip, affine
         frames = [Image.fromarray(frame) for frame in clip]
         for operation, level, sign in chosen:
             frames = [operation(frame, level, sign, fill) for frame in frames]
-            if operation in _MOVES:
-                pose = pose @ _MOVES[operation](sign * level, clip.shape[2] / clip.shape[1])
-        return np.stack([np.asarray(frame) for frame in frames]), pose
+            if operation in _GEOMETRIC:
+                affine = affine @ _GEOMETRIC[operation](sign * level, clip.shape[2] / clip.shape[1])
+        return np.stack([np.asarray(frame) for frame in frames]), affine
 
 
 def color_jitter(clip: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
-    """Brightness, contrast and saturation in random order, each by a factor within 1 +- strength, the same
-    for all frames (torchvision's, without hue)."""
+    """Change brightness, contrast and saturation in random order, each by a factor within 1 +- strength.
+
+    As torchvision's ColorJitter without hue.
+    """
     enhancers = [ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color]
     factors = rng.uniform(max(0, 1 - strength), 1 + strength, len(enhancers))
     frames = [Image.fromarray(frame) for frame in clip]
@@ -177,44 +193,44 @@ def color_jitter(clip: np.ndarray, strength: float, rng: np.random.Generator) ->
 
 
 # An operation: (image, level in 0..1, sign, fill) -> image.
-Operation = Callable[[Image.Image, float, int, tuple[int, int, int]], Image.Image]
+Operation = Callable[[Image.Image, float, int, Fill], Image.Image]
 
 
-def _affine(image, matrix, fill):
+def _affine(image: Image.Image, matrix: tuple[float, ...], fill: Fill) -> Image.Image:
     bicubic = Image.Resampling.BICUBIC
     return image.transform(image.size, Image.Transform.AFFINE, matrix, resample=bicubic, fillcolor=fill)
 
 
-def _rotate(image, level, sign, fill):
+def _rotate(image: Image.Image, level: float, sign: int, fill: Fill) -> Image.Image:
     return image.rotate(sign * 30 * level, resample=Image.Resampling.BICUBIC, fillcolor=fill)
 
 
-def _solarize_add(image, level, sign, fill):
+def _solarize_add(image: Image.Image, level: float, sign: int, fill: Fill) -> Image.Image:
     add = int(110 * level)
     return image.point([min(255, i + add) if i < 128 else i for i in range(256)] * 3)
 
 
-def _enhance(enhancer) -> Operation:
+def _enhance(enhancer: Callable[[Image.Image], ImageEnhance._Enhance]) -> Operation:
     return lambda image, level, sign, fill: enhancer(image).enhance(max(0.1, 1 + sign * 0.9 * level))
 
 
-def _posterize(image, level, sign, fill):
+def _posterize(image: Image.Image, level: float, sign: int, fill: Fill) -> Image.Image:
     return ImageOps.posterize(image, 4 - int(4 * level))
 
 
-def _shear_x(image, level, sign, fill):
+def _shear_x(image: Image.Image, level: float, sign: int, fill: Fill) -> Image.Image:
     return _affine(image, (1, sign * 0.3 * level, 0, 0, 1, 0), fill)
 
 
-def _shear_y(image, level, sign, fill):
+def _shear_y(image: Image.Image, level: float, sign: int, fill: Fill) -> Image.Image:
     return _affine(image, (1, 0, 0, sign * 0.3 * level, 1, 0), fill)
 
 
-def _translate_x(image, level, sign, fill):
+def _translate_x(image: Image.Image, level: float, sign: int, fill: Fill) -> Image.Image:
     return _affine(image, (1, 0, sign * 0.45 * level * image.width, 0, 1, 0), fill)
 
 
-def _translate_y(image, level, sign, fill):
+def _translate_y(image: Image.Image, level: float, sign: int, fill: Fill) -> Image.Image:
     return _affine(image, (1, 0, 0, 0, 1, sign * 0.45 * level * image.height), fill)
 
 
@@ -246,8 +262,8 @@ def _rotation(strength: float, aspect: float) -> CropAffine:
     return np.linalg.inv(to_centre) @ turn @ to_centre
 
 
-# The operations that move pixels, as poses of (sign * level, width / height).
-_MOVES: dict[Operation, Callable[[float, float], CropAffine]] = {
+# The operations that move pixels: (sign * level, width / height) -> affine map.
+_GEOMETRIC: dict[Operation, Callable[[float, float], CropAffine]] = {
     _rotate: _rotation,
     _shear_x: lambda strength, aspect: np.array([[1, 0.3 * strength / aspect, 0], [0, 1, 0], [0, 0, 1]]),
     _shear_y: lambda strength, aspect: np.array([[1, 0, 0], [0.3 * strength * aspect, 1, 0], [0, 0, 1]]),

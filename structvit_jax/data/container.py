@@ -1,6 +1,6 @@
-"""Open the container of a video: regular files and bytes in memory, of the formats in `CONTAINERS` alone.
+"""Open the container of a video: a regular file or bytes in memory, of a format in `CONTAINERS`.
 
-Playlists and session descriptions, which name further files and addresses, are refused before FFmpeg parses
+Playlists and session descriptions, which refer to other files and addresses, are refused before FFmpeg parses
 them, and so are files that announce more than `Limits` allow.
 """
 
@@ -10,9 +10,10 @@ import io
 import os
 import struct
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import av
+from av.container import InputContainer
 
 from structvit_jax.data.limits import Limits, file_size
 from structvit_jax.utils.errors import DecodeError, decoding
@@ -26,22 +27,22 @@ CONTAINERS = {
     "asf": (".wmv", ".asf"),
     "flv": (".flv",),
 }
-_PROGRAM_STREAM = (".mpg", ".mpeg")  # counted as videos, and refused with a reason
+_PROGRAM_STREAM = (".mpg", ".mpeg")  # found as videos, but refused with a reason
 VIDEOS = (*(extension for extensions in CONTAINERS.values() for extension in extensions), *_PROGRAM_STREAM)
 _OPTIONS = {"format_whitelist": ",".join(CONTAINERS), "protocol_whitelist": "file"}
 
-_OTHERS = (b"RIFF", b"\x1a\x45\xdf\xa3", b"FLV", b"\x30\x26\xb2\x75", b"\x47")  # starts of other containers
-_PER_SAMPLE = 0xF00  # flags of a fragment that has values for each sample
+# First bytes of containers other than MP4 and QuickTime.
+_OTHERS = (b"RIFF", b"\x1a\x45\xdf\xa3", b"FLV", b"\x30\x26\xb2\x75", b"\x47")
+_PER_SAMPLE = 0xF00  # flags of a fragment that stores values for each sample
+_CHUNK = 2**20  # bytes of a header to search at a time
+_FIELDS = 16  # maximal bytes of a box from its tag to the end of its count
 
-_CHUNK = 2**20  # bytes of a header that are searched at a time
-_FIELDS = 16  # bytes of a box from its tag to the end of its count, at most
 
-
-def open_container(file: str | bytes, limits: Limits) -> Any:
-    """Open a file, given as a path or as bytes; one thread decodes its video: workers are the parallelism.
+def open_container(file: str | bytes, limits: Limits) -> InputContainer:
+    """Open a video, given as a path or as bytes, to be decoded on one thread: workers are the parallelism.
 
     Raises:
-      DecodeError: no file, no video, another container, or one that exceeds the limits.
+      DecodeError: no file, no video, an unsupported container, or one that exceeds the limits.
     """
     options = _OPTIONS | {"max_pixels": str(limits.pixels)}
     with decoding():
@@ -57,7 +58,7 @@ def open_container(file: str | bytes, limits: Limits) -> Any:
             raise DecodeError(
                 "an MPEG program stream does not keep the times of its frames; convert it to mp4"
             )
-        if head.startswith(b"FLV"):  # FFmpeg would decode pictures to find its streams, whatever their size
+        if head.startswith(b"FLV"):  # FFmpeg decodes pictures of any size to find its streams
             with _open(file, options | {"codec_whitelist": "none"}) as container:
                 _check_size(container, limits)
         container = _open(file, options)
@@ -73,28 +74,28 @@ def open_container(file: str | bytes, limits: Limits) -> Any:
     return container
 
 
-def _open(file: str | bytes, options: dict[str, str]) -> Any:
+def _open(file: str | bytes, options: dict[str, str]) -> InputContainer:
     source = io.BytesIO(file) if isinstance(file, bytes) else f"file:{file}"
     try:
-        return av.open(source, options=options, metadata_errors="replace")
-    except av.ArgumentError as error:  # FFmpeg's answer to a format that is not on the list
+        return av.open(source, "r", options=options, metadata_errors="replace")
+    except av.ArgumentError as error:  # FFmpeg refuses formats that are not whitelisted
         known = ", ".join(sorted(extension[1:] for extension in VIDEOS if extension not in _PROGRAM_STREAM))
-        raise DecodeError(f"not one of the containers that are read ({known})") from error
+        raise DecodeError(f"not a supported container ({known})") from error
 
 
-def _check_size(container: Any, limits: Limits) -> None:
+def _check_size(container: InputContainer, limits: Limits) -> None:
     for stream in container.streams.video[:1]:
         if stream.codec_context is not None:
             limits.check_picture(stream.codec_context.width, stream.codec_context.height)
 
 
-def _unsupported(container) -> str | None:
-    """Return why a container's video cannot be read, or None."""
+def _unsupported(container: InputContainer) -> str | None:
+    """Return why the video of a container cannot be read, or None."""
     video = container.streams.video
     if not video:
         return "no video stream"
     if (codec := video[0].codec_context) is None:
-        return "no decoder for its video"
+        return "no decoder for its video codec"
     kind = container.format.name
     if kind == "avi" and codec.name in ("h264", "hevc") and codec.has_b_frames:
         return f"{codec.name} in {kind} does not keep the times of its frames; convert it to mp4 or mkv"
@@ -104,12 +105,12 @@ def _unsupported(container) -> str | None:
 def _check_boxes(file: BinaryIO, limits: Limits) -> None:
     """Check the number of samples that an MP4 or QuickTime file announces, before FFmpeg opens it.
 
-    FFmpeg takes some 40 bytes for each. Most tables have an entry for each sample, so the file is as large; a
-    table of samples of one size, and a fragment of samples with default values, have just a count: 1 kB may
-    announce billions.
+    FFmpeg allocates about 40 bytes per sample. Most tables have an entry for each sample, so that the file is
+    as large; but a table of samples of equal size, and a fragment of samples with default values, store only
+    a count: 1 kB can announce billions.
 
     Raises:
-      DecodeError: more samples than `Limits.frames` and than bytes, or a header that is compressed.
+      DecodeError: more samples than `Limits.frames` and than bytes, or a compressed header.
     """
     samples, length = 0, file.seek(0, os.SEEK_END)
     for chunk in _headers(file, length):
@@ -124,7 +125,7 @@ def _check_boxes(file: BinaryIO, limits: Limits) -> None:
 
 
 def _headers(file: BinaryIO, length: int) -> Iterator[bytes]:
-    """Yield the boxes at the top level but for media data, in overlapping chunks."""
+    """Yield the top-level boxes, except media data, in overlapping chunks."""
     start = 0
     while start + 16 <= length:
         file.seek(start)
@@ -133,9 +134,9 @@ def _headers(file: BinaryIO, length: int) -> Iterator[bytes]:
         if size < 8:
             return
         stop = min(start + size, length)
-        for place in range(start, stop, _CHUNK) if kind != b"mdat" else ():
-            file.seek(place)
-            padded = min(_CHUNK, stop - place) + _FIELDS
+        for position in range(start, stop, _CHUNK) if kind != b"mdat" else ():
+            file.seek(position)
+            padded = min(_CHUNK, stop - position) + _FIELDS
             yield file.read(padded).ljust(padded, b"\0")
         start += size
 

@@ -1,4 +1,4 @@
-"""Files and folders, in the order given, as examples without labels for a trained model."""
+"""Files and folders as examples without labels for a trained model, in the given order."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from collections.abc import Callable, Iterator, Sequence
 from structvit_jax.data.image import IMAGES
 from structvit_jax.data.index import Entry, examples_below
 from structvit_jax.data.limits import Limits
-from structvit_jax.data.media import Media, open_media
-from structvit_jax.data.reader import Source
+from structvit_jax.data.media import open_media
+from structvit_jax.data.types import Media, Source
 from structvit_jax.data.video import VideoFile
 from structvit_jax.utils.errors import DecodeError, UserError
 
-TEST = "test:"  # test:N is example N of a test split
+TEST = "test:"  # test:N is example N of the test split
 
 
 class Files:
-    """A source of examples without labels; each is given label 0.
+    """A source of examples without labels, which all have label 0.
 
     Args:
       entries: see `find`.
       class_names: of the model.
-      video: whether the model takes videos, or else images.
+      video: whether the model takes videos rather than images.
       other: name of a model that takes the other kind, for messages.
-      test: opens the split that entries named test:N belong to.
+      test: opens the test split, for entries test:N.
       limits: on the files.
     """
 
@@ -51,8 +51,9 @@ class Files:
         return self._entries[index].id
 
     def true_class(self, index: int) -> str:
-        """Return the class of an example if it is known, otherwise "": of test:N by its split, of a file by
-        the nearest folder above it that is named after a class.
+        """Return the class of an example, or "" if it is unknown.
+
+        It is the label of test:N, and for a file the nearest folder above it that has the name of a class.
 
         Raises:
           DecodeError: there is no such test example.
@@ -67,23 +68,24 @@ class Files:
         return next((folder for folder in folders if folder in self.class_names), "")
 
     def open(self, index: int) -> tuple[Media, int]:
-        """Open an example; raise DecodeError if it cannot be read or is not of the kind the model takes."""
+        """Return the frames of an example, and 0.
+
+        Raises:
+          DecodeError: it cannot be read, or is not of the kind that the model takes.
+        """
         entry = self._entries[index]
         if entry.path.startswith(TEST):
             source, number = self._test_example(entry.path)
             return source.open(number)[0], 0
         if not os.path.exists(entry.path):
             raise DecodeError("no such file")
-        if self._video and entry.path.lower().endswith(IMAGES):
-            raise DecodeError(
-                f"an image; this model takes videos, or folders of frames (a model such as {self._other}"
-                " takes images)"
-            )
-        if not self._video and not entry.path.lower().endswith(IMAGES):
-            raise DecodeError(
-                f"not an image ({', '.join(IMAGES)}); this model takes images (a model such as {self._other}"
-                " takes videos)"
-            )
+        is_image = entry.path.lower().endswith(IMAGES)
+        if self._video and is_image:
+            takes = f"videos, or folders of frames (a model such as {self._other} takes images)"
+            raise DecodeError(f"an image; this model takes {takes}")
+        if not self._video and not is_image:
+            takes = f"images (a model such as {self._other} takes videos)"
+            raise DecodeError(f"not an image ({', '.join(IMAGES)}); this model takes {takes}")
         return open_media(entry.path, entry.start, entry.end, self._limits), 0
 
     def _test_example(self, path: str) -> tuple[Source, int]:
@@ -94,31 +96,31 @@ class Files:
 
 
 def find(paths: Sequence[str], *, video: bool, other: str, every: float = 0, limits: Limits) -> list[Entry]:
-    """Return the examples that paths stand for: a file itself, and everything in a folder.
+    """Return the examples at some paths: files, and all files of the kind in folders.
 
     Args:
-      paths: of files and folders, and test:N. For videos, a folder that holds images is one clip.
-      video: whether examples are videos, or else images.
+      paths: files, folders, and test:N. For videos, a folder of images is one clip.
+      video: whether examples are videos rather than images.
       other: name of a model that takes the other kind, for messages.
       every: seconds; longer videos are cut into parts of this length, one example each. 0 cuts none.
       limits: on the files.
 
     Raises:
-      UserError: a folder in which there is nothing of the kind, or parts that are shorter than a frame.
+      UserError: a folder without examples of the kind, or parts shorter than a frame.
     """
     if not 0 <= every < math.inf:
         raise UserError(
-            f"--every={every} is no number of seconds; write --every=10, or --every=0 for whole files"
+            f"--every={every} is not a number of seconds; write --every=10, or --every=0 for whole files"
         )
     return [
         part
         for path in paths
-        for entry in _of(path, video, other)
+        for entry in _below(path, video, other)
         for part in _parts(entry, video, every, limits)
     ]
 
 
-def _of(path: str, video: bool, other: str) -> Iterator[Entry]:
+def _below(path: str, video: bool, other: str) -> Iterator[Entry]:
     if not os.path.isdir(path):
         yield Entry(path, "")
         return
@@ -133,7 +135,7 @@ def _of(path: str, video: bool, other: str) -> Iterator[Entry]:
 
 
 def _parts(entry: Entry, video: bool, every: float, limits: Limits) -> Iterator[Entry]:
-    """Yield the parts of an entry; the entry itself if it is short, or cannot be read (reported later)."""
+    """Yield the parts of an entry, or the entry itself if it is short or cannot be read (reported later)."""
     seconds, frames = _length(entry, limits) if video and every else (0.0, 0)
     if seconds > frames * every:
         raise UserError(
@@ -145,12 +147,12 @@ def _parts(entry: Entry, video: bool, every: float, limits: Limits) -> Iterator[
         yield entry
         return
     for number in range(count):
-        last = number == count - 1
-        yield entry._replace(start=number * every, end=None if last else (number + 1) * every)
+        end = (number + 1) * every if number < count - 1 else None
+        yield entry._replace(start=number * every, end=end)
 
 
 def _length(entry: Entry, limits: Limits) -> tuple[float, int]:
-    """Return the seconds and frames of a video; zeros of anything else."""
+    """Return the duration of a video in seconds and its number of frames; zeros for other files."""
     with contextlib.suppress(DecodeError):
         if os.path.isfile(entry.path) and not entry.path.lower().endswith(IMAGES):
             with contextlib.closing(VideoFile(entry.path, limits=limits)) as media:

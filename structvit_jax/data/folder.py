@@ -1,9 +1,9 @@
 """Data sets on disk: where their splits are, which examples each has, and whether they are images or videos.
 
 A data set is a folder ROOT with, for each split, either class folders (ROOT/train/CLASS/FILE, or
-CLASS/FOLDER_OF_FRAMES) or a list (see `structvit_jax.data.index`). Where the test split is missing, a part of
-the training split can be held out for it; a folder of class folders alone (ROOT/CLASS/FILE) is then a
-training split.
+CLASS/FOLDER_OF_FRAMES) or a list (see `structvit_jax.data.index`). If there is no test split, a part of the
+training split can be held out for it; a folder of class folders alone (ROOT/CLASS/FILE) is then a training
+split.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from structvit_jax.data.index import (
     LABELS,
     LISTS,
     Entry,
-    Found,
     Index,
+    Scan,
     class_names_of,
     examples_below,
     kind_of,
@@ -35,7 +35,7 @@ from structvit_jax.data.limits import Limits
 from structvit_jax.data.media import frame_names, without_extension
 from structvit_jax.utils.errors import UserError
 
-# Folders of these names are splits, not classes.
+# Folders with these names are splits, not classes.
 _SPLITS = ("train", "training", "val", "valid", "validation", "dev", "eval", "test", "testing")
 
 
@@ -45,11 +45,11 @@ class Layout:
 
     Attributes:
       root: the folder.
-      train, test: names of the splits: of a list, with or without its ending, or of a folder ("train/" is the
-        folder where there is a list of that name too; "." is the root itself).
-      val_fraction: of the training examples to hold out where there is no test split; 0 requires one.
-      limits: on what a file may ask for.
-      option: how options are written in error messages, before "train_split" and the like.
+      train, test: names of the splits: of a list, with or without its extension, or of a folder ("train/" is
+        the folder if there is also a list of that name; "." is the root itself).
+      val_fraction: fraction of the training examples to hold out if there is no test split; 0 requires one.
+      limits: on the files.
+      option: prefix of options in error messages, before "train_split" and the like.
     """
 
     root: str
@@ -83,7 +83,7 @@ class Layout:
           UserError: a split is missing; names the way out.
         """
         if not self.root:
-            raise UserError("say where the data are: --config.data.root=DIR, with DIR/train and DIR/val")
+            raise UserError("set the folder of the data: --config.data.root=DIR, with DIR/train and DIR/val")
         if not os.path.isdir(self.root):
             raise UserError(f"no folder {self.root!r}")
         train, test = self.find("train"), self.find("test")
@@ -95,10 +95,10 @@ class Layout:
                 )
             train = "."
         if train is None:
-            raise self._lacks("train", "")
+            raise self._missing("train", "")
         if test is None and not self.val_fraction:
             more = f", or hold out a part of {self.train!r} with {self.option}val_fraction=0.1"
-            raise self._lacks("test", more)
+            raise self._missing("test", more)
         return train, test
 
     def _class_folders(self) -> list[str]:
@@ -106,11 +106,11 @@ class Layout:
         folders = [name for name in _names(self.root) if os.path.isdir(self.join(name))]
         return [] if any(name.lower() in _SPLITS for name in folders) else folders
 
-    def _lacks(self, key: str, more: str) -> UserError:
+    def _missing(self, key: str, more: str) -> UserError:
         name, there = {"train": self.train, "test": self.test}[key], _some(_names(self.root), 8)
         return UserError(
-            f"{self.root} has neither a folder {name!r} nor a list {name}.csv or {name}.jsonl (there is:"
-            f" {there}); name it with {self.option}{key}_split=NAME{more}"
+            f"{self.root} has neither a folder {name!r} nor a list {name}.csv or {name}.jsonl (it has:"
+            f" {there}); name the split with {self.option}{key}_split=NAME{more}"
         )
 
 
@@ -119,13 +119,13 @@ def read_splits(layout: Layout, *, video: bool) -> tuple[Index, Index]:
 
     Args:
       layout: where they are.
-      video: whether examples are videos (or folders of frames), or else images.
+      video: whether examples are videos (or folders of frames) rather than images.
 
     Raises:
-      UserError: something is missing, empty or cannot be understood; names it.
+      UserError: something is missing, empty or not understood; names it.
     """
     train_name, test_name = layout.splits()
-    train, found = read_split(layout.root, train_name, video=video)
+    train, train_scan = read_split(layout.root, train_name, video=video)
     class_names = class_names_of(layout.root, train)
     if test_name is None:
         train, test = hold_out(train, layout.val_fraction)
@@ -134,25 +134,22 @@ def read_splits(layout: Layout, *, video: bool) -> tuple[Index, Index]:
                 f"{layout.join(train_name)}: no class has two examples, so that none can be held out for"
                 f" testing ({layout.option}val_fraction={layout.val_fraction:g})"
             )
-        test_found = Found(note=_note(layout, len(train), len(test)))
-        return _index(layout, train, class_names, found), _index(layout, test, class_names, test_found)
-    test, test_found = read_split(layout.root, test_name, video=video)
-    known = set(class_names)
-    for name, entries in ((train_name, train), (test_name, test)):
-        if not any(entry.label in known for entry in entries):
-            source = LABELS if read_labels(layout.root) else train_name
-            raise UserError(
-                f"{layout.join(name)}: none of its labels ({_some(sorted({e.label for e in entries}))}) is"
-                f" among the {len(class_names)} classes of {source}"
-            )
-    return _index(layout, train, class_names, found), _index(layout, test, class_names, test_found)
+        test_scan = Scan(note=_held_out_note(layout, len(train), len(test)))
+    else:
+        test, test_scan = read_split(layout.root, test_name, video=video)
+        for name, entries in ((train_name, train), (test_name, test)):
+            labels = {entry.label for entry in entries}
+            if labels.isdisjoint(class_names):
+                source = LABELS if read_labels(layout.root) else train_name
+                raise UserError(
+                    f"{layout.join(name)}: none of its labels ({_some(sorted(labels))}) is among the"
+                    f" {len(class_names)} classes of {source}"
+                )
+    train_index = Index(layout.root, train, class_names, limits=layout.limits, scan=train_scan)
+    return train_index, Index(layout.root, test, class_names, limits=layout.limits, scan=test_scan)
 
 
-def _index(layout: Layout, entries: list[Entry], class_names: tuple[str, ...], found: Found) -> Index:
-    return Index(layout.root, entries, class_names, limits=layout.limits, found=found)
-
-
-def _note(layout: Layout, train: int, test: int) -> str:
+def _held_out_note(layout: Layout, train: int, test: int) -> str:
     there = [name for name in _names(layout.root) if os.path.splitext(name)[0].lower() in _SPLITS]
     others = [name for name in there if os.path.splitext(name)[0] != layout.train]
     more = f"; to use {others[0]} instead: {layout.option}test_split={others[0]}" if others else ""
@@ -162,28 +159,32 @@ def _note(layout: Layout, train: int, test: int) -> str:
     )
 
 
-def read_split(root: str, name: str, *, video: bool) -> tuple[list[Entry], Found]:
-    """Return the examples of a list or of class folders, unsorted, at least one; and what else is there."""
+def read_split(root: str, name: str, *, video: bool) -> tuple[list[Entry], Scan]:
+    """Return the examples of a list or of class folders, at least one, unsorted, and what else is there.
+
+    Raises:
+      UserError: there are no examples of the kind, or files are not understood.
+    """
     path = os.path.join(root, name)
     if not os.path.isdir(path):
-        entries, found = list(read_list(path)), Found()
+        entries, scan = list(read_list(path)), Scan()
     else:
-        entries, found = _read_class_folders(root, name, video)
+        entries, scan = _read_class_folders(root, name, video)
     if not entries:
         kind, others = ("videos", "images") if video else ("images", "videos")
-        if count := found.ignored.get(others):
+        if count := scan.ignored.get(others):
             model = "structvit_tiny_4_1" if video else "structvit_tiny_4_1_video"
             raise UserError(
-                f"{path} has no {kind}, but {count:,} {others}: take a model for {others}, such as"
+                f"{path} has no {kind}, but {count:,} {others}: choose a model for {others}, such as"
                 f" --config.model.name={model} --config.data.frames={0 if video else 8}; in a new --workdir"
-                " configs/folder.py does by itself"
+                " configs/folder.py chooses one itself"
             )
-        more = f"; ignored: {counts(found.ignored)}" if found.ignored else ""
+        more = f"; ignored: {counts(scan.ignored)}" if scan.ignored else ""
         raise UserError(f"{path} is empty: there are no {kind} in it{more}")
-    return entries, found
+    return entries, scan
 
 
-def _read_class_folders(root: str, split: str, video: bool) -> tuple[list[Entry], Found]:
+def _read_class_folders(root: str, split: str, video: bool) -> tuple[list[Entry], Scan]:
     """Read root/split/CLASS/**/FILE; for videos, a folder that holds images is one example."""
     top = os.path.join(root, split)
     prefix = "" if os.path.normpath(split) == "." else os.path.normpath(split) + "/"
@@ -208,17 +209,17 @@ def _read_class_folders(root: str, split: str, video: bool) -> tuple[list[Entry]
         if len(entries) == before:
             empty[label] = ignored
         total += ignored
-    return entries, Found(total, empty)
+    return entries, Scan(total, empty)
 
 
 def hold_out(entries: Iterable[Entry], fraction: float) -> tuple[list[Entry], list[Entry]]:
     """Split examples in two, stratified by class, the same way on every machine.
 
-    Of the n examples of a class, round(n * fraction) are held out, at least one, if one is left: those whose
-    paths without extension have the smallest SHA-256. Parts of one file stay together.
+    Of the n examples of a class, round(n * fraction) are held out, at least one, as long as one remains:
+    those whose paths without extension have the smallest SHA-256. Parts of one file stay together.
 
     Returns:
-      The examples that are left, and those held out.
+      The remaining examples, and those held out.
     """
     classes: dict[str, dict[bytes, list[Entry]]] = {}
     for entry in entries:
@@ -228,11 +229,12 @@ def hold_out(entries: Iterable[Entry], fraction: float) -> tuple[list[Entry], li
     held: list[Entry] = []
     for files in classes.values():
         wanted = max(round(fraction * sum(map(len, files.values()))), 1)
+        *ranked, last = (files[key] for key in sorted(files))
         taken = 0
-        for place, key in enumerate(sorted(files)):
-            is_taken = taken < wanted and place < len(files) - 1
-            (held if is_taken else left).extend(files[key])
-            taken += len(files[key]) * is_taken
+        for file in ranked:
+            (held if taken < wanted else left).extend(file)
+            taken += len(file)
+        left += last
     return sorted(left, key=order), sorted(held, key=order)
 
 
@@ -242,16 +244,14 @@ def is_video(layout: Layout) -> bool:
     Raises:
       UserError: there are neither images nor videos.
     """
-    name = layout.splits()[0]
-    path = layout.join(name)
+    path = layout.join(layout.splits()[0])
     if os.path.isdir(path):
         found = _count_kinds(path)
     else:
-        found = collections.Counter(
-            "images" if entry.path.lower().endswith(IMAGES) else "videos" for entry in read_list(path)
-        )
+        images = [entry.path.lower().endswith(IMAGES) for entry in read_list(path)]
+        found = collections.Counter(images=sum(images), videos=len(images) - sum(images))
     if not found["images"] + found["videos"]:
-        more = f"; ignored: {counts(found)}" if found else ""
+        more = f"; ignored: {counts(found)}" if any(found.values()) else ""
         raise UserError(f"{path} is empty: there are no images or videos in it{more}")
     return found["videos"] >= found["images"]
 
@@ -285,20 +285,20 @@ def _are_frames(names: list[str]) -> bool:
 
 
 def counts(found: Mapping[str, int]) -> str:
-    """Return counts by kind in words, the most first: "12 .tiff, 3 without extension"."""
+    """Return counts by `kind_of` as text, the largest first: "12 .tiff, 3 without extension"."""
 
-    def said(kind: str, count: int) -> str:
+    def phrase(kind: str, count: int) -> str:
         if kind == "no extension":
             return f"{count:,} without extension"
         return f"{count:,} {kind[:-1] if count == 1 and kind in ('images', 'videos') else kind}"
 
     ranked = sorted(found.items(), key=lambda item: (-item[1], item[0]))
-    shown = [said(kind, count) for kind, count in ranked[:6]]
+    shown = [phrase(kind, count) for kind, count in ranked[:6]]
     return ", ".join(shown) + (f" and {sum(c for _, c in ranked[6:]):,} others" if len(ranked) > 6 else "")
 
 
 def _names(folder: str) -> list[str]:
-    """Return what is in a folder, sorted, hidden files left out."""
+    """Return the names in a folder, sorted, without hidden files."""
     try:
         return sorted(name for name in os.listdir(folder) if not name.startswith("."))
     except OSError as error:

@@ -4,23 +4,23 @@ By mode:
 
     colour          converted to RGB; of 16 bits a channel the upper 8 are kept
     16-bit grey     the upper 8 bits are kept (the upper 8 of 12 in a 12-bit TIFF)
-    32-bit, float   a float picture whose values lie within 0 and 1 is scaled by 255; all others are stretched
-                    from their own minimum and maximum to 0 and 255. NaN and -inf become 0, inf becomes 255
-    transparency    composited onto white, for palettes too; torchvision and timm drop alpha instead
+    32-bit, float   a float picture with all values within 0 and 1 is scaled by 255; others are stretched from
+                    their own minimum and maximum to 0 and 255. NaN and -inf become 0, inf becomes 255
+    transparency    composited onto white, also of palettes; torchvision and timm drop alpha instead
     EXIF            the orientation is applied
     animations      the first frame is read
 
-Only the formats in `FORMATS` are opened, whatever a file is called.
+Only the formats in `FORMATS` are opened, whatever the name of the file.
 """
 
 from __future__ import annotations
 
 import functools
 import io
-import warnings
+from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from structvit_jax.data.limits import Limits, file_size
 from structvit_jax.utils.errors import DecodeError, decoding
@@ -38,18 +38,15 @@ FORMATS = {
     "HEIF": (".heic", ".heif"),
 }
 IMAGES = tuple(extension for extensions in FORMATS.values() for extension in extensions)
-_PLUGINS = ("AVIF", "HEIF")  # loaded when such an image is met
+_PLUGINS = ("AVIF", "HEIF")  # loaded for the first image of their format
 _BUILT_IN = tuple(name for name in FORMATS if name not in _PLUGINS)
 
 _PHOTOMETRIC, _BITS_PER_SAMPLE = 262, 258  # tags of TIFF
-_BYTES_PER_PIXEL = 16  # at most, of an encoded file; some decoders read all of it into memory
-
-# `Limits.pixels`, which is lower, takes the place of Pillow's warning.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+_BYTES_PER_PIXEL = 16  # maximum of an encoded file; some decoders read all of it into memory
 
 
 def read_image(file: str | bytes, limits: Limits) -> np.ndarray:
-    """Return an encoded image, given as a path or as bytes, as uint8 [height, width, 3], RGB.
+    """Decode an image, given as a path or as bytes, to uint8 [height, width, 3], RGB.
 
     Raises:
       DecodeError: it is damaged, of an unknown format, or exceeds the limits.
@@ -60,36 +57,26 @@ def read_image(file: str | bytes, limits: Limits) -> np.ndarray:
             raise DecodeError("empty file")
         if size > _BYTES_PER_PIXEL * limits.pixels + 2**20:
             raise DecodeError(f"{size} bytes, more than a picture of --config.data.max_pixels needs")
-        with _open(file) as image:
+        with io.BytesIO(file) if isinstance(file, bytes) else open(file, "rb") as opened:
+            image = _open(opened)
             limits.check_picture(*image.size)
             ImageOps.exif_transpose(image, in_place=True)
             return _rgb(image)
 
 
-def _open(file: str | bytes) -> Image.Image:
-    def attempt(formats: tuple[str, ...]) -> Image.Image:
-        return Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=formats)
-
+def _open(file: BinaryIO) -> Image.Image:
+    plugin = _plugin_for(file.read(64))
+    if plugin:
+        _load(plugin)
     try:
-        return attempt(_BUILT_IN)
+        return Image.open(file, formats=(plugin,) if plugin else _BUILT_IN)
     except UnidentifiedImageError as error:
-        plugin = _plugin_for(file)
-        if plugin is None:
-            raise DecodeError(f"not an image of a known format ({', '.join(FORMATS)})") from error
-    _load(plugin)
-    try:
-        return attempt((plugin,))
-    except UnidentifiedImageError as error:
-        raise DecodeError(f"a damaged {plugin} image") from error
+        known = f"not an image of a known format ({', '.join(FORMATS)})"
+        raise DecodeError(f"a damaged {plugin} image" if plugin else known) from error
 
 
-def _plugin_for(file: str | bytes) -> str | None:
-    """Return the format of an ISO media file from its brands; None for any other file."""
-    if isinstance(file, bytes):
-        head = file[:64]
-    else:
-        with open(file, "rb") as opened:
-            head = opened.read(64)
+def _plugin_for(head: bytes) -> str | None:
+    """Return which plugin reads an ISO media file, by its brands; None for any other file."""
     if head[4:8] != b"ftyp":
         return None
     return "AVIF" if b"avif" in head or b"avis" in head else "HEIF"
@@ -97,10 +84,10 @@ def _plugin_for(file: str | bytes) -> str | None:
 
 @functools.cache
 def _load(plugin: str) -> None:
-    """Register the reader of a format with Pillow.
+    """Register the plugin for a format with Pillow.
 
     Raises:
-      DecodeError: it is not installed; the message says what to install.
+      DecodeError: it is not installed; the message names the package.
     """
     if plugin == "HEIF":
         try:
@@ -125,7 +112,7 @@ def _rgb(image: Image.Image) -> np.ndarray:
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         return np.repeat(_grey(image)[..., None], 3, axis=-1)
     if image.mode == "LAB":
-        return _from_lab(image)
+        return np.asarray(ImageCms.applyTransform(image, _lab_to_rgb()))
     if image.has_transparency_data:
         key = image.info.get("transparency")
         if isinstance(key, tuple) and max(key) > 255:  # the transparent colour of a 16-bit image
@@ -151,7 +138,7 @@ def _grey(image: Image.Image) -> np.ndarray:
 
 
 def _stretched(values: np.ndarray) -> np.ndarray:
-    """Return int32 or float32 values as uint8, scaled as the module says."""
+    """Return int32 or float32 values as uint8, scaled as the module's docstring describes."""
     finite = values[np.isfinite(values)].astype(np.float64)
     low, high = (finite.min(), finite.max()) if finite.size else (0.0, 0.0)
     if values.dtype.kind == "f" and low >= 0 and high <= 1:
@@ -160,15 +147,7 @@ def _stretched(values: np.ndarray) -> np.ndarray:
     return np.rint((values - low) * (255 / ((high - low) or 1.0))).astype(np.uint8)
 
 
-def _from_lab(image: Image.Image) -> np.ndarray:
-    from PIL import ImageCms
-
-    return np.asarray(ImageCms.applyTransform(image, _lab_to_rgb()))
-
-
 @functools.cache
-def _lab_to_rgb():
-    from PIL import ImageCms
-
+def _lab_to_rgb() -> ImageCms.ImageCmsTransform:
     profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
     return ImageCms.buildTransform(*profiles, "LAB", "RGB")

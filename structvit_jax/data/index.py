@@ -1,4 +1,4 @@
-"""The examples of a split, in an order that does not depend on how they are stored; lists and label files.
+"""The examples of a split in an order that does not depend on their storage; lists and label files.
 
 A list (ROOT/train.csv, ROOT/train.jsonl) has `path`, `label` and, if an example is part of a file, `start`
 and `end` in seconds. Paths are relative to the list. ROOT/labels.txt, one name per line, fixes the classes
@@ -16,14 +16,15 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 
 from structvit_jax.data.container import VIDEOS
 from structvit_jax.data.image import IMAGES
 from structvit_jax.data.limits import Limits
-from structvit_jax.data.media import Media, frame_names, open_media, without_extension
+from structvit_jax.data.media import frame_names, open_media, without_extension
+from structvit_jax.data.types import Media
 from structvit_jax.utils.errors import DecodeError, UserError, decoding, did_you_mean, parse_json, printable
 
 LABELS = "labels.txt"
@@ -35,25 +36,30 @@ class Entry(NamedTuple):
 
     path: str  # relative to the list, or absolute
     label: str
-    start: float | None = None
+    start: float | None = None  # seconds
     end: float | None = None
 
     @property
     def id(self) -> str:
-        """What reports and predictions call the example."""
+        """The name of the example in reports and predictions."""
         name = printable(self.path)
-        if self.start is None and self.end is None:
+        if not self.is_part:
             return name
         return f"{name}#{self.start or 0:g}-" + ("" if self.end is None else f"{self.end:g}")
 
+    @property
+    def is_part(self) -> bool:
+        """Whether the example is a part of a file."""
+        return self.start is not None or self.end is not None
+
 
 @dataclasses.dataclass(frozen=True)
-class Found:
-    """What was found besides the examples of a split.
+class Scan:
+    """Other contents of the folder of a split.
 
     Attributes:
-      ignored: numbers of files that are no examples, by `kind_of`.
-      empty: class folders without examples, with the numbers of files ignored in each.
+      ignored: number of other files by `kind_of`.
+      empty: class folders without examples, with the number of other files in each.
       note: how the split was made, if it is not stored as such.
     """
 
@@ -65,8 +71,8 @@ class Found:
 class Index:
     """The examples of one split, sorted; compact, since every worker holds a copy.
 
-    Sorting goes by the path without its extension, so that the same clips come in the same order from
-    class folders, lists and shards, however they are encoded.
+    They are sorted by path without extension, so that the same clips come in the same order from class
+    folders, lists and shards, however they are encoded.
     """
 
     def __init__(
@@ -76,14 +82,15 @@ class Index:
         class_names: Sequence[str],
         *,
         limits: Limits = Limits(),  # noqa: B008 - immutable
-        found: Found | None = None,
+        scan: Scan | None = None,
     ):
         self.root, self.class_names, self.limits = root, tuple(class_names), limits
-        self.found = found or Found()
+        self.scan = scan or Scan()
         rows = sorted(entries, key=order)
         number = {name: i for i, name in enumerate(class_names)}
         self._paths = np.array([os.fsencode(row.path) for row in rows])
-        self._times = np.array([(_nan(row.start), _nan(row.end)) for row in rows], np.float64)
+        times = [[math.nan if time is None else time for time in (row.start, row.end)] for row in rows]
+        self._times = np.array(times, np.float64)
         self._labels = np.array([number.get(row.label, -1) for row in rows], np.int32)
         self._unknown = {i: row.label for i, row in enumerate(rows) if row.label not in number}
 
@@ -100,29 +107,30 @@ class Index:
         return self.entry(index).id
 
     def ids(self) -> list[str]:
-        """Return the ids of all examples; much faster than one by one."""
-        text = b"".join(self._paths.tolist()).decode("latin-1")
+        """Return the ids of all examples, much faster than one by one."""
+        paths = self._paths.tolist()
+        text = b"".join(paths).decode("latin-1")
         if text.isascii() and text.isprintable() and bool(np.isnan(self._times).all()):
-            return [raw.decode("ascii") for raw in self._paths.tolist()]
+            return [path.decode("ascii") for path in paths]
         return [self.id(number) for number in range(len(self))]
 
     @property
     def labels(self) -> np.ndarray:
-        """int32 [examples]: places among the class names; -1 where the label is none of them."""
+        """int32 [examples], positions in `class_names`; -1 for labels that are none of the classes."""
         return self._labels
 
     def unknown_labels(self) -> dict[str, int]:
-        """Return the labels that are none of the classes, with their numbers of examples."""
+        """Return the labels that are none of the classes, with their number of examples."""
         return dict(collections.Counter(self._unknown.values()))
 
     def path(self, index: int) -> str:
-        """Return where an example is: a file, or a folder of frames."""
+        """Return the file of an example, or its folder of frames."""
         return os.path.join(self.root, os.fsdecode(self._paths[index]))
 
     def stored(self, index: int) -> tuple[str, Sequence[str | bytes] | None]:
-        """Return an example's label and the paths of its files; None in their place for a part of a file."""
+        """Return an example's label and the paths of its files, or None for a part of a file."""
         entry, path = self.entry(index), self.path(index)
-        if entry.start is not None or entry.end is not None:
+        if entry.is_part:
             return entry.label, None
         with decoding():
             if not os.path.isdir(path):
@@ -130,18 +138,18 @@ class Index:
             return entry.label, [os.path.join(path, name) for name in frame_names(os.listdir(path))]
 
     def open(self, index: int) -> tuple[Media, int]:
-        """An example's frames and label.
+        """Return the frames and the label of an example.
 
         Raises:
-          DecodeError: they cannot be read, or the label is none of the classes.
+          DecodeError: the frames cannot be read, or the label is none of the classes.
         """
-        entry = self.entry(index)
         if self._labels[index] < 0:
-            raise DecodeError(f"unknown label {entry.label!r}.{did_you_mean(entry.label, self.class_names)}")
+            label = self._unknown[index]
+            raise DecodeError(f"unknown label {label!r}.{did_you_mean(label, self.class_names)}")
         return self.media(index), int(self._labels[index])
 
     def media(self, index: int) -> Media:
-        """Return an example's frames, whatever its label.
+        """Return the frames of an example, whatever its label.
 
         Raises:
           DecodeError: they cannot be read.
@@ -150,13 +158,9 @@ class Index:
         return open_media(self.path(index), entry.start, entry.end, self.limits)
 
 
-def order(entry: Entry) -> tuple[Any, ...]:
-    """The key that examples are sorted by."""
+def order(entry: Entry) -> tuple[str, float, float, str]:
+    """Return the key by which examples are sorted."""
     return without_extension(entry.path), entry.start or 0.0, entry.end or math.inf, entry.path
-
-
-def _nan(time: float | None) -> float:
-    return math.nan if time is None else time
 
 
 def read_labels(root: str) -> tuple[str, ...]:
@@ -177,13 +181,13 @@ def read_labels(root: str) -> tuple[str, ...]:
 
 
 @contextlib.contextmanager
-def _open_text(path: str) -> Iterator[Any]:
+def _open_text(path: str) -> Iterator[TextIO]:
     """Open a text file, with or without a byte order mark.
 
     Raises:
-      UserError: it is no regular file, cannot be read, or is not UTF-8.
+      UserError: it is not a regular file, cannot be read, or is not UTF-8.
     """
-    if os.path.exists(path) and not os.path.isfile(path):  # a pipe or device could be read forever
+    if os.path.exists(path) and not os.path.isfile(path):  # reading a pipe or device may never end
         raise UserError(f"{path} is not a regular file; lists and label files have to be")
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
@@ -197,7 +201,7 @@ def _open_text(path: str) -> Iterator[Any]:
 def class_names_of(root: str, train: Iterable[Entry]) -> tuple[str, ...]:
     """Return the classes in order: those of ROOT/labels.txt, or the sorted labels of the training split.
 
-    Labels that are plain numbers without large gaps are numbers of classes, as in SlowFast's lists.
+    Labels that are plain numbers without large gaps are class numbers, as in SlowFast's lists.
     """
     if names := read_labels(root):
         return names
@@ -209,8 +213,10 @@ def class_names_of(root: str, train: Iterable[Entry]) -> tuple[str, ...]:
 
 
 def examples_below(top: str, video: bool, ignored: collections.Counter[str] | None = None) -> Iterator[str]:
-    """Yield what is in a folder, as paths from it: images, or videos and folders that hold the frames of one,
-    which may be the folder itself, ".". Other files are counted in `ignored`, by `kind_of`."""
+    """Yield the examples in a folder as paths relative to it, and count other files in `ignored`.
+
+    Examples are images, or videos and folders of the frames of one. The folder itself, ".", may be one.
+    """
     for folder, files in walk(top):
         here = os.path.relpath(folder, top).replace(os.sep, "/")
         wanted = [name for name in files if name.lower().endswith(VIDEOS if video else IMAGES)]
@@ -224,7 +230,7 @@ def examples_below(top: str, video: bool, ignored: collections.Counter[str] | No
 
 
 def kind_of(name: str) -> str:
-    """Return a file's kind by its name: "images", "videos", an extension as ".txt", or "no extension"."""
+    """Return "images", "videos", an extension as ".txt", or "no extension", by the name of a file."""
     name = name.lower()
     if name.endswith(IMAGES):
         return "images"
@@ -232,7 +238,9 @@ def kind_of(name: str) -> str:
 
 
 def walk(top: str) -> Iterator[tuple[str, list[str]]]:
-    """Every folder from `top` down, links followed once each, with its files; hidden ones left out.
+    """Yield every folder from `top` down with its files, in order, without hidden ones.
+
+    Links are followed, but every folder is yielded once.
 
     Raises:
       UserError: a folder that cannot be read.
@@ -274,11 +282,12 @@ def _entry(row: Any, where: str) -> Entry:
     if path in (None, "") or label in (None, ""):
         raise UserError(f"{where}: a path or label is empty")
     if "\0" in f"{path}{label}":
-        raise UserError(f"{where}: a path or label has a zero byte in it")
+        raise UserError(f"{where}: a path or label contains a zero byte")
     return Entry(str(path), str(label), start, end)
 
 
 def _json_rows(file: Iterable[str]) -> Iterator[tuple[int, Any]]:
+    """Yield line numbers and values; None for a line that is not JSON."""
     for number, line in enumerate(file, 1):
         if line.strip():
             try:
@@ -288,9 +297,11 @@ def _json_rows(file: Iterable[str]) -> Iterator[tuple[int, Any]]:
             yield number, row
 
 
-def _csv_rows(file: Iterable[str]) -> Iterator[tuple[int, Any]]:
-    """Rows by column; None for one that has not as many cells as it should. A first row that names the
-    columns is the header; without one they are path, label, start and end."""
+def _csv_rows(file: Iterable[str]) -> Iterator[tuple[int, dict[str, str] | None]]:
+    """Yield line numbers and cells by column; None for a row with too few or too many cells.
+
+    A first row that names the columns is the header; without it they are path, label, start and end.
+    """
     header: list[str] | None = None
     for number, row in enumerate(csv.reader(file), 1):
         cells = [cell.strip() for cell in row]
@@ -301,7 +312,7 @@ def _csv_rows(file: Iterable[str]) -> Iterator[tuple[int, Any]]:
             header = names if "label" in names else ["path", "label", "start", "end"]
             if "label" in names:
                 if "path" not in names:
-                    raise UserError(f"the list's columns are {', '.join(cells)}; one has to be path")
+                    raise UserError(f"the columns of the list are {', '.join(cells)}; one has to be path")
                 continue
         if len(cells) == 1:  # SlowFast's lists: "path label"
             cells = cells[0].rsplit(None, 1)
@@ -309,11 +320,10 @@ def _csv_rows(file: Iterable[str]) -> Iterator[tuple[int, Any]]:
         yield number, dict(zip(header, cells, strict=False)) if fits else None
 
 
-def write_list(path: str, entries: Iterable[Entry]) -> int:
-    """Write a JSON-lines list whole or not at all, and return how many lines it has."""
-    rows = [{key: value for key, value in entry._asdict().items() if value is not None} for entry in entries]
+def write_list(path: str, entries: Iterable[Entry]) -> None:
+    """Write a JSON-lines list atomically."""
+    rows = ({key: value for key, value in entry._asdict().items() if value is not None} for entry in entries)
     partial = path + ".tmp"
     with open(partial, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
     os.replace(partial, path)
-    return len(rows)

@@ -1,9 +1,8 @@
-"""Label maps for token labelling: for every training image, the classes that a teacher sees in each part.
+"""Label maps for token labelling: for every training image, a teacher's classes at each position.
 
 A folder holds `classes.npy`, uint16 [images, height, width, k], `scores.npy`, float16 of the same shape, the
-probabilities of these k classes, and a card that describes them: `maps.json`, which is called
-`unfinished.json` until all maps are written. A map covers the whole image. An image that could not be read
-has NaN.
+probabilities of these k classes, and a card that describes them: `maps.json`, named `unfinished.json` until
+all maps are written. A map covers the whole image. Scores of unreadable images are NaN.
 """
 
 from __future__ import annotations
@@ -24,10 +23,10 @@ _ARRAYS = {"classes": np.uint16, "scores": np.float16}
 
 
 class LabelMaps:
-    """The maps in a folder, read from disk as they are asked for.
+    """The maps in a folder, read from disk on demand.
 
     Raises:
-      UserError: there are none, they are not finished, or they are of other images or classes.
+      UserError: there are none, they are unfinished, or they belong to other images or classes.
     """
 
     def __init__(self, folder: str, ids: Sequence[str], class_names: Sequence[str]):
@@ -40,8 +39,8 @@ class LabelMaps:
             )
         if self.card.get("ids") != digest(ids):
             raise UserError(
-                f"{path} is of {self.card.get('images')} other images than the {len(ids)} of the training"
-                " split"
+                f"{path} has maps of {self.card.get('images')} other images than the {len(ids)} of the"
+                " training split"
             )
         names = self.card.get("class_names")
         if not isinstance(names, list) or sorted(map(str, names)) != sorted(class_names):
@@ -54,11 +53,11 @@ class LabelMaps:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Height, width, and the number of classes at each place."""
+        """Height, width, and number of classes at each position."""
         return self._scores.shape[1:]
 
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return an image's classes, numbered as the data's, and their probabilities.
+        """Return an image's classes, numbered as those of the data, and their probabilities.
 
         Raises:
           DecodeError: a class has no name.
@@ -79,10 +78,10 @@ def _read_card(path: str) -> dict[str, Any] | None:
 
 
 def _open(folder: str, name: str, images: int) -> np.ndarray:
-    """Return an array of a folder of maps, mapped from disk.
+    """Return an array of a folder of maps, memory-mapped.
 
     Raises:
-      UserError: it is damaged.
+      UserError: it is missing or damaged.
     """
     path = os.path.join(folder, f"{name}.npy")
     try:
@@ -95,7 +94,7 @@ def _open(folder: str, name: str, images: int) -> np.ndarray:
 
 
 def check_destination(folder: str) -> None:
-    """Check that label maps can be written into a folder: a new or empty one, or unfinished label maps.
+    """Check that a folder is new, empty, or holds unfinished label maps.
 
     Raises:
       UserError: it holds something else, such as data, or is in a bucket.
@@ -113,23 +112,26 @@ def check_destination(folder: str) -> None:
 
 
 class LabelMapWriter:
-    """Writes maps in the order of the images; one that was interrupted resumes.
+    """Writes maps in the order of the images, and resumes unfinished ones.
+
+    Args:
+      folder: a new or empty folder, or unfinished maps.
+      card: identifies the maps, except its "teacher", a path for people to read.
+      shape: [images, height, width, k].
 
     Raises:
-      UserError: the folder holds finished maps, unfinished ones of another card, or something else.
+      UserError: the folder holds finished maps, unfinished ones of another card, or other files.
     """
 
     def __init__(self, folder: str, card: dict[str, Any], shape: tuple[int, int, int, int]):
-        """`shape` is [images, height, width, k]; `card` identifies what the maps are of, all but its
-        "teacher", a path for people to read."""
         check_destination(folder)
         self._folder, self._arrays = folder, {}
-        self._card = json.loads(json.dumps({**card, "shape": shape}))  # as it is read
-        unfinished = os.path.join(folder, _UNFINISHED)
-        if os.path.exists(unfinished):
-            self._check_same(_read_card(unfinished) or {})
+        self._card = json.loads(json.dumps({**card, "shape": shape}))  # as read back
+        path = os.path.join(folder, _UNFINISHED)
+        if os.path.exists(path):
+            self._check_same(_read_card(path) or {})
         os.makedirs(folder, exist_ok=True)
-        _write_card(unfinished, self._card)
+        _write_card(path, self._card)
         for name, dtype in _ARRAYS.items():
             path = os.path.join(folder, f"{name}.npy")
             if not os.path.exists(path):
@@ -137,27 +139,28 @@ class LabelMapWriter:
                 os.replace(f"{path}.part", path)
             self._arrays[name] = np.lib.format.open_memmap(path, "r+")
 
-    def _check_same(self, begun: dict[str, Any]) -> None:
-        differing = [key for key in self._card if key != "teacher" and begun.get(key) != self._card[key]]
+    def _check_same(self, unfinished: dict[str, Any]) -> None:
+        differing = [key for key in self._card if key != "teacher" and unfinished.get(key) != self._card[key]]
         if differing:
             raise UserError(
-                f"{self._folder} holds unfinished label maps of {begun.get('teacher', 'an unknown teacher')}"
-                f" with other {', '.join(differing)}; remove them or choose another folder"
+                f"{self._folder} holds unfinished label maps of"
+                f" {unfinished.get('teacher', 'an unknown teacher')} with other {', '.join(differing)};"
+                " remove them or choose another folder"
             )
 
     @property
     def done(self) -> int:
-        """How many images have their maps."""
+        """Number of images whose maps are written."""
         empty = ~np.any(self._arrays["scores"][..., 0] != 0, axis=(1, 2))
         return int(np.argmax(empty)) if empty.any() else len(empty)
 
     def write(self, start: int, classes: np.ndarray, scores: np.ndarray) -> None:
-        """Maps of images from `start` on: those of images that could not be read are NaN."""
+        """Write the maps of images from `start` on; scores of unreadable images are NaN."""
         self._arrays["classes"][start : start + len(classes)] = classes
         self._arrays["scores"][start : start + len(scores)] = scores
 
     def finish(self) -> None:
-        """Declare the maps finished."""
+        """Mark the maps as finished."""
         for array in self._arrays.values():
             array.flush()
         os.replace(os.path.join(self._folder, _UNFINISHED), os.path.join(self._folder, _CARD))
@@ -170,5 +173,5 @@ def _write_card(path: str, card: dict[str, Any]) -> None:
 
 
 def digest(ids: Sequence[str]) -> str:
-    """What tells one list of examples from another."""
+    """Return a digest of the ids of examples."""
     return hashlib.sha256("\n".join(ids).encode()).hexdigest()

@@ -1,35 +1,36 @@
-"""Limits on what a media file may ask for, checked before memory is taken."""
+"""Limits on media files, checked before memory is allocated."""
 
 from __future__ import annotations
 
 import os
 import stat
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from structvit_jax.data.types import DataOptions
 from structvit_jax.utils.errors import DecodeError
 
 
 class Limits(NamedTuple):
-    """Limits of one example; the configuration keys are `data.max_pixels` and so on."""
+    """Limits of one example; see config.data.max_pixels, max_frames and max_replaced_frames."""
 
     pixels: int = 2**26  # of a picture, width x height: 8192 x 8192
     frames: int = 2**20  # of a video file or of a folder of frames
-    bad_frames: float = 0.0  # fraction of the frames read that may be replaced by their nearest neighbours
+    bad_frames: float = 0.0  # fraction of the frames of a clip that may be replaced by their neighbours
 
     @classmethod
-    def of(cls, data: Any) -> Limits:
+    def of(cls, data: DataOptions) -> Limits:
         """Return the limits in the section `data` of a configuration."""
         return cls(data.max_pixels, data.max_frames, data.max_replaced_frames)
 
     def check_picture(self, width: int, height: int) -> None:
-        """Raise DecodeError if a picture of this size has too many pixels."""
+        """Raise a DecodeError if a picture of this size has too many pixels."""
         if width * height > self.pixels:
             raise DecodeError(
                 f"{width} x {height} pixels, more than --config.data.max_pixels={self.pixels} allows"
             )
 
     def check_frames(self, count: float) -> None:
-        """Raise DecodeError if a file has, or announces, too many frames."""
+        """Raise a DecodeError if a file has, or announces, too many frames."""
         if not count <= self.frames:
             raise DecodeError(f"{count:.0f} frames, more than --config.data.max_frames={self.frames} allows")
 
@@ -38,7 +39,7 @@ def file_size(path: str) -> int:
     """Return the size of a regular file in bytes.
 
     Raises:
-      DecodeError: no such file, an empty one, or a pipe, device or folder, which may never end.
+      DecodeError: no such file, an empty one, or a folder, pipe or device, which may never end.
     """
     try:
         status = os.stat(path)

@@ -6,7 +6,6 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import PurePath
-from typing import Protocol
 
 import cv2
 import numpy as np
@@ -14,39 +13,13 @@ import numpy as np
 from structvit_jax.data.container import VIDEOS
 from structvit_jax.data.image import IMAGES, read_image
 from structvit_jax.data.limits import Limits
-from structvit_jax.data.video import VideoFile, check_there, stack
+from structvit_jax.data.types import Media
+from structvit_jax.data.video import VideoFile, check_available, stack
 from structvit_jax.utils.errors import DecodeError
-
-cv2.setNumThreads(1)  # workers are the parallelism
-
-
-class Media(Protocol):
-    """Frames 0 to count - 1 in display order; the last `missing` of them are lost.
-
-    `repaired` frames of the last `frames` call could not be decoded and were replaced by their neighbours.
-    """
-
-    count: int
-    missing: int
-
-    @property
-    def repaired(self) -> int: ...
-
-    def frames(self, wanted: Sequence[int], short_side: int = 0) -> np.ndarray:
-        """Return uint8 [len(wanted), height, width, 3], RGB; longer short sides are scaled to `short_side`.
-
-        Raises:
-          DecodeError: a frame cannot be read.
-        """
-        ...
-
-    def close(self) -> None:
-        """Free what is held open."""
-        ...
 
 
 class FrameRange:
-    """`count` frames of other media from frame `first` on; the last `missing` of them are lost."""
+    """`count` frames of other media from frame `first` on, of which the last `missing` are lost."""
 
     def __init__(self, media: Media, first: int, count: int, missing: int):
         self._media, self._first, self.count, self.missing = media, first, count, missing
@@ -56,7 +29,7 @@ class FrameRange:
         return self._media.repaired
 
     def frames(self, wanted: Sequence[int], short_side: int = 0) -> np.ndarray:
-        check_there(wanted, self.count, self.missing)
+        check_available(wanted, self.count, self.missing)
         return self._media.frames([self._first + index for index in wanted], short_side)
 
     def close(self) -> None:
@@ -69,7 +42,7 @@ def open_media(
     end: float | None = None,
     limits: Limits = Limits(),  # noqa: B008 - immutable
 ) -> Media:
-    """Open a file or a folder of frames, or the part of a video from `start` to `end` seconds.
+    """Open a file, a folder of frames, or the part of a video from `start` to `end` seconds.
 
     Raises:
       DecodeError: it cannot be read, or exceeds the limits.
@@ -78,26 +51,26 @@ def open_media(
         return Pictures([path], limits)
     if os.path.isdir(path) and (names := frame_names(os.listdir(path))):
         if start is not None or end is not None:
-            raise DecodeError("a folder of frames has no seconds to start or end at")
+            raise DecodeError("a folder of frames has no times: remove its start and end")
         return Pictures([os.path.join(path, name) for name in names], limits)
     return VideoFile(path, start, end, limits)
 
 
 def frame_names(names: Sequence[str]) -> list[str]:
-    """Return the names of images, sorted with numbers as numbers: 2.jpg comes before 10.jpg."""
-    images = [name for name in names if name.lower().endswith(IMAGES) and not name.startswith(".")]
-    return sorted(images, key=lambda name: [int(part) if part.isdecimal() else part for part in _parts(name)])
+    """Return the names of images in natural order: 2.jpg comes before 10.jpg."""
 
+    def key(name: str) -> list[str | int]:
+        parts = re.split(r"(\d+)", PurePath(name).stem)
+        return [int(part) if part.isdecimal() else part for part in parts]
 
-def _parts(name: str) -> list[str]:
-    return re.split(r"(\d+)", PurePath(name).stem)
+    return sorted((n for n in names if n.lower().endswith(IMAGES) and not n.startswith(".")), key=key)
 
 
 class Pictures:
     """Encoded images, as paths or bytes, that are the frames of one example.
 
     Raises:
-      DecodeError: more images than the limit.
+      DecodeError: there are more of them than `Limits.frames`.
     """
 
     missing = repaired = 0
@@ -113,11 +86,11 @@ class Pictures:
         return stack([distinct[int(index)] for index in wanted])
 
     def close(self) -> None:
-        """Files are open only while they are read."""
+        """Do nothing: files are open only while they are read."""
 
 
 class InMemoryFrames:
-    """Frames made in memory: uint8 [count, height, width, 3]."""
+    """Frames in memory: uint8 [count, height, width, 3]; they are never scaled."""
 
     missing = repaired = 0
 
@@ -125,15 +98,15 @@ class InMemoryFrames:
         self._pictures, self.count = pictures, len(pictures)
 
     def frames(self, wanted: Sequence[int], short_side: int = 0) -> np.ndarray:
-        del short_side  # they are small
+        del short_side
         return self._pictures[list(wanted)]
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing."""
 
 
 def _scaled(picture: np.ndarray, short_side: int) -> np.ndarray:
-    """Return a picture, scaled down if its short side is longer than `short_side`, which is not 0."""
+    """Return a picture, scaled down if its short side is longer than a `short_side` other than 0."""
     scale = short_side / min(picture.shape[:2]) if short_side else 1
     if scale >= 1:
         return picture
@@ -142,6 +115,6 @@ def _scaled(picture: np.ndarray, short_side: int) -> np.ndarray:
 
 
 def without_extension(name: str) -> str:
-    """Return a file name without a media extension: one clip has the same name in any encoding."""
+    """Return a file name without its media extension, so that a clip has one name in any encoding."""
     stem, dot, extension = name.rpartition(".")
     return stem if f"{dot}{extension}".lower() in IMAGES + VIDEOS else name

@@ -1,31 +1,33 @@
-"""Noise in the shape of a data set that is not here: to plan for it, and to time steps without reading."""
+"""Noise in the shape of a data set that is not available: to plan runs, and to time steps without reading."""
 
 from __future__ import annotations
 
 import re
-from typing import Any
 
 import numpy as np
 
 from structvit_jax.data.media import InMemoryFrames
+from structvit_jax.data.types import DataOptions
 from structvit_jax.utils.errors import UserError
 
 
 class Noise:
-    """Clips or images of random pixels, labels in turn. There is nothing to learn in them.
+    """Clips or images of random pixels with cyclic labels; nothing can be learned from them.
 
-    The name is "noise:CLASSES"; every example has just the frames and pixels that the configuration takes,
-    and 64 pixels a side where it leaves them open.
+    The name is "noise:CLASSES"; every example has exactly the frames and pixels that the configuration takes,
+    or 64 pixels a side if the size is not set.
     """
 
-    def __init__(self, name: str, split: str, data: Any, seed: int):
-        classes, examples = name.removeprefix("noise:"), data.train_examples
-        if split == "test":
-            examples = data.test_examples
+    def __init__(self, data: DataOptions, split: str, seed: int):
+        name = data.name
+        classes = name.removeprefix("noise:")
+        examples = data.test_examples if split == "test" else data.train_examples
         if not re.fullmatch("[1-9][0-9]{0,5}", classes):
             raise UserError(f"config.data.name is {name!r}; write noise:CLASSES, as noise:400")
         if examples < 1:
-            raise UserError(f"noise is made on the fly: config.data.{split}_examples says how much")
+            raise UserError(
+                f"noise is made on the fly; set config.data.{split}_examples to the number of examples"
+            )
         self.class_names = tuple(f"class {number}" for number in range(int(classes)))
         side = max(data.size or 64, data.short_side or 0)
         self._shape = (max(data.frames, 1) * data.stride, side, side, 3)
@@ -37,7 +39,7 @@ class Noise:
 
     @property
     def made_from(self) -> str:
-        """What examples are made from, for a fingerprint."""
+        """Identifies the examples in a fingerprint."""
         return f"noise of {len(self.class_names)} classes, numbers {self._entropy}"
 
     def id(self, index: int) -> str:

@@ -1,9 +1,9 @@
-"""Which frames of a video make a clip: integers from integers, whatever the frame rate.
+"""Which frames of a video make a clip: integers from integers, independent of the frame rate.
 
-`count` is the number of frames there are, at least one; indices start at 0 and never decrease. A random
-rule takes a generator; a test rule takes the view's number instead, v of `views`. Videos shorter than the
-clip repeat frames. The rules are those of UniFormer's released code, in exact arithmetic (it computes in
-float32), except `strided`, which is ours.
+`count` is the number of frames of the video, at least one; indices start at 0 and never decrease. In training
+a rule draws from a generator; in testing it takes view v of `views` instead. Videos shorter than the clip
+repeat frames. The rules are those of UniFormer's released code, in exact arithmetic instead of float32;
+`strided` is an addition.
 """
 
 from __future__ import annotations
@@ -20,33 +20,33 @@ Rule = Callable[[int, int, int, Draw], np.ndarray]
 
 
 def dense(count: int, frames: int, stride: int, draw: Draw) -> np.ndarray:
-    """Frames spread over a window of frames * stride: the first and the last of the window are in.
+    """Spread frames over a window of frames * stride, from its first to its last frame.
 
     16 x 4 spans 64 frames 4.2 apart, as SlowFast and UniFormer sample Kinetics. A random window starts
-    anywhere in the video, between two frames too; test windows start at v * floor(room / (views - 1)), a
-    single one at floor(room / 2).
+    anywhere in the video, also between two frames. With room = count - frames * stride, test windows start at
+    v * floor(room / (views - 1)), a single one at floor(room / 2).
     """
     span, gaps = frames * stride, max(frames - 1, 1)
     room = max(count - span, 0)
-    # Starts are counted in gaps-ths of a frame: finer ones give the same indices.
+    # Starts are multiples of 1 / gaps of a frame: finer ones give the same indices.
     start = _random(draw, room * gaps) if isinstance(draw, np.random.Generator) else gaps * _start(room, draw)
     steps = np.arange(frames) * (span - 1 if frames > 1 else 0)
     return np.minimum((start + steps) // gaps, count - 1)
 
 
 def strided(count: int, frames: int, stride: int, draw: Draw) -> np.ndarray:
-    """Every stride-th frame from a start on; random, or evenly placed as in `dense`."""
+    """Take every stride-th frame from a start on, which is random, or evenly spaced as in `dense`."""
     room = max(count - ((frames - 1) * stride + 1), 0)
     start = _random(draw, room + 1) if isinstance(draw, np.random.Generator) else _start(room, draw)
     return np.minimum(start + np.arange(frames) * stride, count - 1)
 
 
 def segment(count: int, frames: int, stride: int, draw: Draw) -> np.ndarray:
-    """One frame from each of `frames` equal segments of the whole video; the stride plays no part.
+    """Take one frame from each of `frames` equal segments of the whole video; the stride is not used.
 
-    With s = (count - 1) / frames, frame i is drawn from round(s i) to round(s (i + 1)), both included;
-    in testing it is round(s i) + floor(s (v + 1) / (views + 1)). Halves round to even. This is how
-    UniFormer samples Something-Something.
+    With s = (count - 1) / frames, frame i is drawn from round(s i) to round(s (i + 1)), both inclusive;
+    in testing it is round(s i) + floor(s (v + 1) / (views + 1)). Halves round to even, as UniFormer samples
+    Something-Something.
     """
     edges = _round_half_even((count - 1) * np.arange(frames + 1), frames)
     if isinstance(draw, np.random.Generator):
@@ -59,7 +59,7 @@ RULES: dict[str, Rule] = {"dense": dense, "strided": strided, "segment": segment
 
 
 def rule(name: str) -> Rule:
-    """A sampling rule by name.
+    """Return a sampling rule by name.
 
     Raises:
       UserError: an unknown name.

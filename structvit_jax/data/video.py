@@ -1,7 +1,7 @@
-"""Read chosen frames of a video file: demultiplex all of it, decode only what is needed.
+"""Read chosen frames of a video file: demultiplex all of it, decode only the frames needed.
 
-Frame i is the i-th picture by presentation time. The container's announced frame count is never used: it is
-wrong or missing in webm, mkv and damaged files.
+Frame i is the i-th picture by presentation time. The frame count that the container announces is never used:
+it is wrong or missing in webm, mkv and damaged files.
 """
 
 from __future__ import annotations
@@ -11,33 +11,38 @@ import contextlib
 import io
 import itertools
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import av
 import numpy as np
+from av.container import InputContainer
+from av.packet import Packet
+from av.stream import Stream
 from av.video.reformatter import VideoReformatter
+from av.video.stream import VideoStream
 
 from structvit_jax.data.container import open_container
 from structvit_jax.data.limits import Limits
 from structvit_jax.utils.errors import DecodeError, decoding
 
-_SKIPPING = ("h264", "hevc", "mpeg4", "vp8", "vp9")  # decoders that may leave out single pictures
-_UNINDEXED = ("avi", "mpegts")  # containers whose times are only right when read from the beginning
-_FAR = 2**62  # a time that FFmpeg's int64 holds
-_REACHES = (1, 4, 16, 64)  # frames on either side among which a damaged frame's replacement is looked for
+_SKIPPING = ("h264", "hevc", "mpeg4", "vp8", "vp9")  # decoders that can skip single pictures
+_UNINDEXED = ("avi", "mpegts")  # containers whose times are right only when read from the beginning
+_FAR = 2**62  # a time that fits FFmpeg's int64
+_REACHES = (1, 4, 16, 64)  # frames on either side to search for the replacement of a damaged frame
 
 
 class VideoFile:
     """A video, or the part of it from `start` to `end` seconds.
 
     Attributes:
-      count: frames to sample from. For a file that was cut off it includes the missing ones, so that
+      count: number of frames to sample from. In a truncated file it includes the missing ones, so that
         sampling does not drift; asking for a missing frame is an error.
       missing: number of missing frames, which are the last ones.
-      repaired: frames of the last `frames` call that could not be decoded and were replaced.
+      repaired: number of frames of the last `frames` call that were damaged and replaced.
 
     Raises:
-      DecodeError: no video, a container that is not supported, a limit that is exceeded, or damage.
+      DecodeError: no video, an unsupported container, an exceeded limit, or damage.
     """
 
     def __init__(
@@ -62,34 +67,26 @@ class VideoFile:
         self.missing = self.count - len(self._times)
         if self.count < 1:
             self.close()
-            part = (
-                ""
-                if start is None and end is None
-                else f" from {start or 0} s to {'the end' if end is None else f'{end} s'}"
-            )
-            raise DecodeError("no video frames" + part)
+            part = f" from {start or 0} s to {'the end' if end is None else f'{end} s'}"
+            raise DecodeError("no video frames" + part * (start is not None or end is not None))
         self._span = index.time(stop - 1) - index.time(first)
 
     def close(self) -> None:
-        """Free the file and the decoder; waiting for garbage collection would keep many of them open."""
+        """Release the file and the decoder; garbage collection would keep many of them open."""
         self._container.close()
 
     @property
     def seconds(self) -> float:
         """Duration: from the first frame to the last, plus the mean distance between frames."""
-        return float(self._span * self._stream.time_base) * self.count / max(self.count - 1, 1)
+        return float(self._span * _time_base(self._stream)) * self.count / max(self.count - 1, 1)
 
     def frames(self, wanted: Sequence[int], short_side: int = 0) -> np.ndarray:
-        """Return uint8 [len(wanted), height, width, 3], upright, RGB.
-
-        Args:
-          wanted: frame numbers below `count`, in any order, with or without repetitions.
-          short_side: scale pictures whose short side is longer to this while converting; 0 never scales.
+        """Return frames by number, rotated as the container states; see `structvit_jax.data.types.Media`.
 
         Raises:
           DecodeError: a frame is missing, or more frames are damaged than `Limits.bad_frames` allows.
         """
-        check_there(wanted, self.count, self.missing)
+        check_available(wanted, self.count, self.missing)
         times = [self._times[index] for index in wanted]
         pictures = self._decoded(set(times), short_side)
         lost = sorted(set(times) - pictures.keys())
@@ -102,7 +99,7 @@ class VideoFile:
         return stack([pictures[time] for time in times])
 
     def _decoded(self, times: set[int], short_side: int) -> dict[int, np.ndarray]:
-        """Decode the frames at some times; without those that are damaged, if damage is tolerated."""
+        """Return the frames at some times; damaged ones are left out if damage is tolerated."""
         tolerant = self._limits.bad_frames > 0
         pictures: dict[Any, np.ndarray] = {}
         convert = VideoReformatter()  # one for all frames: setting it up costs more than using it
@@ -119,7 +116,7 @@ class VideoFile:
         return pictures
 
     def _neighbour(self, time: int, short_side: int) -> np.ndarray:
-        """Decode the nearest frame that can be decoded, of two the earlier: a function of the file alone."""
+        """Return the nearest decodable frame, the earlier of two: a function of the file alone."""
         here = bisect.bisect_left(self._times, time)
         for reach in _REACHES:
             near = self._times[max(here - reach, 0) : here + reach + 1]
@@ -131,13 +128,13 @@ class VideoFile:
         """Copy these frames into a Matroska file without decoding them.
 
         Returns:
-          The file, and the number of frames in it before the first wanted one: decoding has to begin at a
-          key frame.
+          The file, and the number of frames in it before the first wanted one: decoding has to start at a key
+          frame.
 
         Raises:
-          DecodeError: there is no key frame to begin at.
+          DecodeError: there is no key frame to start at.
         """
-        check_there([0], self.count, self.missing)
+        check_available([0], self.count, self.missing)
         wanted = set(self._times)
         (key, _), *_ = self._groups({min(wanted)})
         target, before = io.BytesIO(), 0
@@ -154,7 +151,7 @@ class VideoFile:
         return target.getvalue(), before
 
     def _groups(self, times: set[int]) -> Iterator[tuple[_Packet, set[int]]]:
-        """Yield the wanted times after each key frame."""
+        """Yield key frames and the wanted times from each to the next."""
         early = {time for time in times if not self._keys or time < self._keys[0].pts}
         if early and not self._limits.bad_frames:
             raise DecodeError("no key frame to start decoding from")
@@ -164,14 +161,22 @@ class VideoFile:
             yield self._keys[number], {time for time in place if place[time] == number}
 
 
-def check_there(wanted: Sequence[int], count: int, missing: int) -> None:
-    """Raise DecodeError if one of the wanted frames is among the last, missing ones."""
+def check_available(wanted: Sequence[int], count: int, missing: int) -> None:
+    """Check that none of the wanted frames is among the last `missing` ones.
+
+    Raises:
+      DecodeError: one is.
+    """
     if max(wanted) >= count - missing:
         raise DecodeError(f"cut off: {missing} of {count} frames are missing, frame {max(wanted)} among them")
 
 
 def stack(pictures: Sequence[np.ndarray]) -> np.ndarray:
-    """Return the frames of a clip as one array; raise DecodeError if they differ in size."""
+    """Return the frames of a clip as one array.
+
+    Raises:
+      DecodeError: they differ in size.
+    """
     if len({picture.shape for picture in pictures}) > 1:
         raise DecodeError("its frames differ in size")
     return np.stack(pictures)
@@ -183,14 +188,14 @@ class _Packet(NamedTuple):
 
 
 class _Index(NamedTuple):
-    """The pictures of a file, in its stream's unit of time."""
+    """The times of a file's pictures, in units of its stream's time base."""
 
-    times: list[int]  # of the pictures, in order
+    times: list[int]  # of the pictures, ascending
     keys: list[_Packet]  # pictures that decoding can start from, shown or not
-    start: float  # of the part asked for
+    start: float  # of the requested part
     end: float
-    lost: int = 0  # pictures missing after these, where the file was cut off
-    spacing: float = 1.0  # time between those
+    lost: int = 0  # pictures missing after these, if the file was truncated
+    spacing: float = 1.0  # time between missing pictures
 
     def time(self, number: int) -> int:
         """Return the time of a picture, missing or not."""
@@ -211,22 +216,28 @@ class _Index(NamedTuple):
         return here
 
 
-def _demux(container, stream, start: float | None, end: float | None, limits: Limits) -> _Index:
-    """Read all packets of the part asked for."""
-    base, origin = float(stream.time_base), stream.start_time or 0
-    # Half a unit of tolerance: seconds written with rounding still name the frame they mean.
+def _demux(
+    container: InputContainer,
+    stream: VideoStream,
+    start: float | None,
+    end: float | None,
+    limits: Limits,
+) -> _Index:
+    """Read all packets of the requested part."""
+    base, origin = float(_time_base(stream)), stream.start_time or 0
+    # Half a unit of tolerance, so that rounded seconds still select the intended frame.
     first = -np.inf if start is None else origin + start / base - 0.5
     stop = np.inf if end is None else origin + end / base - 0.5
     if start and container.format.name not in _UNINDEXED:
         container.seek(int(min(max(first, -_FAR), _FAR)), stream=stream)
-    # Where the stream does not say how long it is, the container does, for all streams together.
+    # If the stream does not state its duration, the container does, for all streams together.
     streams = [stream] if stream.duration else [s for s in container.streams if s.type in ("video", "audio")]
     number, hides = stream.index, stream.codec_context.name == "vp8"
-    bases = {s.index: float(s.time_base) for s in streams}
+    bases = {s.index: float(_time_base(s)) for s in streams}
     times: list[int] = []
     keys: list[_Packet] = []
     last = ended = 0.0
-    with contextlib.suppress(av.FFmpegError):  # cut off in the middle of a packet
+    with contextlib.suppress(av.FFmpegError):  # truncated in the middle of a packet
         for packet in container.demux(*streams):
             pts, dts = _stamps(packet)
             if pts is None:
@@ -237,59 +248,70 @@ def _demux(container, stream, start: float | None, end: float | None, limits: Li
                 continue
             if dts >= stop and container.format.name not in _UNINDEXED:
                 return _Index(sorted(times), sorted(keys), first, stop)
-            if packet.is_keyframe:  # before an edit list it is not shown, and decoding starts from it
+            if packet.is_keyframe:  # even if an edit list hides it
                 keys.append(_Packet(pts, dts))
             if _shown(packet, hides):
                 times.append(pts)
                 if len(times) > limits.frames:
                     limits.check_frames(len(times))
     times = sorted(times)
-    if times and container.format.name == "avi":  # counts from the first packet decoded, not shown
+    if times and container.format.name == "avi":  # times count from the first packet decoded, not shown
         first, stop = first + times[0] - origin, stop + times[0] - origin
     lost, spacing = _lost(container, stream, times, last, ended)
     limits.check_frames(len(times) + lost)
     return _Index(times, sorted(keys), first, stop, lost, spacing)
 
 
-def _lost(container, stream, times: list[int], last: float, ended: float) -> tuple[int, float]:
+def _lost(
+    container: InputContainer, stream: VideoStream, times: list[int], last: float, ended: float
+) -> tuple[int, float]:
     """Estimate how many pictures are missing at the end, and the time between them.
 
-    Pictures are missing where the last packet of any stream comes more than two frames before the announced
-    end. `last` and `ended` are its time and that plus its duration, in seconds.
+    Pictures are missing if the last packet of all streams comes more than two frames before the announced
+    end. `last` and `ended` are the start and the end of that packet, in seconds.
     """
     if not times:
         return 0, 1.0
     if stream.duration:
-        announced = float((stream.duration + (stream.start_time or 0)) * stream.time_base)
+        announced = float((stream.duration + (stream.start_time or 0)) * _time_base(stream))
     else:
         announced = (container.duration or 0) / av.time_base
-    base = float(stream.time_base)
+    base = float(_time_base(stream))
     gaps = np.diff(times) if len(times) > 1 else [1 / (base * float(stream.average_rate or 25))]
     usual, mean = float(np.median(gaps)), float(np.mean(gaps))
-    spacing = base * max(usual, mean)  # rates vary, and a last picture may be shown for long
+    spacing = base * max(usual, mean)  # rates vary, and the last picture may be shown for long
     if announced - last <= 2 * spacing or announced - ended <= spacing:
         return 0, 1.0
     usual = max(usual, 1.0)
     return max(round((announced / base - times[-1]) / usual) - 1, 0), usual
 
 
-def _stamps(packet) -> tuple[Any, Any]:
-    """Presentation and decoding time; some containers write only one of them."""
+def _time_base(stream: Stream) -> Fraction:
+    """Return the unit of a stream's times, in seconds."""
+    if stream.time_base is None:
+        raise DecodeError("a stream without a time base")
+    return stream.time_base
+
+
+def _stamps(packet: Packet) -> tuple[Any, Any]:
+    """Return presentation and decoding time; some containers store only one of them."""
     return (
         packet.dts if packet.pts is None else packet.pts,
         packet.pts if packet.dts is None else packet.dts,
     )
 
 
-def _shown(packet, hides: bool) -> bool:
-    """Return whether a packet is a picture to show; VP8 hides some, in separate packets, to predict from."""
+def _shown(packet: Packet, hides: bool) -> bool:
+    """Return whether a packet is a picture to show; VP8 has separate hidden ones to predict from."""
     if packet.is_discard:
         return False
     return not hides or bool(bytes(packet)[0] >> 4 & 1)
 
 
-def _decode(container, stream, key: _Packet, wanted: set[int], tolerant: bool) -> Iterator[av.VideoFrame]:
-    """Yield the wanted frames after a key frame; decode others only where frames are predicted from them.
+def _decode(
+    container: InputContainer, stream: VideoStream, key: _Packet, wanted: set[int], tolerant: bool
+) -> Iterator[av.VideoFrame]:
+    """Yield the wanted frames after a key frame; decode others only if frames are predicted from them.
 
     If `tolerant`, packets that cannot be decoded are skipped.
     """
@@ -302,15 +324,15 @@ def _decode(container, stream, key: _Packet, wanted: set[int], tolerant: bool) -
         with contextlib.suppress(*skipped):
             yield from (frame for frame in packet.decode() if frame.pts in wanted)
         ahead.discard(pts)
-        if not ahead:  # all have been given to the decoder, which may hold some back for reordering
+        if not ahead:  # the decoder has them all, and may hold some back to reorder them
             break
     if not ahead:
         with contextlib.suppress(*skipped):
             yield from (frame for frame in codec.decode(None) if frame.pts in wanted)
 
 
-def _packets_from(container, stream, key: _Packet) -> Iterator[Any]:
-    """Yield the packets from a key frame on. Some containers seek by one clock, some by the other."""
+def _packets_from(container: InputContainer, stream: VideoStream, key: _Packet) -> Iterator[Packet]:
+    """Yield the packets from a key frame on. Containers seek by presentation or by decoding time."""
     for target in key:
         container.seek(target, stream=stream)
         packets = container.demux(stream)

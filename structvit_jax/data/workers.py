@@ -1,16 +1,15 @@
 """Child processes that apply a function to numbers and return the results in order, see `in_processes`.
 
-They are made to be killed, and to be killed with:
+They survive signals, and never survive their parent:
 
 - They start with SIGTERM, SIGINT and SIGHUP blocked. A signal to the process group or from a terminal reaches
-  the parent, which decides, and never takes the workers away from it.
+  the parent, which decides what to do while its workers keep running.
 - Each is connected to its parent by a socket pair and exits when the parent's end is closed, which the kernel
   does however the parent ends.
 - Results travel in anonymous memory whose descriptors are passed through the socket. There are no shared
   memory names, semaphores, temporary files or helper processes that could be left behind.
 
-This file is also the program that a worker runs. It starts before anything else is imported, so that a worker
-notices at any time that its parent is gone.
+A worker runs this file as its program and watches its parent before it imports anything else.
 """
 
 from __future__ import annotations
@@ -33,14 +32,14 @@ from multiprocessing.reduction import recv_handle, send_handle
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 T = TypeVar("T")
-Note = Callable[[str], None]  # what a function calls to say what it works on, in case it kills its process
+Note = Callable[[str], None]  # records what a function works on, in case it kills its process
 
 _BLOCKED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _NOTE = 512  # bytes
-_ALIGNMENT = 64  # bytes; JAX takes such arrays without a copy on a CPU
+_ALIGNMENT = 64  # bytes; JAX on a CPU uses such arrays without a copy
 
 
-class Lost(NamedTuple):
+class DeadWorker(NamedTuple):
     """A worker that died."""
 
     number: int  # what it was working on
@@ -55,51 +54,55 @@ def in_processes(
     count: int,
     *,
     ahead: int,
-    lost: Callable[[Lost], T],
+    on_death: Callable[[DeadWorker], T],
+    setup: Callable[[], None] | None = None,
 ) -> Generator[T]:
     """Yield function(number, note) for every number, in order, computed in `count` processes.
 
     Args:
-      function: of a number and a `Note`; it is pickled, those of the main module by value. Exceptions that it
-        raises are raised here.
-      ahead: how many numbers each process is given in advance, the one that it works on included.
-      lost: returns the result for the number that a process died of, or raises. A new process takes over.
+      function: takes a number and a `Note`; pickled, by value if defined in the main module. Its exceptions
+        are raised here.
+      numbers: its arguments.
+      count: number of processes.
+      ahead: numbers that each process has in advance, including the one that it works on.
+      on_death: returns the result for the number that killed a process, or raises. A new process takes over.
+      setup: called once in every process.
     """
-    pickled = _pickle(function)
+    pickled = _pickle((function, setup))
     pool: list[_Worker] = []
-    pending: collections.deque[tuple[int, int]] = collections.deque()  # numbers in order, and who has them
+    pending: collections.deque[tuple[int, int]] = collections.deque()  # numbers in order, and their worker
     asked, source = 0, iter(numbers)
     try:
         while True:
             while len(pending) < ahead * count and (number := next(source, None)) is not None:
-                place = asked % count
-                if place == len(pool):
+                worker = asked % count
+                if worker == len(pool):
                     pool.append(_Worker(pickled))
-                pool[place].ask(number)
-                pending.append((number, place))
+                pool[worker].ask(number)
+                pending.append((number, worker))
                 asked += 1
             if not pending:
                 return
-            number, place = pending.popleft()
+            number, worker = pending.popleft()
             try:
-                result: T = pool[place].answer()
+                result: T = pool[worker].answer()
             except (EOFError, ConnectionError):
-                result = lost(pool[place].obituary(number))
-                pool[place].close()
-                pool[place] = _Worker(pickled)
-                for other, its_place in pending:
-                    if its_place == place:
-                        pool[place].ask(other)
+                result = on_death(pool[worker].describe_death(number))
+                pool[worker].close()
+                pool[worker] = _Worker(pickled)
+                for other, its_worker in pending:
+                    if its_worker == worker:
+                        pool[worker].ask(other)
             yield result
     finally:
-        for worker in pool:
-            worker.close()
+        for process in pool:
+            process.close()
 
 
 class _Worker:
     """The parent's side of a worker."""
 
-    def __init__(self, function: bytes):
+    def __init__(self, pickled: bytes):
         self._connection, theirs = Pipe()
         self._note = _anonymous_file()
         descriptors = (theirs.fileno(), self._note)
@@ -109,17 +112,17 @@ class _Worker:
                 pass_fds=descriptors,
                 stdin=subprocess.DEVNULL,
             )
-        with contextlib.suppress(ConnectionError):  # it died; its first answer will show it
+        with contextlib.suppress(ConnectionError):  # it died; reading its first answer reports it
             self._connection.send(sys.path)
-            self._connection.send_bytes(function)
+            self._connection.send_bytes(pickled)
 
     def ask(self, number: int) -> None:
-        """Give it a number to work on after those before."""
+        """Queue a number for the worker."""
         with contextlib.suppress(ConnectionError):
             self._connection.send(number)
 
     def answer(self) -> Any:
-        """Return the result for the first number without one, or raise its exception.
+        """Return the result for the oldest number without one, or raise its exception.
 
         Raises:
           EOFError, ConnectionError: the worker is dead.
@@ -141,29 +144,29 @@ class _Worker:
         offsets = _offsets(sizes)
         return [memory[start : start + size] for start, size in zip(offsets, sizes, strict=True)]
 
-    def obituary(self, number: int) -> Lost:
-        """Describe its death, of this number."""
+    def describe_death(self, number: int) -> DeadWorker:
+        """Return how the worker died while working on this number."""
         code = self._process.wait()
         note = os.pread(self._note, _NOTE, 0).rstrip(b"\0 ")
-        return Lost(number, self._process.pid, code, os.fsdecode(note))
+        return DeadWorker(number, self._process.pid, code, os.fsdecode(note))
 
     def close(self) -> None:
-        """End the process: it has nothing to lose."""
+        """Kill the process, which has nothing to save."""
         self._connection.close()
         self._process.kill()
         self._process.wait()
         os.close(self._note)
 
 
-def _pickle(function: Callable[..., Any]) -> bytes:
-    import cloudpickle  # not in the worker, which starts with this file
+def _pickle(value: Any) -> bytes:
+    import cloudpickle  # here, since workers run this file and do not need it
 
-    return cloudpickle.dumps(function)
+    return cloudpickle.dumps(value)
 
 
 @contextlib.contextmanager
 def _signals_blocked() -> Iterator[None]:
-    """Block signals in this thread; child processes inherit it, and those that arrive meanwhile are kept."""
+    """Block signals in this thread: child processes inherit it, and signals are delivered afterwards."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _BLOCKED)
     try:
         yield
@@ -172,7 +175,7 @@ def _signals_blocked() -> Iterator[None]:
 
 
 def _anonymous_file() -> int:
-    """Return the descriptor of a new file that has no name, in memory where the system can."""
+    """Return the descriptor of a new file without a name, in memory if the system supports it."""
     if hasattr(os, "memfd_create"):
         return os.memfd_create("structvit_jax")
     with tempfile.TemporaryFile() as file:
@@ -188,7 +191,7 @@ def _offsets(sizes: list[int]) -> list[int]:
     return offsets
 
 
-# What runs in a worker.
+# The code of a worker.
 
 
 def _serve(descriptor: int, note_descriptor: int) -> None:
@@ -208,7 +211,10 @@ def _answer_all(connection: Connection, note: Note) -> NoReturn:
     while True:
         number = connection.recv()
         try:
-            function = function or pickle.loads(pickled)
+            if function is None:
+                function, setup = pickle.loads(pickled)
+                if setup:
+                    setup()
             _send(connection, True, function(number, note))
         except Exception as error:
             _send(connection, False, _portable(error))
@@ -217,13 +223,13 @@ def _answer_all(connection: Connection, note: Note) -> NoReturn:
 def _exit_with_parent(descriptor: int) -> None:
     """End this process when the parent's end of the socket is closed."""
     poll = select.poll()
-    poll.register(descriptor, 0)  # of a hang-up alone
+    poll.register(descriptor, 0)  # reports hang-ups only
     poll.poll()
     os._exit(0)
 
 
 def _send(connection: Connection, ok: bool, value: Any) -> None:
-    """Send a value: its arrays in anonymous memory, the rest through the socket."""
+    """Send a value: arrays in anonymous memory, the rest through the socket."""
     buffers: list[pickle.PickleBuffer] = []
     data = pickle.dumps(value, protocol=5, buffer_callback=buffers.append)
     views = [buffer.raw() for buffer in buffers]

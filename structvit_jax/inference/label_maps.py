@@ -59,7 +59,7 @@ def write(config: ml_collections.ConfigDict, teacher: str, folder: str, top: int
     writer = LabelMapWriter(folder, card, (images, height, width, top))
     start = writer.done // size
     runner = StepRunner(_make_dense_step(learner, top), mesh)
-    stream: Any = dataset.whole_batches(size, start=start)
+    stream = dataset.uncropped_batches(size, start=start)
     progress = tqdm(total=images, initial=start * size, unit="images")
     with contextlib.closing(stream) as batches, progress:
         for number, (batch, arrays) in enumerate(runner(weights, batches), start):

@@ -12,9 +12,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import types
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +25,9 @@ from structvit_jax import data
 from structvit_jax.config import model_arguments
 from structvit_jax.data.files import Files, find
 from structvit_jax.data.limits import Limits
-from structvit_jax.data.pipeline import WHOLE, test_batches
+from structvit_jax.data.pipeline import test_batches
 from structvit_jax.data.reader import Crop, Reader
+from structvit_jax.data.types import AugmentOptions, Batch, DataOptions
 from structvit_jax.models import Network, create_model
 from structvit_jax.models.variants import counterpart
 from structvit_jax.models.weights import Weights, split, update
@@ -37,7 +37,6 @@ from structvit_jax.training.card import from_card
 from structvit_jax.training.evaluation import StepRunner, probabilities
 from structvit_jax.training.restore import open_checkpoint, rereading
 from structvit_jax.training.step import make_eval_step, make_features_step, normalize
-from structvit_jax.training.types import Batch
 
 
 class Prediction(NamedTuple):
@@ -84,8 +83,9 @@ class TrainedModel:
         return self._reader(self.find([]))
 
     def _reader(self, source: Files) -> Reader:
-        section = {key: types.SimpleNamespace(**self.config[key]) for key in ("data", "augment")}
-        return Reader(source, section["data"], section["augment"], self.config.train.seed)
+        options = DataOptions.from_config(self.config.data)
+        augment = AugmentOptions.from_config(self.config.augment)
+        return Reader(source, options, augment, self.config.train.seed)
 
     def find(self, paths: Sequence[str], *, every: float = 0) -> Files:
         """Find the examples at paths of files and folders, see `structvit_jax.data.files.find`."""
@@ -158,8 +158,7 @@ class TrainedModel:
         mesh, source = make_mesh(-1, 1), self.find(paths, every=every)
         weights, runner = self._weights(mesh), self._runner("scores", mesh)
         reader, size = self._reader(source), fitting_batch(mesh, self.config.eval.batch_size, len(source))
-        stream: Any = test_batches(reader, size, share=WHOLE, workers=self.config.data.workers)
-        with contextlib.closing(stream) as batches:
+        with contextlib.closing(test_batches(reader, size)) as batches:
             for batch, arrays in runner(weights, batches):
                 if features:
                     arrays |= self._runner("features", mesh).run(weights, batch)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import statistics
 import tempfile
 import time
-import types
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,13 @@ import av
 import numpy as np
 from PIL import Image
 
+from structvit_jax.config import default_config
 from structvit_jax.data.index import Entry, Index
-from structvit_jax.data.limits import Limits
 from structvit_jax.data.media import open_media
-from structvit_jax.data.pipeline import WHOLE, train_batches
+from structvit_jax.data.pipeline import train_batches
 from structvit_jax.data.reader import Reader
+from structvit_jax.data.setup import configure_decoding
+from structvit_jax.data.types import AugmentOptions, DataOptions
 from structvit_jax.utils.errors import DecodeError, UserError
 
 FRAMES, SIZE = 16, 224
@@ -59,12 +61,23 @@ def seconds_of(path: str) -> float:
 def make_reader(path: str, frames: int, randaugment: str) -> Reader:
     """Return a reader of 1000 copies of one file, augmented as in the recipes of the paper."""
     count = open_media(path).count
-    data = types.SimpleNamespace(frames=frames, size=SIZE, short_side=0, channels="rgb", sampling="dense")
-    data.max_pixels = Limits().pixels
-    data.stride = max(count // 5 // max(frames, 1), 1)
-    data.mean, data.test_clips, data.test_crops, data.crop_fraction = (0.45,) * 3, 1, 1, 1.0
-    augment = types.SimpleNamespace(randaugment=randaugment, flip=0.5, color_jitter=0.0)
-    augment.crop_area, augment.crop_aspect = (0.08, 1.0), (3 / 4, 4 / 3)
+    config = default_config()
+    data = dataclasses.replace(
+        DataOptions.from_config(config.data),
+        frames=frames,
+        size=SIZE,
+        channels="rgb",
+        stride=max(count // 5 // max(frames, 1), 1),
+        mean=(0.45,) * 3,
+        workers=2,
+    )
+    augment = dataclasses.replace(
+        AugmentOptions.from_config(config.augment),
+        randaugment=randaugment,
+        flip=0.5,
+        crop_area=(0.08, 1.0),
+        crop_aspect=(3 / 4, 4 / 3),
+    )
     return Reader(Index("", [Entry(os.path.abspath(path), "0")] * 1000, ("0",)), data, augment, seed=0)
 
 
@@ -145,7 +158,7 @@ def report_memory(path: str, clips: int) -> None:
     """Read clips with two workers and print the growth of memory over the last three quarters."""
     reader, batch = make_reader(path, FRAMES, "rand-m7-n4-mstd0.5-inc1"), 4
     marks: dict[int, float] = {}
-    stream: Any = train_batches(reader, batch, repeats=1, start_step=0, share=WHOLE, workers=2)
+    stream = train_batches(reader, batch, start_step=0)
     with contextlib.closing(stream):
         for step in range(1, clips // batch + 1):
             next(stream)
@@ -164,6 +177,7 @@ def run(video: str, image: str, clips: int, memory: int) -> None:
     """
     if memory and memory < _MIN_CLIPS:
         raise UserError(f"--memory={memory}: it takes 0 or at least {_MIN_CLIPS} clips")
+    configure_decoding()
     try:
         measure(video, image, clips, memory)
     except DecodeError as error:

@@ -7,9 +7,9 @@ from typing import Any
 
 from etils import epath
 
+from structvit_jax.data.types import Dataset
 from structvit_jax.runtime import processes
 from structvit_jax.runtime.processes import log
-from structvit_jax.training.types import Dataset
 from structvit_jax.utils.errors import UserError
 
 
@@ -46,7 +46,7 @@ def check_data(data: Dataset, card: Mapping[str, Any], path: epath.Path, *, is_c
     if not card.get("data"):  # converted weights
         return
     changes = processes.broadcast_from_primary(lambda: data.changes_since(card["data"]))
-    if not changes.described:
+    if changes.same:
         return
     if is_complete or 2 * changes.alike < changes.sampled:
         kind = "the complete run of" if is_complete else "a run on"
@@ -60,4 +60,4 @@ def check_data(data: Dataset, card: Mapping[str, Any], path: epath.Path, *, is_c
 def same_test_data(data: Dataset, card: Mapping[str, Any]) -> bool:
     """Return whether the test data are those of a checkpoint's run, by their fingerprint."""
     changes = processes.broadcast_from_primary(lambda: data.changes_since(card["data"], test_only=True))
-    return not changes.described
+    return changes.same

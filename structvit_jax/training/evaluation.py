@@ -13,11 +13,11 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
+from structvit_jax.data.types import Batch, Dataset, Problem
 from structvit_jax.models.weights import Weights
 from structvit_jax.runtime import processes
 from structvit_jax.runtime.mesh import fitting_batch, put_batch
 from structvit_jax.runtime.storage import write
-from structvit_jax.training.types import Batch, Dataset, Problem
 from structvit_jax.utils.errors import UserError
 
 _ARRAYS = ("index", "mask", "labels", "scores", "top1", "top5")  # of an evaluation step
@@ -141,7 +141,7 @@ def evaluate(
             yield batch
 
     size = fitting_batch(runner.mesh, section.batch_size, data.test_examples)
-    with contextlib.closing(data.test_batches(size, share=processes.process_shard())) as batches:
+    with contextlib.closing(data.test_batches(size, shard=processes.process_shard())) as batches:
         for batch, arrays in runner(weights, watched(batches)):
             problems.extend(batch["problems"])
             results.append(arrays)

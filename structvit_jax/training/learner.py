@@ -12,6 +12,7 @@ import optax
 from jax.sharding import Mesh
 
 from structvit_jax.config import durations, model_arguments
+from structvit_jax.data.types import Arrays, Dataset
 from structvit_jax.models import Network, create_model
 from structvit_jax.models.weights import Weights, split
 from structvit_jax.ops import native
@@ -21,7 +22,6 @@ from structvit_jax.runtime.processes import log
 from structvit_jax.runtime.sharding import abstract
 from structvit_jax.training import optim
 from structvit_jax.training.step import TrainState, fresh_state, init_state, normalize
-from structvit_jax.training.types import Arrays, Dataset
 from structvit_jax.utils.errors import UserError
 
 

@@ -15,11 +15,11 @@ import ml_collections
 import numpy as np
 from etils import epath
 
+from structvit_jax.data.types import Dataset
 from structvit_jax.runtime import process
 from structvit_jax.runtime.goodput import Goodput, Progress
 from structvit_jax.runtime.processes import available_cores, is_primary, log
 from structvit_jax.runtime.storage import METRICS, write
-from structvit_jax.training.types import Dataset
 from structvit_jax.utils.errors import UserError, parse_json
 from structvit_jax.utils.paths import is_bucket
 

@@ -14,6 +14,7 @@ import ml_collections
 from etils import epath
 
 from structvit_jax.config import Durations, durations
+from structvit_jax.data.types import Dataset
 from structvit_jax.models.weights import Weights, sha256, split
 from structvit_jax.runtime import processes, signals
 from structvit_jax.runtime.goodput import Goodput
@@ -42,7 +43,6 @@ from structvit_jax.training.log import RunLog
 from structvit_jax.training.restore import open_checkpoint, rereading
 from structvit_jax.training.start import starting_state
 from structvit_jax.training.step import TrainState, make_eval_step
-from structvit_jax.training.types import Dataset
 from structvit_jax.training.unreadable import Unreadable
 from structvit_jax.utils.errors import Stopped, UserError
 
@@ -210,7 +210,7 @@ def _take_steps(
         files.checkpoints.save(state, card, scores)
         run_log.restart_clock()
 
-    stream = data.train_batches(config.data.batch_size, start_step=start, share=processes.process_shard())
+    stream = data.train_batches(config.data.batch_size, start_step=start, shard=processes.process_shard())
     with contextlib.closing(stream) as batches:
         saved = start
         for step in range(start + 1, steps.total + 1):

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from structvit_jax import convert
 from structvit_jax.config import INPUTS, automatic, keys_of, model_arguments
+from structvit_jax.data.types import Dataset
 from structvit_jax.models.variants import get_variant
 from structvit_jax.models.weights import Weights, cast_like, split
 from structvit_jax.runtime.processes import log
@@ -24,7 +25,6 @@ from structvit_jax.training.compatibility import adopt_classes, check_data
 from structvit_jax.training.learner import Learner
 from structvit_jax.training.restore import newest_card, open_card, open_checkpoint, rereading
 from structvit_jax.training.step import TrainState
-from structvit_jax.training.types import Dataset
 from structvit_jax.utils.errors import UserError
 
 

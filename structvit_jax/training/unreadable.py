@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 from etils import epath
 
+from structvit_jax.data.types import Problem
 from structvit_jax.runtime import processes
 from structvit_jax.runtime.processes import log
 from structvit_jax.runtime.storage import write
-from structvit_jax.training.types import Problem
 from structvit_jax.utils.errors import UserError
 
 FILE = "unreadable.tsv"

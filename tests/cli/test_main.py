@@ -123,7 +123,7 @@ def test_a_killed_run_resumes_to_the_same_numbers(finished, command, tmp_path, k
 @pytest.mark.parametrize(
     ("arguments", "phrase"),
     [
-        ([CONFIG, "--config.data.test_examples=0"], "config.data.test_examples says how many"),
+        ([CONFIG, "--config.data.test_examples=0"], "set config.data.test_examples to the number"),
         (["--config=configs/moving_digts.py"], "Did you mean 'configs/moving_digits.py'"),
         (
             ["--config={typo}"],

@@ -29,7 +29,7 @@ def solarize_add(image, add):
     return Image.fromarray(np.uint8(np.where(pixels < 128, np.minimum(pixels + add, 255), pixels)))
 
 
-# timm's "increasing" operations at magnitude 7, the sign positive, with numbers worked out by hand.
+# timm's "increasing" operations at magnitude 7, the sign positive, with numbers computed by hand.
 GOLDEN = [
     ImageOps.autocontrast,
     ImageOps.equalize,
@@ -66,7 +66,7 @@ def test_the_policy():
     assert RandAugment.parse("rand-m9-mstd0.5-inc1") == RandAugment(9.0, 2, 0.5)
     assert RandAugment.parse("") is None
     for text in ("rand-m7-n4", "m7-inc1", "rand-m11-inc1", "rand-n1.5-inc1", "rand-m7-inc1-p3", "augmix"):
-        with pytest.raises(UserError, match="it is written"):
+        with pytest.raises(UserError, match="write it as"):
             RandAugment.parse(text)
     clip = np.stack([PICTURE] * 3)
     policy, unchanged = RandAugment(9.0, 1, 0.5), 0
@@ -78,7 +78,7 @@ def test_the_policy():
 
 
 def test_random_boxes():
-    """Uniform areas, log-uniform aspects, inside the frame; after ten misses the largest in the middle."""
+    """Uniform areas, log-uniform aspects, inside the frame; after ten misses the largest centred box."""
     rng = np.random.default_rng(0)
     boxes = np.array([augment.random_box(256, 340, (0.08, 0.5), (0.75, 4 / 3), rng) for _ in range(5000)])
     top, left, height, width = boxes.T
@@ -95,14 +95,14 @@ def test_random_boxes():
 
 
 def bilinear(frame, size):
-    """torch's interpolate, bilinear, align_corners=False, without antialiasing, written out."""
+    """Transcribe torch's interpolate: bilinear, align_corners=False, without antialiasing."""
     for axis, new in enumerate(size):
         old = frame.shape[axis]
         at = np.clip((np.arange(new) + 0.5) * old / new - 0.5, 0, old - 1)
         low = np.floor(at).astype(int)
-        share = (at - low).reshape(-1, *[1] * (frame.ndim - axis - 1))
+        weight = (at - low).reshape(-1, *[1] * (frame.ndim - axis - 1))
         high = np.minimum(low + 1, old - 1)
-        frame = np.take(frame, low, axis) * (1 - share) + np.take(frame, high, axis) * share
+        frame = np.take(frame, low, axis) * (1 - weight) + np.take(frame, high, axis) * weight
     return frame
 
 
@@ -192,7 +192,7 @@ def test_mixup():
 
 
 def test_cutmix():
-    """A box from the partner, the same in all frames; targets by the area that it really takes."""
+    """A box from the partner, the same in all frames; targets follow its actual area."""
     for seed in range(60):
         inputs, targets, out, mixed_targets = mixed(seed, 0.0, 1.0)
         own, other = (out == inputs).all(-1), (out == inputs[::-1]).all(-1)
@@ -205,23 +205,22 @@ def test_cutmix():
             assert other[0, 0].sum() == (ys[-1] - ys[0] + 1) * (xs[-1] - xs[0] + 1)
 
 
-def test_a_coin_chooses_between_them():
+def test_mixup_and_cutmix_alternate_at_random():
     boxes = sum((out == inputs).any() for inputs, _, out, _ in (mixed(seed, 0.8, 1.0) for seed in range(100)))
     assert 30 < boxes < 70
 
 
-def test_images_mix_too():
+def test_images_are_mixed_like_clips():
     inputs, _, out, targets = mixed(3, 0.8, 1.0, (4, 20, 30, 3))
     assert out.shape == inputs.shape
     np.testing.assert_allclose(targets.sum(1), 1, atol=1e-6)
 
 
 @pytest.mark.parametrize(
-    "operation", [None, *augment._MOVES], ids=lambda o: o.__name__.strip("_") if o else "crop"
+    "operation", [None, *augment._GEOMETRIC], ids=lambda o: o.__name__.strip("_") if o else "crop"
 )
 def test_poses_say_where_pixels_come_from(operation):
-    """A picture of its own coordinates, smooth enough for any interpolation, is altered; what its pixels then
-    say is where the pose puts them."""
+    """The input encodes its coordinates as colours, so that output pixels show where they come from."""
     height, width = 96, 128
     y, x = np.meshgrid((np.arange(height) + 0.5) / height, (np.arange(width) + 0.5) / width, indexing="ij")
     clip = np.stack([255 * x, 255 * y, 0 * x], axis=-1).round().astype(np.uint8)[None]
@@ -230,7 +229,7 @@ def test_poses_say_where_pixels_come_from(operation):
         out, pose = augment.random_crop(clip, 64, (0.2, 0.5), (0.75, 4 / 3), 1.0, rng, image=False)
     else:
         out = np.asarray(operation(Image.fromarray(clip[0]), 0.6, -1, (255, 255, 255)))[None]
-        pose = augment._MOVES[operation](-0.6, width / height)
+        pose = augment._GEOMETRIC[operation](-0.6, width / height)
     sides = out.shape[1:3]
     v, u = np.meshgrid(*((np.arange(n) + 0.5) / n for n in sides), indexing="ij")
     places = np.stack([u, v, np.ones_like(u)], axis=-1) @ pose.T
@@ -240,7 +239,7 @@ def test_poses_say_where_pixels_come_from(operation):
 
 
 def test_poses_of_a_policy_compose():
-    """Crop, mirror and moves one after the other, of an image as of a clip."""
+    """Crop, mirror and two geometric operations in sequence, of images and clips."""
     height, width = 90, 120
     y, x = np.meshgrid((np.arange(height) + 0.5) / height, (np.arange(width) + 0.5) / width, indexing="ij")
     clip = np.stack([255 * x, 255 * y, 0 * x], axis=-1).round().astype(np.uint8)[None]
@@ -261,15 +260,15 @@ def test_poses_of_a_policy_compose():
 
 
 class _Moves(RandAugment):
-    """Two of the operations that move pixels, always."""
+    """Always applies two geometric operations."""
 
     def __call__(self, clip, fill, rng):
         pose = np.eye(3)
-        for number in rng.choice(len(augment._MOVES), 2):
-            operation = list(augment._MOVES)[number]
+        for number in rng.choice(len(augment._GEOMETRIC), 2):
+            operation = list(augment._GEOMETRIC)[number]
             level = rng.uniform(0.1, 0.6)
             clip = np.stack([np.asarray(operation(Image.fromarray(f), level, 1, (0, 0, 255))) for f in clip])
-            pose = pose @ augment._MOVES[operation](level, clip.shape[2] / clip.shape[1])
+            pose = pose @ augment._GEOMETRIC[operation](level, clip.shape[2] / clip.shape[1])
         return clip, pose
 
 

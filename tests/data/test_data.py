@@ -1,4 +1,4 @@
-"""The built-in data and the pipeline: pure functions of (seed, step)."""
+"""The built-in data and the pipeline as pure functions of (seed, step)."""
 
 import os
 import subprocess
@@ -17,7 +17,7 @@ DIGITS = {"name": "digits", "frames": 0, "size": 32}
 
 
 def clip(reader, index=5):
-    """A whole clip, as it is made."""
+    """Return all frames of an example."""
     return reader.source.open(index)[0].frames(range(8))
 
 
@@ -26,7 +26,7 @@ def clips():
     return load(seed=3, train_examples=40, test_examples=21)
 
 
-def test_contract(clips):
+def test_batches_have_the_documented_keys_shapes_and_types(clips):
     (batch,) = take(clips.train_batches(6, start_step=0), 1)
     assert batch.pop("problems") == ()
     kinds = {key: (value.shape, value.dtype.name) for key, value in batch.items()}
@@ -41,8 +41,8 @@ def test_contract(clips):
 
 
 @pytest.mark.parametrize("name", ["moving_digits", "digits"])
-def test_resuming_by_step_equals_reading_on(name):
-    """Also across the end of an epoch, which falls inside a batch."""
+def test_starting_at_a_step_equals_reading_up_to_it(name):
+    """Also across the end of an epoch inside a batch."""
     dataset = load(**DIGITS) if name == "digits" else load(train_examples=40, test_examples=8)
     size = 12 if name == "moving_digits" else 600
     through = take(dataset.train_batches(size, start_step=0), 6)
@@ -51,7 +51,7 @@ def test_resuming_by_step_equals_reading_on(name):
         assert same(resumed, through[step])
 
 
-def test_every_epoch_has_each_example_once_in_an_order_of_its_own(clips):
+def test_every_epoch_has_each_example_once_in_a_different_order(clips):
     batches = take(clips.train_batches(10, start_step=0), 8)
     epochs = np.concatenate([batch["index"] for batch in batches]).reshape(2, 40)
     assert (np.sort(epochs) == np.arange(40)).all()
@@ -59,7 +59,7 @@ def test_every_epoch_has_each_example_once_in_an_order_of_its_own(clips):
     assert (epochs[0] != np.arange(40)).any()
 
 
-def test_augmentation_differs_between_epochs_and_the_test_split_has_none():
+def test_augmentation_differs_between_epochs_and_is_off_in_testing():
     digits = load(**DIGITS, augment__crop_area=(0.3, 1.0))
     epochs = [take(digits.train_batches(1437, start_step=step), 1)[0] for step in (0, 1)]
     first, second = (batch["inputs"][np.argsort(batch["index"])] for batch in epochs)
@@ -82,11 +82,11 @@ def test_clips_are_functions_of_seed_and_index(clips):
     assert (clip(clips.train) == clip(again.train)).all()
     assert (clip(clips.train) != clip(other.train)).any()
     assert (clip(clips.train) != clip(clips.test)).any()
-    assert (clip(clips.test) == clip(other.test)).all()  # seeds are compared on the same clips
+    assert (clip(clips.test) == clip(other.test)).all()  # all seeds are tested on the same clips
 
 
-def test_the_digit_moves_where_the_label_says():
-    """The displacement between frames, read off by correlation, has the class's direction and speed."""
+def test_the_digit_moves_in_the_direction_of_its_label():
+    """The displacement between frames, measured by correlation, has the direction and speed of the class."""
     clips = load(train_examples=48, test_examples=1).train
     for index in range(48):
         spectrum = np.fft.fft2(clip(clips, index)[..., 0].astype(float))
@@ -99,8 +99,8 @@ def test_the_digit_moves_where_the_label_says():
         assert 1.5 <= np.hypot(row, column) <= 6
 
 
-def test_single_frames_tell_nothing_of_the_class():
-    """Means over many clips of one frame agree between classes, within their noise."""
+def test_single_frames_have_the_same_mean_in_all_classes():
+    """Means of one frame over many clips agree between classes within their noise."""
     clips = load(train_examples=1600, test_examples=1).train
     frames = np.stack([clip(clips, i)[4, ..., 0] for i in range(1600)]).astype(float)
     means = np.stack([frames[c::8].mean(axis=0) for c in range(8)])
@@ -124,20 +124,16 @@ def test_channel_order():
     assert colours.crops(clip).shape == (3, 1, 32, 32, 3)
 
 
-def test_pictures_too_elongated_for_the_model_are_refused():
-    """Scaled to the model's size, the long side of one pixel by millions would take all memory."""
+def test_too_elongated_images_are_rejected():
+    """Scaled to the size of the model, an image of one pixel by millions would need all memory."""
     reader = load(**DIGITS, max_pixels=10_000).test
-    assert reader.decode(InMemoryFrames(np.zeros((1, 9, 1, 3), np.uint8)), [np.array([0])])[0].shape == (
-        1,
-        9,
-        1,
-        3,
-    )
+    (fitting,) = reader.decode(InMemoryFrames(np.zeros((1, 9, 1, 3), np.uint8)), [np.array([0])])
+    assert fitting.shape == (1, 9, 1, 3)
     with pytest.raises(DecodeError, match="1 x 10 pixels: scaled to the model's 32 the long side would take"):
         reader.decode(InMemoryFrames(np.zeros((1, 10, 1, 3), np.uint8)), [np.array([0])])
 
 
-def test_limits_reach_the_files(tmp_path):
+def test_max_pixels_applies_to_files(tmp_path):
     for split in ("train", "val"):
         for label in ("a", "b"):
             (tmp_path / split / label).mkdir(parents=True)
@@ -156,7 +152,7 @@ def test_clips_with_few_frames_are_noted():
     assert len(batch["problems"]) == 4 and batch["mask"].all()
 
 
-def test_unknown_name():
+def test_unknown_data_sets_are_rejected():
     with pytest.raises(UserError, match="'moving_digits'"):
         load(name="moving_digit")
     for name in ("noise:\u00b2", "noise:" + "9" * 5000, "noise:0"):
@@ -165,14 +161,14 @@ def test_unknown_name():
 
 
 def test_reading_opens_no_device():
-    """With a platform that does not exist, whatever opens a device fails."""
+    """JAX_PLATFORMS names a platform that does not exist, so that opening a device fails."""
     code = "import clips; next(clips.load(train_examples=9, test_examples=9).train_batches(4, start_step=0))"
     environment = os.environ | {"JAX_PLATFORMS": "nowhere", "PYTHONPATH": str(ROOT / "tests")}
     assert subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT).returncode == 0
 
 
-def test_images_are_cropped_before_the_policy_and_clips_after_it():
-    """As timm does with images and UniFormer with clips."""
+def test_images_are_cropped_before_randaugment_and_clips_after_it():
+    """As in timm for images and in UniFormer for clips."""
     for frames, expected in ((0, (1, 24, 24, 3)), (2, (2, 40, 60, 3))):
         reader = load(**{**DIGITS, "frames": frames, "size": 24}, augment__randaugment="rand-m9-inc1").train
         seen = []
@@ -183,8 +179,8 @@ def test_images_are_cropped_before_the_policy_and_clips_after_it():
 
 
 @pytest.mark.parametrize("rule", ["dense", "strided", "segment"])
-def test_images_draw_no_frames(rule, monkeypatch):
-    """One generator for each copy of an image; a video of one frame repeats it, as every rule does."""
+def test_images_need_no_random_frames(rule, monkeypatch):
+    """One generator per copy of an image; a video of one frame repeats it under every sampling rule."""
     reader, calls = load(**DIGITS, sampling=rule).train, []
     monkeypatch.setattr(reader, "generator", lambda *path: calls.append(path) or np.random.default_rng(path))
     reader.train(0, 5, range(2))
@@ -195,9 +191,9 @@ def test_images_draw_no_frames(rule, monkeypatch):
 
 def test_every_test_example_is_on_one_host(clips):
     for hosts in (2, 4):
-        shares = [take(clips.test_batches(8, share=(host, hosts)), 99) for host in range(hosts)]
-        index = np.concatenate([batch["index"] for batches in shares for batch in batches])
+        shards = [take(clips.test_batches(8, shard=(host, hosts)), 99) for host in range(hosts)]
+        index = np.concatenate([batch["index"] for batches in shards for batch in batches])
         assert sorted(index[index >= 0]) == list(range(21))
-        assert {len(batches) for batches in shares} == {3}
-    with pytest.raises(UserError, match="3 processes cannot share a batch of 8"):
-        take(clips.test_batches(8, share=(0, 3)), 1)
+        assert {len(batches) for batches in shards} == {3}
+    with pytest.raises(UserError, match="a batch of 8 is not divisible by 3 processes"):
+        take(clips.test_batches(8, shard=(0, 3)), 1)

@@ -1,4 +1,4 @@
-"""Own videos: the same batches from any source, for any number of workers and hosts; damage; a score."""
+"""Folders of videos: equal batches for any storage, workers and hosts; damaged files; training to a score."""
 
 import csv
 import json
@@ -16,7 +16,7 @@ from clips import load, same, take
 from etils import epath
 from PIL import Image
 
-from structvit_jax.data import Problem, Shard
+from structvit_jax.data import Problem
 from structvit_jax.data.media import open_media
 from structvit_jax.training.unreadable import Unreadable
 from structvit_jax.utils.errors import UserError
@@ -48,7 +48,7 @@ def write_csv(path, rows, header=("path", "label")):
 
 
 def test_the_same_batches_from_folders_lists_and_frames(root, tmp_path):
-    """Bit for bit: frames are written as PNG after decoding."""
+    """Bit for bit: the frames of the third folder are decoded and written as PNG."""
     listed, framed = tmp_path / "listed", tmp_path / "framed"
     listed.mkdir()
     for split in ("train", "val"):
@@ -70,8 +70,8 @@ def test_the_same_batches_from_folders_lists_and_frames(root, tmp_path):
 
 
 def test_the_same_batches_for_any_number_of_workers_and_hosts(root):
-    """And after resuming in the middle of the second epoch; with copies that straddle batches and hosts."""
-    setting = {"root": str(root), **VIDEO, **AUGMENT, "augment__repeats": 3}
+    """Also when resuming within the second epoch, with copies of an example split over batches and hosts."""
+    setting = {"root": str(root), **VIDEO, **AUGMENT, "augment__repeated_augmentation": 3}
     whole = take(load(**setting).train_batches(8, start_step=0), 24)  # an epoch has 117 rows: 14.6 steps
     tests = take(load(**setting, test_clips=2).test_batches(4), 3)
     for workers in (2, 3):
@@ -80,18 +80,18 @@ def test_the_same_batches_for_any_number_of_workers_and_hosts(root):
         assert all(map(same, resumed, whole[21:])), workers
         assert all(map(same, take(dataset.test_batches(4), 3), tests)), workers
     for hosts in (2, 4):
-        shares = [
-            take(load(**setting).train_batches(8, start_step=13, share=Shard(host, hosts)), 3)
+        shards = [
+            take(load(**setting).train_batches(8, start_step=13, shard=(host, hosts)), 3)
             for host in range(hosts)
         ]
         for step in range(3):
             for key in ("inputs", "labels", "mask", "index"):
-                together = np.concatenate([share[step][key] for share in shares])
+                together = np.concatenate([shard[step][key] for shard in shards])
                 assert (together == whole[13 + step][key]).all(), (hosts, key)
 
 
 def test_every_epoch_has_all_examples_and_draws_of_its_own(root):
-    dataset = load(root=str(root), **VIDEO, **AUGMENT, augment__repeats=2)
+    dataset = load(root=str(root), **VIDEO, **AUGMENT, augment__repeated_augmentation=2)
     assert dataset.rows_per_epoch == 78
     first, second = take(dataset.train_batches(78, start_step=0), 2)
     assert (first["index"] != second["index"]).any()
@@ -104,14 +104,14 @@ def test_every_epoch_has_all_examples_and_draws_of_its_own(root):
 
 
 def test_copies_share_their_frames(root):
-    """Repeated augmentation draws pixels anew, not time."""
-    plain = load(root=str(root), **VIDEO, augment__repeats=2)
+    """Repeated augmentation draws new pixels for each copy, but not new frames."""
+    plain = load(root=str(root), **VIDEO, augment__repeated_augmentation=2)
     (batch,) = take(plain.train_batches(8, start_step=0), 1)
     assert (batch["inputs"][::2] == batch["inputs"][1::2]).all()
 
 
-def test_views(root):
-    """Clips x crops, clip by clip, of frames wider than high: left, middle, right."""
+def test_views_are_clips_times_crops(root):
+    """Views are clips x crops, clip by clip."""
     dataset = load(root=str(root), **{**VIDEO, "size": 32}, test_clips=2, test_crops=3)
     (batch,) = take(dataset.test_batches(2), 1)
     assert batch["inputs"].shape == (2, 6, 6, 32, 32, 3)
@@ -121,7 +121,7 @@ def test_views(root):
     assert (take(one.test_batches(2), 1)[0]["labels"] == batch["labels"]).all()
 
 
-def test_a_killed_worker_is_an_error_that_names_it(root):
+def test_a_killed_worker_is_reported_with_its_example(root):
     dataset = load(root=str(root), **VIDEO, workers=2)
     stream = dataset.train_batches(8, start_step=0)
     for _ in range(4):  # both workers have read
@@ -131,7 +131,7 @@ def test_a_killed_worker_is_an_error_that_names_it(root):
     assert children
     os.kill(children[0], signal.SIGKILL)
     with pytest.raises(
-        UserError, match=rf"pid {children[0]}\) died with exit code -9, reading train/\w+/\d+"
+        UserError, match=rf"pid {children[0]}\) died with exit code -9 while reading train/\w+/\d+"
     ):
         for _ in range(50):
             next(stream)
@@ -185,7 +185,7 @@ def is_worker(pid):
         ),
     ],
 )
-def test_mistakes_are_one_line(tmp_path, arrange, message):
+def test_unusable_folders_and_lists_are_rejected_in_one_line(tmp_path, arrange, message):
     (tmp_path / "val.csv").write_text("path,label\nb.mp4,x\n")
     arrange(tmp_path)
     with pytest.raises(UserError, match=re.escape(message)) as error:
@@ -193,25 +193,28 @@ def test_mistakes_are_one_line(tmp_path, arrange, message):
     assert "\n" not in str(error.value)
 
 
-def test_lists(tmp_path):
-    """With and without header, with class numbers, parts of files, a label file; sorted by path."""
+def test_lists_without_a_header(tmp_path):
     (tmp_path / "val.csv").write_text("b.mp4 1\n")
     (tmp_path / "train.csv").write_text("some dir/b.mp4 2\na.mp4 0\n")  # as SlowFast writes them
     dataset = load(root=str(tmp_path), **VIDEO)
     assert dataset.class_names == ("0", "1", "2")
-    assert [dataset.train.source.id(i) for i in range(2)] == ["a.mp4", "some dir/b.mp4"]
+    assert [dataset.train_id(i) for i in range(2)] == ["a.mp4", "some dir/b.mp4"]  # sorted by path
 
+
+def test_lists_with_a_byte_order_mark_and_other_columns(tmp_path):
+    (tmp_path / "val.csv").write_text("b.mp4 1\n")
     (tmp_path / "train.csv").write_bytes(b"\xef\xbb\xbfLabel,Path\r\n2,a.mp4\r\n1,b.mp4\r\n")  # as Excel does
     assert load(root=str(tmp_path), **VIDEO).class_names == ("0", "1", "2")
 
+
+def test_lists_of_parts_with_a_label_file(tmp_path):
     (tmp_path / "labels.txt").write_text("run\njump\n")
-    (tmp_path / "train.csv").unlink()
     rows = [{"path": "a.mp4", "label": "jump", "start": 1.5, "end": 3}, {"path": "a.mp4", "label": "run"}]
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "val.csv").write_text("label,path\nrun,b.mp4\nrin,c.mp4\n")
     dataset = load(root=str(tmp_path), **VIDEO)
     assert dataset.class_names == ("run", "jump")
-    assert [dataset.train.source.id(i) for i in range(2)] == ["a.mp4", "a.mp4#1.5-3"]
+    assert [dataset.train_id(i) for i in range(2)] == ["a.mp4", "a.mp4#1.5-3"]
     (batch,) = take(dataset.test_batches(2), 1)
     assert not batch["mask"].any()
     assert [problem.reason for problem in batch["problems"]] == [
@@ -226,12 +229,12 @@ def test_lists(tmp_path):
 @pytest.mark.parametrize(
     "names, classes",
     [
-        (["01", "02", "10"], ("01", "02", "10")),  # not numbers of classes
+        (["01", "02", "10"], ("01", "02", "10")),  # leading zeros
         (["1990", "2000"], ("1990", "2000")),
         (["2", "10", "0", "1", "3", "4", "5", "6"], tuple(map(str, range(11)))),
     ],
 )
-def test_class_names_that_are_numbers(tmp_path, names, classes):
+def test_numeric_class_names_are_numbers_only_without_large_gaps(tmp_path, names, classes):
     for split in ("train", "val"):
         for name in names:
             (tmp_path / split / name).mkdir(parents=True)
@@ -239,8 +242,7 @@ def test_class_names_that_are_numbers(tmp_path, names, classes):
     assert load(root=str(tmp_path), **VIDEO).class_names == classes
 
 
-def test_odd_folders(tmp_path, root):
-    """A thumbnail beside videos, links in a circle, hidden files, names that are no text."""
+def test_thumbnails_links_hidden_files_and_undecodable_names(tmp_path, root):
     for split in ("train", "val"):
         shutil.copytree(root / "val", tmp_path / split)
     session = tmp_path / "train" / "up" / "session"
@@ -252,7 +254,7 @@ def test_odd_folders(tmp_path, root):
     strange = os.path.join(os.fsencode(session), b"caf\xe9\n.mp4")
     Path(os.fsdecode(strange)).write_bytes(b"no video")
     dataset = load(root=str(tmp_path), **VIDEO)
-    ids = [dataset.train.source.id(i) for i in range(dataset.train_examples)]
+    ids = [dataset.train_id(i) for i in range(dataset.train_examples)]
     assert [i for i in ids if "session" in i] == [
         "train/up/session/caf\\xe9\\n.mp4",
         "train/up/session/one.mp4",
@@ -262,7 +264,7 @@ def test_odd_folders(tmp_path, root):
     assert batch["mask"].sum() == 10
 
 
-def test_mended_files_no_longer_count(tmp_path):
+def test_fixed_files_no_longer_count(tmp_path):
     problem = Problem("train/a.mp4", "empty file")
     with pytest.raises(UserError, match=r"fix or remove those in .*unreadable\.tsv, or raise it"):
         Unreadable(epath.Path(tmp_path), 10, 0.05).note("train", [problem])
@@ -272,7 +274,7 @@ def test_mended_files_no_longer_count(tmp_path):
 
 
 def test_notes_do_not_count_as_unreadable(tmp_path, capsys):
-    """Replaced frames are reported once for each file, short clips once, with their number."""
+    """Replaced frames are reported once per file, short clips once with their number."""
     notes = [Problem(f"train/{n}.mp4", "fewer than the 8 frames of a clip", "short") for n in range(3)]
     repaired = Problem("train/3.mp4", "1 frame could not be decoded, replaced by the nearest", "repaired")
     unreadable = Unreadable(epath.Path(tmp_path), 4, 0.0)
@@ -312,7 +314,7 @@ TRAIN = [
 
 
 def test_bad_files_are_masked_listed_and_counted(root, command, tmp_path):
-    """Training goes on, reports each by name and reason; evaluation says what is missing."""
+    """Training continues and reports each with its reason; evaluation reports how many are missing."""
     place, workdir = tmp_path / "data", tmp_path / "run"
     shutil.copytree(root, place)
     reasons = clips.write_bad(place / "train" / "up")
@@ -354,14 +356,14 @@ def test_bad_files_are_masked_listed_and_counted(root, command, tmp_path):
     top1 = (predictions["scores"].argmax(1) == predictions["labels"])[predictions["labels"] >= 0]
     assert result["top1"] == pytest.approx(top1.mean())
 
-    (place / "labels.txt").write_text("left\nright\nup\n")  # another order: mended by name
+    (place / "labels.txt").write_text("left\nright\nup\n")  # another order: matched by name
     again = command(*arguments, "--mode=eval", "--config.eval.max_unreadable=1")
     assert "labels follow it by name" in again.stdout
     assert json.loads((workdir / "result.json").read_text()) == result
 
 
-def test_from_files_to_a_score(command, tmp_path):
-    """Three classes of real video files that single frames cannot tell apart, 150 unseen of them."""
+def test_training_on_video_files_learns_motion(command, tmp_path):
+    """Three classes of video files that single frames cannot distinguish, tested on 150 unseen files."""
     clips.write_folder(tmp_path / "data", {"train": 60, "val": 50})
     arguments = ["--config=configs/folder.py", f"--config.data.root={tmp_path / 'data'}"]
     arguments += ["--config.data.size=24", "--config.optimizer.lr=3e-3", "--config.optimizer.warmup=10 steps"]

@@ -1,6 +1,7 @@
-"""Images of every format and mode, against arrays written here byte by byte; limits and refusals."""
+"""Images of every format and mode against arrays encoded here byte by byte; limits and rejected files."""
 
 import io
+import os
 import struct
 import subprocess
 import sys
@@ -79,7 +80,7 @@ def of_array(array, order="<", **options):
     return tiff(data, *array.shape[1::-1], 8 * array.itemsize, order, kind=kind, **options)
 
 
-def test_formats_and_extensions_are_one_table():
+def test_extensions_match_those_of_pillow():
     assert {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"} <= set(IMAGES)
     assert {".avif", ".heic", ".heif"} <= set(IMAGES)
     assert len(set(IMAGES)) == len(IMAGES)
@@ -101,7 +102,7 @@ def test_colour_of_every_format(name):
     assert np.abs(read(content).astype(int) - smooth).max() <= close
 
 
-def test_grey_of_16_bits_is_scaled_as_colour_of_16_bits_is():
+def test_16_bit_grey_is_scaled_like_16_bit_colour():
     expected = rgb(np.uint8(GREY16 // 256))
     assert (read(png(GREY16, 16, 0)) == expected).all()
     assert (read(png(rgb(GREY16), 16, 2)) == expected).all()
@@ -116,14 +117,14 @@ def test_grey_of_16_bits_is_scaled_as_colour_of_16_bits_is():
     assert np.abs(read(small).astype(int) - expected).max() <= 1
 
 
-def test_grey_of_12_bits():
+def test_12_bit_grey():
     values = (GREY16 >> 4).reshape(10, 7, 2).astype(int)
     first, second = values[..., 0], values[..., 1]
     packed = np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], axis=-1).astype(np.uint8)
     assert (read(tiff(packed.tobytes(), 14, 10, 12)) == rgb(np.uint8(GREY16 >> 8))).all()
 
 
-def test_values_of_32_bits_and_floats():
+def test_32_bit_integers_and_floats():
     fractions = RNG.random((10, 14), np.float32)
     for order in "<>":
         expected = rgb(np.uint8(np.rint(fractions.astype(float) * 255)))
@@ -175,7 +176,7 @@ def test_a_transparent_colour_is_white():
     assert (read(content)[0] == [[1, 2, 3], [255] * 3]).all()
 
 
-def test_palettes_bits_and_the_first_frame():
+def test_palettes_1_bit_images_and_first_frames():
     palette = Image.fromarray(COLOUR).quantize(200)
     expected = np.array(palette.getpalette()).reshape(-1, 3)[np.asarray(palette)]
     for form in ("PNG", "BMP", "TIFF", "GIF"):
@@ -191,7 +192,7 @@ def test_palettes_bits_and_the_first_frame():
     assert (read(b"P1 3 1 1 0 1")[0, :, 0] == [0, 255, 0]).all()
 
 
-def test_palette_with_alpha():
+def test_palettes_with_alpha():
     greys = np.tile(np.arange(256) * 257, 3)
     content = tiff(bytes([3, 255, 9, 0]), 2, 1, 8, photometric=3, samples=2, palette=greys, t338=2)
     with Image.open(io.BytesIO(content)) as opened:
@@ -229,7 +230,7 @@ def test_the_orientation_is_applied_once(form):
     assert np.abs(seen.astype(int) - np.rot90(picture, -1)).mean() < 4
 
 
-def test_16_bit_grey_is_turned_too(tmp_path):
+def test_the_orientation_of_16_bit_grey_is_applied(tmp_path):
     for order in "<>":
         turned = read(of_array(GREY16, order, t274=6))
         assert (turned == np.rot90(rgb(np.uint8(GREY16 >> 8)), -1)).all()
@@ -237,7 +238,7 @@ def test_16_bit_grey_is_turned_too(tmp_path):
     assert (open_media(str(tmp_path / "deep.png")).frames([0])[0] == rgb(np.uint8(GREY16 >> 8))).all()
 
 
-def test_a_plugin_that_is_missing_is_named(monkeypatch):
+def test_missing_plugins_are_named(monkeypatch):
     image._load("HEIF")
     content = saved(Image.fromarray(COLOUR), "HEIF")
     image._load.cache_clear()
@@ -249,7 +250,7 @@ def test_a_plugin_that_is_missing_is_named(monkeypatch):
 
 
 def test_other_formats_are_not_opened(tmp_path):
-    """PostScript would start Ghostscript."""
+    """Opening PostScript would start Ghostscript."""
     for content in (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", b"plain text" * 20, b"8BPS" * 20):
         path = tmp_path / "picture.jpg"
         path.write_bytes(content)
@@ -260,7 +261,7 @@ def test_other_formats_are_not_opened(tmp_path):
         read(b"")
 
 
-def test_pixels_are_bounded_before_they_are_decoded():
+def test_too_many_pixels_are_rejected_before_decoding():
     wide = png(np.zeros((1, 1), np.uint8), 8, 0)
     wide = wide.replace(struct.pack(">II", 1, 1), struct.pack(">II", 170_000_000, 1))
     head = wide[12:29]
@@ -275,10 +276,11 @@ def test_pixels_are_bounded_before_they_are_decoded():
         read(content + bytes(2**21), Limits(pixels=140))
 
 
-def test_nothing_is_printed_about_bombs():
-    """Pillow warns from 89 million pixels on; a limit of one's own may be higher."""
+def test_large_images_within_the_limit_print_no_warning():
+    """Pillow warns from 89 million pixels on; the configured limit may be higher."""
     code = (
         "import io; from PIL import Image; from structvit_jax.data.image import *;"
+        "from structvit_jax.data.setup import configure_decoding; configure_decoding();"
         "file = io.BytesIO(); Image.new('1', (10000, 10000)).save(file, 'PNG');"
         "read_image(file.getvalue(), Limits(pixels=2**27))"
     )
@@ -287,8 +289,6 @@ def test_nothing_is_printed_about_bombs():
 
 
 def test_pipes_and_devices_are_not_read(tmp_path):
-    import os
-
     os.mkfifo(tmp_path / "pipe.jpg")
     (tmp_path / "zero.mp4").symlink_to("/dev/zero")
     for name in ("pipe.jpg", "zero.mp4"):

@@ -1,4 +1,4 @@
-"""Sampling rules: golden indices worked out by hand, the released rules transcribed, all lengths to 400."""
+"""Sampling rules against indices computed by hand and the released rules, for all lengths up to 400."""
 
 import math
 from fractions import Fraction
@@ -57,7 +57,7 @@ def test_test_views_are_the_released_rules_in_exact_arithmetic(frames, stride, v
 
 @pytest.mark.parametrize("rule", sampling.RULES.values(), ids=sampling.RULES)
 @pytest.mark.parametrize("frames, stride", [(16, 4), (8, 8), (1, 1), (3, 1), (32, 2)])
-def test_indices_stay_inside_and_in_order(rule, frames, stride):
+def test_indices_are_in_range_and_ascending(rule, frames, stride):
     for count in COUNTS:
         draws = [np.random.default_rng((count, i)) for i in range(3)] + [(v, 4) for v in range(4)]
         for draw in draws:
@@ -69,7 +69,7 @@ def test_indices_stay_inside_and_in_order(rule, frames, stride):
 
 @pytest.mark.parametrize("name, enough", [("dense", 64 + 3), ("strided", 61 + 3), ("segment", 1 + 16 * 5)])
 def test_distinct_views_give_distinct_frames(name, enough):
-    """Whenever the video is long enough: one frame of room, or of its segment, per further view."""
+    """If the video is long enough: one spare frame, or one of the segment, per further view."""
     for count in range(enough, 401):
         views = [sampling.RULES[name](count, 16, 4, (view, 4)) for view in range(4)]
         assert all((a != b).all() for i, a in enumerate(views) for b in views[:i]), count
@@ -88,7 +88,7 @@ def test_random_starts_cover_the_video_evenly():
     assert counts.min() > 850 and counts.max() < 1150  # 1000 each
 
 
-def test_random_segments_draw_one_frame_of_each():
+def test_random_segments_draw_uniformly_from_each_segment():
     rng = np.random.default_rng(0)
     drawn = np.array([sampling.segment(25, 4, 1, rng) for _ in range(3000)])  # edges 0, 6, 12, 18, 24
     for i in range(4):
@@ -97,6 +97,6 @@ def test_random_segments_draw_one_frame_of_each():
         assert counts.min() > 340 and counts.max() < 520  # 3000 / 7 = 429 each
 
 
-def test_unknown_rule():
+def test_unknown_rules_are_rejected():
     with pytest.raises(UserError, match="'segment'"):
         sampling.rule("segments")

@@ -1,4 +1,4 @@
-"""A look at a data set before training: what it reports, refuses and chooses; which data a run is of."""
+"""The survey of a data set before training, automatic settings, and the fingerprints of data."""
 
 import collections
 import json
@@ -39,8 +39,8 @@ def survey(root, **changes):
     return load(root=str(root), **IMAGES, **changes).survey()
 
 
-def test_what_is_found_and_what_is_ignored(tmp_path):
-    """Classes that vanish, other kinds of files, sizes; all in a table and in a few lines."""
+def test_examples_and_ignored_files_are_counted(tmp_path):
+    """Empty classes, other kinds of files and sizes, in a table and in a few lines."""
     write_images(tmp_path, {"train": {"a": 4, "b": 3}, "val": {"a": 1, "b": 1}}, (10, 20))
     (tmp_path / "train" / "c").mkdir()
     (tmp_path / "train" / "\x1b[31m").mkdir()
@@ -50,8 +50,8 @@ def test_what_is_found_and_what_is_ignored(tmp_path):
     train, val = found.splits
     assert (train.examples, val.examples, found.unit) == (7, 2, "images")
     assert train.classes == {"a": 4, "b": 3} and train.sides[0].middle == 20 and train.sides[1].most == 10
-    assert train.found.ignored == {".odd": 3, "no extension": 1, "videos": 1}
-    assert train.found.empty == {"\x1b[31m": {}, "c": {".odd": 1}} and not found.errors
+    assert train.scan.ignored == {".odd": 3, "no extension": 1, "videos": 1}
+    assert train.scan.empty == {"\x1b[31m": {}, "c": {".odd": 1}} and not found.errors
     assert "\x1b" not in found.table() + "".join(found.lines())
     _, warning = found.warnings
     assert warning == "the class folder 'c' of train has no examples: only 1 .odd, ignored"
@@ -66,7 +66,7 @@ def test_what_is_found_and_what_is_ignored(tmp_path):
         r"examples +7 +2",
         r"classes +2 +2",
         r"  a +4 +1",
-        r"looked at +7 of 7 +2 of 2",
+        r"decoded +7 of 7 +2 of 2",
         r"width.* 20 +20",
     ):
         assert re.search(f"^{row}$", table, re.MULTILINE), (row, table)
@@ -95,7 +95,7 @@ def test_a_table_of_many_classes_stays_short(tmp_path):
         ),
     ],
 )
-def test_classes_of_the_splits(tmp_path, train, val, error, warning):
+def test_classes_that_one_split_lacks(tmp_path, train, val, error, warning):
     found = survey(write_images(tmp_path, {"train": train, "val": val}))
     for expected, lines in ((error, found.errors), (warning, found.warnings)):
         assert len(lines) == bool(expected) and all(line.startswith(expected) for line in lines), lines
@@ -104,13 +104,13 @@ def test_classes_of_the_splits(tmp_path, train, val, error, warning):
             found.check()
 
 
-def test_a_class_that_the_label_file_lacks_stops_at_the_start(tmp_path, refused):
-    """B8: before anything is compiled; a near name is suggested."""
+def test_a_class_missing_from_the_label_file_stops_training(tmp_path, refused):
+    """Before anything is compiled, with a did-you-mean suggestion."""
     write_images(tmp_path, {split: {"cat": 2, "dog": 2, "owl": 2} for split in ("train", "val")})
     (tmp_path / "labels.txt").write_bytes(b"\xef\xbb\xbfcat\r\ndog\r\nowls\r\n")
     line = refused(OWN, f"--config.data.root={tmp_path}", f"--workdir={tmp_path / 'run'}")
     assert "labels.txt lacks the class 'owl' of train: add the names" in line and "mean 'owls'" in line
-    assert "and 1 more: --mode=data lists them" in line and not (tmp_path / "run").exists()
+    assert "and 1 more: structvit show --data lists them" in line and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -121,10 +121,10 @@ def test_a_class_that_the_label_file_lacks_stops_at_the_start(tmp_path, refused)
         (None, "cannot be read"),
     ],
 )
-def test_label_files_are_read_or_refused(tmp_path, content, message, monkeypatch):
+def test_unusable_label_files_are_rejected(tmp_path, content, message, monkeypatch):
     path = tmp_path / "labels.txt"
     path.write_bytes(content or b"a\n")
-    if content is None:  # permissions do not hold for root
+    if content is None:  # root ignores permissions
 
         def refuse(*arguments, **options):
             raise PermissionError(13, "Permission denied", str(path))
@@ -135,20 +135,20 @@ def test_label_files_are_read_or_refused(tmp_path, content, message, monkeypatch
 
 
 def test_labels_of_many_digits(tmp_path):
-    """Python refuses to read numbers of more than 4,300 digits."""
+    """Python does not convert more than 4,300 digits to a number."""
     for split in ("train", "val"):
         (tmp_path / f"{split}.csv").write_text(f"path,label\na.png,{'9' * 5000}\nb.png,1\n")
     assert load(root=str(tmp_path), **IMAGES).class_names == ("1", "9" * 5000)
 
 
-def test_the_same_bytes_in_both_splits(tmp_path):
+def test_duplicates_between_splits_are_a_warning(tmp_path):
     write_images(tmp_path, {"train": {"a": 30, "b": 30}, "val": {"a": 5, "b": 5}})
     assert not survey(tmp_path).warnings
     shutil.copy(tmp_path / "train" / "a" / "007.png", tmp_path / "val" / "b" / "x.png")
     (warning,) = survey(tmp_path).warnings
     assert "1 of 11 examples of val have the same bytes as examples of train" in warning
     assert "val/b/x.png and train/a/007.png" in warning
-    same = load(root=str(tmp_path), **IMAGES, train_split="val")  # the same split twice is meant
+    same = load(root=str(tmp_path), **IMAGES, train_split="val")  # using one split for both is intended
     assert not same.survey().warnings
 
 
@@ -156,7 +156,7 @@ def test_unreadable_examples_are_counted(tmp_path):
     write_images(tmp_path, {"train": {"a": 3, "b": 3}, "val": {"a": 1, "b": 1}})
     (tmp_path / "train" / "a" / "000.png").write_bytes(b"?")
     found = survey(tmp_path)
-    assert "1 of 6 examples looked at in train cannot be read (train/a/000.png: " in found.warnings[0]
+    assert "1 of 6 decoded examples of train cannot be read (train/a/000.png: " in found.warnings[0]
     for path in (tmp_path / "val").rglob("*.png"):
         path.write_bytes(b"?")
     (error,) = survey(tmp_path).errors
@@ -166,29 +166,31 @@ def test_unreadable_examples_are_counted(tmp_path):
 def test_short_videos_and_lengths(tmp_path):
     clips.write_folder(tmp_path, {"train": 1, "val": 1})
     found = load(root=str(tmp_path), name="folder", size=24, frames=32).survey()
-    assert "3 of 3 videos looked at are shorter than the 32 frames of a clip" in found.warnings[0]
+    assert "3 of 3 decoded videos are shorter than the 32 frames of a clip" in found.warnings[0]
     assert re.search(r"^length, frames +16 +16$", found.table(), re.MULTILINE)
 
 
-def test_data_that_are_made(tmp_path):
+def test_built_in_data(tmp_path):
     found = load(name="digits", frames=0).survey()
     assert found.splits[0].classes["3"] > 100 and not found.errors + found.warnings
     assert "200 of 1,437" in found.table()
     assert "8 classes" in load(train_examples=8, test_examples=8).survey().lines()[0]
 
 
-def test_holding_out_is_stable_and_stratified():
+def test_holding_out_is_deterministic_and_stratified():
     entries = [
         Entry(f"train/{label}/{i:03}.png", label) for label, n in (("a", 30), ("b", 4)) for i in range(n)
     ]
     left, held = hold_out(entries, 0.1)
     assert collections.Counter(entry.label for entry in held) == {"a": 3, "b": 1}
     assert sorted([*left, *held]) == sorted(entries)
+    assert [entry.path for entry in held] == HELD  # on every machine
     assert hold_out(reversed(entries), 0.1) == (left, held)
     encoded = [entry._replace(path=entry.path.replace(".png", ".jpg")) for entry in entries]
     assert [e.path[:-4] for e in hold_out(encoded, 0.1)[1]] == [e.path[:-4] for e in held]
-    # As on any other machine.
-    assert [entry.path for entry in held] == HELD
+
+
+def test_holding_out_keeps_one_example_and_the_parts_of_a_file_together():
     assert hold_out([Entry("a.png", "a")], 0.5) == ([Entry("a.png", "a")], [])
     parts = [Entry("long.mp4", "a", start, start + 1) for start in range(9)] + [Entry("x.mp4", "a", 0, 1)]
     assert {entry.path for entry in hold_out(parts, 0.5)[1]} in ({"long.mp4"}, {"x.mp4"})
@@ -197,8 +199,8 @@ def test_holding_out_is_stable_and_stratified():
 HELD = ["train/a/001.png", "train/a/023.png", "train/a/026.png", "train/b/001.png"]
 
 
-def test_folders_without_splits(tmp_path):
-    """Class folders alone, and a missing test split; without val_fraction the error names it."""
+def test_class_folders_alone_are_a_training_split(tmp_path):
+    """Without val_fraction the error suggests it."""
     write_images(tmp_path, {".": {"a": 10, "b": 10, "c": 10}})
     with pytest.raises(UserError, match=r"class folders \(a, b, c\).*--config.data.val_fraction=0.1"):
         survey(tmp_path)
@@ -206,22 +208,23 @@ def test_folders_without_splits(tmp_path):
     assert (dataset.train_examples, dataset.test_examples) == (27, 3)
     assert sorted(name[0] for name in dataset.test_ids) == ["a", "b", "c"]
     assert f"{tmp_path} has no split 'val': 3 of 30 training examples" in dataset.survey().lines()[1]
-    nested = tmp_path / "nested"
-    shutil.move(tmp_path / "a", nested / "train" / "a")
-    shutil.move(tmp_path / "b", nested / "train" / "b")
-    shutil.move(tmp_path / "c", nested / "test" / "c")
+
+
+def test_a_missing_test_split_is_held_out(tmp_path):
+    """Another split is suggested instead; folders named as splits are not classes."""
+    root = write_images(tmp_path / "data", {"train": {"a": 10, "b": 10}, "test": {"c": 10}})
     with pytest.raises(UserError, match=r"neither a folder 'val' nor a list.*or hold out a part of 'train'"):
-        survey(nested)
-    found = survey(nested, val_fraction=0.2)
+        survey(root)
+    found = survey(root, val_fraction=0.2)
     assert found.splits[1].examples == 4
     assert found.notes[0].endswith("; to use test instead: --config.data.test_split=test")
     other = write_images(tmp_path / "other", {"valid": {"a": 1}, "test": {"a": 1}})
-    with pytest.raises(UserError, match="neither a folder 'train'"):  # folders named as splits are no classes
+    with pytest.raises(UserError, match="neither a folder 'train'"):
         survey(other, val_fraction=0.2)
 
 
-def test_images_or_videos(tmp_path):
-    """By the majority of examples; folders of numbered frames are videos, other folders of images are not."""
+def test_the_kind_is_that_of_most_examples(tmp_path):
+    """Folders of numbered frames are videos, other folders of images are not."""
 
     def touch(root, *names):
         for name in names:
@@ -240,17 +243,17 @@ def test_images_or_videos(tmp_path):
     with pytest.raises(UserError, match=r"no images or videos in it; ignored: 1 .odd"):
         is_video(touch(tmp_path / "7", "train/a/x.odd"))
     images = write_images(tmp_path / "8", {"train": {"a": 2}, "val": {"a": 2}})
-    with pytest.raises(UserError, match="has no videos, but 2 images: take a model for images"):
+    with pytest.raises(UserError, match="has no videos, but 2 images: choose a model for images"):
         load(root=str(images), name="folder")
 
 
-# -------------------------------------------------------------------------------------------- open keys
+# -------------------------------------------------------------------------------------------- automatic setti
 
 OWN = "--config=configs/folder.py"
 
 
 def own(argument="", **given):
-    """configs/folder.py with values as from the command line."""
+    """Return configs/folder.py with values as from the command line."""
     namespace: dict = {}
     exec((ROOT / "configs" / "folder.py").read_text(), namespace)
     config = namespace["get_config"](*([argument] if argument else []))
@@ -268,7 +271,7 @@ def filled(config, video, *facts):
     return automatic.describe(config, automatic.DataFacts(*facts))
 
 
-def test_what_the_data_decide():
+def test_automatic_settings():
     images = own()
     assert filled(images, False, 60_000, 10_000, 28, 28, 1) == (
         "images: 60,000 + 10,000 of 28x28: structvit_tiny_4_1 at 32, batch 128, 9,844 steps"
@@ -283,7 +286,7 @@ def test_what_the_data_decide():
     assert "at 8 frames of 32, batch 16, 5,000 steps" in filled(own(), True, 10**6, 9, 32, 40, 9)
 
 
-def test_what_the_user_sets_stays():
+def test_given_settings_are_kept():
     config = own(train__duration="2 steps", data__size=48, data__batch_size=4)
     assert "structvit_tiny_4_1 at 48, batch 4, 2 steps" in filled(config, False, 9, 3, 500, 400, 1)
     assert config.optimizer.warmup == "0 steps" and config.eval.every == ""
@@ -309,36 +312,38 @@ def test_default_runs_are_bounded(examples, video):
     assert 1 <= config.data.batch_size <= max(2, examples)
 
 
-# ------------------------------------------------------------------------------------ a run and its data
+# ------------------------------------------------------------------------------------ fingerprints
 
 
-def prints(*roots, **changes):
-    """Fingerprints of both splits, and how they compare with those of the first root."""
+def changes_between(*roots, **changes):
+    """Return how the fingerprints of some roots differ from that of the first."""
     every = [load(root=str(root), **IMAGES, **changes).fingerprint for root in roots]
     return [compare(every[0], one) for one in every]
 
 
-def test_the_same_data_count_as_the_same(tmp_path):
-    """At another place, as lists with absolute paths, as shards."""
+def test_fingerprints_do_not_depend_on_storage(tmp_path):
+    """In another folder, as lists with absolute paths, and as shards."""
     root = write_images(tmp_path / "data", {"train": {"a": 9, "b": 9}, "val": {"a": 2, "b": 2}})
     moved = shutil.copytree(root, tmp_path / "elsewhere" / "data")
     structvit("prepare", "folder", str(root), "--out", str(tmp_path / "lists"))
     structvit("prepare", "shards", str(root), str(tmp_path / "shards"), "--images")
     assert not data.is_video(own(data__root=str(tmp_path / "shards")).data)
-    for changes in prints(root, moved, tmp_path / "lists", tmp_path / "shards"):
-        assert not changes.described and changes.alike == changes.sampled == 22
+    for changes in changes_between(root, moved, tmp_path / "lists", tmp_path / "shards"):
+        assert changes.same and changes.alike == changes.sampled == 22
     assert json.loads(json.dumps(load(root=str(root), **IMAGES).fingerprint))["test"]["examples"] == 4
 
 
-def test_other_data_are_told_apart(tmp_path):
+def test_changed_data_are_described(tmp_path):
     root = write_images(tmp_path / "data", {"train": {"a": 9, "b": 9}, "val": {"a": 2, "b": 2}})
     other = write_images(tmp_path / "other", {"train": {"a": 9, "b": 9}, "val": {"a": 2, "b": 2}}, seed=1)
     fewer = shutil.copytree(root, tmp_path / "fewer")
     (fewer / "train" / "a" / "000.png").unlink()
     labelled = shutil.copytree(root, tmp_path / "labelled")
     os.rename(labelled / "val" / "a" / "000.png", labelled / "val" / "b" / "009.png")
-    described = [changes.described for changes in prints(root, other, fewer, labelled)]
-    assert described == [
+    found = changes_between(root, other, fewer, labelled)
+    kinds = [[one.splits[split].kind for split in ("train", "test")] for one in found]
+    assert kinds == [[None, None], ["bytes", "bytes"], ["number", None], [None, "ids"]]
+    assert [changes.described for changes in found] == [
         "",
         "train: 0 of 18 sampled examples are the same; test: 0 of 4 sampled examples are the same",
         "train: 17 examples instead of 18, 17 of 18 sampled examples are the same",
@@ -350,13 +355,15 @@ def test_other_data_are_told_apart(tmp_path):
     text = (lists / "train.jsonl").read_text().replace('"a"', '"b"', 1)
     (lists / "train.jsonl").write_text(text)
     changes = compare(before, load(root=str(lists), **IMAGES).fingerprint)
+    assert changes.splits["train"].kind == "labels"
     assert changes.described == "train: other labels, 17 of 18 sampled examples are the same"
     made = [load(train_examples=n, test_examples=8).fingerprint for n in (8, 16)]
-    assert "16 examples" in compare(*made).described and not compare(made[0], made[0]).described
+    assert compare(*made).splits["train"].kind == "origin" and "16 examples" in compare(*made).described
+    assert compare(made[0], made[0]).same
 
 
-def test_a_workdir_is_of_one_data_set(command, tmp_path):
-    """B5: complete runs of other data are refused, repaired files are not; evaluation keeps them apart."""
+def test_a_workdir_belongs_to_one_data_set(command, tmp_path):
+    """Other data are rejected, fixed files are not; an evaluation on other data has its own result."""
     root = write_images(tmp_path / "data", {"train": {"a": 9, "b": 9}, "val": {"a": 2, "b": 2}})
     other = write_images(tmp_path / "other", {"train": {"a": 9, "b": 9}, "val": {"a": 2, "b": 2}}, seed=1)
     (root / "train" / "a" / "000.png").write_bytes(b"?")
@@ -375,7 +382,7 @@ def test_a_workdir_is_of_one_data_set(command, tmp_path):
     first = run(root)
     assert first.returncode == 0, first.stderr
     assert "images: 18 + 4 of 8x8: deit_tiny at 24, batch 16, 2 steps" in first.stdout
-    assert "warning: 1 of 18 examples looked at in train cannot be read" in first.stdout
+    assert "warning: 1 of 18 decoded examples of train cannot be read" in first.stdout
     result = (workdir / "result.json").read_bytes()
     again = run(shutil.copytree(root, tmp_path / "moved"))
     assert "the run is complete" in again.stdout, again.stderr
@@ -384,7 +391,7 @@ def test_a_workdir_is_of_one_data_set(command, tmp_path):
         assert swapped.returncode == 2 and "result" not in swapped.stdout
         assert "other data (train: " in swapped.stderr and "choose another --workdir" in swapped.stderr
     shutil.copy(other / "train" / "a" / "000.png", root / "train" / "a" / "000.png")
-    assert "18 sampled examples are the same" in run(root).stderr  # complete: any difference
+    assert "18 sampled examples are the same" in run(root).stderr  # after completion any difference counts
     longer = run(root, steps=3)
     assert longer.returncode == 0, longer.stderr
     assert "note: the data have changed (train: 17 of 18 sampled examples are the same)" in longer.stdout
@@ -396,24 +403,27 @@ def test_a_workdir_is_of_one_data_set(command, tmp_path):
     assert (workdir / "result.json").read_bytes() == result
 
 
-def test_the_data_in_one_picture_and_table(command, tmp_path):
-    """--mode=data prints the table, and says why a data set cannot be trained on."""
+def test_show_prints_a_table_and_errors_and_draws_a_batch(command, tmp_path):
+    def show(root, workdir):
+        given = [OWN, "--data", f"--config.data.root={root}", f"--workdir={workdir}"]
+        return command(*given, program="show")
+
     root = write_images(tmp_path / "data", {"train": {"a": 2, "b": 2}, "val": {"a": 1, "b": 1}}, (28, 28))
-    shown = command(OWN, f"--config.data.root={root}", "--mode=data", f"--workdir={tmp_path / 'run'}")
+    shown = show(root, tmp_path / "run")
     assert shown.returncode == 0, shown.stderr
-    assert "looked at" in shown.stdout and "structvit_tiny_4_1 at 32" in shown.stdout
+    assert "decoded" in shown.stdout and "structvit_tiny_4_1 at 32" in shown.stdout
     assert (tmp_path / "run" / "batch.png").exists()
     shutil.rmtree(root / "train" / "b")
-    refused = command(OWN, f"--config.data.root={root}", "--mode=data", f"--workdir={tmp_path / 'other'}")
+    refused = show(root, tmp_path / "other")
     assert refused.returncode == 2 and refused.stdout.count("\nerror: ") == 2, refused.stdout
-    blocked = command(OWN, f"--config.data.root={root}", "--mode=data", "--workdir=/dev/null/run")
+    blocked = show(root, "/dev/null/run")
     assert blocked.returncode == 2 and len(blocked.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
     "arguments", [("folder", "{data}", "--out", "{file}"), ("shards", "{data}", "{file}/x", "--images")]
 )
-def test_outputs_that_cannot_be_written(tmp_path, arguments):
+def test_unwritable_outputs_are_reported(tmp_path, arguments):
     root = write_images(tmp_path / "data", {"train": {"a": 1, "b": 1}, "val": {"a": 1, "b": 1}})
     file = tmp_path / "file"
     file.write_bytes(b"")
@@ -422,7 +432,7 @@ def test_outputs_that_cannot_be_written(tmp_path, arguments):
         structvit("prepare", *given)
 
 
-def test_annotations_that_are_not_as_distributed(tmp_path):
+def test_changed_annotation_files_are_reported(tmp_path):
     for name in ("train", "val"):
         (tmp_path / f"{name}.csv").write_text("label,youtube_id,time_start,time_end\nyoga,abc,soon,9\n")
     with pytest.raises(UserError, match=r"kinetics400: the annotations in .* are not as distributed"):

@@ -1,4 +1,4 @@
-"""Frames of video files: every container that users have, chosen frames, damage."""
+"""Frames of video files: common containers, chosen frames, damage, limits."""
 
 import contextlib
 import fractions
@@ -24,7 +24,7 @@ from structvit_jax.data.video import VideoFile
 from structvit_jax.utils.errors import DecodeError
 
 RNG = np.random.default_rng(0)
-# Textured enough that every frame is another one, in a size that codecs have to pad.
+# Textured so that all frames differ, in a size that codecs have to pad.
 _TEXTURE = np.kron(RNG.integers(0, 64, (25, 33), np.uint8), np.ones((2, 2), np.uint8))
 FRAMES = np.stack([np.roll(_TEXTURE, 3 * i, axis=1) + np.uint8(3 * i) for i in range(60)])
 FRAMES = np.repeat(FRAMES[..., None], 3, axis=-1)
@@ -71,8 +71,8 @@ def test_chosen_frames_are_those_of_decoding_everything(folder, name):
     assert (encoded.frames([59, 0, 31]) == expected[[59, 0, 31]]).all()
 
 
-def test_a_part_in_seconds(folder):
-    """At 16 frames a second the part from 1 s to 2.5 s is frames 16 to 39."""
+def test_parts_in_seconds(folder):
+    """At 16 frames per second the part from 1 s to 2.5 s is frames 16 to 39."""
     for name in ("h264.mp4", "vp9.webm", "mpeg4.avi", "audio.mp4", "transport.ts"):
         whole = VideoFile(str(folder / name))
         part = VideoFile(str(folder / name), 1.0, 2.5)
@@ -106,7 +106,7 @@ def bad(tmp_path_factory):
     return folder, clips.write_bad(folder)
 
 
-def test_damage_has_a_reason(bad):
+def test_damaged_files_are_reported_with_a_reason(bad):
     folder, reasons = bad
     for name, reason in reasons.items():
         with pytest.raises(DecodeError, match=reason):
@@ -121,8 +121,8 @@ def test_damage_has_a_reason(bad):
         open_media(str(folder / "hollow.mp4"))
 
 
-def test_what_is_left_of_a_file_that_was_cut_off(bad):
-    """Sampling counts the missing frames too; those that are there can be read."""
+def test_the_remaining_frames_of_truncated_files_can_be_read(bad):
+    """`count` includes the missing frames."""
     folder, _ = bad
     for name in ("cut_after_index.mp4", "cut.webm"):
         video = open_media(str(folder / name))
@@ -130,8 +130,8 @@ def test_what_is_left_of_a_file_that_was_cut_off(bad):
         assert video.frames([0, 3]).shape == (2, 32, 32, 3)
 
 
-def test_h264_in_avi_is_refused(tmp_path):
-    """Its frames' times are not those of their order: frames would be exchanged silently."""
+def test_h264_in_avi_is_rejected(tmp_path):
+    """The container does not keep the times of frames, so that they would be reordered silently."""
     clips.write_video(tmp_path / "h264.avi", FRAMES, bf="3")
     with pytest.raises(DecodeError, match="convert it"):
         VideoFile(str(tmp_path / "h264.avi"))
@@ -144,7 +144,7 @@ def test_folders_of_frames(tmp_path):
     assert frames.count == 3
     assert (frames.frames([2, 0, 0]) == FRAMES[[10, 1, 1]]).all()
     assert frames.frames([1], short_side=25).shape == (1, 25, 33, 3)
-    with pytest.raises(DecodeError, match="no seconds"):
+    with pytest.raises(DecodeError, match="has no times"):
         open_media(str(tmp_path), start=1.0)
     (tmp_path / "2.png").write_bytes(b"")
     with pytest.raises(DecodeError, match="empty file"):
@@ -169,7 +169,7 @@ def test_images(tmp_path):
 
 
 def joined(folder, parts):
-    """A transport stream of parts whose frames differ in size."""
+    """Return a transport stream of parts whose frames differ in size."""
     both = b""
     for number, frames in enumerate(parts):
         with av.open(str(folder / "part.ts"), "w") as container:
@@ -184,7 +184,7 @@ def joined(folder, parts):
     return both
 
 
-def test_a_size_that_changes_midway_is_damage(tmp_path):
+def test_a_change_of_size_is_damage(tmp_path):
     both = joined(tmp_path, [FRAMES[:20], FRAMES[:20, :40, :48]])
     (tmp_path / "both.ts").write_bytes(both)
     video = VideoFile(str(tmp_path / "both.ts"))
@@ -192,7 +192,7 @@ def test_a_size_that_changes_midway_is_damage(tmp_path):
         video.frames(range(video.count))
 
 
-def test_files_are_closed_without_waiting_for_the_collector(folder, bad):
+def test_files_are_closed_without_garbage_collection(folder, bad):
     gc.disable()
     try:
         before = len(os.listdir("/proc/self/fd"))
@@ -207,8 +207,8 @@ def test_files_are_closed_without_waiting_for_the_collector(folder, bad):
         gc.enable()
 
 
-def test_a_last_picture_may_be_shown_for_long(tmp_path):
-    """Slides: whole, though the last time stamp lies far before the end."""
+def test_a_long_last_picture_is_not_a_truncation(tmp_path):
+    """As in slides, whose last time stamp is far before the end."""
     with av.open(str(tmp_path / "slides.mp4"), "w") as container:
         stream = container.add_stream("libx264", rate=16)
         stream.height, stream.width, stream.pix_fmt = 50, 66, "yuv420p"
@@ -223,8 +223,8 @@ def test_a_last_picture_may_be_shown_for_long(tmp_path):
     assert (video.count, video.missing) == (20, 0)
 
 
-def test_a_film_that_starts_late_and_is_cut(tmp_path):
-    """Its duration is counted from its start."""
+def test_a_truncated_video_that_starts_late(tmp_path):
+    """Its duration counts from its start."""
     path = tmp_path / "late.mp4"
     with av.open(str(path), "w", options={"movflags": "+faststart"}) as container:
         stream = container.add_stream("libx264", rate=16, options={"g": "10"})
@@ -257,7 +257,7 @@ def cut_without_decoding(source, target, start, seconds):
 
 
 @pytest.mark.parametrize("ending", ["mp4", "mov"])
-def test_a_part_that_was_cut_without_decoding(tmp_path, ending):
+def test_a_video_cut_without_decoding(tmp_path, ending):
     clips.write_video(tmp_path / "whole.mp4", FRAMES, g="20", bf="2")
     path = tmp_path / f"part.{ending}"
     cut_without_decoding(tmp_path / "whole.mp4", path, 1.75, 1.5)
@@ -275,8 +275,8 @@ def test_a_part_that_was_cut_without_decoding(tmp_path, ending):
     assert (again == seconds.frames(range(seconds.count))).all()
 
 
-def test_containers_that_are_read(tmp_path):
-    """By their extension, from files and from bytes; names that look like addresses are files."""
+def test_supported_containers(tmp_path):
+    """From files and from bytes; names that look like addresses are files."""
     codecs = {"mov": "h264", "3gp": "mpeg4", "mkv": "h264", "m4v": "h264", "wmv": "wmv2", "asf": "msmpeg4"}
     assert {f".{ending}" for ending in codecs} < {e for endings in CONTAINERS.values() for e in endings}
     for ending, codec in codecs.items():
@@ -295,7 +295,7 @@ SDP = "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video {p
 
 
 def test_playlists_and_addresses_are_not_followed(folder, tmp_path):
-    """Nothing that they name is opened: no file, no connection, no port."""
+    """No file, connection or port that they refer to is opened."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         server.listen()
@@ -309,21 +309,21 @@ def test_playlists_and_addresses_are_not_followed(folder, tmp_path):
         for name, content in lists.items():
             (tmp_path / name).write_text(content)
             for file in (str(tmp_path / name), content.encode()):
-                with pytest.raises(DecodeError, match=r"containers that are read|Invalid data"):
+                with pytest.raises(DecodeError, match=r"not a supported container|Invalid data"):
                     VideoFile(file)
         for path in (f"http://{address}/clip.mp4", f"tcp://{address}", f"concat:{entries[0]}|{entries[0]}"):
             with pytest.raises(DecodeError, match="No such file"):
                 open_media(path)
         with pytest.raises(TimeoutError):
             server.accept()
-    with pytest.raises(DecodeError, match="containers that are read"):
+    with pytest.raises(DecodeError, match="not a supported container"):
         VideoFile(clips_of("image2pipe", "mjpeg"))
     with pytest.raises(DecodeError, match="program stream does not keep the times"):
         VideoFile(clips_of("mpeg", "mpeg2video"))
 
 
 def clips_of(container_format, codec):
-    """A video in a container that is not read."""
+    """Return a video in an unsupported container."""
     file = io.BytesIO()
     with av.open(file, "w", format=container_format) as container:
         stream = container.add_stream(codec, rate=25)
@@ -335,8 +335,8 @@ def clips_of(container_format, codec):
     return file.getvalue()
 
 
-def test_an_announced_duration_takes_no_memory(folder):
-    """Headers announce 2**32 units; a list of the missing frames would take gigabytes."""
+def test_an_announced_duration_allocates_no_memory(folder):
+    """The headers announce 2**32 units; a list of the missing frames would need gigabytes."""
     content = bytearray((folder / "h264.mp4").read_bytes())
     for tag, place in ((b"mvhd", 20), (b"tkhd", 24), (b"mdhd", 20), (b"elst", 12)):
         at = content.index(tag)
@@ -347,7 +347,7 @@ def test_an_announced_duration_takes_no_memory(folder):
         VideoFile(bytes(content))
 
 
-def test_frames_are_bounded(folder, tmp_path):
+def test_max_frames_is_enforced(folder, tmp_path):
     path = str(folder / "h264.mp4")
     assert VideoFile(path, limits=Limits(frames=60)).count == 60
     with pytest.raises(DecodeError, match=r"60 frames, more than --config\.data\.max_frames=59"):
@@ -358,8 +358,8 @@ def test_frames_are_bounded(folder, tmp_path):
         open_media(str(tmp_path), limits=Limits(frames=2))
 
 
-def test_missing_frames_are_counted_and_not_listed():
-    """Against the list that they would make."""
+def test_missing_frames_are_counted_without_a_list():
+    """Compared with the list that they would make."""
     index = video._Index([0, 10, 20, 40], [], -np.inf, np.inf, lost=6, spacing=13.3)
     times = [0, 10, 20, 40, *(40 + round(13.3 * (i + 1)) for i in range(6))]
     assert [index.time(number) for number in range(10)] == times
@@ -367,8 +367,8 @@ def test_missing_frames_are_counted_and_not_listed():
         assert index.position(bound) == np.searchsorted(times, bound), bound
 
 
-def test_samples_without_bytes_are_bounded(folder):
-    """A table of samples of one size, and a fragment of default samples, announce any number in 12 bytes."""
+def test_samples_without_bytes_are_limited(folder):
+    """A table of samples of equal size or a fragment of default samples announces any number in 12 bytes."""
     content = (folder / "h264.mp4").read_bytes()
     at = content.index(b"stsz")
     bomb = content[: at + 8] + struct.pack(">II", 1, 2**31) + content[at + 16 :]
@@ -380,7 +380,7 @@ def test_samples_without_bytes_are_bounded(folder):
         VideoFile(content.replace(b"free", b"cmov"))
 
 
-def test_pixels_are_bounded(folder):
+def test_max_pixels_is_enforced(folder):
     limits = Limits(pixels=50 * 66 - 1)
     for name in ("h264.mp4", "transport.ts", "flash.flv"):
         with pytest.raises(DecodeError, match=r"66 x 50 pixels, more than --config\.data\.max_pixels=3299"):
@@ -390,8 +390,8 @@ def test_pixels_are_bounded(folder):
             VideoFile(str(folder / name), limits=limits).frames([0])
 
 
-def test_a_size_that_grows_midway_is_bounded(tmp_path):
-    """The container's header says nothing of it."""
+def test_max_pixels_is_enforced_when_the_size_changes(tmp_path):
+    """The header of the container does not announce the change."""
     both = joined(tmp_path, [FRAMES[:20, :32, :32], np.tile(FRAMES[:20], (1, 3, 3, 1))])
     assert VideoFile(both).frames([30]).shape == (1, 150, 198, 3)
     with pytest.raises(DecodeError, match=r"more pixels than|Invalid data"):
@@ -399,7 +399,7 @@ def test_a_size_that_grows_midway_is_bounded(tmp_path):
 
 
 def damaged(path, number):
-    """The file's content with one packet overwritten."""
+    """Return the content of a file with one packet overwritten."""
     with av.open(str(path)) as container:
         packets = sorted((p.pts, p.pos, p.size) for p in container.demux(video=0) if p.size)
     _, at, size = packets[number]
@@ -408,8 +408,8 @@ def damaged(path, number):
 
 
 @pytest.mark.parametrize("name", ["h264.mp4", "mpeg4.mp4", "mjpeg.avi"])
-def test_damaged_frames_are_replaced_where_that_is_allowed(folder, name):
-    """By the nearest of those that decoding everything gives, whatever else is asked for."""
+def test_damaged_frames_are_replaced_if_allowed(folder, name):
+    """By the nearest frame of a full decoding, whatever other frames are requested."""
     content = damaged(folder / name, 31)
     with av.open(io.BytesIO(content)) as container:
         times = sorted(p.pts for p in container.demux(video=0) if p.size)
@@ -435,13 +435,13 @@ def test_damaged_frames_are_replaced_where_that_is_allowed(folder, name):
         VideoFile(content, limits=Limits(bad_frames=0.2)).frames([5, max(lost)])
 
 
-def test_numbers_in_names_are_those_that_int_reads(tmp_path):
+def test_digits_that_int_cannot_read_are_text(tmp_path):
     names = ["\u00b21.jpg", "10.jpg", "2.jpg", "\u0663.jpg", "\u00b2.jpg", "a\u00b9.png"]
     assert [name for name in frame_names(names) if name[0].isdecimal()] == ["2.jpg", "\u0663.jpg", "10.jpg"]
     assert sorted(frame_names(names)) == sorted(names)
 
 
-def test_parts_at_times_beyond_any_clock(folder):
+def test_parts_at_extreme_times(folder):
     path = str(folder / "h264.mp4")
     for start in (1e300, np.inf, 2.0**63, 1e19):
         with pytest.raises(DecodeError):
@@ -449,7 +449,7 @@ def test_parts_at_times_beyond_any_clock(folder):
     assert VideoFile(path, -1e300, 1e300).count == 60
 
 
-def test_threads_may_open_files_at_once(folder):
+def test_threads_open_files_concurrently(folder):
     seen = []
     work = [threading.Thread(target=lambda: seen.append(VideoFile(str(folder / "h264.mp4")))) for _ in "ab"]
     for thread in work:

@@ -1,4 +1,4 @@
-"""Data workers: results in order, deaths, signals that pass them by, and nothing left behind."""
+"""Data workers: ordered results, deaths, blocked signals, and nothing left behind."""
 
 import contextlib
 import os
@@ -15,7 +15,7 @@ from conftest import ROOT
 
 from structvit_jax.data.workers import in_processes
 
-cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers need not import the tests
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not import the tests
 
 
 def arrays(number, note):
@@ -31,7 +31,7 @@ def deadly(number, note):
 
 def failing(number, note):
     class OddError(Exception):
-        """No other process can load it."""
+        """A local class, which no other process can load."""
 
     if number == 2:
         raise OddError("a b")
@@ -46,8 +46,8 @@ def unexpected(worker):
     raise AssertionError(worker)
 
 
-def test_results_come_in_order_and_hold_arrays():
-    with contextlib.closing(in_processes(arrays, range(5, 12), 3, ahead=2, lost=unexpected)) as results:
+def test_results_are_in_order_and_arrays_are_writable():
+    with contextlib.closing(in_processes(arrays, range(5, 12), 3, ahead=2, on_death=unexpected)) as results:
         kept = list(results)
     for number, result in enumerate(kept, 5):
         assert result["text"] == f"number {number}" and result["empty"].shape == (0,)
@@ -56,9 +56,9 @@ def test_results_come_in_order_and_hold_arrays():
         result["large"] += 1
 
 
-def test_a_dead_worker_is_replaced_and_described():
+def test_a_dead_worker_is_replaced_and_reported():
     lost = []
-    with contextlib.closing(in_processes(deadly, range(10), 2, ahead=3, lost=lost.append)) as results:
+    with contextlib.closing(in_processes(deadly, range(10), 2, ahead=3, on_death=lost.append)) as results:
         assert list(results) == [0, 1, 2, None, None, 5, 6, 7, None, 9]
     assert [(worker.number, worker.code, worker.note) for worker in lost] == [
         (number, -signal.SIGKILL, f"example {number}") for number in (3, 4, 8)
@@ -66,15 +66,15 @@ def test_a_dead_worker_is_replaced_and_described():
 
 
 def test_an_exception_is_raised_with_its_traceback():
-    with contextlib.closing(in_processes(failing, range(5), 2, ahead=2, lost=unexpected)) as results:
+    with contextlib.closing(in_processes(failing, range(5), 2, ahead=2, on_death=unexpected)) as results:
         assert [next(results), next(results)] == [0, 1]
         with pytest.raises(RuntimeError, match="OddError: a b") as caught:
             next(results)
     assert "in failing" in caught.value.__notes__[0]
 
 
-def test_workers_hear_no_signals_of_the_group():
-    (status,) = in_processes(blocked, [0], 1, ahead=1, lost=unexpected)
+def test_workers_block_signals_to_the_process_group():
+    (status,) = in_processes(blocked, [0], 1, ahead=1, on_death=unexpected)
     mask = int(status.split("SigBlk:")[1].split()[0], 16)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         assert mask >> number - 1 & 1
@@ -90,13 +90,13 @@ def work(number, note):
         return os.getpid()
     time.sleep(100)
 
-results = in_processes(work, range(9), 2, ahead=2, lost=None)
+results = in_processes(work, range(9), 2, ahead=2, on_death=None)
 print(next(results), next(results), flush=True)
 time.sleep(100)
 """
 
 
-def test_workers_end_with_a_killed_parent(tmp_path):
+def test_workers_exit_when_their_parent_is_killed(tmp_path):
     command, environment = [sys.executable, "-c", PARENT], os.environ | {"TMPDIR": str(tmp_path)}
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as parent:
         workers = [int(pid) for pid in parent.stdout.readline().split()]

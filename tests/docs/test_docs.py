@@ -20,6 +20,7 @@ from conftest import COMPILER, ROOT
 from structvit_jax import convert, create_model, data
 from structvit_jax.cli import show
 from structvit_jax.config import automatic, check_config, recipes
+from structvit_jax.data.dataset import BUILT_IN
 from structvit_jax.models import weights
 
 README = (ROOT / "README.md").read_text()
@@ -227,7 +228,7 @@ def test_configurations_build(name, own_clips):
         automatic.fill_model(config, lambda: True)
         automatic.fill(config, automatic.DataFacts(9, 9, 64, 64, 16))
     check_config(config)
-    if config.data.name not in data.BUILT_IN:
+    if config.data.name not in BUILT_IN:
         config.data.root = own_clips
     dataset = data.load(config.data, config.augment)
     assert "total" in show.describe(config, dataset)

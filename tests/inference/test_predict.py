@@ -169,7 +169,7 @@ def test_parts_are_not_shorter_than_a_frame(tmp_path):
         with pytest.raises(UserError, match=r"16 frames in 1 s, so parts need at least 0\.0625 s"):
             parts(every)
     for every in (math.nan, math.inf, -1.0):
-        with pytest.raises(UserError, match="is no number of seconds"):
+        with pytest.raises(UserError, match="is not a number of seconds"):
             parts(every)
 
 

@@ -12,6 +12,7 @@ import pytest
 from conftest import QUICK, Command, devices, processes, records, refusal, slowly
 
 from structvit_jax import data
+from structvit_jax.data.dataset import ConfiguredDataset
 from structvit_jax.runtime import processes as run_processes
 from structvit_jax.utils.errors import EXIT_RESUMABLE
 
@@ -26,13 +27,13 @@ SLOWLY = functools.partial(slowly, 0.3)
 
 def unreadable():
     """In a command: it meets an example that cannot be read."""
-    batches = data.Dataset.train_batches
+    batches = ConfiguredDataset.train_batches
 
     def torn(self, *arguments, **options):
         for batch in batches(self, *arguments, **options):
             yield batch | {"problems": (data.Problem("7", "torn"),)}
 
-    data.Dataset.train_batches = torn
+    ConfiguredDataset.train_batches = torn
 
 
 def named(process, number):

@@ -24,6 +24,7 @@ from gcsfs.retry import HttpError
 
 from structvit_jax import data
 from structvit_jax.config import default_config
+from structvit_jax.data.dataset import ConfiguredDataset
 from structvit_jax.runtime import lock, processes
 from structvit_jax.runtime.storage import io_errors_as_user_error
 from structvit_jax.training import log, step
@@ -42,7 +43,7 @@ def settled(slow=None):
 
 def poisoned(steps):
     """In a command: the normalised inputs of these steps are not numbers."""
-    batches, normalize = data.Dataset.train_batches, step.normalize
+    batches, normalize = ConfiguredDataset.train_batches, step.normalize
 
     def marked(self, *arguments, start_step, **options):
         stream = batches(self, *arguments, start_step=start_step, **options)
@@ -52,7 +53,7 @@ def poisoned(steps):
     def broken(inputs, config):
         return jnp.where(jnp.all(inputs == 255), jnp.nan, normalize(inputs, config))
 
-    data.Dataset.train_batches, step.normalize = marked, broken
+    ConfiguredDataset.train_batches, step.normalize = marked, broken
 
 
 # Signals
@@ -154,7 +155,7 @@ def exists(pid):
 
 def slow_test():
     """In a command: a test batch takes its time."""
-    batches = data.Dataset.test_batches
+    batches = ConfiguredDataset.test_batches
 
     def slow(self, *arguments, **options):
         for batch in batches(self, *arguments, **options):
@@ -162,7 +163,7 @@ def slow_test():
             print("a slow test batch", flush=True)
             time.sleep(1)
 
-    data.Dataset.test_batches = slow
+    ConfiguredDataset.test_batches = slow
 
 
 def test_a_signal_in_the_last_evaluation_ends_it(finished, copy, command, tmp_path):

@@ -34,7 +34,7 @@ from pathlib import Path
 import numpy as np
 from conftest import CONFIG, ROOT, Command, devices, processes, records, slowly
 
-from structvit_jax import data
+from structvit_jax.data.dataset import ConfiguredDataset
 from structvit_jax.training import commit
 from structvit_jax.training.learner import Learner
 
@@ -132,7 +132,7 @@ def grouped(slow):
     """In a command: it leads a process group, and everything but imports takes its time."""
     os.setpgid(0, 0)
     slowly(slow)
-    batches, run, digests = data.Dataset.test_batches, Learner.create, commit.write_digests
+    batches, run, digests = ConfiguredDataset.test_batches, Learner.create, commit.write_digests
 
     def prepare(*arguments, **options):
         prepared = run(*arguments, **options)
@@ -150,7 +150,7 @@ def grouped(slow):
         time.sleep(5 * slow)
         digests(folder)
 
-    data.Dataset.test_batches, Learner.create = test_batches, prepare
+    ConfiguredDataset.test_batches, Learner.create = test_batches, prepare
     commit.write_digests = write_digests
 
 

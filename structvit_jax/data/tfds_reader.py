@@ -13,11 +13,12 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from structvit_jax.data.limits import Limits
-from structvit_jax.data.media import FrameRange, Media, Pictures
+from structvit_jax.data.media import FrameRange, Pictures
+from structvit_jax.data.types import Media
 from structvit_jax.data.video import VideoFile
 from structvit_jax.utils.errors import DecodeError, UserError, decoding, parse_json
 
-# Features that shards and image sets consist of. TFDS imports the module of any other that a file names.
+# Features of shards and image sets. TFDS imports the module of any other that a file names.
 _FEATURES = frozenset(
     f"{feature.__module__}.{feature.__name__}"
     for feature in (
@@ -31,46 +32,53 @@ _FEATURES = frozenset(
         tfds.features.Text,
     )
 )
-FEATURES_FILE = "features.json"  # TFDS's description of what a record holds
-_DESCRIPTIONS = (FEATURES_FILE, "dataset_info.json")  # that may name feature classes
-_NAMING = ("type", "pythonClassName", "python_class_name")  # keys whose text is the name of one
+FEATURES_FILE = "features.json"  # TFDS's description of a record
+_DESCRIPTIONS = (FEATURES_FILE, "dataset_info.json")  # files that name feature classes
+_CLASS_KEYS = ("type", "pythonClassName", "python_class_name")  # keys of such names
 
 
 class _Records:
     """One split of a prepared TFDS data set; every process opens its files for itself."""
 
-    def __init__(self, builder: Any, split: str, limits: Limits):
-        self._builder_dir, self._split, self._limits = os.fspath(builder.data_path), split, limits
+    def __init__(self, builder: tfds.core.DatasetBuilder, split: str, limits: Limits):
+        self._folder, self._split, self._limits = os.fspath(builder.data_path), split, limits
         features = builder.info.features
         label = features["label"] if isinstance(features, tfds.features.FeaturesDict) else None
         if not isinstance(label, tfds.features.ClassLabel):
-            raise UserError(f"{self._builder_dir} holds no examples with a class as their label")
+            raise UserError(f"{self._folder} has no examples with a class as their label")
         self.class_names: tuple[str, ...] = tuple(label.names)
-        self._examples: int = _known_split(builder, split).num_examples
+        try:
+            self._examples: int = builder.info.splits[split].num_examples  # also of "train[:75%]"
+        except (KeyError, ValueError, AttributeError) as error:
+            known = ", ".join(builder.info.splits)
+            raise UserError(
+                f"{builder.info.name} has no split {split!r} but {known}; name it with"
+                " --config.data.train_split and --config.data.test_split"
+            ) from error
 
     def __len__(self) -> int:
         return self._examples
 
     @functools.cached_property
-    def _records(self):
-        builder = tfds.builder_from_directory(self._builder_dir)
-        as_they_are = {"image": tfds.decode.SkipDecoding()} if "image" in builder.info.features else None
-        return builder.as_data_source(self._split, decoders=as_they_are)
+    def _records(self) -> Sequence[Mapping[str, Any]]:
+        builder = tfds.builder_from_directory(self._folder)
+        encoded = {"image": tfds.decode.SkipDecoding()} if "image" in builder.info.features else None
+        return builder.as_data_source(self._split, decoders=encoded)
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "_records"}
 
 
 class Shards(_Records):
-    """What `write_shards` wrote, in the order of the index that it was made from.
+    """Shards of `structvit_jax.data.tfds_writer`, in the order of the index that they were made from.
 
     Raises:
       UserError: the list of ids is missing or incomplete.
     """
 
-    def __init__(self, builder: Any, split: str, limits: Limits):
+    def __init__(self, builder: tfds.core.DatasetBuilder, split: str, limits: Limits):
         super().__init__(builder, split, limits)
-        path = os.path.join(self._builder_dir, ids_file(split))
+        path = os.path.join(self._folder, ids_file(split))
         try:
             with open(path, encoding="utf-8") as file:
                 self._ids = np.array([line.rstrip("\n").encode() for line in file])
@@ -86,20 +94,24 @@ class Shards(_Records):
     def is_video(self) -> bool:
         """Whether the first readable example is a video or a folder of frames."""
         for index in range(min(len(self), 16)):
-            with contextlib.suppress(DecodeError), decoding():
-                record = self._records[index]
-                if not record["problem"]:
-                    return record["kind"] == b"video" or len(record["files"]) > 1
+            with contextlib.suppress(DecodeError):
+                record = self._record(index)
+                return record["kind"] == b"video" or len(record["files"]) > 1
         return True
 
     def stored(self, index: int) -> tuple[str, Sequence[str | bytes] | None]:
-        """Return an example's label and its files' contents; None in their place for a part of a file."""
-        with decoding():
-            record = self._records[index]
-        if problem := record["problem"].decode():
-            raise DecodeError(problem)
+        """Return an example's label and the contents of its files, or None for a part of a file."""
+        record = self._record(index)
         files = list(record["files"]) if record["count"] < 0 else None
         return self.class_names[self._label(record)], files
+
+    def _record(self, index: int) -> Mapping[str, Any]:
+        with decoding():  # a damaged record raises RuntimeError
+            record = self._records[index]
+            problem = record["problem"].decode()
+        if problem:
+            raise DecodeError(problem)
+        return record
 
     def _label(self, record: Mapping[str, Any]) -> int:
         if not 0 <= record["label"] < len(self.class_names):
@@ -107,10 +119,13 @@ class Shards(_Records):
         return int(record["label"])
 
     def open(self, index: int) -> tuple[Media, int]:
-        with decoding():  # a damaged record raises RuntimeError
-            record = self._records[index]
-            if problem := record["problem"].decode():
-                raise DecodeError(problem)
+        """Return the frames and the label of an example.
+
+        Raises:
+          DecodeError: it cannot be read, or could not be read when the shards were written.
+        """
+        record = self._record(index)
+        with decoding():
             label, files = self._label(record), list(record["files"])
             if record["kind"] != b"video":
                 return Pictures(files, self._limits), label
@@ -126,12 +141,12 @@ class Shards(_Records):
 
 
 def ids_file(split: str) -> str:
-    """Beside the shards, so that ids are known without reading clips."""
+    """Return the file beside shards that lists their ids, so that ids are known without reading clips."""
     return f"ids-{split}.txt"
 
 
 class Images(_Records):
-    """An image classification set of TFDS, in its stored order: its ids are not known without reading it."""
+    """An image classification set of TFDS, in its stored order; ids are positions, since it stores none."""
 
     def id(self, index: int) -> str:
         return f"{self._split}/{index}"
@@ -144,17 +159,16 @@ class Images(_Records):
         return self.class_names[label] if label >= 0 else "", [record["image"]]
 
     def open(self, index: int) -> tuple[Media, int]:
+        """Return the image and the label of an example.
+
+        Raises:
+          DecodeError: it cannot be read, or has no label.
+        """
         with decoding():  # a damaged record raises RuntimeError
             record = self._records[index]
             if record["label"] < 0:
                 raise DecodeError("has no label")
             return Pictures([record["image"]], self._limits), int(record["label"])
-
-
-def find_shards(root: str) -> str | None:
-    """The folder below `root` (or itself) that holds our shards."""
-    folders = [os.path.join(root, "clips", "1.0.0"), root]
-    return next((folder for folder in folders if os.path.isfile(os.path.join(folder, FEATURES_FILE))), None)
 
 
 def open_shards(folder: str, train: str, test: str, limits: Limits) -> tuple[Shards, Shards]:
@@ -168,15 +182,15 @@ def open_shards(folder: str, train: str, test: str, limits: Limits) -> tuple[Sha
         with decoding():
             builder = tfds.builder_from_directory(folder)
     except DecodeError as error:
-        raise UserError(f"{folder} holds no shards that can be read: {error}") from error
+        raise UserError(f"{folder} has no shards that can be read: {error}") from error
     return Shards(builder, train, limits), Shards(builder, test, limits)
 
 
 def _check_features(folder: str) -> None:
-    """Check the classes that a data set's description names, before TFDS imports their modules.
+    """Check the classes that the description of a data set names, before TFDS imports their modules.
 
     Raises:
-      UserError: one that is not in `_FEATURES`, or a file that is no JSON.
+      UserError: one that is not in `_FEATURES`, or a file that is not JSON.
     """
     for path in (os.path.join(folder, name) for name in _DESCRIPTIONS):
         try:
@@ -188,18 +202,16 @@ def _check_features(folder: str) -> None:
             raise UserError(f"{path} cannot be read: {str(error) or type(error).__name__}") from error
         if foreign := sorted(names - _FEATURES):
             raise UserError(
-                f"{path} names {foreign[0][:80]!r}, which is no feature of shards or image sets; write the"
-                " shards again with structvit_jax.data.shards"
+                f"{path} names {foreign[0][:80]!r}, which is not a feature of shards or image sets; write the"
+                " shards again with structvit prepare shards"
             )
 
 
 def _named_classes(value: Any) -> Iterator[str]:
     if isinstance(value, dict):
-        yield from (
-            text
-            for key in _NAMING
-            if isinstance(text := value.get(key), str) and ("." in text or key != "type")
-        )
+        for key in _CLASS_KEYS:
+            if isinstance(text := value.get(key), str) and ("." in text or key != "type"):
+                yield text
     for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
         yield from _named_classes(item)
 
@@ -239,17 +251,5 @@ def open_images(name: str, root: str, train: str, test: str, limits: Limits) -> 
         )
     features = dict(builder.info.features)
     if "image" not in features or not hasattr(features.get("label"), "names"):
-        raise UserError(f"{name} is no image classification set; its features are {', '.join(features)}")
+        raise UserError(f"{name} is not an image classification set; its features are {', '.join(features)}")
     return Images(builder, train, limits), Images(builder, test, limits)
-
-
-def _known_split(builder, split: str) -> Any:
-    """A split, or a part of one as TFDS writes it: "train[:75%]"."""
-    try:
-        return builder.info.splits[split]
-    except (KeyError, ValueError, AttributeError) as error:
-        known = ", ".join(builder.info.splits)
-        raise UserError(
-            f"{builder.info.name} has no split {split!r} but {known}; name it with"
-            " --config.data.train_split and --config.data.test_split"
-        ) from error

@@ -1,4 +1,4 @@
-"""Shards and TFDS image sets: the same batches as from files, read without tensorflow."""
+"""Shards and TFDS image sets: equal batches as from files, read without tensorflow."""
 
 import io
 import json
@@ -16,7 +16,8 @@ from conftest import ROOT, structvit
 from etils import epath
 from PIL import Image
 
-from structvit_jax.data import records, shard_writer
+from structvit_jax.data import tfds_writer
+from structvit_jax.data.dataset import find_shards
 from structvit_jax.data.index import Entry, Index
 from structvit_jax.utils.errors import DecodeError, UserError
 
@@ -25,7 +26,7 @@ VIDEO = {"name": "folder", "size": 24, "frames": 5, "augment__crop_area": (0.5, 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """Clips of every kind, parts of files, frames, damage, a missing file and an unknown label."""
+    """Clips of every kind, parts of files, frames, damaged and missing files, and an unknown label."""
     root = tmp_path_factory.mktemp("clips")
     clips.write_folder(root, {"train": 7, "val": 2})
     clips.write_bad(root / "train" / "up")
@@ -65,7 +66,7 @@ def test_shards_give_the_same_batches(root, tmp_path, runner, capfd):
     batches = [take(d.train_batches(count, start_step=0), 2) for d in (plain, sharded)]
     for a, b in zip(*batches, strict=True):
         assert same(a, b)
-    assert len(batches[0][0]["problems"]) >= 8  # of the two that are cut off, parts may be read
+    assert len(batches[0][0]["problems"]) >= 8  # two truncated files may be partly readable
     assert batches[0][0]["mask"].sum() + len(batches[0][0]["problems"]) == count
     tests = [take(d.test_batches(6), 1)[0] for d in (plain, sharded)]
     assert same(*tests)
@@ -75,7 +76,7 @@ def test_shards_give_the_same_batches(root, tmp_path, runner, capfd):
 
 @pytest.fixture
 def written(tmp_path):
-    """A few clips, and shards of them."""
+    """Shards of a few clips."""
     clips.write_folder(tmp_path / "files", {"train": 1, "val": 1})
     structvit("prepare", "shards", str(tmp_path / "files"), str(tmp_path / "out"))
     return tmp_path / "out"
@@ -92,7 +93,7 @@ def test_a_flipped_bit_is_one_unreadable_example(written):
     assert batch["mask"].sum() == 3 - len(batch["problems"])
 
 
-def test_values_of_a_record_are_checked(written):
+def test_invalid_values_in_a_record_are_rejected(written):
     source = load(**VIDEO, root=str(written)).train.source
     record = source._records[0]
     for changes, reason in (
@@ -121,13 +122,13 @@ def test_values_of_a_record_are_checked(written):
         ("dataset_info.json", {"features": {"pythonClassName": "evil.Feature"}}),
     ],
 )
-def test_a_description_imports_no_module(written, monkeypatch, name, description):
+def test_foreign_feature_classes_are_not_imported(written, monkeypatch, name, description):
     folder = written / "clips" / "1.0.0"
     (written / "evil.py").write_text("raise SystemExit('imported')")
     monkeypatch.syspath_prepend(str(written))
     known = json.loads((folder / name).read_text())
     (folder / name).write_text(json.dumps(known | description))
-    with pytest.raises(UserError, match=rf"{name} names 'evil\.Feature', which is no feature") as error:
+    with pytest.raises(UserError, match=rf"{name} names 'evil\.Feature', which is not a feature") as error:
         load(**VIDEO, root=str(written))
     assert "\n" not in str(error.value)
     (written / "image_set" / "1.0.0").mkdir(parents=True)
@@ -137,7 +138,7 @@ def test_a_description_imports_no_module(written, monkeypatch, name, description
         load(name="tfds:image_set", frames=0, root=str(written))
 
 
-def test_damaged_shards_are_one_line(written):
+def test_damaged_shards_are_rejected_in_one_line(written):
     folder = written / "clips" / "1.0.0"
     ids, info = folder / "ids-train.txt", folder / "dataset_info.json"
     text = ids.read_text()
@@ -151,46 +152,42 @@ def test_damaged_shards_are_one_line(written):
     ids.write_text(text)
     for content in ("[" * 100_000, '{"name"', '{"name": "clips", "version": 3}', "\0"):
         info.write_text(content)
-        with pytest.raises(UserError, match=r"cannot be read|no shards that can be read") as error:
+        with pytest.raises(UserError, match=r"cannot be read|has no shards that can be read") as error:
             load(**VIDEO, root=str(written))
         assert "\n" not in str(error.value)
 
 
-def test_pipes_are_not_copied_into_shards(tmp_path):
+def test_pipes_are_not_read_into_shards(tmp_path):
     os.mkfifo(tmp_path / "pipe.jpg")
-    record = shard_writer.record(Index(str(tmp_path), [Entry("pipe.jpg", "a")], ("a",)), 0)
+    record = tfds_writer.record(Index(str(tmp_path), [Entry("pipe.jpg", "a")], ("a",)), 0)
     assert record["problem"] == "not a regular file" and not record["files"]
 
 
-def stopped():
-    raise SystemExit
-
-
-def test_shards_that_were_killed_are_written_again(root, tmp_path, monkeypatch):
-    """Even when all is written but the list of ids."""
+def test_interrupted_shards_are_written_again(root, tmp_path, monkeypatch):
+    """Also if only the list of ids is missing."""
     out = tmp_path / "out"
     arguments = [str(root), str(out), "--train_split=some"]
     with monkeypatch.context() as patch:
-        patch.setattr(shutil, "rmtree", lambda *arguments, **options: None)  # a kill cleans nothing up
-        patch.setattr(Index, "id", lambda self, number: stopped())
+        patch.setattr(shutil, "rmtree", lambda *arguments, **options: None)  # a kill cleans up nothing
+        patch.setattr(Index, "id", lambda self, number: sys.exit())
         with pytest.raises(SystemExit):
             structvit("prepare", "shards", *arguments)
-    assert records.find_shards(str(out)) is None
+    assert find_shards(str(out)) is None
     structvit("prepare", "shards", *arguments)
     assert [path.name for path in out.iterdir()] == ["clips"]
     dataset = load(**VIDEO, root=str(out), train_split="some")
     assert dataset.train.source.id(0) == "long.mp4#0-1.5"
 
 
-def test_copying_to_a_bucket(tmp_path):
+def test_folders_are_copied_recursively(tmp_path):
     (tmp_path / "a" / "b").mkdir(parents=True)
     (tmp_path / "a" / "b" / "c").write_text("d")
-    shard_writer.copy_tree(epath.Path(tmp_path / "a"), epath.Path(tmp_path / "e"))
+    tfds_writer.copy_tree(epath.Path(tmp_path / "a"), epath.Path(tmp_path / "e"))
     assert (tmp_path / "e" / "b" / "c").read_text() == "d"
 
 
 class DigitPictures(tfds.core.GeneratorBasedBuilder):
-    """The scans as PNG, as a TFDS data set."""
+    """The scans as PNG in a TFDS data set."""
 
     VERSION = tfds.core.Version("1.0.0")
     pkg_dir_path = epath.Path(__file__).parent
@@ -247,13 +244,13 @@ def test_a_tfds_image_set_trains_without_tensorflow(tmp_path, command):
 
 
 @pytest.mark.parametrize("name", ["no_such_set", "imagenet2012", "cifar10"])
-def test_a_tfds_set_that_is_not_there_says_what_to_install(tmp_path, name):
+def test_a_missing_tfds_set_is_reported_with_the_command_that_prepares_it(tmp_path, name):
     with pytest.raises(UserError, match=f"tfds build {name}.*pip install tensorflow") as error:
         load(name=f"tfds:{name}", frames=0, root=str(tmp_path))
     assert "\n" not in str(error.value)
 
 
-def test_help_and_mistakes_of_the_command(tmp_path):
+def test_the_command_rejects_a_missing_folder(tmp_path):
     command = [sys.executable, "-m", "structvit_jax", "prepare", "shards"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     wrong = subprocess.run(

@@ -1,0 +1,222 @@
+"""Open the data set that a configuration describes."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from structvit_jax.data import folder, pipeline
+from structvit_jax.data.digits import DigitMotions, Digits, MovingDigits
+from structvit_jax.data.fingerprint import Changes, Fingerprint, compare, fingerprint_of
+from structvit_jax.data.label_maps import LabelMaps
+from structvit_jax.data.limits import Limits
+from structvit_jax.data.noise import Noise
+from structvit_jax.data.reader import Reader
+from structvit_jax.data.survey import Survey, survey
+from structvit_jax.data.types import (
+    WHOLE,
+    Arrays,
+    AugmentOptions,
+    Batch,
+    DataOptions,
+    Dataset,
+    Shard,
+    Source,
+)
+from structvit_jax.utils import class_names
+from structvit_jax.utils.errors import UserError, unknown_choice
+
+if TYPE_CHECKING:
+    from structvit_jax.data.tfds_reader import Shards
+
+BUILT_IN: dict[str, Callable[[str, int, int], Source]] = {
+    "moving_digits": MovingDigits,
+    "digit_motions": DigitMotions,
+    "digits": Digits,
+}
+SOURCES = (*BUILT_IN, "folder", "tfds:NAME", "noise:CLASSES")
+
+
+class ConfiguredDataset(Dataset):
+    """The two splits of a configuration, each with its reader."""
+
+    def __init__(self, train: Source, test: Source, data: DataOptions, augment: AugmentOptions, seed: int):
+        maps = _label_maps(train, data)
+        self.train = Reader(train, data, augment, seed, maps)
+        self.test = Reader(test, data, augment, seed)
+
+    @property
+    def in_files(self) -> bool:
+        return self.train.data.name == "folder"
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.train.class_names
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.train.shape
+
+    @property
+    def arrays(self) -> Arrays:
+        return self.train.arrays
+
+    @property
+    def unit(self) -> str:
+        return "images" if self.train.is_image else "clips"
+
+    @property
+    def train_examples(self) -> int:
+        return len(self.train.source)
+
+    @property
+    def rows_per_epoch(self) -> int:
+        return self.train_examples * self.train.augment.repeated_augmentation
+
+    @property
+    def test_examples(self) -> int:
+        return len(self.test.source)
+
+    @property
+    def test_ids(self) -> tuple[str, ...]:
+        return tuple(map(self.test.source.id, range(self.test_examples)))
+
+    def train_id(self, index: int) -> str:
+        return self.train.source.id(index)
+
+    @property
+    def views(self) -> int:
+        return self.test.views
+
+    @functools.cached_property
+    def fingerprint(self) -> dict[str, Any]:
+        return {"train": fingerprint_of(self.train.source), "test": fingerprint_of(self.test.source)}
+
+    def changes_since(self, old: Mapping[str, Fingerprint], *, test_only: bool = False) -> Changes:
+        if test_only:
+            return compare(old, {"test": fingerprint_of(self.test.source)})
+        return compare(old, self.fingerprint)
+
+    def survey(self) -> Survey:
+        options = self.train.data
+        train, test = options.train_split, options.test_split
+        splits = {train: self.train.source, (test if test != train else f"{test} (again)"): self.test.source}
+        return survey(splits, video=not self.train.is_image, frames=options.frames)
+
+    def adopt_classes(self, names: Sequence[str]) -> bool:
+        own = self.train.source.class_names
+        order = class_names.match(own, names)
+        if order is None:
+            missing, added = class_names.difference(own, names)
+            raise UserError(
+                f"the {len(own)} classes of the data are not the {len(names)} of the checkpoint: the data"
+                f" lack {missing} and add {added}; point config.data at the data of the run, or choose"
+                " another --workdir for these"
+            )
+        for reader in (self.train, self.test):
+            reader.adopt_classes(names, order)
+        return order != list(range(len(order)))
+
+    def train_batches(self, batch_size: int, *, start_step: int, shard: Shard = WHOLE) -> Generator[Batch]:
+        return pipeline.train_batches(self.train, batch_size, start_step=start_step, shard=shard)
+
+    def test_batches(self, batch_size: int, *, shard: Shard = WHOLE) -> Generator[Batch]:
+        return pipeline.test_batches(self.test, batch_size, shard=shard)
+
+    def uncropped_batches(self, batch_size: int, *, start: int) -> Generator[Batch]:
+        return pipeline.uncropped_batches(self.train, batch_size, start=start)
+
+
+def _label_maps(train: Source, data: DataOptions) -> LabelMaps | None:
+    """Return the label maps of the training split, or None if none are configured."""
+    if not data.label_maps:
+        return None
+    if data.frames:
+        raise UserError("config.data.label_maps are for images, but config.data.frames asks for clips")
+    return LabelMaps(data.label_maps, [train.id(i) for i in range(len(train))], train.class_names)
+
+
+def is_video(section: Any) -> bool:
+    """Return whether most of the data that a configuration's section `data` describes are videos.
+
+    Raises:
+      UserError: data that are missing, empty or not understood.
+    """
+    options = DataOptions.from_config(section)
+    if options.name != "folder":
+        return options.name in ("moving_digits", "digit_motions")
+    layout = _layout(options)
+    if shards := find_shards(layout.root):
+        return _open_shards(shards, layout)[0].is_video
+    return folder.is_video(layout)
+
+
+def _layout(options: DataOptions) -> folder.Layout:
+    root = os.path.expanduser(options.root)
+    limits = Limits.of(options)
+    return folder.Layout(root, options.train_split, options.test_split, options.val_fraction, limits)
+
+
+def find_shards(root: str) -> str | None:
+    """Return the folder of the ArrayRecord shards that a data root is or contains, None for files."""
+    candidates = (os.path.join(root, "clips", "1.0.0"), root)
+    return next((f for f in candidates if os.path.isfile(os.path.join(f, "features.json"))), None)
+
+
+def _open_shards(root: str, layout: folder.Layout) -> tuple[Shards, Shards]:
+    from structvit_jax.data import tfds_reader  # imported here: TFDS takes seconds
+
+    return tfds_reader.open_shards(root, layout.train, layout.test, layout.limits)
+
+
+def sources(section: Any, seed: int = 0) -> tuple[Source, Source]:
+    """Return the training and the test split that a configuration's section `data` describes.
+
+    Args:
+      section: the section.
+      seed: of training data made on the fly; test data are the same for every seed.
+
+    Raises:
+      UserError: an unknown name, or data that are missing, empty or not understood.
+    """
+    options = DataOptions.from_config(section)
+    if options.frames is None:
+        raise UserError("config.data.frames is not set; structvit_jax.main alone chooses it by the data")
+    name = options.name
+    if name in BUILT_IN:
+        make = BUILT_IN[name]
+        tested = "tune" if options.test_split == "tune" else "test"
+        return make("train", options.train_examples, seed), make(tested, options.test_examples, seed)
+    if name.startswith("noise:"):
+        return Noise(options, "train", seed), Noise(options, "test", seed)
+    layout = _layout(options)
+    if name == "folder":
+        if shards := find_shards(layout.root):
+            return _open_shards(shards, layout)
+        return folder.read_splits(layout, video=options.frames > 0)
+    if name.startswith("tfds:"):
+        from structvit_jax.data import tfds_reader  # imported here: TFDS takes seconds
+
+        name = name.removeprefix("tfds:")
+        return tfds_reader.open_images(name, layout.root, layout.train, layout.test, layout.limits)
+    raise unknown_choice("data set", name, SOURCES)
+
+
+def load(
+    data: Any, augment: Any, seed: int = 0, splits: tuple[Source, Source] | None = None
+) -> ConfiguredDataset:
+    """Return the data set that a configuration describes.
+
+    Args:
+      data, augment: these sections of it.
+      seed: of the order, the augmentation, and training data made on the fly; test data are the same for
+        every seed.
+      splits: the result of `sources`, if it was called before.
+
+    Raises:
+      UserError: an unknown name, or data that are missing, empty or not understood.
+    """
+    options, policy = DataOptions.from_config(data), AugmentOptions.from_config(augment)
+    return ConfiguredDataset(*(splits or sources(data, seed)), options, policy, seed)
