@@ -13,7 +13,6 @@ from tqdm import tqdm
 from structvit_jax import data
 from structvit_jax.data.label_maps import LabelMapWriter, check_destination, digest
 from structvit_jax.models.weights import Weights, sha256, split
-from structvit_jax.ops import batch_split_over
 from structvit_jax.runtime.mesh import check_batch, put_batch
 from structvit_jax.runtime.sharding import batch_sharding
 from structvit_jax.training.restore import open_checkpoint, rereading
@@ -63,7 +62,7 @@ def write(config: ml_collections.ConfigDict, teacher: str, folder: str, top: int
     def look(weights, inputs):
         network: Any = structure.model(weights)
         inputs = jax.lax.with_sharding_constraint(inputs, batch_sharding(run.mesh))
-        with batch_split_over(run.mesh):
+        with jax.sharding.use_abstract_mesh(run.mesh.abstract_mesh):
             scores = network.dense_scores(normalize(inputs, config))
         return jax.lax.top_k(jax.nn.softmax(scores), top)
 

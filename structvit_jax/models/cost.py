@@ -41,7 +41,7 @@ def cost(name: str, input_shape: Sequence[int], num_classes: int, **overrides) -
       name, num_classes, **overrides: as for `create_model`.
       input_shape: [height, width, 3] or [time, height, width, 3], without batch.
     """
-    overrides |= {"scan_blocks": False, "remat": "none"}  # a loop's body declares itself once only
+    overrides |= {"remat": "none"}
     model = create_model(name, num_classes=num_classes, seed=None, **overrides)
     graphdef, state = nnx.split(model)
     params: dict[str, int] = collections.Counter()

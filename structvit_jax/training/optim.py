@@ -13,7 +13,7 @@ import ml_collections
 import optax
 
 from structvit_jax.config import Durations, matching
-from structvit_jax.ops.devices import target
+from structvit_jax.ops.dispatch import current_device
 from structvit_jax.utils.errors import UserError
 
 
@@ -114,7 +114,7 @@ def _adam(b1: float, b2: float, eps: float) -> optax.GradientTransformationExtra
 
     def update(grads, old, params=None, *, finite=True):
         new = jax.tree.map(functools.partial(jnp.where, finite), adam.update(grads, old)[1], old)
-        if target().platform == "cpu":  # elsewhere one loop writes the moments and the weights
+        if current_device().platform == "cpu":  # elsewhere one loop writes the moments and the weights
             new = jax.lax.optimization_barrier(new)
         mean = optax.tree.bias_correction(new.mu, b1, new.count)
         square = optax.tree.bias_correction(new.nu, b2, new.count)

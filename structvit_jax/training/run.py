@@ -19,7 +19,7 @@ import structvit_jax
 from structvit_jax.config import Durations, durations, model_arguments, short
 from structvit_jax.models import Network, create_model
 from structvit_jax.models.weights import split
-from structvit_jax.ops import native
+from structvit_jax.ops.kernels import native
 from structvit_jax.runtime import processes
 from structvit_jax.runtime.mesh import check_batch, describe_devices, make_mesh
 from structvit_jax.runtime.processes import log

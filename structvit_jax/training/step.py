@@ -10,11 +10,10 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
 
 from structvit_jax.config import INPUTS
 from structvit_jax.models.weights import ModelDef, Weights, batch_stats, training_structure
-from structvit_jax.ops import batch_split_over
 from structvit_jax.runtime.mesh import put_whole
 from structvit_jax.runtime.sharding import batch_sharding, replicated, state_sharding
 from structvit_jax.training import losses, mixing, token_labels
@@ -75,7 +74,7 @@ def make_train_step(
         lr, grad_norm = schedule(state.step), optax.tree.norm(grads)
         trained = optimizer.trained(state.weights.params)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        with jax.named_scope("optimizer"), batch_split_over(mesh):
+        with jax.named_scope("optimizer"), use_abstract_mesh(mesh.abstract_mesh):
             updates, moments = optimizer.transform.update(grads, state.optimizer, trained, finite=finite)
         trained = jax.tree.map(lambda param, update: param - lr * update, trained, updates)
         weights, average = Weights(state.weights.params | trained, stats), state.average
@@ -103,14 +102,14 @@ def _gradients(model: Any, optimizer: Optimizer, config: ml_collections.ConfigDi
     grid = model.grid(config.data.size) if config.data.label_maps else None
     examples = batch_sharding(mesh)
 
-    def place(x):
+    def shard(name, x):
         return jax.lax.with_sharding_constraint(x, examples)
 
     def loss_fn(trained, frozen, stats, part, key):
         """Sums over a part of the batch, as shares of the whole batch's means."""
         network = structure.model(Weights(frozen | trained, stats))
-        with batch_split_over(mesh):
-            logits, loss = forward(network, part, key, place, config)
+        with use_abstract_mesh(mesh.abstract_mesh):
+            logits, loss = forward(network, part, key, shard, config)
         top1 = losses.masked_mean(losses.in_top(logits, part["labels"], 1), part["mask"])
         return loss * part["share"], (batch_stats(network), top1 * part["share"])
 
@@ -174,7 +173,7 @@ def make_eval_step(
             return jax.nn.softmax(logits) if config.eval.average == "softmax" else logits
 
         views = jnp.moveaxis(batch["inputs"], 1, 0)
-        with batch_split_over(mesh):
+        with use_abstract_mesh(mesh.abstract_mesh):
             mean = jnp.mean(jax.lax.map(scores, views), axis=0) if len(views) > 1 else scores(views[0])
         hits = {f"top{k}": losses.in_top(mean, batch["labels"], k) for k in (1, 5)}
         return {"scores": mean, **hits, **{key: batch[key] for key in ("labels", "mask", "index")}}
@@ -191,15 +190,19 @@ def step_keys(config: ml_collections.ConfigDict, step: jax.Array | int) -> tuple
 
 
 def forward(
-    network: Any, part: Batch, key: jax.Array, place: Callable, config: ml_collections.ConfigDict
+    network: Any, part: Batch, key: jax.Array, shard: Callable, config: ml_collections.ConfigDict
 ) -> tuple[jax.Array, jax.Array]:
     """Logits of a part of a batch in training, and their loss."""
     if not network.variant.token_labels:
-        logits = network(part["inputs"], key=key, place=place)
+        logits = network(part["inputs"], key=key, hook=shard)
         return logits, losses.cross_entropy(logits, part["targets"], part["mask"])
     mix = token_labels.MixToken(jax.random.fold_in(key, 1), config.augment.mix_token)
-    mixes = {"mix": mix} if config.augment.mix_token else {}
-    logits, dense_logits = network.scores(part["inputs"], key=key, place=place, **mixes)
+    mixes = bool(config.augment.mix_token)
+
+    def hook(name, x):
+        return shard(name, mix(x) if mixes and name == "patch_embed1" else x)
+
+    logits, dense_logits = network.scores(part["inputs"], key=key, hook=hook)
     whole, shape = part["targets"], dense_logits.shape
     positions = whole.reshape(len(whole), *[1] * (len(shape) - 2), -1)
     dense = part["dense"] if "dense" in part else jnp.broadcast_to(positions, shape)

@@ -10,7 +10,7 @@ from conftest import ROOT
 
 from structvit_jax import cost, data
 from structvit_jax.config import default_config, model_arguments
-from structvit_jax.ops import native
+from structvit_jax.ops.kernels import native
 from structvit_jax.performance import plan, traffic
 from structvit_jax.performance.operations import operations as operations_of
 from structvit_jax.runtime.mesh import make_mesh
@@ -88,12 +88,12 @@ def a_run(name, shape, classes, **model):
     ("name", "shape"), [("structvit_s_4_1", (224, 224, 3)), ("structvit_s_4_1_video", (16, 224, 224, 3))]
 )
 def test_a_step_takes_three_times_the_forward_pass(name, shape):
-    run = a_run(name, shape, 400, scan_blocks=True)
+    run = a_run(name, shape, 400)
     arguments = model_arguments(run.config)
     counted = cost(arguments.pop("name"), shape, 400, **arguments)
     forward, twice = 2 * 8 * counted.macs, 8 * counted.kinds["attention"]  # the products of queries and keys
     assert of_a_step(run) == pytest.approx(3 * forward + twice, rel=0.02)
-    again = of_a_step(a_run(name, shape, 400, scan_blocks=True, remat="full"))
+    again = of_a_step(a_run(name, shape, 400, remat="full"))
     assert 3.5 * forward < again - twice < 4 * forward
 
 

@@ -18,7 +18,7 @@ from flax import nnx
 from structvit_jax.models import Network
 from structvit_jax.models.blocks import Block, ConvMixer
 from structvit_jax.models.weights import split
-from structvit_jax.ops import convolve_patterns
+from structvit_jax.ops import convolve_structure
 from structvit_jax.ops.attention import attention
 from structvit_jax.performance import traffic
 from structvit_jax.performance.bench.timing import Call
@@ -161,7 +161,7 @@ def _of_attention(row: str, layer: Any, shape: Shape, dtype: str, times: int) ->
     if layer.key_kernels is not None:
 
         def convolve(kernels, x):
-            return convolve_patterns(x, kernels.astype(x.dtype), stride=layer.stride)
+            return convolve_structure(x, kernels.astype(x.dtype), stride=layer.stride)
 
         kernels = layer.key_kernels[...]
         shapes = [(batch, *grid, *heads)]

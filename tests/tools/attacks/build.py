@@ -281,7 +281,7 @@ def pickles(folder: Path, weights: str, marker: str) -> None:
 
 def native(folder: Path) -> None:
     """The compiled operations, in a cache of their own."""
-    from structvit_jax.ops import native
+    from structvit_jax.ops.kernels import native
 
     os.environ["XDG_CACHE_HOME"] = str(folder)
     folder.mkdir()

@@ -199,7 +199,7 @@ _EXTREMES: tuple[tuple[tuple[str, ...], tuple[int, ...]], ...] = (
     (("data.test_split=tune", "data.train_split="), (0, 2)),
     (("model.remat=full",), (0,)),
     (("model.remat=dots",), (0,)),
-    (("model.scan_blocks=True",), (0, 2)),
+    (("model.kernels=reference",), (0, 2)),
     (("model.dtype=bfloat16",), (0,)),
     (("model.widths=()",), (2,)),
     (("model.widths=(0,)",), (2,)),
