@@ -33,7 +33,6 @@ from etils import epath
 
 from structvit_jax import cli, main
 from structvit_jax.data.dataset import ConfiguredDataset
-from structvit_jax.ops import batch_split_over
 from structvit_jax.performance import hardware
 from structvit_jax.runtime import lock, mesh
 
@@ -93,9 +92,9 @@ def _place(topology):
     found = hardware.devices_of(topology)
     if found.missing:
         pytest.skip(f"needs {found.missing.value}")
-    (device,) = found.devices
-    with batch_split_over(mesh.make_mesh(1, 1, [device])):
-        yield jax.sharding.SingleDeviceSharding(device)
+    one = mesh.make_mesh(1, 1, found.devices)
+    with jax.sharding.use_abstract_mesh(one.abstract_mesh):
+        yield jax.sharding.NamedSharding(one, jax.sharding.PartitionSpec())
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from structvit_jax.models.variants import OVERRIDES, get_variant
 from structvit_jax.utils.errors import UserError
 
 # Fields that describe how a program runs, not the weights.
-_NOT_OF_WEIGHTS = ("attention", "dtype", "remat", "scan_blocks")
+_NOT_OF_WEIGHTS = ("dtype", "kernels", "remat")
 _LONGEST_NAME = 1000  # characters of a class name
 _LONGEST_ARGUMENT = 100
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import structvit_jax
 from structvit_jax.config import INPUTS
 from structvit_jax.inference.trained import TrainedModel
-from structvit_jax.ops import portable_lowering
+from structvit_jax.ops import use_kernels
 from structvit_jax.runtime import storage
 from structvit_jax.runtime.storage import check_replaceable
 from structvit_jax.utils.errors import check_choice
@@ -41,7 +41,7 @@ def export(trained: TrainedModel, platforms: Sequence[str] = _USUAL) -> jax.expo
 
     (batch,) = jax.export.symbolic_shape("batch")
     example = jax.ShapeDtypeStruct((batch, *trained.reader.shape), jnp.uint8)
-    with portable_lowering():
+    with use_kernels("portable"):
         return jax.export.export(jax.jit(jax.vmap(logits)), platforms=platforms)(example)
 
 

@@ -13,7 +13,6 @@ from tqdm import tqdm
 from structvit_jax import data
 from structvit_jax.data.label_maps import LabelMapWriter, check_destination, digest
 from structvit_jax.models.weights import Weights, sha256, split
-from structvit_jax.ops import batch_split_over
 from structvit_jax.runtime.mesh import check_batch
 from structvit_jax.runtime.sharding import batch_sharding
 from structvit_jax.training.evaluation import StepRunner
@@ -82,7 +81,7 @@ def _make_dense_step(learner: Learner, top: int) -> jax.stages.Wrapped:
     def step_fn(weights: Weights, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         network: Any = structure.model(weights)
         inputs = jax.lax.with_sharding_constraint(batch["inputs"], batch_sharding(mesh))
-        with batch_split_over(mesh):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             logits = network.dense_scores(normalize(inputs, config))
         scores, classes = jax.lax.top_k(jax.nn.softmax(logits), top)
         return {"scores": scores, "classes": classes}

@@ -1,4 +1,4 @@
-"""StructAttention: structural self-attention as a layer, for StructViT and for anyone's transformer."""
+"""StructAttention: structural self-attention as a layer, for StructViT and for any other transformer."""
 
 from __future__ import annotations
 
@@ -10,24 +10,25 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike
+from jaxtyping import Array, Float
 
-from structvit_jax.models.layers import Linear, normal_init
+from structvit_jax.models.layers import Dtype, Initializer, Linear, normal_init
 from structvit_jax.ops import StructAttentionMaps, struct_attention, struct_attention_maps
 from structvit_jax.utils.errors import UserError, check_choice
 
 
-def normal_kernels(key: jax.Array, shape: Sequence[int], dtype=jnp.float32) -> jax.Array:
-    """Normal with deviation 1 / sqrt(window): convolving uncorrelated features keeps their variance."""
+def normal_kernels(key: Any, shape: Sequence[int], dtype: Any = jnp.float32) -> jax.Array:
+    """Draw from a normal with deviation 1 / sqrt(window): uncorrelated features keep their variance."""
     return normal_init(1 / math.sqrt(math.prod(shape[:-3])))(key, shape, dtype)
 
 
-def delta_kernels(key: jax.Array, shape: Sequence[int], dtype=jnp.float32) -> jax.Array:
-    """One at the window's centre, zero elsewhere: D equal copies, which together are plain attention."""
+def delta_kernels(key: Any, shape: Sequence[int], dtype: Any = jnp.float32) -> jax.Array:
+    """Return one at the window's centre, zero elsewhere: D equal copies, together plain attention."""
     centre = tuple((k - 1) // 2 for k in shape[:-3])
     return jnp.zeros(shape, dtype).at[centre].set(1.0)
 
 
-KERNEL_INITS: dict[str, Callable] = {"normal": normal_kernels, "delta": delta_kernels}
+KERNEL_INITS: dict[str, Initializer] = {"normal": normal_kernels, "delta": delta_kernels}
 
 
 class StructAttention(nnx.Module):
@@ -37,21 +38,25 @@ class StructAttention(nnx.Module):
     leaves open the kernels' initialisation, a bias and a normalisation after the kernels, and the
     logit scale; here: `kernel_init`, none, none, and 1 / sqrt(width / heads).
 
+    On several devices call it under `jax.set_mesh`: kernels then run on every device's own examples.
+
     Args:
       width: channels of input and output, a multiple of `heads`.
-      heads: number of heads; each has kernels of its own.
+      heads: number of heads; each has its own kernels.
       grid_axes: 2 for images (height, width), 3 for video (time, height, width).
-      structure_dim: D, the number of correlation patterns; 0 is plain self-attention, 1 ConvSA.
+      structure_dim: D, the number of structure kernels; 0 is plain self-attention, 1 ConvSA.
       key_window, value_window: odd window sides, one number for all axes or one per axis; a value
         window of one is the paper's element aggregation.
       key_kernels, value_kernels: "channel" for a kernel per channel (appendix A), "shared" for one per
         head (dot-product correlation, equation 2; shared aggregation, equation 5).
       stride: spatial stride of the keys' and values' windows.
-      method: "factored" or "volume", see `structvit_jax.ops.struct_attention`.
       kernel_init: "normal", "delta", or a function (key, shape, dtype) -> array with shape
         [*window, heads, channels or 1, D].
       dtype: of the computation; parameters are float32.
       rngs: `nnx.Rngs` with a stream `params`.
+
+    Raises:
+      UserError: a width, window or stride that does not fit.
     """
 
     def __init__(
@@ -66,9 +71,8 @@ class StructAttention(nnx.Module):
         key_kernels: str = "channel",
         value_kernels: str = "channel",
         stride: int = 1,
-        method: str = "factored",
-        kernel_init: str | Callable = "normal",
-        dtype=None,
+        kernel_init: str | Callable[..., jax.Array] = "normal",
+        dtype: Dtype = None,
         rngs: nnx.Rngs,
     ):
         if heads < 1 or width % heads:
@@ -77,44 +81,43 @@ class StructAttention(nnx.Module):
             raise UserError(
                 "StructAttention: a stride needs structure_dim >= 1; plain self-attention has no window"
             )
-        self.heads, self.stride, self.method, self.dtype = heads, stride, method, dtype
+        self.heads, self.stride = heads, stride
         self.qkv = Linear(width, 3 * width, dtype=dtype, rngs=rngs)
         self.proj = Linear(width, width, dtype=dtype, rngs=rngs)
-        if isinstance(kernel_init, str):
-            kernel_init = KERNEL_INITS[check_choice("kernel_init", kernel_init, KERNEL_INITS)]
+        init = kernel_init
+        if isinstance(init, str):
+            init = KERNEL_INITS[check_choice("kernel_init", init, KERNEL_INITS)]
 
-        def kernels(window, form):
+        def kernels(window: int | Sequence[int], kind: str) -> nnx.Param | None:
             if not structure_dim:
                 return None
-            if form not in ("channel", "shared"):
-                raise UserError(f"StructAttention: kernels are 'channel' or 'shared', not {form!r}")
+            if kind not in ("channel", "shared"):
+                raise UserError(f"StructAttention: kernels are 'channel' or 'shared', not {kind!r}")
             window = (window,) * grid_axes if isinstance(window, int) else tuple(window)
             if len(window) != grid_axes or any(k < 1 or k % 2 == 0 for k in window):
                 raise UserError(f"StructAttention: window {window} should be {grid_axes} odd sides")
-            channels = width // heads if form == "channel" else 1
-            return nnx.Param(
-                kernel_init(rngs.params(), (*window, heads, channels, structure_dim), jnp.float32)
-            )
+            channels = width // heads if kind == "channel" else 1
+            return nnx.Param(init(rngs.params(), (*window, heads, channels, structure_dim), jnp.float32))
 
         self.key_kernels = kernels(key_window, key_kernels)
         self.value_kernels = kernels(value_window, value_kernels)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "b *grid c"]) -> Float[Array, "b *grid c"]:
         operands = self.operands(x)
-        y = struct_attention(*operands, stride=self.stride, method=self.method)
+        y = struct_attention(*operands, stride=self.stride)
         return self.proj(y.reshape(x.shape))
 
     def key_grid(self, grid: Sequence[int]) -> tuple[int, ...]:
-        """Positions of keys and values of a grid: fewer with a stride, in height and width."""
+        """Return the grid of keys and values: smaller with a stride, in height and width."""
         return (*grid[:-2], *(-(-n // self.stride) for n in grid[-2:]))
 
-    def maps(self, x: jax.Array, queries: ArrayLike) -> StructAttentionMaps:
-        """The attention maps, dynamic kernels and final maps of the queries at flat grid positions [Q]."""
+    def maps(self, x: Float[Array, "b *grid c"], queries: ArrayLike) -> StructAttentionMaps:
+        """Return the attention maps, dynamic kernels and final maps of queries at flat positions [Q]."""
         return struct_attention_maps(*self.operands(x), stride=self.stride, queries=queries)
 
-    def operands(self, x: jax.Array) -> tuple[Any, ...]:
-        """What `structvit_jax.ops.struct_attention` is given: queries, keys and values
-        [batch, *grid, heads, channels], and the kernels of keys and values, or None in place of each."""
+    def operands(self, x: Float[Array, "b *grid c"]) -> tuple[Any, ...]:
+        """Return the arguments of `structvit_jax.ops.struct_attention`: queries, keys and values
+        [batch, *grid, heads, channels], and the kernels of keys and values, or None."""
         qkv = self.qkv(x)
         parts = jnp.split(qkv, 3, axis=-1)
         query, key, value = (x.reshape(*x.shape[:-1], self.heads, -1) for x in parts)

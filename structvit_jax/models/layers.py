@@ -1,28 +1,33 @@
 """The layers of UniFormer and DeiT, with PyTorch's initialisation and statistics where they matter.
 
-Every layer follows its `dtype` for computing and keeps float32 parameters.
+Parameters are float32; `dtype` is that of the computation, None for the type of the input.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.nn import initializers
-from jax.typing import ArrayLike
+from jaxtyping import Array, Float
 
-from structvit_jax.ops import convolve, depthwise_conv, mlp
-from structvit_jax.ops.devices import target
+from structvit_jax.ops import convolve, depthwise_conv, layer_norm, linear, mlp
+
+Initializer = Callable[..., jax.Array]
+Dtype = Any  # of the computation; None follows the input
 
 
 class NumpyRngs:
-    """Stands in for `nnx.Rngs` when a whole network is built: weights are drawn by NumPy, which needs
-    no compilation per shape (seconds) and gives the same weights on every backend. Without a seed nothing is
-    drawn (half the time)."""
+    """Draw the weights of a network with NumPy, in the place of `nnx.Rngs`.
+
+    NumPy needs no compilation per shape (seconds) and gives the same weights on every backend. Without a seed
+    all weights are zero, which takes half the time.
+    """
 
     def __init__(self, seed: int | None):
         self._rng = _ZeroInit(np.random.PCG64(0)) if seed is None else np.random.default_rng(seed)
@@ -32,18 +37,20 @@ class NumpyRngs:
 
 
 class _ZeroInit(np.random.Generator):
-    """Gives zeros, for weights that others will take the place of."""
+    """Draw zeros, for weights that are replaced."""
 
-    def standard_normal(self, size=None, dtype=np.float64, out=None):
+    def standard_normal(  # type: ignore[override]
+        self, size: Any = None, dtype: Any = np.float64, out: None = None
+    ) -> np.ndarray:
         return np.zeros(size, dtype)
 
-    random = standard_normal
+    random = standard_normal  # type: ignore[assignment]
 
 
-def normal_init(std: float) -> Callable:
-    """Normal with deviation `std`, drawn from a JAX key or a NumPy generator."""
+def normal_init(std: float) -> Initializer:
+    """Return a normal initialiser with deviation `std`, for a JAX key or a NumPy generator."""
 
-    def init(key, shape, dtype=jnp.float32, out_sharding=None):
+    def init(key: Any, shape: Sequence[int], dtype: Any = jnp.float32, out_sharding: Any = None) -> jax.Array:
         if isinstance(key, np.random.Generator):
             return jnp.asarray(std * key.standard_normal(shape, np.float32), dtype)
         return std * jax.random.normal(key, shape, dtype)
@@ -51,11 +58,11 @@ def normal_init(std: float) -> Callable:
     return init
 
 
-def uniform_init(fan_in: int) -> Callable:
-    """torch's default for convolution kernels and biases: uniform within 1 / sqrt(fan_in)."""
+def uniform_init(fan_in: int) -> Initializer:
+    """Return torch's default for kernels and biases of convolutions: uniform within 1 / sqrt(fan_in)."""
     bound = 1.0 / math.sqrt(fan_in)
 
-    def init(key, shape, dtype=jnp.float32, out_sharding=None):
+    def init(key: Any, shape: Sequence[int], dtype: Any = jnp.float32, out_sharding: Any = None) -> jax.Array:
         if isinstance(key, np.random.Generator):
             return jnp.asarray(bound * (2 * key.random(shape, np.float32) - 1), dtype)
         return jax.random.uniform(key, shape, dtype, -bound, bound)
@@ -66,25 +73,38 @@ def uniform_init(fan_in: int) -> Callable:
 linear_init = normal_init(0.02)  # timm's trunc_normal_(std=0.02) cuts at 100 sigma: a normal
 
 
+def _promoted(dtype: Any, x: jax.Array, *params: nnx.Param) -> tuple[jax.Array, ...]:
+    """Cast an input and parameters to the type of the computation."""
+    return nnx.nn.dtypes.promote_dtype((x, *(param[...] for param in params)), dtype=dtype)
+
+
 class Linear(nnx.Linear):
-    """[..., in] -> [..., out]."""
+    """A linear layer along the last axis."""
+
+    bias: nnx.Param
 
     def __init__(
-        self, inputs: int, outputs: int, *, init=linear_init, bias_init=initializers.zeros, dtype, rngs
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        init: Initializer = linear_init,
+        bias_init: Initializer = initializers.zeros,
+        dtype: Dtype,
+        rngs: nnx.Rngs,
     ):
         super().__init__(inputs, outputs, kernel_init=init, bias_init=bias_init, dtype=dtype, rngs=rngs)
 
-    def __call__(self, inputs: jax.Array, out_sharding=None) -> jax.Array:
-        x = inputs
-        if target().platform == "cpu":  # which transpose maps slowly, for the gradients of kernels
-            x = x.reshape(-1, x.shape[-1])
-        return super().__call__(x, out_sharding).reshape(*inputs.shape[:-1], -1)
+    def __call__(  # type: ignore[override]
+        self, inputs: Float[Array, "b *_ i"]
+    ) -> Float[Array, "b *_ o"]:
+        return linear(*_promoted(self.dtype, inputs, self.kernel, self.bias))
 
 
 class Pointwise(Linear):
     """A 1x1 (or 1x1x1) convolution, computed as the matrix product that it is."""
 
-    def __init__(self, inputs: int, outputs: int, *, dtype, rngs):
+    def __init__(self, inputs: int, outputs: int, *, dtype: Dtype, rngs: nnx.Rngs):
         init = uniform_init(inputs)
         super().__init__(inputs, outputs, init=init, bias_init=init, dtype=dtype, rngs=rngs)
 
@@ -92,6 +112,7 @@ class Pointwise(Linear):
 class Conv(nnx.Conv):
     """A dense convolution with explicit zero padding on both sides."""
 
+    bias: nnx.Param
     strides: tuple[int, ...]
     padding: tuple[tuple[int, int], ...]
 
@@ -103,8 +124,8 @@ class Conv(nnx.Conv):
         window: Sequence[int],
         strides: Sequence[int],
         padding: Sequence[int],
-        dtype,
-        rngs,
+        dtype: Dtype,
+        rngs: nnx.Rngs,
     ):
         init = uniform_init(inputs * math.prod(window))
         super().__init__(
@@ -119,23 +140,24 @@ class Conv(nnx.Conv):
             rngs=rngs,
         )
 
-    def __call__(self, inputs: jax.Array, out_sharding=None) -> jax.Array:
-        arrays = inputs, self.kernel[...], self.bias[...]  # type: ignore[index]  # it has one
-        x, kernel, bias = nnx.nn.dtypes.promote_dtype(arrays, dtype=self.dtype)
+    def __call__(  # type: ignore[override]
+        self, inputs: Float[Array, "b *grid i"]
+    ) -> Float[Array, "b *_ o"]:
+        x, kernel, bias = _promoted(self.dtype, inputs, self.kernel, self.bias)
         return convolve(x, kernel, strides=self.strides, padding=[zeros for zeros, _ in self.padding]) + bias
 
 
 class DepthwiseConv(nnx.Module):
-    """One odd window per channel and a bias, stride 1: [batch, *grid, channels] -> the same."""
+    """A convolution of each channel with an odd window of its own, and a bias; stride 1."""
 
-    def __init__(self, channels: int, *, window: Sequence[int], dtype, rngs: nnx.Rngs):
+    def __init__(self, channels: int, *, window: Sequence[int], dtype: Dtype, rngs: nnx.Rngs):
         init = uniform_init(math.prod(window))
         self.kernel = nnx.Param(init(rngs.params(), (*window, 1, channels)))
         self.bias = nnx.Param(init(rngs.params(), (channels,)))
         self.dtype = dtype
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x, kernel, bias = nnx.nn.dtypes.promote_dtype((x, self.kernel[...], self.bias[...]), dtype=self.dtype)
+    def __call__(self, x: Float[Array, "b *grid c"]) -> Float[Array, "b *grid c"]:
+        x, kernel, bias = _promoted(self.dtype, x, self.kernel, self.bias)
         return depthwise_conv(x, kernel[..., 0, :, None], bias[:, None])[:, 0]
 
 
@@ -145,7 +167,7 @@ class BatchNorm(nnx.BatchNorm):
     Under `jax.jit` the statistics are those of the global batch, on any number of devices.
     """
 
-    def __init__(self, channels: int, *, dtype, rngs):
+    def __init__(self, channels: int, *, dtype: Dtype, rngs: nnx.Rngs):
         super().__init__(
             channels,
             use_running_average=True,
@@ -156,11 +178,13 @@ class BatchNorm(nnx.BatchNorm):
             rngs=rngs,
         )
 
-    def __call__(self, x, use_running_average=None, *, mask=None) -> jax.Array:
+    def __call__(  # type: ignore[override]
+        self, x: Float[Array, "b *_ c"], use_running_average: bool | None = None
+    ) -> Float[Array, "b *_ c"]:
         if use_running_average is None:
             use_running_average = self.use_running_average
         old = self.var[...]
-        y = super().__call__(x, use_running_average, mask=mask)
+        y = super().__call__(x, use_running_average)
         if not use_running_average:
             count = x.size // x.shape[-1]
             kept = self.momentum * old
@@ -169,43 +193,43 @@ class BatchNorm(nnx.BatchNorm):
 
 
 class LayerNorm(nnx.LayerNorm):
-    """[..., channels] -> the same."""
+    """Layer normalisation over the channels."""
 
-    def __init__(self, channels: int, *, epsilon: float, dtype, rngs):
-        super().__init__(channels, epsilon=epsilon, dtype=dtype, use_fast_variance=False, rngs=rngs)
+    scale: nnx.Param
+    bias: nnx.Param
 
-    def __call__(self, x, *, mask=None) -> jax.Array:
-        shape = x.shape
-        if target().platform == "gpu":  # the compiler tries thousands of tiles for a grid, few for a row
-            x = x.reshape(len(x), -1, shape[-1])
-        return super().__call__(x, mask=mask).reshape(shape)
+    def __init__(self, channels: int, *, epsilon: float, dtype: Dtype, rngs: nnx.Rngs):
+        super().__init__(channels, epsilon=epsilon, dtype=dtype, rngs=rngs)
+
+    def __call__(  # type: ignore[override]
+        self, x: Float[Array, "b *_ c"]
+    ) -> Float[Array, "b *_ c"]:
+        return layer_norm(*_promoted(self.dtype, x, self.scale, self.bias), epsilon=self.epsilon)
 
 
 class Mlp(nnx.Module):
-    """Layer, exact GELU, layer, with a hidden width of four."""
+    """Two layers around an exact GELU, with a hidden width four times that of the input."""
 
-    def __init__(self, width: int, *, layer: type[Linear], dtype, rngs: nnx.Rngs):
+    def __init__(self, width: int, *, layer: type[Linear], dtype: Dtype, rngs: nnx.Rngs):
         self.fc1 = layer(width, 4 * width, dtype=dtype, rngs=rngs)
         self.fc2 = layer(4 * width, width, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        weights = []
-        for layer in (self.fc1, self.fc2):
-            weights += [layer.kernel[...], layer.bias[...]]  # type: ignore[index]  # they have one
-        return mlp(*nnx.nn.dtypes.promote_dtype((x, *weights), dtype=self.fc1.dtype))
+    def __call__(self, x: Float[Array, "b *_ c"]) -> Float[Array, "b *_ c"]:
+        weights = self.fc1.kernel, self.fc1.bias, self.fc2.kernel, self.fc2.bias
+        return mlp(*_promoted(self.fc1.dtype, x, *weights))
 
 
 class DropPath(nnx.Module):
-    """Stochastic depth: drops a residual branch per example, survivors divided by the keep rate.
+    """Stochastic depth: drop a residual branch per example, and divide the others by the keep rate.
 
-    Active after `model.train()`; then a rate that is not 0 needs a key.
+    Active after `model.train()`; then a rate above 0 needs a key.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.deterministic = True
 
-    def __call__(self, x: jax.Array, rate: ArrayLike | None, key: jax.Array | None) -> jax.Array:
-        if self.deterministic or rate is None or (isinstance(rate, float) and not rate):
+    def __call__(self, x: Float[Array, " b *_"], rate: float, key: jax.Array | None) -> Float[Array, " b *_"]:
+        if self.deterministic or not rate:
             return x
         if key is None:
             raise ValueError("a model in training mode with drop_path > 0 needs a key: model(x, key=...)")

@@ -1,40 +1,65 @@
 """The two networks: UniFormer's four stages and DeiT's one, for images and video alike.
 
-A network sees a grid, (height, width) or (time, height, width); that is all that tells video from
-images. StructViT is UniFormer with structural self-attention, no fork of it. Attribute names follow
-the released PyTorch model; `structvit_jax.convert` holds the few exceptions.
+Video differs from images only in the grid: (time, height, width) instead of (height, width). StructViT is
+UniFormer with structural self-attention. Attribute names follow the released PyTorch model;
+`structvit_jax.convert` holds the few exceptions.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array, Float
 
-from structvit_jax.models.blocks import ActivationHook, Block, run_blocks, split_key
-from structvit_jax.models.layers import BatchNorm, Conv, LayerNorm, Linear, NumpyRngs, linear_init
+from structvit_jax.models.blocks import Block, run_block, split_key
+from structvit_jax.models.layers import (
+    BatchNorm,
+    Conv,
+    Dtype,
+    LayerNorm,
+    Linear,
+    NumpyRngs,
+    linear_init,
+)
 from structvit_jax.models.positions import resize_positions
 from structvit_jax.models.variants import Variant, get_variant
-from structvit_jax.ops import gelu
+from structvit_jax.ops import gelu, use_kernels
 from structvit_jax.utils.errors import UserError
+
+# Called with the name of an embedding or a block, as "patch_embed1" or "blocks1.0", and its output [batch,
+# *grid, width]; returns what the next layer sees.
+ActivationHook = Callable[[str, jax.Array], jax.Array]
 
 
 class PatchEmbed(nnx.Module):
     """A strided convolution, then LayerNorm (eps 1e-5). Sides that do not divide are floored."""
 
-    def __init__(self, inputs: int, width: int, *, window, strides, padding, norm: bool = True, dtype, rngs):
+    def __init__(
+        self,
+        inputs: int,
+        width: int,
+        *,
+        window: Sequence[int],
+        strides: Sequence[int],
+        padding: Sequence[int],
+        norm: bool = True,
+        dtype: Dtype,
+        rngs: nnx.Rngs,
+    ):
         self.norm = LayerNorm(width, epsilon=1e-5, dtype=dtype, rngs=rngs) if norm else None
         self.proj = Conv(
             inputs, width, window=window, strides=strides, padding=padding, dtype=dtype, rngs=rngs
         )
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "b *grid i"]) -> Float[Array, "b *_ c"]:
         x = self.proj(x)
         return x if self.norm is None else self.norm(x)
 
@@ -42,119 +67,131 @@ class PatchEmbed(nnx.Module):
 class ConvStem(nnx.Module):
     """Overlapping 3x3 convolutions of stride 2 with BatchNorm, GELU between them (images only)."""
 
-    def __init__(self, widths: Sequence[int], *, dtype, rngs):
+    def __init__(self, widths: Sequence[int], *, dtype: Dtype, rngs: nnx.Rngs):
         self.convs = nnx.List(
             Conv(*step, window=(3, 3), strides=(2, 2), padding=(1, 1), dtype=dtype, rngs=rngs)
             for step in itertools.pairwise(widths)
         )
         self.norms = nnx.List(BatchNorm(width, dtype=dtype, rngs=rngs) for width in widths[1:])
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b _ _ c"]:
         for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
             x = norm(conv(gelu(x) if i else x))
         return x
 
 
-def _identity(x: jax.Array) -> jax.Array:
+def _identity(name: str, x: jax.Array) -> jax.Array:
     return x
 
 
 def _mean(x: jax.Array) -> jax.Array:
-    """Over all positions, in float32 at least."""
+    """Return the mean over all positions, in float32 at least."""
     return x.mean(axis=tuple(range(1, x.ndim - 1)), dtype=jnp.promote_types(x.dtype, jnp.float32))
 
 
 class Network(nnx.Module):
-    """What both networks share: the input's check, stages, pooling and head.
+    """What both networks share: the input's check, pooling and heads.
 
     Built in evaluation mode; `train()` and `eval()` switch BatchNorm and stochastic depth.
     """
 
     variant: Variant
+    norm: BatchNorm | LayerNorm
+    head: Linear | None
+    aux_head: Linear | None
 
     def __call__(
-        self, x: jax.Array, *, key: jax.Array | None = None, place: ActivationHook = _identity
-    ) -> jax.Array:
-        """Logits [batch, num_classes], or pooled features [batch, width] where num_classes is 0.
+        self,
+        x: Float[Array, "b *grid 3"],
+        *,
+        key: jax.Array | None = None,
+        hook: ActivationHook = _identity,
+    ) -> Float[Array, "b classes"]:
+        """Return logits [batch, num_classes], or pooled features [batch, width] if num_classes is 0.
 
-        With a dense head they are those of the head plus half of the highest at any position (the released
-        token labelling).
+        With a dense head, half of its highest logit at any position is added (the released token labelling).
 
         Args:
           x: [batch, height, width, 3] or, for video, [batch, time, height, width, 3].
-          key: for stochastic depth, needed in training mode where the variant's drop_path is not 0.
-          place: applied to every block's input and output, as to pin them to devices.
+          key: for stochastic depth, needed in training mode if the variant's drop_path is not 0.
+          hook: applied to the output of every embedding and block, as to shard it.
+
+        Raises:
+          UserError: an input of another shape, or one that leaves an empty grid.
         """
-        logits, dense = self.scores(x, key=key, place=place)
+        logits, dense = self.scores(x, key=key, hook=hook)
         return logits if dense is None else logits + 0.5 * dense.max(axis=tuple(range(1, dense.ndim - 1)))
 
     def scores(
         self,
-        x: jax.Array,
+        x: Float[Array, "b *grid 3"],
         *,
         key: jax.Array | None = None,
-        place: ActivationHook = _identity,
-        mix: ActivationHook = _identity,
-    ) -> tuple[jax.Array, jax.Array | None]:
-        """The head's logits [batch, num_classes], and those of the dense head, [batch, *grid, num_classes].
+        hook: ActivationHook = _identity,
+    ) -> tuple[Float[Array, "b classes"], Float[Array, "b *_ classes"] | None]:
+        """Return logits of the head [batch, num_classes] and of the dense head [batch, *grid, num_classes].
 
-        Args:
-          x, key, place: as for a call.
-          mix: applied to the first embedding, as MixToken does.
+        The arguments are those of a call.
         """
-        x = self.norm(self.features(x, key=key, place=place, mix=mix)[-1])
-        pooled = _mean(x)
-        if self.head is None:
-            return pooled, None
-        return self.head(pooled), None if self.aux_head is None else self.aux_head(x)
+        with self._kernels():
+            x = self.norm(self.features(x, key=key, hook=hook)[-1])
+            pooled = _mean(x)
+            if self.head is None:
+                return pooled, None
+            return self.head(pooled), None if self.aux_head is None else self.aux_head(x)
 
-    def pooled(self, x: jax.Array) -> jax.Array:
-        """What the head sees, [batch, width]: the mean over positions of the last map, normalised."""
-        return _mean(self.norm(self.features(x)[-1]))
+    def pooled(self, x: Float[Array, "b *grid 3"]) -> Float[Array, "b c"]:
+        """Return the input of the head, [batch, width]: the normalised last map, averaged over positions."""
+        with self._kernels():
+            return _mean(self.norm(self.features(x)[-1]))
 
     def features(
         self,
-        x: jax.Array,
+        x: Float[Array, "b *grid 3"],
         *,
         key: jax.Array | None = None,
-        place: ActivationHook = _identity,
-        mix: ActivationHook = _identity,
+        hook: ActivationHook = _identity,
     ) -> tuple[jax.Array, ...]:
-        """The maps [batch, *grid, width] after the four stages (DeiT: after each quarter of its depth)."""
+        """Return the maps [batch, *grid, width] after the four stages, or DeiT's quarters."""
         raise NotImplementedError
 
     def grid(self, size: int) -> tuple[int, ...]:
-        """Positions along height and width of the last map of square images."""
+        """Return the height and width of the last map of square images."""
         image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
         return jax.eval_shape(self.features, image)[-1].shape[1:-1]
 
-    def dense_scores(self, x: jax.Array) -> jax.Array:
-        """Logits of every position, [batch, *grid, num_classes]: the dense head's, or else the head's."""
+    def dense_scores(self, x: Float[Array, "b *grid 3"]) -> Float[Array, "b *_ classes"]:
+        """Return logits of all positions, [batch, *grid, num_classes], by the dense head or else the head."""
         head: Any = self.head if self.aux_head is None else self.aux_head
-        return head(self.norm(self.features(x)[-1]))
+        with self._kernels():
+            return head(self.norm(self.features(x)[-1]))
 
     @property
     def drop_rates(self) -> list[float]:
-        """Of stochastic depth, for all blocks in order: from 0 up to the variant's drop_path."""
+        """Rates of stochastic depth of all blocks in order: from 0 up to the variant's drop_path."""
         return np.linspace(0.0, self.variant.drop_path, sum(self.variant.depths)).tolist()
 
-    def _rows(self, lengths, key):
-        """(rates, keys) for rows of so many blocks each."""
-        rates, keys = self.drop_rates, split_key(key, sum(lengths))
-        ends = list(itertools.accumulate(lengths, initial=0))
-        return [(rates[start:end], keys[start:end]) for start, end in itertools.pairwise(ends)]
+    def _rates_and_keys(self, key: jax.Array | None) -> Iterator[tuple[float, jax.Array | None]]:
+        """Return the rate of stochastic depth of each block and its key."""
+        rates = self.drop_rates
+        return zip(rates, split_key(key, len(rates)), strict=True)
 
-    def _finish(self, norm, num_classes, rngs):
-        """The final norm, and the heads, whose logits are float32 at least."""
+    def _kernels(self) -> contextlib.AbstractContextManager[None]:
+        """Apply the variant's `kernels`; "auto" leaves what the caller has set."""
+        chosen = self.variant.kernels
+        return contextlib.nullcontext() if chosen == "auto" else use_kernels(chosen)
+
+    def _finish(self, norm: BatchNorm | LayerNorm, num_classes: int, rngs: nnx.Rngs) -> None:
+        """Add the final norm, and the heads, whose logits are float32 at least."""
         self.norm = norm
 
-        def head():
+        def head() -> Linear:
             return Linear(self.variant.widths[-1], num_classes, dtype=None, rngs=rngs)
 
         self.head = head() if num_classes else None
         self.aux_head = head() if num_classes and self.variant.token_labels else None
 
-    def _check(self, x):
+    def _check(self, x: jax.Array) -> None:
         v = self.variant
         layout = "[batch, time, height, width, 3]" if v.video else "[batch, height, width, 3]"
         if x.ndim != v.grid_axes + 2 or x.shape[-1] != 3:
@@ -169,7 +206,7 @@ class Network(nnx.Module):
 class UniFormer(Network):
     """UniFormer and StructViT: two stages of convolution blocks, two of attention blocks, BatchNorm, mean."""
 
-    def __init__(self, v: Variant, *, num_classes: int, rngs):
+    def __init__(self, v: Variant, *, num_classes: int, rngs: nnx.Rngs):
         self.variant = v
         for stage, depth in enumerate(v.depths):
             blocks = [Block(v, stage, conv=stage < 2, rngs=rngs) for _ in range(depth)]
@@ -177,19 +214,26 @@ class UniFormer(Network):
             setattr(self, f"blocks{stage + 1}", nnx.List(blocks))
         self._finish(BatchNorm(v.widths[-1], dtype=v.compute_dtype, rngs=rngs), num_classes, rngs)
 
-    def features(self, x, *, key=None, place=_identity, mix=_identity) -> tuple[jax.Array, ...]:
+    def features(
+        self,
+        x: Float[Array, "b *grid 3"],
+        *,
+        key: jax.Array | None = None,
+        hook: ActivationHook = _identity,
+    ) -> tuple[jax.Array, ...]:
         self._check(x)
-        rows, maps = self._rows(self.variant.depths, key), []
-        for stage, (rates, keys) in enumerate(rows, start=1):
-            with jax.named_scope(f"stage{stage}"):
-                x = getattr(self, f"patch_embed{stage}")(x)
-                x = place(mix(x) if stage == 1 else x)
-                x = run_blocks(getattr(self, f"blocks{stage}"), x, rates, keys, self.variant, place)
-            maps.append(x)
+        run, draws, maps = run_block(self.variant.remat), self._rates_and_keys(key), []
+        with self._kernels():
+            for stage in range(1, 5):
+                with jax.named_scope(f"stage{stage}"):
+                    x = hook(f"patch_embed{stage}", getattr(self, f"patch_embed{stage}")(x))
+                    for i, block in enumerate(getattr(self, f"blocks{stage}")):
+                        x = hook(f"blocks{stage}.{i}", run(block, x, *next(draws)))
+                maps.append(x)
         return tuple(maps)
 
 
-def _uniformer_embed(v, stage, rngs):
+def _uniformer_embed(v: Variant, stage: int, rngs: nnx.Rngs) -> nnx.Module:
     inputs, width = (3, *v.widths)[stage : stage + 2]
     if v.stem == "conv":
         return ConvStem(
@@ -207,13 +251,13 @@ def _uniformer_embed(v, stage, rngs):
 
 
 class DeiT(Network):
-    """DeiT without a class token, which has no place on the grid: LayerNorm, then the mean over positions.
+    """DeiT without a class token, which is not on the grid: LayerNorm, then the mean over positions.
 
-    Positions are learned, jointly over time and space, for the variant's own grid, and resized
+    Position embeddings are learned, jointly over time and space, for the variant's own grid, and resized
     bicubically for other grids, as in torch.
     """
 
-    def __init__(self, v: Variant, *, num_classes: int, rngs):
+    def __init__(self, v: Variant, *, num_classes: int, rngs: nnx.Rngs):
         self.variant = v
         (width,), (depth,) = v.widths, v.depths
         tubelet = v.smallest_input  # tubelets do not overlap
@@ -233,30 +277,35 @@ class DeiT(Network):
         self.blocks = nnx.List([Block(v, 0, conv=False, rngs=rngs) for _ in range(depth)])
         self._finish(LayerNorm(width, epsilon=1e-6, dtype=v.compute_dtype, rngs=rngs), num_classes, rngs)
 
-    def features(self, x, *, key=None, place=_identity, mix=_identity) -> tuple[jax.Array, ...]:
+    def features(
+        self,
+        x: Float[Array, "b *grid 3"],
+        *,
+        key: jax.Array | None = None,
+        hook: ActivationHook = _identity,
+    ) -> tuple[jax.Array, ...]:
         self._check(x)
-        x = mix(self.patch_embed(x))
-        positions = self.pos_embed[...]
-        x = place(x + resize_positions(positions, x.shape[1:-1]).astype(x.dtype))
-        ends = [math.ceil(len(self.blocks) * quarter / 4) for quarter in range(5)]
-        quarters = [end - start for start, end in itertools.pairwise(ends)]
-        maps = []
-        for quarter, (rates, keys) in enumerate(self._rows(quarters, key)):
-            row = self.blocks[ends[quarter] : ends[quarter + 1]]
-            with jax.named_scope(f"quarter{quarter + 1}"):
-                x = run_blocks(row, x, rates, keys, self.variant, place)
-            maps.append(x)
+        run, draws, maps = run_block(self.variant.remat), self._rates_and_keys(key), []
+        with self._kernels():
+            x = self.patch_embed(x)
+            x = hook("patch_embed", x + resize_positions(self.pos_embed[...], x.shape[1:-1]).astype(x.dtype))
+            ends = [math.ceil(len(self.blocks) * quarter / 4) for quarter in range(5)]
+            for quarter, (start, end) in enumerate(itertools.pairwise(ends), start=1):
+                with jax.named_scope(f"quarter{quarter}"):
+                    for i in range(start, end):
+                        x = hook(f"blocks.{i}", run(self.blocks[i], x, *next(draws)))
+                maps.append(x)
         return tuple(maps)
 
 
-def create_model(name: str, *, num_classes: int, seed: int | None = 0, **overrides) -> Network:
-    """Builds a model by name, with fresh weights, in evaluation mode.
+def create_model(name: str, *, num_classes: int, seed: int | None = 0, **overrides: Any) -> Network:
+    """Build a model by name, with random weights, in evaluation mode.
 
     Args:
       name: see `list_models`; "structvit_s_4_1_video" is StructViT-S, D = 4, stride 1, for video.
-      num_classes: outputs of the head; 0 leaves the head out, so that calls give pooled features.
-      seed: of the weights; None draws none, for a model that gets others or is only counted.
-      **overrides: fields of `Variant`, as `structure_dim=8` or `drop_path=0.2`.
+      num_classes: outputs of the head; 0 leaves the head out, so that calls return pooled features.
+      seed: of the weights; None makes them zero, for a model whose weights are replaced.
+      **overrides: fields of `Variant`, as `structure_dim=8` or `kernels="reference"`.
 
     Raises:
       UserError: an unknown name or override, or one that does not fit the others.
@@ -264,5 +313,5 @@ def create_model(name: str, *, num_classes: int, seed: int | None = 0, **overrid
     variant = get_variant(name, **overrides)
     if min(num_classes, seed or 0) < 0:
         raise UserError(f"num_classes={num_classes} and seed={seed} should not be negative")
-    network = {"uniformer": UniFormer, "deit": DeiT}[variant.network]
+    network: Any = {"uniformer": UniFormer, "deit": DeiT}[variant.network]
     return network(variant, num_classes=num_classes, rngs=NumpyRngs(seed))

@@ -6,6 +6,7 @@ import dataclasses
 import fnmatch
 import numbers
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from structvit_jax.utils.errors import UserError, check_choice, unknown_choice
@@ -13,7 +14,7 @@ from structvit_jax.utils.errors import UserError, check_choice, unknown_choice
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """All that tells one model from another. The name says the first two; all else can be overridden."""
+    """The hyper-parameters of a model. The name sets the first two; all others can be overridden."""
 
     network: str = "uniformer"  # "uniformer" (four stages) or "deit" (one)
     video: bool = False  # grid (time, height, width) instead of (height, width)
@@ -23,24 +24,23 @@ class Variant:
     patch: int = 4  # side and stride of the first embedding's patch, pixels
     stem: str = "patch"  # embeddings: "patch", or "conv" for overlapping 3x3 convolutions
     mixer_window: int = 5  # side of the convolution blocks' depthwise window
-    structure_dim: int = 0  # D, correlation patterns; 0 is plain self-attention, 1 ConvSA
+    structure_dim: int = 0  # D, structure kernels; 0 is plain self-attention, 1 ConvSA
     stride: int = 1  # S, spatial stride of keys and values
     key_window: int | tuple[int, ...] = 3  # sides of the key kernels
     value_window: int | tuple[int, ...] = 3  # sides of the value kernels
     key_kernels: str = "channel"  # "channel" (appendix A) or "shared" (dot product, equation 2)
     value_kernels: str = "channel"  # "channel" (appendix A) or "shared" (equation 5)
     aggregation: str = "context"  # "context" (equation 5), or "element" (equation 4): a value window of 1
-    attention: str = "factored"  # form of StructSA: "factored" or "volume" (the definition)
     kernel_init: str = "normal"  # of the key and value kernels: "normal" or "delta"
     drop_path: float = 0.1  # stochastic depth of the last block, rising linearly from 0
     layer_scale: float | None = None  # initial value of the residual branches' factors; None or 0 is off
     conv_layer_scale: bool = True  # layer scale on convolution blocks too
-    image_size: int = 224  # DeiT: side that its positions are learned for, pixels
-    num_frames: int = 16  # DeiT video: frames that its positions are learned for
-    tubelet: int = 2  # DeiT video: frames that one token covers
+    image_size: int = 224  # DeiT: side of the learned positions, pixels
+    num_frames: int = 16  # DeiT video: frames of the learned positions
+    tubelet: int = 2  # DeiT video: frames per token
     token_labels: bool = False  # a dense head beside the head, for token labelling
-    scan_blocks: bool = False  # compile a row of equal blocks once, as a loop
-    remat: str = "none"  # what the backward pass computes again: "none", "dots" or "full", see blocks.py
+    remat: str = "none"  # recompute in the backward pass: "none", "dots" or "full", see blocks.py
+    kernels: str = "auto"  # "auto" takes fast kernels, "reference" the definitions in structvit_jax.ops
     dtype: str = "float32"  # of the computation, "float32" or "bfloat16"; parameters are float32
 
     @property
@@ -48,13 +48,13 @@ class Variant:
         return 3 if self.video else 2
 
     @property
-    def compute_dtype(self):
-        """What layers are told: None follows the input, so that float64 inputs give float64."""
+    def compute_dtype(self) -> str | None:
+        """The type of the computation: None follows the input, so that float64 inputs give float64."""
         return None if self.dtype == "float32" else self.dtype
 
     @property
     def smallest_input(self) -> tuple[int, ...]:
-        """The least ([time,] height, width) that leaves no grid empty."""
+        """The smallest ([time,] height, width) that leaves no grid empty."""
         if self.network == "deit":
             return (self.tubelet,) * self.video + (self.patch, self.patch)
         side = self.patch * 8 if self.stem == "patch" else 1
@@ -64,7 +64,7 @@ class Variant:
 OVERRIDES = tuple(
     field.name for field in dataclasses.fields(Variant) if field.name not in ("network", "video")
 )
-_ONLY_IN = {  # fields that one network alone reads
+_ONLY_IN = {  # fields of one network only
     "uniformer": ("stem", "mixer_window", "conv_layer_scale", "token_labels"),
     "deit": ("image_size", "num_frames", "tubelet"),
 }
@@ -98,22 +98,22 @@ _IMAGES_ONLY = {
 }
 _LISTED = ("4_1", "4_2", "8_1")  # the D_S of the paper's tables
 
-_LARGEST, _MOST_BLOCKS = 2**16, 1000  # of a size, and of all depths together
+_LARGEST, _MOST_BLOCKS = 2**16, 1000  # limits of a size, and of the sum of depths
 
 _CHOICES = {
     "stem": ("patch", "conv"),
     "key_kernels": ("channel", "shared"),
     "value_kernels": ("channel", "shared"),
     "aggregation": ("context", "element"),
-    "attention": ("factored", "volume"),
     "kernel_init": ("normal", "delta"),
     "remat": ("none", "dots", "full"),
+    "kernels": ("auto", "reference"),
     "dtype": ("float32", "bfloat16"),
 }
 
 
 def list_models(pattern: str = "*") -> list[str]:
-    """Names of models that match a shell pattern, as "structvit_*_video". Any other D_S works too."""
+    """Return names that match a shell pattern, as "structvit_*_video". Any other D and S work too."""
     names = list(VARIANTS)
     names += [f"structvit_{size}_{ds}" for size in ("s", "b", "l", "tiny") for ds in _LISTED]
     names += [f"deit_{size}_struct_{d}" for size in ("s", "tiny") for d in (1, 2, 4, 8)]
@@ -122,18 +122,18 @@ def list_models(pattern: str = "*") -> list[str]:
 
 
 def counterpart(name: str) -> str:
-    """Return the name of a model's form for images, if it takes videos, or for videos, if it takes images."""
+    """Return the name of the same model for images, if it takes videos, or for videos, if it takes images."""
     if name.endswith("_video"):
         return name.removesuffix("_video")
     return "uniformer_b_video" if name in _IMAGES_ONLY else f"{name}_video"
 
 
-def get_variant(name: str, **overrides) -> Variant:
-    """The variant behind a name, with overrides.
+def get_variant(name: str, **overrides: Any) -> Variant:
+    """Return the variant of a name, with overrides.
 
     Raises:
       UserError: an unknown name or override, a value that the field does not take or that does not
-        fit the others, or a video form of a model that has none.
+        fit the others, or "_video" after a model that is for images only.
     """
     variant = _by_name(name)
     for key, value in overrides.items():
@@ -169,8 +169,8 @@ def _by_name(name: str) -> Variant:
     return dataclasses.replace(VARIANTS[base], video=video, **structured)
 
 
-def _problems(v: Variant):
-    """What is wrong with a variant, a line each."""
+def _problems(v: Variant) -> Iterator[str]:
+    """Yield each problem of a variant, as one line."""
     for key, choices in _CHOICES.items():
         if getattr(v, key) not in choices:
             yield f"{key} is {getattr(v, key)!r}; it takes one of {', '.join(map(repr, choices))}"
@@ -179,7 +179,7 @@ def _problems(v: Variant):
         sides = getattr(v, key)
         if not isinstance(sides, tuple) or len(sides) != stages or not all(map(_is_positive, sides)):
             yield f"{key} is {sides!r}; a {v.network} takes {stages} positive integers up to {_LARGEST}"
-            return  # what follows needs them
+            return  # the other checks need them
     if sum(v.depths) > _MOST_BLOCKS:
         yield f"depths is {v.depths!r}, more than {_MOST_BLOCKS} blocks"
     for key in ("head_width", "patch", "stride", "image_size", "num_frames", "tubelet"):
@@ -207,5 +207,5 @@ def _problems(v: Variant):
         yield "stem='conv' is defined for images with patch 4 only"
 
 
-def _is_positive(value) -> bool:
+def _is_positive(value: Any) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool) and 0 < int(value) <= _LARGEST

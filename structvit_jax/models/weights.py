@@ -28,21 +28,23 @@ class ModelDef(NamedTuple):
     graphdef: nnx.GraphDef
 
     def model(self, weights: Weights) -> nnx.Module:
-        """The model again, with these arrays."""
+        """Return the model with these arrays."""
         flat: dict[tuple, nnx.Variable] = {_path(name): nnx.Param(a) for name, a in weights.params.items()}
         flat |= {_path(name): nnx.BatchStat(a) for name, a in weights.batch_stats.items()}
         return nnx.merge(self.graphdef, nnx.from_flat_state(flat))
 
 
 def split(model: nnx.Module) -> tuple[ModelDef, Weights]:
-    """The model's structure (in its present mode, training or evaluation) and its arrays."""
+    """Return the model's definition, in its present mode (training or evaluation), and its arrays."""
     graphdef, *states = nnx.split(model, nnx.Param, nnx.BatchStat)
     return ModelDef(graphdef), Weights(*map(_flat, states))
 
 
 def training_structure(model: nnx.Module, frozen: frozenset[str] = frozenset()) -> ModelDef:
-    """The model in training mode, but for parts of which all parameters are frozen: those normalise with
-    their running statistics, and drop nothing."""
+    """Return the model in training mode, except parts of which all parameters are frozen.
+
+    Those normalise with their running statistics, and have no stochastic depth.
+    """
     model.train()
     names = list(split(model)[1].params)
     for path, part in nnx.iter_modules(model):
@@ -55,25 +57,26 @@ def training_structure(model: nnx.Module, frozen: frozenset[str] = frozenset()) 
 
 
 def batch_stats(model: nnx.Module) -> Arrays:
+    """Return the model's running statistics."""
     return _flat(nnx.state(model, nnx.BatchStat))
 
 
 def cast_like(weights: Weights, arrays: Mapping[str, Any]) -> Weights:
-    """Return copies of these arrays in the places of a model's own, and with their types."""
+    """Return copies of these arrays with the names and types of a model's weights."""
     return Weights(
         *({name: jnp.array(arrays[name], own.dtype) for name, own in part.items()} for part in weights)
     )
 
 
 def update(model: nnx.Module, weights: Weights) -> None:
-    """Gives a model these arrays."""
+    """Replace the weights of a model."""
     own = nnx.to_flat_state(nnx.state(model, (nnx.Param, nnx.BatchStat)))
     given = weights.params | weights.batch_stats
     nnx.update(model, nnx.from_flat_state([(path, leaf.replace(given[_name(path)])) for path, leaf in own]))
 
 
 def sha256(weights: Weights) -> str:
-    """Digest over parameters and batch statistics, sorted by path: each one's path, dtype, shape and
+    """Return a digest of parameters and batch statistics, sorted by path: each one's path, dtype, shape and
     little-endian bytes."""
     digest = hashlib.sha256()
     for name, array in sorted((weights.params | weights.batch_stats).items()):
@@ -84,7 +87,7 @@ def sha256(weights: Weights) -> str:
 
 
 def mismatches(expected: Mapping[str, jax.Array], given: Mapping[str, jax.Array]) -> list[str]:
-    """What tells two sets of arrays apart, a phrase per name."""
+    """Return the differences in names and shapes of two sets of arrays, a phrase per name."""
     problems = [f"missing {name}" for name in expected if name not in given]
     problems += [f"extra {name}" for name in given if name not in expected]
     problems += [

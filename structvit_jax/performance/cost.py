@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import functools
 import math
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 from unittest import mock
@@ -26,7 +25,7 @@ from structvit_jax.models.attention import StructAttention
 from structvit_jax.models.layers import Conv, DepthwiseConv, Linear, Mlp, Pointwise
 from structvit_jax.models.networks import create_model
 from structvit_jax.models.variants import get_variant
-from structvit_jax.ops import attention, portable_lowering
+from structvit_jax.ops import use_kernels
 
 _LAYERS = (StructAttention, Mlp, Linear, Conv, DepthwiseConv)  # every product of a model is in one of these
 
@@ -76,7 +75,7 @@ def cost(name: str, input_shape: Sequence[int], num_classes: int, **overrides: A
         for path, layer in nnx.iter_modules(model)
         if isinstance(layer, _LAYERS)
     }
-    with _reference_operations(), _named(layers):
+    with use_kernels("reference"), _named(layers):
         program = jax.make_jaxpr(lambda x: model(x))(jnp.zeros((1, *input_shape)))
     for (scope, is_convolution), flops in _count(program.jaxpr, "", count_padding=True).items():
         for layer in [name for name in scope.split("/") if name in layers][-1:]:  # the innermost
@@ -94,13 +93,6 @@ def _kind(layer: nnx.Module, is_convolution: bool) -> str:
         return "depthwise"
     layer = layer.fc1 if isinstance(layer, Mlp) else layer
     return "conv" if isinstance(layer, (Conv, Pointwise)) else "linear"
-
-
-@contextlib.contextmanager
-def _reference_operations() -> Iterator[None]:
-    """Trace operations as their definitions, whatever the platform."""
-    with portable_lowering(), mock.patch.object(attention, "_AT_ONCE", sys.maxsize):
-        yield
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from structvit_jax.config import durations, model_arguments
 from structvit_jax.data.types import Arrays, Dataset
 from structvit_jax.models import Network, create_model
 from structvit_jax.models.weights import Weights, split
-from structvit_jax.ops import native
+from structvit_jax.ops.kernels import native
 from structvit_jax.runtime.devices import describe_devices
 from structvit_jax.runtime.mesh import check_batch, make_mesh
 from structvit_jax.runtime.processes import log

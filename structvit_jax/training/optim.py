@@ -13,7 +13,7 @@ import ml_collections
 import optax
 
 from structvit_jax.config import Durations, matching
-from structvit_jax.ops.devices import target
+from structvit_jax.ops.dispatch import current_device
 from structvit_jax.utils.errors import UserError
 
 T = TypeVar("T")
@@ -144,7 +144,7 @@ def _adam(b1: float, b2: float, eps: float) -> optax.GradientTransformationExtra
         finite: jax.typing.ArrayLike = True,
     ) -> tuple[optax.Updates, optax.OptState]:
         new = jax.tree.map(functools.partial(jnp.where, finite), adam.update(grads, old)[1], old)
-        if target().platform == "cpu":  # on other devices one fused loop writes moments and weights
+        if current_device().platform == "cpu":  # on other devices one fused loop writes moments and weights
             new = jax.lax.optimization_barrier(new)
         mean = optax.tree.bias_correction(new.mu, b1, new.count)
         square = optax.tree.bias_correction(new.nu, b2, new.count)

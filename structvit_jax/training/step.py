@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
 
 from structvit_jax.config import INPUTS
 from structvit_jax.models import Network
+from structvit_jax.models.blocks import ActivationHook
 from structvit_jax.models.weights import ModelDef, Weights, batch_stats, training_structure
-from structvit_jax.ops import batch_split_over
 from structvit_jax.runtime.mesh import put_whole
 from structvit_jax.runtime.sharding import batch_sharding, replicated, state_sharding
 from structvit_jax.training import losses, mixing, token_labels
@@ -78,7 +78,7 @@ def make_train_step(
         lr, grad_norm = schedule(state.step), optax.tree.norm(grads)
         trained = optimizer.trained(state.weights.params)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        with jax.named_scope("optimizer"), batch_split_over(mesh):
+        with jax.named_scope("optimizer"), use_abstract_mesh(mesh.abstract_mesh):
             updates, moments = optimizer.transform.update(grads, state.optimizer, trained, finite=finite)
         trained = jax.tree.map(lambda param, update: param - lr * update, trained, updates)
         weights, average = Weights(state.weights.params | trained, stats), state.average
@@ -114,7 +114,7 @@ def _gradients(
     grid = model.grid(config.data.size) if config.data.label_maps else None
     examples = batch_sharding(mesh)
 
-    def place(x: jax.Array) -> jax.Array:
+    def shard(name: str, x: jax.Array) -> jax.Array:
         return jax.lax.with_sharding_constraint(x, examples)
 
     def loss_fn(
@@ -126,8 +126,8 @@ def _gradients(
     ) -> tuple[jax.Array, tuple[dict[str, jax.Array], jax.Array]]:
         """Return the contribution of a part to the loss and accuracy of the whole batch."""
         network = cast(Network, structure.model(Weights(frozen | trained, stats)))
-        with batch_split_over(mesh):
-            logits, loss = forward(network, part, key, place, config)
+        with use_abstract_mesh(mesh.abstract_mesh):
+            logits, loss = forward(network, part, key, shard, config)
         top1 = losses.masked_mean(losses.in_top(logits, part["labels"], 1), part["mask"])
         return loss * part["fraction"], (batch_stats(network), top1 * part["fraction"])
 
@@ -196,7 +196,7 @@ def make_eval_step(
             return jax.nn.softmax(logits) if config.eval.average == "softmax" else logits
 
         views = jnp.moveaxis(batch["inputs"], 1, 0)
-        with batch_split_over(mesh):
+        with use_abstract_mesh(mesh.abstract_mesh):
             mean = jnp.mean(jax.lax.map(scores, views), axis=0) if len(views) > 1 else scores(views[0])
         hits = {f"top{k}": losses.in_top(mean, batch["labels"], k) for k in (1, 5)}
         return {"scores": mean, **hits, **{key: batch[key] for key in ("labels", "mask", "index")}}
@@ -217,7 +217,7 @@ def make_features_step(
             return network.pooled(normalize(view, config)).astype(jnp.float32)
 
         views = jnp.moveaxis(batch["inputs"], 1, 0)
-        with batch_split_over(mesh):
+        with use_abstract_mesh(mesh.abstract_mesh):
             features = jax.lax.map(pooled, views)
         return {"features": jnp.moveaxis(features, 0, 1)}
 
@@ -236,16 +236,20 @@ def forward(
     network: Network,
     part: Arrays,
     key: jax.Array,
-    place: Callable[[jax.Array], jax.Array],
+    shard: ActivationHook,
     config: ml_collections.ConfigDict,
 ) -> tuple[jax.Array, jax.Array]:
     """Return the logits of a part of a training batch, and their loss."""
     if not network.variant.token_labels:
-        logits = network(part["inputs"], key=key, place=place)
+        logits = network(part["inputs"], key=key, hook=shard)
         return logits, losses.cross_entropy(logits, part["targets"], part["mask"])
     mix = token_labels.MixToken(jax.random.fold_in(key, 1), config.augment.mix_token)
-    mixes: dict[str, Any] = {"mix": mix} if config.augment.mix_token else {}
-    logits, dense_logits = network.scores(part["inputs"], key=key, place=place, **mixes)
+    mixes = bool(config.augment.mix_token)
+
+    def hook(name: str, x: jax.Array) -> jax.Array:
+        return shard(name, mix(x) if mixes and name == "patch_embed1" else x)
+
+    logits, dense_logits = network.scores(part["inputs"], key=key, hook=hook)
     assert dense_logits is not None
     whole, shape = part["targets"], dense_logits.shape
     positions = whole.reshape(len(whole), *[1] * (len(shape) - 2), -1)

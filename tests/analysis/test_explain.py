@@ -39,7 +39,7 @@ MODELS = {
     "structvit_tiny_3_2_video": (SMALL | {"key_kernels": "shared"}, (4, 40, 48)),
     "structvit_tiny_2_1": (SMALL | {"aggregation": "element", "key_window": 5}, (48, 56)),
     "structvit_tiny_1_1": (SMALL | {"value_kernels": "shared"}, (48, 48)),
-    "uniformer_tiny_video": (SMALL | {"depths": (1, 1, 2, 1), "scan_blocks": True}, (2, 32, 32)),
+    "uniformer_tiny_video": (SMALL | {"depths": (1, 1, 2, 1), "remat": "full"}, (2, 32, 32)),
 }
 
 
@@ -58,7 +58,7 @@ def build(name, **more):
 @pytest.mark.parametrize("name", MODELS)
 def test_layers_are_given_what_the_network_gives_them(name, monkeypatch):
     _, x, found = example(name)
-    network = build(name, scan_blocks=False)  # whose layers are called one by one
+    network = build(name)  # whose layers are called one by one
     inputs = []
     call = StructAttention.__call__
 

@@ -24,7 +24,7 @@ from structvit_jax.config import check_config, default_config
 from structvit_jax.data import Problem
 from structvit_jax.inference.trained import Prediction
 from structvit_jax.models import weights
-from structvit_jax.ops import native
+from structvit_jax.ops.kernels import native
 from structvit_jax.runtime import cache, devices, goodput, mesh, storage
 from structvit_jax.runtime.digests import write_digests
 from structvit_jax.runtime.process import exit_in_one_line

@@ -1,7 +1,7 @@
-"""The forms of attention against its definition, values and gradients.
+"""Attention kernels against the definition, values and gradients.
 
-The kernels for TPUs run here in Pallas's interpreter, and are compiled for a TPU where libtpu is installed.
-They have run on no TPU. cuDNN's form is compiled for a GPU where JAX's CUDA plugin is installed; the test of
+The kernels for TPUs run here in Pallas's interpreter, and are compiled for a TPU if libtpu is installed. They
+have not run on a TPU. cuDNN's attention is compiled for a GPU if JAX's CUDA plugin is installed; the test of
 its numbers needs a GPU, is skipped without, and has run on an H100.
 """
 
@@ -13,15 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from structvit_jax.ops import attention as module
-from structvit_jax.ops import native
+from structvit_jax.ops import kernels, use_kernels
 from structvit_jax.ops.attention import attention
-from structvit_jax.ops.devices import batch_split_over
+from structvit_jax.ops.kernels import attention_tpu, native
+from structvit_jax.ops.kernels.attention_blocks import attention_in_blocks
 from structvit_jax.performance.cost import count_flops
 from structvit_jax.runtime.mesh import make_mesh
 
-# batch, queries, keys, heads, channels: odd sizes, and of the networks the smallest grid; and the bytes of
-# products at a time: of a part of a head, of one, of three and then two, of all
+# batch, queries, keys, heads, channels: odd sizes, and the smallest grid of the networks; and the bytes of
+# products at a time: part of a head, one head, three and then two, all
 CASES = [
     ((1, 49, 196, 2, 64), 2**14),
     ((2, 13, 29, 3, 8), 2000),
@@ -32,7 +32,7 @@ CASES = [
 
 
 def definition(query, key, value):
-    """With the whole matrix, in float32 at least; JAX's gradients."""
+    """The equation in float32 at least, independent of the package; JAX's gradients."""
     query, key, value = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (query, key, value))
     logits = jnp.einsum("bnhc,bmhc->bhnm", query, key, precision="highest") / np.sqrt(query.shape[-1])
     return jnp.einsum("bhnm,bmhc->bnhc", jax.nn.softmax(logits), value, precision="highest")
@@ -59,42 +59,45 @@ def assert_close(ours, expected, tolerance):
         assert np.abs(a - b).max() <= tolerance * max(np.abs(b).max(), 1.0)
 
 
-FORMS = {name: functools.partial(attention, method=name) for name in ("blocked", "native", "pallas")}
+NAMES = ("attention_blocks", "attention_cpp", "attention_pallas")
+KERNELS = {name: kernels.named(name).run for name in NAMES} | {"definition": attention.definition}
 needs_compiler = pytest.mark.skipif(not native.available(), reason="needs a C++ compiler")
-in_cpp = pytest.param("native", marks=needs_compiler)
-forms = pytest.mark.parametrize("form", ["blocked", in_cpp, "pallas"])
+in_cpp = pytest.param("attention_cpp", marks=needs_compiler)
+all_kernels = pytest.mark.parametrize(
+    "kernel", ["definition", "attention_blocks", in_cpp, "attention_pallas"]
+)
 
 
 @pytest.mark.parametrize(("shape", "size"), CASES, ids=str)
-@forms
+@all_kernels
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 2e-2)])
-def test_every_form_equals_the_definition(monkeypatch, form, shape, size, dtype, tolerance):
+def test_every_kernel_equals_the_definition(monkeypatch, kernel, shape, size, dtype, tolerance):
     """In bfloat16 the definition gets the rounded arguments."""
-    if form == "native" and dtype != "float32":
-        pytest.skip("has float32 alone")
+    if kernel == "attention_cpp" and dtype != "float32":
+        pytest.skip("float32 only")
     args = arrays(shape, dtype)
-    monkeypatch.setattr(module, "_IN_CACHE", size)
-    monkeypatch.setattr(module.attention_tpu, "_PRODUCTS", size)
-    ours = jax.jit(functools.partial(value_and_grads, FORMS[form]))(*args)
+    monkeypatch.setattr(attention_tpu, "_PRODUCTS", size)
+    function = attention_in_blocks(size) if kernel == "attention_blocks" else KERNELS[kernel]
+    ours = jax.jit(functools.partial(value_and_grads, function))(*args)
     assert all(array.dtype == dtype for array in ours)
     assert_close(ours, value_and_grads(definition, *args), tolerance)
 
 
-def test_float64_is_exact_to_rounding(x64, monkeypatch):
+@pytest.mark.parametrize("function", [attention, attention.definition, attention_in_blocks(500)])
+def test_float64_is_exact_to_rounding(x64, function):
     args = arrays((2, 13, 29, 3, 8), jnp.float64)
-    monkeypatch.setattr(module, "_IN_CACHE", 500)
-    assert_close(value_and_grads(attention, *args), value_and_grads(definition, *args), 1e-13)
+    assert_close(value_and_grads(function, *args), value_and_grads(definition, *args), 1e-13)
 
 
-@forms
-def test_large_logits_neither_overflow_nor_vanish(form):
+@all_kernels
+def test_large_logits_neither_overflow_nor_vanish(kernel):
     query, key, value, cotangent = arrays((1, 7, 33, 1, 8), jnp.float32)
     args = 30 * query, key, value, cotangent
-    assert_close(value_and_grads(FORMS[form], *args), value_and_grads(definition, *args), 1e-4)
+    assert_close(value_and_grads(KERNELS[kernel], *args), value_and_grads(definition, *args), 1e-4)
 
 
 def test_no_matrix_of_queries_and_keys_is_in_memory():
-    """Neither forward nor backward, by what the compiled programs need beside arguments and results."""
+    """Neither forward nor backward, by the memory of compiled programs beside arguments and results."""
     batch, length, keys, heads, channels = 1, 784, 3136, 2, 16
     args = arrays((batch, length, keys, heads, channels), jnp.float32)
     whole = 4 * heads * length * keys
@@ -106,14 +109,17 @@ def test_no_matrix_of_queries_and_keys_is_in_memory():
     assert needs(functools.partial(value_and_grads, attention)) < whole
 
 
-@forms
-def test_each_device_computes_its_examples(form):
-    """Eight devices, the kernel in the interpreter: the numbers of one."""
+@pytest.mark.parametrize("kernel", ["attention_blocks", in_cpp, "attention_pallas"])
+def test_each_device_computes_its_examples(only, kernel):
+    """Eight devices give the numbers of one."""
+    only(kernel)
     args = arrays((8, 5, 12, 2, 8), jnp.float32)
     mesh = make_mesh(-1, 2, jax.devices("cpu")[:8])
     assert mesh.size == 8, "conftest.py makes eight devices"
-    with batch_split_over(mesh):
-        split = jax.jit(functools.partial(value_and_grads, FORMS[form]))(*args)
+    with jax.set_mesh(mesh):
+        traced = jax.jit(functools.partial(value_and_grads, attention)).trace(*args)
+        assert "shard_map" in str(traced.jaxpr)
+        split = traced.lower().compile()(*args)
     assert_close(split, value_and_grads(definition, *args), 1e-5)
 
 
@@ -128,23 +134,24 @@ def test_each_device_computes_its_examples(form):
 )
 def test_native_at_sizes_of_its_own(shape):
     args = arrays(shape, jnp.float32)
-    ours = value_and_grads(FORMS["native"], *args)
+    cpp = functools.partial(value_and_grads, KERNELS["attention_cpp"])
+    ours = cpp(*args)
     assert_close(ours, value_and_grads(definition, *args), 1e-5)
-    again = jax.jit(functools.partial(value_and_grads, FORMS["native"]))(*args)
+    again = jax.jit(cpp)(*args)
     assert all((a == b).all() for a, b in zip(ours, again, strict=True))
-    assert count_flops(jax.make_jaxpr(functools.partial(value_and_grads, FORMS["native"]))(*args)) == (
-        (2 + 5) * 2 * math.prod(shape)
-    )
+    assert count_flops(jax.make_jaxpr(cpp)(*args)) == (2 + 5) * 2 * math.prod(shape)
 
 
 @needs_compiler
-def test_native_is_what_cpus_get_and_loops_without_a_compiler(monkeypatch):
+def test_cpus_get_cpp_and_blocks_without_a_compiler(monkeypatch):
     def traced(dtype):
         args = arrays((1, 3, 4, 1, 8), dtype)
         return str(jax.make_jaxpr(lambda *qkv: attention(*qkv))(*args[:3]))
 
     assert "structvit_attention_forward" in traced(jnp.float32)
     assert "structvit_attention" not in traced(jnp.bfloat16)
+    with use_kernels("reference"):
+        assert "custom_vjp" not in traced(jnp.float32)
     monkeypatch.setattr(native, "available", lambda: False)
     assert "structvit_attention" not in traced(jnp.float32)
 
@@ -169,7 +176,7 @@ def test_the_kernels_compile_for_a_tpu(tpu, queries, keys, heads):
 
 @pytest.mark.parametrize("queries, keys", [(196, 784), (49, 196), (49, 49), (1568, 6272), (392, 1568)])
 def test_cudnn_is_what_gpus_get(gpu, queries, keys):
-    """In half precision, compiled for one that is not there; otherwise the loops are."""
+    """In half precision, compiled for a GPU that is not present; otherwise blocks are."""
 
     def traced(dtype, channels=64):
         lengths = queries, keys, keys, queries
@@ -190,22 +197,20 @@ def test_cudnn_is_what_gpus_get(gpu, queries, keys):
 @pytest.mark.parametrize("queries, keys", [(196, 784), (49, 49)])
 def test_cudnn_equals_the_definition(queries, keys):
     args = arrays((2, queries, keys, 5, 64), jnp.bfloat16)
-    form = functools.partial(attention, method="cudnn")
-    assert_close(value_and_grads(form, *args), value_and_grads(definition, *args), 2e-2)
+    cudnn = kernels.named("attention_cudnn").run
+    assert_close(value_and_grads(cudnn, *args), value_and_grads(definition, *args), 2e-2)
 
 
 @pytest.mark.parametrize(
-    ("shapes", "method", "message"),
+    ("shapes", "message"),
     [
-        ([(1, 4, 2, 8)] * 3, "fast", "method 'fast' is not one of auto, blocked"),
-        ([(1, 4, 2, 8)] * 3, "native", "is float32 .not bfloat16"),
-        ([(1, 4, 16)] * 3, "auto", "should be"),
-        ([(1, 4, 2, 8), (1, 5, 2, 8), (1, 6, 2, 8)], "auto", "one length for keys and values"),
-        ([(1, 4, 2, 8), (1, 4, 3, 8), (1, 4, 3, 8)], "auto", "should be"),
-        ([(1, 4, 2, 8), (1, 4, 2, 4), (1, 4, 2, 4)], "auto", "should be"),
+        ([(1, 4, 16)] * 3, "should be"),
+        ([(1, 4, 2, 8), (1, 5, 2, 8), (1, 6, 2, 8)], "one length for keys and values"),
+        ([(1, 4, 2, 8), (1, 4, 3, 8), (1, 4, 3, 8)], "should be"),
+        ([(1, 4, 2, 8), (1, 4, 2, 4), (1, 4, 2, 4)], "should be"),
     ],
 )
-def test_bad_arguments_are_one_line(shapes, method, message):
+def test_bad_arguments_are_one_line(shapes, message):
     with pytest.raises(ValueError, match=message) as error:
-        attention(*(jnp.zeros(shape, "bfloat16") for shape in shapes), method=method)
+        attention(*(jnp.zeros(shape, "bfloat16") for shape in shapes))
     assert "\n" not in str(error.value)

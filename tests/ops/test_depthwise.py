@@ -1,7 +1,7 @@
-"""The forms of the depthwise convolution against its definition, values and gradients.
+"""Kernels of the depthwise convolution against its definition, values and gradients.
 
-The kernel for TPUs runs here in Pallas's interpreter, and is compiled for a TPU where libtpu is installed.
-It has run on no TPU. The forms for GPUs run here on the CPU, and are compiled for a GPU where JAX's CUDA
+The kernel for TPUs runs here in Pallas's interpreter, and is compiled for a TPU if libtpu is installed. It
+has not run on a TPU. The kernels for GPUs run here on the CPU, and are compiled for a GPU if JAX's CUDA
 plugin is installed; their tests have run on an H100, too.
 """
 
@@ -15,7 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from structvit_jax.ops import batch_split_over, depthwise_conv, native
+from structvit_jax.ops import depthwise_conv, kernels
+from structvit_jax.ops.kernels import native
 from structvit_jax.runtime.mesh import make_mesh
 
 odd = st.sampled_from([1, 3, 5])
@@ -31,7 +32,7 @@ def cases(draw):
 
 
 def definition(x, kernel, *, stride):
-    """XLA's grouped convolution, with XLA's gradients."""
+    """XLA's grouped convolution and its gradients, independent of the package."""
     axes, (*window, channels, multiplier) = "THW"[5 - x.ndim :], kernel.shape
     out = jax.lax.conv_general_dilated(
         x,
@@ -53,10 +54,8 @@ def value_and_grads(convolve, x, kernel, stride):
     return jax.jit(jax.value_and_grad(loss, (0, 1)))(x, kernel)
 
 
-FORMS = {
-    name: functools.partial(depthwise_conv, method=name)
-    for name in ("grouped", "library", "shifted", "padded", "banded")
-}
+NAMES = ("planes", "library", "shifts", "sums", "bands")
+KERNELS = {name: kernels.named(f"depthwise_{name}").run for name in NAMES}
 
 
 def largest_difference(a, b):
@@ -70,21 +69,21 @@ def arrays(x_shape, kernel_shape, dtype):
     return [jnp.asarray(rng.standard_normal(shape), dtype) for shape in (x_shape, kernel_shape)]
 
 
-def together(forms, *args):
-    """Values and gradients of several forms, as one program: compiling is what takes the time."""
+def together(functions, *args):
+    """Values and gradients of several functions, as one program: compiling takes most of the time."""
     *arrays, stride = args
-    return jax.jit(lambda *arrays: [value_and_grads(form, *arrays, stride) for form in forms])(*arrays)
+    return jax.jit(lambda *arrays: [value_and_grads(f, *arrays, stride) for f in functions])(*arrays)
 
 
 @settings(max_examples=6, deadline=None, derandomize=True)
 @given(cases())
-def test_all_forms_equal_the_definition(case):
+def test_all_kernels_equal_the_definition(case):
     x_shape, kernel_shape, stride = case
     with jax.enable_x64(True):
         x, kernel = arrays(x_shape, kernel_shape, jnp.float64)
-        expected, *found = together((definition, *FORMS.values()), x, kernel, stride)
-        for form, its in zip(FORMS, found, strict=True):
-            assert largest_difference(its, expected) < 1e-10, form
+        expected, *found = together((definition, *KERNELS.values()), x, kernel, stride)
+        for name, results in zip(KERNELS, found, strict=True):
+            assert largest_difference(results, expected) < 1e-10, name
 
 
 @pytest.mark.parametrize(
@@ -102,26 +101,26 @@ def test_all_forms_equal_the_definition(case):
 )
 def test_windows_of_the_networks(x64, shape, window, multiplier, stride):
     x, kernel = arrays(shape, (*window, shape[-1], multiplier), jnp.float64)
-    expected, *double = together((definition, *FORMS.values()), x, kernel, stride)
-    for form, its in zip(FORMS, double, strict=True):
-        assert largest_difference(its, expected) < 1e-12, form
+    expected, *double = together((definition, *KERNELS.values()), x, kernel, stride)
+    for name, results in zip(KERNELS, double, strict=True):
+        assert largest_difference(results, expected) < 1e-12, name
     if len(window) == 2:  # the cheaper ones in single precision as well
-        single = together(FORMS.values(), *(array.astype(jnp.float32) for array in (x, kernel)), stride)
-        for form, its in zip(FORMS, single, strict=True):
-            assert largest_difference(its, expected) < 1e-5, form
+        single = together(KERNELS.values(), *(array.astype(jnp.float32) for array in (x, kernel)), stride)
+        for name, results in zip(KERNELS, single, strict=True):
+            assert largest_difference(results, expected) < 1e-5, name
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_gradients_in_bfloat16(form):
-    """As near to the exact ones as rounding what goes in and comes out allows."""
+@pytest.mark.parametrize("name", KERNELS)
+def test_gradients_in_bfloat16(name):
+    """As near to the exact ones as rounding of arguments and results allows."""
     x, kernel = arrays((2, 4, 9, 8, 6), (3, 5, 5, 6, 2), jnp.bfloat16)
     exact = value_and_grads(definition, *(array.astype(jnp.float32) for array in (x, kernel)), 2)
-    half = value_and_grads(FORMS[form], x, kernel, 2)
+    half = value_and_grads(KERNELS[name], x, kernel, 2)
     assert all(gradient.dtype == jnp.bfloat16 for gradient in half[1])
     assert largest_difference(half[1], exact[1]) < 2**-5
 
 
-NATIVE = functools.partial(depthwise_conv, method="native")
+CPP = kernels.named("depthwise_cpp").run
 needs_compiler = pytest.mark.skipif(not native.available(), reason="needs a C++ compiler")
 
 
@@ -140,10 +139,10 @@ def value_and_vjp(convolve, x, kernel, stride):
 @needs_compiler
 @settings(max_examples=6, deadline=None, derandomize=True)
 @given(cases())
-def test_native_equals_the_definition(case):
+def test_cpp_equals_the_definition(case):
     x_shape, kernel_shape, stride = case
     args = arrays(x_shape, kernel_shape, jnp.float32)
-    ours, expected = (value_and_vjp(form, *args, stride) for form in (NATIVE, definition))
+    ours, expected = (value_and_vjp(function, *args, stride) for function in (CPP, definition))
     assert largest_difference(ours, expected) < 2e-6
 
 
@@ -156,19 +155,21 @@ def test_native_equals_the_definition(case):
         ((3, 29, 30, 16), (5, 5), 4, 3),
         ((1, 8, 64, 9, 70), (3, 3, 3), 1, 1),  # parts of rows
         ((40, 7, 8, 3), (3, 3), 1, 1),  # more examples than sums are kept apart for
+        ((2, 9, 6, 5), (3, 3), 2, 3),  # columns that no window sees
+        ((1, 3, 8, 12, 3), (3, 1, 3), 1, 4),
     ],
 )
-def test_native_at_sizes_of_its_own(x64, shape, window, multiplier, stride):
-    """Against the shifted form in float64, which equals the definition and is fast."""
+def test_cpp_at_more_sizes(x64, shape, window, multiplier, stride):
+    """Against sums of shifts in float64, which equal the definition and are fast."""
     args = arrays(shape, (*window, shape[-1], multiplier), jnp.float32)
-    ours = value_and_vjp(NATIVE, *args, stride)
-    exact = value_and_vjp(FORMS["shifted"], *(array.astype(jnp.float64) for array in args), stride)
+    ours = value_and_vjp(CPP, *args, stride)
+    exact = value_and_vjp(KERNELS["shifts"], *(array.astype(jnp.float64) for array in args), stride)
     assert largest_difference(ours, exact) < 2e-6
-    again = value_and_vjp(NATIVE, *args, stride)
+    again = value_and_vjp(CPP, *args, stride)
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), ours, again))
 
 
-PALLAS = functools.partial(depthwise_conv, method="pallas")
+PALLAS = kernels.named("depthwise_pallas").run
 
 
 @pytest.mark.parametrize(
@@ -192,12 +193,13 @@ def test_the_kernel_for_gradients_equals_the_definition(shape, window, multiplie
     assert largest_difference(gradients, exact) < 2**-5
 
 
-@pytest.mark.parametrize("form", [PALLAS, pytest.param(NATIVE, marks=needs_compiler)])
-def test_each_device_runs_the_kernel_on_its_examples(form):
-    """Eight devices: the numbers of one."""
+@pytest.mark.parametrize("name", ["depthwise_pallas", pytest.param("depthwise_cpp", marks=needs_compiler)])
+def test_each_device_runs_the_kernel_on_its_examples(only, name):
+    """Eight devices give the numbers of one."""
+    only(name)
     x, kernel = arrays((8, 5, 4, 3), (3, 3, 3, 2), jnp.float32)
-    with batch_split_over(make_mesh(-1, 2, jax.devices("cpu")[:8])):
-        split = value_and_grads(form, x, kernel, 1)
+    with jax.set_mesh(make_mesh(-1, 2, jax.devices("cpu")[:8])):
+        split = value_and_grads(depthwise_conv, x, kernel, 1)
     assert largest_difference(split, value_and_grads(definition, x, kernel, 1)) < 1e-5
 
 
@@ -221,8 +223,8 @@ def test_the_kernel_compiles_for_a_tpu(tpu, shape, window, multiplier):
     [((64, 56, 56, 64), (5, 5), 1), ((64, 14, 14, 320), (3, 3), 4), ((4, 8, 14, 14, 320), (3, 3, 3), 4)],
 )
 def test_what_gpus_get(gpu, shape, window, multiplier):
-    """Compiled for one that is not there: cuDNN for images with one kernel a channel, and for the gradient of
-    all images; elsewhere our forms, of which the rows for the kernel's gradient want most room."""
+    """Compiled for a GPU that is not present: cuDNN for images with one kernel a channel, and for the input
+    gradient of all images; otherwise sums, whose kernel gradient needs most memory."""
     shapes = shape, (*window, shape[-1], multiplier)
     args = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=gpu) for shape in shapes]
 
@@ -239,7 +241,7 @@ def test_what_gpus_get(gpu, shape, window, multiplier):
 
 
 def test_windows_of_clips_are_bands_on_gpus(gpu):
-    """cuDNN's convolutions for all three, in groups of 32 places: rows of 56 are cut in two."""
+    """cuDNN's convolutions for all three, in groups of 32 positions: rows of 56 are cut in two."""
     x, kernel = (4, 8, 56, 56, 64), (5, 5, 5, 64, 1)
     args = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=gpu) for shape in (x, kernel)]
 
@@ -253,45 +255,55 @@ def test_windows_of_clips_are_bands_on_gpus(gpu):
     assert "feature_group_count=128" in text and "feature_group_count=64" not in text
 
 
-def test_a_bias_is_added_to_all_places():
-    """On one device and on eight; a sum over places is its gradient."""
+def test_a_bias_is_added_to_all_positions(only):
+    """On one device and on eight; its gradient is a sum over positions."""
     x, kernel = arrays((8, 5, 4, 37), (3, 3, 37, 2), jnp.float32)
     bias, cotangent = arrays((37, 2), (8, 2, 5, 4, 37), jnp.float32)
     expected, pull = jax.vjp(lambda *args: definition(*args, stride=1), x, kernel)
     expected += bias.T[:, None, None]
     exact = expected, *pull(cotangent), np.einsum("bdyxc->cd", np.asarray(cotangent, np.float64))
-    forms = (
-        FORMS
-        | {"pallas": PALLAS, "auto": depthwise_conv}
-        | ({"native": NATIVE} if native.available() else {})
-    )
+    names = [f"depthwise_{name}" for name in (*NAMES, "pallas", *(["cpp"] if native.available() else []))]
 
     def run(*args):
-        made = {name: jax.vjp(form, *args) for name, form in forms.items()}
-        return {name: (out, *pull(cotangent)) for name, (out, pull) in made.items()}
+        found = {}
+        for name in names:
+            only(name)
+            out, pull = jax.vjp(depthwise_conv, *args)
+            found[name] = out, *pull(cotangent)
+        only()
+        out, pull = jax.vjp(depthwise_conv, *args)
+        return found | {"definition": (out, *pull(cotangent))}
 
     for devices in (1, 8):
-        with batch_split_over(make_mesh(-1, devices // 4 or 1, jax.devices("cpu")[:devices])):
+        with jax.set_mesh(make_mesh(-1, devices // 4 or 1, jax.devices("cpu")[:devices])):
             for name, found in jax.jit(run)(x, kernel, bias).items():
                 assert largest_difference(found, exact) < 2e-6, name
-        jax.clear_caches()
 
 
 @needs_compiler
-def test_cpus_get_native_and_shifted_without_a_compiler_or_in_half_precision(monkeypatch):
-    def same(form, x, kernel):
-        pairs = (value_and_grads(form, x, kernel, 2) for form in (form, depthwise_conv))
+def test_cpus_get_cpp_and_shifts_without_a_compiler_or_in_half_precision(monkeypatch):
+    def same(function, x, kernel):
+        pairs = (value_and_grads(function, x, kernel, 2) for function in (function, depthwise_conv))
         return jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), *pairs))
 
     args = arrays((2, 4, 9, 8, 6), (3, 5, 5, 6, 2), jnp.float32)
-    assert same(NATIVE, *args)
-    assert same(FORMS["shifted"], *(array.astype(jnp.bfloat16) for array in args))
+    assert same(CPP, *args)
+    assert same(KERNELS["shifts"], *(array.astype(jnp.bfloat16) for array in args))
     monkeypatch.setattr(native, "available", lambda: False)
-    jax.clear_caches()
-    assert same(FORMS["shifted"], *args)
-    with pytest.raises(ValueError, match="needs a C\\+\\+ compiler"):
-        NATIVE(*args)
-    jax.clear_caches()
+    assert same(KERNELS["shifts"], *args)
+
+
+@pytest.mark.parametrize(
+    ("x", "window", "planes", "stride", "fits"),
+    [
+        ((1, 14, 14, 320), (3, 3), 4, 1, True),
+        ((1, 14, 14, 320), (3, 3), 4, 2, False),
+        ((1, 224, 224, 640), (5, 5), 4, 1, False),  # frames larger than vector memory
+    ],
+)
+def test_where_the_kernel_for_tpus_fits(x, window, planes, stride, fits):
+    x, kernel = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in (x, (*window, x[-1], planes)))
+    assert kernels.named("depthwise_pallas").supports(x, kernel, None, stride=stride) == fits
 
 
 def test_bfloat16_sums_in_float32():
@@ -310,7 +322,6 @@ def test_bfloat16_sums_in_float32():
         ((1, 4, 4, 2), (3, 3, 3, 1), {}, "does not fit 2 channels"),
         ((1, 4, 4, 2), (3, 2, 1), {}, "grid"),
         ((1, 4, 4, 2), (3, 3, 2, 1), {"stride": 0}, "stride"),
-        ((1, 4, 4, 2), (3, 3, 2, 1), {"method": "fast"}, "method"),
     ],
 )
 def test_bad_arguments_are_one_line(x, kernel, options, message):

@@ -1,7 +1,7 @@
 """GELU and the two layers around it against plain JAX, values and gradients.
 
-The kernels for TPUs run here in Pallas's interpreter, and are compiled for a TPU where libtpu is installed.
-They have run on no TPU.
+The kernels for TPUs run here in Pallas's interpreter, and are compiled for a TPU if libtpu is installed. They
+have not run on a TPU.
 """
 
 import functools
@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from structvit_jax.ops import batch_split_over, feed_forward_tpu, gelu, mlp
+from structvit_jax.ops import gelu, kernels, linear, mlp
+from structvit_jax.ops.kernels import feed_forward_tpu
 from structvit_jax.runtime.mesh import make_mesh
 
-PALLAS = functools.partial(mlp, method="pallas")
+PALLAS = kernels.named("mlp_pallas").run
 
 
 def definition(x, kernel1, bias1, kernel2, bias2):
@@ -45,16 +46,17 @@ def assert_close(ours, expected, tolerance):
 )
 def test_mlp_equals_the_definition(x64, shape, hidden, outputs):
     args = arrays(shape, hidden, outputs, jnp.float64)
-    assert_close(value_and_grads(mlp, *args), value_and_grads(definition, *args), 1e-13)
-    single = [array.astype(jnp.float32) for array in args]
-    assert_close(value_and_grads(mlp, *single), value_and_grads(definition, *args), 1e-5)
+    for function in (mlp, mlp.definition):
+        assert_close(value_and_grads(function, *args), value_and_grads(definition, *args), 1e-13)
+        single = [array.astype(jnp.float32) for array in args]
+        assert_close(value_and_grads(function, *single), value_and_grads(definition, *args), 1e-5)
 
 
-@pytest.mark.parametrize("form", [mlp, PALLAS])
-def test_mlp_in_bfloat16(form):
+@pytest.mark.parametrize("function", [mlp, mlp.definition, PALLAS])
+def test_mlp_in_bfloat16(function):
     """As near to the exact numbers as plain JAX in bfloat16, or nearer."""
     args = arrays((4, 33, 24), 96, 24, jnp.bfloat16)
-    ours = value_and_grads(form, *args)
+    ours = value_and_grads(function, *args)
     assert all(array.dtype == jnp.bfloat16 for array in ours)
     assert_close(ours, value_and_grads(definition, *(array.astype(jnp.float32) for array in args)), 2e-2)
 
@@ -73,19 +75,20 @@ def test_the_kernels_equal_the_definition(monkeypatch, shape, hidden, outputs, r
     assert_close(value_and_grads(PALLAS, *args), value_and_grads(definition, *args), 1e-5)
 
 
-def test_each_device_runs_the_kernels_on_its_examples():
-    """Eight devices, in the interpreter: the numbers of one."""
+def test_each_device_runs_the_kernels_on_its_examples(only):
+    """Eight devices give the numbers of one."""
+    only("mlp_pallas")
     args = arrays((8, 3, 6), 24, 9, jnp.float32)
-    with batch_split_over(make_mesh(-1, 2, jax.devices("cpu")[:8])):
-        split = jax.jit(functools.partial(value_and_grads, PALLAS))(*args)
+    with jax.set_mesh(make_mesh(-1, 2, jax.devices("cpu")[:8])):
+        split = jax.jit(functools.partial(value_and_grads, mlp))(*args)
     assert_close(split, value_and_grads(definition, *args), 1e-5)
 
 
-@pytest.mark.parametrize(("form", "hidden_arrays"), [(mlp, 1), (PALLAS, 0)])
-def test_mlp_keeps_one_hidden_array_or_none(form, hidden_arrays):
+@pytest.mark.parametrize(("function", "hidden_arrays"), [(mlp, 1), (PALLAS, 0)])
+def test_mlp_keeps_one_hidden_array_or_none(function, hidden_arrays):
     """Beside its arguments."""
     *args, _ = arrays((64, 48), 480, 48, jnp.float32)
-    _, pull = jax.vjp(form, *args)
+    _, pull = jax.vjp(function, *args)
     kept = [x.size for x in jax.tree.leaves(pull) if isinstance(x, jax.Array)]
     assert sum(size >= 64 * 480 for size in kept) == hidden_arrays
 
@@ -101,10 +104,10 @@ def test_the_kernels_compile_for_a_tpu(tpu, rows, width):
     assert text.count("tpu_custom_call") >= 2
 
 
-def test_an_unknown_method_is_one_line():
-    *args, _ = arrays((2, 3), 4, 3, jnp.float32)
-    with pytest.raises(ValueError, match="method 'fast' is not one of auto, plain, pallas"):
-        mlp(*args, method="fast")
+def test_linear_is_a_product(x64):
+    x, kernel, bias, *_ = arrays((2, 3, 5, 7), 4, 3, jnp.float64)
+    for function in (linear, linear.definition):
+        np.testing.assert_allclose(function(x, kernel, bias), x @ kernel + bias, rtol=1e-13)
 
 
 def test_gelu_is_exact(x64):

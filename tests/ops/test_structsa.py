@@ -1,4 +1,4 @@
-"""StructSA: both forms against each other and against a plain NumPy transcription of the equations."""
+"""StructSA: the factored form against the equations, computed by the package and transcribed into NumPy."""
 
 import itertools
 
@@ -9,7 +9,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from structvit_jax.ops import struct_attention, struct_attention_maps
+from structvit_jax.ops import kernels, struct_attention, struct_attention_maps, use_kernels
+
+
+def factored(*operands, stride=1):
+    return struct_attention(*operands, stride=stride)
+
+
+def volume(query, *operands, stride=1):
+    """The equations as they are written."""
+    queries = np.arange(np.prod(query.shape[1:-2]))
+    return struct_attention_maps(query, *operands, stride=stride, queries=queries).output.reshape(query.shape)
 
 
 def transcription(query, key, value, key_kernels, value_kernels, stride):
@@ -66,9 +76,9 @@ def operands(shape, kernel_shapes, seed, dtype):
     return [np.asarray(rng.standard_normal(s), dtype) for s in [shape] * 3 + list(kernel_shapes)]
 
 
-def output_and_grads(method, arrays, stride):
+def output_and_grads(function, arrays, stride):
     def loss(*arrays):
-        out = struct_attention(*arrays, stride=stride, method=method)
+        out = function(*arrays, stride=stride)
         return jnp.sum(jnp.sin(out)), out
 
     grads, out = jax.jit(jax.grad(loss, tuple(range(len(arrays))), has_aux=True))(*map(jnp.array, arrays))
@@ -88,28 +98,28 @@ CHOSEN = {
 
 @pytest.mark.parametrize("case", CHOSEN.values(), ids=CHOSEN)
 def test_chosen_cases(case):
-    check_all_forms(*case, seed=0)
+    check_both_forms(*case, seed=0)
 
 
 @settings(max_examples=4, deadline=None, derandomize=True)
 @given(cases())
 def test_volume_factored_and_transcription_agree(case):
-    check_all_forms(*case)
+    check_both_forms(*case)
 
 
-def check_all_forms(shape, kernel_shapes, stride, seed):
+def check_both_forms(shape, kernel_shapes, stride, seed):
     with jax.enable_x64(True):
         arrays = operands(shape, kernel_shapes, seed, np.float64)
-        factored = output_and_grads("factored", arrays, stride)
-        volume = output_and_grads("volume", arrays, stride)
-    for a, b in zip(factored, volume, strict=True):
+        ours = output_and_grads(factored, arrays, stride)
+        exact = output_and_grads(volume, arrays, stride)
+    for a, b in zip(ours, exact, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-10, rtol=0)
-    for a in (factored[0], volume[0]):
+    for a in (ours[0], exact[0]):
         np.testing.assert_allclose(a, transcription(*arrays, stride), atol=1e-10, rtol=0)
 
     arrays = operands(shape, kernel_shapes, seed, np.float32)
-    factored, volume = (output_and_grads(method, arrays, stride) for method in ("factored", "volume"))
-    for a, b in zip(factored, volume, strict=True):
+    ours, exact = (output_and_grads(function, arrays, stride) for function in (factored, volume))
+    for a, b in zip(ours, exact, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4 * max(1e-3, np.abs(b).max()), rtol=0)
 
 
@@ -117,7 +127,7 @@ def test_gradients_are_the_transcription_s(x64):
     """Central differences of the NumPy transcription along random directions."""
     arrays = operands((1, 3, 4, 2, 2), [(3, 3, 2, 2, 3), (3, 1, 2, 1, 3)], 5, np.float64)
     directions = operands((1, 3, 4, 2, 2), [(3, 3, 2, 2, 3), (3, 1, 2, 1, 3)], 6, np.float64)
-    grads = output_and_grads("factored", arrays, 2)[1:]
+    grads = output_and_grads(factored, arrays, 2)[1:]
     for i, (grad, direction) in enumerate(zip(grads, directions, strict=True)):
         moved = [
             [x + sign * 1e-5 * direction if j == i else x for j, x in enumerate(arrays)] for sign in (1, -1)
@@ -133,12 +143,12 @@ def test_special_cases_are_plain_attention(x64, grid):
     weights = np.exp(np.einsum("bqnc,bknc->bnqk", *flat[:2]) / np.sqrt(3))
     weights /= weights.sum(axis=-1, keepdims=True)
     plain = np.einsum("bnqk,bknc->bqnc", weights, flat[2]).reshape(q.shape)
-    for method in ("factored", "volume"):
-        np.testing.assert_allclose(struct_attention(q, k, v, method=method), plain, atol=1e-12)
+    for function in (factored, volume):
+        np.testing.assert_allclose(function(q, k, v), plain, atol=1e-12)
         for patterns in (1, 4):  # D equal centre taps, jointly normalised, are plain attention again
             delta = np.zeros((*[3] * len(grid), 2, 3, patterns))
             delta[tuple([1] * len(grid))] = 1.0
-            out = struct_attention(q, k, v, delta, delta, method=method)
+            out = function(q, k, v, delta, delta)
             np.testing.assert_allclose(out, plain, atol=1e-12)
 
 
@@ -196,14 +206,13 @@ def test_one_pattern_is_attention_over_convolved_keys_and_values(x64):
         ({"stride": 1.5}, "stride 1.5"),
         ({"key": jnp.ones((1, 4, 4, 2, 3), jnp.bfloat16)}, "use one"),
         ({"key_kernels": jnp.ones((3, 3, 1, 1, 0)), "value_kernels": jnp.ones((3, 3, 1, 1, 0))}, "D=0"),
-        ({"method": "fast"}, "factored, volume"),
         ({"key": jnp.ones((1, 5, 4, 2, 3))}, "should be equal"),
         ({"query": jnp.ones((1, 4, 2, 3))}, "2-D or 3-D grid"),
     ],
 )
 def test_bad_arguments_are_one_line(change, message):
-    x, kernels = jnp.ones((1, 4, 4, 2, 3)), jnp.ones((3, 3, 1, 1, 4))
-    arguments = {"query": x, "key": x, "value": x, "key_kernels": kernels, "value_kernels": kernels} | change
+    x, weights = jnp.ones((1, 4, 4, 2, 3)), jnp.ones((3, 3, 1, 1, 4))
+    arguments = {"query": x, "key": x, "value": x, "key_kernels": weights, "value_kernels": weights} | change
     with pytest.raises(ValueError, match=message) as error:
         struct_attention(**arguments)
     assert "\n" not in str(error.value)
@@ -218,7 +227,21 @@ def test_queries_outside_the_grid_are_refused(queries):
 
 def test_bfloat16_operands_with_float32_kernels():
     x = jnp.array(operands((1, 3, 3, 1, 4), [], 0, np.float32)[0], jnp.bfloat16)
-    kernels = jnp.array(operands((1,), [(3, 3, 1, 4, 2)], 1, np.float32)[3])
-    outputs = [struct_attention(x, x, x, kernels, kernels, method=m) for m in ("factored", "volume")]
+    weights = jnp.array(operands((1,), [(3, 3, 1, 4, 2)], 1, np.float32)[3])
+    outputs = [function(x, x, x, weights, weights) for function in (factored, volume)]
     assert {out.dtype for out in outputs} == {jnp.dtype(jnp.bfloat16)}
     np.testing.assert_allclose(*(np.asarray(out, np.float32) for out in outputs), atol=0.05)
+
+
+def test_convolved_keys_and_values_are_recomputed():
+    """The backward pass keeps queries, keys, values, the output and a number per query."""
+    arrays = [jnp.array(x) for x in operands((2, 5, 6, 2, 8), [(3, 3, 2, 8, 4)] * 2, 0, np.float32)]
+    _, pull = jax.vjp(factored, *arrays)
+    kept = sum(x.size for x in jax.tree.leaves(pull) if isinstance(x, jax.Array))
+    rows = arrays[0].size
+    assert kept <= 4 * rows + 2 * arrays[3].size + 2 * 2 * 30  # convolved keys alone are 4 times their inputs
+    recomputed = output_and_grads(kernels.structsa.recompute_convolved, arrays, 1)
+    with use_kernels("reference"):
+        reference = output_and_grads(struct_attention.definition, arrays, 1)
+    for a, b in zip(recomputed, reference, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6 * np.abs(b).max(), rtol=1e-6)

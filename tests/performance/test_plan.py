@@ -12,7 +12,7 @@ from structvit_jax import cost, data
 from structvit_jax.cli.configuration import load_config
 from structvit_jax.cli.options import Words
 from structvit_jax.config import default_config, model_arguments
-from structvit_jax.ops import native
+from structvit_jax.ops.kernels import native
 from structvit_jax.performance import hardware, plan, traffic
 from structvit_jax.performance.cost import count_flops
 from structvit_jax.runtime.mesh import make_mesh

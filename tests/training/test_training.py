@@ -16,7 +16,7 @@ from small import setup, small_config
 from structvit_jax import create_model, data
 from structvit_jax.config import Durations, check_config, default_config, durations, steps_in
 from structvit_jax.models import weights
-from structvit_jax.ops.devices import Target
+from structvit_jax.ops.dispatch import Device
 from structvit_jax.runtime import mesh, sharding
 from structvit_jax.training import losses, optim, step
 from structvit_jax.training.evaluation import StepRunner, evaluate
@@ -319,7 +319,7 @@ def test_adamw_decays_matrices_only():
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
 def test_adam_is_optax_s(platform, monkeypatch):
     """Directions and moments over steps; one that is not finite leaves the moments as they are."""
-    monkeypatch.setattr(optim, "target", lambda: Target(platform, None))
+    monkeypatch.setattr(optim, "current_device", lambda: Device(platform, ""))
     config = default_config().optimizer
     config.weight_decay = 0.0
     adam, optaxs = (

@@ -53,7 +53,7 @@ class Layer:
     def kernels(self) -> tuple[np.ndarray, np.ndarray]:
         """Of keys and values, [*window, heads or 1, channels or 1, D]; a one where it has none."""
         attention = self.attention
-        if attention.key_kernels is None:
+        if attention.key_kernels is None or attention.value_kernels is None:
             ones = np.ones((*[1] * len(self.grid), attention.heads, 1, 1), np.float32)
             return ones, ones
         return np.asarray(attention.key_kernels[...]), np.asarray(attention.value_kernels[...])
@@ -85,16 +85,16 @@ def layers(network: Network, x: jax.Array) -> dict[str, Layer]:
       x: one input, normalised: [1, [time,] height, width, 3].
     """
     network = nnx.clone(network)
-    network.variant = dataclasses.replace(network.variant, scan_blocks=False, remat="none")
+    network.variant = dataclasses.replace(network.variant, remat="none")
     inputs: list[jax.Array] = []
 
-    def place(array):
+    def record(name: str, array: jax.Array) -> jax.Array:
         inputs.append(array)
         return array
 
     def run(x):
         inputs.clear()
-        network.features(x, place=place)
+        network.features(x, hook=record)
         return [
             block.norm1(block.add_position(array))
             for (_, block), array in zip(_blocks(network), _of_blocks(network, inputs), strict=True)

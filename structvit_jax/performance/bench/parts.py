@@ -18,7 +18,7 @@ from structvit_jax.data import Dataset
 from structvit_jax.models import Network, StructAttention
 from structvit_jax.models.blocks import Block, ConvMixer
 from structvit_jax.models.weights import split
-from structvit_jax.ops import convolve_patterns
+from structvit_jax.ops import convolve_structure
 from structvit_jax.ops.attention import attention
 from structvit_jax.performance import traffic
 from structvit_jax.performance.bench.timing import Call
@@ -172,7 +172,7 @@ def _attention_parts(
     if layer.key_kernels is not None:
 
         def convolve(kernels: jax.Array, x: jax.Array) -> jax.Array:
-            return convolve_patterns(x, kernels.astype(x.dtype), stride=layer.stride)
+            return convolve_structure(x, kernels.astype(x.dtype), stride=layer.stride)
 
         kernels, shapes = layer.key_kernels[...], [(batch, *grid, *heads)]
         part = Part(f"{name}.patterns", 2 * times, convolve, kernels, shapes, dtype, inner=True)

@@ -276,7 +276,7 @@ def pickles(folder: Path, weights: str, marker: str) -> None:
 
 def native(folder: Path) -> None:
     """Compile the native operations into a cache folder."""
-    from structvit_jax.ops import native
+    from structvit_jax.ops.kernels import native
 
     os.environ["XDG_CACHE_HOME"] = str(folder)
     folder.mkdir()

@@ -88,6 +88,7 @@ struct Cut {
   // What the unit's windows see of one example of `from`, whose rows and columns are spread to every `spread`-th.
   void copy(const float* from, Shape shape, Unit unit, long spread, float* to) const {
     long line = seen.columns * PAIR, some = lanes(unit), before = (window.columns - 1) / 2;
+    long columns = std::min(shape.columns, ceil_div(seen.columns - before, spread));  // no window sees the others
     bool dense = spread == 1 && stride == 1 && some == PAIR;
     for (long frame = 0; frame < seen.frames; ++frame)
       for (long row = 0; row < seen.rows; ++row, to += line) {
@@ -107,7 +108,7 @@ struct Cut {
           std::fill(out, to + line, 0.f);
         } else {
           std::fill_n(to, line, 0.f);
-          for (long x = 0; x < shape.columns; ++x, in += shape.channels)
+          for (long x = 0; x < columns; ++x, in += shape.channels)
             std::copy_n(in, some, to + folded(x * spread + before) * PAIR);
         }
       }

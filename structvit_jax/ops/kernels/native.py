@@ -1,7 +1,7 @@
-"""Operations for CPUs in C++ (cpu/*.cc), float32, which the machine's own compiler builds when needed.
+"""Attention and depthwise convolution for CPUs in C++ (cpu/*.cc), float32, built by the machine's compiler.
 
-Where they cannot be built, `available` returns False and JAX implementations are used. The library is kept in
-a private folder of the user's cache. Its name has a digest of what it was built from (sources, compiler,
+If they cannot be built, `available` returns False and kernels in JAX are used. The library is kept in a
+private folder of the user's cache. Its name has a digest of what it was built from (sources, compiler,
 processor) and a digest of the file itself, which is checked before the library is loaded.
 """
 
@@ -15,11 +15,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
+from structvit_jax.ops.kernels import depthwise as depthwise_kernels
+from structvit_jax.ops.kernels.attention import Gradients, with_gradients
 from structvit_jax.runtime import cache
 
 _FOLDER = Path(__file__).with_name("cpu")
@@ -35,7 +38,7 @@ _OPERATIONS = (
 
 @functools.cache
 def available() -> bool:
-    """Return whether they can be used here; the first call builds them, in about ten seconds."""
+    """Return whether the library can be used; the first call builds it, in about ten seconds."""
     try:
         library = _load()
     except (OSError, subprocess.SubprocessError):
@@ -46,23 +49,23 @@ def available() -> bool:
     return True
 
 
-def takes(x: jax.Array) -> bool:
-    """Whether operations on such arrays can be had here."""
+def supports(x: jax.Array, *_: jax.Array | None, **options: int) -> bool:
+    """Return whether arrays of this type are supported and the library is available."""
     return x.dtype == jnp.float32 and available()
 
 
-def attention(
+def attention_forward(
     query: jax.Array, key: jax.Array, value: jax.Array, *, heads: int
 ) -> tuple[jax.Array, jax.Array]:
-    """query [batch, N, heads·channels]; key, value [batch, M, heads·channels] -> output like query, and the
-    logarithm of the sum of exponentials [batch, heads, N]."""
+    """Return the output, like query [batch, N, heads·channels], and the logarithm of the sum of exponentials
+    [batch, heads, N]; key and value are [batch, M, heads·channels]."""
     batch, count, _ = query.shape
     shapes = query.shape, (batch, heads, count)
     output, lse = _call("attention_forward", shapes, query, key, value, heads=heads)
     return output, lse
 
 
-def attention_gradients(
+def attention_backward(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
@@ -71,44 +74,52 @@ def attention_gradients(
     lse: jax.Array,
     *,
     heads: int,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Of query, key and value, from what `attention` returned and the cotangent of the output."""
+) -> Gradients:
+    """Return the gradients of query, key and value, from the results of `attention` and its cotangent."""
     shapes = query.shape, key.shape, value.shape
     args = query, key, value, output, cotangent, lse
     d_query, d_key, d_value = _call("attention_backward", shapes, *args, heads=heads)
     return d_query, d_key, d_value
 
 
-def depthwise(x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None, *, stride: int) -> jax.Array:
+attention = with_gradients(attention_forward, attention_backward)
+
+
+def depthwise_forward(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, stride: int) -> jax.Array:
     """x [batch, *grid, channels], kernel [*window, channels, D], bias [channels, D]
     -> [batch, D, *grid', channels]."""
     batch, *frames, height, width, channels = x.shape
-    made = batch, kernel.shape[-1], *frames, -(-height // stride), -(-width // stride), channels
+    shape = batch, kernel.shape[-1], *frames, -(-height // stride), -(-width // stride), channels
     start = jnp.zeros(kernel.shape[-2:], jnp.float32) if bias is None else bias
-    return _call("depthwise_forward", [made], x, kernel, start, stride=stride)[0]
+    return _call("depthwise_forward", [shape], x, kernel, start, stride=stride)[0]
 
 
-def depthwise_input_gradient(
-    x: jax.Array, kernel: jax.Array, cotangent: jax.Array, *, stride: int
-) -> jax.Array:
-    """Like x, of which the shape is all that is needed."""
+def depthwise_input_gradient(x: jax.Array, kernel: jax.Array, cotangent: jax.Array, stride: int) -> jax.Array:
+    """Return the gradient of x, of which only the shape is used."""
     return _call("depthwise_of_input", [x.shape], cotangent, kernel, stride=stride)[0]
 
 
 def depthwise_kernel_gradient(
-    x: jax.Array, kernel: jax.Array, cotangent: jax.Array, *, stride: int
+    x: jax.Array, kernel: jax.Array, cotangent: jax.Array, stride: int
 ) -> jax.Array:
-    """Like kernel, of which the shape is all that is needed."""
+    """Return the gradient of the kernel, of which only the shape is used."""
     return _call("depthwise_of_kernel", [kernel.shape], x, cotangent, stride=stride)[0]
 
 
-def _call(name, shapes, *args, **attributes):
-    made = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    return jax.ffi.ffi_call(f"structvit_{name}", made, vmap_method="sequential")(*args, **attributes)
+depthwise = depthwise_kernels.with_gradients(
+    depthwise_forward, depthwise_input_gradient, depthwise_kernel_gradient
+)
+
+
+def _call(
+    name: str, shapes: Sequence[tuple[int, ...]], *args: jax.Array, **attributes: int
+) -> Sequence[jax.Array]:
+    results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    return jax.ffi.ffi_call(f"structvit_{name}", results, vmap_method="sequential")(*args, **attributes)
 
 
 def _load() -> ctypes.CDLL:
-    """Load the shared library, built if there is none that can be trusted.
+    """Load the shared library; build it unless the cache has an unchanged one.
 
     Raises:
       OSError, subprocess.SubprocessError: no compiler, or it fails.
@@ -120,12 +131,12 @@ def _load() -> ctypes.CDLL:
     if folder:
         return ctypes.CDLL(str(_kept(folder, compiler)))
     print(f"note: {problem}; C++ operations are built for this process alone", file=sys.stderr, flush=True)
-    with tempfile.TemporaryDirectory() as scratch:  # a loaded library stays when its file is removed
+    with tempfile.TemporaryDirectory() as scratch:  # a loaded library outlives its file
         return ctypes.CDLL(str(_build(compiler, Path(scratch))))
 
 
 def _kept(folder: Path, compiler: str) -> Path:
-    """Return the library in the cache, built if it is not there; files that were changed are removed."""
+    """Return the library in the cache, built if it is not there; remove files that were changed."""
     key = _digest(_ingredients(compiler))[:16]
     for path in folder.glob(f"native-{key}-*.so"):
         if path.is_file() and path.name == _name(key, path):
@@ -150,7 +161,7 @@ def _digest(content: bytes) -> str:
 
 
 def _ingredients(compiler: str) -> bytes:
-    """Return all that the library depends on: the processor as the compiler sees it, sources and headers."""
+    """Return what the library depends on: the processor as the compiler sees it, sources and headers."""
     macros = subprocess.run(
         [compiler, *_OPTIONS, "-E", "-dM", "-x", "c++", os.devnull], capture_output=True, check=True
     )

@@ -1,21 +1,24 @@
-"""Two layers and the GELU between them as kernels for TPUs, in Pallas: the hidden array, four times as wide
-as all others, never leaves vector memory. The backward pass makes it again from the input.
+"""Two layers around GELU for TPUs, in Pallas.
+
+The hidden array, four times as wide as all others, never leaves vector memory. The backward pass recomputes
+it from the input.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from structvit_jax.ops.tpu_kernels import call_kernel
+from structvit_jax.ops.kernels.pallas import Ref, call_kernel, interpreted_elsewhere
 
-_HIDDEN = 2**21  # bytes of hidden rows, in float32, that one step holds a few times over
-_WORK = 8 * _HIDDEN  # bytes of all that a step makes of them
+_HIDDEN = 2**21  # bytes of hidden rows, in float32; a step holds a few such arrays
+_WORK = 8 * _HIDDEN  # bytes of a step's intermediate results
 
 
 def forward(
@@ -25,9 +28,9 @@ def forward(
     kernel2: jax.Array,
     bias2: jax.Array,
     *,
-    interpret: bool = False,
+    interpret: bool,
 ) -> jax.Array:
-    """gelu(x kernel1 + bias1) kernel2 + bias2 for x [rows, inputs]."""
+    """Return gelu(x kernel1 + bias1) kernel2 + bias2 for x [rows, inputs]."""
     weights = kernel1, bias1[None], kernel2, bias2[None]
     tile = _tile(x, kernel1)
     return call_kernel(
@@ -51,9 +54,9 @@ def backward(
     bias1: jax.Array,
     kernel2: jax.Array,
     *,
-    interpret: bool = False,
+    interpret: bool,
 ) -> tuple[jax.Array, ...]:
-    """The gradients of `forward`'s output: of x in its type, of kernels and biases in float32."""
+    """Return the gradients of x, in its type, and of kernels and biases, in float32."""
     weights = kernel1, bias1[None], kernel2
     tile = _tile(x, kernel1)
     sums = [
@@ -75,28 +78,54 @@ def backward(
     return d_x, d_kernel1, d_bias1[0], d_kernel2, d_bias2[0]
 
 
-def _tile(x, kernel1):
-    """Rows of a step: all, or a multiple of what registers hold."""
+def _make(interpret: bool) -> Callable[..., jax.Array]:
+    @jax.custom_vjp
+    def mlp(x: jax.Array, *weights: jax.Array) -> jax.Array:
+        """The weights may have a wider type than x, which their gradients then have, too."""
+        rows, weights = x.reshape(-1, x.shape[-1]), tuple(w.astype(x.dtype) for w in weights)
+        return forward(rows, *weights, interpret=interpret).reshape(*x.shape[:-1], -1)
+
+    def mlp_fwd(x: jax.Array, *weights: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        return mlp(x, *weights), (x, *weights)
+
+    def mlp_bwd(residuals: tuple[jax.Array, ...], cotangent: jax.Array) -> tuple[jax.Array, ...]:
+        x, *weights = residuals
+        rows = (array.reshape(-1, array.shape[-1]) for array in (x, cotangent))
+        kernels = (w.astype(x.dtype) for w in weights[:3])
+        d_x, *sums = backward(*rows, *kernels, interpret=interpret)
+        return d_x.reshape(x.shape), *(d.astype(w.dtype) for d, w in zip(sums, weights, strict=True))
+
+    mlp.defvjp(mlp_fwd, mlp_bwd)
+    return mlp
+
+
+mlp = interpreted_elsewhere(_make)
+
+
+def _tile(x: jax.Array, kernel1: jax.Array) -> int:
+    """Return the rows of a step: all, or a multiple of what registers hold."""
     most = max(1, _HIDDEN // (4 * kernel1.shape[1]) // 16) * 16
     return min(len(x), most)
 
 
-def _rows(tile, width):
+def _rows(tile: int, width: int) -> pl.BlockSpec:
     return pl.BlockSpec((tile, width), lambda i: (i, 0))
 
 
-def _whole(array):
+def _whole(array: jax.Array | jax.ShapeDtypeStruct) -> pl.BlockSpec:
     return pl.BlockSpec(array.shape, lambda i: (0, 0))
 
 
-def _dot(a, b, axes):
+def _dot(a: jax.Array, b: jax.Array, axes: tuple[int, int]) -> jax.Array:
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return lax.dot_general(
         a, b, ((axes[:1], axes[1:]), ((), ())), precision=precision, preferred_element_type=jnp.float32
     )
 
 
-def _forward(x_ref, kernel1_ref, bias1_ref, kernel2_ref, bias2_ref, y_ref):
+def _forward(
+    x_ref: Ref, kernel1_ref: Ref, bias1_ref: Ref, kernel2_ref: Ref, bias2_ref: Ref, y_ref: Ref
+) -> None:
     hidden = _dot(x_ref[...], kernel1_ref[...], (1, 0)) + bias1_ref[...].astype(jnp.float32)
     active = 0.5 * hidden * (1 + lax.erf(hidden * math.sqrt(0.5)))
     y = _dot(active.astype(x_ref.dtype), kernel2_ref[...], (1, 0)) + bias2_ref[...].astype(jnp.float32)
@@ -104,23 +133,23 @@ def _forward(x_ref, kernel1_ref, bias1_ref, kernel2_ref, bias2_ref, y_ref):
 
 
 def _backward(
-    x_ref, dy_ref, kernel1_ref, bias1_ref, kernel2_ref,
-    dx_ref, d_kernel1_ref, d_bias1_ref, d_kernel2_ref, d_bias2_ref, *, rows,
-):  # fmt: skip
+    x_ref: Ref, dy_ref: Ref, kernel1_ref: Ref, bias1_ref: Ref, kernel2_ref: Ref,
+    dx_ref: Ref, d_kernel1_ref: Ref, d_bias1_ref: Ref, d_kernel2_ref: Ref, d_bias2_ref: Ref, *, rows: int,
+) -> None:  # fmt: skip
     @pl.when(pl.program_id(0) == 0)
-    def _():
+    def _() -> None:
         for ref in (d_kernel1_ref, d_bias1_ref, d_kernel2_ref, d_bias2_ref):
             ref[...] = jnp.zeros_like(ref)
 
     x, dy = x_ref[...], dy_ref[...]
     tile = len(x)
-    if rows % tile:  # the last step's tile ends beyond the arrays, with anything in it
+    if rows % tile:  # the last step's tile ends beyond the arrays, with undefined values
         inside = lax.broadcasted_iota(jnp.int32, (tile, 1), 0) < rows - pl.program_id(0) * tile
         x, dy = jnp.where(inside, x, 0), jnp.where(inside, dy, 0)
     hidden = _dot(x, kernel1_ref[...], (1, 0)) + bias1_ref[...].astype(jnp.float32)
-    share = 0.5 * (1 + lax.erf(hidden * math.sqrt(0.5)))
-    slope = share + hidden * jnp.exp(-0.5 * hidden * hidden) / math.sqrt(2 * math.pi)
-    d_kernel2_ref[...] += _dot((hidden * share).astype(x.dtype), dy, (0, 0))
+    cumulative = 0.5 * (1 + lax.erf(hidden * math.sqrt(0.5)))
+    slope = cumulative + hidden * jnp.exp(-0.5 * hidden * hidden) / math.sqrt(2 * math.pi)
+    d_kernel2_ref[...] += _dot((hidden * cumulative).astype(x.dtype), dy, (0, 0))
     d_bias2_ref[...] += dy.astype(jnp.float32).sum(axis=0, keepdims=True)
     d_hidden = _dot(dy, kernel2_ref[...], (1, 1)) * slope
     d_bias1_ref[...] += d_hidden.sum(axis=0, keepdims=True)

@@ -1,7 +1,7 @@
 """Both gradients of a depthwise convolution as one kernel for TPUs, in Pallas, which reads its arrays once.
 
-Frame after frame passes through vector memory, where as many stay, padded with zeros, as the window has in
-time. An image is one frame.
+Frames pass through vector memory, where as many stay, padded with zeros, as the window has in time. An image
+is one frame.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,25 +17,28 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from structvit_jax.ops.tpu_kernels import call_kernel
+from structvit_jax.ops.kernels.depthwise import Depthwise, grouped, then_bias, with_joint_gradients
+from structvit_jax.ops.kernels.pallas import Ref, call_kernel, interpreted_elsewhere
 
-_MARGIN = 8  # zeros beside a row: rows then start on a register, and windows reach no farther
-_MOST = 48 * 2**20  # bytes of vector memory that frames may take
-_WORK = 4 * 2**20  # bytes of what is made of a row
+_MARGIN = 8  # zeros beside a row, at most half a window: rows start on a register
+_LIMIT = 48 * 2**20  # bytes of vector memory that frames may take
+_WORK = 4 * 2**20  # bytes of intermediate results of a row
 
 
-def fits(x: jax.Array, kernel: jax.Array) -> bool:
-    """Whether the frames that one step needs find room."""
+def supports(x: jax.Array, kernel: jax.Array, *_: jax.Array | None, stride: int) -> bool:
+    """Return whether the frames of one step fit into vector memory, for stride 1 and at most float32."""
+    if stride > 1 or x.dtype == jnp.float64:
+        return False
     *window, channels, patterns = kernel.shape
     time, height, width = _frames(window, x.shape[1:-1])
     lanes = -(-channels // 128) * 128
-    return max(window) // 2 <= _MARGIN and 4 * time * height * width * lanes * (1 + patterns) <= _MOST
+    return max(window) // 2 <= _MARGIN and 4 * time * height * width * lanes * (1 + patterns) <= _LIMIT
 
 
 def gradients(
-    x: jax.Array, kernel: jax.Array, cotangent: jax.Array, *, interpret: bool = False
+    x: jax.Array, kernel: jax.Array, cotangent: jax.Array, *, interpret: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """Of x and kernel, for stride 1.
+    """Return the gradients of x and kernel, for stride 1.
 
     Args:
       x: [batch, *grid, channels].
@@ -42,7 +46,7 @@ def gradients(
       cotangent: [batch, D, *grid, channels].
 
     Returns:
-      Gradients like x, and in float32 like the kernel.
+      The gradient of x in its type, and that of the kernel in float32.
     """
     if x.ndim == 4:  # a clip of one frame
         d_x, d_kernel = gradients(x[:, None], kernel[None], cotangent[:, :, None], interpret=interpret)
@@ -52,7 +56,7 @@ def gradients(
     taps = jnp.swapaxes(kernel, -1, -2).astype(jnp.float32).reshape(-1, channels)
     reach, ring = window[0] // 2, _frames(window, x.shape[1:-1])
 
-    def entering(t):
+    def entering(t: jax.Array) -> jax.Array:
         return jnp.minimum(t, frames - 1)
 
     frame = (1, 1, height, width, channels)
@@ -90,46 +94,62 @@ def gradients(
     return d_x, jnp.swapaxes(sums.sum(axis=1).reshape(*window, patterns, channels), -1, -2)
 
 
-def _bytes(*arrays):
+def _make(interpret: bool) -> Depthwise:
+    def both(
+        x: jax.Array, kernel: jax.Array, cotangent: jax.Array, stride: int
+    ) -> tuple[jax.Array, jax.Array]:
+        d_x, d_kernel = gradients(x, kernel, cotangent, interpret=interpret)
+        return d_x, d_kernel.astype(kernel.dtype)
+
+    return with_joint_gradients(then_bias(grouped), both)
+
+
+depthwise = interpreted_elsewhere(_make)
+
+
+def _bytes(*arrays: jax.Array) -> int:
     return sum(array.size * array.dtype.itemsize for array in arrays)
 
 
-def _frames(window, grid):
-    """Padded frames that stay: as many as the window has in time, rows, and places of a row."""
+def _frames(window: Sequence[int], grid: Sequence[int]) -> tuple[int, int, int]:
+    """Return the shape of the padded frames in memory: frames of the window, rows, positions of a row."""
     width = _MARGIN + grid[-1] + window[-1] // 2
     time = window[0] if len(window) == 3 else 1
     return time, grid[-2] + window[-2] - 1, -(-width // 8) * 8
 
 
-def _kernel(x_ref, dy_ref, taps_ref, dx_ref, sums_ref, x_ring, dy_ring, *, window, frames):
-    """At step t frame t enters, and the frame in the middle of those in memory is computed."""
+def _kernel(
+    x_ref: Ref, dy_ref: Ref, taps_ref: Ref, dx_ref: Ref, sums_ref: Ref, x_ring: Ref, dy_ring: Ref, *,
+    window: Sequence[int], frames: int,
+) -> None:  # fmt: skip
+    """Load frame t at step t, and compute the frame in the middle of those in memory."""
     (time, *_), patterns = window, dy_ref.shape[1]
     _, _, height, width, channels = x_ref.shape
     above, reach = window[1] // 2, time // 2
     b, t = pl.program_id(0), pl.program_id(1)
 
     @pl.when((b == 0) & (t == 0))
-    def start():
+    def start() -> None:
         sums_ref[...] = jnp.zeros_like(sums_ref)
 
     @pl.when(t == 0)
-    def clear():
+    def clear() -> None:
         x_ring[...] = jnp.zeros_like(x_ring)
         dy_ring[...] = jnp.zeros_like(dy_ring)
 
     entering = lax.rem(t, time)
     inside = (t < frames).astype(jnp.float32)  # zeros follow the last frame
 
-    def enter(row, _):
-        place = (entering, above + row, pl.ds(_MARGIN, width))
-        x_ring[place] = x_ref[0, 0, row].astype(jnp.float32) * inside
+    def enter(row: jax.Array, _: int) -> int:
+        position = (entering, above + row, pl.ds(_MARGIN, width))
+        x_ring[position] = x_ref[0, 0, row].astype(jnp.float32) * inside
         for d in range(patterns):
-            dy_ring[d, *place] = dy_ref[0, d, 0, row].astype(jnp.float32) * inside
+            dy_ring[d, *position] = dy_ref[0, d, 0, row].astype(jnp.float32) * inside
         return 0
 
     lax.fori_loop(0, height, enter, 0)
 
-    def compute(row, _):
+    def compute(row: jax.Array, _: int) -> int:
         middle = lax.rem(t - reach, time)
         centre = (middle, above + row, pl.ds(_MARGIN, width))
         dy = [dy_ring[d, *centre] for d in range(patterns)]
@@ -147,5 +167,5 @@ def _kernel(x_ref, dy_ref, taps_ref, dx_ref, sums_ref, x_ring, dy_ring, *, windo
         return 0
 
     @pl.when(t >= reach)
-    def rows():
+    def rows() -> None:
         lax.fori_loop(0, height, compute, 0)

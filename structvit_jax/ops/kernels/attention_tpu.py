@@ -1,8 +1,8 @@
-"""Attention kernels for TPUs, in Pallas: all queries of an example stay in vector memory while its keys pass.
+"""Attention for TPUs, in Pallas: queries of an example stay in vector memory, blocks of keys stream through.
 
 Queries, keys and values are read once and outputs written once, forward and backward; the products of queries
-and keys never leave vector memory. They are kept with keys along sublanes and queries along lanes, so that
-maxima and sums over keys are sums of whole registers and the statistics of queries are rows.
+and keys never leave vector memory. Products have keys along sublanes and queries along lanes, so that maxima
+and sums over keys are sums of whole registers and the statistics of queries are rows.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from structvit_jax.ops.tpu_kernels import call_kernel
+from structvit_jax.ops.kernels.attention import Attention, Gradients, with_gradients
+from structvit_jax.ops.kernels.pallas import Ref, call_kernel, interpreted_elsewhere
 
-_PRODUCTS = 2 * 2**20  # bytes of queries x keys, in float32, that one step holds a few times over
+_PRODUCTS = 2 * 2**20  # bytes of queries x keys, in float32; a step holds a few such arrays
 _SEMANTICS = ("parallel", "arbitrary")
-_WORK = 8 * _PRODUCTS  # bytes of all that a step makes of them
+_WORK = 8 * _PRODUCTS  # bytes of a step's intermediate results
 
 
 def forward(
-    query: jax.Array, key: jax.Array, value: jax.Array, *, heads: int, interpret: bool = False
+    query: jax.Array, key: jax.Array, value: jax.Array, *, heads: int, interpret: bool
 ) -> tuple[jax.Array, jax.Array]:
     """query [batch, N, heads·channels]; key, value [batch, M, heads·channels] -> output like query, and the
     logarithm of the sum of exponentials, float32 [batch, heads, N]."""
@@ -60,9 +61,9 @@ def backward(
     lse: jax.Array,
     *,
     heads: int,
-    interpret: bool = False,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The gradients of `forward`'s output: of query, key and value, in their types."""
+    interpret: bool,
+) -> Gradients:
+    """Return the gradients of query, key and value, in their types."""
     shape = key.shape
     batch, count, width = query.shape
     key, value = (_cut(x, count) for x in (key, value))
@@ -86,33 +87,53 @@ def backward(
     return d_query, d_key.reshape(shape), d_value.reshape(shape)
 
 
-def _cut(keys, queries):
-    """[batch, M, width] -> [batch, planes, M / planes, width], planes that suit so many queries."""
+def _make(interpret: bool) -> Attention:
+    return with_gradients(
+        functools.partial(forward, interpret=interpret), functools.partial(backward, interpret=interpret)
+    )
+
+
+attention = interpreted_elsewhere(_make)
+
+
+def _cut(keys: jax.Array, queries: int) -> jax.Array:
+    """[batch, M, width] -> [batch, planes, M / planes, width], the fewest planes that fit the limit."""
     total = keys.shape[1]
     planes = next(p for p in range(1, total + 1) if total % p == 0 and total // p * queries * 4 <= _PRODUCTS)
     return keys.reshape(keys.shape[0], planes, total // planes, -1)
 
 
-def _blocks(query, key, heads):
-    """What a step sees: all queries of an example, a plane of its keys, statistics of all queries."""
+def _blocks(query: jax.Array, key: jax.Array, heads: int) -> tuple[pl.BlockSpec, ...]:
+    """Return the blocks of a step: all queries of an example, a plane of its keys, statistics of queries."""
     count, width = query.shape[1:]
     row = pl.BlockSpec((1, count, width), lambda b, _: (b, 0, 0))
     plane = pl.BlockSpec((1, 1, *key.shape[2:]), lambda b, j: (b, j, 0, 0))
     return row, plane, pl.BlockSpec((1, heads, count), lambda b, _: (b, 0, 0))
 
 
-def _dot(a, b, axes):
+def _dot(a: jax.Array, b: jax.Array, axes: tuple[int, int]) -> jax.Array:
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return jax.lax.dot_general(
         a, b, ((axes[:1], axes[1:]), ((), ())), precision=precision, preferred_element_type=jnp.float32
     )
 
 
-def _forward(q_ref, k_ref, v_ref, o_ref, lse_ref, sums, top, total, *, heads):
+def _forward(
+    q_ref: Ref,
+    k_ref: Ref,
+    v_ref: Ref,
+    o_ref: Ref,
+    lse_ref: Ref,
+    sums: Ref,
+    top: Ref,
+    total: Ref,
+    *,
+    heads: int,
+) -> None:
     channels = q_ref.shape[-1] // heads
 
     @pl.when(pl.program_id(1) == 0)
-    def _():
+    def _() -> None:
         sums[...] = jnp.zeros_like(sums)
         top[...] = jnp.full_like(top, -jnp.inf)
         total[...] = jnp.zeros_like(total)
@@ -130,19 +151,22 @@ def _forward(q_ref, k_ref, v_ref, o_ref, lse_ref, sums, top, total, *, heads):
         sums[part] = sums[part] * kept + _dot(v, weights.astype(v.dtype), (0, 0))  # [channels, N]
 
     @pl.when(pl.program_id(1) == pl.num_programs(1) - 1)
-    def _():
+    def _() -> None:
         for h in range(heads):
             part, row = slice(h * channels, (h + 1) * channels), slice(h, h + 1)
             o_ref[0, :, part] = (sums[part] / total[row]).T.astype(o_ref.dtype)
         lse_ref[0] = top[...] + jnp.log(total[...])
 
 
-def _backward(q_ref, k_ref, v_ref, o_ref, do_ref, lse_ref, dq_ref, dk_ref, dv_ref, sums, delta, *, heads):
+def _backward(
+    q_ref: Ref, k_ref: Ref, v_ref: Ref, o_ref: Ref, do_ref: Ref, lse_ref: Ref,
+    dq_ref: Ref, dk_ref: Ref, dv_ref: Ref, sums: Ref, delta: Ref, *, heads: int,
+) -> None:  # fmt: skip
     channels = q_ref.shape[-1] // heads
     scale = channels**-0.5
 
     @pl.when(pl.program_id(1) == 0)
-    def _():
+    def _() -> None:
         sums[...] = jnp.zeros_like(sums)
         for h in range(heads):
             part = slice(h * channels, (h + 1) * channels)
@@ -161,7 +185,7 @@ def _backward(q_ref, k_ref, v_ref, o_ref, do_ref, lse_ref, dq_ref, dk_ref, dv_re
         sums[part] = sums[part] + _dot(k, slopes, (0, 0))  # [channels, N]
 
     @pl.when(pl.program_id(1) == pl.num_programs(1) - 1)
-    def _():
+    def _() -> None:
         for h in range(heads):
             part = slice(h * channels, (h + 1) * channels)
             dq_ref[0, :, part] = sums[part].T.astype(dq_ref.dtype)

@@ -1,0 +1,190 @@
+"""What depthwise kernels share: how they are put together, and forms by XLA's convolution.
+
+Every kernel has a forward pass (x, kernel, stride), or with a bias (x, kernel, bias, stride), and two
+gradients (x, kernel, cotangent, stride), for x [batch, *grid, channels], kernel [*window, channels, D] and
+cotangent [batch, D, *grid', channels].
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
+
+from structvit_jax.ops.depthwise import add_bias, depthwise_conv, grid_strides, same_padding
+
+Gradient = Callable[[jax.Array, jax.Array, jax.Array, int], jax.Array]
+
+
+class Depthwise(Protocol):
+    """A replacement for `structvit_jax.ops.depthwise_conv`."""
+
+    def __call__(
+        self, x: jax.Array, kernel: jax.Array, bias: jax.Array | None, *, stride: int
+    ) -> jax.Array: ...
+
+
+def with_gradients(
+    forward: Callable[[jax.Array, jax.Array, jax.Array | None, int], jax.Array],
+    input_gradient: Gradient,
+    kernel_gradient: Gradient,
+) -> Depthwise:
+    """Return a depthwise convolution with this forward pass and these gradients."""
+
+    def gradients(
+        x: jax.Array, kernel: jax.Array, cotangent: jax.Array, stride: int
+    ) -> tuple[jax.Array, jax.Array]:
+        d_x = input_gradient(x, kernel.astype(x.dtype), cotangent, stride)
+        return d_x, kernel_gradient(x, kernel, cotangent, stride)
+
+    return with_joint_gradients(forward, gradients)
+
+
+def with_joint_gradients(
+    forward: Callable[[jax.Array, jax.Array, jax.Array | None, int], jax.Array],
+    gradients: Callable[[jax.Array, jax.Array, jax.Array, int], tuple[jax.Array, jax.Array]],
+) -> Depthwise:
+    """Return a depthwise convolution with this forward pass and this function for both gradients.
+
+    The kernel and the bias may have a wider type than x, which their gradients then have, too.
+    """
+
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+    def convolve(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, stride: int) -> jax.Array:
+        return forward(x, kernel.astype(x.dtype), None if bias is None else bias.astype(x.dtype), stride)
+
+    def convolve_fwd(
+        x: jax.Array, kernel: jax.Array, bias: jax.Array | None, stride: int
+    ) -> tuple[jax.Array, Any]:
+        return convolve(x, kernel, bias, stride), (x, kernel, bias)
+
+    def convolve_bwd(stride: int, residuals: Any, cotangent: jax.Array) -> tuple[jax.Array | None, ...]:
+        x, kernel, bias = residuals
+        d_bias = None
+        if bias is not None:
+            d_bias = cotangent.sum(axis=(0, *range(2, cotangent.ndim - 1)), dtype=bias.dtype).T
+        return *gradients(x, kernel, cotangent, stride), d_bias
+
+    convolve.defvjp(convolve_fwd, convolve_bwd)
+    traced_once = jax.jit(convolve, static_argnums=3)  # equal blocks share one trace
+
+    def depthwise(
+        x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None, *, stride: int
+    ) -> jax.Array:
+        return traced_once(x, kernel, bias, stride)
+
+    return depthwise
+
+
+def then_bias(
+    forward: Callable[[jax.Array, jax.Array, int], jax.Array],
+) -> Callable[[jax.Array, jax.Array, jax.Array | None, int], jax.Array]:
+    """Add a bias to a forward pass that takes none."""
+    return lambda x, kernel, bias, stride: add_bias(forward(x, kernel, stride), bias)
+
+
+def pinned(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """Keep a function of arrays and a stride as it is written on GPUs.
+
+    Channels stay last in memory: where the compiler may choose layouts, transpositions are free, and the
+    layout that suits one convolution spreads through the network. Nothing is fused with its result: the
+    compiler would search for tiles of all taps at once, for minutes.
+    """
+
+    def as_written(x: jax.Array) -> jax.Array:
+        return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+
+    def run(x: jax.Array, kernel: jax.Array, *others: Any) -> jax.Array:
+        *cotangent, stride = others
+        out = function(as_written(x), kernel, *map(as_written, cotangent), stride)
+        return as_written(lax.optimization_barrier(out))
+
+    return run
+
+
+# XLA's grouped convolution. XLA's own gradients of it take layouts on TPUs that are mostly padding (3-D with
+# D = 4: a thousand times the bytes that these move), and minutes to compile.
+
+
+def grouped(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+    """Compute the definition."""
+    return depthwise_conv.definition(x, kernel, stride=stride)
+
+
+def grouped_input_gradient(x: jax.Array, kernel: jax.Array, cotangent: jax.Array, stride: int) -> jax.Array:
+    """Convolve every plane with the window reversed."""
+    strides = grid_strides(x.shape[1:-1], stride)
+    ones = (1,) * len(strides)
+    padding = padding_of_gradient(x, kernel, cotangent, strides)
+    taps = jnp.flip(kernel, axis=tuple(range(len(strides))))
+    total: jax.Array | float = 0.0
+    for d in range(kernel.shape[-1]):
+        part = _convolve(cotangent[:, d], taps[..., d : d + 1], ones, padding, dilation=strides)
+        total += part.astype(accumulator(x))
+    return jnp.asarray(total, x.dtype)
+
+
+def grouped_kernel_gradient(x: jax.Array, kernel: jax.Array, cotangent: jax.Array, stride: int) -> jax.Array:
+    """Sum over positions for every tap."""
+    window, accumulate = kernel.shape[:-2], accumulator(x)
+    x = jnp.pad(x, [(0, 0), *same_padding(window), (0, 0)])
+    cotangent, positions = cotangent.astype(accumulate), tuple(range(x.ndim - 1))
+    strides, grid = grid_strides(window, stride), cotangent.shape[2:-1]
+    taps = [
+        (shift(x, offset, grid, strides).astype(accumulate) * cotangent[:, d]).sum(positions)
+        for offset in itertools.product(*map(range, window))
+        for d in range(kernel.shape[-1])
+    ]
+    stacked = jnp.stack(taps).reshape(*window, kernel.shape[-1], -1)
+    return jnp.swapaxes(stacked, -1, -2).astype(kernel.dtype)
+
+
+def _convolve(
+    x: jax.Array,
+    kernel: jax.Array,
+    strides: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    dilation: Sequence[int],
+) -> jax.Array:
+    """[batch, *grid, channels], [*window, channels, D] -> [batch, *grid', channels * D]."""
+    axes = "THW"[-(x.ndim - 2) :]
+    return lax.conv_general_dilated(
+        x,
+        kernel.reshape(*kernel.shape[:-2], 1, -1),
+        strides,
+        padding,
+        lhs_dilation=dilation,
+        dimension_numbers=(f"N{axes}C", f"{axes}IO", f"N{axes}C"),
+        feature_group_count=x.shape[-1],
+    )
+
+
+def library_kernel_gradient(x: jax.Array, kernel: jax.Array, cotangent: jax.Array, stride: int) -> jax.Array:
+    """Differentiate the definition."""
+    _, pull = jax.vjp(lambda kernel: grouped(x, kernel.astype(x.dtype), stride), kernel)
+    return pull(cotangent)[0]
+
+
+def padding_of_gradient(
+    x: jax.Array, kernel: jax.Array, cotangent: jax.Array, strides: Sequence[int]
+) -> list[tuple[int, int]]:
+    """Return the zeros before and after the cotangent, dilated by the strides, under a reversed window."""
+    sizes = zip(x.shape[1:-1], cotangent.shape[2:-1], kernel.shape[:-2], strides, strict=True)
+    return [((k - 1) // 2, (k - 1) // 2 + n - (m - 1) * s - 1) for n, m, k, s in sizes]
+
+
+def shift(padded: jax.Array, offset: Sequence[int], grid: Sequence[int], strides: Sequence[int]) -> jax.Array:
+    """Return what the tap at `offset` reads of [batch, *padded, channels]."""
+    end = [o + (n - 1) * s + 1 for o, n, s in zip(offset, grid, strides, strict=True)]
+    return lax.slice(padded, (0, *offset, 0), (len(padded), *end, padded.shape[-1]), (1, *strides, 1))
+
+
+def accumulator(x: jax.Array) -> jnp.dtype:
+    """Return the type in which sums are kept: float32 at least."""
+    return jnp.promote_types(x.dtype, jnp.float32)

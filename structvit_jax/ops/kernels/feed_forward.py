@@ -1,0 +1,68 @@
+"""Two layers around GELU that keep one hidden array for the backward pass.
+
+JAX's gradients of GELU keep several arrays of the hidden width, which is four times that of all others; here
+its output and its slope are recomputed from its input.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from structvit_jax.ops.feed_forward import gelu
+
+
+def mlp_recomputing_gelu(
+    x: jax.Array, kernel1: jax.Array, bias1: jax.Array, kernel2: jax.Array, bias2: jax.Array
+) -> jax.Array:
+    """Compute `structvit_jax.ops.mlp` on a matrix: CPUs multiply other arrays slowly."""
+    rows = x.reshape(-1, x.shape[-1])
+    return _mlp(rows, kernel1, bias1, kernel2, bias2).reshape(*x.shape[:-1], -1)
+
+
+@jax.custom_vjp
+def _mlp(
+    x: jax.Array, kernel1: jax.Array, bias1: jax.Array, kernel2: jax.Array, bias2: jax.Array
+) -> jax.Array:
+    return _forward(x, kernel1, bias1, kernel2, bias2)[0]
+
+
+def _forward(
+    x: jax.Array, kernel1: jax.Array, bias1: jax.Array, kernel2: jax.Array, bias2: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    hidden = x @ kernel1 + bias1
+    return gelu(hidden) @ kernel2 + bias2, (x, hidden, kernel1, kernel2)
+
+
+def _backward(residuals: tuple[jax.Array, ...], cotangent: jax.Array) -> tuple[jax.Array, ...]:
+    x, hidden, kernel1, kernel2 = residuals
+    d_hidden = ((cotangent @ kernel2.T) * _slope(hidden)).astype(x.dtype)
+    d_kernel2, d_bias2 = _linear_gradients(gelu(hidden), cotangent, kernel2)
+    d_kernel1, d_bias1 = _linear_gradients(x, d_hidden, kernel1)
+    return d_hidden @ kernel1.T, d_kernel1, d_bias1, d_kernel2, d_bias2
+
+
+_mlp.defvjp(_forward, _backward)
+
+
+def _linear_gradients(x: jax.Array, cotangent: jax.Array, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return the gradients of a linear layer's kernel and bias.
+
+    CPUs transpose the left factor, or as written here the result: whichever is smallest.
+    """
+    rows, outputs = cotangent.shape
+    if x.shape[-1] < outputs or rows < outputs:
+        d_kernel = x.T @ cotangent
+    else:  # without the barrier the compiler would exchange the factors
+        d_kernel = lax.optimization_barrier(cotangent.T @ x).T
+    exact = jnp.promote_types(x.dtype, jnp.float32)
+    return d_kernel.astype(kernel.dtype), cotangent.sum(axis=0, dtype=exact).astype(kernel.dtype)
+
+
+def _slope(x: jax.Array) -> jax.Array:
+    """Return the derivative of gelu, in float32 at least."""
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return 0.5 * (1 + lax.erf(x * math.sqrt(0.5))) + x * jnp.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)

@@ -1,0 +1,85 @@
+"""Call Pallas kernels for TPUs with as much vector memory as they need and no more."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
+
+import jax
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from structvit_jax.ops.dispatch import current_device
+
+Ref = Any  # a reference to a block in memory, inside a kernel
+F = TypeVar("F", bound=Callable[..., Any])
+
+_LIMIT = 96 * 2**20  # bytes of vector memory for a kernel; v5e, v5p and v6e have 128 MB
+_RESERVE = 4 * 2**20  # for the compiler's own use
+
+
+def interpreted_elsewhere(make: Callable[[bool], F]) -> F:
+    """Return a kernel that is compiled on TPUs and interpreted on other platforms.
+
+    Args:
+      make: returns the kernel, given whether it is interpreted.
+    """
+    compiled, interpreted = make(False), make(True)
+
+    @functools.wraps(compiled)
+    def run(*args: Any, **options: Any) -> Any:
+        return (compiled if current_device().platform == "tpu" else interpreted)(*args, **options)
+
+    return cast(F, run)
+
+
+def call_kernel(
+    kernel: Callable,
+    operands: Sequence[jax.Array],
+    *,
+    in_specs: Sequence[pl.BlockSpec],
+    out_specs: Any,
+    out_shape: Any,
+    scratch_shapes: Sequence[Any] = (),
+    semantics: Sequence[Any],
+    work: int,
+    **options: Any,
+) -> Any:
+    """Call `pl.pallas_call` of a kernel on its operands.
+
+    The compiler cannot use vector memory that a kernel reserves to keep arrays between operations. With 64 to
+    96 MB for every kernel, a train step of StructViT-S moved 1.5 times the bytes (docs/SPEED.md).
+
+    Args:
+      semantics: of the grid's axes, "parallel" or "arbitrary".
+      work: bytes of a step's intermediate results.
+      others: as for `pl.pallas_call`.
+    """
+    outs = out_shape if isinstance(out_shape, (list, tuple)) else [out_shape]
+    specs = out_specs if isinstance(out_specs, (list, tuple)) else [out_specs]
+    blocks = [*zip(in_specs, operands, strict=True), *zip(specs, outs, strict=True)]
+    # A block is in memory twice: one is computed with while the other is copied.
+    memory = sum(2 * _bytes(spec.block_shape, array.dtype) for spec, array in blocks)
+    memory += sum(_bytes(scratch.shape, scratch.dtype) for scratch in scratch_shapes)
+    return pl.pallas_call(
+        kernel,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        out_shape=out_shape,
+        scratch_shapes=scratch_shapes,
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=tuple(semantics), vmem_limit_bytes=min(_LIMIT, memory + work + _RESERVE)
+        ),
+        **options,
+    )(*operands)
+
+
+def _bytes(shape: Any, dtype: Any) -> int:
+    """Return the size, padded to whole registers: 128 lanes by the sublanes that make 32 bytes."""
+    size = np.dtype(dtype).itemsize
+    sublanes = 32 // size
+    rows, lanes = -(-shape[-2] // sublanes) * sublanes, -(-shape[-1] // 128) * 128
+    return math.prod(shape[:-2]) * rows * lanes * size
