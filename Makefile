@@ -1,14 +1,18 @@
-# make run    set up and train the default model      make test   set up, lint and test
-# make lint   ruff and mypy alone                     make lock   resolve requirements.lock anew
-# make browser  pages of explain and report in Chromium, a minute (Debian: apt install chromium)
-# make hostile  attack the commands with bad command lines, files and environments, 15 minutes
-# make kills  kill runs at random moments, 15 minutes (ARGS="--kills 0 --layouts": compare layouts instead)
+# make run         set up and train the default model
+# make test        set up, lint and test
+# make lint        ruff and mypy
+# make docs        build the documentation into build/site, in strict mode
+# make docs-serve  show the documentation at http://127.0.0.1:8000
+# make lock        resolve requirements.lock again
+# make browser     test the pages of explain and report in Chromium, a minute (Debian: apt install chromium)
+# make hostile     attack the commands with bad command lines, files and environments, 15 minutes
+# make kills       kill runs at random moments, 15 minutes (ARGS="--kills 0 --layouts": compare layouts)
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-# What JAX should be installed for; say ACCELERATOR=cpu to overrule.
+# The accelerator to install JAX for; ACCELERATOR=cpu overrides it.
 ACCELERATOR ?= $(shell \
 	if nvidia-smi -L 2>/dev/null | grep -q GPU; then \
 		driver=$$(nvidia-smi --query-gpu=driver_version --format=csv,noheader | head -n 1 | cut -d . -f 1); \
@@ -17,16 +21,16 @@ ACCELERATOR ?= $(shell \
 	else echo cpu; fi)
 EXTRAS := $(if $(filter cpu,$(ACCELERATOR)),dev,dev,$(ACCELERATOR))
 STAMP := $(VENV)/.installed-$(ACCELERATOR)
-# pip would compile one file after another.
+# Compiled below, on all cores; pip would compile one file after another.
 PIP := $(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-check -c requirements.lock
 COMPILE := $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
-# To test the reading of its files: the build for CPUs, since PyPI's brings CUDA libraries unlike JAX's.
+# To test reading its files: the build for CPUs, because PyPI's brings CUDA libraries other than JAX's.
 TORCH ?= torch==2.13.0+cpu
 
-.PHONY: run test lint lock browser hostile kills
+.PHONY: run test lint docs docs-serve lock browser hostile kills
 
 run: $(STAMP)
-	$(BIN)/python -m structvit_jax.main --config=configs/moving_digits.py $(ARGS)
+	$(BIN)/python -m structvit_jax train --config=moving_digits $(ARGS)
 
 test: $(STAMP)
 	@$(MAKE) --no-print-directory --jobs=2 lint $(VENV)/.torch
@@ -36,6 +40,12 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet $(ARGS)
+
+docs-serve: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve $(ARGS)
 
 browser: $(STAMP)
 	$(PIP) "playwright>=1.50"
@@ -61,5 +71,5 @@ $(VENV)/.torch: $(STAMP)
 
 lock: requirements.txt pyproject.toml
 	uv pip compile --quiet --universal --upgrade --python-version 3.11 pyproject.toml \
-		--extra dev --extra beam --extra gcs --extra cuda12 --extra cuda13 --extra tpu \
+		--extra dev --extra docs --extra beam --extra gcs --extra cuda12 --extra cuda13 --extra tpu \
 		--custom-compile-command "make lock" -o requirements.lock

@@ -1,22 +1,22 @@
 #!/usr/bin/env bash
-# Runs structvit_jax as several processes on one machine, to use its GPUs or to try out a cluster.
+# Run structvit_jax as several processes on one machine, on its GPUs or to simulate a cluster.
 #
 #   launch/local.sh [options] -- --config=configs/NAME.py [--workdir=DIR] [--config.a.b=v ...]
 #
-#   --processes N     how many processes (2)
-#   --cpu-devices M   run on the CPU, each process with M devices; without it GPUs are shared out evenly
-#   --restarts K      start all again after a crash or an interruption, at most K times (0)
-#   --logs DIR        where the output of processes 1, 2, ... goes; that of 0 is shown (runs/local)
-#   --dry-run         print the commands, run none
+#   --processes N     number of processes (2)
+#   --cpu-devices M   run on the CPU, each process with M devices; by default GPUs are distributed evenly
+#   --restarts K      restart all processes after a crash or an interruption, at most K times (0)
+#   --logs DIR        folder for the output of processes 1, 2, ...; that of 0 is shown (runs/local)
+#   --dry-run         print the commands without running them
 #
-# Exit code: 0 when complete; 2 when a process says that a person has to mend something; 75 when stopped or
-# interrupted, so that the same command resumes; else the first failing one. SIGTERM and SIGINT are passed on
-# as SIGTERM, on which the processes save; a third one kills them. PYTHON names the interpreter.
+# Exit code: 0 complete; 2 manual intervention is required; 75 stopped or interrupted: the same command resumes;
+# else the first failing one. SIGTERM and SIGINT are passed on as SIGTERM, and the processes save; a third signal
+# kills them. PYTHON names the interpreter.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-poll=${LOCAL_POLL_SECONDS:-1}    # between two looks at the processes
-grace=${LOCAL_GRACE_SECONDS:-60} # after a failure: for the others to end by themselves, and again after SIGTERM
+poll=${LOCAL_POLL_SECONDS:-1}    # between checks of the processes
+grace=${LOCAL_GRACE_SECONDS:-60} # for the others to end after a failure, and again after SIGTERM
 
 fail() {
   echo "error: $*" >&2
@@ -43,13 +43,13 @@ parse() {
         esac
         shift 2
         ;;
-      *) fail "unknown option '$1'; what is meant for the program comes after --" ;;
+      *) fail "unknown option '$1'; put arguments of the program after --" ;;
     esac
   done
-  [[ $processes =~ ^[1-9][0-9]*$ ]] || fail "--processes is a whole number above 0, not '$processes'"
-  [[ $cpu_devices =~ ^([1-9][0-9]*)?$ ]] || fail "--cpu-devices is a whole number above 0, not '$cpu_devices'"
-  [[ $restarts =~ ^[0-9]+$ ]] || fail "--restarts is a whole number, not '$restarts'"
-  (($#)) || fail "nothing to run; say -- --config=configs/NAME.py"
+  [[ $processes =~ ^[1-9][0-9]*$ ]] || fail "--processes must be a positive integer, not '$processes'"
+  [[ $cpu_devices =~ ^([1-9][0-9]*)?$ ]] || fail "--cpu-devices must be a positive integer, not '$cpu_devices'"
+  [[ $restarts =~ ^[0-9]+$ ]] || fail "--restarts must be a number, not '$restarts'"
+  (($#)) || fail "nothing to run; add -- --config=configs/NAME.py"
   arguments=("$@")
 }
 
@@ -59,7 +59,7 @@ find_python() {
   command -v "$python" >/dev/null || fail "no interpreter '$python'; make run sets one up, PYTHON names another"
 }
 
-# The GPUs to share out, in the array gpus; none with --cpu-devices.
+# Store the GPUs to distribute in the array gpus; none with --cpu-devices.
 find_gpus() {
   local count
   gpus=()
@@ -71,10 +71,10 @@ find_gpus() {
     for ((i = 0; i < count; i++)); do gpus+=("$i"); done
   fi
   ((${#gpus[@]} % processes == 0)) ||
-    fail "${#gpus[@]} GPUs cannot be shared out evenly among $processes processes; change --processes"
+    fail "${#gpus[@]} GPUs are not divisible by $processes processes; change --processes"
 }
 
-# A port where nothing listens, below those that the system gives to outgoing connections.
+# Find a port on which nothing listens, below those of outgoing connections.
 find_port() {
   local try
   for ((try = 0; try < 100; try++)); do
@@ -84,7 +84,7 @@ find_port() {
   fail "found no free port on 127.0.0.1"
 }
 
-# The whole command of process $1, in the array command.
+# Store the command of process $1 in the array command.
 make_command() {
   local share=$((${#gpus[@]} / processes)) visible
   command=(env "JAX_COORDINATOR_ADDRESS=127.0.0.1:$port" "JAX_NUM_PROCESSES=$processes" "JAX_PROCESS_ID=$1")
@@ -98,7 +98,7 @@ make_command() {
   command+=("$python" -m structvit_jax.main "${arguments[@]}")
 }
 
-# Each process leads a session of its own: Ctrl-C reaches it through this script only, and what it leaves
+# Each process leads its own session: Ctrl-C reaches it only through this script, and processes that it leaves
 # behind can be found.
 start_all() {
   pids=() codes=() forced=()
@@ -111,7 +111,7 @@ start_all() {
       setsid "${command[@]}" </dev/null >>"$logs/process-$i.log" 2>&1 &
     fi
     pids+=($!)
-    ((!stops)) || signal_all TERM # the signal came before the process was on the list
+    ((!stops)) || signal_all TERM # the signal came before the process was listed
   done
 }
 
@@ -144,7 +144,7 @@ report() {
   (($1 == 0 || stops)) || tail -n 15 "$logs/process-$1.log" | sed "s/^/  $1| /" >&2
 }
 
-# Waits for all; the first failure starts the clock for the others.
+# Wait for all; the first failure starts the timeout of the others.
 watch_all() {
   local ended=0 failed_at='' asked='' code i
   first=0
@@ -155,7 +155,7 @@ watch_all() {
       wait "${pids[i]}" && code=0 || code=$?
       codes[i]=$code
       ended=$((ended + 1))
-      kill -KILL -- "-${pids[i]}" 2>/dev/null || true # its helpers, should it have left some
+      kill -KILL -- "-${pids[i]}" 2>/dev/null || true # its helpers, if any are left
       ((code)) || continue
       report "$i" "$code"
       ((first)) || first=$code
@@ -172,7 +172,7 @@ watch_all() {
   done
 }
 
-# One exit code for all, in the variable verdict. What this script killed itself says nothing.
+# Store one exit code for all in the variable verdict. Processes that this script killed do not count.
 judge() {
   local i
   verdict=$first
@@ -200,14 +200,14 @@ if [[ $dry_run ]]; then
   done
   exit 0
 fi
-mkdir -p "$logs" || fail "cannot make the folder of logs '$logs'"
+mkdir -p "$logs" || fail "cannot create the folder '$logs' for logs"
 stops=0 pids=() codes=() forced=()
 trap on_stop TERM INT HUP
-trap 'signal_all KILL' EXIT # nothing is left behind, whatever ends this script
+trap 'signal_all KILL' EXIT # leave no process behind, whatever ends this script
 for ((attempt = 0; ; attempt++)); do
   start_all
   watch_all
   judge
   ((verdict != 0 && verdict != 2 && !stops && attempt < restarts)) || exit "$verdict"
-  say "starting all again ($((attempt + 1)) of $restarts)"
+  say "restarting all processes ($((attempt + 1)) of $restarts)"
 done

@@ -1,8 +1,8 @@
-# The cloud's side of launch/tpu_run.sh, which reads this file: single calls of gcloud, and what it takes to
-# make them succeed. Its variables are the options and settings at the top of that script.
+# The cloud functions of launch/tpu_run.sh, which sources this file: calls of gcloud and their retries. Variables
+# are the options and settings of that script.
 # shellcheck shell=bash disable=SC2154
 
-# One command, which a dry run only shows.
+# Run a command; a dry run only prints it.
 run() {
   local line
   if [[ $dry_run ]]; then
@@ -15,7 +15,7 @@ run() {
 
 cloud() { run gcloud compute tpus "$@" "${where[@]}"; }
 
-# A command on worker $1, or on all. What gcloud says on the way is shown only if it fails.
+# Run a command on worker $1, or on all. gcloud's messages are shown only if it fails.
 remote() {
   local result
   cloud tpu-vm ssh "$name" --worker="$1" --ssh-flag=-oConnectTimeout=30 --ssh-flag=-oServerAliveInterval=30 \
@@ -24,7 +24,7 @@ remote() {
   return "$result"
 }
 
-# "value" of a description; MISSING if there is none, UNKNOWN if that cannot be told.
+# Print a value of a description; MISSING if there is none, UNKNOWN if the call fails.
 describe() {
   local value
   if value=$(cloud "$1" describe "$name" --format="value($2)" 2>"$tmp/describe"); then
@@ -37,7 +37,7 @@ describe() {
   fi
 }
 
-# READY, GONE, or the state in which to wait. The request may stay ACTIVE after its machines are gone.
+# Print READY, GONE, or the state to wait in. The request may stay ACTIVE after its machines are gone.
 tpu_state() {
   local state
   state=$(describe queued-resources state.state)
@@ -48,7 +48,7 @@ tpu_state() {
   esac
 }
 
-# Runs a command until it succeeds; fails only if the TPU is gone. 2 is a mistake, of ours or of the user.
+# Run a command until it succeeds; fail only if the TPU is gone. Exit code 2 is an error that retries do not fix.
 insist() {
   local try result
   for ((try = 1; ; try++)); do
@@ -65,7 +65,7 @@ create() {
     --runtime-version="$runtime" ${account:+--service-account="$account"} ${create_flags[@]+"${create_flags[@]}"}
 }
 
-# Deleting is refused in some states, as while the service takes the machines away.
+# Deleting is refused in some states, such as while the service removes the machines.
 remove() {
   local try
   for ((try = 1; try <= tries; try++)); do
@@ -76,20 +76,20 @@ remove() {
   leave "$name could not be deleted"
 }
 
-# The end of this command, not of the run.
+# End this command, not the run.
 leave() {
-  say "$1; the TPU $name may still be there and cost: --status tells, --delete deletes it"
+  say "$1; the TPU $name may still exist and cost: --status shows it, --delete deletes it"
   exit 1
 }
 
-# A TPU that answers; fails if it was not to be had or was taken away at once.
+# Wait for a TPU that answers; fail if none was granted or it was preempted at once.
 ensure() {
   local state last='' unknown=0 try
   if [[ $(tpu_state) == GONE ]]; then
-    remove # what is left of it holds its name and counts against the quota
+    remove # its remains hold the name and count against the quota
     for ((try = 1; ; try++)); do
       create && break
-      [[ $(describe queued-resources state.state) == MISSING ]] || break # it came to be nevertheless
+      [[ $(describe queued-resources state.state) == MISSING ]] || break # it was created nevertheless
       ((try < 3)) || leave "the TPU could not be requested (see above)"
       sleep "$poll"
     done
@@ -101,7 +101,7 @@ ensure() {
     case $state in
       READY) check_type && return ;;
       GONE) say "reason: $(describe queued-resources state.failedData.error.message)" && return 1 ;;
-      UNKNOWN) ((++unknown < tries)) || leave "the cloud does not tell the state of $name" ;;
+      UNKNOWN) ((++unknown < tries)) || leave "the cloud does not return the state of $name" ;;
       *) unknown=0 ;;
     esac
     sleep "$poll"
@@ -111,7 +111,7 @@ ensure() {
 check_type() {
   local found
   found=$(describe tpu-vm acceleratorType)
-  [[ $found == "$type" || $found == UNKNOWN ]] || fail "$name is there as $found, not $type; take another --name"
+  [[ $found == "$type" || $found == UNKNOWN ]] || fail "$name exists as $found, not $type; choose another --name"
 }
 
 copy() { cloud tpu-vm scp "$tmp/code.tar.gz" "$name:structvit_run.tar.gz" --worker=all; }
@@ -128,7 +128,7 @@ start() {
   remote all "$worker start$line"
 }
 
-# The states of all workers; worker 0 may be there and another one new, after repairs.
+# Store the states of all workers. After repairs, worker 0 may be there and another one be new.
 look() {
   remote all "if test -e structvit_run/command; then $worker log 1000000000; else echo '@ none'; fi" >"$tmp/look"
 }

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# What launch/tpu_run.sh runs on each worker of a TPU; nobody else needs it.
+# launch/tpu_run.sh runs this script on each worker of a TPU; it is of no other use.
 #
-#   tpu_worker.sh install             make the environment for the code that lies around this script
-#   tpu_worker.sh start LABEL ARGS    structvit_jax.main in the background; LABEL says which code it is
-#   tpu_worker.sh log LINE            whole lines of its output from LINE on (0: the last 20), then the state
-#   tpu_worker.sh stop SECONDS        let it end by itself for so long, then SIGTERM, then SIGKILL; the state
+#   tpu_worker.sh install             create the environment for the code around this script
+#   tpu_worker.sh start LABEL ARGS    run structvit_jax.main in the background; LABEL identifies the code
+#   tpu_worker.sh log LINE            print complete lines of its output from LINE on (0: the last 20), then the state
+#   tpu_worker.sh stop SECONDS        wait for its end this long, then SIGTERM, then SIGKILL; print the state
 #
-# The state is one line: "@ none|running|exited|lost CODE LINES", with CODE - but for exited, and the number
+# The state is one line: "@ none|running|exited|lost CODE LINES". CODE is - unless it exited; LINES is the number
 # of lines in the log. Lost: the machine or the process died without an exit code.
 set -euo pipefail
 
@@ -27,7 +27,7 @@ state() {
   echo "@ $name $result $(cat "$run/log" 2>/dev/null | wc -l)"
 }
 
-# The images' own Python is older than 3.11; uv brings one along.
+# The images' Python is older than 3.11; uv installs a newer one.
 install() {
   cd "$code"
   python3 -m uv --version >/dev/null 2>&1 || python3 -m pip install --quiet --user uv ||
@@ -42,14 +42,14 @@ start() {
   shift
   exec 9>>"$run/lock"
   if ! flock --nonblock 9; then
-    [[ $(<"$run/command") != "$command" ]] || return 0 # already running, as after a lost connection
+    [[ $(<"$run/command") != "$command" ]] || return 0 # already running, for example after a lost connection
     echo "error: the TPU runs another command or other code:$(<"$run/command")" >&2
     exit 2
   fi
   rm -f "$run/exit"
   echo "$command" >"$run/command"
   cd "$code"
-  # The lock is inherited: it is held until the last of the program's processes has ended.
+  # The lock is inherited: it is held until the last process of the program has ended.
   setsid nohup bash "$code/launch/tpu_worker.sh" supervise "$@" >>"$run/log" 2>&1 </dev/null &
   echo $! >"$run/pid"
 }
@@ -60,13 +60,13 @@ supervise() {
   child=$!
   trap 'kill -TERM "$child" 2>/dev/null || true' TERM
   while kill -0 "$child" 2>/dev/null; do
-    wait "$child" || true # SIGTERM ends the wait early
+    wait "$child" || true # SIGTERM ends wait early
   done
   wait "$child" && result=0 || result=$?
-  rm -f /tmp/libtpu_lockfile 2>/dev/null || true # a crash leaves it, and then no program gets the TPU
+  rm -f /tmp/libtpu_lockfile 2>/dev/null || true # a crash leaves it behind, and it blocks the TPU
   echo "$result" >"$run/exit.new"
   mv "$run/exit.new" "$run/exit"
-  kill -KILL 0 # what the program left behind, this shell included
+  kill -KILL 0 # processes that the program left behind, and this shell
 }
 
 ended_within() {

@@ -43,10 +43,10 @@ def local(play, *arguments, **environment):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         ([], "nothing to run"),
-        (["--processes", "0", "--", "x"], "--processes is a whole number above 0, not '0'"),
+        (["--processes", "0", "--", "x"], "--processes must be a positive integer, not '0'"),
         (["--processes=two", "--", "x"], "not 'two'"),
         (["--cpu-devices", "-1", "--", "x"], "--cpu-devices"),
         (["--restarts", "x", "--", "x"], "--restarts"),
@@ -54,8 +54,8 @@ def local(play, *arguments, **environment):
         (["--config=x"], "unknown option '--config=x'"),
     ],
 )
-def test_local_refuses(play, arguments, says):
-    refused(local(play, *arguments), says)
+def test_local_refuses(play, arguments, message):
+    refused(local(play, *arguments), message)
 
 
 def test_local_needs_an_interpreter(play):
@@ -95,11 +95,11 @@ def test_local_shares_out_gpus(play):
     assert [play.started(i)[0][1]["CUDA_VISIBLE_DEVICES"] for i in (0, 1)] == ["0,1", "2,3"]
     assert local(play, "--", "x", CUDA_VISIBLE_DEVICES="5,7").returncode == 0
     assert [play.started(i)[1][1]["CUDA_VISIBLE_DEVICES"] for i in (0, 1)] == ["5", "7"]
-    refused(local(play, "--processes=3", "--", "x"), "4 GPUs cannot be shared out evenly among 3 processes")
+    refused(local(play, "--processes=3", "--", "x"), "4 GPUs are not divisible by 3 processes")
 
 
 @pytest.mark.parametrize(
-    ("does", "code", "says"),
+    ("does", "code", "message"),
     [
         (["0", "0"], 0, ""),
         (["hang", "2"], 2, "process 1 (pid"),
@@ -109,13 +109,13 @@ def test_local_shares_out_gpus(play):
         (["hang", "KILL"], 75, "killed by SIGKILL"),
     ],
 )
-def test_local_exit_code(play, does, code, says):
+def test_local_exit_code(play, does, code, message):
     for process, what in enumerate(does):
         play.exits(what, process=process)
     grace = "0" if {"hang", "deaf"} & set(does) else "60"  # those that end by themselves may take their time
     process = local(play, "--", "x", LOCAL_GRACE_SECONDS=grace)
     assert process.returncode == code, process.stderr
-    assert says in process.stderr
+    assert message in process.stderr
     if does[1] not in ("0", "deaf"):
         assert "  1| process 1, start 1: -m structvit_jax.main x" in process.stderr
     assert play.nothing_is_left()
@@ -213,7 +213,7 @@ def test_slurm_dry_run(play):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "environment", "says"),
+    ("arguments", "environment", "message"),
     [
         ([], {}, "--config=configs/NAME.py"),
         (["--config=x"], {"SLURM_JOB_ID": ""}, "not inside a job"),
@@ -221,8 +221,8 @@ def test_slurm_dry_run(play):
         (["--config=x"], {"PYTHON": "/nowhere"}, "no interpreter '/nowhere'"),
     ],
 )
-def test_slurm_refuses(slurm, arguments, environment, says):
-    refused(sbatch(slurm, *arguments, **environment), says)
+def test_slurm_refuses(slurm, arguments, environment, message):
+    refused(sbatch(slurm, *arguments, **environment), message)
 
 
 def test_slurm_runs_one_task_per_gpu(slurm):
@@ -255,7 +255,7 @@ def test_slurm_exit_code(slurm, does, errors, environment, code, again):
     assert requeued(slurm) == (["requeue 7"] if again else [])
 
 
-def test_slurm_says_when_it_cannot_be_queued_again(slurm):
+def test_slurm_reports_when_the_job_cannot_be_requeued(slurm):
     slurm.exits("75")
     process = sbatch(slurm, *RUN, SCONTROL="1")
     assert process.returncode == 75 and "the same sbatch command resumes" in process.stderr

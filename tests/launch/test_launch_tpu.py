@@ -72,25 +72,25 @@ CONFIG = RUN[:1]
 
 
 @pytest.mark.parametrize(
-    ("options", "arguments", "says"),
+    ("options", "arguments", "message"),
     [
-        (["--name=Pod"], RUN, "--name is 1 to 63 small letters"),
-        (["--zone=west"], RUN, "--zone is a zone"),
-        (["--type=v9-8"], RUN, "--type is v2-N"),
-        (["--type=v5e-8"], RUN, "--type v5e-8 is called v5litepod-8"),
-        (["--type=v4-12"], RUN, "N is a multiple of 8"),
-        (["--restarts=many"], RUN, "--restarts is a whole number"),
+        (["--name=Pod"], RUN, "--name must be 1 to 63 lower-case letters"),
+        (["--zone=west"], RUN, "--zone must be a zone"),
+        (["--type=v9-8"], RUN, "--type must be v2-N"),
+        (["--type=v5e-8"], RUN, "--type v5e-8 is named v5litepod-8"),
+        (["--type=v4-12"], RUN, "N must be a multiple of 8"),
+        (["--restarts=many"], RUN, "--restarts must be a number"),
         (["--runtime"], RUN, "--runtime needs a value"),
         (["--config=x"], RUN, "unknown option '--config'"),
-        ([], RUN[1:], "say which configuration"),
+        ([], RUN[1:], "no configuration"),
         ([], ["--config=configs/mine.py"], "configs/mine.py is not in the commit to copy"),
         ([], CONFIG, "v5litepod-16 has 4 hosts that share no disk"),
         (["--type=v4-16"], CONFIG, "v4-16 has 2 hosts"),
         (["--type=v5p-32"], [*CONFIG, "--workdir=runs/x"], "v5p-32 has 4 hosts"),
     ],
 )
-def test_tpu_refuses(cloud, options, arguments, says):
-    refused(cloud.run(*cloud.command(*options, arguments=arguments)), says)
+def test_tpu_refuses(cloud, options, arguments, message):
+    refused(cloud.run(*cloud.command(*options, arguments=arguments)), message)
     assert not cloud.calls("create", "describe", "ssh")
 
 
@@ -142,8 +142,8 @@ def test_tpu_from_nothing_to_the_end(cloud):
     process = cloud.launch("--setup=touch here")
     assert process.returncode == 0, process.stderr
     assert process.stdout.count("process 0, start 1") == 1
-    for said in ("WAITING_FOR_RESOURCES", "PROVISIONING", "READY", "complete", "goes on costing"):
-        assert said in process.stderr
+    for text in ("WAITING_FOR_RESOURCES", "PROVISIONING", "READY", "complete", "continues to cost"):
+        assert text in process.stderr
     order = [words[3] for words in cloud.calls("create", "scp")] + [
         w[3] for w in cloud.calls("install", "start")
     ]
@@ -171,7 +171,7 @@ def test_tpu_takes_the_one_that_is_there_and_restarts_on_it(cloud):
 def test_tpu_of_another_type_is_not_taken(cloud):
     assert cloud.launch().returncode == 0
     process = cloud.launch("--type=v5litepod-32")
-    assert process.returncode == 2 and "pod is there as v5litepod-16, not v5litepod-32" in process.stderr
+    assert process.returncode == 2 and "pod exists as v5litepod-16, not v5litepod-32" in process.stderr
     assert cloud.count("start") == 1
 
 
@@ -205,12 +205,12 @@ def test_tpu_runs_out_of_restarts(cloud):
 
 
 @pytest.mark.parametrize("other", ["2", "hang"])
-def test_tpu_mistakes_are_not_retried(cloud, other):
-    """Also not if worker 0 has only lost the one that was mistaken; one that hangs is stopped."""
+def test_tpu_user_errors_are_not_retried(cloud, other):
+    """Also if worker 0 has only lost the worker that exits with 2; a worker that hangs is stopped."""
     cloud.exits("2" if other == "hang" else "75", process=0)
     cloud.exits(other, process=1)
     process = cloud.run(*cloud.command(), TPU_RUN_STOP_SECONDS="1")
-    assert process.returncode == 2 and "a person has to mend something" in process.stderr
+    assert process.returncode == 2 and "manual intervention is required" in process.stderr
     assert "process 0, start 1" in process.stdout
     assert cloud.count("start") == 1
     assert cloud.nothing_is_left()
@@ -235,17 +235,17 @@ def test_tpu_lost_connections_are_tried_again(cloud):
 def test_tpu_gives_up_when_nobody_answers(cloud):
     cloud.scenario(ssh=[0, 0, 0, *[255] * 9])
     process = cloud.launch()
-    assert process.returncode == 1 and "worker 0 does not answer; the run may go on" in process.stderr
+    assert process.returncode == 1 and "worker 0 does not answer; the run may continue" in process.stderr
     assert not cloud.count("delete")
 
 
-def test_tpu_run_goes_on_without_the_command(cloud):
+def test_tpu_run_continues_without_the_command(cloud):
     cloud.exits("hang")
     process = cloud.start(*cloud.command())
     assert wait_for(lambda: cloud.count("log") > 3)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=20)
-    assert "the run goes on without this command" in err
+    assert "the run continues without this command" in err
 
     other = cloud.run(*cloud.command(arguments=[*RUN, "--config.train.seed=1"]))
     assert other.returncode == 2 and "the TPU runs another command" in other.stderr
