@@ -199,7 +199,7 @@ def test_an_ablation_checks_all_rates_before_it_trains(tmp_path):
     arms = ("a: model.drop_path=0.0", "b: model.drop_path=0.1")
     for rates, phrase in (
         ((0.001, -1.0), "config.optimizer.lr is -1.0"),
-        (("x",), "config.optimizer.lr does not take 'x'"),
+        (("x",), "lr does not take 'x'"),
     ):
         with pytest.raises(UserError, match=phrase):
             Ablation(config, Study(arms, lrs=rates), epath.Path(tmp_path))

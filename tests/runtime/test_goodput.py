@@ -180,7 +180,7 @@ def test_accumulated_parts_are_the_whole_batch():
 
 
 def test_a_profile_of_some_steps(command, tmp_path):
-    process = command(*QUICK, f"--workdir={tmp_path}", "--config.profile=3:5")
+    process = command(*QUICK, f"--workdir={tmp_path}", "--profile=3:5")
     assert process.returncode == 0, process.stderr
     assert f"profile of steps 3 to 4: {tmp_path}/profile" in process.stdout
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))

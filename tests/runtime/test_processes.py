@@ -134,4 +134,4 @@ def test_a_process_that_waits_for_one_that_never_comes(tmp_path):
         process = waiting[first.index(impatient)].wait()
         assert process.returncode == EXIT_RESUMABLE, process.stderr
         (line,) = [line for line in process.stderr.splitlines() if line]
-        assert line.startswith("error: not all processes of the run have come together in 2 s at 127.0.0.1:")
+        assert line.startswith("error: not all processes of the run have connected within 2 s at 127.0.0.1:")

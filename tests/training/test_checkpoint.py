@@ -263,7 +263,7 @@ def test_the_next_checkpoint_is_read_when_a_run_replaces_one(tmp_path, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "find_damage", compare_late)
         assert restore.open_card(str(tmp_path)) == card_of(3)
-    with pytest.raises(UserError, match=r"no finished checkpoint at .*; .* holds these steps: 3"):
+    with pytest.raises(UserError, match=r"no finished checkpoint at .*; .* has these steps: 3"):
         restore.open_card(f"{tmp_path}/checkpoints/1")
 
 

@@ -95,22 +95,12 @@ def test_fine_tuning_in_one_command_each(digits, command, tmp_path):
     assert "already past the last step" in shorter.stdout
 
 
-def run_module(name, *arguments):
-    """Runs `python -m structvit_jax.NAME` as a user would."""
-    return subprocess.run(
-        [sys.executable, "-m", f"structvit_jax.{name}", *map(str, arguments)],
-        cwd=ROOT,
-        env=os.environ | {"XLA_FLAGS": COMPILER},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
 def test_a_checkpoint_is_evaluated_by_itself(digits, refused, tmp_path):
     moved = shutil.copytree(digits / "checkpoints" / "2", tmp_path / "moved" / "checkpoints" / "2")
     changed = ["--config.data.test_crops=1", "--config.data.workers=1"]
-    process = run_module("evaluate", moved, f"--out={tmp_path / 'out'}", *changed)
+    words = [sys.executable, "-m", "structvit_jax", "evaluate", moved, f"--out={tmp_path / 'out'}", *changed]
+    environment = os.environ | {"XLA_FLAGS": COMPILER}
+    process = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert process.returncode == 0 and "leaked" not in process.stderr, process.stderr
     assert (tmp_path / "out" / "result.json").read_bytes() == (digits / "result.json").read_bytes()
     module = {"program": "evaluate"}
@@ -126,7 +116,7 @@ def test_token_labelling_from_teacher_to_student(digits, command, tmp_path):
     write = functools.partial(command, digits, maps, *smaller, program="prepare label_maps")
     process = write()
     assert process.returncode == 0, process.stderr
-    assert "maps of 1437 images, 3x3, 3 classes at each place" in process.stdout
+    assert "maps of 1437 images, 3x3, 3 classes at each position" in process.stdout
     scores, classes = (np.load(maps / f"{name}.npy") for name in ("scores", "classes"))
     assert scores.shape == classes.shape == (images, 3, 3, 3)
     assert (

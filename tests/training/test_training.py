@@ -114,16 +114,17 @@ def test_evaluation_counts_every_example_once():
     config = small_config()
     digits = data.load(config.data, config.augment)
     grid, model, state, _ = setup(config, 8, 1)
-    scores = []
-    for config.eval.batch_size in (16, 56):  # 360 is a multiple of neither
-        evaluation = evaluate(runner(model, config, grid), state.weights, digits, config.eval)
+    scores, eval_runner = [], runner(model, config, grid)
+    for config.eval.batch_size in (16, 56, 56):  # 360 is a multiple of neither
+        evaluation = evaluate(eval_runner, state.weights, digits, config.eval)
         assert len(set(evaluation.ids)) == 360 and evaluation.scores.shape == (360, 10)
         scores.append(evaluation.summary())
-    assert scores[0] == scores[1]
+    assert scores[0] == scores[1] == scores[2]
+    assert len(eval_runner._compiled) == 2, "the step is compiled once for each shape"
     assert (scores[0].examples, scores[0].missing) == (360, 0) and 0 <= scores[0].top1 <= scores[0].top5 <= 1
     more = types.SimpleNamespace(test_examples=361, test_ids=(), test_batches=digits.test_batches)
     with pytest.raises(RuntimeError, match="360 examples of 361"):
-        evaluate(runner(model, config, grid), state.weights, more, config.eval)
+        evaluate(eval_runner, state.weights, more, config.eval)
 
 
 @pytest.mark.parametrize("average", ["logits", "softmax"])
