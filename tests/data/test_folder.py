@@ -185,7 +185,7 @@ def is_worker(pid):
         ),
     ],
 )
-def test_mistakes_are_one_line(tmp_path, arrange, message):
+def test_user_errors_are_one_line(tmp_path, arrange, message):
     (tmp_path / "val.csv").write_text("path,label\nb.mp4,x\n")
     arrange(tmp_path)
     with pytest.raises(UserError, match=re.escape(message)) as error:

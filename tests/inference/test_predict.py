@@ -1,4 +1,4 @@
-"""Predictions of files are those of the evaluation; programs give the same without the package."""
+"""Predictions for files equal those of the evaluation, also those of exported programs."""
 
 import csv
 import io
@@ -54,7 +54,7 @@ def run(root, tmp_path_factory):
     return workdir
 
 
-def test_the_numbers_of_the_evaluation(root, run):
+def test_predictions_equal_those_of_the_evaluation(root, run):
     """Whether files are given one by one or in folders; all views of each."""
     trained = structvit_jax.load_trained(str(run))
     with np.load(run / "predictions.npz") as saved:
@@ -120,7 +120,7 @@ def test_features_are_what_the_head_sees(root, run):
         np.testing.assert_allclose(logits.mean(axis=0), prediction.scores, rtol=1e-4, atol=1e-5)
 
 
-def test_the_command_tells_good_and_bad_files(command, root, run, tmp_path):
+def test_the_command_reports_good_and_bad_files(command, root, run, tmp_path):
     folder = tmp_path / "mixed"
     shutil.copytree(root / "val", folder)
     good = sorted(str(path) for path in folder.rglob("*.*"))
@@ -144,10 +144,8 @@ def test_the_command_tells_good_and_bad_files(command, root, run, tmp_path):
         assert lines[path]["probabilities"][0] >= lines[path]["probabilities"][1] > 0
         assert np.load(f"{features}{path}.npy").shape == (3, 16)
     assert done.returncode == 2
-    assert (
-        done.stderr.strip().splitlines()[-1]
-        == "error: 4 of 14 could not be read; their lines give the reasons"
-    )
+    (*_, last) = done.stderr.strip().splitlines()
+    assert last == "error: 4 of 14 could not be read; their lines give the reasons"
 
 
 def test_formats(root, run):
@@ -223,7 +221,7 @@ def test_notes_on_files_that_are_read_with_a_defect(run, tmp_path, capsys):
     ]
 
 
-def test_the_other_kind_names_a_model_that_takes_it(run, tmp_path):
+def test_files_of_the_other_kind_name_a_model_that_takes_them(run, tmp_path):
     trained = structvit_jax.load_trained(str(run))
     (tmp_path / "a.jpg").touch()
     (prediction,) = trained.predict([str(tmp_path / "a.jpg")])
@@ -269,7 +267,7 @@ def test_a_long_video_takes_no_more_memory_than_its_first_minute(run, tmp_path):
         (["{run}", "--topp=3", "a.mp4"], "Did you mean '--top'? See structvit predict --help"),
     ],
 )
-def test_mistakes_are_one_line(command, run, tmp_path, words, complaint):
+def test_user_errors_are_one_line(command, run, tmp_path, words, complaint):
     names = {"run": run, "empty": tmp_path}
     done = command(*(word.format(**names) for word in words), **PREDICT)
     assert done.returncode == 2 and not done.stdout
@@ -345,7 +343,7 @@ def test_a_program_gives_the_models_numbers_without_the_package(command, model, 
     assert tuple(card["class_names"]) == trained.class_names
 
 
-def test_export_refuses_what_it_cannot(command, run):
+def test_export_refuses_invalid_arguments(command, run):
     done = command(run, "--platforms=cpu,gpu", "x.jax", **EXPORT)
     assert done.returncode == 2 and "unknown platform 'gpu'" in done.stderr
     done = command(run, "x.jax", "y.jax", **EXPORT)

@@ -110,7 +110,7 @@ def test_a_lost_process_is_named(tmp_path, victim, number):
         assert both[0].wait().returncode == EXIT_RESUMABLE, both[0].stderr
 
 
-def test_a_mistake_of_one_process_ends_both(tmp_path):
+def test_a_user_error_of_one_process_ends_both(tmp_path):
     """In a line each, with the exit code of a mistake."""
     wrong = "--config.eval.batch_size=12"
     both = processes(tmp_path / "a", *WIDE, f"--workdir={tmp_path / 'run'}", more=((), (wrong,)))

@@ -1,4 +1,4 @@
-"""Where runs start: from other weights, whose changes are said, and what weights expect of their inputs."""
+"""Initial weights of runs: fine-tuning, conversion, token labels, and the inputs that weights expect."""
 
 import functools
 import json
@@ -40,7 +40,7 @@ def digits(tmp_path_factory):
     return folder / "run"
 
 
-def test_fine_tuning_in_one_command_each(digits, command, tmp_path):
+def test_fine_tuning(digits, command, tmp_path):
     """To other classes with D from none to 4, then D to 8 and 24 to 32 pixels; and from images to video."""
 
     def tune(name, *arguments):
@@ -242,7 +242,7 @@ def test_a_run_with_averaged_weights_resumes_exactly(command, tmp_path):
     assert frozen.returncode == 2 and "start another run from it" in frozen.stderr.lower()
 
 
-def test_a_recipe_asks_for_the_weights_that_it_starts_from(command, tmp_path):
+def test_a_recipe_asks_for_its_initial_weights(command, tmp_path):
     process = command(
         "--config=configs/kinetics400.py:deit_tiny_struct_1_video",
         *(NOISE, *SHORT, "--config.data.size=24", "--config.data.workers=0"),
