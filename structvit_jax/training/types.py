@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 Arrays = dict[str, tuple[tuple[int, ...], type]]  # shape and dtype of one row, by key of a batch
@@ -83,6 +83,3 @@ class Dataset(Protocol):
     def adopt_classes(self, names: Sequence[str]) -> bool: ...
     def train_batches(self, batch_size: int, *, start_step: int, share: tuple[int, int] = ...) -> Any: ...
     def test_batches(self, batch_size: int, *, share: tuple[int, int] = ...) -> Any: ...
-
-
-Problems = Iterable[Problem]
