@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import TypedDict, cast
 
 import jax
 import ml_collections
@@ -15,22 +14,14 @@ from etils import epath
 
 from structvit_jax.config import Durations, durations
 from structvit_jax.data.types import Dataset
-from structvit_jax.models.weights import Weights, sha256, split
+from structvit_jax.models.weights import Weights, split
 from structvit_jax.runtime import processes, signals
 from structvit_jax.runtime.goodput import Goodput
 from structvit_jax.runtime.lock import WorkdirLock
 from structvit_jax.runtime.mesh import put_batch
 from structvit_jax.runtime.processes import log
 from structvit_jax.runtime.profile import Profile, steps_to_profile
-from structvit_jax.runtime.sharding import replicated
-from structvit_jax.runtime.storage import (
-    CONFIG,
-    PREDICTIONS,
-    RESULT,
-    io_errors_as_user_error,
-    read_json,
-    write_json,
-)
+from structvit_jax.runtime.storage import CONFIG, RESULT, io_errors_as_user_error, write_json
 from structvit_jax.training.card import as_json, differences, make_card
 from structvit_jax.training.checkpoint import Checkpoints, RetentionPolicy
 from structvit_jax.training.commit import FOLDER
@@ -41,6 +32,14 @@ from structvit_jax.training.evaluation import evaluate as evaluate_weights
 from structvit_jax.training.learner import Learner, check_train_batch
 from structvit_jax.training.log import RunLog
 from structvit_jax.training.restore import open_checkpoint, rereading
+from structvit_jax.training.result import (
+    Result,
+    describe,
+    describe_test,
+    make_result,
+    read_result,
+    write_result,
+)
 from structvit_jax.training.start import starting_state
 from structvit_jax.training.step import TrainState, make_eval_step
 from structvit_jax.training.unreadable import Unreadable
@@ -52,18 +51,6 @@ _WITHOUT_EFFECT = {"batch_size", "workers", "max_unreadable_fraction", "max_pixe
 # Keys of the section `data` that select the data; a fingerprint identifies these better.
 _LOCATION = {"name", "root", "train_split", "test_split", "val_fraction", "train_examples", "test_examples"}
 _LOCATION |= {"label_maps"}
-
-
-class Result(TypedDict):
-    """The content of result.json."""
-
-    top1: float
-    top5: float
-    mean_class: float
-    examples: int
-    missing: int
-    step: int
-    params_sha256: str
 
 
 def train(
@@ -135,7 +122,7 @@ def train(
                 log(goodput.describe())
 
         # Write the result.
-        result = make_result(learner, scores, int(state.step), state.scored(config.eval.ema))
+        result = make_result(learner.mesh, scores, int(state.step), state.scored(config.eval.ema))
         files.lock.check()
         write_result(workdir, result, evaluation, data)
         log(describe(result))
@@ -314,7 +301,7 @@ def evaluate(
         for difference in differences(checkpoint.card["config"], as_json(config)):
             log(f"note: {difference.describe()}")
         evaluation = evaluate_weights(eval_runner(learner), checkpoint.weights, data, config.eval)
-        result = make_result(learner, evaluation.summary(), checkpoint.step, checkpoint.weights)
+        result = make_result(learner.mesh, evaluation.summary(), checkpoint.step, checkpoint.weights)
         log(describe(result))
         if out:
             out.mkdir(parents=True, exist_ok=True)
@@ -359,47 +346,3 @@ def _is_comparable(card: Mapping, config: ml_collections.ConfigDict, data: Datas
     keys = (difference.key for difference in differences(card["config"], as_json(config)))
     relevant = {f"data.{key}" for key in config.data if key not in ignored} | {"eval.average"}
     return relevant.isdisjoint(keys)
-
-
-def make_result(learner: Learner, scores: Scores, step: int, weights: Weights) -> Result:
-    """Return the content of result.json; all processes must call it."""
-    whole = jax.jit(lambda x: x, out_shardings=replicated(learner.mesh))(weights)
-    return cast(Result, scores._asdict() | {"step": step, "params_sha256": sha256(whole)})
-
-
-def write_result(
-    workdir: epath.Path, result: Result, evaluation: Evaluation, data: Dataset, suffix: str = ""
-) -> None:
-    """Write result.json and predictions.npz in the primary process."""
-    if processes.is_primary():
-        evaluation.save(workdir / PREDICTIONS.replace(".", f"{suffix}."), data.class_names)
-        write_json(workdir / RESULT.replace(".", f"{suffix}."), result)
-
-
-def read_result(workdir: epath.Path, step: int) -> Result | None:
-    """Return the result of a run if it is complete and of this step."""
-    try:
-        result = read_json(workdir / RESULT) or {}
-    except OSError:
-        return None
-    numbers = [result.get(key) for key in ("top1", "top5", "mean_class", "examples", "missing", "step")]
-    digest = result.get("params_sha256")
-    if not all(isinstance(number, int | float) for number in numbers) or not isinstance(digest, str):
-        return None
-    return cast(Result, result) if result["step"] == step else None
-
-
-def describe(result: Result) -> str:
-    """Return a result in one line."""
-    return (
-        f"result: top1 {result['top1']:.4f}  top5 {result['top5']:.4f}  mean_class {result['mean_class']:.4f}"
-        f"  on {result['examples']} examples"
-        + (f", {result['missing']} missing" if result["missing"] else "")
-        + f"  step {result['step']}  params_sha256 {result['params_sha256'][:12]}"
-    )
-
-
-def describe_test(data: Dataset) -> str:
-    """Return the size of the test split for a log line."""
-    views = f", {data.views} views each" if data.views > 1 else ""
-    return f"{data.test_examples} {data.unit}{views}"

@@ -473,7 +473,7 @@ def true_class(number):
         (["a.mp4", "b.mp4"], "it explains one file, not 2"),
     ],
 )
-def test_mistakes_are_one_line(command, run, tmp_path, words, complaint):
+def test_user_errors_are_one_line(command, run, tmp_path, words, complaint):
     done = command(f"--checkpoint={run}", *words, f"--out={tmp_path / 'out'}", **EXPLAIN)
     assert done.returncode == 2
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error")]

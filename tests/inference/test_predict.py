@@ -1,4 +1,4 @@
-"""Predictions of files are those of the evaluation; programs give the same without the package."""
+"""Predictions for files equal those of the evaluation, also those of exported programs."""
 
 import csv
 import io
@@ -54,7 +54,7 @@ def run(root, tmp_path_factory):
     return workdir
 
 
-def test_the_numbers_of_the_evaluation(root, run):
+def test_predictions_equal_those_of_the_evaluation(root, run):
     """Whether files are given one by one or in folders; all views of each."""
     trained = structvit_jax.load_trained(str(run))
     with np.load(run / "predictions.npz") as saved:
@@ -80,6 +80,31 @@ def test_examples_of_the_test_split(run):
     assert (good.id, bad.problem) == ("test:4", "the test examples are test:0 to test:8")
 
 
+def test_nothing_compiles_twice_for_the_same_shapes(root, run):
+    """Over calls of `predict` and `scores`, with and without features."""
+    compiled = []
+
+    def listen(event, seconds, **details):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(details)
+
+    trained = structvit_jax.load_trained(str(run))
+    views = trained.read("test:0")
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        first = list(trained.predict([str(root / "val")], features=True)), trained.scores(views)
+        assert compiled  # the events arrive
+        compiled.clear()
+        again = list(trained.predict([str(root / "val")], features=True)), trained.scores(views)
+        list(trained.predict([str(root / "val")]))
+        assert not compiled
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    np.testing.assert_array_equal(first[1], again[1])
+    for one, other in zip(first[0], again[0], strict=True):
+        np.testing.assert_array_equal(one.features, other.features)
+
+
 def test_a_library_user_sees_no_warnings_of_other_packages(run, caplog):
     trained = structvit_jax.load_trained(str(run))
     list(trained.predict(["test:0"]))
@@ -95,7 +120,7 @@ def test_features_are_what_the_head_sees(root, run):
         np.testing.assert_allclose(logits.mean(axis=0), prediction.scores, rtol=1e-4, atol=1e-5)
 
 
-def test_the_command_tells_good_and_bad_files(command, root, run, tmp_path):
+def test_the_command_reports_good_and_bad_files(command, root, run, tmp_path):
     folder = tmp_path / "mixed"
     shutil.copytree(root / "val", folder)
     good = sorted(str(path) for path in folder.rglob("*.*"))
@@ -106,7 +131,7 @@ def test_the_command_tells_good_and_bad_files(command, root, run, tmp_path):
         Image.fromarray(np.full((40, 30, 3), 25 * number, np.uint8)).save(frames / f"{number}.png")
     bad = [folder / "page.mp4", folder / "empty.webm", tmp_path / "missing.mp4", frames / "0.png"]
     features = tmp_path / "features"
-    words = "--checkpoint", run, "--top", 2, "--format=jsonl", f"--features={features}", folder, *bad[2:]
+    words = run, folder, *bad[2:], "--top", 2, "--format=jsonl", f"--features={features}"
     done = command(*words, **PREDICT)
     lines = {line["path"]: line for line in map(json.loads, done.stdout.splitlines())}
     assert set(lines) == {*good, str(frames), *map(str, bad)}
@@ -119,7 +144,8 @@ def test_the_command_tells_good_and_bad_files(command, root, run, tmp_path):
         assert lines[path]["probabilities"][0] >= lines[path]["probabilities"][1] > 0
         assert np.load(f"{features}{path}.npy").shape == (3, 16)
     assert done.returncode == 2
-    assert done.stderr.strip().splitlines()[-1] == "error: 4 of 14 could not be read; the lines say why"
+    (*_, last) = done.stderr.strip().splitlines()
+    assert last == "error: 4 of 14 could not be read; their lines give the reasons"
 
 
 def test_formats(root, run):
@@ -195,7 +221,7 @@ def test_notes_on_files_that_are_read_with_a_defect(run, tmp_path, capsys):
     ]
 
 
-def test_the_other_kind_names_a_model_that_takes_it(run, tmp_path):
+def test_files_of_the_other_kind_name_a_model_that_takes_them(run, tmp_path):
     trained = structvit_jax.load_trained(str(run))
     (tmp_path / "a.jpg").touch()
     (prediction,) = trained.predict([str(tmp_path / "a.jpg")])
@@ -232,16 +258,16 @@ def test_a_long_video_takes_no_more_memory_than_its_first_minute(run, tmp_path):
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        ([], "it takes --checkpoint=RUN, FILES or FOLDERS"),
-        (["--checkpoint={run}"], "it takes --checkpoint=RUN, FILES or FOLDERS"),
-        (["--checkpoint=nowhere", "a.mp4"], "no checkpoint at nowhere: it should be RUN"),
-        (["--checkpoint={run}", "{empty}"], "{empty}: there are no videos in this folder"),
-        (["--checkpoint={run}", "--config.model.depths=(1,)", "a.mp4"], "leave config.model as it was saved"),
-        (["--checkpoint={run}", "--config.data.sise=3", "a.mp4"], "Did you mean config.data.size or"),
-        (["--checkpoint={run}", "--topp=3", "a.mp4"], "Unknown command line flag 'topp'"),
+        ([], "Missing argument 'CHECKPOINT'. See structvit predict --help"),
+        (["{run}"], "Missing argument 'FILE...'. See structvit predict --help"),
+        (["nowhere", "a.mp4"], "no checkpoint at nowhere: it should be RUN"),
+        (["{run}", "{empty}"], "{empty}: there are no videos in this folder"),
+        (["{run}", "--config.model.depths=(1,)", "a.mp4"], "leave config.model as it was saved"),
+        (["{run}", "--config.data.sise=3", "a.mp4"], "Did you mean config.data.size or"),
+        (["{run}", "--topp=3", "a.mp4"], "Did you mean '--top'? See structvit predict --help"),
     ],
 )
-def test_mistakes_are_one_line(command, run, tmp_path, words, complaint):
+def test_user_errors_are_one_line(command, run, tmp_path, words, complaint):
     names = {"run": run, "empty": tmp_path}
     done = command(*(word.format(**names) for word in words), **PREDICT)
     assert done.returncode == 2 and not done.stdout
@@ -292,7 +318,7 @@ def test_a_program_gives_the_models_numbers_without_the_package(command, model, 
     workdir = tmp_path / "run"
     loop.train(config, epath.Path(workdir), data.load(config.data, config.augment, 0))
     file = tmp_path / "model.jax"
-    done = command(f"--checkpoint={workdir}", file, **EXPORT)
+    done = command(workdir, file, **EXPORT)
     assert done.returncode == 0, done.stderr
 
     trained = structvit_jax.load_trained(str(workdir))
@@ -317,8 +343,8 @@ def test_a_program_gives_the_models_numbers_without_the_package(command, model, 
     assert tuple(card["class_names"]) == trained.class_names
 
 
-def test_export_refuses_what_it_cannot(command, run):
-    done = command(f"--checkpoint={run}", "--platforms=cpu,gpu", "x.jax", **EXPORT)
+def test_export_refuses_invalid_arguments(command, run):
+    done = command(run, "--platforms=cpu,gpu", "x.jax", **EXPORT)
     assert done.returncode == 2 and "unknown platform 'gpu'" in done.stderr
-    done = command(f"--checkpoint={run}", "x.jax", "y.jax", **EXPORT)
-    assert done.returncode == 2 and "it writes one file" in done.stderr
+    done = command(run, "x.jax", "y.jax", **EXPORT)
+    assert done.returncode == 2 and "unexpected extra argument (y.jax)" in done.stderr

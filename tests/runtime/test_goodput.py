@@ -1,4 +1,4 @@
-"""Where the time and the memory go: goodput, accumulation, profiles, and what does not fit."""
+"""Time and memory of a run: goodput, progress lines, accumulation, profiles, out-of-memory errors."""
 
 import json
 import types
@@ -67,7 +67,7 @@ def test_goodput_counts_every_second_once(tmp_path, monkeypatch):
     )
 
 
-def test_a_run_tells_its_goodput(finished):
+def test_a_run_logs_its_goodput(finished):
     workdir, out = finished
     (line,) = [line for line in out.splitlines() if line.startswith("goodput: ")]
     assert " s in steps; " in line and "compile" in line
@@ -180,7 +180,7 @@ def test_accumulated_parts_are_the_whole_batch():
 
 
 def test_a_profile_of_some_steps(command, tmp_path):
-    process = command(*QUICK, f"--workdir={tmp_path}", "--config.profile=3:5")
+    process = command(*QUICK, f"--workdir={tmp_path}", "--profile=3:5")
     assert process.returncode == 0, process.stderr
     assert f"profile of steps 3 to 4: {tmp_path}/profile" in process.stdout
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
@@ -205,7 +205,7 @@ MESSAGES = [  # of XLA on a GPU, on a TPU and on a CPU, and what was asked for
 
 
 @pytest.mark.parametrize(("message", "asked"), MESSAGES)
-def test_a_lack_of_memory_says_what_to_lower(message, asked):
+def test_out_of_memory_names_the_keys_to_change(message, asked):
     with pytest.raises(UserError) as raised, compilation.oom_as_user_error(default_config()):
         raise jax.errors.JaxRuntimeError(message)
     text = str(raised.value)
@@ -218,7 +218,7 @@ def test_a_lack_of_memory_says_what_to_lower(message, asked):
         assert word in text
 
 
-def test_a_real_lack_of_memory_is_named():
+def test_a_real_out_of_memory_error():
     """And what is none stays what it is."""
     with pytest.raises(UserError, match="out of memory: the program asked for"):  # noqa: SIM117
         with compilation.oom_as_user_error(default_config()):

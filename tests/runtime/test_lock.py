@@ -1,4 +1,4 @@
-"""The lock of a workdir, which two runs never write at once."""
+"""The lock of a workdir: two runs never write into it at once."""
 
 import functools
 import os
@@ -18,7 +18,7 @@ from structvit_jax.utils.errors import UserError
 SLOWLY = functools.partial(slowly, 0.15)
 
 
-def test_a_second_run_is_refused_and_the_first_goes_on(finished, refused, tmp_path):
+def test_a_second_run_is_refused_and_the_first_continues(finished, refused, tmp_path):
     first = Command(tmp_path / "output", *QUICK, f"--workdir={tmp_path / 'run'}", first=SLOWLY)
     first.when((tmp_path / "run" / "lock.json").exists)
     line = refused(*QUICK, f"--workdir={tmp_path / 'run'}")

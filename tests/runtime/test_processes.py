@@ -111,7 +111,7 @@ def test_a_lost_process_is_named(tmp_path, victim, number):
         assert both[0].wait().returncode == EXIT_RESUMABLE, both[0].stderr
 
 
-def test_a_mistake_of_one_process_ends_both(tmp_path):
+def test_a_user_error_of_one_process_ends_both(tmp_path):
     """In a line each, with the exit code of a mistake."""
     wrong = "--config.eval.batch_size=12"
     both = processes(tmp_path / "a", *WIDE, f"--workdir={tmp_path / 'run'}", more=((), (wrong,)))
@@ -135,4 +135,4 @@ def test_a_process_that_waits_for_one_that_never_comes(tmp_path):
         process = waiting[first.index(impatient)].wait()
         assert process.returncode == EXIT_RESUMABLE, process.stderr
         (line,) = [line for line in process.stderr.splitlines() if line]
-        assert line.startswith("error: not all processes of the run have come together in 2 s at 127.0.0.1:")
+        assert line.startswith("error: not all processes of the run have connected within 2 s at 127.0.0.1:")

@@ -1,4 +1,4 @@
-"""What a run survives, in one process: signals, full disks, NaN, broken buckets."""
+"""Failures that a run in one process survives: signals, full disks, NaN, broken buckets."""
 
 import contextlib
 import functools
@@ -60,7 +60,7 @@ def poisoned(steps):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_the_same_command_goes_on(finished, command, tmp_path, number):
+def test_a_signal_saves_and_the_same_command_resumes(finished, command, tmp_path, number):
     arguments = [*QUICK, f"--workdir={tmp_path / 'run'}", "--config.checkpoint.every="]
     process = Command(tmp_path / "output", *arguments, first=SLOWLY)
     process.when(lambda: process.stdout.count("a slow batch") > 2)
@@ -196,7 +196,7 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path):
 
 
 @pytest.mark.parametrize("missed", [0, 1])
-def test_in_a_program_of_someone_else_signals_raise(monkeypatch, missed):
+def test_signals_raise_in_other_programs(monkeypatch, missed):
     """Nothing ends it: the first is noted, a second Ctrl-C raises, once, and handlers are given back.
 
     A signal that comes just before a call that waits does not end the wait, as one that is never sent.
@@ -232,7 +232,7 @@ def test_in_a_program_of_someone_else_signals_raise(monkeypatch, missed):
         (HttpError({"code": 403, "message": "forbidden"}), 2),
     ],
 )
-def test_what_passes_by_itself_is_no_mistake(error, code):
+def test_transient_errors_are_resumable(error, code):
     with (
         pytest.raises(UserError, match="cannot be used") as caught,
         io_errors_as_user_error(epath.Path("gs://b/x")),
@@ -284,7 +284,7 @@ def test_a_workdir_that_vanishes(finished, command, tmp_path):
 # Numbers that are none
 
 
-def test_a_step_without_a_number_changes_nothing(refused, tmp_path):
+def test_a_step_that_is_not_finite_changes_nothing(refused, tmp_path):
     """It is marked, its examples are named, the run goes on; too many in a row end it, restarts included."""
     options = [*QUICK, f"--workdir={tmp_path}", "--config.checkpoint.every=1 steps"]
     options += ["--config.train.max_skipped=3", "--config.checkpoint.keep=20", "--config.model.depths=(1,)"]

@@ -1,4 +1,4 @@
-"""Checkpoints: their digests, which of them stay, and where they can be restored."""
+"""Checkpoints: digests, retention, restoring on other devices, and reading during training."""
 
 import math
 import os
@@ -68,7 +68,7 @@ def test_the_checkpoint_before_a_damaged_one_is_used(finished, copy, command, na
     assert same_as(finished, copy) and (folder / "sha256.json").exists()
 
 
-def test_what_damage_leaves_to_the_command(finished, copy, command, refused):
+def test_commands_on_damaged_checkpoints(finished, copy, command, refused):
     """Evaluation moves nothing; a damaged step that is named is refused; without a whole one nothing goes."""
     flip(copy / "checkpoints" / "12" / "card" / "metadata")
     before = contents(copy / "checkpoints")
@@ -115,7 +115,7 @@ def tiny_state(number, grid=None):
         (RetentionPolicy(1, best=1, every=5), {10, 3, 5}),
     ],
 )
-def test_which_checkpoints_stay(tmp_path, keep, kept):
+def test_which_checkpoints_are_kept(tmp_path, keep, kept):
     """The last, the best of those evaluated (odd steps here, 3 before 7), and every so many."""
     top1 = {1: 0.1, 3: 0.9, 5: 0.2, 7: 0.8, 9: 0.3}
     state = tiny_state(0)
@@ -160,7 +160,7 @@ def test_eight_devices_save_and_others_restore(tmp_path, monkeypatch, caplog, pa
             chex.assert_trees_all_equal(jax.device_get(restored), jax.device_get(state))
 
 
-def test_a_failing_save_is_told_when_a_signal_stops_the_run(tmp_path, monkeypatch):
+def test_a_failing_save_is_reported_when_a_signal_stops_the_run(tmp_path, monkeypatch):
     """The last save runs in the background until the checkpoints are closed."""
     checkpoints = Checkpoints(tmp_path, RetentionPolicy(1))
     monkeypatch.setattr(checkpoints._manager, "close", lambda: os.write(-1, b"x"))
@@ -263,7 +263,7 @@ def test_the_next_checkpoint_is_read_when_a_run_replaces_one(tmp_path, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "find_damage", compare_late)
         assert restore.open_card(str(tmp_path)) == card_of(3)
-    with pytest.raises(UserError, match=r"no finished checkpoint at .*; .* holds these steps: 3"):
+    with pytest.raises(UserError, match=r"no finished checkpoint at .*; .* has these steps: 3"):
         restore.open_card(f"{tmp_path}/checkpoints/1")
 
 

@@ -1,4 +1,4 @@
-"""Where runs start: from other weights, whose changes are said, and what weights expect of their inputs."""
+"""Initial weights of runs: fine-tuning, conversion, token labels, and the inputs that weights expect."""
 
 import functools
 import json
@@ -40,7 +40,7 @@ def digits(tmp_path_factory):
     return folder / "run"
 
 
-def test_fine_tuning_in_one_command_each(digits, command, tmp_path):
+def test_fine_tuning(digits, command, tmp_path):
     """To other classes with D from none to 4, then D to 8 and 24 to 32 pixels; and from images to video."""
 
     def tune(name, *arguments):
@@ -95,22 +95,12 @@ def test_fine_tuning_in_one_command_each(digits, command, tmp_path):
     assert "already past the last step" in shorter.stdout
 
 
-def run_module(name, *arguments):
-    """Runs `python -m structvit_jax.NAME` as a user would."""
-    return subprocess.run(
-        [sys.executable, "-m", f"structvit_jax.{name}", *map(str, arguments)],
-        cwd=ROOT,
-        env=os.environ | {"XLA_FLAGS": COMPILER},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
 def test_a_checkpoint_is_evaluated_by_itself(digits, refused, tmp_path):
     moved = shutil.copytree(digits / "checkpoints" / "2", tmp_path / "moved" / "checkpoints" / "2")
     changed = ["--config.data.test_crops=1", "--config.data.workers=1"]
-    process = run_module("evaluate", moved, f"--out={tmp_path / 'out'}", *changed)
+    words = [sys.executable, "-m", "structvit_jax", "evaluate", moved, f"--out={tmp_path / 'out'}", *changed]
+    environment = os.environ | {"XLA_FLAGS": COMPILER}
+    process = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert process.returncode == 0 and "leaked" not in process.stderr, process.stderr
     assert (tmp_path / "out" / "result.json").read_bytes() == (digits / "result.json").read_bytes()
     module = {"program": "evaluate"}
@@ -126,7 +116,7 @@ def test_token_labelling_from_teacher_to_student(digits, command, tmp_path):
     write = functools.partial(command, digits, maps, *smaller, program="prepare label_maps")
     process = write()
     assert process.returncode == 0, process.stderr
-    assert "maps of 1437 images, 3x3, 3 classes at each place" in process.stdout
+    assert "maps of 1437 images, 3x3, 3 classes at each position" in process.stdout
     scores, classes = (np.load(maps / f"{name}.npy") for name in ("scores", "classes"))
     assert scores.shape == classes.shape == (images, 3, 3, 3)
     assert (
@@ -252,7 +242,7 @@ def test_a_run_with_averaged_weights_resumes_exactly(command, tmp_path):
     assert frozen.returncode == 2 and "start another run from it" in frozen.stderr.lower()
 
 
-def test_a_recipe_asks_for_the_weights_that_it_starts_from(command, tmp_path):
+def test_a_recipe_asks_for_its_initial_weights(command, tmp_path):
     process = command(
         "--config=configs/kinetics400.py:deit_tiny_struct_1_video",
         *(NOISE, *SHORT, "--config.data.size=24", "--config.data.workers=0"),

@@ -65,7 +65,7 @@ def test_mix_token(seed):
     np.testing.assert_allclose(whole_mixed, dense_mixed.mean((1, 2)), atol=1e-6)  # as each is of one class
 
 
-def test_mix_token_reaches_every_share():
+def test_mix_token_draws_boxes_of_all_sizes():
     """The box is none, all, and between."""
     shares = {
         float(np.mean(np.asarray(token_labels.MixToken(jax.random.key(s), 1.0)(x))[0] == 1))
@@ -104,7 +104,7 @@ def test_targets_follow_the_crop():
     np.testing.assert_allclose(targets(away), 1 / 16, atol=1e-6)
 
 
-def test_what_the_map_leaves_out_is_spread_evenly():
+def test_probability_missing_in_a_map_is_spread_evenly():
     batch = {"map_classes": [[[[0, 1]]]], "map_scores": [[[[0.5, 0.3]]]], "pose": [np.eye(3)[:2]]}
     batch = {key: jnp.asarray(value, jnp.float32) for key, value in batch.items()}
     batch["map_classes"] = batch["map_classes"].astype(jnp.uint16)

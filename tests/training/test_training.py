@@ -114,16 +114,17 @@ def test_evaluation_counts_every_example_once():
     config = small_config()
     digits = data.load(config.data, config.augment)
     grid, model, state, _ = setup(config, 8, 1)
-    scores = []
-    for config.eval.batch_size in (16, 56):  # 360 is a multiple of neither
-        evaluation = evaluate(runner(model, config, grid), state.weights, digits, config.eval)
+    scores, eval_runner = [], runner(model, config, grid)
+    for config.eval.batch_size in (16, 56, 56):  # 360 is a multiple of neither
+        evaluation = evaluate(eval_runner, state.weights, digits, config.eval)
         assert len(set(evaluation.ids)) == 360 and evaluation.scores.shape == (360, 10)
         scores.append(evaluation.summary())
-    assert scores[0] == scores[1]
+    assert scores[0] == scores[1] == scores[2]
+    assert len(eval_runner._compiled) == 2, "the step is compiled once for each shape"
     assert (scores[0].examples, scores[0].missing) == (360, 0) and 0 <= scores[0].top1 <= scores[0].top5 <= 1
     more = types.SimpleNamespace(test_examples=361, test_ids=(), test_batches=digits.test_batches)
     with pytest.raises(RuntimeError, match="360 examples of 361"):
-        evaluate(runner(model, config, grid), state.weights, more, config.eval)
+        evaluate(eval_runner, state.weights, more, config.eval)
 
 
 @pytest.mark.parametrize("average", ["logits", "softmax"])
@@ -163,7 +164,7 @@ def test_scores_are_averaged_over_views(average):
     assert scores.mean_class == pytest.approx(np.mean(classes))
 
 
-def test_masked_rows_stand_aside():
+def test_masked_rows_repeat_a_real_row():
     """They repeat a real row, so that batch statistics and partners in mixing are real."""
     batch = {
         "inputs": jnp.arange(5)[:, None] * jnp.ones((5, 3), jnp.int32),
@@ -175,7 +176,7 @@ def test_masked_rows_stand_aside():
     assert filled["mask"].tolist() == batch["mask"].tolist()
 
 
-def test_masked_examples_count_nowhere():
+def test_masked_examples_do_not_count():
     logits = jnp.array(np.random.default_rng(0).standard_normal((6, 4)))
     labels, mask = jnp.array([0, 1, 2, 3, 0, 1]), jnp.array([True, True, False, True, False, True])
     kept = np.flatnonzero(mask)
@@ -276,7 +277,7 @@ def test_frozen_names():
         optim.frozen_names("*", names)
 
 
-def test_layers_further_down_train_more_slowly():
+def test_layer_wise_learning_rates():
     names = [
         "patch_embed1.proj.kernel",
         "blocks1.0.a",
@@ -317,7 +318,7 @@ def test_adamw_decays_matrices_only():
 
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
-def test_adam_is_optax_s(platform, monkeypatch):
+def test_adam_equals_that_of_optax(platform, monkeypatch):
     """Directions and moments over steps; one that is not finite leaves the moments as they are."""
     monkeypatch.setattr(optim, "current_device", lambda: Device(platform, ""))
     config = default_config().optimizer
@@ -369,7 +370,7 @@ def test_durations():
         ("eval.every", "often", r"config\.eval\.every is 'often'"),
     ],
 )
-def test_durations_that_make_no_sense_name_their_key(key, value, message):
+def test_invalid_durations_name_their_key(key, value, message):
     config = default_config()
     assert durations(config, 640) == Durations(total=100, warmup=0, eval_every=0, save_every=10, keep_every=0)
     section, name = key.split(".")
@@ -426,7 +427,7 @@ def test_digest_covers_names_types_shapes_and_bytes():
     ("uniformer_tiny", 4, 2, False),
     ("deit_tiny", 1, 1, False),
 ])  # fmt: skip
-def test_single_examples_are_warned_of(name, batch, parts, warns, capsys):
+def test_warning_about_steps_on_single_examples(name, batch, parts, warns, capsys):
     """BatchNorm subtracts the mean that the head reads: training on one example learns nothing."""
     config = default_config()
     config.data.batch_size, config.train.grad_accum_steps = batch, parts

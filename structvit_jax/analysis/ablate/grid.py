@@ -22,6 +22,7 @@ from structvit_jax.runtime.storage import CONFIG, read_json, write_json
 from structvit_jax.training import loop
 from structvit_jax.training.card import as_json, differences
 from structvit_jax.training.learner import Learner
+from structvit_jax.training.result import Result, read_result
 from structvit_jax.utils.errors import UserError, check_choice
 
 _TIMES = "times.json"
@@ -211,7 +212,7 @@ class Ablation:
         return RunResult(seed, lr, total, result["top1"], wall_seconds(workdir))
 
 
-def _finished(config: ml_collections.ConfigDict, workdir: epath.Path, steps: int) -> loop.Result | None:
+def _finished(config: ml_collections.ConfigDict, workdir: epath.Path, steps: int) -> Result | None:
     """The result of a run that is complete.
 
     Raises:
@@ -225,4 +226,4 @@ def _finished(config: ml_collections.ConfigDict, workdir: epath.Path, steps: int
             f"{workdir} is of another ablation: {'; '.join(c.describe() for c in changes[:3])}; choose"
             " another --workdir"
         )
-    return loop.read_result(workdir, steps)
+    return read_result(workdir, steps)
