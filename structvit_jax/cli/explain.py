@@ -48,6 +48,6 @@ def command(words: Words, checkpoint: str, path: str, beside: list[str] | None, 
       structvit explain runs/moving_digits test:3 --out=explained --animate=gif
     """
     config = options.open_checkpoint_config(checkpoint, words)
-    from structvit_jax.analysis.explain import explain
+    from structvit_jax.analysis.explain.explanation import Request, explain
 
-    explain.run(checkpoint, config, explain.Request(path, beside=beside or (), **chosen))  # type: ignore[arg-type]
+    explain(checkpoint, config, Request(path, beside=beside or (), **chosen))  # type: ignore[arg-type]
