@@ -11,7 +11,7 @@ import contextlib
 import functools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -94,8 +94,9 @@ class _Sheet:
         """Write one line; return its height with the gap below."""
         width, height = text_size(line.text, line.size, line.weight)
         self._extend(left + width, top + height)
-        style = {"size": line.size, "weight": line.weight, "color": line.colour, "family": _families()}
-        style |= {"ha": "left", "va": "top", "parse_math": False}  # names may contain dollar signs
+        style: dict[str, Any] = {"size": line.size, "weight": line.weight, "color": line.colour}
+        style |= {"family": _families(), "ha": "left", "va": "top"}
+        style["parse_math"] = False  # names may contain dollar signs
         self._operations.append(lambda axes: axes.text(left, top, line.text, **style))
         return height + _LINE_GAP
 
