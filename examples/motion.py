@@ -1,349 +1,249 @@
-"""The idea of StructSA in one picture: a layer that reads the direction of motion with no trained weight.
+"""The idea of StructSA in one picture: a layer without trained weights reads the direction of motion.
 
-    python examples/motion.py [OUT.png] [--clips=200]
-    python examples/motion.py OUT.png --clip=FILE
+    python examples/motion.py motion.png
+    python examples/motion.py motion.png --clip=CLIP.mp4
 
-In the correlations of one position's patch with all positions of a clip, what moves leaves a line through
-space and time, and the line's slope is the motion. Eight kernels of 3x3x3, a line for each direction, are
-enough to read it: the attention that a pattern gets in all says how much moves that way. With no kernels, as
-in plain self-attention, or with one, as in a convolutional projection, there is nothing to compare.
+The correlations of one patch with all patches of a clip show a moving patch as a line through space and time;
+the slope is its velocity. Eight kernels of 3x3x3, a line for each direction, read it: each gets attention in
+proportion to the motion in its direction. Plain self-attention (no kernels) and a convolutional projection
+(one kernel) have nothing to compare.
 
-Prints how often the direction of a moving digit is read right: as it is, reversed in time (the answer turns
-around), with the frames shuffled, and with eight equal kernels; and draws a clip. The digits are real scans,
-their motion is synthetic.
-
---clip draws a video, or a folder of frames, instead: eight frames from its middle, scaled to a short side of
-64 pixels, and a square around the position whose motion is read most clearly. The kernels read motion of
-about a pixel per frame, so frames are 1, 2, 4 or 8 recorded frames apart, whichever is clearest; a ninth
-kernel reads what is still.
+Prints how often the direction of a moving digit is read correctly: as recorded, reversed in time, with its
+frames shuffled, and with eight equal kernels. The digits are real scans, their motion is synthetic. --clip
+draws a video instead, with a ninth kernel for patches that stand still. The kernels read motion of about one
+pixel per frame, so the video is reduced to a short side of 64 pixels, and eight frames are taken that are 1,
+2, 4 or 8 recorded frames apart, whichever gives the clearest reading.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
-import io
+import functools
 import sys
-import textwrap
 from collections.abc import Iterator
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
-import click
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
-from jax.typing import ArrayLike
+from matplotlib.figure import Figure
 
-from structvit_jax import cli
-from structvit_jax.cli import options
 from structvit_jax.data.digits import MovingDigits
 from structvit_jax.data.media import open_media
-from structvit_jax.ops import StructAttentionMaps, convolve_patterns, struct_attention_maps
-from structvit_jax.ops.attention import attention
-from structvit_jax.runtime.devices import select_devices
-from structvit_jax.runtime.storage import write
+from structvit_jax.ops import struct_attention_maps
 from structvit_jax.utils.errors import DecodeError, UserError, printable
-from structvit_jax.utils.paths import parse_path, write_errors_as_user_error
 
 DIRECTIONS = MovingDigits.class_names  # in steps of 45 degrees, counterclockwise from the right
-_PATCH = 5  # pixels
-_QUERIES = 24  # positions of a clip
-_SHARPNESS = 20.0  # of the softmax, per unit of the cosine between two patches
-_AT_ONCE = 4  # clips: their keys stay in a CPU's cache
-_DRAWN = 1  # the clip that is drawn
-
-_SHORT_SIDE, _SQUARE = 64, 32  # pixels, of a clip's frames and of what is drawn of them
-_FRAMES = 8
-_STEPS = (1, 2, 4, 8)  # recorded frames from one frame of a clip to the next
+PATCH = 5  # pixels
+QUERIES = 24  # of a clip
+SHARPNESS = 20.0  # logits per unit of cosine similarity between patches
+FRAMES, SHORT_SIDE = 8, 64  # of a video; pixels
+STEPS = (1, 2, 4, 8)  # recorded frames between frames that are read
 
 
 def line_kernels() -> np.ndarray:
-    """[3, 3, 3, 1, 1, 8]: kernel d has three taps, where what moves in direction d is a frame before the
-    window's centre, at it, and a frame after it."""
+    """Return [3, 3, 3, 1, 1, 8]: kernel d is one where a point moving in direction d is before, at and after
+    the window's centre."""
     kernels = np.zeros((3, 3, 3, 1, 1, len(DIRECTIONS)), np.float32)
-    for d in range(len(DIRECTIONS)):
-        angle = np.deg2rad(45 * d)
+    for d, angle in enumerate(np.deg2rad(45 * np.arange(len(DIRECTIONS)))):
         down, right = round(-np.sin(angle)), round(np.cos(angle))
         for t in (-1, 0, 1):
             kernels[1 + t, 1 + t * down, 1 + t * right, 0, 0, d] = 1
     return kernels
 
 
-def still_kernel() -> np.ndarray:
-    """Return [3, 3, 3, 1, 1, 1]: a line along time."""
-    kernel = np.zeros((3, 3, 3, 1, 1, 1), np.float32)
-    kernel[:, 1, 1] = 1
-    return kernel
+def patches(clip: jax.Array) -> jax.Array:
+    """[time, height, width] -> the 5 x 5 pixels around each position, minus their mean: [..., 5, 5]."""
+    edge, (height, width) = PATCH // 2, clip.shape[1:]
+    padded = jnp.pad(clip, [(0, 0), (edge, edge), (edge, edge)], mode="edge")
+    pixels = [padded[:, y : y + height, x : x + width] for y in range(PATCH) for x in range(PATCH)]
+    stacked = jnp.stack(pixels, axis=-1)
+    return (stacked - stacked.mean(axis=-1, keepdims=True)).reshape(*clip.shape, PATCH, PATCH)
 
 
-def equal_kernels() -> np.ndarray:
-    """As many, each the mean of all lines: D copies of one pattern, which is ConvSA."""
-    lines = line_kernels()
-    return np.broadcast_to(lines.mean(axis=-1, keepdims=True), lines.shape)
-
-
-def patches(clips: jax.Array) -> jax.Array:
-    """The pixels around each position, less their mean: [batch, time, height, width] -> [..., 25]."""
-    edge = _PATCH // 2
-    padded = jnp.pad(clips, [(0, 0), (0, 0), (edge, edge), (edge, edge)], mode="edge")
-    height, width = clips.shape[2:]
-    seen = [padded[:, :, y : y + height, x : x + width] for y in range(_PATCH) for x in range(_PATCH)]
-    stacked = jnp.stack(seen, axis=-1)
-    return stacked - stacked.mean(axis=-1, keepdims=True)
-
-
-def normalised(features: jax.Array) -> jax.Array:
-    """Scaled to length one, along the last axis; where there is next to nothing, to less."""
-    return features / jnp.maximum(jnp.linalg.norm(features, axis=-1, keepdims=True), 1e-6)
-
-
-def corners(clips: jax.Array, *, moving: bool = False) -> jax.Array:
-    """Return the positions [batch, 24] in the two middle frames whose patches vary most in the direction in
-    which they vary least (Shi and Tomasi, 1994): how an edge moves along itself cannot be seen. With
-    `moving`, this counts in proportion to how much their pixels change over time."""
-    first, positions = (clips.shape[1] - 1) // 2, clips[0, 0].size
-    seen = patches(clips[:, first : first + 2])
-    seen = seen.reshape(*seen.shape[:-1], _PATCH, _PATCH)
-    down = (seen[..., 1:, :] - seen[..., :-1, :])[..., :-1]
-    right = (seen[..., 1:] - seen[..., :-1])[..., :-1, :]
-    yy, yx, xx = (jnp.sum(a * b, axis=(-2, -1)) for a, b in ((down, down), (down, right), (right, right)))
-    smaller = (yy + xx) / 2 - jnp.sqrt(((yy - xx) / 2) ** 2 + yx**2)  # eigenvalue of [[yy, yx], [yx, xx]]
-    if moving:
-        smaller *= jnp.abs(jnp.diff(clips, axis=1)).mean(axis=1, keepdims=True)
-    return jax.lax.top_k(smaller.reshape(len(clips), -1), _QUERIES)[1] + first * positions
-
-
-def maps(clip: jax.Array, kernels: ArrayLike, queries: ArrayLike) -> StructAttentionMaps:
-    """One StructSA layer with one head: queries, keys and values are the patches, scaled to length one.
-
-    Args:
-      clip: [1, time, height, width], grey.
-      kernels: [3, 3, 3, 1, 1, D], of the keys; values have none (element aggregation, equation 4).
-      queries: [Q], flat positions.
+@jax.jit
+def features(clip: jax.Array) -> jax.Array:
+    """[time, height, width] -> patches scaled to length one, so that their dot products are cosines.
 
     Returns:
-      See `struct_attention_maps`.
+      [1, time, height, width, 1, 25]: a batch of one, with one head.
     """
-    keys = normalised(patches(clip))[..., None, :]
-    kernels = jnp.asarray(kernels)
+    flat = patches(clip).reshape(*clip.shape, -1)
+    unit = flat / jnp.maximum(jnp.linalg.norm(flat, axis=-1, keepdims=True), 1e-6)
+    return unit[None, ..., None, :]
+
+
+@functools.partial(jax.jit, static_argnames="moving")
+def corners(clip: jax.Array, *, moving: bool = False) -> jax.Array:
+    """Return flat positions [24] of corners in the two middle frames (Shi and Tomasi, 1994).
+
+    How an edge moves along itself cannot be seen, so patches are ranked by their variation in the direction
+    in which they vary least; with `moving`, multiplied by the change of their pixels over time.
+    """
+    first = (len(clip) - 1) // 2
+    middle = patches(clip[first : first + 2])
+    dy, dx = jnp.diff(middle, axis=-2)[..., :-1], jnp.diff(middle, axis=-1)[..., :-1, :]
+    yy, yx, xx = (jnp.sum(a * b, axis=(-2, -1)) for a, b in ((dy, dy), (dy, dx), (dx, dx)))
+    strength = (yy + xx) / 2 - jnp.sqrt(((yy - xx) / 2) ** 2 + yx**2)  # smaller eigenvalue
+    if moving:
+        strength *= jnp.abs(jnp.diff(clip, axis=0)).mean(axis=0)
+    return jax.lax.top_k(strength.ravel(), QUERIES)[1] + first * clip[0].size
+
+
+def attend(clip: jax.Array, kernels: jax.Array, queries: jax.Array) -> jax.Array:
+    """Return the attention [Q, D, time, height, width] of one StructSA layer with one head.
+
+    Args:
+      clip: grey, [time, height, width]; its features are queries, keys and values.
+      kernels: [3, 3, 3, 1, 1, D], of keys; values have none (element aggregation, equation 4).
+      queries: flat positions [Q].
+    """
+    return _layer(features(clip), kernels, queries)
+
+
+@jax.jit  # apart from the features, which XLA fuses wrongly on CPUs (jax 0.10.2)
+def _layer(x: jax.Array, kernels: jax.Array, queries: jax.Array) -> jax.Array:
+    scaled = SHARPNESS * x.shape[-1] ** 0.5 * x  # attention divides by the root of the channels
     ones = jnp.ones((1, 1, 1, 1, 1, kernels.shape[-1]))
-    return struct_attention_maps(_scale(keys) * keys, keys, keys, kernels, ones, queries=queries)
-
-
-def _scale(features):
-    return _SHARPNESS * features.shape[-1] ** 0.5  # by whose root attention divides
-
-
-@jax.jit
-def shares(clips: jax.Array, kernels: jax.Array) -> jax.Array:
-    """Return the attention [batch, D] that each pattern gets at all positions together, from 0 to 1: the mean
-    over queries at corners."""
-    return query_shares(clips, kernels, corners(clips)).mean(axis=1)
-
-
-@jax.jit
-def query_shares(clips: jax.Array, kernels: jax.Array, queries: jax.Array) -> jax.Array:
-    """Return the same for each of the queries at flat positions [batch, Q]: [batch, Q, D]. Computed by the
-    fast form of the layer, with values that are the patterns' numbers."""
-    features = normalised(patches(clips))[..., None, :]
-    rows = features.reshape(len(clips), -1, *features.shape[-2:])
-    query = jnp.take_along_axis(rows, queries[..., None, None], axis=1)
-    keys = convolve_patterns(features, kernels)
-    planes = keys.shape[1]
-    keys = keys.reshape(len(clips), -1, *features.shape[-2:])
-    numbers = jnp.repeat(jnp.eye(planes, features.shape[-1]), rows.shape[1], axis=0)[:, None]
-    values = jnp.broadcast_to(numbers, keys.shape)
-    return attention(_scale(features) * query, keys, values)[..., 0, :planes]
+    return struct_attention_maps(scaled, x, x, kernels, ones, queries=queries).attention[0, :, 0]
 
 
 def read(clips: np.ndarray, kernels: np.ndarray) -> np.ndarray:
-    """`shares` of clips [batch, time, height, width, 3], grey in uint8, some at once."""
-    cut = range(0, len(clips), _AT_ONCE)
-    grey = (jnp.asarray(clips[i : i + _AT_ONCE, ..., 0], jnp.float32) / 255 for i in cut)
-    return np.concatenate([shares(part, kernels) for part in grey])
+    """Return the fraction of attention [batch, D] that each kernel gets, the mean over corners.
+
+    Args:
+      clips: grey, [batch, time, height, width].
+      kernels: see `attend`.
+    """
+    attention = (attend(clip, kernels, corners(clip)) for clip in clips)
+    return np.stack([each.sum(axis=(2, 3, 4)).mean(axis=0) for each in attention])
 
 
-def direction(shares: np.ndarray) -> np.ndarray:
-    """The direction [batch] that shares [batch, D] point to: the patterns' unit vectors, weighted.
-    A slow diagonal is between two pixels in every frame, where both lines beside its own get their part."""
+def direction(fractions: np.ndarray) -> np.ndarray:
+    """Return the direction [batch] of the kernels' unit vectors, weighted by their attention [batch, 8].
+
+    In every frame, a slow diagonal lies between pixels, so that kernels of both neighbouring directions
+    respond.
+    """
     angles = 2 * np.pi * np.arange(len(DIRECTIONS)) / len(DIRECTIONS)
-    return (shares @ np.cos(angles[:, None] - angles)).argmax(axis=1)
+    return (fractions @ np.cos(angles[:, None] - angles)).argmax(axis=1)
 
 
 def digits(count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The first test clips of the built-in data and their directions."""
+    """Return the first test clips, grey from 0 to 1 [count, time, height, width], and directions [count]."""
     source = MovingDigits("test", count, seed=0)
-    decoded, labels = zip(*map(source.open, range(count)), strict=True)
-    return np.stack([clip.frames(range(clip.count)) for clip in decoded]), np.array(labels)
+    clips, labels = zip(*map(source.open, range(count)), strict=True)
+    pixels = np.stack([clip.frames(range(clip.count))[..., 0] for clip in clips])
+    return pixels.astype(np.float32) / 255, np.array(labels)
 
 
 def trials(clips: np.ndarray, labels: np.ndarray) -> Iterator[tuple[str, float]]:
-    """(what was tried, how often the direction that was read is the label), one by one."""
-    lines, half = line_kernels(), len(DIRECTIONS) // 2
-    rng = np.random.default_rng(0)
+    """Yield descriptions of trials and the fractions of directions that were read correctly."""
+    lines, rng = line_kernels(), np.random.default_rng(0)
+    equal = np.broadcast_to(lines.mean(axis=-1, keepdims=True), lines.shape)
     shuffled = np.stack([clip[rng.permutation(len(clip))] for clip in clips])
-
-    def right(clips, kernels, labels):
-        return float((direction(read(clips, kernels)) == labels).mean())
-
-    yield "eight kernels, a line for each direction", right(clips, lines, labels)
-    yield (
-        "reversed in time, the opposite direction",
-        right(clips[:, ::-1], lines, (labels + half) % (2 * half)),
-    )
-    yield "frames shuffled", right(shuffled, lines, labels)
-    yield "eight equal kernels (ConvSA)", right(clips, equal_kernels(), labels)
+    for name, shown, kernels, expected in (
+        ("eight kernels, a line for each direction", clips, lines, labels),
+        ("reversed in time, the opposite direction", clips[:, ::-1], lines, (labels + 4) % 8),
+        ("frames shuffled", shuffled, lines, labels),
+        ("eight equal kernels (ConvSA)", clips, equal, labels),
+    ):
+        yield name, float((direction(read(shown, kernels)) == expected).mean())
 
 
-class Moving(NamedTuple):
-    """A part of a recorded clip, and the position in it whose motion is read most clearly."""
+class Reading(NamedTuple):
+    """A clip and the attention at one of its positions."""
 
-    clip: np.ndarray  # uint8 [8, height, width, 3], grey
+    title: str
+    clip: np.ndarray  # grey, [time, height, width]
     query: int  # flat position
-    shares: np.ndarray  # [9]: its attention to the lines of each direction and of what is still
-    step: int  # recorded frames from one frame to the next
-
-    @property
-    def title(self) -> str:
-        found = int(self.shares.argmax())
-        answer = f"moves at {DIRECTIONS[found]}" if found < len(DIRECTIONS) else "is still"
-        return f"The marked patch {answer}; frames are {self.step} recorded frames apart"
+    kernels: np.ndarray  # see `attend`
+    fractions: np.ndarray  # of attention, by kernel
 
 
-def read_clip(path: str) -> Moving:
-    """Return what moves most clearly in a video; see the module's docstring.
+def read_video(path: str) -> Reading:
+    """Read the corner of a video whose motion is clearest.
 
     Raises:
-      UserError: the file cannot be read, or has fewer than eight frames.
+      UserError: the file cannot be read or has fewer than eight frames.
     """
+    still = np.zeros((3, 3, 3, 1, 1, 1), np.float32)
+    still[:, 1, 1] = 1
+    kernels, readings = np.concatenate([line_kernels(), still], axis=-1), []
     try:
         with contextlib.closing(open_media(path)) as media:
-            steps = [step for step in _STEPS if (_FRAMES - 1) * step < media.count]
-            if not steps:
-                raise DecodeError(f"it has {media.count} frames, and {_FRAMES} are needed")
-            starts = [(media.count - 1 - (_FRAMES - 1) * step) // 2 for step in steps]
-            picked = [start + step * np.arange(_FRAMES) for start, step in zip(starts, steps, strict=True)]
-            distinct = np.unique(np.concatenate(picked))
-            frames = media.frames(distinct.tolist(), _SHORT_SIDE)
+            if media.count < FRAMES:
+                raise DecodeError(f"it has {media.count} frames, and {FRAMES} are needed")
+            for step in (step for step in STEPS if (FRAMES - 1) * step < media.count):
+                start = (media.count - 1 - (FRAMES - 1) * step) // 2
+                frames = media.frames([start + step * i for i in range(FRAMES)], SHORT_SIDE)
+                clip = frames.mean(axis=-1).astype(np.float32) / 255
+                queries = corners(clip, moving=True)
+                fractions = np.asarray(attend(clip, kernels, queries).sum(axis=(2, 3, 4)))
+                best = int(fractions[:, :-1].max(axis=1).argmax())
+                motion = (*(f"moves at {name}" for name in DIRECTIONS), "is still")[fractions[best].argmax()]
+                title = f"the marked patch {motion}; frames are {step} recorded frames apart"
+                readings.append(Reading(title, clip, int(queries[best]), kernels, fractions[best]))
     except DecodeError as error:
         raise UserError(f"{printable(path)}: {error}") from error
-    grey = frames.mean(axis=-1).round().astype(np.uint8)
-    found = [
-        _clearest(grey[np.searchsorted(distinct, numbers)], step)
-        for numbers, step in zip(picked, steps, strict=True)
-    ]
-    return max(found, key=lambda moving: moving.shares[: len(DIRECTIONS)].max())
+    return max(readings, key=lambda reading: reading.fractions[:-1].max())
 
 
-def _clearest(frames: np.ndarray, step: int) -> Moving:
-    """Of grey frames [8, height, width], the position whose attention is most on one direction."""
-    clip = jnp.asarray(frames[None], jnp.float32) / 255
-    kernels = np.concatenate([line_kernels(), still_kernel()], axis=-1)
-    queries = corners(clip, moving=True)
-    found = np.asarray(query_shares(clip, kernels, queries))[0]
-    best = int(found[:, : len(DIRECTIONS)].max(axis=1).argmax())
-    time, *place = map(int, np.unravel_index(int(queries[0, best]), frames.shape))
-    sides = [min(_SQUARE, side) for side in frames.shape[1:]]
-    top, left = (
-        min(max(at - side // 2, 0), whole - side)
-        for at, side, whole in zip(place, sides, frames.shape[1:], strict=True)
-    )
-    seen = frames[:, top : top + sides[0], left : left + sides[1]]
-    query = np.ravel_multi_index((time, place[0] - top, place[1] - left), seen.shape)
-    return Moving(np.repeat(seen[..., None], 3, axis=-1), int(query), found[best], step)
-
-
-def draw(clip: np.ndarray, label: int) -> bytes:
-    """Return a PNG of what the layer does with a clip of a digit, uint8 [time, height, width, 3]: the
-    attention of the strongest corner, and each pattern's share over all corners."""
-    query = int(corners(jnp.asarray(clip[None, ..., 0], jnp.float32) / 255)[0, 0])
-    share = read(clip[None], line_kernels())[0]
-    return _draw(clip, query, line_kernels(), share, f"The digit moves at {DIRECTIONS[label]}")
-
-
-def draw_moving(moving: Moving) -> bytes:
-    """Return a PNG of what the layer does with a part of a recorded clip."""
-    kernels = np.concatenate([line_kernels(), still_kernel()], axis=-1)
-    return _draw(moving.clip, moving.query, kernels, moving.shares, moving.title)
-
-
-def _draw(clip: np.ndarray, query: int, kernels: np.ndarray, share: np.ndarray, title: str) -> bytes:
-    from matplotlib.figure import Figure  # here: half a second, for those who draw
-
-    grey = jnp.asarray(clip[None, ..., 0], jnp.float32) / 255
-    weights = maps(grey, kernels, np.array([query])).attention[0, 0, 0].sum(axis=1)  # of all frames
+def draw(reading: Reading) -> Figure:
+    """Draw the clip, the query's correlations, and its attention by kernel, summed over frames."""
+    clip = reading.clip
+    frame, row, column = np.unravel_index(reading.query, clip.shape)
+    x = features(clip)[0, ..., 0, :]
+    correlation = np.asarray(x @ x[frame, row, column])
+    attention = np.asarray(attend(clip, reading.kernels, np.array([reading.query]))[0].sum(axis=1))
     figure = Figure(figsize=(11, 5.2), layout="constrained")
-    title = f"One StructSA layer, kernels set by hand, nothing trained. {title}"
-    figure.suptitle(textwrap.fill(title, 100))
-    upper, lower = cast(Any, figure.subfigures(2, 1, height_ratios=(2, 1.15)))
-    _draw_correlations(upper.subplots(2, len(clip)), clip, grey, query)
-    _draw_patterns(lower.subplots(1, kernels.shape[-1]), np.asarray(weights), share)
+    figure.suptitle(f"One StructSA layer, nothing trained: {reading.title}")
+    upper, lower = figure.subfigures(2, 1, height_ratios=(2, 1.15))
+    shots, correlations = upper.subplots(2, len(clip))
+    for t in range(len(clip)):
+        shots[t].imshow(clip[t], cmap="gray", vmin=0, vmax=1)
+        shots[t].set_title(f"frame {t}", fontsize=8)
+        correlations[t].imshow(correlation[t], cmap="RdBu_r", vmin=-1, vmax=1)
+    for axes in (shots[frame], correlations[frame]):
+        axes.plot(column, row, "s", color="#d95f02", markersize=9, markerfacecolor="none")
+    maps = lower.subplots(1, len(attention))
+    for d, (axes, name) in enumerate(zip(maps, (*DIRECTIONS, "still"), strict=False)):
+        axes.imshow(attention[d], cmap="viridis", vmin=0, vmax=attention.max())
+        weight = "bold" if d == reading.fractions.argmax() else None
+        axes.set_title(f"{name}\n{reading.fractions[d]:.0%}", fontsize=8, weight=weight)
+    labels = ("clip, query marked", "its correlations", "attention of each\nkernel, all frames")
+    for axes, label in zip((shots[0], correlations[0], maps[0]), labels, strict=True):
+        axes.set_ylabel(label, fontsize=8)
     for axes in figure.axes:
-        axes.set_xticks([])
-        axes.set_yticks([])
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=110)
-    return file.getvalue()
+        axes.set(xticks=[], yticks=[])
+    return figure
 
 
-def _draw_correlations(axes, clip, grey, query):
-    """Frames above, the query's correlations with their positions below."""
-    frame, row, column = np.unravel_index(query, grey.shape[1:])
-    features = normalised(patches(grey))[0]
-    correlation = np.asarray(features @ features[frame, row, column])
-    for t, (above, below) in enumerate(axes.T):
-        above.imshow(clip[t])
-        above.set_title(f"frame {t}", fontsize=8)
-        below.imshow(correlation[t], cmap="RdBu_r", vmin=-1, vmax=1)
-    for place in axes[:, frame]:
-        place.plot(column, row, "s", color="#d95f02", markersize=9, markerfacecolor="none")
-    axes[0, 0].set_ylabel("clip, query marked", fontsize=8)
-    axes[1, 0].set_ylabel("its correlations", fontsize=8)
-
-
-def _draw_patterns(axes, weights, found):
-    """The query's attention to each pattern, and the pattern's share over all queries."""
-    for d, (place, name) in enumerate(zip(axes, (*DIRECTIONS, "still"), strict=False)):
-        place.imshow(weights[d], cmap="viridis", vmin=0, vmax=weights.max())
-        bold = "bold" if d == found.argmax() else None
-        place.set_title(f"{name}\n{found[d]:.0%}", fontsize=8, weight=bold)
-    axes[0].set_ylabel("attention of each\npattern, all frames", fontsize=8)
-
-
-@options.plain_command()
-@click.argument("out", metavar="[OUT.png]", required=False)
-@click.option("--clip", metavar="FILE", help="A video, or a folder of frames, to draw.")
-@click.option("--clips", type=click.IntRange(min=8), default=200, help="How many test clips to read.")
-def command(out: str | None, clip: str | None, clips: int) -> None:
-    """Read the direction of motion with one StructSA layer that has no trained weight.
-
-    \b
-    Example:
-      python examples/motion.py motion.png
-      python examples/motion.py motion.png --clip=CLIP.mp4
-    """
-    if clip and not out:
-        raise UserError("--clip draws a picture: say where, as OUT.png")
-    path = parse_path(out) if out else None
-    select_devices("auto")
-    if clip and path is not None:
-        moving = read_clip(clip)
-        print(moving.title)
-        _save(path, draw_moving(moving))
-        return
-    pixels, labels = digits(clips)
-    print(f"{len(pixels)} clips of one of {len(DIRECTIONS)} directions, nothing trained; right:")
-    for name, share in trials(pixels, labels):
-        print(f"  {share:.3f} {name}")
-    if path is not None:
-        _save(path, draw(pixels[_DRAWN], int(labels[_DRAWN])))
-
-
-def _save(out: epath.Path, picture: bytes) -> None:
-    with write_errors_as_user_error(out):
-        write(out, picture)
-    print(printable(str(out)))
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Read motion with one StructSA layer, without training.")
+    parser.add_argument("out", nargs="?", metavar="OUT.png", help="where to draw a clip")
+    parser.add_argument("--clip", metavar="FILE", help="a video, or a folder of frames, to read and draw")
+    parser.add_argument("--clips", type=int, default=200, help="how many test clips of digits to read")
+    options = parser.parse_args()
+    if options.clip:
+        reading = read_video(options.clip)
+        print(reading.title)
+    else:
+        clips, labels = digits(max(options.clips, 2))
+        print(f"{len(clips)} clips of one of {len(DIRECTIONS)} directions, nothing trained; read correctly:")
+        for name, fraction in trials(clips, labels):
+            print(f"  {fraction:.3f} {name}")
+        clip, title = clips[1], f"the digit moves at {DIRECTIONS[labels[1]]}"
+        fractions = read(clip[None], line_kernels())[0]
+        reading = Reading(title, clip, int(corners(clip)[0]), line_kernels(), fractions)
+    if options.out:
+        draw(reading).savefig(options.out, dpi=110)
+        print(options.out)
 
 
 if __name__ == "__main__":
-    cli.run(command, sys.argv[1:], name="python examples/motion.py", trains=False)
+    try:
+        main()
+    except (UserError, OSError) as error:
+        sys.exit(f"error: {error}")

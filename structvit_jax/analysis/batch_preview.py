@@ -1,9 +1,10 @@
-"""A picture of the first training batch as the model gets it: `--mode=data`."""
+"""Draw the first training batch as the model gets it: `structvit show --data`."""
 
 from __future__ import annotations
 
 import contextlib
 import io
+from collections.abc import Sequence
 from typing import Any
 
 import ml_collections
@@ -11,75 +12,82 @@ import numpy as np
 from etils import epath
 from PIL import Image, ImageDraw
 
+from structvit_jax.data import Dataset
 from structvit_jax.runtime import storage
 from structvit_jax.training.step import prepare_batch, step_keys
 
-_ROWS, _COLUMNS = (
-    16,
-    8,
-)  # examples below each other (of images, beside each other too), frames beside each other
-_SMALLEST = 96  # pixels that a picture is shown in, at least
-_TEXT = 14  # height of a line
+_MAX_CLIPS, _MAX_FRAMES = 16, 8  # clips below each other, frames beside each other
+_IMAGE_COLUMNS = 8  # images beside each other
+_MAX_IMAGES = _MAX_CLIPS * _IMAGE_COLUMNS
+_MIN_SIDE = 96  # pixels; smaller frames are enlarged
+_LINE_HEIGHT, _CHARACTER_WIDTH = 14, 6  # of a caption, in pixels
+_GAP = 4  # pixels
 
 
-def write(config: ml_collections.ConfigDict, data: Any, path: epath.Path) -> int:
-    """Draws rows of the first batch, augmented on the host and on the device, with their targets.
+def write(config: ml_collections.ConfigDict, dataset: Dataset, path: epath.Path) -> int:
+    """Draw rows of the first batch, after all augmentation, with their targets; return how many rows.
 
-    Returns how many rows it drew.
+    Raises:
+      UserError: `path` is not a regular file.
     """
-    with contextlib.closing(data.train_batches(config.data.batch_size, start_step=0)) as batches:
+    stream: Any = dataset.train_batches(config.data.batch_size, start_step=0)
+    with contextlib.closing(stream) as batches:
         batch = next(batches)
     arrays: dict[str, Any] = {key: np.asarray(batch[key]) for key in ("inputs", "labels", "mask")}
     _, key = step_keys(config, 0)
-    prepared = prepare_batch(key, arrays, len(data.class_names), config)
-    inputs, targets = prepared["inputs"], prepared["targets"]
-    pixels = np.asarray(inputs) * np.array(config.data.std) + np.array(config.data.mean)
+    prepared = prepare_batch(key, arrays, len(dataset.class_names), config)
+    pixels = np.asarray(prepared["inputs"]) * np.array(config.data.std) + np.array(config.data.mean)
     pixels = (np.clip(pixels, 0, 1) * 255 + 0.5).astype(np.uint8)
-    names = {problem.id: problem.reason for problem in batch["problems"]}
-    captions = [_caption(row, data.class_names) for row in np.asarray(targets)]
+
+    captions = [_caption(target, dataset.class_names) for target in np.asarray(prepared["targets"])]
+    reasons = {problem.id: problem.reason for problem in batch["problems"]}
     for row in np.flatnonzero(~arrays["mask"]):
-        identity = data.train_id(int(batch["index"][row]))
-        captions[row] = f"left out: {identity}: {names.get(identity, '')}"
-    if data.unit == "images":
-        sheet = _grid([[_picture(p)] for p in pixels[: _COLUMNS * _ROWS]], captions, beside=_COLUMNS)
+        name = dataset.train_id(int(batch["index"][row]))
+        captions[row] = f"unreadable: {name}: {reasons.get(name, '')}"
+
+    if is_image := len(dataset.shape) == 3:
+        rows = pixels[:_MAX_IMAGES, None]
     else:
-        shown = evenly_spaced(pixels.shape[1], _COLUMNS)
-        sheet = _grid([[_picture(clip[frame]) for frame in shown] for clip in pixels[:_ROWS]], captions)
+        rows = pixels[:_MAX_CLIPS, evenly_spaced(pixels.shape[1], _MAX_FRAMES)]
     file = io.BytesIO()
-    sheet.save(file, "PNG")
+    _draw(rows, captions, columns=_IMAGE_COLUMNS if is_image else 1).save(file, "PNG")
     path.parent.mkdir(parents=True, exist_ok=True)
     storage.write(path, file.getvalue())
-    return min(len(pixels), _COLUMNS * _ROWS if data.unit == "images" else _ROWS)
+    return len(rows)
 
 
-def evenly_spaced(frames: int, most: int) -> np.ndarray:
-    """The frames of a clip to show, the first and the last among them."""
-    return np.unique(np.linspace(0, frames - 1, min(most, frames)).astype(int))
+def evenly_spaced(count: int, max_count: int) -> np.ndarray:
+    """Return at most `max_count` indices below `count`, the first and the last among them."""
+    return np.unique(np.linspace(0, count - 1, min(max_count, count)).astype(int))
 
 
-def _caption(target: np.ndarray, class_names: tuple[str, ...]) -> str:
-    """The classes that a target gives weight to, beyond what label smoothing gives all."""
-    extra = target - target.min()
-    shares = extra / max(extra.sum(), 1e-9)
-    first = np.argsort(-shares)[:2]
-    return ", ".join(f"{class_names[i]} {shares[i]:.2f}" for i in first if shares[i] > 0.005)
+def _caption(target: np.ndarray, class_names: Sequence[str]) -> str:
+    """Return the two classes with the largest weights in a target, without label smoothing."""
+    weights = target - target.min()
+    weights = weights / max(weights.sum(), 1e-9)
+    largest = np.argsort(-weights)[:2]
+    return ", ".join(f"{class_names[i]} {weights[i]:.2f}" for i in largest if weights[i] > 0.005)
 
 
-def _picture(pixels: np.ndarray) -> Image.Image:
-    image = Image.fromarray(pixels)
-    times = -(-_SMALLEST // min(image.size))
-    return image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
+def _draw(rows: np.ndarray, captions: Sequence[str], *, columns: int) -> Image.Image:
+    """Draw rows of frames, uint8 [rows, frames, height, width, 3], below their captions.
 
-
-def _grid(rows: list[list[Image.Image]], captions: list[str], beside: int = 1) -> Image.Image:
-    """Rows of pictures with a caption above each, several rows beside each other."""
-    side, gap = rows[0][0].size, 4
-    wide, high = len(rows[0]) * (side[0] + gap), side[1] + _TEXT + gap
-    sheet = Image.new("RGB", (wide * min(beside, len(rows)), high * -(-len(rows) // beside)), "white")
+    Args:
+      rows: the frames of each are beside each other.
+      captions: of the rows, and maybe further ones.
+      columns: how many rows are beside each other.
+    """
+    count, frames, height, width, _ = rows.shape
+    scale = -(-_MIN_SIDE // min(height, width))
+    rows = rows.repeat(scale, axis=2).repeat(scale, axis=3)
+    cell_width = frames * (scale * width + _GAP)
+    cell_height = scale * height + _LINE_HEIGHT + _GAP
+    sheet = Image.new("RGB", (cell_width * min(columns, count), cell_height * -(-count // columns)), "white")
     draw = ImageDraw.Draw(sheet)
-    for number, (pictures, caption) in enumerate(zip(rows, captions, strict=False)):
-        left, top = number % beside * wide, number // beside * high
-        draw.text((left + 2, top), caption[: wide // 6], fill="black")
-        for column, picture in enumerate(pictures):
-            sheet.paste(picture, (left + column * (side[0] + gap), top + _TEXT))
+    for number, (row, caption) in enumerate(zip(rows, captions, strict=False)):
+        left, top = number % columns * cell_width, number // columns * cell_height
+        draw.text((left + 2, top), caption[: cell_width // _CHARACTER_WIDTH], fill="black")
+        for column, frame in enumerate(row):
+            position = (left + column * (scale * width + _GAP), top + _LINE_HEIGHT)
+            sheet.paste(Image.fromarray(frame), position)
     return sheet

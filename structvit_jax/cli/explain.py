@@ -58,7 +58,6 @@ def command(
       structvit explain runs/moving_digits test:3 --out=explained --animate=gif
     """
     config = options.open_checkpoint_config(checkpoint, words)
-    from structvit_jax.analysis.explain import explain
+    from structvit_jax.analysis.explain.explanation import Request, explain
 
-    request = explain.Request(path, query, layer, head, smooth, animate, beside or (), out)
-    explain.run(checkpoint, config, request)
+    explain(checkpoint, config, Request(path, query, layer, head, smooth, animate, beside or (), out))

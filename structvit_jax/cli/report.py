@@ -25,7 +25,7 @@ def command(workdirs: tuple[str, ...], out: str | None, hardest: int) -> None:
     Example:
       structvit report runs/first runs/second --out=report.html
     """
-    from structvit_jax.analysis.report.page import write_report
+    from structvit_jax.analysis.report.render import write_report
     from structvit_jax.runtime.devices import select_devices
 
     select_devices("cpu")  # accelerators may be in use by a training

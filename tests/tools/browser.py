@@ -1,10 +1,9 @@
-"""Pages of explain and report in a real browser: `make browser`, a minute; not part of the tests.
+"""Test the pages of explain and report in headless Chromium: `make browser`, a minute; not part of the tests.
 
-Pages of models with random weights are opened in Chromium, headless. What their script computes is compared
-with the model's own maps; a query is clicked, keys are pressed, layers, heads, times and the kind of drawing
-are changed, and the maps have to change. Pages with hostile names have to stay complete. A report has to keep
-class names in one piece, and bars beside their numbers. Without Chromium or Playwright it reports that
-nothing was tested.
+Pages of models with random weights are opened. The maps that their script computes are compared with the
+model's; clicks, keys and controls have to change the maps. Pages with hostile names have to be complete. A
+report has to keep class names in one piece and bars beside their numbers. Without Chromium or Playwright,
+nothing is tested and a line states so.
 """
 
 import argparse
@@ -21,9 +20,10 @@ from etils import epath
 
 from structvit_jax import create_model
 from structvit_jax.analysis.explain import layers, page, query_maps
+from structvit_jax.analysis.explain.choice import Choice
 from structvit_jax.analysis.explain.maps import position_of
 from structvit_jax.analysis.explain.overlay import Scale
-from structvit_jax.analysis.report import page as report
+from structvit_jax.analysis.report import render as report
 from structvit_jax.analysis.report.predictions import Predictions
 from structvit_jax.analysis.report.record import Record
 from structvit_jax.config import default_config
@@ -34,7 +34,7 @@ OPTIONS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "
 WIDTHS = {"desktop": (1280, 900), "phone": (390, 844)}
 SMALL = {"widths": (8, 8, 16, 16), "head_width": 8, "depths": (1, 1, 2, 1)}
 READ = """([number, head, query]) => {
-    const layer = window.structvit.sees()[number].layer;
+    const layer = window.structvit.views()[number].layer;
     const maps = window.structvit.explain(layer, head, query);
     const kappa = window.structvit.kappa(layer, head, maps.attention, 0);
     const arrays = [maps.correlation, maps.attention, maps.final, kappa].map((a) => Array.from(a));
@@ -44,15 +44,15 @@ SCALE = """(values) => {
     const scale = window.structvit.scaleOf(values);
     return [scale.low, scale.high, scale.signed];
 }"""
-HOSTILE = ["<!--<script>", "</script>", "<!-- a -->", "\"quoted' & \\\\", "line\u2028separator", "/*DATA*/"]
-ASK = """() => {
+HOSTILE = ["<!--<script>", "</script>", "<!-- a -->", "\"quoted' & \\\\", "line\u2028separator", "{{ data }}"]
+UPDATE = """() => {
     const started = performance.now();
     window.structvit.update();
     return performance.now() - started;
 }"""
 
 
-WHOLE_WORDS = """() => {  // the words of class names that are broken over lines
+BROKEN_WORDS = """() => {  // words of class names that are broken over lines
     const broken = [];
     for (const element of document.querySelectorAll(".cards dd, .classes th, table.matrix th")) {
         const text = element.firstChild, words = element.textContent.matchAll(/[^ -]+/g);
@@ -65,7 +65,7 @@ WHOLE_WORDS = """() => {  // the words of class names that are broken over lines
     }
     return broken;
 }"""
-BARS = """() => Array.from(document.querySelectorAll(".classes td .share"), (bar) => {
+BARS = """() => Array.from(document.querySelectorAll(".classes td .fraction"), (bar) => {
     const range = document.createRange();
     range.selectNodeContents(bar.previousSibling);
     const [text, box] = [range.getBoundingClientRect(), bar.getBoundingClientRect()];
@@ -86,19 +86,18 @@ CLASSES = (
 
 
 def build(names, shape, overrides, *, crop=(0, 0, 1, 1), title="noise"):
-    """A page of models side by side that saw a part of frames of noise, and their layers."""
+    """Return a page of models side by side that saw a part of frames of noise, and their layers."""
     x = jax.random.normal(jax.random.key(0), (1, *shape, 3))
     *time, height, width = shape
     size = (time[0] if time else 1, round(height / crop[2]) * 3, round(width / crop[3]) * 3, 3)
     frames = np.random.default_rng(0).integers(0, 256, size, np.uint8)
     found = {name: layers(create_model(name, num_classes=3, seed=1, **overrides[name]), x) for name in names}
-    shown = [
-        page.Shown(name, "a 0.9", own, "true class: a", number == 0, Crop(*crop))
+    views = [
+        page.ModelView(name, "a 0.9", "true class: a", number == 0, own, Crop(*crop))
         for number, (name, own) in enumerate(found.items())
     ]
-    first = next(iter(found[names[0]]))
-    options = {"title": title, "layer": first, "head": 0, "point": (0.5,) * len(shape)}
-    return page.build(shown, frames, video=len(shape) == 3, **options), found
+    choice = Choice(next(iter(found[names[0]])), 0, (0.5,) * len(shape))
+    return page.build(views, frames, choice, title=title), found
 
 
 def open_page(browser, html, folder, size):
@@ -114,7 +113,7 @@ def open_page(browser, html, folder, size):
 
 
 def check_numbers(tab, found):
-    """The script's maps are the model's, to what half precision leaves, for all layers and heads."""
+    """Compare the script's maps with the model's for all layers and heads, to half precision."""
     compared = 0
     for name in tab.locator("#layer option").all_inner_texts():
         tab.select_option("#layer", name)
@@ -146,7 +145,7 @@ def near(shown, own):
 
 
 def check_pointing(tab, found):
-    """A click, keys, another layer and head: each changes the maps, and what the address says."""
+    """Check that a click, keys, and another layer and head each change the maps and the address."""
     frames, maps = tab.locator("#frames"), tab.locator("canvas.map")
 
     def picture():
@@ -157,16 +156,17 @@ def check_pointing(tab, found):
         act()
         assert picture() != before and tab.url != address
         layer = next(iter(found.values()))[tab.input_value("#layer")]
-        share = tab.evaluate("window.structvit.state.query")[3 - len(layer.grid) :]
-        cell = ", row {}, column {}".format(*position_of(layer, share)[-2:])
-        assert cell.lstrip(", ") in tab.locator("#where").inner_text()
+        point = tab.evaluate("window.structvit.state.query")[3 - len(layer.grid) :]
+        assert (
+            "row {}, column {}".format(*position_of(layer, point)[-2:]) in tab.locator("#where").inner_text()
+        )
 
     tab.select_option("#layer", tab.locator("#layer option").all_inner_texts()[0])
     box = frames.bounding_box()
     changes(lambda: frames.click(position={"x": box["width"] * 0.9, "y": box["height"] * 0.2}))
     changes(lambda: frames.press("ArrowDown"))
     changes(lambda: frames.press("ArrowLeft"))
-    if tab.evaluate("window.structvit.sees()[0].layer.grid[0]") > 1:
+    if tab.evaluate("window.structvit.views()[0].layer.grid[0]") > 1:
         changes(lambda: frames.press("PageUp"))
     if tab.locator("#times").is_visible():
         check_time(tab, picture)
@@ -178,18 +178,18 @@ def check_pointing(tab, found):
         assert picture() == before
     changes(lambda: tab.select_option("#head", "1"))
     changes(lambda: tab.select_option("#layer", tab.locator("#layer option").all_inner_texts()[-1]))
-    said = tab.locator(".at").first.inner_text()
+    caption = tab.locator(".at").first.inner_text()
     maps.nth(1).click(position={"x": 12, "y": 12})
-    assert tab.locator(".at").first.inner_text() != said
-    address, sees = tab.url, tab.evaluate("window.structvit.state.query")
+    assert tab.locator(".at").first.inner_text() != caption
+    address, query = tab.url, tab.evaluate("window.structvit.state.query")
     tab.goto("about:blank")
-    tab.goto(address)  # which brings back the same query
+    tab.goto(address)  # restores the query
     tab.wait_for_selector("body[data-ready]")
-    np.testing.assert_allclose(tab.evaluate("window.structvit.state.query"), sees, atol=1e-3)
+    np.testing.assert_allclose(tab.evaluate("window.structvit.state.query"), query, atol=1e-3)
 
 
 def check_time(tab, picture):
-    """The slider and the button change what the large pictures show."""
+    """Check that the slider and the button change the large canvases."""
     before = picture()
     tab.locator("#time").fill("0" if tab.input_value("#time") != "0" else "1")
     assert picture() != before
@@ -200,7 +200,7 @@ def check_time(tab, picture):
 
 
 def check_hostile_names(browser, folder):
-    """Names are text, whatever they hold, and the page is complete."""
+    """Check that names stay text and the page is complete."""
     for name in HOSTILE:
         html, _ = build(
             ["deit_tiny"], (24, 24), {"deit_tiny": {"widths": (16,), "head_width": 8}}, title=name
@@ -212,8 +212,8 @@ def check_hostile_names(browser, folder):
     print(f"{len(HOSTILE)} pages with hostile names are complete")
 
 
-def check_places(tab, crop):
-    """Frames are large enough to point at, in as many rows as that takes; a click asks for what is there."""
+def check_tiles(tab, crop):
+    """Check that tiles are large enough to click on, and that a click selects the position under it."""
     frames = tab.locator("#frames")
     count, columns, rows = frames.evaluate("({ tiles }) => [tiles.count, tiles.columns, tiles.rows]")
     box = frames.bounding_box()
@@ -223,12 +223,12 @@ def check_places(tab, crop):
         at = {"x": (column + right) / columns * box["width"], "y": (row + down) / rows * box["height"]}
         frames.click(position=at)
         query = tab.evaluate("window.structvit.state.query")
-        seen = (down - crop[0]) / crop[2], (right - crop[1]) / crop[3]
-        np.testing.assert_allclose(query, ((number + 0.5) / count, *seen), atol=0.04)
+        clicked = (down - crop[0]) / crop[2], (right - crop[1]) / crop[3]
+        np.testing.assert_allclose(query, ((number + 0.5) / count, *clicked), atol=0.04)
 
 
 def check_width(tab):
-    """Nothing but what scrolls by itself is wider than the window."""
+    """Check that nothing is wider than the window, apart from elements that scroll."""
     assert tab.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
 
 
@@ -241,19 +241,19 @@ def small_pages():
 
 
 def report_page():
-    """A report on made-up predictions of the digits, under the names of other classes."""
+    """Return a report on random predictions of digits, under the names of other classes."""
     config = default_config()
     config.data.name, config.data.frames, config.data.size = "digits", 0, 32
     rng = np.random.default_rng(0)
     ids = np.array([f"digits/test/{number}" for number in range(360)])
     scores = rng.normal(size=(len(ids), len(CLASSES)))
-    found = Predictions(ids, rng.integers(len(CLASSES), size=len(ids)), scores, CLASSES, 0)
-    record = Record(epath.Path("run"), "run", config, (), {}, found, {})
-    return report.page([record], hardest=12)
+    predictions = Predictions(ids, rng.integers(len(CLASSES), size=len(ids)), scores, CLASSES)
+    record = Record(epath.Path("run"), "run", config, (), {}, predictions, {})
+    return report.render([record], hardest=12)
 
 
 def check_report(browser, folder, screenshots):
-    """Class names are in one piece, and bars beside their numbers, as high as these."""
+    """Check that class names are in one piece, and bars beside their numbers and as high."""
     path = Path(folder) / "report.html"
     path.write_text(report_page())
     for device, (width, height) in WIDTHS.items():
@@ -262,7 +262,7 @@ def check_report(browser, folder, screenshots):
         check_width(tab)
         if screenshots:
             tab.screenshot(path=f"{screenshots}/report_{device}.png", full_page=True)
-        assert not (broken := tab.evaluate(WHOLE_WORDS)), broken
+        assert not (broken := tab.evaluate(BROKEN_WORDS)), broken
         bars = np.array(tab.evaluate(BARS))
         assert len(bars) == len(CLASSES) and (bars[:, 0] > 0).all() and (bars[:, 1] > 0.6).all(), bars
         assert (bars[:, 2:] > -2).all(), bars
@@ -270,25 +270,25 @@ def check_report(browser, folder, screenshots):
 
 
 def check_large(browser, folder):
-    """The page of StructViT-S on 16 frames of 224 x 224 opens, and answers a click, in good time."""
+    """Check that the page of StructViT-S on 16 frames of 224 x 224 opens and updates within a second."""
     name = "structvit_s_4_1_video"
     html, _ = build([name], (16, 224, 224), {name: {"depths": (1, 1, 8, 3)}})
     started = time.monotonic()
     tab = open_page(browser, html, folder, WIDTHS["desktop"])
     opened = time.monotonic() - started
-    answer = tab.evaluate(ASK)
+    update = tab.evaluate(UPDATE)
     memory = tab.evaluate("performance.memory ? performance.memory.usedJSHeapSize / 2**20 : 0")
     kept = tab.locator("#layer option").count()
     print(
         f"{name}, 16 x 224 x 224: {len(html) / 2**20:.1f} MB, {kept} of 11 layers, opens in {opened:.1f} s,"
-        f" a query takes {answer:.0f} ms, {memory:.0f} MB of JavaScript's memory"
+        f" a query takes {update:.0f} ms, {memory:.0f} MB of JavaScript memory"
     )
-    assert not tab.complaints and answer < 1000
+    assert not tab.complaints and update < 1000
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--screenshots", help="Folder for pictures of the pages, at two widths.")
+    parser.add_argument("--screenshots", help="Folder for screenshots of the pages at two widths.")
     options = parser.parse_args()
     path = next(filter(None, map(shutil.which, BROWSERS)), None)
     try:
@@ -296,7 +296,7 @@ def main():
     except ImportError:
         path = None
     if path is None:
-        print(f"skipped, nothing tested: it needs {' or '.join(BROWSERS)}, and pip install playwright")
+        print(f"skipped, nothing tested: it needs {' or '.join(BROWSERS)} and pip install playwright")
         return
     pages = list(small_pages())
     with sync_playwright() as play, tempfile.TemporaryDirectory() as folder:
@@ -306,12 +306,12 @@ def main():
                 tab = open_page(browser, html, folder, size)
                 check_width(tab)
                 compared = check_numbers(tab, found)
-                check_places(tab, crop)
+                check_tiles(tab, crop)
                 check_pointing(tab, found)
                 if options.screenshots:
                     tab.screenshot(path=f"{options.screenshots}/{kind}_{device}.png", full_page=True)
                 assert not tab.complaints, tab.complaints
-                print(f"{kind}, {device}: {compared} queries as the model's, pointing and keys work")
+                print(f"{kind}, {device}: {compared} queries agree with the model, mouse and keys work")
         check_report(browser, folder, options.screenshots)
         check_hostile_names(browser, folder)
         check_large(browser, folder)

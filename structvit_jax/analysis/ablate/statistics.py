@@ -1,53 +1,53 @@
-"""What seeds say: means, deviations, and differences between arms seed by seed."""
+"""Means and deviations over seeds, and paired differences between arms."""
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import t as student
+from scipy.stats import ttest_rel
 
 
 class Summary(NamedTuple):
-    """Of one arm over its seeds."""
+    """Statistics of an arm over its seeds."""
 
     mean: float
-    deviation: float  # standard deviation of a seed, n - 1 in the denominator; nan of one seed
+    deviation: float  # sample standard deviation; nan for one seed
     seeds: int
 
 
 class Comparison(NamedTuple):
-    """Of an arm with another, over pairs of runs with the same seed."""
+    """Mean difference of two arms over pairs of runs with the same seed."""
 
     difference: float
-    low: float  # 95 % confidence interval of the mean difference, by Student's t; nan of one pair
+    low: float  # 95 % confidence interval by Student's t; nan for one pair
     high: float
-    pairs: int
 
     @property
-    def clear(self) -> bool:
-        """Whether the interval leaves out zero."""
+    def is_clear(self) -> bool:
+        """Whether the interval excludes zero."""
         return self.low > 0 or self.high < 0
 
 
 def summarize(values: Sequence[float]) -> Summary:
-    """At least one value."""
+    """Return the statistics of at least one value."""
     deviation = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
     return Summary(float(np.mean(values)), deviation, len(values))
 
 
-def compare(values: Sequence[float], others: Sequence[float], confidence: float = 0.95) -> Comparison:
-    """`values` less `others`, pair by pair.
+def compare(values: Sequence[float], base: Sequence[float]) -> Comparison:
+    """Return the mean of `values` minus `base`, pair by pair, with its confidence interval.
 
-    The interval assumes that differences are normal; few pairs can hardly tell. It says nothing of other
-    test clips than these, which all runs share.
+    The interval assumes normal differences, which a few pairs cannot test. It does not cover the choice of
+    test clips, which all runs share.
     """
-    differences = np.subtract(values, others)
-    mean, count = float(differences.mean()), len(differences)
-    if count < 2:
-        return Comparison(mean, math.nan, math.nan, count)
-    error = float(differences.std(ddof=1)) / math.sqrt(count)
-    reach = float(student.ppf((1 + confidence) / 2, count - 1)) * error
-    return Comparison(mean, mean - reach, mean + reach, count)
+    difference = float(np.subtract(values, base).mean())
+    if len(values) < 2:
+        return Comparison(difference, math.nan, math.nan)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # scipy warns if all differences are equal
+        interval = ttest_rel(values, base).confidence_interval()
+    return Comparison(difference, float(interval.low), float(interval.high))

@@ -1,4 +1,4 @@
-"""What a model's attention reads: its maps as numbers, as a picture, and as a page to point at."""
+"""Explain what a model's attention reads: maps as arrays, as a picture, and as an interactive page."""
 
 from structvit_jax.analysis.explain.maps import Layer, Query, layers, query_maps
 

@@ -1,21 +1,22 @@
-"""Choose what to show: the layer, head and query whose attention has the most structure."""
+"""Select the layer, head and query whose attention has the most structure."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from scipy.special import xlogy
 
 from structvit_jax.analysis.explain.maps import Layer, position_of, textured
 from structvit_jax.models import StructAttention
 
-QUERIES = 6  # candidates of a layer, the most textured positions of the middle frame
-_LEAST_SIDE = 3  # positions along the sides of a frame that make a map worth looking at
+_QUERIES = 6  # candidates of a layer: the most textured positions of the middle frame
+_MIN_SIDE = 3  # positions along height and width of a candidate layer
 SCORE = (
     "(effective rank - 1) / (D - 1), or 1 if D < 2, times 4 h (1 - h) with h = entropy of the attention /"
     " log(D keys)"
@@ -23,12 +24,12 @@ SCORE = (
 
 
 class Choice(NamedTuple):
-    """A layer, a head and a query of it."""
+    """A query of a head of a layer."""
 
     layer: str
     head: int
     point: tuple[float, ...]  # the query, in fractions of the input's sides
-    score: float  # by `scores`, from 0 to 1
+    score: float = 0.0  # of `scores`, from 0 to 1
 
 
 def choose(
@@ -39,61 +40,59 @@ def choose(
     head: int | None = None,
     point: tuple[float, ...] | None = None,
 ) -> Choice:
-    """Return the candidate with the highest score; of equals the last layer, then the first head and the most
-    textured position.
+    """Return the candidate with the highest score.
 
     Candidates are the layers whose frames have at least 3 x 3 positions (all layers if none has), their
-    heads, and up to `QUERIES` of the most textured positions of the middle frame.
+    heads, and up to 6 of the most textured positions of the middle frame. Of equal scores, the last layer
+    wins, then the first head and the most textured position.
 
     Args:
       layers: of a network, by name.
       pixels: uint8 [[time,] height, width, 3], as the model sees them.
-      layer, head, point: considered alone if given.
+      layer, head, point: if given, the only candidate.
     """
-    large = [name for name, one in layers.items() if min(one.grid[-2:]) >= _LEAST_SIDE] or list(layers)
-    best: Choice | None = None
+    large = [name for name, one in layers.items() if min(one.grid[-2:]) >= _MIN_SIDE] or list(layers)
+    candidates = []
     for name in [layer] if layer else reversed(large):
-        one = layers[name]
-        points = [point] if point else textured(pixels, one.grid, QUERIES)
-        positions = [position_of(one, candidate) for candidate in points]
-        found = scores(one, positions).round(4)  # so that rounding errors do not decide
+        points = [point] if point else textured(pixels, layers[name].grid, _QUERIES)
+        found = scores(layers[name], [position_of(layers[name], one) for one in points])
+        found = found.round(4)  # so that rounding errors do not decide
         if head is not None:
-            found = found[min(head, len(found) - 1)][None]
+            found = found[min(head, len(found) - 1)][None]  # query_maps reports an unknown head
         row, column = np.unravel_index(int(found.argmax()), found.shape)
-        score = float(found[row, column])
-        if best is None or score > best.score:
-            best = Choice(name, int(row) if head is None else head, points[column], score)
-    assert best is not None  # a network has an attention layer
-    return best
+        number = int(row) if head is None else head
+        candidates.append(Choice(name, number, points[column], float(found[row, column])))
+    return max(candidates, key=lambda choice: choice.score)
 
 
-def scores(layer: Layer, positions: list[tuple[int, ...]]) -> np.ndarray:
+def scores(layer: Layer, positions: Sequence[tuple[int, ...]]) -> np.ndarray:
     """Return how much structure the attention of queries has: float64 [heads, queries], from 0 to 1.
 
-    The score is high if the dynamic kernels differ from place to place, as their effective rank measures, and
-    if attention selects: h, its entropy over the largest possible, is 1 where attention is even and 0 where
-    it is at one key, and shows nothing at either end.
+    The first factor of `SCORE` is high if the dynamic kernels differ between positions. The second is high if
+    attention selects: h, its entropy over the largest possible, is 1 for uniform attention and 0 for
+    attention at a single key, and the factor is 0 for both.
     """
     flat = jnp.array([np.ravel_multi_index(position, layer.grid) for position in positions])
     attention = np.asarray(_attention(layer.attention, layer.x, flat), np.float64)
     attention = np.moveaxis(attention.reshape(*attention.shape[:3], -1), 1, 0)  # [heads, queries, D, keys]
-    keys = attention.shape[-2] * attention.shape[-1]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        terms = np.where(attention > 0, attention * np.log(attention), 0)
-    h = (
-        np.clip(-terms.sum(axis=(-2, -1)) / math.log(keys), 0, 1)
-        if keys > 1
-        else np.zeros(attention.shape[:2])
-    )
-    rank = (effective_ranks(layer, attention) - 1) / (layer.patterns - 1) if layer.patterns > 1 else 1
+    h = np.zeros(attention.shape[:2])
+    if (keys := attention.shape[-2] * attention.shape[-1]) > 1:
+        h = np.clip(_entropy(attention.reshape(*h.shape, keys)) / math.log(keys), 0, 1)
+    dim = layer.structure_dim
+    rank = (effective_ranks(layer, attention) - 1) / (dim - 1) if dim > 1 else 1
     return rank * 4 * h * (1 - h)
 
 
-def effective_ranks(layer: Layer, attention: np.ndarray) -> np.ndarray:
-    """Return the effective ranks of the dynamic kernels that attention [heads, queries, D, keys] makes.
+def _entropy(probabilities: np.ndarray) -> np.ndarray:
+    """Return the entropy along the last axis; 0 log 0 is 0."""
+    return -xlogy(probabilities, probabilities).sum(axis=-1)
 
-    They are products of attention and value kernels; their singular values follow from the D x D Gram
-    matrices of the two factors, without the products themselves.
+
+def effective_ranks(layer: Layer, attention: np.ndarray) -> np.ndarray:
+    """Return effective ranks [heads, queries] of the dynamic kernels of attention [heads, queries, D, keys].
+
+    Dynamic kernels are products of attention and value kernels; their singular values follow from the D x D
+    Gram matrices of the two factors, without the products themselves.
     """
     kernels = layer.kernels()[1].astype(np.float64)
     rows = np.moveaxis(kernels, -3, 0).reshape(kernels.shape[-3], -1, kernels.shape[-1])
@@ -102,12 +101,11 @@ def effective_ranks(layer: Layer, attention: np.ndarray) -> np.ndarray:
     gram = attention @ np.swapaxes(attention, -1, -2)
     squares = np.linalg.eigvalsh(root[:, None] @ gram @ root[:, None])
     singular = np.sqrt(np.clip(squares, 0, None))
-    shares = singular / np.maximum(singular.sum(axis=-1, keepdims=True), np.finfo(np.float64).tiny)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.exp(-np.where(shares > 0, shares * np.log(shares), 0).sum(axis=-1))
+    total = np.maximum(singular.sum(axis=-1, keepdims=True), np.finfo(np.float64).tiny)
+    return np.exp(_entropy(singular / total))
 
 
-@nnx.jit  # once for layers of the same shape; what only the other maps need is not computed
+@nnx.jit  # compiled once for layers of the same shape; computes no other maps
 def _attention(attention: StructAttention, x: jax.Array, queries: jax.Array) -> jax.Array:
-    """[queries, heads, D, *key grid]"""
+    """Return the attention [queries, heads, D, *key_grid]."""
     return attention.maps(x, queries).attention[0]

@@ -1,13 +1,12 @@
-"""The numbers behind the pictures: each attention layer of a network on one input, and what a query sees."""
+"""Compute the attention layers' inputs for one input of a network, and the maps of single queries."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,15 +20,15 @@ from structvit_jax.utils.errors import UserError
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Layer:
-    """An attention layer of a network, and what one input makes of it."""
+    """An attention layer of a network with its input."""
 
     name: str  # of its block, as "blocks3.0"
     attention: StructAttention
-    x: jax.Array  # [1, *grid, width]: what goes into it, normalised
+    x: jax.Array  # [1, *grid, width]: the normalised input of the attention
 
     @property
     def grid(self) -> tuple[int, ...]:
-        """Positions along (time, height, width), or (height, width)."""
+        """Positions along (time, height, width) or (height, width)."""
         return self.x.shape[1:-1]
 
     @property
@@ -38,20 +37,20 @@ class Layer:
         return self.attention.key_grid(self.grid)
 
     @property
-    def patterns(self) -> int:
-        """D; one for plain self-attention, whose one pattern is a single correlation."""
+    def structure_dim(self) -> int:
+        """D, the number of structure kernels; 1 for plain self-attention."""
         kernels = self.attention.key_kernels
         return 1 if kernels is None else kernels.shape[-1]
 
     @property
     def kind(self) -> str:
-        """What the paper calls it."""
+        """The paper's name for it."""
         if self.attention.key_kernels is None:
             return "self-attention"
-        return "ConvSA" if self.patterns == 1 else f"StructSA, D = {self.patterns}"
+        return "ConvSA" if self.structure_dim == 1 else f"StructSA, D = {self.structure_dim}"
 
     def kernels(self) -> tuple[np.ndarray, np.ndarray]:
-        """Of keys and values, [*window, heads or 1, channels or 1, D]; a one where it has none."""
+        """Return key and value kernels [*window, heads or 1, channels or 1, D]; ones for self-attention."""
         attention = self.attention
         if attention.key_kernels is None or attention.value_kernels is None:
             ones = np.ones((*[1] * len(self.grid), attention.heads, 1, 1), np.float32)
@@ -60,10 +59,13 @@ class Layer:
 
     @functools.cached_property
     def maps(self) -> Callable[[jax.Array], tuple[jax.Array, StructAttentionMaps]]:
-        """Of the queries at flat positions [Q]: their correlations with all keys [Q, heads, *grid], scaled as
-        logits are, and the maps of all heads. Compiled once."""
+        """A function of flat positions of queries [Q], compiled once.
 
-        def run(queries):
+        It returns their correlations with all keys [Q, heads, *grid], scaled as logits, and the maps of all
+        heads.
+        """
+
+        def run(queries: jax.Array) -> tuple[jax.Array, StructAttentionMaps]:
             query, key, *_ = self.attention.operands(self.x)
             rows = query.reshape(-1, *query.shape[-2:])[queries] * query.shape[-1] ** -0.5
             correlations = jnp.einsum("qhc,...hc->qh...", rows, key[0], precision="highest")
@@ -72,108 +74,108 @@ class Layer:
         return jax.jit(run)
 
     def operands(self) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries, keys and values, [*grid, heads, channels]."""
+        """Return queries, keys and values, each [*grid, heads, channels]."""
         query, key, value, *_ = self.attention.operands(self.x)
         return query[0], key[0], value[0]
 
 
 def layers(network: Network, x: jax.Array) -> dict[str, Layer]:
-    """All attention layers, in the order in which they come.
+    """Return all attention layers by name, in order.
 
     Args:
       network: in evaluation mode.
-      x: one input, normalised: [1, [time,] height, width, 3].
+      x: one normalised input, [1, [time,] height, width, 3].
     """
     network = nnx.clone(network)
     network.variant = dataclasses.replace(network.variant, remat="none")
-    inputs: list[jax.Array] = []
+    stages = _stages(network)
+    blocks = {f"{stage}.{i}": block for stage in stages for i, block in enumerate(getattr(network, stage))}
+    activations: list[jax.Array] = []
 
     def record(name: str, array: jax.Array) -> jax.Array:
-        inputs.append(array)
+        activations.append(array)
         return array
 
-    def run(x):
-        inputs.clear()
+    def run(x: jax.Array) -> list[jax.Array]:
+        activations.clear()
         network.features(x, hook=record)
+        inputs, start = [], 0
+        for stage in stages:  # of each: the embedding, then the output of every block
+            end = start + len(getattr(network, stage))
+            inputs += activations[start:end]
+            start = end + 1
         return [
             block.norm1(block.add_position(array))
-            for (_, block), array in zip(_blocks(network), _of_blocks(network, inputs), strict=True)
+            for block, array in zip(blocks.values(), inputs, strict=True)
         ]
 
-    found = zip(_blocks(network), jax.jit(run)(x), strict=True)
     return {
         name: Layer(name, block.attn, array)
-        for (name, block), array in found
+        for (name, block), array in zip(blocks.items(), jax.jit(run)(x), strict=True)
         if isinstance(block.attn, StructAttention)
     }
 
 
-def _rows(network: Any) -> list[str]:
-    """Names of the lists of blocks."""
+def _stages(network: Network) -> list[str]:
+    """Return the names of the network's lists of blocks."""
     names = ["blocks", *(f"blocks{stage}" for stage in range(1, 5))]
     return [name for name in names if hasattr(network, name)]
 
 
-def _blocks(network: Any) -> list[tuple[str, Any]]:
-    return [(f"{row}.{i}", block) for row in _rows(network) for i, block in enumerate(getattr(network, row))]
-
-
-def _of_blocks(network: Any, placed: Sequence[jax.Array]) -> Iterator[jax.Array]:
-    """Of what a network places, a row's embedding and then each block's output, the inputs of blocks."""
-    ends = itertools.accumulate((len(getattr(network, row)) + 1 for row in _rows(network)), initial=0)
-    for start, end in itertools.pairwise(ends):
-        yield from placed[start : end - 1]
-
-
 class Query(NamedTuple):
-    """What one query sees in one head of a layer. Positions are those of the layer's grids."""
+    """The maps of one query in one head of a layer. Grids are those of the layer."""
 
     position: tuple[int, ...]  # on the grid
-    correlation: np.ndarray  # [*grid]: with every key, before kernels; scaled as logits are
+    head: int
+    correlation: np.ndarray  # [*grid]: with every key, without kernels; scaled as logits
     attention: np.ndarray  # [D, *key_grid]: sums to one
-    kappa: np.ndarray  # [*key_grid, *window, channels or 1]: the dynamic kernels
-    final: np.ndarray  # [*grid, channels or 1]: total signed weight of each value
+    kappa: np.ndarray  # [*key_grid, *window, channels or 1]: the dynamic kernels (paper, equation 5)
+    final: np.ndarray  # [*grid, channels or 1]: total signed weight of each value (appendix D)
     rank: float  # effective rank of kappa over positions, from 1 to D
 
 
 def query_maps(layer: Layer, head: int, position: Sequence[int]) -> Query:
-    """The maps of `structvit_jax.ops.struct_attention_maps` for one query and head.
+    """Return the maps of one query and head; see `structvit_jax.ops.struct_attention_maps`.
 
     Raises:
-      UserError: a head or a position that the layer has not.
+      UserError: the layer does not have this head or position.
     """
     heads, position = layer.attention.heads, tuple(position)
     if not 0 <= head < heads:
-        raise UserError(f"{layer.name} has the heads 0 to {heads - 1}, and no {head}")
+        raise UserError(f"{layer.name} has heads 0 to {heads - 1}, not {head}")
     fits = len(position) == len(layer.grid)
     if not fits or not all(0 <= at < n for at, n in zip(position, layer.grid, strict=True)):
-        raise UserError(f"position {position} does not lie on the grid {layer.grid} of {layer.name}")
+        raise UserError(f"position {position} is not on the grid {layer.grid} of {layer.name}")
     correlations, maps = layer.maps(jnp.array([np.ravel_multi_index(position, layer.grid)]))
     kappa = maps.kappa[0, 0, head]
-    rows = kappa.reshape(math.prod(layer.key_grid), -1)
     return Query(
         position,
+        head,
         np.asarray(correlations[0, head]),
         np.asarray(maps.attention[0, 0, head]),
         np.asarray(kappa),
         np.asarray(maps.final[0, 0, head]),
-        float(effective_rank(rows)),
+        float(effective_rank(kappa.reshape(math.prod(layer.key_grid), -1))),
     )
 
 
 def position_of(layer: Layer, point: Sequence[float]) -> tuple[int, ...]:
-    """Where on a layer's grid a point of the input lies, given in shares, from 0 to 1, of its sides."""
-    return tuple(min(int(share * n), n - 1) for share, n in zip(point, layer.grid, strict=True))
+    """Return the grid position at a point of the input, given in fractions of its sides."""
+    return tuple(min(int(at * n), n - 1) for at, n in zip(point, layer.grid, strict=True))
 
 
 def textured(pixels: np.ndarray, grid: Sequence[int], count: int = 1) -> list[tuple[float, ...]]:
-    """Return the centres of the cells of a grid whose pixels vary most in the middle frame, the most textured
-    first, as fractions of the input's sides. Cells with less than half of the largest variance are left out.
+    """Return the centres of the grid cells with the highest variance in the middle frame, highest first.
+
+    Cells with less than half of the highest variance are left out.
 
     Args:
       pixels: [[time,] height, width, 3].
       grid: ([time,] height, width).
       count: how many cells at most.
+
+    Returns:
+      Points in fractions of the input's sides.
     """
     *time, rows, columns = grid
     frame = pixels[len(pixels) // 2] if time else pixels

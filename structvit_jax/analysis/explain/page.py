@@ -1,73 +1,64 @@
-"""Write what any query sees as one HTML page that needs no other file. A script on the page computes the maps
-from queries, keys and kernels.
-"""
+"""Write an interactive page of any query's maps. Its script computes them from queries, keys and kernels."""
 
 from __future__ import annotations
 
 import base64
-import importlib.resources
 import io
-import json
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import DTypeLike
 from PIL import Image
 
+from structvit_jax.analysis import html
 from structvit_jax.analysis.explain import overlay
+from structvit_jax.analysis.explain.choice import Choice
 from structvit_jax.analysis.explain.maps import Layer
-from structvit_jax.analysis.explain.picture import in_time
 from structvit_jax.data.reader import Crop
 
-MOST = 24 * 2**20  # bytes of a page, about
-_PIXELS = 6 * 10**6  # of all frames together
+MAX_BYTES = 24 * 2**20  # of a page, about
+_MAX_PIXELS = 6 * 10**6  # of all frames together
+EncodedLayer = dict[str, str | int | list[int]]
 
 
-class Shown(NamedTuple):
+class ModelView(NamedTuple):
     """A model on the page."""
 
     title: str
     predicted: str  # its most probable classes
-    layers: Mapping[str, Layer]
     verdict: str  # the true class, and whether the prediction is right
-    right: bool | None  # None if unknown
+    is_right: bool | None  # None if the true class is unknown
+    layers: Mapping[str, Layer]
     crop: Crop  # the part of the frames that it saw
 
 
 def build(
-    models: Sequence[Shown],
-    frames: np.ndarray,
-    *,
-    video: bool,
-    title: str,
-    layer: str,
-    head: int,
-    point: Sequence[float],
-    smooth: bool = True,
+    models: Sequence[ModelView], frames: np.ndarray, choice: Choice, *, title: str, smooth: bool = True
 ) -> str:
     """Return the page.
 
     Args:
-      models: side by side; the first is the one that the controls are about.
-      frames: uint8 [time, height, width, 3], RGB, as recorded; an image has a time of one.
-      video: whether the input is a video.
-      title: above the page.
-      layer, head, point: what is shown first; the point in fractions of the first model's input.
-      smooth: whether maps are interpolated at first.
+      models: side by side; the controls select positions, layers and heads of the first.
+      frames: uint8 [time, height, width, 3], RGB, as recorded; an image has one time.
+      choice: the layer, head and query of the first model that are selected at first.
+      title: heading of the page.
+      smooth: whether maps are interpolated between positions at first.
     """
-    pictures = [_picture(frame, _PIXELS / len(frames)) for frame in frames]
-    kept = fitting([model.layers for model in models], layer, MOST - sum(map(len, pictures)))
-    left_out = len(set().union(*(model.layers for model in models))) - len(kept)
-    content = {
-        "title": title,
-        "about": f"Each map has its own colour scale: {overlay.SCALES}."
-        + f" {left_out} layers are left out to keep the page small." * bool(left_out),
-        "video": video,
+    urls = [_frame_url(frame, _MAX_PIXELS / len(frames)) for frame in frames]
+    names = fitting_layers([model.layers for model in models], choice.layer, MAX_BYTES - sum(map(len, urls)))
+    omitted = len(set().union(*(model.layers for model in models))) - len(names)
+    about = f"Each map has its own colour scale: {overlay.SCALES}."
+    if omitted:
+        about += f" {omitted} layers are omitted to keep the page small."
+    is_video = len(choice.point) == 3
+    data = {
+        "video": is_video,
         "size": [frames.shape[2], frames.shape[1]],
-        "frames": pictures,
-        "layer": layer,
-        "head": head,
-        "query": [0.5] * (not video) + list(point),
+        "frames": urls,
+        "layer": choice.layer,
+        "head": choice.head,
+        "query": [0.5] * (not is_video) + list(choice.point),
         "smooth": smooth,
         "clipped": overlay.CLIPPED,
         "colours": {
@@ -76,65 +67,64 @@ def build(
         },
         "models": [
             {
-                "title": model.title,
-                "predicted": model.predicted,
-                "verdict": model.verdict,
-                "right": model.right,
                 "crop": list(model.crop),
-                "layers": [encoded(own) for own in model.layers.values() if own.name in kept],
+                "layers": [encode_layer(layer) for layer in model.layers.values() if layer.name in names],
             }
             for model in models
         ],
     }
-    template = (importlib.resources.files("structvit_jax.analysis.explain") / "page.html").read_text("utf-8")
-    # Without "<", no text of the data ends the script or starts a comment in it.
-    return template.replace("/*DATA*/", json.dumps(content).replace("<", "\\u003c"))
+    return html.render("explain.html", title=title, about=about, models=models, data=data)
 
 
-def fitting(models: Sequence[Mapping[str, Layer]], wanted: str, most: int = MOST) -> set[str]:
-    """Return the names of layers whose arrays fit on a page: all, or as many as do, and the wanted one."""
+def fitting_layers(
+    models: Sequence[Mapping[str, Layer]], required: str, max_bytes: int = MAX_BYTES
+) -> set[str]:
+    """Return the names of the layers on a page: `required` and as many evenly spaced others as fit."""
     names = list(dict.fromkeys(name for layers in models for name in layers))
-    sizes = {name: sum(_size(layers[name]) for layers in models if name in layers) for name in names}
+    sizes = {name: sum(encoded_size(layers[name]) for layers in models if name in layers) for name in names}
     for count in range(len(names), 0, -1):
-        chosen = {names[i] for i in np.linspace(len(names) - 1, 0, count).round().astype(int)} | {wanted}
-        if sum(sizes[name] for name in chosen) <= most:
+        chosen = {names[i] for i in np.linspace(len(names) - 1, 0, count).round().astype(int)} | {required}
+        if sum(sizes[name] for name in chosen) <= max_bytes:
             return chosen
-    return {wanted}
+    return {required}
 
 
-def _size(layer: Layer) -> int:
-    """Bytes of its arrays in base64: queries and keys of two bytes, kernels of four."""
+def encoded_size(layer: Layer) -> int:
+    """Return the bytes of its arrays in base64: queries and keys of two bytes, kernels of four."""
     key, value = layer.kernels()
     kernels = key.size // key.shape[-3] + value.size // (value.shape[-3] * value.shape[-2])
     return (2 * 2 * layer.x.size + 4 * kernels * layer.attention.heads) * 4 // 3
 
 
-def encoded(layer: Layer) -> dict[str, Any]:
-    """Return a layer as the page's script reads it. Arrays begin with the head; value kernels are given as
-    their mean over channels, and as the products of each two, summed over window and channels."""
-    axes, heads = len(layer.grid), layer.attention.heads
+def encode_layer(layer: Layer) -> EncodedLayer:
+    """Return a layer as the page's script reads it: sides of its grids, and arrays by head in base64.
+
+    Value kernels are averaged over channels. Their Gram matrices, products of each two kernels summed over
+    window and channels, give the effective rank.
+    """
+    image, heads = len(layer.grid) == 2, layer.attention.heads
     query, key, _ = (np.moveaxis(np.asarray(x, np.float32), -2, 0) for x in layer.operands())
-    key_kernels, value_kernels = (_by_head(kernels, heads) for kernels in layer.kernels())
-    windows = [in_time(np.zeros(k.shape[:-3]), axes).shape for k in layer.kernels()]
-    whole = (*value_kernels.shape[:2], query.shape[-1], layer.patterns)
-    full = np.broadcast_to(value_kernels, whole)
+    kernels = layer.kernels()
+    key_kernels, value_kernels = (_by_head(array, heads) for array in kernels)
+    key_window, value_window = ([1] * image + list(array.shape[:-3]) for array in kernels)
+    full = np.broadcast_to(value_kernels, (*value_kernels.shape[:2], query.shape[-1], layer.structure_dim))
     return {
         "name": layer.name,
         "kind": layer.kind,
         "heads": heads,
         "channels": query.shape[-1],
-        "patterns": layer.patterns,
+        "structure_dim": layer.structure_dim,
         "stride": layer.attention.stride,
-        "grid": [1] * (axes == 2) + list(layer.grid),
-        "key_grid": [1] * (axes == 2) + list(layer.key_grid),
-        "key_window": list(windows[0]),
-        "value_window": list(windows[1]),
+        "grid": [1] * image + list(layer.grid),
+        "key_grid": [1] * image + list(layer.key_grid),
+        "key_window": key_window,
+        "value_window": value_window,
         "key_channels": key_kernels.shape[2],
-        "q": _text(query, np.float16),
-        "k": _text(key, np.float16),
-        "key_kernels": _text(np.moveaxis(key_kernels, -1, -2)),
-        "value_kernels": _text(value_kernels.mean(axis=2)),
-        "gram": _text(np.einsum("hmcd,hmce->hde", full, full)),
+        "q": _base64(query, np.float16),
+        "k": _base64(key, np.float16),
+        "key_kernels": _base64(np.moveaxis(key_kernels, -1, -2)),
+        "value_kernels": _base64(value_kernels.mean(axis=2)),
+        "gram": _base64(np.einsum("hmcd,hmce->hde", full, full)),
     }
 
 
@@ -144,19 +134,20 @@ def _by_head(kernels: np.ndarray, heads: int) -> np.ndarray:
     return np.moveaxis(np.broadcast_to(taps, (len(taps), heads, *taps.shape[2:])), 1, 0)
 
 
-def _text(array: np.ndarray, dtype: Any = np.float32) -> str:
-    little = np.ascontiguousarray(array).astype(np.dtype(dtype).newbyteorder("<"))
-    return base64.b64encode(little.tobytes()).decode()
+def _base64(array: np.ndarray, dtype: DTypeLike = np.float32) -> str:
+    little_endian = np.ascontiguousarray(array).astype(np.dtype(dtype).newbyteorder("<"))
+    return base64.b64encode(little_endian.tobytes()).decode()
 
 
-def _picture(frame: np.ndarray, pixels: float) -> str:
-    """A frame as a URL, scaled to at most a number of pixels."""
+def _frame_url(frame: np.ndarray, max_pixels: float) -> str:
+    """Return a frame as a data URL, downscaled to at most a number of pixels."""
     height, width = frame.shape[:2]
-    scale = min(1.0, (pixels / (height * width)) ** 0.5)
-    frame = overlay.enlarged(frame, round(height * scale), round(width * scale)) if scale < 1 else frame
+    scale = (max_pixels / (height * width)) ** 0.5
+    if scale < 1:
+        frame = overlay.resized_frame(frame, round(height * scale), round(width * scale))
     file, kind = io.BytesIO(), "png" if max(frame.shape) <= 64 else "jpeg"
     Image.fromarray(frame).save(file, kind, quality=85)
-    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
+    return html.data_url(file.getvalue(), f"image/{kind}")
 
 
 def _stops(name: str, *, over: bool) -> list[list[int]]:

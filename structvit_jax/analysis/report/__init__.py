@@ -1,1 +1,1 @@
-"""What runs came to, as one HTML page: side by side, and then each one's classes and hardest examples."""
+"""Compare runs on one HTML page: scores, curves, wall time, results by class, most confident errors."""

@@ -1,4 +1,4 @@
-"""Figures of a report: curves of several runs, and a confusion matrix too large for a table."""
+"""Charts of a report: curves of several runs, and the confusion matrix of many classes."""
 
 from __future__ import annotations
 
@@ -10,87 +10,92 @@ import numpy as np
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 
-from structvit_jax.analysis.report.markup import Markup, image
+from structvit_jax.analysis.html import EmbeddedImage, data_url
 from structvit_jax.analysis.report.record import Record
 
-# Okabe and Ito's colours, which people with any colour vision tell apart, the strongest on white first.
+# The palette of Okabe and Ito, safe for colour-blind readers; the colours with most contrast on white first.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#000000", "#56b4e9", "#e69f00")
-DASHES = ((), (5, 2), (1, 1.5), (5, 1.5, 1, 1.5))  # of line and gap; when all colours have been used
-_SMOOTHED, _MOST = 0.02, 50  # a mean reaches over this share of the steps to either side, and so many at most
+_DASHES = ((), (5, 2), (1, 1.5), (5, 1.5, 1, 1.5))  # line and gap lengths, for runs beyond the palette
+_WINDOW, _MAX_WINDOW = 0.02, 50  # smoothing: fraction of all steps to either side, and the most steps
 
 
-class Quantity(NamedTuple):
-    """What one figure shows over steps."""
+class LineStyle(NamedTuple):
+    """How a run is drawn in every chart."""
+
+    colour: str
+    dashes: tuple[float, ...]  # lengths of line and gap, in line widths
+
+
+class Chart(NamedTuple):
+    """One metric over steps."""
 
     title: str
-    line: str  # a metric of steps
+    line: str  # a metric of training steps
     smooth: bool = True
     dots: str | None = None  # a metric of evaluations
     log: bool = False
 
 
-QUANTITIES = (
-    Quantity("Training loss", "loss"),
-    Quantity("Top-1: line training, dots test", "top1", dots="eval_top1"),
-    Quantity("Learning rate", "lr", smooth=False),
-    Quantity("Gradient norm", "grad_norm", log=True),
+CHARTS = (
+    Chart("Training loss", "loss"),
+    Chart("Top-1: line training, dots test", "top1", dots="eval_top1"),
+    Chart("Learning rate", "lr", smooth=False),
+    Chart("Gradient norm", "grad_norm", log=True),
 )
 SMOOTHING = (
-    "All lines but the learning rate are smoothed: a point is the mean of the"
-    f" {2 * _SMOOTHED:.0%} of steps around it, {2 * _MOST} at most."
+    f"All lines but the learning rate are smoothed: each point is the mean of the {2 * _WINDOW:.0%} of steps"
+    f" around it, at most {2 * _MAX_WINDOW}."
 )
 
 
-def style(number: int) -> tuple[str, tuple[float, ...]]:
-    """Colour and dashes of a run."""
-    return COLOURS[number % len(COLOURS)], DASHES[number // len(COLOURS) % len(DASHES)]
+def line_style(number: int) -> LineStyle:
+    """Return the style of run `number`."""
+    return LineStyle(COLOURS[number % len(COLOURS)], _DASHES[number // len(COLOURS) % len(_DASHES)])
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:
-    """The mean of the values around each, of fewer at both ends."""
-    reach = min(int(_SMOOTHED * len(values)), _MOST)
+    """Return the centred moving average of values [steps], over fewer steps near both ends."""
+    reach = min(int(_WINDOW * len(values)), _MAX_WINDOW)
     window = np.ones(2 * reach + 1)
     return np.convolve(values, window, "same") / np.convolve(np.ones_like(values), window, "same")
 
 
-def curves(quantity: Quantity, records: Sequence[Record]) -> Markup | None:
-    """One figure of all runs; None if none has such values."""
+def draw_curves(chart: Chart, records: Sequence[Record]) -> EmbeddedImage | None:
+    """Draw one chart of all runs; return None if no run has logged the metric."""
     figure = Figure(figsize=(5, 3), layout="constrained")
     axes = figure.subplots()
     for number, record in enumerate(records):
-        colour, dashes = style(number)
-        steps, values = record.curve(quantity.line)
-        drawn = smoothed(values) if quantity.smooth and len(values) else values
-        axes.plot(steps, drawn, color=colour, linewidth=1.5, dashes=dashes or (None, None))
-        if quantity.dots:
-            axes.plot(*record.curve(quantity.dots), "o", color=colour, markersize=6, markeredgecolor="white")
+        colour, dashes = line_style(number)
+        steps, values = record.curve(chart.line)
+        if chart.smooth and len(values):
+            values = smoothed(values)
+        axes.plot(steps, values, color=colour, linewidth=1.5, dashes=dashes or (None, None))
+        if chart.dots:
+            axes.plot(*record.curve(chart.dots), "o", color=colour, markersize=6, markeredgecolor="white")
     if not np.isfinite(axes.dataLim.x1):
         return None
-    if quantity.log:
+    if chart.log:
         axes.set_yscale("log")
     axes.set_xlabel("step")
-    axes.set_title(quantity.title, loc="left", fontsize=11)
+    axes.set_title(chart.title, loc="left", fontsize=11)
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     names = ", ".join(record.name for record in records)
-    return image(_saved(figure, "svg"), "image/svg+xml", f"{quantity.title} over steps: {names}")
+    file = io.BytesIO()
+    figure.savefig(file, format="svg", metadata={"Date": None})
+    return EmbeddedImage(data_url(file.getvalue(), "image/svg+xml"), f"{chart.title} over steps: {names}")
 
 
-def confusion(counts: np.ndarray) -> Markup:
-    """A matrix of counts [true, predicted] as shares of its rows, in colour."""
-    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+def draw_confusion(counts: np.ndarray) -> EmbeddedImage:
+    """Draw a confusion matrix [true, predicted] of counts, each row as fractions of its sum."""
+    fractions = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     figure = Figure(figsize=(7.5, 6.6), layout="constrained")
     axes = figure.subplots()
-    drawn = axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, 0, 1), interpolation="nearest")
-    axes.set_xlabel("predicted class, by number")
-    axes.set_ylabel("true class, by number")
-    figure.colorbar(drawn, label="share of the true class's examples", fraction=0.045)
-    dots = max(110, len(counts) / 5)  # an inch; the matrix takes more than five
-    alt = f"Confusion matrix of {len(counts)} classes, rows true, columns predicted"
-    return image(_saved(figure, "png", dots), "image/png", alt)
-
-
-def _saved(figure: Figure, kind: str, dots: float = 110) -> bytes:
+    image = axes.imshow(fractions, cmap="Blues", norm=PowerNorm(0.5, 0, 1), interpolation="nearest")
+    axes.set_xlabel("number of the predicted class")
+    axes.set_ylabel("number of the true class")
+    figure.colorbar(image, label="fraction of the true class's examples", fraction=0.045)
     file = io.BytesIO()
-    figure.savefig(file, format=kind, dpi=dots, metadata={"Date": None} if kind == "svg" else None)
-    return file.getvalue()
+    figure.savefig(file, format="png", dpi=max(110, len(counts) / 5))  # a pixel for each class at least
+    alt = f"Confusion matrix of {len(counts)} classes: rows are true classes, columns predictions"
+    return EmbeddedImage(data_url(file.getvalue(), "image/png"), alt)

@@ -1,12 +1,12 @@
-"""What a run left in its workdir, however far it came."""
+"""Read the files of a run, finished or not, from its workdir."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeGuard
 
 import ml_collections
 import numpy as np
@@ -23,45 +23,45 @@ from structvit_jax.training.restore import newest_card
 from structvit_jax.utils.errors import UserError, parse_json
 from structvit_jax.utils.paths import absolute, parse_path
 
-Line = dict[str, Any]  # of metrics.jsonl
+Metrics = Mapping[str, float | None]  # a line of metrics.jsonl
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """Files of a run, read; empty, or None, where they are not there yet."""
+    """The files of a run; empty or None if missing."""
 
     workdir: epath.Path
-    name: str  # tells it from the others of a report
+    name: str  # unique in a report
     config: ml_collections.ConfigDict
-    lines: tuple[Line, ...]  # of steps and evaluations, in their order
-    result: dict[str, Any]
+    metrics: tuple[Metrics, ...]  # of steps and evaluations, in order
+    result: Mapping[str, Any]
     predictions: Predictions | None
-    seconds: dict[str, float]  # by activity, see `structvit_jax.runtime.goodput`
+    seconds: Mapping[str, float]  # by activity, see `structvit_jax.runtime.goodput`
 
     @property
     def step(self) -> int:
-        """The last one that it has told."""
-        return max((line["step"] for line in self.lines), default=0)
+        """The last logged step."""
+        return max((int(line["step"] or 0) for line in self.metrics), default=0)
 
     @property
     def unit(self) -> str:
         return "clips" if self.config.data.frames else "images"
 
     def curve(self, key: str) -> tuple[np.ndarray, np.ndarray]:
-        """Steps and the values that they have of a metric, as loss or eval_top1."""
-        found = [(line["step"], line[key]) for line in self.lines if line.get(key) is not None]
-        steps, values = np.array(found, np.float64).reshape(-1, 2).T
+        """Return the steps and values [points] of a metric, such as loss or eval_top1."""
+        points = [(line["step"], line[key]) for line in self.metrics if line.get(key) is not None]
+        steps, values = np.array(points, np.float64).reshape(-1, 2).T
         return steps, values
 
     @property
     def rate(self) -> float | None:
-        """Examples a second, over all the time in steps and in waiting for input."""
-        spent = self.seconds.get("step", 0) + self.seconds.get("input", 0)
-        return self.step * self.config.data.batch_size / spent if spent else None
+        """Examples per second of training, including waits for input."""
+        seconds = self.seconds.get("step", 0) + self.seconds.get("input", 0)
+        return self.step * self.config.data.batch_size / seconds if seconds else None
 
     @functools.cached_property
     def parameters(self) -> int | None:
-        """Of its model; None where nothing tells its classes yet, or its model is none that we have."""
+        """Parameter count of the model; None if the classes or the model are unknown."""
         names = (newest_card(self.workdir) or {}).get("class_names")
         if self.predictions:
             names = self.predictions.class_names
@@ -73,34 +73,30 @@ class Record:
             return None
         return sum(array.size for array in split(model)[1].params.values())
 
-    def missing(self) -> list[str]:
-        """What is not there, and what the page lacks for it, a sentence each."""
+    def notes(self) -> list[str]:
+        """Return a sentence for each file that is missing or outdated."""
         scored = self.result.get("step", self.step)
-        outdated = bool(self.lines) and scored != self.step
-        found = (
-            (not self.lines, f"Not trained yet: there is no {METRICS}, so there are no curves."),
-            (not self.result, f"Not evaluated yet: there is no {RESULT}, so there are no scores."),
-            (
-                not self.predictions,
-                f"There is no {PREDICTIONS}, so nothing is known of single examples.",
-            ),
-            (not self.seconds, f"There is no {goodput.FILE}, so nothing is known of the time."),
-            (outdated, f"Its scores are of step {scored}; it is now at step {self.step}."),
-        )
-        return [sentence for lacking, sentence in found if lacking]
+        notes = {
+            f"Not trained yet: there is no {METRICS}, so there are no curves.": not self.metrics,
+            f"Not evaluated yet: there is no {RESULT}, so there are no scores.": not self.result,
+            f"There is no {PREDICTIONS}, so there are no results by class or example.": not self.predictions,
+            f"There is no {goodput.FILE}, so wall time is unknown.": not self.seconds,
+            f"The scores are of step {scored}; the run is at step {self.step}.": self.metrics
+            and scored != self.step,
+        }
+        return [note for note, applies in notes.items() if applies]
 
 
-def read_records(words: Sequence[str]) -> list[Record]:
-    """Reads workdirs.
+def read_records(workdirs: Sequence[str]) -> list[Record]:
+    """Read runs, each once.
 
     Raises:
-      UserError: one that holds no run, or a file that is damaged.
-      OSError: one cannot be read.
+      UserError: a folder that is not the workdir of a run, or a damaged file.
+      OSError: a file cannot be read.
     """
-    workdirs = [absolute(parse_path(word)) for word in dict.fromkeys(words)]
-    last = [path.name for path in workdirs]
-    names = [p.name if last.count(p.name) == 1 else str(p) for p in workdirs]
-    return [_read_record(path, name) for path, name in zip(workdirs, names, strict=True)]
+    paths = [absolute(parse_path(workdir)) for workdir in dict.fromkeys(workdirs)]
+    names = [path.name for path in paths]
+    return [_read_record(path, path.name if names.count(path.name) == 1 else str(path)) for path in paths]
 
 
 def _read_record(workdir: epath.Path, name: str) -> Record:
@@ -108,41 +104,43 @@ def _read_record(workdir: epath.Path, name: str) -> Record:
         raise UserError(f"no folder at {workdir}: it should be the --workdir of a run")
     if not (workdir / CONFIG).exists():
         raise UserError(
-            f"{workdir} holds no run: there is no {CONFIG}, which python -m structvit_jax.main writes into"
-            " its --workdir when it starts training"
+            f"{workdir} is not the --workdir of a run: there is no {CONFIG}, which structvit train writes"
+            " when it starts"
         )
     config = from_card(_read_object(workdir / CONFIG), workdir / CONFIG, any_model=True)
-    lines, result = _read_lines(workdir / METRICS), _read_object(workdir / RESULT)
+    metrics, result = _read_metrics(workdir / METRICS), _read_object(workdir / RESULT)
     path = workdir / PREDICTIONS
-    found = read_predictions(path) if path.exists() else None
-    return Record(workdir, name, config, lines, result, found, goodput.seconds_of(workdir))
+    predictions = read_predictions(path) if path.exists() else None
+    return Record(workdir, name, config, metrics, result, predictions, goodput.seconds_of(workdir))
 
 
 def _read_object(path: epath.Path) -> dict[str, Any]:
-    """The object in a JSON file; empty where there is no file."""
+    """Return the object in a JSON file; {} if there is no file."""
     if not path.exists():
         return {}
-    if (found := read_json(path)) is None:
-        raise UserError(f"{path} is damaged: it holds no JSON object. The command of the run writes it anew")
-    return found
+    if (value := read_json(path)) is None:
+        raise UserError(
+            f"{path} is damaged: it holds no JSON object. Re-run the command of the run to fix it"
+        )
+    return value
 
 
-def _read_lines(path: epath.Path) -> tuple[Line, ...]:
-    lines: list[Line] = []
+def _read_metrics(path: epath.Path) -> tuple[Metrics, ...]:
+    metrics = []
     for number, text in enumerate(path.read_bytes().splitlines() if path.exists() else (), 1):
-        line: Any = None
+        line = None
         with contextlib.suppress(ValueError):
             line = parse_json(text)
-        if not _is_line(line):
+        if not _is_metrics(line):
             raise UserError(
-                f"{path}:{number} is damaged: a line should be a JSON object of numbers, a step among them."
-                " Remove the line, or go on with the run, which writes anew what comes after its checkpoint"
+                f"{path}:{number} is damaged: a line should be a JSON object of numbers with a step."
+                " Remove the line, or resume the run, which rewrites what follows its checkpoint"
             )
-        lines.append(line)
-    return tuple(lines)
+        metrics.append(line)
+    return tuple(metrics)
 
 
-def _is_line(value: Any) -> bool:
+def _is_metrics(value: object) -> TypeGuard[Metrics]:
     if not isinstance(value, dict) or not isinstance(value.get("step"), int):
         return False
     return all(isinstance(number, int | float | None) for number in value.values())

@@ -1,73 +1,12 @@
-<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
-<title>What attention reads</title>
-<style>
-:root { color-scheme: light; --ink: #1a1a1a; --quiet: #5a5a5a; --line: #d8d8d8; --mark: #d95f02; }
-* { box-sizing: border-box; }
-[hidden] { display: none !important; }
-html { font: 16px/1.45 system-ui, sans-serif; color: var(--ink); background: #fff; -webkit-text-size-adjust: 100%; }
-body { max-width: 90rem; margin: 0 auto; padding: 0 1rem 3rem; }
-h1 { font-size: 1.5rem; margin: 1.2rem 0 .2rem; }
-h2 { font-size: 1.15rem; margin: 0 0 .3rem; }
-h1, h2, p { overflow-wrap: anywhere; }
-p { margin: .3rem 0; max-width: 52rem; }
-.quiet, .scale, figcaption { color: var(--quiet); font-size: .88rem; }
-.bar { position: sticky; top: 0; z-index: 1; background: #fff; border-bottom: 1px solid var(--line); padding: .5rem 0;
-  display: flex; flex-wrap: wrap; gap: .4rem 1.2rem; align-items: center; }
-select, input, button { font: inherit; }
-select { padding: .2rem .3rem; max-width: 100%; }
-canvas { display: block; width: 100%; height: auto; cursor: crosshair; touch-action: manipulation; }
-canvas.large { margin-bottom: 3px; }
-canvas.kernel { width: auto; cursor: default; image-rendering: pixelated; }
-:focus-visible { outline: 3px solid var(--mark); outline-offset: 2px; }
-#input { display: flex; flex-wrap: wrap; gap: .4rem 1rem; align-items: flex-start; }
-#input > div { flex: 1 1 20rem; max-width: 28rem; min-width: 0; }
-.right { color: #1b7837; } .wrong { color: #b2182b; } .right, .wrong { font-weight: 600; }
-.maps { display: grid; gap: 0 1.5rem; align-items: end; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); }
-#models { display: grid; gap: 1.5rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 23rem), 1fr)); margin-top: 1rem; }
-section { min-width: 0; }
-figure { margin: 0 0 .7rem; }
-figcaption { display: flex; flex-wrap: wrap; gap: 0 .8rem; align-items: center; margin-bottom: .15rem; }
-figcaption b { color: var(--ink); }
-.kernels { display: inline-flex; gap: .5rem; align-items: center; }
-.ramp { display: inline-block; width: 5rem; height: .7rem; vertical-align: middle; margin: 0 .3rem; border: 1px solid var(--line); }
-.windows { display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; align-items: flex-start; }
-</style>
-</head>
-<body>
-<h1 id="title"></h1>
-<p id="about" class="quiet"></p>
-<div class="bar" role="group" aria-label="What is shown">
-<label>Layer <select id="layer"></select></label>
-<label>Head <select id="head"></select></label>
-<label><input type="checkbox" id="over" checked> over frames</label>
-<label><input type="checkbox" id="smooth"> smooth</label>
-<span id="times"><button id="play" aria-label="Play">&#9654;</button> <label>Time <input type="range" id="time" min="0" step="1"></label></span>
-</div>
-<p>Click on the input to move the query. On the keyboard, arrow keys move it, and Page Up and Page Down change its frame.
-Click on a map to see the dynamic kernel at that position.</p>
-<div id="input">
-<div><canvas id="large" class="large"></canvas></div>
-<div><canvas id="frames" tabindex="0" role="application" aria-label="The input; the query is marked. Arrow keys move it, Page Up and Page Down change the frame."></canvas>
-<output id="where" class="quiet" aria-live="polite"></output></div>
-</div>
-<div id="models"></div>
-<noscript><p>This page computes its maps from queries, keys and kernels, and needs JavaScript for that.</p></noscript>
-<script type="application/json" id="data">/*DATA*/</script>
-<script>
 "use strict";
 const data = JSON.parse(document.getElementById("data").textContent);
 const $ = (id) => document.getElementById(id);
-const POINTED = 80, SEEN = 44;  // the least width of a tile on the screen, where queries are selected and elsewhere
+const INPUT_TILE = 80, MAP_TILE = 44;  // minimum width of a tile on the screen, in CSS pixels
 const GAP = 2;  // pixels between tiles
 
-// Numbers: float16 and float32, little endian, in base64.
+// Arrays are float16 or float32, little endian, in base64.
 function bytes(text) { return Uint8Array.from(atob(text), (c) => c.charCodeAt(0)); }
-function halves(text) {
+function float16s(text) {
   const raw = new Uint16Array(bytes(text).buffer), out = new Float32Array(raw.length);
   for (let i = 0; i < raw.length; i++) {
     const h = raw[i], exponent = (h >> 10) & 31, fraction = h & 1023;
@@ -76,28 +15,28 @@ function halves(text) {
   }
   return out;
 }
-function floats(text) { return new Float32Array(bytes(text).buffer); }
-function open(layer) {  // decoded when it is first looked at
+function float32s(text) { return new Float32Array(bytes(text).buffer); }
+function decode(layer) {  // on first use
   if (!layer.arrays) {
-    layer.arrays = { q: halves(layer.q), k: halves(layer.k), hk: floats(layer.key_kernels),
-      hv: floats(layer.value_kernels), gram: floats(layer.gram) };
+    layer.arrays = { q: float16s(layer.q), k: float16s(layer.k), keyKernels: float32s(layer.key_kernels),
+      valueKernels: float32s(layer.value_kernels), gram: float32s(layer.gram) };
   }
   return layer.arrays;
 }
 const product = (sides) => sides.reduce((a, b) => a * b, 1);
 
-// One query: the same sums as structvit_jax.ops.struct_attention_maps, with values' kernels as their mean over channels.
+// The maps of one query, as structvit_jax.ops.struct_attention_maps computes them, with value kernels averaged over channels.
 function explain(layer, head, query) {
-  const { q, k, hk, hv } = open(layer), { grid, key_grid, stride, channels, patterns } = layer;
+  const { q, k, keyKernels, valueKernels } = decode(layer), { grid, key_grid, stride, channels, structure_dim } = layer;
   const positions = product(grid), keys = product(key_grid), scale = channels ** -0.5;
   const row = (array, i) => array.subarray((head * positions + i) * channels, (head * positions + i + 1) * channels);
   const own = row(q, query), correlation = new Float64Array(positions);
   for (let j = 0; j < positions; j++) correlation[j] = scale * dot(own, row(k, j));
-  const logits = new Float64Array(patterns * keys);
+  const logits = new Float64Array(structure_dim * keys);
   const taps = product(layer.key_window), wide = layer.key_channels;
-  each(layer, layer.key_window, (m, pairs) => {
-    for (let d = 0; d < patterns; d++) {
-      const kernel = hk.subarray(((head * taps + m) * patterns + d) * wide, ((head * taps + m) * patterns + d + 1) * wide);
+  forEachTap(layer, layer.key_window, (m, pairs) => {
+    for (let d = 0; d < structure_dim; d++) {
+      const kernel = keyKernels.subarray(((head * taps + m) * structure_dim + d) * wide, ((head * taps + m) * structure_dim + d + 1) * wide);
       const weighted = wide === 1 ? null : own.map((value, c) => value * kernel[c]);
       for (let n = 0; n < pairs.length; n += 2) {
         const [j, p] = [pairs[n], pairs[n + 1]];
@@ -110,17 +49,17 @@ function explain(layer, head, query) {
   const attention = logits.map((logit) => { const e = Math.exp(logit - most); total += e; return e; });
   attention.forEach((_, i) => { attention[i] /= total; });
   const final = new Float64Array(positions), sides = product(layer.value_window);
-  each(layer, layer.value_window, (m, pairs) => {
-    for (let d = 0; d < patterns; d++) {
-      const weight = hv[(head * sides + m) * patterns + d];
+  forEachTap(layer, layer.value_window, (m, pairs) => {
+    for (let d = 0; d < structure_dim; d++) {
+      const weight = valueKernels[(head * sides + m) * structure_dim + d];
       for (let n = 0; n < pairs.length; n += 2) final[pairs[n + 1]] += weight * attention[d * keys + pairs[n]];
     }
   });
   return { correlation, attention, final, rank: rank(layer, head, attention) };
 }
 function dot(a, b) { let sum = 0; for (let c = 0; c < a.length; c++) sum += a[c] * b[c]; return sum; }
-// For every place m of a window: pairs of a window's centre j, on the keys' grid, and the position p that m sees from there.
-function each(layer, window, act) {
+// Call act(m, pairs) for each tap m of a window. pairs holds the key position j at the window's centre and the grid position p under the tap.
+function forEachTap(layer, window, act) {
   const [T, H, W] = layer.grid, [t, h, w] = layer.key_grid, s = layer.stride, pairs = new Int32Array(2 * t * h * w);
   let m = 0;
   for (let a = 0; a < window[0]; a++) for (let b = 0; b < window[1]; b++) for (let c = 0; c < window[2]; c++, m++) {
@@ -134,14 +73,14 @@ function each(layer, window, act) {
   }
 }
 function kappa(layer, head, attention, j) {
-  const { hv } = open(layer), taps = product(layer.value_window), keys = product(layer.key_grid), out = new Float64Array(taps);
-  for (let m = 0; m < taps; m++) for (let d = 0; d < layer.patterns; d++)
-    out[m] += hv[(head * taps + m) * layer.patterns + d] * attention[d * keys + j];
+  const { valueKernels } = decode(layer), taps = product(layer.value_window), keys = product(layer.key_grid), out = new Float64Array(taps);
+  for (let m = 0; m < taps; m++) for (let d = 0; d < layer.structure_dim; d++)
+    out[m] += valueKernels[(head * taps + m) * layer.structure_dim + d] * attention[d * keys + j];
   return out;
 }
-// Singular values of all dynamic kernels together, from the Gram matrices of their two factors; then the exponential of their entropy.
+// The exponential of the entropy of the singular values of all dynamic kernels, computed from the Gram matrices of their two factors.
 function rank(layer, head, attention) {
-  const D = layer.patterns, keys = product(layer.key_grid), { gram } = open(layer);
+  const D = layer.structure_dim, keys = product(layer.key_grid), { gram } = decode(layer);
   const G = Array.from({ length: D }, (_, a) => Array.from(gram.subarray((head * D + a) * D, (head * D + a + 1) * D)));
   const A = Array.from({ length: D }, (_, a) => Array.from({ length: D }, (_, b) => {
     let sum = 0; for (let j = 0; j < keys; j++) sum += attention[a * keys + j] * attention[b * keys + j]; return sum; }));
@@ -160,7 +99,7 @@ function cholesky(A) {
   }
   return L;
 }
-function eigenvalues(A) {  // Jacobi's rotations
+function eigenvalues(A) {  // by Jacobi rotations
   A = A.map((row) => row.slice());
   for (let sweep = 0; sweep < 30; sweep++) for (let p = 0; p < A.length; p++) for (let q = p + 1; q < A.length; q++) {
     if (!A[p][q]) continue;
@@ -172,46 +111,46 @@ function eigenvalues(A) {  // Jacobi's rotations
   return A.map((row, i) => row[i]);
 }
 
-// What is shown: a layer and a head by name, the query in fractions of the first model's input, and the place of the
-// dynamic kernel. The time, a fraction of the clip, is that of the large pictures.
+// The selection. The query and `at`, the position of the dynamic kernel (null: the query), are in fractions of the first model's
+// input. `time`, the frame of the large canvases, is a fraction of the clip.
 const state = { layer: data.layer, head: data.head, query: data.query, at: null, time: data.query[0], smooth: data.smooth };
 const frames = [];
-let sees = [];  // by model: { crop, layer, head, query, at, maps }
-const index = (share, n) => Math.min(Math.floor(share * n), n - 1);
-const place = (sides, point) => point.reduce((flat, share, axis) => flat * sides[axis] + index(share, sides[axis]), 0);
-const centre = (sides, point) => point.map((share, axis) => (index(share, sides[axis]) + 0.5) / sides[axis]);
+let views = [];  // of each model: { crop, layer, head, query, at, maps }
+const index = (fraction, n) => Math.min(Math.floor(fraction * n), n - 1);
+const flatIndex = (sides, point) => point.reduce((flat, x, axis) => flat * sides[axis] + index(x, sides[axis]), 0);
+const centre = (sides, point) => point.map((x, axis) => (index(x, sides[axis]) + 0.5) / sides[axis]);
 function layerOf(model) { return model.layers.find((layer) => layer.name === state.layer) || model.layers[model.layers.length - 1]; }
 // Points (time, row, column) in fractions of a crop's sides and of the whole frame's. A crop is [top, left, height, width].
 const inFrame = ([top, left, height, width], [t, y, x]) => [t, top + y * height, left + x * width];
-const inside = (share) => Math.max(0, Math.min(0.9999, share));
+const inside = (x) => Math.max(0, Math.min(0.9999, x));
 const inCrop = ([top, left, height, width], [t, y, x]) => [t, inside((y - top) / height), inside((x - left) / width)];
 
 function update() {
   const crop = data.models[0].crop;
-  sees = data.models.map((model) => {
+  views = data.models.map((model) => {
     const layer = layerOf(model), head = Math.min(state.head, layer.heads - 1);
     const query = inCrop(model.crop, inFrame(crop, state.query)), at = inCrop(model.crop, inFrame(crop, state.at || state.query));
-    return { crop: model.crop, layer, head, query: centre(layer.grid, query), at, maps: explain(layer, head, place(layer.grid, query)) };
+    return { crop: model.crop, layer, head, query: centre(layer.grid, query), at, maps: explain(layer, head, flatIndex(layer.grid, query)) };
   });
   draw();
   history.replaceState(null, "", `#${new URLSearchParams({ layer: state.layer, head: state.head, query: state.query.map((x) => x.toFixed(4)) })}`);
 }
-function ask(query) { state.query = query; state.at = null; state.time = query[0]; update(); }
+function select(query) { state.query = query; state.at = null; state.time = query[0]; update(); }
 function draw() {
-  const first = sees[0], cell = state.query.map((share, axis) => index(share, first.layer.grid[axis]));
+  const first = views[0], cell = state.query.map((x, axis) => index(x, first.layer.grid[axis]));
   $("where").textContent = `query at ${data.video ? `time ${cell[0]}, ` : ""}row ${cell[1]}, column ${cell[2]} of ${first.layer.grid.slice(data.video ? 0 : 1).join(" × ")}`;
   $("time").value = index(state.time, frames.length);
-  const asked = [[first.query, first.layer.grid, "#d95f02"]];
+  const marks = [[first.query, first.layer.grid, "#d95f02"]];
   for (const canvas of data.video ? [$("large"), $("frames")] : [$("frames")])
-    drawTiles(canvas, frames.length, POINTED, first.crop, asked, drawFrame);
-  sees.forEach((seen, number) => drawModel(document.querySelectorAll("section")[number], seen));
+    drawTiles(canvas, frames.length, INPUT_TILE, first.crop, marks, drawFrame);
+  views.forEach((view, number) => drawModel(document.querySelectorAll("section")[number], view));
 }
 
-// Drawing. A canvas has a tile for each time, in as many rows as tiles of a width need; a large one has one, of state.time.
-function drawTiles(canvas, count, least, crop, marks, paint) {
+// Drawing. A canvas has one tile per time, in as many rows as the minimum tile width requires; a large canvas has one tile, of state.time.
+function drawTiles(canvas, count, minWidth, crop, marks, paint) {
   const large = canvas.classList.contains("large"), ratio = Math.min(2, window.devicePixelRatio || 1), shown = canvas.clientWidth || 300;
   const times = large ? [state.time] : Array.from({ length: count }, (_, i) => (i + 0.5) / count);
-  const rows = Math.ceil(times.length / Math.max(1, Math.floor(shown / least))), columns = Math.ceil(times.length / rows);
+  const rows = Math.ceil(times.length / Math.max(1, Math.floor(shown / minWidth))), columns = Math.ceil(times.length / rows);
   const wide = Math.max(8, Math.floor((shown * ratio + GAP) / columns) - GAP), high = Math.max(1, Math.round(wide * data.size[1] / data.size[0]));
   canvas.tiles = { times, count: times.length, columns, rows, wide, high };
   canvas.width = columns * (wide + GAP) - GAP; canvas.height = rows * (high + GAP) - GAP;
@@ -221,7 +160,7 @@ function drawTiles(canvas, count, least, crop, marks, paint) {
     context.save(); context.beginPath(); context.rect(left, top, wide, high); context.clip();
     const [y, x, h, w] = [top + crop[0] * high, left + crop[1] * wide, crop[2] * high, crop[3] * wide];
     paint(context, time, [left, top, wide, high], [x, y, w, h]);
-    context.fillStyle = "rgba(0, 0, 0, 0.65)";  // what the model did not see
+    context.fillStyle = "rgba(0, 0, 0, 0.65)";  // outside the crop that the model saw
     context.beginPath(); context.rect(left, top, wide, high); context.rect(x, y, w, h); context.fill("evenodd");
     for (const [point, grid, style] of marks) if (index(time, grid[0]) === index(point[0], grid[0])) {
       const [cellHigh, cellWide] = [h / grid[1], w / grid[2]], pen = Math.max(1, wide / 160);
@@ -238,15 +177,15 @@ function drawFrame(context, time, [left, top, wide, high]) {
   context.imageSmoothingEnabled = frame.naturalWidth > wide; context.imageSmoothingQuality = "high";
   context.drawImage(frame, left, top, wide, high);
 }
-function colour(stops, share) {
-  const at = Math.max(0, Math.min(1, share)) * (stops.length - 1), low = Math.floor(at), part = at - low;
+function colour(stops, fraction) {
+  const at = Math.max(0, Math.min(1, fraction)) * (stops.length - 1), low = Math.floor(at), part = at - low;
   const [a, b] = [stops[low], stops[Math.min(low + 1, stops.length - 1)]];
   return a.map((value, i) => Math.round(value + part * (b[i] - value)));
 }
-// As structvit_jax.analysis.explain.overlay.Scale: symmetric about zero, or from the lowest to the highest value, without outliers.
+// As structvit_jax.analysis.explain.overlay.Scale: symmetric about zero, or from the lowest to the highest value, after clipping outliers.
 function scaleOf(values) {
-  const sorted = Float64Array.from(values).sort(), end = (share) => {
-    const at = share * (sorted.length - 1), low = Math.floor(at), high = Math.min(low + 1, sorted.length - 1);
+  const sorted = Float64Array.from(values).sort(), end = (fraction) => {
+    const at = fraction * (sorted.length - 1), low = Math.floor(at), high = Math.min(low + 1, sorted.length - 1);
     return sorted[low] + (at - low) * (sorted[high] - sorted[low]);
   };
   let low = end(data.clipped / 100), high = end(1 - data.clipped / 100);
@@ -256,8 +195,8 @@ function scaleOf(values) {
   return { low, high, signed: false };
 }
 const rampOf = (scale) => scale.signed ? "signed" : "sequential";
-const fraction = (scale, value) => scale.low === scale.high ? 0.5 : (value - scale.low) / (scale.high - scale.low);
-function ends(scale) {  // as numbers with enough digits to differ
+const onScale = (scale, value) => scale.low === scale.high ? 0.5 : (value - scale.low) / (scale.high - scale.low);
+function ends(scale) {  // as text with enough digits to differ
   const wide = Math.max(Math.abs(scale.low), Math.abs(scale.high)) / (scale.high - scale.low || Infinity);
   const digits = 2 + (wide > 0 ? Math.max(0, Math.round(Math.log10(wide))) : 0);
   return [scale.low, scale.high].map((value) => short(value, digits));
@@ -266,9 +205,9 @@ function drawMap(canvas, values, sides, scale, crop, marks) {
   const [t, h, w] = sides, over = $("over").checked, stops = data.colours[rampOf(scale)][over ? "over" : "plain"];
   const small = document.createElement("canvas"); small.width = w; small.height = h;
   const brush = small.getContext("2d"), picture = brush.createImageData(w, h);
-  drawTiles(canvas, t, SEEN, crop, marks, (context, time, tile, box) => {
+  drawTiles(canvas, t, MAP_TILE, crop, marks, (context, time, tile, box) => {
     const z = index(time, t);
-    for (let i = 0; i < h * w; i++) picture.data.set(colour(stops, fraction(scale, values[z * h * w + i])), 4 * i);
+    for (let i = 0; i < h * w; i++) picture.data.set(colour(stops, onScale(scale, values[z * h * w + i])), 4 * i);
     brush.putImageData(picture, 0, 0);
     if (over) { context.filter = "grayscale(1)"; drawFrame(context, time, tile); context.filter = "none"; }
     context.fillStyle = over ? "rgba(200, 200, 200, 0.2)" : "#fff"; context.fillRect(...tile);
@@ -289,59 +228,59 @@ const largest = (values) => values.reduce((most, value) => Math.max(most, Math.a
 const short = (value, digits = 2) => Number(value.toPrecision(digits)).toString();
 
 function drawModel(section, { crop, layer, head, query, at, maps }) {
-  const { hk, hv } = open(layer), keys = product(layer.key_grid), D = layer.patterns;
+  const { keyKernels, valueKernels } = decode(layer), keys = product(layer.key_grid), D = layer.structure_dim;
   section.querySelector(".facts").textContent = `${layer.kind}; ${layer.name}, head ${head} of ${layer.heads}; effective rank of the dynamic kernels ${maps.rank.toFixed(2)} of ${D}`;
   const list = section.querySelector(".maps");
   while (list.children.length > D + 2) list.lastChild.remove();
   while (list.children.length < D + 2) list.append(figure(crop));
-  const asked = [query, layer.grid, "#d95f02"], here = [centre(layer.key_grid, at), layer.key_grid, "#000"];
-  const show = (number, name, about, kernels, values, grid, marks) => {
-    const made = list.children[number], scale = scaleOf(values);
-    caption(made, name, about, kernels, scale);
-    for (const canvas of made.querySelectorAll("canvas.map")) drawMap(canvas, values, grid, scale, crop, marks);
+  const queryMark = [query, layer.grid, "#d95f02"], keyMark = [centre(layer.key_grid, at), layer.key_grid, "#000"];
+  const show = (number, name, description, kernels, values, grid, marks) => {
+    const node = list.children[number], scale = scaleOf(values);
+    caption(node, name, description, kernels, scale);
+    for (const canvas of node.querySelectorAll("canvas.map")) drawMap(canvas, values, grid, scale, crop, marks);
   };
-  show(0, "correlation", "with every position", [], maps.correlation, layer.grid, [asked]);
+  show(0, "correlation", "with every position", [], maps.correlation, layer.grid, [queryMark]);
   for (let d = 0; d < D; d++) {
-    const one = maps.attention.subarray(d * keys, (d + 1) * keys), share = one.reduce((a, b) => a + b, 0);
+    const attention = maps.attention.subarray(d * keys, (d + 1) * keys), sum = attention.reduce((a, b) => a + b, 0);
     const kernels = layer.kind === "self-attention" ? [] : [
-      ["key kernel", means(hk, layer, head, d), layer.key_window], ["value kernel", pick(hv, layer, head, d), layer.value_window]];
-    show(d + 1, D > 1 ? `structure kernel ${d + 1}` : "attention", `${(100 * share).toFixed(0)} % of the attention`, kernels, one, layer.key_grid, state.at ? [asked, here] : [asked]);
+      ["key kernel", means(keyKernels, layer, head, d), layer.key_window], ["value kernel", pick(valueKernels, layer, head, d), layer.value_window]];
+    show(d + 1, D > 1 ? `structure kernel ${d + 1}` : "attention", `${(100 * sum).toFixed(0)} % of the attention`, kernels, attention, layer.key_grid, state.at ? [queryMark, keyMark] : [queryMark]);
   }
-  show(D + 1, "final map", "weight of each value, mean over channels", [], maps.final, layer.grid, [asked]);
-  drawWindow(section, crop, layer, kappa(layer, head, maps.attention, place(layer.key_grid, at)), at);
+  show(D + 1, "final map", "weight of each value, mean over channels", [], maps.final, layer.grid, [queryMark]);
+  drawWindow(section, crop, layer, kappa(layer, head, maps.attention, flatIndex(layer.key_grid, at)), at);
 }
-function means(hk, layer, head, d) {  // over channels
+function means(keyKernels, layer, head, d) {  // over channels
   const taps = product(layer.key_window), wide = layer.key_channels;
-  return Float64Array.from({ length: taps }, (_, m) => { const start = ((head * taps + m) * layer.patterns + d) * wide;
-    return hk.subarray(start, start + wide).reduce((a, b) => a + b, 0) / wide; });
+  return Float64Array.from({ length: taps }, (_, m) => { const start = ((head * taps + m) * layer.structure_dim + d) * wide;
+    return keyKernels.subarray(start, start + wide).reduce((a, b) => a + b, 0) / wide; });
 }
-function pick(hv, layer, head, d) {
-  const taps = product(layer.value_window); return Float64Array.from({ length: taps }, (_, m) => hv[(head * taps + m) * layer.patterns + d]);
+function pick(valueKernels, layer, head, d) {
+  const taps = product(layer.value_window); return Float64Array.from({ length: taps }, (_, m) => valueKernels[(head * taps + m) * layer.structure_dim + d]);
 }
 function figure(crop) {
-  const made = document.createElement("figure");
-  made.innerHTML = '<figcaption><b></b><span class="scale"></span><span class="bar-of"></span><span class="kernels"></span></figcaption>'
+  const node = document.createElement("figure");
+  node.innerHTML = '<figcaption><b></b><span class="scale"></span><span class="bar-of"></span><span class="kernels"></span></figcaption>'
     + '<canvas class="map large" role="img"></canvas>' + (data.video ? '<canvas class="map" role="img"></canvas>' : "");
-  for (const canvas of made.querySelectorAll("canvas"))
+  for (const canvas of node.querySelectorAll("canvas"))
     canvas.addEventListener("click", (event) => { state.at = inCrop(data.models[0].crop, inFrame(crop, inCrop(crop, pointed(event)))); state.time = state.at[0]; update(); });
-  return made;
+  return node;
 }
-function caption(made, name, about, kernels, scale) {
+function caption(node, name, description, kernels, scale) {
   const [low, high] = ends(scale), bar = document.createElement("span");
-  made.querySelector("b").textContent = name; made.querySelector(".scale").textContent = about;
+  node.querySelector("b").textContent = name; node.querySelector(".scale").textContent = description;
   const stops = data.colours[rampOf(scale)][$("over").checked ? "over" : "plain"].map(([r, g, b, a]) => `rgba(${r}, ${g}, ${b}, ${a / 255})`);
   bar.className = "ramp"; bar.style.background = `linear-gradient(90deg, ${scale.low === scale.high ? [stops[26], stops[26]] : stops}), #8e8e8e`;
-  made.querySelector(".bar-of").replaceChildren(...(scale.low === scale.high ? [low, bar] : [low, bar, high]));
-  for (const canvas of made.querySelectorAll("canvas.map")) canvas.setAttribute("aria-label", `${name}: ${about}, ${low} to ${high}`);
-  made.querySelector(".kernels").replaceChildren(...kernels.map(([title, values, sides]) => drawn(title, values, sides)));
+  node.querySelector(".bar-of").replaceChildren(...(scale.low === scale.high ? [low, bar] : [low, bar, high]));
+  for (const canvas of node.querySelectorAll("canvas.map")) canvas.setAttribute("aria-label", `${name}: ${description}, ${low} to ${high}`);
+  node.querySelector(".kernels").replaceChildren(...kernels.map(([title, values, sides]) => kernelLabel(title, values, sides)));
 }
-function drawn(title, values, sides) {
+function kernelLabel(title, values, sides) {
   const span = document.createElement("span"), canvas = document.createElement("canvas"), most = largest(values);
   span.className = "kernels"; span.title = `${title}, mean over channels, −${short(most)} to ${short(most)}, over ${sides.join(" × ")}`;
   canvas.className = "kernel"; canvas.setAttribute("role", "img"); canvas.setAttribute("aria-label", span.title);
   drawKernel(canvas, values, sides, most); span.append(title, canvas); return span;
 }
-// The dynamic kernel at one place, beside the pixels in its window.
+// The dynamic kernel at one position, beside the pixels in its window.
 function drawWindow(section, crop, layer, values, at) {
   const [t, h, w] = layer.value_window, [T, H, W] = layer.grid, point = centre(layer.key_grid, at), tile = 54;
   const canvas = section.querySelector("canvas.seen"), most = largest(values);
@@ -358,7 +297,7 @@ function drawWindow(section, crop, layer, values, at) {
   section.querySelector(".at").textContent = `dynamic kernel ${state.at ? "at the marked position (black)" : "at the query itself"}, mean over channels, −${short(most)} to ${short(most)}; and the pixels in its window`;
 }
 
-// Pointing and keys. A click as (time, row, column) in fractions of the clip and the frame.
+// Mouse and keyboard. A click is (time, row, column) in fractions of the clip and the frame.
 function pointed(event) {
   const canvas = event.currentTarget, box = canvas.getBoundingClientRect(), { times, columns, rows, wide, high } = canvas.tiles;
   const x = (event.clientX - box.left) / box.width * canvas.width, y = (event.clientY - box.top) / box.height * canvas.height;
@@ -366,14 +305,14 @@ function pointed(event) {
   const column = cell(x, wide, columns), row = cell(y, high, rows), tile = Math.min(times.length - 1, row * columns + column);
   return [times[tile], inside((y - row * (high + GAP)) / high), inside((x - column * (wide + GAP)) / wide)];
 }
-for (const name of ["large", "frames"]) $(name).addEventListener("click", (event) => ask(inCrop(data.models[0].crop, pointed(event))));
+for (const name of ["large", "frames"]) $(name).addEventListener("click", (event) => select(inCrop(data.models[0].crop, pointed(event))));
 $("frames").addEventListener("keydown", (event) => {
   const moves = { ArrowLeft: [2, -1], ArrowRight: [2, 1], ArrowUp: [1, -1], ArrowDown: [1, 1], PageUp: [0, -1], PageDown: [0, 1] };
   if (!moves[event.key]) return;
   event.preventDefault();
-  const [axis, step] = moves[event.key], sides = sees[0].layer.grid, next = centre(sides, state.query);
+  const [axis, step] = moves[event.key], sides = views[0].layer.grid, next = centre(sides, state.query);
   next[axis] = Math.max(0.5 / sides[axis], Math.min(1 - 0.5 / sides[axis], next[axis] + step / sides[axis]));
-  ask(next);
+  select(next);
 });
 function fill(select, values, chosen) { select.replaceChildren(...values.map((value) => new Option(value, value, false, value === chosen))); }
 function fillHeads() { fill($("head"), Array.from({ length: layerOf(data.models[0]).heads }, (_, i) => String(i)), String(state.head)); }
@@ -392,25 +331,14 @@ $("play").addEventListener("click", () => {
 async function start() {
   for (const source of data.frames) { const picture = new Image(); picture.src = source; await picture.decode(); frames.push(picture); }
   $("time").max = frames.length - 1; $("times").hidden = !data.video; $("large").parentNode.hidden = !data.video; $("smooth").checked = state.smooth;
-  $("title").textContent = data.title; $("about").textContent = data.about; document.title = data.title;
-  for (const model of data.models) {
-    const section = document.createElement("section");
-    section.innerHTML = '<h2></h2><p class="predicted"></p><p class="verdict"></p><p class="facts quiet"></p><div class="maps"></div><figure><figcaption class="at"></figcaption><div class="windows"><canvas class="kernel dynamic" role="img" aria-label="dynamic kernel"></canvas><canvas class="kernel seen" role="img" aria-label="the pixels in its window"></canvas></div></figure>';
-    section.querySelector("h2").textContent = model.title; section.querySelector(".predicted").textContent = `predicted: ${model.predicted}`;
-    section.querySelector(".verdict").textContent = model.verdict + (model.right === null ? "" : model.right ? " \u2713" : " \u2717"); section.querySelector(".verdict").classList.toggle(model.right ? "right" : "wrong", model.right !== null);
-    $("models").append(section);
-  }
-  const asked = new URLSearchParams(location.hash.slice(1)), names = [...new Set(data.models.flatMap((model) => model.layers.map((layer) => layer.name)))];
-  if (names.includes(asked.get("layer"))) state.layer = asked.get("layer");
-  const point = (asked.get("query") || "").split(",").map(Number);
+  const linked = new URLSearchParams(location.hash.slice(1)), names = [...new Set(data.models.flatMap((model) => model.layers.map((layer) => layer.name)))];
+  if (names.includes(linked.get("layer"))) state.layer = linked.get("layer");
+  const point = (linked.get("query") || "").split(",").map(Number);
   if (point.length === 3 && point.every((x) => x >= 0 && x < 1)) { state.query = point; state.time = point[0]; }
-  state.head = Math.min(Math.max(0, Number(asked.get("head") || state.head) | 0), layerOf(data.models[0]).heads - 1);
+  state.head = Math.min(Math.max(0, Number(linked.get("head") || state.head) | 0), layerOf(data.models[0]).heads - 1);
   fill($("layer"), names, state.layer); fillHeads(); update();
   window.addEventListener("resize", draw);
   document.body.dataset.ready = "yes";
 }
-window.structvit = { state, update, explain, sees: () => sees, kappa, scaleOf };
+window.structvit = { state, update, explain, views: () => views, kappa, scaleOf };
 start();
-</script>
-</body>
-</html>
