@@ -105,8 +105,8 @@ def _read(request: Request) -> Source:
         )
     elif request.data or request.head_width or request.weights:
         raise UserError(
-            "--data, --head_width and --weights are for files of PyTorch weights (.pth, .safetensors);"
-            f" {request.source} is not one, so omit them"
+            f"{request.source} is not a file of PyTorch weights (.pth, .safetensors); omit --data,"
+            " --head_width and --weights, which are for those"
         )
     else:
         source = start.find_weights(request.source, make_mesh(-1, 1))

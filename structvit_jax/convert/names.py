@@ -51,7 +51,7 @@ _CHANNELS = _Layout(  # (1, channels, 1, 1), here (channels,)
 
 # Parameters and statistics of a layer: PyTorch's name, the name here, and PyTorch's layout.
 _Parts = tuple[tuple[str, str, _Layout], ...]
-_LINEAR: _Parts = (("weight", "kernel", _KERNEL), ("bias", "bias", _SAME))
+_LINEAR: _Parts = (("weight", "kernel", _KERNEL), ("bias", "bias", _SAME))  # or a convolution
 _CONV_1X1: _Parts = (("weight", "kernel", _POINTWISE), ("bias", "bias", _SAME))
 _LAYER_NORM: _Parts = (("weight", "scale", _SAME), ("bias", "bias", _SAME))
 _BATCH_NORM: _Parts = (*_LAYER_NORM, ("running_mean", "mean", _SAME), ("running_var", "var", _SAME))

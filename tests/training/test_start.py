@@ -194,7 +194,7 @@ def test_the_convert_command(tmp_path, command, capsys):
 
     for arguments, phrase in [
         ([path, folder], "already exists"),
-        ([folder, tmp_path / "x", "--data=k400"], "is no file of PyTorch weights"),
+        ([folder, tmp_path / "x", "--data=k400"], "is not a file of PyTorch weights"),
         ([path, tmp_path / "x", "--model=uniformer_tiny"], "holds a video model"),
         ([path, tmp_path / "x", "--model=structvit_s_4_1_video"], "another network than the model"),
     ]:
