@@ -129,7 +129,7 @@ class Network(nnx.Module):
         key: jax.Array | None = None,
         hook: ActivationHook = _identity,
     ) -> tuple[Float[Array, "b classes"], Float[Array, "b *_ classes"] | None]:
-        """Return logits of the head, [batch, num_classes], and of the dense head, [batch, *grid, num_classes].
+        """Return logits of the head, [batch, num_classes], and of a dense head, [batch, *grid, num_classes].
 
         The arguments are those of a call.
         """

@@ -1,8 +1,8 @@
 """Kernels of the depthwise convolution against its definition, values and gradients.
 
 The kernel for TPUs runs here in Pallas's interpreter, and is compiled for a TPU if libtpu is installed. It
-has not run on a TPU. The kernels for GPUs run here on the CPU, and are compiled for a GPU if JAX's CUDA plugin
-is installed; their tests have run on an H100, too.
+has not run on a TPU. The kernels for GPUs run here on the CPU, and are compiled for a GPU if JAX's CUDA
+plugin is installed; their tests have run on an H100, too.
 """
 
 import functools

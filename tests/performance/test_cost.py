@@ -1,6 +1,5 @@
 """`cost` against the table of the specification, and against the operations of the traced program."""
 
-import functools
 import math
 import re
 
@@ -11,6 +10,7 @@ from conftest import ROOT
 
 from structvit_jax import cost, create_model
 from structvit_jax.models import weights
+from structvit_jax.ops import use_kernels
 
 # Parameters (millions) and multiply-accumulates (billions) that the paper's description implies, counted
 # independently; video rows have 400 classes, DeiT's video rows 174. L's layer scale adds 0.04 %.
@@ -95,15 +95,8 @@ def test_declared_is_what_the_program_multiplies(name, shape, overrides):
     """Counts every matrix product and convolution of the traced program, with the grouped depthwise form."""
     counted = cost(name, shape, 5, **overrides)
     structure, arrays = weights.split(create_model(name, num_classes=5, **overrides))
-    with pytest.MonkeyPatch.context() as patch:
-        from structvit_jax.ops import attention, depthwise, native
-
-        jax.clear_caches()
-        patch.setattr(depthwise, "_suited_form", functools.partial(depthwise._form, "grouped"))
-        patch.setattr(native, "available", lambda: False)
-        patch.setattr(attention, "_IN_CACHE", 2**40)
+    with use_kernels("reference"):
         program = jax.make_jaxpr(lambda a, x: structure.model(a)(x))(arrays, jnp.zeros((1, *shape)))
-    jax.clear_caches()
     assert _macs(program.jaxpr) == counted.macs
 
 
