@@ -98,6 +98,21 @@ def _place(topology):
 
 
 @pytest.fixture
+def only(monkeypatch):
+    """Replace the table of kernels by these rows or names, for this process's CPUs."""
+    from structvit_jax.ops import kernels
+
+    named = {row.name: row for row in reversed(kernels.TABLE)}
+
+    def use(*rows):
+        rows = (named[row] if isinstance(row, str) else row for row in rows)
+        table = tuple(row._replace(platform="cpu", supports=lambda *args, **options: True) for row in rows)
+        monkeypatch.setattr(kernels, "TABLE", table)
+
+    return use
+
+
+@pytest.fixture
 def x64():
     """Double precision for one test."""
     with jax.enable_x64(True):

@@ -33,6 +33,7 @@ COMMANDS = {
     "plan": "Estimate memory, traffic and step time before training.",
     "bench": "Measure the speed of a model or of reading data.",
     "ablate": "Train and compare a grid of models and seeds.",
+    "check": "Compare fast kernels with their definitions on this machine.",
 }
 _COMPLETE = "_STRUCTVIT_COMPLETE"  # set by the completion script of a shell
 

@@ -24,6 +24,7 @@ KERNELS = ("auto", "reference", "portable")
 P = ParamSpec("P")
 R = TypeVar("R")
 
+DEFINITIONS: dict[str, Callable[..., Any]] = {}  # of all operations, by name
 _kernels = jax.make_user_context("auto")  # part of jax.jit's key: functions are traced again when it changes
 
 
@@ -64,6 +65,7 @@ def operation(*, check: Callable[..., None] | None = None) -> Callable[[Callable
 
     def decorate(definition: Callable[P, R]) -> Operation[P, R]:
         name, signature = definition.__name__, inspect.signature(definition)
+        DEFINITIONS[name] = definition
 
         @functools.wraps(definition)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -72,7 +74,7 @@ def operation(*, check: Callable[..., None] | None = None) -> Callable[[Callable
             arrays = [array if array is None else jnp.asarray(array) for array in bound.args]
             if check:
                 check(*arrays, **bound.kwargs)
-            return _choose(name, definition, arrays, bound.kwargs)(*arrays, **bound.kwargs)
+            return _choose(name, arrays, bound.kwargs)(*arrays, **bound.kwargs)
 
         call.definition = definition  # type: ignore[attr-defined]
         return cast(Operation[P, R], call)
@@ -96,13 +98,11 @@ def current_device() -> Device:
     return Device(device.platform, device.device_kind)
 
 
-def _choose(
-    name: str, definition: Callable[..., Any], args: Sequence[Any], options: dict[str, Any]
-) -> Callable[..., Any]:
+def _choose(name: str, args: Sequence[Any], options: dict[str, Any]) -> Callable[..., Any]:
     """Return the first kernel of the table that fits, or the definition."""
     kernels = _kernels.value
     if kernels == "reference":
-        return definition
+        return DEFINITIONS[name]
     table = importlib.import_module("structvit_jax.ops.kernels")
     device = current_device()
     platform = "portable" if kernels == "portable" else device.platform
@@ -110,9 +110,9 @@ def _choose(
         if not kernel.supports(*args, **options):
             continue
         split = _split(args, kernel.batched)
-        if split is not None and table.trusted(kernel, definition, args[0].dtype, device):
+        if split is not None and table.trusted(kernel, args[0].dtype, device):
             return split(kernel.run)
-    return definition
+    return DEFINITIONS[name]
 
 
 def _split(args: Sequence[Any], batched: int) -> Callable[[Callable[..., Any]], Callable[..., Any]] | None:

@@ -1,4 +1,4 @@
-"""The model family: names, overrides, shapes, modes, and both forms of attention in a whole model."""
+"""The model family: names, overrides, shapes, modes, and implementations of attention in a whole model."""
 
 import dataclasses
 from functools import partial
@@ -11,13 +11,15 @@ import optax
 import pytest
 from conftest import COMPILED_SOON
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import structvit_jax
 from structvit_jax import create_model, list_models
+from structvit_jax.models import attention as model_attention
 from structvit_jax.models import get_variant, weights
 from structvit_jax.models.layers import BatchNorm, DropPath
 from structvit_jax.models.variants import OVERRIDES, Variant
-from structvit_jax.ops import attention, depthwise, devices, feed_forward, structsa
+from structvit_jax.ops import kernels, struct_attention_maps, use_kernels
 from structvit_jax.utils.errors import UserError
 
 SMALL = {"depths": (1, 1, 1, 1), "widths": (8, 8, 16, 16), "head_width": 8}
@@ -149,16 +151,15 @@ def test_every_override_reaches_the_model():
         "key_kernels": "shared",
         "value_kernels": "shared",
         "aggregation": "element",
-        "attention": "volume",
         "kernel_init": "delta",
         "drop_path": 0.5,
         "layer_scale": 0.1,
         "token_labels": True,
         "remat": "full",
+        "kernels": "reference",
         "dtype": "bfloat16",
     }
     elsewhere = {"image_size", "num_frames", "tubelet"}  # DeiT's, see test_deit_positions
-    elsewhere |= {"scan_blocks"}  # needs more than one block to a row, see the next test
     base = {"patch": 2, "mixer_window": 3, **SMALL}
 
     def program(**overrides):
@@ -183,18 +184,12 @@ def test_every_override_reaches_the_model():
     assert tested | elsewhere | {"conv_layer_scale"} == set(OVERRIDES)
 
 
-SCANNED, KEPT_LESS = {"scan_blocks": True}, {"remat": "full"}
-
-
 @pytest.mark.parametrize(
-    ("name", "depths", "changes"),
-    [
-        ("structvit_tiny_2_1", (1, 2, 2, 1), [SCANNED | KEPT_LESS]),
-        ("deit_tiny_struct_2_video", (5,), [SCANNED, {"remat": "dots"}, SCANNED | KEPT_LESS]),
-    ],
+    ("name", "depths", "remat"),
+    [("structvit_tiny_2_1", (1, 2, 2, 1), "full"), ("deit_tiny_struct_2_video", (5,), "dots")],
 )
-def test_scanned_and_rematerialised_blocks_are_the_same_model(name, depths, changes):
-    """Values, statistics and gradients; and a row of equal blocks is in the program once."""
+def test_rematerialised_blocks_are_the_same_model(name, depths, remat):
+    """Values, statistics and gradients; and there is more to compute."""
     x = jnp.array(pixels(3, 4, 16, 16, 3) if "video" in name else pixels(3, 16, 16, 3))
     small = {} if "video" in name else {"widths": (8, 8, 16, 16), "head_width": 8}
 
@@ -213,17 +208,15 @@ def test_scanned_and_rematerialised_blocks_are_the_same_model(name, depths, chan
         return traced.lower().compile(COMPILED_SOON)(*given), str(traced.jaxpr)
 
     plain, program = train()
-    model = create_model(name, num_classes=4, depths=depths, **small, scan_blocks=True)
+    model = create_model(name, num_classes=4, depths=depths, **small, remat=remat)
     closed = jax.jit(lambda x: model(x), compiler_options=COMPILED_SOON)  # over its weights
     assert closed(x).shape == (3, 4)
-    for overrides in changes:
-        other, its_program = train(**overrides)
-        if overrides == SCANNED:
-            assert its_program.count("dot_general") < program.count("dot_general")
-        # gradients that are zero but for rounding (biases before a norm) are held by the scale of all
-        scale = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(plain[1]))
-        chex.assert_trees_all_close(other[0], plain[0], rtol=1e-5, atol=1e-6)
-        chex.assert_trees_all_close(other[1], plain[1], rtol=1e-4, atol=1e-6 * scale)
+    other, its_program = train(remat=remat)
+    assert its_program.count("rsqrt") > program.count("rsqrt")  # norms are recomputed
+    # gradients that are zero but for rounding (biases before a norm) are held by the scale of all
+    scale = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(plain[1]))
+    chex.assert_trees_all_close(other[0], plain[0], rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(other[1], plain[1], rtol=1e-4, atol=1e-6 * scale)
 
 
 def test_deit_positions():
@@ -347,29 +340,99 @@ def losses_of_training(name, **overrides):
         ("deit_tiny_struct_2_video", {"depths": (1,), "widths": (16,), "num_frames": 4}),
     ],
 )
-def test_volume_and_factored_train_alike(name, overrides):
+def test_the_equations_and_the_factored_form_train_alike(name, overrides, monkeypatch):
+    """A network whose attention is computed as the equations are written, and one in plain JAX."""
     factored = losses_of_training(name, **overrides)
-    np.testing.assert_allclose(losses_of_training(name, attention="volume", **overrides), factored, rtol=1e-4)
+    reference = losses_of_training(name, kernels="reference", **overrides)
+    np.testing.assert_allclose(reference, factored, rtol=1e-4)
+
+    def volume(query, *operands, stride):
+        queries = np.arange(np.prod(query.shape[1:-2]))
+        maps = struct_attention_maps(query, *operands, stride=stride, queries=queries)
+        return maps.output.reshape(query.shape)
+
+    monkeypatch.setattr(model_attention, "struct_attention", volume)
+    np.testing.assert_allclose(losses_of_training(name, **overrides), factored, rtol=1e-4)
 
 
 def test_the_kernels_for_tpus_train_alike(monkeypatch):
     """All of them in a whole network, interpreted."""
     expected, ran = losses_of_training("structvit_tiny_2_1", **SMALL), set()
 
-    def on_each_device(self, kernel, *args, **options):
-        ran.add(getattr(kernel, "func", kernel).__qualname__.split(".")[0])
-        return kernel(*args)
+    def recorded(kernel):
+        def run(*args, **options):
+            ran.add(kernel.name)
+            return kernel.run(*args, **options)
 
-    monkeypatch.setattr(devices.Target, "interpret", True)
-    monkeypatch.setattr(devices.Target, "on_each_device", on_each_device)
-    for module in (attention, depthwise, feed_forward, structsa):
-        monkeypatch.setattr(module, "target", lambda: devices.Target("tpu", None))
+        return kernel._replace(platform="cpu", run=run)
+
+    rows = tuple(recorded(kernel) for kernel in kernels.TABLE if kernel.platform == "tpu")
+    monkeypatch.setattr(kernels, "TABLE", rows)
     np.testing.assert_allclose(losses_of_training("structvit_tiny_2_1", **SMALL), expected, rtol=1e-4)
-    assert ran == {"forward", "backward", "_fused", "_fused_backward", "_kernel_gradients"}
+    assert ran == {kernel.name for kernel in rows} - {
+        "attention_blocks", "depthwise_planes", "mlp_recomputing_gelu",
+    }  # fmt: skip
 
 
-def test_struct_attention_fits_into_a_transformer_of_ones_own():
-    class Mine(nnx.Module):
+@pytest.mark.parametrize("choice", ["auto", "reference"])
+def test_kernels_of_a_model_and_of_the_context(choice, monkeypatch):
+    """The model's own choice holds, and "auto" leaves that of the context."""
+    seen = []
+    row = kernels.named("linear_of_rows")
+    spy = row._replace(run=lambda *args: seen.append(1) or row.run(*args))
+    monkeypatch.setattr(kernels, "TABLE", (spy,))
+    model = create_model("deit_tiny_struct_2", num_classes=2, depths=(1,), kernels=choice)
+    x = jnp.zeros((1, 24, 24, 3))
+    model(x)
+    assert bool(seen) == (choice == "auto")
+    seen.clear()
+    with use_kernels("reference"):
+        model(x)
+    assert not seen
+
+
+class Transformer(nnx.Module):
+    """Someone's own, with one layer of ours."""
+
+    def __init__(self, rngs):
+        self.inputs = nnx.Linear(3, 16, rngs=rngs)
+        self.attention = structvit_jax.StructAttention(16, heads=2, structure_dim=2, rngs=rngs)
+        self.head = nnx.Linear(16, 5, rngs=rngs)
+
+    def __call__(self, x):
+        x = self.inputs(x)
+        return self.head((x + self.attention(x)).mean(axis=(1, 2)))
+
+
+@pytest.mark.parametrize("split", ["data", "fsdp"])
+def test_struct_attention_on_eight_devices_needs_only_a_mesh(split):
+    """Losses and gradients are those of one device, with whole parameters and with parameters in parts."""
+    x = jnp.asarray(pixels(8, 6, 6, 3))
+    graphdef, weights_ = nnx.split(Transformer(nnx.Rngs(0)))
+
+    def loss(weights_, x):
+        return (nnx.merge(graphdef, weights_)(x) ** 2).sum()
+
+    expected = jax.jit(jax.value_and_grad(loss))(weights_, x)
+    mesh = jax.make_mesh((8,), ("devices",), axis_types=(AxisType.Auto,), devices=jax.devices("cpu")[:8])
+
+    def place(array):
+        axes = [axis for axis, n in enumerate(array.shape) if n % 8 == 0] if split == "fsdp" else []
+        return NamedSharding(mesh, PartitionSpec(*[None] * axes[0], "devices") if axes else PartitionSpec())
+
+    with jax.set_mesh(mesh):
+        places = jax.tree.map(place, weights_)
+        weights_ = jax.device_put(weights_, places)
+        batch = jax.device_put(x, PartitionSpec("devices"))
+        step = jax.jit(jax.value_and_grad(loss), out_shardings=(None, places))
+        traced = step.trace(weights_, batch)
+        assert str(traced.jaxpr).count("shard_map") >= 3  # keys, values, attention
+        found = traced.lower().compile()(weights_, batch)
+    chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_struct_attention_fits_into_another_transformer():
+    class Residual(nnx.Module):
         def __init__(self, rngs):
             self.attention = structvit_jax.StructAttention(
                 12, heads=3, structure_dim=2, key_window=(3, 5), rngs=rngs
@@ -378,10 +441,10 @@ def test_struct_attention_fits_into_a_transformer_of_ones_own():
         def __call__(self, x):
             return x + self.attention(x)
 
-    model = Mine(nnx.Rngs(0))
+    model = Residual(nnx.Rngs(0))
     x = jnp.array(pixels(2, 5, 6, 12))
     assert nnx.jit(lambda m, x: m(x))(model, x).shape == x.shape
     assert model.attention.key_kernels.shape == (3, 5, 3, 4, 2)
     maps = model.attention.maps(x, jnp.array([0, 29]))
     chex.assert_shape(maps.final, (2, 2, 3, 5, 6, 4))
-    nnx.eval_shape(lambda: Mine(nnx.Rngs(0)))  # builds abstractly, too
+    nnx.eval_shape(lambda: Residual(nnx.Rngs(0)))  # builds abstractly, too

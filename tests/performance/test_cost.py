@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 from structvit_jax import cost, create_model
-from structvit_jax.performance import cost as counter
+from structvit_jax.ops import use_kernels
 
 # Parameters (millions) and multiply-accumulates (billions) that the paper's description implies, counted
 # independently; video rows have 400 classes, DeiT's video rows 174. L's layer scale adds 0.04 %.
@@ -94,7 +94,7 @@ def test_the_released_models_exact_sizes():
 def test_agrees_with_a_count_of_the_whole_program(name, shape, overrides):
     """`cost` traces one block of each stage; here every product of the full model counts."""
     model = create_model(name, num_classes=5, **overrides)
-    with counter._reference_operations():
+    with use_kernels("reference"):
         program = jax.make_jaxpr(lambda x: model(x))(jnp.zeros((1, *shape)))
     assert _macs(program.jaxpr) == cost(name, shape, 5, **overrides).macs
 

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from structvit_jax.ops.dispatch import Device
+from structvit_jax.ops.dispatch import DEFINITIONS, Device
 from structvit_jax.runtime import cache
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ class Comparison(NamedTuple):
     definition_seconds: float = float("nan")
 
 
-def trusted(kernel: Kernel, definition: Callable[..., jax.Array], dtype: Any, device: Device) -> bool:
+def trusted(kernel: Kernel, dtype: Any, device: Device) -> bool:
     """Return whether a kernel may replace the definition on this kind of device.
 
     It is called while an outer function is traced: the comparison runs in a thread of its own, which has
@@ -160,29 +160,27 @@ def trusted(kernel: Kernel, definition: Callable[..., jax.Array], dtype: Any, de
         return True
     verdicts, key = _verdicts(device.kind), f"{kernel.name} {np.dtype(dtype).name}"
     if key not in verdicts:
-        verdicts[key] = _in_thread(lambda: _first_problem(kernel, definition, np.dtype(dtype).name), device)
+        verdicts[key] = _in_thread(lambda: _first_problem(kernel, np.dtype(dtype).name), device)
         _save(device.kind, verdicts)
     if verdicts[key]:
         _warn_once(key, device.kind, verdicts[key])
     return not verdicts[key]
 
 
-def compare_all(definitions: dict[str, Callable[..., jax.Array]], device: Device) -> Iterator[Comparison]:
+def compare_all(device: Device) -> Iterator[Comparison]:
     """Compare all kernels of a platform at the shapes of StructViT-S, with times, and keep the verdicts.
 
     Args:
-      definitions: by operation.
       device: a kind of device that this process has.
     """
     table = importlib.import_module("structvit_jax.ops.kernels").TABLE
     verdicts = _verdicts(device.kind)
     dtypes = ("float32",) if device.platform == "cpu" else ("bfloat16", "float32")
     for kernel in (kernel for kernel in table if kernel.platform == device.platform):
-        definition = definitions[kernel.operation]
         for dtype in dtypes:
             problems = []
             for example in examples_of(kernel, FULL[kernel.operation], dtype):
-                task = functools.partial(compare, kernel, definition, example, dtype, timed=True)
+                task = functools.partial(compare, kernel, example, dtype, timed=True)
                 yield (found := _in_thread(task, device))
                 problems.append(found.problem)
             if problems:
@@ -203,16 +201,9 @@ def examples_of(kernel: Kernel, examples: tuple[Example, ...], dtype: str) -> li
     return chosen or supported[:1]
 
 
-def compare(
-    kernel: Kernel,
-    definition: Callable[..., jax.Array],
-    example: Example,
-    dtype: str,
-    *,
-    timed: bool = False,
-) -> Comparison:
+def compare(kernel: Kernel, example: Example, dtype: str, *, timed: bool = False) -> Comparison:
     """Compare the output and all gradients of a kernel with those of the definition in float32 at least."""
-    arrays = example.arrays(dtype)
+    definition, arrays = DEFINITIONS[kernel.operation], example.arrays(dtype)
     exact = [array.astype(jnp.promote_types(dtype, jnp.float32)) for array in arrays]
     cotangent = jax.eval_shape(functools.partial(definition, **example.options), *arrays)
     cotangent = Example((cotangent.shape,), {}).arrays(dtype)[0]
@@ -241,9 +232,9 @@ def compare(
     return result._replace(seconds=seconds[0], definition_seconds=seconds[1])
 
 
-def _first_problem(kernel: Kernel, definition: Callable[..., jax.Array], dtype: str) -> str:
+def _first_problem(kernel: Kernel, dtype: str) -> str:
     examples = examples_of(kernel, SMALL[kernel.operation], dtype)
-    found = (compare(kernel, definition, example, dtype).problem for example in examples)
+    found = (compare(kernel, example, dtype).problem for example in examples)
     return next(filter(None, found), "")
 
 
