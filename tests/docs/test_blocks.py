@@ -44,7 +44,7 @@ class Reader:
         self.output = ""
 
     def bash(self, line: str) -> None:
-        if "DIR" in line.replace("/DIR", ""):
+        if "DIR" in line:
             line = line.replace("DIR", str(self._clips()))
         words = shlex.split(line, comments=True)
         if words[0] == "make":
