@@ -7,7 +7,7 @@ nothing to download. The model is a two-block transformer on a grid of 4x6x6 pos
 replaced. Each arm takes the learning rate that is best on validation clips, made of training scans; five
 seeds are then evaluated on 2000 clips of held-out scans.
 Measured: 151 runs in 2.4 hours on two cores of an AMD EPYC (float32, JAX 0.10.2, November 2026); the results
-are in docs/ABLATIONS.md.
+are in docs/ablations.md.
 """
 
 import ml_collections
@@ -33,7 +33,7 @@ STUDY = {
     ),
     "against": "ConvSA",
     "same_time": "D = 4",
-    "lrs": (2e-3, 4e-3, 8e-3),  # why not 1.6e-2: docs/ABLATIONS.md
+    "lrs": (2e-3, 4e-3, 8e-3),  # why not 1.6e-2: docs/ablations.md
     "tune_seeds": 3,
     "seeds": 5,
 }

@@ -22,7 +22,7 @@ IMPORTS = {
     "ops": ("utils runtime", "jax jaxlib jaxtyping numpy"),
     "models": ("utils ops", "flax jax jaxtyping numpy"),
     "config": ("utils models", "ml_collections"),
-    "convert": ("utils models", "numpy safetensors torch"),
+    "convert": ("utils models", "jax numpy safetensors torch"),
     "data": (
         "utils",
         "PIL apache_beam av cloudpickle cv2 etils numpy pillow_heif sklearn tensorflow_datasets tqdm",
@@ -53,7 +53,7 @@ IMPORTS = {
     ),
     "main": ("cli", "click"),
     "__main__": ("cli", ""),
-    "__init__": ("", ""),
+    "__init__": ("convert inference models ops performance", ""),  # on first use
 }
 
 
@@ -127,7 +127,7 @@ def test_models_load_definitions_without_kernels():
     assert not [name for name in loaded if name.startswith("structvit_jax.ops.kernels")]
     files = [PACKAGE.joinpath(*name.split(".")[1:]) for name in loaded]
     files = [path / "__init__.py" if path.is_dir() else path.with_suffix(".py") for path in files]
-    assert sum(len(path.read_text().splitlines()) for path in files) <= 1500
+    assert sum(len(path.read_text().splitlines()) for path in files) <= 2000
 
 
 def test_reading_data_loads_neither_jax_nor_models():

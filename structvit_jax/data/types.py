@@ -197,7 +197,7 @@ class _Options:
     @classmethod
     def from_config(cls, section: Any) -> Self:
         """Copy the options from a section of a configuration; other keys of the section are ignored."""
-        return cls(**{field.name: getattr(section, field.name) for field in dataclasses.fields(cls)})
+        return cls(**{field.name: section[field.name] for field in dataclasses.fields(cls)})
 
 
 @dataclasses.dataclass(frozen=True)

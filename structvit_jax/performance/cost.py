@@ -62,7 +62,7 @@ def cost(name: str, input_shape: Sequence[int], num_classes: int, **overrides: A
     depths = get_variant(name, **overrides).depths
     # Blocks of a stage are equal: trace one of each. The other two do not change what the model computes.
     overrides |= {"depths": tuple(min(depth, 1) for depth in depths)}
-    overrides |= {"attention": "factored", "remat": "none"}
+    overrides |= {"remat": "none"}
     model = create_model(name, num_classes=num_classes, seed=None, **overrides)
     stages = ["blocks"] if len(depths) == 1 else [f"blocks{stage}" for stage in range(1, len(depths) + 1)]
     repeats = dict(zip(stages, depths, strict=True))

@@ -58,7 +58,7 @@ def test_a_complete_run_is_reported_and_can_be_extended(finished, command, tmp_p
     result = (workdir / "result.json").read_bytes()
     other = command(*QUICK, f"--workdir={workdir}", "--mode=eval", "--config.data.test_examples=10")
     assert other.returncode == 0, other.stderr
-    assert "on 10 examples" in other.stdout and "result.json stays" in other.stdout
+    assert "on 10 examples" in other.stdout and "result.json is kept" in other.stdout
     assert (workdir / "result.json").read_bytes() == result
     (workdir / "result.json").write_text('{"top1": 0.')  # damaged: evaluated again
     evaluated = command(*QUICK, f"--workdir={workdir}")

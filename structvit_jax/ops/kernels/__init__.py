@@ -2,7 +2,7 @@
 
 For an operation on a platform the first kernel of the table that supports the arguments runs; without one,
 the definition. The platform "portable" is for exported programs. On GPUs and TPUs a kernel is compared with
-the definition before its first use, see `selfcheck`. Figures are from docs/SPEED.md.
+the definition before its first use, see `selfcheck`. Figures are from docs/speed.md.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ def call_kernel(
     """Call `pl.pallas_call` of a kernel on its operands.
 
     The compiler cannot use vector memory that a kernel reserves to keep arrays between operations. With 64 to
-    96 MB for every kernel, a train step of StructViT-S moved 1.5 times the bytes (docs/SPEED.md).
+    96 MB for every kernel, a train step of StructViT-S moved 1.5 times the bytes (docs/speed.md).
 
     Args:
       semantics: of the grid's axes, "parallel" or "arbitrary".
