@@ -183,7 +183,7 @@ def test_batches_are_no_larger_than_the_data():
     assert [mesh.fitting_batch(grid, size, 20) for size in (100_000, 24, 16)] == [24, 24, 16]
     seen = []
 
-    def batches(size, share):
+    def batches(size, shard):
         seen.append(size)
         raise InterruptedError
 

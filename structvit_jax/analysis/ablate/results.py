@@ -64,7 +64,7 @@ def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> st
 
 
 def _results_table(outcomes: Sequence[Outcome], kind: Kind, against: str, title: str) -> str:
-    head = ["arm", "top-1", "seeds", f"difference from {against}", "steps", "lr", "ms a step"]
+    head = ["arm", "top-1", "seeds", f"difference from {against}", "steps", "lr", "ms per step"]
     head += ["parameters", "multiply-accumulates"]
     base = next(outcome.top1(kind) for outcome in outcomes if outcome.arm.name == against)
     rows = []
