@@ -40,6 +40,14 @@ def _of(equation: Any) -> float:
         query, key = (v.aval for v in equation.invars[:2])  # [batch, length, ...]
         backward = called.endswith("backward") or "bwd" in called
         return (5 if backward else 2) * 2.0 * query.size * key.shape[1]  # so many products
+    if called.startswith("structvit_depthwise"):  # for CPUs
+        first, second = (v.aval for v in equation.invars[:2])
+        result = equation.outvars[0].aval
+        kernel = result if called.endswith("of_kernel") else second
+        outputs = {"forward": result, "of_input": first, "of_kernel": second}[
+            called[len("structvit_depthwise_") :]
+        ]
+        return 2.0 * outputs.size * math.prod(kernel.shape[:-2])
     if name == "cond":
         branches, platforms = params["branches"], params.get("branches_platforms") or ()
         if None in platforms:
