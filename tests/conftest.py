@@ -27,14 +27,23 @@ else:
 
 import fsspec
 import jax
+import jaxtyping
 import pytest
 from bucket import Bucket
 from etils import epath
 
-from structvit_jax import cli, main
-from structvit_jax.data.dataset import ConfiguredDataset
-from structvit_jax.performance import hardware
-from structvit_jax.runtime import lock, mesh
+# Shapes in the annotations of models and operations are checked at every call.
+_CHECKED = [f"structvit_jax.models.{name}" for name in ("attention", "blocks", "layers", "networks")]
+_CHECKED += [
+    f"structvit_jax.ops.{name}"
+    for name in ("attention", "convolution", "depthwise", "feed_forward", "normalization", "structsa")
+]
+jaxtyping.install_import_hook(_CHECKED, "beartype.beartype")
+
+from structvit_jax import cli, main  # noqa: E402
+from structvit_jax.data.dataset import ConfiguredDataset  # noqa: E402
+from structvit_jax.performance import hardware  # noqa: E402
+from structvit_jax.runtime import lock, mesh  # noqa: E402
 
 # Tracing makes many objects that stay; by default a sixth of the time goes in looking through them.
 _GARBAGE = 50_000, 10, 10

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from structvit_jax.models.layers import Dtype, Initializer, Linear, normal_init
+from structvit_jax.models.layers import Dtype, Initializer, Linear, Rngs, normal_init
 from structvit_jax.ops import StructAttentionMaps, struct_attention, struct_attention_maps
 from structvit_jax.utils.errors import UserError, check_choice
 
@@ -73,7 +73,7 @@ class StructAttention(nnx.Module):
         stride: int = 1,
         kernel_init: str | Callable[..., jax.Array] = "normal",
         dtype: Dtype = None,
-        rngs: nnx.Rngs,
+        rngs: Rngs,
     ):
         if heads < 1 or width % heads:
             raise UserError(f"StructAttention: width {width} is not a multiple of {heads} heads")

@@ -21,6 +21,7 @@ from structvit_jax.models.layers import (
     Linear,
     Mlp,
     Pointwise,
+    Rngs,
 )
 from structvit_jax.models.variants import Variant
 
@@ -35,7 +36,7 @@ REMAT_POLICIES: dict[str, Callable[..., bool]] = {
 class ConvMixer(nnx.Module):
     """Local mixing without an activation: 1x1, depthwise, 1x1 (UniFormer's local relation aggregator)."""
 
-    def __init__(self, width: int, *, window: Sequence[int], dtype: Dtype, rngs: nnx.Rngs):
+    def __init__(self, width: int, *, window: Sequence[int], dtype: Dtype, rngs: Rngs):
         self.conv1 = Pointwise(width, width, dtype=dtype, rngs=rngs)
         self.depthwise = DepthwiseConv(width, window=window, dtype=dtype, rngs=rngs)
         self.conv2 = Pointwise(width, width, dtype=dtype, rngs=rngs)
@@ -51,7 +52,7 @@ class Block(nnx.Module):
     under LayerNorm (eps 1e-6). DeiT's blocks have no position term.
     """
 
-    def __init__(self, v: Variant, stage: int, *, conv: bool, rngs: nnx.Rngs):
+    def __init__(self, v: Variant, stage: int, *, conv: bool, rngs: Rngs):
         width = v.widths[stage]
         common: dict[str, Any] = {"dtype": v.compute_dtype, "rngs": rngs}
         norm: Callable[..., BatchNorm | LayerNorm] = (
@@ -89,11 +90,11 @@ class Block(nnx.Module):
         return x + self.drop_path(_scale(self.gamma_2, self.mlp(self.norm2(x))), rate, key)
 
 
-def _conv_mixer(v: Variant, width: int, rngs: nnx.Rngs) -> ConvMixer:
+def _conv_mixer(v: Variant, width: int, rngs: Rngs) -> ConvMixer:
     return ConvMixer(width, window=(v.mixer_window,) * v.grid_axes, dtype=v.compute_dtype, rngs=rngs)
 
 
-def _attention(v: Variant, width: int, rngs: nnx.Rngs) -> StructAttention:
+def _attention(v: Variant, width: int, rngs: Rngs) -> StructAttention:
     return StructAttention(
         width,
         heads=width // v.head_width,

@@ -20,6 +20,7 @@ from structvit_jax.ops import convolve, depthwise_conv, layer_norm, linear, mlp
 
 Initializer = Callable[..., jax.Array]
 Dtype = Any  # of the computation; None follows the input
+Rngs = Any  # nnx.Rngs or NumpyRngs
 
 
 class NumpyRngs:
@@ -91,7 +92,7 @@ class Linear(nnx.Linear):
         init: Initializer = linear_init,
         bias_init: Initializer = initializers.zeros,
         dtype: Dtype,
-        rngs: nnx.Rngs,
+        rngs: Rngs,
     ):
         super().__init__(inputs, outputs, kernel_init=init, bias_init=bias_init, dtype=dtype, rngs=rngs)
 
@@ -104,7 +105,7 @@ class Linear(nnx.Linear):
 class Pointwise(Linear):
     """A 1x1 (or 1x1x1) convolution, computed as the matrix product that it is."""
 
-    def __init__(self, inputs: int, outputs: int, *, dtype: Dtype, rngs: nnx.Rngs):
+    def __init__(self, inputs: int, outputs: int, *, dtype: Dtype, rngs: Rngs):
         init = uniform_init(inputs)
         super().__init__(inputs, outputs, init=init, bias_init=init, dtype=dtype, rngs=rngs)
 
@@ -125,7 +126,7 @@ class Conv(nnx.Conv):
         strides: Sequence[int],
         padding: Sequence[int],
         dtype: Dtype,
-        rngs: nnx.Rngs,
+        rngs: Rngs,
     ):
         init = uniform_init(inputs * math.prod(window))
         super().__init__(
@@ -150,7 +151,7 @@ class Conv(nnx.Conv):
 class DepthwiseConv(nnx.Module):
     """A convolution of each channel with an odd window of its own, and a bias; stride 1."""
 
-    def __init__(self, channels: int, *, window: Sequence[int], dtype: Dtype, rngs: nnx.Rngs):
+    def __init__(self, channels: int, *, window: Sequence[int], dtype: Dtype, rngs: Rngs):
         init = uniform_init(math.prod(window))
         self.kernel = nnx.Param(init(rngs.params(), (*window, 1, channels)))
         self.bias = nnx.Param(init(rngs.params(), (channels,)))
@@ -167,7 +168,7 @@ class BatchNorm(nnx.BatchNorm):
     Under `jax.jit` the statistics are those of the global batch, on any number of devices.
     """
 
-    def __init__(self, channels: int, *, dtype: Dtype, rngs: nnx.Rngs):
+    def __init__(self, channels: int, *, dtype: Dtype, rngs: Rngs):
         super().__init__(
             channels,
             use_running_average=True,
@@ -198,7 +199,7 @@ class LayerNorm(nnx.LayerNorm):
     scale: nnx.Param
     bias: nnx.Param
 
-    def __init__(self, channels: int, *, epsilon: float, dtype: Dtype, rngs: nnx.Rngs):
+    def __init__(self, channels: int, *, epsilon: float, dtype: Dtype, rngs: Rngs):
         super().__init__(channels, epsilon=epsilon, dtype=dtype, rngs=rngs)
 
     def __call__(  # type: ignore[override]
@@ -210,7 +211,7 @@ class LayerNorm(nnx.LayerNorm):
 class Mlp(nnx.Module):
     """Two layers around an exact GELU, with a hidden width four times that of the input."""
 
-    def __init__(self, width: int, *, layer: type[Linear], dtype: Dtype, rngs: nnx.Rngs):
+    def __init__(self, width: int, *, layer: type[Linear], dtype: Dtype, rngs: Rngs):
         self.fc1 = layer(width, 4 * width, dtype=dtype, rngs=rngs)
         self.fc2 = layer(4 * width, width, dtype=dtype, rngs=rngs)
 

@@ -27,6 +27,7 @@ from structvit_jax.models.layers import (
     LayerNorm,
     Linear,
     NumpyRngs,
+    Rngs,
     linear_init,
 )
 from structvit_jax.models.positions import resize_positions
@@ -34,6 +35,7 @@ from structvit_jax.models.variants import Variant, get_variant
 from structvit_jax.ops import gelu, use_kernels
 from structvit_jax.utils.errors import UserError
 
+Inputs = Float[jax.Array | np.ndarray, "b *grid rgb"]  # images or video
 # Called with the name of an embedding or a block, as "patch_embed1" or "blocks1.0", and its output [batch,
 # *grid, width]; returns what the next layer sees.
 ActivationHook = Callable[[str, jax.Array], jax.Array]
@@ -52,7 +54,7 @@ class PatchEmbed(nnx.Module):
         padding: Sequence[int],
         norm: bool = True,
         dtype: Dtype,
-        rngs: nnx.Rngs,
+        rngs: Rngs,
     ):
         self.norm = LayerNorm(width, epsilon=1e-5, dtype=dtype, rngs=rngs) if norm else None
         self.proj = Conv(
@@ -67,7 +69,7 @@ class PatchEmbed(nnx.Module):
 class ConvStem(nnx.Module):
     """Overlapping 3x3 convolutions of stride 2 with BatchNorm, GELU between them (images only)."""
 
-    def __init__(self, widths: Sequence[int], *, dtype: Dtype, rngs: nnx.Rngs):
+    def __init__(self, widths: Sequence[int], *, dtype: Dtype, rngs: Rngs):
         self.convs = nnx.List(
             Conv(*step, window=(3, 3), strides=(2, 2), padding=(1, 1), dtype=dtype, rngs=rngs)
             for step in itertools.pairwise(widths)
@@ -102,7 +104,7 @@ class Network(nnx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "b *grid 3"],
+        x: Inputs,
         *,
         key: jax.Array | None = None,
         hook: ActivationHook = _identity,
@@ -124,7 +126,7 @@ class Network(nnx.Module):
 
     def scores(
         self,
-        x: Float[Array, "b *grid 3"],
+        x: Inputs,
         *,
         key: jax.Array | None = None,
         hook: ActivationHook = _identity,
@@ -140,14 +142,14 @@ class Network(nnx.Module):
                 return pooled, None
             return self.head(pooled), None if self.aux_head is None else self.aux_head(x)
 
-    def pooled(self, x: Float[Array, "b *grid 3"]) -> Float[Array, "b c"]:
+    def pooled(self, x: Inputs) -> Float[Array, "b c"]:
         """Return the input of the head, [batch, width]: the normalised last map, averaged over positions."""
         with self._kernels():
             return _mean(self.norm(self.features(x)[-1]))
 
     def features(
         self,
-        x: Float[Array, "b *grid 3"],
+        x: Inputs,
         *,
         key: jax.Array | None = None,
         hook: ActivationHook = _identity,
@@ -160,7 +162,7 @@ class Network(nnx.Module):
         image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
         return jax.eval_shape(self.features, image)[-1].shape[1:-1]
 
-    def dense_scores(self, x: Float[Array, "b *grid 3"]) -> Float[Array, "b *_ classes"]:
+    def dense_scores(self, x: Inputs) -> Float[Array, "b *_ classes"]:
         """Return logits of all positions, [batch, *grid, num_classes], by the dense head or else the head."""
         head: Any = self.head if self.aux_head is None else self.aux_head
         with self._kernels():
@@ -181,7 +183,7 @@ class Network(nnx.Module):
         chosen = self.variant.kernels
         return contextlib.nullcontext() if chosen == "auto" else use_kernels(chosen)
 
-    def _finish(self, norm: BatchNorm | LayerNorm, num_classes: int, rngs: nnx.Rngs) -> None:
+    def _finish(self, norm: BatchNorm | LayerNorm, num_classes: int, rngs: Rngs) -> None:
         """Add the final norm, and the heads, whose logits are float32 at least."""
         self.norm = norm
 
@@ -191,7 +193,7 @@ class Network(nnx.Module):
         self.head = head() if num_classes else None
         self.aux_head = head() if num_classes and self.variant.token_labels else None
 
-    def _check(self, x: jax.Array) -> None:
+    def _checked(self, x: jax.Array | np.ndarray) -> jax.Array:
         v = self.variant
         layout = "[batch, time, height, width, 3]" if v.video else "[batch, height, width, 3]"
         if x.ndim != v.grid_axes + 2 or x.shape[-1] != 3:
@@ -201,12 +203,13 @@ class Network(nnx.Module):
         if any(n < least for n, least in zip(x.shape[1:-1], smallest, strict=True)):
             least, got = ("x".join(map(str, s)) for s in (smallest, x.shape[1:-1]))
             raise UserError(f"input {got} leaves an empty grid; this model needs {least} at least")
+        return jnp.asarray(x)
 
 
 class UniFormer(Network):
     """UniFormer and StructViT: two stages of convolution blocks, two of attention blocks, BatchNorm, mean."""
 
-    def __init__(self, v: Variant, *, num_classes: int, rngs: nnx.Rngs):
+    def __init__(self, v: Variant, *, num_classes: int, rngs: Rngs):
         self.variant = v
         for stage, depth in enumerate(v.depths):
             blocks = [Block(v, stage, conv=stage < 2, rngs=rngs) for _ in range(depth)]
@@ -216,24 +219,24 @@ class UniFormer(Network):
 
     def features(
         self,
-        x: Float[Array, "b *grid 3"],
+        x: Inputs,
         *,
         key: jax.Array | None = None,
         hook: ActivationHook = _identity,
     ) -> tuple[jax.Array, ...]:
-        self._check(x)
         run, draws, maps = run_block(self.variant.remat), self._rates_and_keys(key), []
+        y = self._checked(x)
         with self._kernels():
             for stage in range(1, 5):
                 with jax.named_scope(f"stage{stage}"):
-                    x = hook(f"patch_embed{stage}", getattr(self, f"patch_embed{stage}")(x))
+                    y = hook(f"patch_embed{stage}", getattr(self, f"patch_embed{stage}")(y))
                     for i, block in enumerate(getattr(self, f"blocks{stage}")):
-                        x = hook(f"blocks{stage}.{i}", run(block, x, *next(draws)))
-                maps.append(x)
+                        y = hook(f"blocks{stage}.{i}", run(block, y, *next(draws)))
+                maps.append(y)
         return tuple(maps)
 
 
-def _uniformer_embed(v: Variant, stage: int, rngs: nnx.Rngs) -> nnx.Module:
+def _uniformer_embed(v: Variant, stage: int, rngs: Rngs) -> nnx.Module:
     inputs, width = (3, *v.widths)[stage : stage + 2]
     if v.stem == "conv":
         return ConvStem(
@@ -257,7 +260,7 @@ class DeiT(Network):
     bicubically for other grids, as in torch.
     """
 
-    def __init__(self, v: Variant, *, num_classes: int, rngs: nnx.Rngs):
+    def __init__(self, v: Variant, *, num_classes: int, rngs: Rngs):
         self.variant = v
         (width,), (depth,) = v.widths, v.depths
         tubelet = v.smallest_input  # tubelets do not overlap
@@ -279,22 +282,21 @@ class DeiT(Network):
 
     def features(
         self,
-        x: Float[Array, "b *grid 3"],
+        x: Inputs,
         *,
         key: jax.Array | None = None,
         hook: ActivationHook = _identity,
     ) -> tuple[jax.Array, ...]:
-        self._check(x)
         run, draws, maps = run_block(self.variant.remat), self._rates_and_keys(key), []
         with self._kernels():
-            x = self.patch_embed(x)
-            x = hook("patch_embed", x + resize_positions(self.pos_embed[...], x.shape[1:-1]).astype(x.dtype))
+            y = self.patch_embed(self._checked(x))
+            y = hook("patch_embed", y + resize_positions(self.pos_embed[...], y.shape[1:-1]).astype(y.dtype))
             ends = [math.ceil(len(self.blocks) * quarter / 4) for quarter in range(5)]
             for quarter, (start, end) in enumerate(itertools.pairwise(ends), start=1):
                 with jax.named_scope(f"quarter{quarter}"):
                     for i in range(start, end):
-                        x = hook(f"blocks.{i}", run(self.blocks[i], x, *next(draws)))
-                maps.append(x)
+                        y = hook(f"blocks.{i}", run(self.blocks[i], y, *next(draws)))
+                maps.append(y)
         return tuple(maps)
 
 
@@ -313,5 +315,5 @@ def create_model(name: str, *, num_classes: int, seed: int | None = 0, **overrid
     variant = get_variant(name, **overrides)
     if min(num_classes, seed or 0) < 0:
         raise UserError(f"num_classes={num_classes} and seed={seed} should not be negative")
-    network: Any = {"uniformer": UniFormer, "deit": DeiT}[variant.network]
+    network = {"uniformer": UniFormer, "deit": DeiT}[variant.network]
     return network(variant, num_classes=num_classes, rngs=NumpyRngs(seed))

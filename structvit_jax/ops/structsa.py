@@ -43,7 +43,7 @@ def check_arguments(
     key_kernels: jax.Array | None,
     value_kernels: jax.Array | None,
     *,
-    stride: int,
+    stride: int | float,
 ) -> None:
     """Raise ValueError, in one line, for arguments that do not make a StructSA."""
 
@@ -155,7 +155,7 @@ def struct_attention_maps(
     value_kernels: ArrayLike | None = None,
     *,
     stride: int = 1,
-    queries: ArrayLike,
+    queries: ArrayLike | Sequence[int],
 ) -> StructAttentionMaps:
     """Return the maps behind `struct_attention` for the queries at flat, row-major grid positions [Q].
 

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from structvit_jax.ops.dispatch import DEFINITIONS, Device
+from structvit_jax.ops.dispatch import DEFINITIONS, Device, use_kernels
 from structvit_jax.runtime import cache
 
 if TYPE_CHECKING:
@@ -208,7 +208,7 @@ def compare(kernel: Kernel, example: Example, dtype: str, *, timed: bool = False
     cotangent = jax.eval_shape(functools.partial(definition, **example.options), *arrays)
     cotangent = Example((cotangent.shape,), {}).arrays(dtype)[0]
     tolerances = _CPU_TOLERANCES if kernel.platform == "cpu" else _TOLERANCES
-    with jax.default_matmul_precision("highest"):
+    with use_kernels("reference"), jax.default_matmul_precision("highest"):
         run = _value_and_gradients(definition, example.options)
         expected = run(exact, cotangent.astype(exact[0].dtype))
     try:
@@ -227,9 +227,10 @@ def compare(kernel: Kernel, example: Example, dtype: str, *, timed: bool = False
     result = Comparison(kernel, dtype, example, problem, output, gradients)
     if not timed:
         return result
-    definition_run = _value_and_gradients(definition, example.options)
-    seconds = _seconds(lambda: run(arrays, cotangent)), _seconds(lambda: definition_run(arrays, cotangent))
-    return result._replace(seconds=seconds[0], definition_seconds=seconds[1])
+    result = result._replace(seconds=_seconds(lambda: run(arrays, cotangent)))
+    with use_kernels("reference"):
+        run = _value_and_gradients(definition, example.options)
+        return result._replace(definition_seconds=_seconds(lambda: run(arrays, cotangent)))
 
 
 def _first_problem(kernel: Kernel, dtype: str) -> str:
