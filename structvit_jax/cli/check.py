@@ -26,11 +26,11 @@ def command(device: str) -> int:
     """
     from structvit_jax.ops.dispatch import current_device
     from structvit_jax.ops.kernels import selfcheck
-    from structvit_jax.runtime import mesh
+    from structvit_jax.runtime import devices
 
-    mesh.select_devices(device)
+    devices.select_devices(device)
     kind = current_device()
-    print(f"kernels for {kind.platform} on {mesh.describe_devices()}")
+    print(f"kernels for {kind.platform} on {devices.describe_devices()}")
     print("errors are relative to the largest value; times are of the output and all gradients")
     titles = (
         "kernel",
