@@ -68,7 +68,8 @@ def with_joint_gradients(
         x, kernel, bias = residuals
         d_bias = None
         if bias is not None:
-            d_bias = cotangent.sum(axis=(0, *range(2, cotangent.ndim - 1)), dtype=bias.dtype).T
+            positions = (0, *range(2, cotangent.ndim - 1))
+            d_bias = cotangent.sum(positions, dtype=accumulator(cotangent)).astype(bias.dtype).T
         return *gradients(x, kernel, cotangent, stride), d_bias
 
     convolve.defvjp(convolve_fwd, convolve_bwd)
