@@ -162,6 +162,14 @@ class Reading(NamedTuple):
     fractions: np.ndarray  # of attention, by kernel
 
 
+def read_digit(clip: np.ndarray, label: int) -> Reading:
+    """Read a clip of a digit at its first corner."""
+    fractions = read(clip[None], line_kernels())[0]
+    return Reading(
+        f"the digit moves at {DIRECTIONS[label]}", clip, int(corners(clip)[0]), line_kernels(), fractions
+    )
+
+
 def read_video(path: str) -> Reading:
     """Read the corner of a video whose motion is clearest.
 
@@ -234,9 +242,7 @@ def main() -> None:
         print(f"{len(clips)} clips of one of {len(DIRECTIONS)} directions, nothing trained; read correctly:")
         for name, fraction in trials(clips, labels):
             print(f"  {fraction:.3f} {name}")
-        clip, title = clips[1], f"the digit moves at {DIRECTIONS[labels[1]]}"
-        fractions = read(clip[None], line_kernels())[0]
-        reading = Reading(title, clip, int(corners(clip)[0]), line_kernels(), fractions)
+        reading = read_digit(clips[1], labels[1])
     if options.out:
         draw(reading).savefig(options.out, dpi=110)
         print(options.out)

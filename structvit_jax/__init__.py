@@ -9,7 +9,7 @@ if TYPE_CHECKING:  # for type checkers, editors and the API reference
     from structvit_jax import convert, ops
     from structvit_jax.inference.trained import load_trained
     from structvit_jax.models import StructAttention, create_model, list_models
-    from structvit_jax.models.cost import cost
+    from structvit_jax.performance.cost import cost
 
 __version__ = "0.1.0"
 __all__ = ["StructAttention", "convert", "cost", "create_model", "list_models", "load_trained", "ops"]

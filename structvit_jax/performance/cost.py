@@ -158,6 +158,8 @@ def _count_equation(equation: JaxprEqn, scope: str, count_padding: bool) -> _Flo
         query, key = map(_array, equation.invars[:2])  # [batch, length, ...]
         products = 5 if target.endswith("backward") or "bwd" in target else 2
         return _Flops({_Key(scope, False): products * 2 * query.size * key.shape[1]})
+    if target.startswith("structvit_depthwise"):
+        return _Flops({_Key(scope, True): _depthwise_flops(equation, target)})
     if name == "cond":
         branches, platforms = params["branches"], params.get("branches_platforms") or ()
         if None in platforms:
@@ -178,6 +180,25 @@ def _count_equation(equation: JaxprEqn, scope: str, count_padding: bool) -> _Flo
         return _Flops()
     flops = _count(getattr(inner, "jaxpr", inner), scope, count_padding)
     return _Flops({key: repeats * count for key, count in flops.items()})
+
+
+def _depthwise_flops(equation: JaxprEqn, target: str) -> int:
+    """Count a depthwise convolution in C++, or one of its gradients, without products with zeros."""
+    shapes = [_array(operand).shape for operand in (*equation.invars, *equation.outvars)]
+    if target.endswith("forward"):
+        x, kernel = shapes[:2]
+    elif target.endswith("of_input"):
+        kernel, x = shapes[1:]
+    else:
+        x, _, kernel = shapes
+    stride = dict(equation.params["attributes"])["stride"]
+    *window, channels, planes = kernel
+    pairs = 1  # of outputs and window taps
+    for axis, (size, taps) in enumerate(zip(x[1:-1], window, strict=True)):
+        step = stride if axis >= len(window) - 2 else 1
+        positions = np.arange(0, size, step)[:, None] + np.arange(taps) - (taps - 1) // 2
+        pairs *= int(((positions >= 0) & (positions < size)).sum())
+    return 2 * x[0] * pairs * channels * planes
 
 
 def _array(operand: Var | Literal) -> jax.core.ShapedArray:

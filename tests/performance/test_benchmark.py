@@ -162,7 +162,7 @@ def test_the_command(command, tmp_path):
     ("arguments", "message"),
     [
         (["--only=block3.*"], "--only: nothing is named 'block3.*'; there are model, "),
-        (["--config.model.name=deit_tiny", "--peer=torch"], "UniFormers and StructViTs alone"),
+        (["--config.model.name=deit_tiny", "--peer=torch"], "only UniFormers and StructViTs"),
         (["--config.model.aggregation=element", "--peer=torch"], "structvit_torch.py has no such model"),
         (["--rounds=0"], "0 is not in the range x>=1"),
         (["--peer=torhc"], "'torhc' is not 'torch'"),
