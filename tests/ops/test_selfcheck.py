@@ -175,15 +175,18 @@ def test_every_kernel_passes_its_check(kernel):
 
 
 def test_every_operation_has_examples_at_full_shapes():
-    assert set(selfcheck.FULL) == set(selfcheck.SMALL) == set(DEFINITIONS)
+    assert all(set(full) == set(selfcheck.SMALL) == set(DEFINITIONS) for full in selfcheck.FULL.values())
     for kernel in RUNNABLE:  # cuDNN's wants a GPU
         dtypes = ("float32", "bfloat16", "float64")
-        assert any(selfcheck.examples_of(kernel, selfcheck.FULL[kernel.operation], d) for d in dtypes), kernel
+        assert any(
+            selfcheck.examples_of(kernel, selfcheck.FULL["gpu"][kernel.operation], d) for d in dtypes
+        ), kernel
 
 
 def test_compare_all_yields_every_kernel_with_times(checked, monkeypatch):
     checked(exact)
-    monkeypatch.setattr(selfcheck, "FULL", {"attention": (selfcheck._attention(2, 5, 7, 2, 4),)})
+    examples = {"attention": (selfcheck._attention(2, 5, 7, 2, 4),)}
+    monkeypatch.setitem(selfcheck.FULL, "cpu", examples)
     (found,) = selfcheck.compare_all(current_device())
     assert found.kernel.name == "exact" and not found.problem
     assert found.seconds > 0 and found.definition_seconds > 0 and found.output_error < 1e-6
