@@ -111,7 +111,7 @@ class StructAttention(nnx.Module):
         """Return the grid of keys and values: smaller with a stride, in height and width."""
         return (*grid[:-2], *(-(-n // self.stride) for n in grid[-2:]))
 
-    def maps(self, x: Float[Array, "b *grid c"], queries: ArrayLike) -> StructAttentionMaps:
+    def maps(self, x: Float[Array, "b *grid c"], queries: ArrayLike | Sequence[int]) -> StructAttentionMaps:
         """Return the attention maps, dynamic kernels and final maps of queries at flat positions [Q]."""
         return struct_attention_maps(*self.operands(x), stride=self.stride, queries=queries)
 

@@ -155,7 +155,7 @@ def struct_attention_maps(
     value_kernels: ArrayLike | None = None,
     *,
     stride: int = 1,
-    queries: ArrayLike | Sequence[int],
+    queries: ArrayLike | Sequence[int] | Sequence[int],
 ) -> StructAttentionMaps:
     """Return the maps behind `struct_attention` for the queries at flat, row-major grid positions [Q].
 

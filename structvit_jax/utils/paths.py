@@ -33,7 +33,8 @@ def parse_path(text: str) -> epath.Path:
             raise UserError(f"{text!r} cannot be used: name a folder, or gs://BUCKET/PATH")
         if find_spec("gcsfs") is None:
             raise UserError(f"{text!r} needs gcsfs: pip install 'structvit_jax[gcs]'")
-        logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # its failures are raised as well
+        for name in ("gcsfs", "google.auth"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # its failures are raised as well
     return epath.Path(text)
 
 

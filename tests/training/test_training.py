@@ -145,7 +145,7 @@ def test_scores_are_averaged_over_views(average):
         "problems": (data.Problem("7", "torn"),),
     }
     source = types.SimpleNamespace(
-        test_examples=360, test_ids=digits.test_ids, test_batches=lambda size, share: (b for b in [batch])
+        test_examples=360, test_ids=digits.test_ids, test_batches=lambda size, shard: (b for b in [batch])
     )
     grid, model, state, _ = setup(config, 1, 1)
     evaluation = evaluate(runner(model, config, grid), state.weights, source, config.eval)
