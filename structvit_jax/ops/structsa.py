@@ -230,9 +230,12 @@ def _correlate(queries: jax.Array, key: jax.Array, kernels: jax.Array, stride: i
     The volume is q_i K^T with shared kernels (eq. 2) and diag(q_i) K^T with kernels per channel.
     """
     (batch, count), grid = queries.shape[:2], key.shape[1:-1]
-    volume = queries.reshape(batch, count, *[1] * len(grid), -1) * key[:, None]
     if kernels.shape[-2] == 1:
-        volume = volume.sum(axis=-1, keepdims=True)
+        # One product, not a sum of products: of a sum before a convolution XLA on CPUs (jax 0.10.2) makes a
+        # program with wrong results.
+        volume = jnp.einsum("bqc,b...c->bq...", queries, key)[..., None]
+    else:
+        volume = queries.reshape(batch, count, *[1] * len(grid), -1) * key[:, None]
     axes = "THW"[-len(grid) :]
     out = lax.conv_general_dilated(
         volume.reshape(batch * count, *volume.shape[2:]),

@@ -1,11 +1,15 @@
 """StructSA: the factored form against the equations, computed by the package and transcribed into NumPy."""
 
 import itertools
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -243,3 +247,35 @@ def test_convolved_keys_and_values_are_recomputed():
     recomputed = output_and_grads(kernels.structsa.recompute_convolved, arrays, 1)
     for a, b in zip(recomputed, output_and_grads(struct_attention.definition, arrays, 1), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6 * np.abs(b).max(), rtol=1e-6)
+
+
+_COMPILED = """
+import jax, jax.numpy as jnp, numpy as np
+from structvit_jax.data.digits import MovingDigits
+from structvit_jax.ops import struct_attention_maps
+
+clip = MovingDigits("test", 2, seed=0).open(1)[0].frames(range(8))[..., 0].astype(np.float32) / 255
+kernels = np.zeros((3, 3, 3, 1, 1, 8), np.float32)
+for d, angle in enumerate(np.deg2rad(45 * np.arange(8))):
+    for t in (-1, 0, 1):
+        kernels[1 + t, 1 - t * round(np.sin(angle)), 1 + t * round(np.cos(angle)), 0, 0, d] = 1
+ones, queries = np.ones((1, 1, 1, 1, 1, 8), np.float32), 2304 + 24 * np.arange(24)
+
+
+def attention(clip):
+    padded = jnp.pad(clip, [(0, 0), (2, 2), (2, 2)], mode="edge")
+    x = jnp.stack([padded[:, y : y + 24, x : x + 24] for y in range(5) for x in range(5)], -1)
+    x = x - x.mean(-1, keepdims=True)
+    x = (x / (jnp.linalg.norm(x, axis=-1, keepdims=True) + 1e-4))[None, ..., None, :]
+    return struct_attention_maps(100 * x, x, x, kernels, ones, queries=queries).attention
+
+
+np.testing.assert_allclose(jax.jit(attention)(clip), attention(clip), rtol=1e-2, atol=1e-5)
+"""
+
+
+def test_maps_of_a_compiled_program_are_those_of_single_operations():
+    """Shared kernels that are lines, on patches of a clip, with XLA's default options, as it once compiled
+    wrong sums on CPUs."""
+    environment = os.environ | {"XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
+    subprocess.run([sys.executable, "-c", _COMPILED], cwd=ROOT, env=environment, check=True)
