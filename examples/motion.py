@@ -91,6 +91,7 @@ def corners(clip: jax.Array, *, moving: bool = False) -> jax.Array:
     return jax.lax.top_k(strength.ravel(), QUERIES)[1] + first * clip[0].size
 
 
+@jax.jit
 def attend(clip: jax.Array, kernels: jax.Array, queries: jax.Array) -> jax.Array:
     """Return the attention [Q, D, time, height, width] of one StructSA layer with one head.
 
@@ -99,11 +100,7 @@ def attend(clip: jax.Array, kernels: jax.Array, queries: jax.Array) -> jax.Array
       kernels: [3, 3, 3, 1, 1, D], of keys; values have none (element aggregation, equation 4).
       queries: flat positions [Q].
     """
-    return _layer(features(clip), kernels, queries)
-
-
-@jax.jit  # apart from the features, which XLA fuses wrongly on CPUs (jax 0.10.2)
-def _layer(x: jax.Array, kernels: jax.Array, queries: jax.Array) -> jax.Array:
+    x = features(clip)
     scaled = SHARPNESS * x.shape[-1] ** 0.5 * x  # attention divides by the root of the channels
     ones = jnp.ones((1, 1, 1, 1, 1, kernels.shape[-1]))
     return struct_attention_maps(scaled, x, x, kernels, ones, queries=queries).attention[0, :, 0]

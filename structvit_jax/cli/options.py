@@ -49,7 +49,7 @@ class Words(NamedTuple):
 
 
 def split_words(words: Sequence[str]) -> tuple[Words, list[str]]:
-    """Separate --config and --config.KEY from the other words of a command line.
+    """Separate --config and --config.KEY from the other arguments of a command line.
 
     Values follow "=" or a space. For a key of type bool, --config.KEY is true and --noconfig.KEY false.
 

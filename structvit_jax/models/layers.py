@@ -24,7 +24,7 @@ Rngs = Any  # nnx.Rngs or NumpyRngs
 
 
 class NumpyRngs:
-    """Draw the weights of a network with NumPy, in the place of `nnx.Rngs`.
+    """Draw the weights of a network with NumPy, instead of `nnx.Rngs`.
 
     NumPy needs no compilation per shape (seconds) and gives the same weights on every backend. Without a seed
     all weights are zero, which takes half the time.

@@ -75,7 +75,7 @@ def state_sharding(mesh: Mesh, shapes: T) -> T:
 
 
 def abstract(state: T, mesh: Mesh) -> T:
-    """Return shapes, dtypes and shardings in the place of a state's arrays."""
+    """Return the shapes, dtypes and shardings of a state's arrays."""
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, state_sharding(mesh, state)
     )

@@ -21,7 +21,7 @@ def test_defaults_are_the_keys():
         config.data.channels = 3  # unset keys have types, too
 
 
-# Values outside the range of a key, and how the message goes on.
+# Values outside the range of a key, and the end of the error message.
 OUTSIDE = {
     "train.max_skipped": [(0, "to be at least 1")],
     "data.workers": [(-1, "to lie from 0 to 1024"), (1025, "to lie from 0 to 1024")],

@@ -298,23 +298,6 @@ def test_compiled_programs_are_kept_in_private(tmp_path, monkeypatch, capsys):
 # Command lines
 
 
-@pytest.mark.parametrize(
-    ("wrong", "keys"),
-    [
-        ("train.lr", "config.optimizer.lr"),
-        ("optimizer.learning_rate", "config.optimizer.lr"),
-        ("lr", "config.optimizer.lr"),
-        ("optimzer.lr", "config.optimizer.lr"),
-        ("train.epochs", "config.train.duration"),
-        ("batch_size", "config.data.batch_size or config.eval.batch_size"),
-        ("eval.batchSize", "config.eval.batch_size or config.data.batch_size"),
-        ("data.num_workers", "config.data.workers"),
-    ],
-)
-def test_suggestions_for_unknown_keys(wrong, keys):
-    assert suggest_key(wrong) == f" Did you mean {keys}?"
-
-
 def test_synonyms_name_existing_keys():
     assert {*configuration._SYNONYMS.values()} <= {*KEYS}
     assert suggest_key("zzzzz") == " structvit show --keys lists them."

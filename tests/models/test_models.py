@@ -392,7 +392,7 @@ def test_kernels_of_a_model_and_of_the_context(choice, monkeypatch):
 
 
 class Transformer(nnx.Module):
-    """Someone's own, with one layer of ours."""
+    """A user's module with one StructAttention layer."""
 
     def __init__(self, rngs):
         self.inputs = nnx.Linear(3, 16, rngs=rngs)

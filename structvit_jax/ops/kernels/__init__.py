@@ -121,7 +121,8 @@ def _by_platform(
 
 _IN_CACHE = 2**23  # bytes of attention's products that stay in the cache of a CPU
 _AT_ONCE = 2**28  # bytes that fill other devices
-_H100 = "run on an H100"
+# The kernels for GPUs ran on an H100 before they moved into this package, and not since.
+_H100 = "run on an H100, before it moved here"
 _TPU = "interpreted on a CPU and compiled for a v5e; not run on a TPU"
 _CPU = "run on a CPU"
 
@@ -132,7 +133,7 @@ TABLE: tuple[Kernel, ...] = (
         "convolved keys and values are D times larger than their inputs", _is_convolved,
     ),
     Kernel(
-        "recompute_convolved", "struct_attention", "gpu", structsa.recompute_convolved, _H100,
+        "recompute_convolved", "struct_attention", "gpu", structsa.recompute_convolved, "not run on a GPU",
         "as on CPUs; cuDNN's attention keeps keys and values for its own gradients",
         _is_convolved_without_cudnn,
     ),

@@ -296,7 +296,7 @@ def _is_present(device: Device) -> bool:
 @functools.cache
 def _warn_once(key: str, kind: str, problem: str) -> None:
     name, dtype = key.split()
-    line = f"warning: the definition runs in the place of the kernel {name} ({dtype}) on {kind}: {problem}"
+    line = f"warning: the definition runs instead of the kernel {name} ({dtype}) on {kind}: {problem}"
     print(f"{line}. `structvit check` compares again", file=sys.stderr, flush=True)
 
 
