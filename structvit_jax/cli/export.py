@@ -27,8 +27,8 @@ def command(words: Words, checkpoint: str, path: str, platforms: str) -> None:
       logits = program.call(pixels)  # uint8 [batch, [time,] height, width, 3]
     """
     config = options.open_checkpoint_config(checkpoint, words)
-    from structvit_jax.inference import export
+    from structvit_jax.inference import stablehlo
     from structvit_jax.inference.trained import load_trained
 
-    export.check_output(path)
-    print(export.write(load_trained(checkpoint, config), path, platforms.split(",")))
+    stablehlo.check_output(path)
+    print(stablehlo.write(load_trained(checkpoint, config), path, platforms.split(",")))

@@ -90,12 +90,12 @@ def command(
         if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
             raise UserError(f"--{name} needs --program=FILE")
     from structvit_jax.cli import experiment
-    from structvit_jax.performance import hardware, plan
+    from structvit_jax.performance import estimate, hardware
 
     opened = experiment.open_data(experiment.load(words), workdir_of(words, workdir))
     hardware.add_fake_devices(topologies)
     experiment.select_devices(opened.config, cached=not topologies)
     for line in opened.lines:
         print(line)
-    request = plan.Request(topologies, device_batch or 0, device_memory)
-    print(plan.describe(opened.config, opened.dataset, opened.workdir, request))
+    request = estimate.Request(topologies, device_batch or 0, device_memory)
+    print(estimate.describe(opened.config, opened.dataset, opened.workdir, request))

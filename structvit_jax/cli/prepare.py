@@ -89,9 +89,9 @@ def _split_options(val_fraction: float) -> Callable[[F], F]:
 
 
 def _run(source: str, paths: tuple[str, ...], **chosen: Any) -> int:
-    from structvit_jax.data import prepare
+    from structvit_jax.data import preparation
 
-    return prepare.run(prepare.Request(source, paths, **chosen))
+    return preparation.run(preparation.Request(source, paths, **chosen))
 
 
 @command.command("folder", context_settings=options.SETTINGS)
@@ -205,6 +205,6 @@ def label_maps(words: Words, teacher: str, folder: str, top: int) -> None:
       structvit train --config=imagenet:structvit_s_4_1,224_labels --config.data.label_maps=maps
     """
     config = options.open_checkpoint_config(teacher, words)
-    from structvit_jax.inference import label_maps
+    from structvit_jax.inference import label_map_writer
 
-    print(label_maps.write(config, teacher, folder, top))
+    print(label_map_writer.write(config, teacher, folder, top))

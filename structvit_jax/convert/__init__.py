@@ -4,11 +4,11 @@
 """
 
 from structvit_jax.convert.adapt import NOISE, Action, Adapted, Outcome, Rules, adapt
+from structvit_jax.convert.array_names import from_torch, to_torch
 from structvit_jax.convert.description import Description, Inputs
-from structvit_jax.convert.files import is_weights_file
-from structvit_jax.convert.names import from_torch, to_torch
 from structvit_jax.convert.source import RELEASED, Source, read_released, recognise
 from structvit_jax.convert.uniformer import load_uniformer
+from structvit_jax.convert.weight_files import is_weights_file
 
 __all__ = [
     "NOISE",

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from structvit_jax.convert.names import Arrays
+from structvit_jax.convert.array_names import Arrays
 from structvit_jax.convert.source import Source
 from structvit_jax.models.positions import resize_positions
 from structvit_jax.models.variants import Variant

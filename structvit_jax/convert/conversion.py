@@ -17,12 +17,12 @@ from etils import epath
 
 import structvit_jax
 from structvit_jax.config import INPUTS, recipes
-from structvit_jax.convert import files
+from structvit_jax.convert import weight_files
 from structvit_jax.convert.adapt import Rules, adapt
+from structvit_jax.convert.array_names import to_torch
 from structvit_jax.convert.description import Description
-from structvit_jax.convert.files import is_weights_file
-from structvit_jax.convert.names import to_torch
 from structvit_jax.convert.source import Source, read_released
+from structvit_jax.convert.weight_files import is_weights_file
 from structvit_jax.models import create_model
 from structvit_jax.models.weights import Weights, cast_like, split
 from structvit_jax.runtime.mesh import make_mesh
@@ -75,13 +75,13 @@ def convert(request: Request) -> None:
 
 @contextlib.contextmanager
 def _create(destination: str) -> Iterator[str]:
-    """Yield the path to write to, after checking that it can be written; see `files.create`.
+    """Yield the path to write to, after checking that it can be written; see `weight_files.create`.
 
     A bucket cannot rename: there, a conversion is complete when its checkpoint is.
     """
     folder = parse_path(destination)
     if not is_bucket(folder):
-        with files.create(destination) as path:
+        with weight_files.create(destination) as path:
             yield path
         return
     if is_weights_file(destination):
@@ -145,7 +145,7 @@ def _fit(source: Source, request: Request) -> tuple[dict[str, Any], Weights]:
 def _write_torch(path: str, source: Source, model: dict[str, Any], weights: Weights) -> None:
     arrays = {name: np.asarray(array) for name, array in (weights.params | weights.batch_stats).items()}
     description = Description(model, source.class_names, source.inputs)
-    files.write(path, to_torch(arrays), description.as_plain(structvit_jax.__version__))
+    weight_files.write(path, to_torch(arrays), description.as_plain(structvit_jax.__version__))
 
 
 def _write_checkpoint(path: str, source: Source, model: dict[str, Any], weights: Weights) -> None:

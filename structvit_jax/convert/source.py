@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from structvit_jax.convert import description, files
+from structvit_jax.convert import description, weight_files
+from structvit_jax.convert.array_names import Arrays, from_torch
 from structvit_jax.convert.description import Description, Inputs
-from structvit_jax.convert.names import Arrays, from_torch
 from structvit_jax.models.variants import VARIANTS, Variant, get_variant
 from structvit_jax.utils.errors import UserError, check_choice
 
@@ -106,7 +106,7 @@ def read_released(
     Raises:
       UserError: a file that holds no UniFormer, or one that needs a further argument.
     """
-    state_dict = files.read(path, which)
+    state_dict = weight_files.read(path, which)
     try:
         arrays = from_torch(state_dict.arrays)
         if state_dict.description is None:
@@ -133,14 +133,14 @@ def read_released(
     return Source(arrays, get_variant(**arguments), arguments, classes, names, inputs, where, tuple(notes))
 
 
-def _choice_notes(state_dict: files.StateDict) -> list[str]:
+def _choice_notes(state_dict: weight_files.StateDict) -> list[str]:
     """Return a note on which weights were taken, if the file holds raw and averaged ones."""
     if not state_dict.other:
         return []
-    if state_dict.kind == files.RAW:
-        kind, other, option = "raw", "averaged", files.AVERAGED
+    if state_dict.kind == weight_files.RAW:
+        kind, other, option = "raw", "averaged", weight_files.AVERAGED
     else:
-        kind, other, option = "averaged", "raw", files.RAW
+        kind, other, option = "averaged", "raw", weight_files.RAW
     return [
         f"weights: {state_dict.place!r}, the {kind} ones; the file also holds {state_dict.other!r}, the"
         f" {other} ones, which structvit convert takes with --weights={option}"

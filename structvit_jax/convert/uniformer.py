@@ -10,7 +10,7 @@ from typing import TypeVar
 import numpy as np
 
 from structvit_jax.convert.adapt import NOISE, Rules, adapt
-from structvit_jax.convert.names import from_torch
+from structvit_jax.convert.array_names import from_torch
 from structvit_jax.convert.source import Source
 from structvit_jax.models import Network
 from structvit_jax.models.weights import cast_like, split, update

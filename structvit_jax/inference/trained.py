@@ -23,8 +23,8 @@ from jax.sharding import Mesh
 
 from structvit_jax import data
 from structvit_jax.config import model_arguments
-from structvit_jax.data.files import Files, find
 from structvit_jax.data.limits import Limits
+from structvit_jax.data.media_files import Files, find
 from structvit_jax.data.pipeline import test_batches
 from structvit_jax.data.reader import Crop, Reader
 from structvit_jax.data.types import AugmentOptions, Batch, DataOptions
@@ -88,7 +88,7 @@ class TrainedModel:
         return Reader(source, options, augment, self.config.train.seed)
 
     def find(self, paths: Sequence[str], *, every: float = 0) -> Files:
-        """Find the examples at paths of files and folders, see `structvit_jax.data.files.find`."""
+        """Find the examples at paths of files and folders, see `structvit_jax.data.media_files.find`."""
         video = self.config.data.frames > 0
         limits = Limits.of(self.config.data)
         other = counterpart(self.config.model.name)

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from structvit_jax.models.attention import StructAttention
 from structvit_jax.models.layers import (
     BatchNorm,
     DepthwiseConv,
@@ -23,6 +22,7 @@ from structvit_jax.models.layers import (
     Pointwise,
     Rngs,
 )
+from structvit_jax.models.struct_attention import StructAttention
 from structvit_jax.models.variants import Variant
 
 # What is kept of each block for the backward pass; the rest of the forward pass is recomputed.

@@ -21,9 +21,9 @@ import numpy as np
 from flax import nnx
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
-from structvit_jax.models.attention import StructAttention
 from structvit_jax.models.layers import Conv, DepthwiseConv, Linear, Mlp, Pointwise
 from structvit_jax.models.networks import create_model
+from structvit_jax.models.struct_attention import StructAttention
 from structvit_jax.models.variants import get_variant
 from structvit_jax.ops import use_kernels
 

@@ -21,13 +21,13 @@ from structvit_jax import create_model, data
 from structvit_jax.analysis.explain import animation, layers, overlay, page, picture, query_maps
 from structvit_jax.analysis.explain.choice import Choice, choose, effective_ranks, scores
 from structvit_jax.analysis.explain.drawing import Drawing
-from structvit_jax.analysis.explain.layout import DPI, Line, wrap
 from structvit_jax.analysis.explain.maps import position_of, textured
 from structvit_jax.analysis.explain.overlay import Scale
+from structvit_jax.analysis.explain.page_layout import DPI, Line, wrap
 from structvit_jax.config import default_config
 from structvit_jax.data.digits import MovingDigits
-from structvit_jax.data.files import Files, find
 from structvit_jax.data.limits import Limits
+from structvit_jax.data.media_files import Files, find
 from structvit_jax.data.reader import Crop, Reader
 from structvit_jax.models import StructAttention
 from structvit_jax.training import loop

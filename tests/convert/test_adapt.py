@@ -71,13 +71,13 @@ def test_the_head_follows_class_names():
 
 def test_a_released_head_takes_the_order_of_the_data(tmp_path):
     path = str(tmp_path / "released.safetensors")
-    convert.files.write(path, tiny("uniformer_tiny_video", 400))
+    convert.weight_files.write(path, tiny("uniformer_tiny_video", 400))
     source = convert.read_released(path)
     assert any("Kinetics-400" in note for note in source.notes)
     model = create_model("uniformer_tiny_video", num_classes=400)
     fresh = weights.split(model)[1]
     own = fresh.params | fresh.batch_stats
-    names = sorted(source.class_names)  # as structvit_jax.data.prepare has them
+    names = sorted(source.class_names)  # as structvit_jax.data.preparation has them
     adapted = convert.adapt(source, own, model.variant, names, convert.Rules())
     bias = dict(zip(source.class_names, source.arrays["head.bias"], strict=True))
     assert adapted.arrays["head.bias"].tolist() == [bias[name] for name in names]

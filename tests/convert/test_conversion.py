@@ -20,7 +20,7 @@ from structvit_jax.utils.errors import UserError
 
 def test_labels_name_the_classes(tmp_path):
     path, labels = str(tmp_path / "released.safetensors"), tmp_path / "labels.txt"
-    convert.files.write(path, tiny("uniformer_tiny", 10))
+    convert.weight_files.write(path, tiny("uniformer_tiny", 10))
     labels.write_bytes("\ufeffa\r\nb \n\n".encode() + "".join(f"class {i}\n" for i in range(8)).encode())
     named, again = (str(tmp_path / name) for name in ("named.safetensors", "again.pth"))
     structvit("convert", path, named, "--data=imagenet", f"--labels={labels}")
@@ -68,7 +68,9 @@ def test_a_released_head_scores_on_prepared_data(tmp_path, capsys):
     params["head.kernel"] = (scale * features).T
     params["head.bias"] = -scale * features @ centre - (features**2).sum(1) / 2
     path, folder = str(tmp_path / "released.safetensors"), tmp_path / "converted"
-    convert.files.write(path, convert.to_torch({n: np.asarray(a) for n, a in (params | stats).items()}))
+    convert.weight_files.write(
+        path, convert.to_torch({n: np.asarray(a) for n, a in (params | stats).items()})
+    )
     structvit("convert", path, str(folder))
     assert "class names: those of Something-Something" in capsys.readouterr().out
 

@@ -4,7 +4,7 @@ import pytest
 from convert_helpers import zeros
 
 from structvit_jax import convert
-from structvit_jax.convert.files import StateDict
+from structvit_jax.convert.weight_files import StateDict
 from structvit_jax.utils.errors import UserError
 
 
@@ -14,7 +14,7 @@ def read(monkeypatch):
 
     def read(state_dict, **arguments):
         read_file = lambda path, which: StateDict(state_dict, "", "", None)  # noqa: E731
-        monkeypatch.setattr(convert.files, "read", read_file)
+        monkeypatch.setattr(convert.weight_files, "read", read_file)
         return convert.read_released("released.pth", **arguments)
 
     return read

@@ -61,7 +61,7 @@ def test_the_weights_that_the_release_evaluates_are_taken(tmp_path):
 def test_safetensors_both_ways(tmp_path):
     path = str(tmp_path / "image.safetensors")
     state_dict = tiny("uniformer_tiny")
-    convert.files.write(path, state_dict)
+    convert.weight_files.write(path, state_dict)
     source = convert.read_released(path)
     expected = convert.from_torch(state_dict)
     assert all(np.array_equal(source.arrays[name], array) for name, array in expected.items())
@@ -80,7 +80,7 @@ def test_files_describe_themselves(suffix, tmp_path):
     arguments = {"name": "structvit_s_4_2", "widths": (8, 8, 32, 64), **options, "remat": "full"}
     description = convert.Description(arguments, names, inputs)
     path = str(tmp_path / f"weights{suffix}")
-    convert.files.write(path, convert.to_torch(arrays), description.as_plain("1.2.3"))
+    convert.weight_files.write(path, convert.to_torch(arrays), description.as_plain("1.2.3"))
     source = convert.read_released(path)
     assert source.variant == model.variant and source.inputs == inputs and source.class_names == names
     assert "remat" not in source.model  # a file does not decide how a program runs
@@ -108,7 +108,7 @@ def test_a_description_is_validated(tmp_path):
         ({"inputs": 3}, "needs mean, std"),
     ]:
         plain = {**good, **change} if isinstance(change, dict) else change
-        convert.files.write(path, convert.to_torch(arrays), plain)
+        convert.weight_files.write(path, convert.to_torch(arrays), plain)
         with pytest.raises(UserError, match=phrase) as error:
             convert.read_released(path)
         assert "weights.safetensors: " in str(error.value) and "\n" not in str(error.value)
@@ -119,22 +119,25 @@ def test_files_are_created_completely_or_not_at_all(tmp_path):
     left = tmp_path / "folder" / ".part-new"
     left.mkdir(parents=True)
     (left / "of_a_killed_process").touch()
-    with convert.files.create(str(new)) as place:
+    with convert.weight_files.create(str(new)) as place:
         assert not left.exists()
         Path(place).mkdir()
         (Path(place) / "file").touch()
         assert not new.exists()
     assert [path.name for path in new.iterdir()] == ["file"] and not left.exists()
-    with pytest.raises(ZeroDivisionError), convert.files.create(str(tmp_path / "other.pth")) as place:
+    with pytest.raises(ZeroDivisionError), convert.weight_files.create(str(tmp_path / "other.pth")) as place:
         Path(place).touch()
         raise ZeroDivisionError
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
     (tmp_path / "dangling.pth").symlink_to(tmp_path / "nothing")
     for taken in (str(new), "/dev/null", str(tmp_path / "dangling.pth")):
-        with pytest.raises(UserError, match="already exists; choose another"), convert.files.create(taken):
+        with (
+            pytest.raises(UserError, match="already exists; choose another"),
+            convert.weight_files.create(taken),
+        ):
             raise AssertionError
     for unwritable in (str(new / "file" / "x.pth"), "/proc/x.pth", str(tmp_path / ("x" * 300))):
-        with pytest.raises(UserError, match="cannot be written"), convert.files.create(unwritable):
+        with pytest.raises(UserError, match="cannot be written"), convert.weight_files.create(unwritable):
             raise AssertionError
 
 
@@ -242,5 +245,5 @@ def test_half_precision_is_read_as_single(tmp_path):
     path = tmp_path / "half.safetensors"
     header = json.dumps(tensor("BF16", [2], 4)).encode()
     path.write_bytes(len(header).to_bytes(8, "little") + header + b"\x80\x3f\x00\xc0")
-    (array,) = convert.files.read(str(path)).arrays.values()
+    (array,) = convert.weight_files.read(str(path)).arrays.values()
     assert array.dtype == np.float32 and array.tolist() == [1.0, -2.0]

@@ -11,7 +11,7 @@ from conftest import structvit
 from deadly import Deadly
 from PIL import Image
 
-from structvit_jax.data import prepare
+from structvit_jax.data import preparation
 from structvit_jax.data.index import read_list
 from structvit_jax.utils.errors import UserError
 
@@ -238,7 +238,7 @@ def test_a_clean_check_removes_the_report_of_the_same_data_only(root, tmp_path):
 
 
 def test_a_file_that_kills_its_decoder_is_reported(tmp_path, capsys):
-    assert prepare.check({"train": Deadly()}, 2, str(tmp_path / "bad_files.txt")) == 1
+    assert preparation.check({"train": Deadly()}, 2, str(tmp_path / "bad_files.txt")) == 1
     assert (tmp_path / "bad_files.txt").read_text() == "train\tfile 2\tkills the process that decodes it\n"
     assert "4 of 5" in capsys.readouterr().out
 

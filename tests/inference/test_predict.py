@@ -23,8 +23,8 @@ import structvit_jax
 from structvit_jax import data
 from structvit_jax.cli import predict
 from structvit_jax.config import default_config
-from structvit_jax.data.files import Files, find
 from structvit_jax.data.limits import Limits
+from structvit_jax.data.media_files import Files, find
 from structvit_jax.models import weights
 from structvit_jax.models.variants import counterpart
 from structvit_jax.training import loop

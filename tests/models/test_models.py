@@ -15,8 +15,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import structvit_jax
 from structvit_jax import create_model, list_models
-from structvit_jax.models import attention as model_attention
 from structvit_jax.models import get_variant, weights
+from structvit_jax.models import struct_attention as struct_attention_layer
 from structvit_jax.models.layers import BatchNorm, DropPath
 from structvit_jax.models.variants import OVERRIDES, Variant
 from structvit_jax.ops import kernels, struct_attention_maps, use_kernels
@@ -351,7 +351,7 @@ def test_the_equations_and_the_factored_form_train_alike(name, overrides, monkey
         maps = struct_attention_maps(query, *operands, stride=stride, queries=queries)
         return maps.output.reshape(query.shape)
 
-    monkeypatch.setattr(model_attention, "struct_attention", volume)
+    monkeypatch.setattr(struct_attention_layer, "struct_attention", volume)
     np.testing.assert_allclose(losses_of_training(name, **overrides), factored, rtol=1e-4)
 
 

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from structvit_jax import cost, create_model
 from structvit_jax.performance import bench
-from structvit_jax.performance.bench import parts, report, timing
+from structvit_jax.performance.bench import parts, summary, timing
 from structvit_jax.performance.bench.peer import TorchPeer
 from structvit_jax.utils.errors import UserError
 
@@ -54,7 +54,7 @@ def test_medians_and_ratios():
     ours, theirs = timing.Times((1.0, 4.0, 2.0)), timing.Times((3.0, 4.0, 5.0))
     assert ours.median == 2.0 and ours.spread == "-50% +100%"
     assert theirs.ratio_to(ours) == 2.5  # of 3, 1 and 2.5
-    row = report.Row("x", "forward", ours, 10.0, 8.0, {"slow": timing.Times((9.0,) * 3), "fast": theirs})
+    row = summary.Row("x", "forward", ours, 10.0, 8.0, {"slow": timing.Times((9.0,) * 3), "fast": theirs})
     assert (row.peer, row.speedup) == ("fast", 2.5)
     rates = timing.Rates(operations=10.0, bytes=16.0)
     assert row.floors(rates) == (1.0, 0.5) and row.efficiency(rates) == 0.5
@@ -128,7 +128,7 @@ def test_the_legend_names_what_is_drawn(monkeypatch):
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
     times, rates = timing.Times((1.0, 2.0)), timing.Rates(operations=10.0, bytes=16.0)
     for peers in ({}, {"compiled": times}):
-        report.plot([report.Row("blocks1", "forward", times, 10.0, 8.0, peers)], rates, "")
+        summary.plot([summary.Row("blocks1", "forward", times, 10.0, 8.0, peers)], rates, "")
     alone, beside = ({text.get_text() for text in f.axes[0].get_legend().get_texts()} for f in figures)
     assert alone == {"structvit_jax", "floor"} and beside == alone | {"PyTorch's best"}
 

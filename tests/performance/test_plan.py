@@ -13,7 +13,7 @@ from structvit_jax.cli.configuration import load_config
 from structvit_jax.cli.options import Words
 from structvit_jax.config import default_config, model_arguments
 from structvit_jax.ops.kernels import native
-from structvit_jax.performance import hardware, plan, traffic
+from structvit_jax.performance import estimate, hardware, traffic
 from structvit_jax.performance.cost import count_flops
 from structvit_jax.runtime.mesh import make_mesh
 from structvit_jax.training.compilation import trace_train_step
@@ -100,9 +100,9 @@ def test_a_step_takes_three_times_the_forward_pass(name, shape):
 
 
 def test_read_size():
-    assert plan.read_size("24GB") == 24e9 and plan.read_size(" 1.5 GiB ") == 1.5 * 2**30
+    assert estimate.read_size("24GB") == 24e9 and estimate.read_size(" 1.5 GiB ") == 1.5 * 2**30
     with pytest.raises(UserError, match="--device_memory=24: write 24GB, or 16GiB"):
-        plan.read_size("24")
+        estimate.read_size("24")
 
 
 @pytest.mark.parametrize("first", [1, 8, 64, 5000])
@@ -116,11 +116,11 @@ def test_the_largest_batch(first):
 
     for multiple in (1, 8):
         asked.clear()
-        best = plan.largest_batch(needs, 9000, multiple, first=first)
+        best = estimate.largest_batch(needs, 9000, multiple, first=first)
         assert best % multiple == 0 and needs(best) <= 9000 < needs(best + multiple)
         assert len(asked) <= 10
     with pytest.raises(UserError, match="not even 8 examples fit"):
-        plan.largest_batch(needs, 1100, 8, first=first)
+        estimate.largest_batch(needs, 1100, 8, first=first)
 
 
 def test_the_command_finds_the_largest_batch(command, tmp_path):

@@ -165,7 +165,7 @@ def test_the_convert_command(tmp_path, command, capsys):
     params, stats = weights.split(model)[1]
     released = convert.to_torch({name: np.asarray(array) for name, array in (params | stats).items()})
     path, folder = tmp_path / "released.safetensors", tmp_path / "converted"
-    convert.files.write(str(path), released)
+    convert.weight_files.write(str(path), released)
     structvit("convert", str(path), str(folder), "--model=structvit_tiny_4_1_video")
     out = capsys.readouterr().out
     for phrase in (
@@ -180,7 +180,7 @@ def test_the_convert_command(tmp_path, command, capsys):
 
     back = tmp_path / "back.pth"
     structvit("convert", str(path), str(back))
-    returned = convert.files.read(str(back))
+    returned = convert.weight_files.read(str(back))
     assert returned.place == "model" and returned.arrays.keys() == released.keys()
     assert all(np.array_equal(returned.arrays[key], value) for key, value in released.items())
     other = tmp_path / "structvit.safetensors"

@@ -11,9 +11,9 @@ import numpy as np
 from structvit_jax.analysis.explain import animation, overlay, page, picture
 from structvit_jax.analysis.explain.choice import SCORE, choose
 from structvit_jax.analysis.explain.drawing import Drawing
-from structvit_jax.analysis.explain.layout import Line
 from structvit_jax.analysis.explain.maps import layers, position_of, query_maps
 from structvit_jax.analysis.explain.page import ModelView
+from structvit_jax.analysis.explain.page_layout import Line
 from structvit_jax.inference.trained import TrainedModel, load_trained
 from structvit_jax.runtime.storage import write
 from structvit_jax.training.commit import FOLDER

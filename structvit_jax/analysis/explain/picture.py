@@ -11,7 +11,8 @@ import numpy as np
 
 from structvit_jax.analysis.explain import overlay
 from structvit_jax.analysis.explain.drawing import Drawing
-from structvit_jax.analysis.explain.layout import (
+from structvit_jax.analysis.explain.overlay import Scale
+from structvit_jax.analysis.explain.page_layout import (
     DPI,
     Box,
     Line,
@@ -20,7 +21,6 @@ from structvit_jax.analysis.explain.layout import (
     arrange,
     without_glyph_warnings,
 )
-from structvit_jax.analysis.explain.overlay import Scale
 from structvit_jax.data.reader import Crop
 
 if TYPE_CHECKING:

@@ -21,10 +21,10 @@ from etils import epath
 
 from structvit_jax.config import matching, model_arguments
 from structvit_jax.data import Dataset
-from structvit_jax.performance.bench import report
+from structvit_jax.performance.bench import summary
 from structvit_jax.performance.bench.parts import Part, forward_program, parts_of, train_program
 from structvit_jax.performance.bench.peer import TorchPeer
-from structvit_jax.performance.bench.report import PHASES, Row
+from structvit_jax.performance.bench.summary import PHASES, Row
 from structvit_jax.performance.bench.timing import Call, alternate, measure_rates
 from structvit_jax.performance.cost import cost
 from structvit_jax.runtime.processes import log
@@ -62,7 +62,7 @@ def run(config: ml_collections.ConfigDict, data: Dataset, workdir: epath.Path, r
     rates = measure_rates(dtype, request.rounds)
     header = (
         f"{config.model.name}, batch {'x'.join(map(str, shape))}, {dtype};"
-        f" {report.machine(bool(request.peer))}; {datetime.date.today()}. Here matrix products reach"
+        f" {summary.machine(bool(request.peer))}; {datetime.date.today()}. Here matrix products reach"
         f" {rates.operations / 1e9:.4g} G operations/s"
         f" and copies {rates.bytes / 1e9:.4g} GB/s. Medians of {request.rounds} rounds."
     )
@@ -71,8 +71,8 @@ def run(config: ml_collections.ConfigDict, data: Dataset, workdir: epath.Path, r
     wanted_parts = [part for part in parts if part.name in wanted]
     for row in _rows(learner, data, wanted_parts, "model" in wanted, shape, peer, request.rounds):
         rows.append(row)
-        log(report.summary(row, rates))
-    report.write(rows, rates, header, workdir)
+        log(summary.line(row, rates))
+    summary.write(rows, rates, header, workdir)
     log(f"{workdir / 'bench.md'}, bench.json" + ", bench.png" * any(not row.samples for row in rows))
 
 

@@ -27,7 +27,6 @@ from typing import NamedTuple
 
 from structvit_jax.performance.traffic import kernels, loops
 from structvit_jax.performance.traffic.collectives import COLLECTIVES, sent, sent_within
-from structvit_jax.performance.traffic.names import op_names, part_of
 from structvit_jax.performance.traffic.program import (
     Array,
     Computation,
@@ -37,6 +36,7 @@ from structvit_jax.performance.traffic.program import (
     parse,
     unwrap_async_start,
 )
+from structvit_jax.performance.traffic.scopes import op_names, part_of
 from structvit_jax.performance.traffic.touched import SOURCES, touched
 from structvit_jax.utils.errors import UserError
 

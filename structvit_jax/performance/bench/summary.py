@@ -73,7 +73,7 @@ def _cpu() -> str:
     return f"{available_cores()} cores of {model[1] if model else platform.processor() or 'a CPU'}"
 
 
-def summary(row: Row, rates: Rates) -> str:
+def line(row: Row, rates: Rates) -> str:
     """Return a row as one line."""
     rate = f"{row.samples / row.ours.median:.4g} samples/s" if row.samples else _ms(row.ours.median)
     line = f"{row.name} {row.phase}: {rate} ({row.ours.spread}), floor {row.efficiency(rates):.0%} of it"
