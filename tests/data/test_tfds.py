@@ -179,13 +179,6 @@ def test_interrupted_shards_are_written_again(root, tmp_path, monkeypatch):
     assert dataset.train.source.id(0) == "long.mp4#0-1.5"
 
 
-def test_folders_are_copied_recursively(tmp_path):
-    (tmp_path / "a" / "b").mkdir(parents=True)
-    (tmp_path / "a" / "b" / "c").write_text("d")
-    tfds_writer.copy_tree(epath.Path(tmp_path / "a"), epath.Path(tmp_path / "e"))
-    assert (tmp_path / "e" / "b" / "c").read_text() == "d"
-
-
 class DigitPictures(tfds.core.GeneratorBasedBuilder):
     """The scans as PNG in a TFDS data set."""
 
