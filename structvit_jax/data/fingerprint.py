@@ -25,7 +25,7 @@ _SAMPLED = 64  # examples
 _END = 2**18  # bytes read at the beginning and at the end of larger files
 _EXTENSION = re.compile(
     rf"(?:{'|'.join(map(re.escape, IMAGES + VIDEOS))})(?=(?:#[\d.e+]+-[\d.e+]*)?$)",
-    re.IGNORECASE | re.MULTILINE,
+    re.IGNORECASE,
 )
 Fingerprint = Mapping[str, Any]
 
@@ -37,7 +37,7 @@ def fingerprint_of(source: Source) -> dict[str, Any]:
         return {"examples": examples, "made_from": made}
     list_ids = getattr(source, "ids", None)
     ids = list_ids() if list_ids else [source.id(i) for i in range(examples)]
-    ids = _EXTENSION.sub("", "\n".join(ids)).split("\n")  # in one call: there may be a million
+    ids = [_EXTENSION.sub("", name) for name in ids]
     shared = os.path.commonprefix(ids).rfind("/") + 1  # noqa: RUF071 - of characters
     ids = [name[shared:] for name in ids]
     return {

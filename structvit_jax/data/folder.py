@@ -13,7 +13,7 @@ import dataclasses
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 
 from structvit_jax.data.container import VIDEOS
 from structvit_jax.data.image import IMAGES
@@ -22,9 +22,7 @@ from structvit_jax.data.index import (
     LISTS,
     Entry,
     Index,
-    Scan,
     class_names_of,
-    read_labels,
     read_list,
     sort_key,
 )
@@ -125,7 +123,7 @@ def read_splits(layout: Layout, *, video: bool) -> tuple[Index, Index]:
       UserError: something is missing, empty or not understood.
     """
     train_name, test_name = layout.splits()
-    train, train_scan = read_split(layout.root, train_name, video=video)
+    train, train_notes = read_split(layout.root, train_name, video=video)
     class_names = class_names_of(layout.root, train)
     if test_name is None:
         train, test = hold_out(train, layout.val_fraction)
@@ -134,19 +132,11 @@ def read_splits(layout: Layout, *, video: bool) -> tuple[Index, Index]:
                 f"{layout.join(train_name)}: no class has two examples, so that none can be held out for"
                 f" testing ({layout.option}val_fraction={layout.val_fraction:g})"
             )
-        test_scan = Scan(note=_held_out_note(layout, len(train), len(test)))
+        test_notes = [_held_out_note(layout, len(train), len(test))]
     else:
-        test, test_scan = read_split(layout.root, test_name, video=video)
-        for name, entries in ((train_name, train), (test_name, test)):
-            labels = {entry.label for entry in entries}
-            if labels.isdisjoint(class_names):
-                source = LABELS if read_labels(layout.root) else train_name
-                raise UserError(
-                    f"{layout.join(name)}: none of its labels ({_shorten(sorted(labels))}) is among the"
-                    f" {len(class_names)} classes of {source}"
-                )
-    train_index = Index(layout.root, train, class_names, limits=layout.limits, scan=train_scan)
-    return train_index, Index(layout.root, test, class_names, limits=layout.limits, scan=test_scan)
+        test, test_notes = read_split(layout.root, test_name, video=video)
+    train_index = Index(layout.root, train, class_names, limits=layout.limits, notes=train_notes)
+    return train_index, Index(layout.root, test, class_names, limits=layout.limits, notes=test_notes)
 
 
 def _held_out_note(layout: Layout, train: int, test: int) -> str:
@@ -159,55 +149,57 @@ def _held_out_note(layout: Layout, train: int, test: int) -> str:
     )
 
 
-def read_split(root: str, name: str, *, video: bool) -> tuple[list[Entry], Scan]:
-    """Return the examples of a list or of class folders, at least one, unsorted, and what else is there.
+def read_split(root: str, name: str, *, video: bool) -> tuple[list[Entry], list[str]]:
+    """Return the examples of a list or of class folders, unsorted, and notes on what else is there.
 
     Raises:
       UserError: there are no examples of the kind, or files are not understood.
     """
-    path = os.path.join(root, name)
+    path = os.path.normpath(os.path.join(root, name))
+    ignored: collections.Counter[str] = collections.Counter()
     if os.path.isdir(path):
-        entries, scan = _read_class_folders(root, name, video)
+        entries, notes = _read_class_folders(path, os.path.normpath(name), video, ignored)
     else:
-        entries, scan = list(read_list(path)), Scan()
-    if not entries:
-        kind, others = ("videos", "images") if video else ("images", "videos")
-        if count := scan.ignored.get(others):
-            model = "structvit_tiny_4_1" if video else "structvit_tiny_4_1_video"
-            raise UserError(
-                f"{path} has no {kind}, but {count:,} {others}: choose a model for {others}, such as"
-                f" --config.model.name={model} --config.data.frames={0 if video else 8}; in a new --workdir"
-                " configs/folder.py chooses one itself"
-            )
-        raise UserError(f"{path} is empty: there are no {kind} in it{_ignored(scan.ignored)}")
-    return entries, scan
+        entries, notes = list(read_list(path)), []
+    if entries:
+        return entries, notes
+    kind, others = ("videos", "images") if video else ("images", "videos")
+    if count := ignored[others]:
+        model = "structvit_tiny_4_1" if video else "structvit_tiny_4_1_video"
+        raise UserError(
+            f"{path} has no {kind}, but {count:,} {others}: choose a model for {others}, such as"
+            f" --config.model.name={model} --config.data.frames={0 if video else 8}; in a new --workdir"
+            " configs/folder.py chooses one itself"
+        )
+    raise UserError(f"{path} is empty: there are no {kind} in it{_describe(ignored)}")
 
 
-def _read_class_folders(root: str, split: str, video: bool) -> tuple[list[Entry], Scan]:
-    """Read root/split/CLASS/**/FILE; for videos, a folder that holds images is one example."""
-    top = os.path.join(root, split)
+def _read_class_folders(
+    top: str, split: str, video: bool, ignored: collections.Counter[str]
+) -> tuple[list[Entry], list[str]]:
+    """Read top/CLASS/**/FILE; for videos, a folder that holds images is one example."""
     entries: list[Entry] = []
-    total: collections.Counter[str] = collections.Counter()
-    empty: dict[str, Mapping[str, int]] = {}
+    empty = []
     for label in _names(top):
         folder = os.path.join(top, label)
         if not os.path.isdir(folder):
             if label.lower().endswith(VIDEOS if video else IMAGES):
                 raise UserError(f"{folder} lies beside the class folders; move it into that of its class")
             if label != LABELS:
-                total[kind_of(label)] += 1
+                ignored[kind_of(label)] += 1
             continue
-        ignored: collections.Counter[str] = collections.Counter()
         names = list(examples_below(folder, video, ignored))
         if "." in names:  # a class folder is not a clip
             names.remove(".")
             ignored["images"] += len(frame_names(os.listdir(folder)))
-        path = os.path.normpath(os.path.join(split, label))
+        path = label if split == "." else f"{split}/{label}"
         entries += [Entry(f"{path}/{name}", label) for name in names]
         if not names:
-            empty[label] = ignored
-        total += ignored
-    return entries, Scan(total, empty)
+            empty.append(label)
+    notes = [f"{top} has class folders without examples: {_shorten(empty)}"] if empty else []
+    if ignored:
+        notes.append(f"{top}: {len(entries):,} examples{_describe(ignored)}")
+    return entries, notes
 
 
 def examples_below(top: str, video: bool, ignored: collections.Counter[str] | None = None) -> Iterator[str]:
@@ -287,7 +279,7 @@ def is_video(layout: Layout) -> bool:
         images = [entry.path.lower().endswith(IMAGES) for entry in read_list(path)]
         found = collections.Counter(images=sum(images), videos=len(images) - sum(images))
     if not found["images"] + found["videos"]:
-        raise UserError(f"{path} is empty: there are no images or videos in it{_ignored(found)}")
+        raise UserError(f"{path} is empty: there are no images or videos in it{_describe(found)}")
     return found["videos"] >= found["images"]
 
 
@@ -306,16 +298,10 @@ def _count_kinds(top: str) -> collections.Counter[str]:
 
 
 def _are_frames(names: list[str]) -> bool:
-    """Return whether images are named as frames of a video: alike but for numbers that count from 0 or 1."""
-    matches = [re.fullmatch(r"(.*?)(\d{1,9})(\D*)", name, re.ASCII | re.DOTALL) for name in names]
-    parts = [match.groups() for match in matches if match]
-    numbers = [int(number) for _, number, _ in parts]
-    return (
-        len(parts) == len(names) > 1
-        and len({(before, after) for before, _, after in parts}) == 1
-        and numbers[0] in (0, 1)
-        and numbers == list(range(numbers[0], numbers[0] + len(numbers)))
-    )
+    """Return whether images are numbered as the frames of a video: from 0 or 1, in steps of one."""
+    numbers = [int(number) for name in names for number in re.findall(r"([0-9]{1,9})[^0-9]*$", name)]
+    count = len(names)
+    return count > 1 and numbers in (list(range(count)), list(range(1, count + 1)))
 
 
 def kind_of(name: str) -> str:
@@ -326,21 +312,10 @@ def kind_of(name: str) -> str:
     return "videos" if name.endswith(VIDEOS) else os.path.splitext(name)[1] or "no extension"
 
 
-def describe_counts(found: Mapping[str, int]) -> str:
-    """Return counts by `kind_of` as text, the largest first: "12 .tiff, 3 without extension"."""
-
-    def phrase(kind: str, count: int) -> str:
-        if kind == "no extension":
-            return f"{count:,} without extension"
-        return f"{count:,} {kind[:-1] if count == 1 and kind in ('images', 'videos') else kind}"
-
-    ranked = sorted(found.items(), key=lambda item: (-item[1], item[0]))
-    shown = [phrase(kind, count) for kind, count in ranked[:6]]
-    return ", ".join(shown) + (f" and {sum(c for _, c in ranked[6:]):,} others" if len(ranked) > 6 else "")
-
-
-def _ignored(found: Mapping[str, int]) -> str:
-    return f"; ignored: {describe_counts(found)}" if any(found.values()) else ""
+def _describe(ignored: collections.Counter[str]) -> str:
+    """Return counts by `kind_of` as text, the largest first: "; ignored: .tiff (12), no extension (3)"."""
+    kinds = [f"{kind} ({count:,})" for kind, count in ignored.most_common() if count]
+    return f"; ignored: {_shorten(kinds, 6)}" if kinds else ""
 
 
 def _names(folder: str) -> list[str]:

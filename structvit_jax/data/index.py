@@ -11,12 +11,10 @@ from __future__ import annotations
 import collections
 import contextlib
 import csv
-import dataclasses
 import difflib
-import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TextIO
 
 import numpy as np
@@ -57,21 +55,6 @@ def sort_key(entry: Entry) -> tuple[str, float, float, str]:
     return without_extension(entry.path), entry.start or 0.0, entry.end or math.inf, entry.path
 
 
-@dataclasses.dataclass(frozen=True)
-class Scan:
-    """What the folder of a split contains besides its examples.
-
-    Attributes:
-      ignored: number of other files by kind, see `structvit_jax.data.folder.kind_of`.
-      empty: class folders without examples, with the number of other files in each by kind.
-      note: how the split was made, if it is not stored as such.
-    """
-
-    ignored: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    empty: Mapping[str, Mapping[str, int]] = dataclasses.field(default_factory=dict)
-    note: str = ""
-
-
 class Index:
     """The examples of one split, sorted, in compact arrays, since every worker holds a copy.
 
@@ -83,7 +66,7 @@ class Index:
       class_names: the classes; labels are positions in it.
       labels: int32 [examples]; -1 for labels that are not a class.
       limits: on the files.
-      scan: what else the folder of the split contains.
+      notes: lines about the split to print in a survey.
     """
 
     def __init__(
@@ -93,10 +76,10 @@ class Index:
         class_names: Sequence[str],
         *,
         limits: Limits = Limits(),  # noqa: B008 - immutable
-        scan: Scan | None = None,
+        notes: Sequence[str] = (),
     ):
-        self.root, self.class_names, self.limits = root, tuple(class_names), limits
-        self.scan = scan or Scan()
+        self.root, self.class_names = root, tuple(class_names)
+        self.limits, self.notes = limits, tuple(notes)
         rows = sorted(entries, key=sort_key)
         number = {name: i for i, name in enumerate(class_names)}
         self.labels = np.array([number.get(row.label, -1) for row in rows], np.int32)
@@ -118,12 +101,11 @@ class Index:
         return self.entry(index).id
 
     def ids(self) -> list[str]:
-        """Return the ids of all examples, much faster than one by one."""
-        paths = self._paths.tolist()
-        text = b"".join(paths).decode("latin-1")
-        if text.isascii() and text.isprintable() and bool(np.isnan(self._times).all()):
-            return [path.decode("ascii") for path in paths]
-        return [self.id(number) for number in range(len(self))]
+        """Return the ids of all examples; for whole files, much faster than one by one."""
+        if not np.isnan(self._times).all():
+            return [self.id(number) for number in range(len(self))]
+        names = map(os.fsdecode, self._paths.tolist())
+        return [name if name.isprintable() else printable(name) for name in names]
 
     def unknown_labels(self) -> dict[str, int]:
         """Return the labels that are not a class, with their number of examples."""
@@ -196,11 +178,7 @@ def read_labels(root: str) -> tuple[str, ...]:
 
 @contextlib.contextmanager
 def _open_text(path: str) -> Iterator[TextIO]:
-    """Open a text file, with or without a byte order mark.
-
-    Raises:
-      UserError: it is not a regular file, cannot be read, or is not UTF-8.
-    """
+    """Open a text file in UTF-8, with or without a byte order mark; raise errors of reading as UserError."""
     if os.path.exists(path) and not os.path.isfile(path):  # reading a pipe or device may never end
         raise UserError(f"{path} is not a regular file; lists and label files have to be")
     try:
@@ -286,12 +264,3 @@ def _csv_rows(file: TextIO) -> Iterator[tuple[int, dict[str, str] | None]]:
             cells = cells[0].rsplit(None, 1)
         fits = 2 <= len(cells) <= len(header)
         yield number, dict(zip(header, cells, strict=False)) if fits else None
-
-
-def write_list(path: str, entries: Iterable[Entry]) -> None:
-    """Write a JSON-lines list atomically."""
-    rows = ({key: value for key, value in entry._asdict().items() if value is not None} for entry in entries)
-    partial = path + ".tmp"
-    with open(partial, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-    os.replace(partial, path)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import shlex
 import sys
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ from tqdm import tqdm
 from structvit_jax.data import folder
 from structvit_jax.data.annotations import DATA_SETS, read_annotations
 from structvit_jax.data.image import IMAGES
-from structvit_jax.data.index import LABELS, Index, class_names_of, read_list, sort_key, write_list
+from structvit_jax.data.index import LABELS, Index, class_names_of, read_list
 from structvit_jax.data.setup import configure_decoding
 from structvit_jax.data.survey import Measured, measure, survey
 from structvit_jax.data.workers import in_processes
@@ -121,8 +122,8 @@ def _read_folder(request: Request) -> tuple[dict[str, Index], bool]:
     indices = {_split_name(request.train_split): train, _split_name(request.test_split): test}
     if "test" not in indices and (name := layout.find("test", "test")):
         try:
-            entries, scan = folder.read_split(root, name, video=video)
-            indices["test"] = Index(root, entries, train.class_names, scan=scan)
+            entries, notes = folder.read_split(root, name, video=video)
+            indices["test"] = Index(root, entries, train.class_names, notes=notes)
         except UserError as error:  # test splits may have no labels
             print(f"test is left out: {error}")
     return indices, video
@@ -153,26 +154,30 @@ def _read_lists(paths: Sequence[str], images: bool) -> tuple[dict[str, Index], b
 
 
 def _write_lists(out: str, indices: Mapping[str, Index]) -> None:
-    """Write lists, with paths relative to `out` for files below it."""
+    """Write lists and class names. Paths of files below `out` are relative to it, others are absolute."""
     train = next(iter(indices.values()))
     if train.root and os.path.realpath(out) == os.path.realpath(train.root):
         raise UserError(f"{out} holds the data themselves; choose another folder for the lists")
     here = os.path.abspath(out) + os.sep
     _write_lines(os.path.join(out, LABELS), train.class_names)
-    with write_errors_as_user_error(out):
-        for name, index in indices.items():
-            paths = [os.path.abspath(index.path(i)).removeprefix(here) for i in range(len(index))]
-            rows = [index.entry(i)._replace(path=path) for i, path in enumerate(paths)]
-            write_list(os.path.join(out, f"{name}.jsonl"), sorted(rows, key=sort_key))
+    for name, index in indices.items():
+        rows = []
+        for i in range(len(index)):
+            path = os.path.abspath(index.path(i)).removeprefix(here)
+            row = index.entry(i)._replace(path=path)._asdict()
+            rows.append(json.dumps({key: value for key, value in row.items() if value is not None}))
+        _write_lines(os.path.join(out, f"{name}.jsonl"), rows)
     lists = ", ".join(f"{name}.jsonl" for name in indices)
     print(f"{out}: {lists}, {LABELS} ({len(train.class_names)} classes)")
 
 
-def _write_lines(path: str, lines: Sequence[str]) -> None:
+def _write_lines(path: str, lines: Iterable[str]) -> None:
+    """Write a text file atomically."""
     with write_errors_as_user_error(path):
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        with open(path, "w", encoding="utf-8") as file:
+        with open(f"{path}.tmp", "w", encoding="utf-8") as file:
             file.writelines(line + "\n" for line in lines)
+        os.replace(f"{path}.tmp", path)
 
 
 def check(

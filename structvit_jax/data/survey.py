@@ -13,14 +13,13 @@ import functools
 import os
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from structvit_jax.data.fingerprint import bytes_digest
-from structvit_jax.data.folder import describe_counts
-from structvit_jax.data.index import LABELS, Index, Scan, suggest_label
+from structvit_jax.data.index import LABELS, Index, suggest_label
 from structvit_jax.data.limits import file_size
 from structvit_jax.data.types import Source
 from structvit_jax.utils.errors import DecodeError, UserError, printable
@@ -38,23 +37,6 @@ class Measured(NamedTuple):
     height: int = 0
     frames: int = 0
     problem: str = ""
-
-
-class Spread(NamedTuple):
-    """Minimum, median and maximum of some values."""
-
-    low: int
-    median: int
-    high: int
-
-    @classmethod
-    def of(cls, values: Sequence[int]) -> Spread:
-        return cls(min(values), statistics.median_high(values), max(values))
-
-    def __str__(self) -> str:
-        if self.low == self.high:
-            return f"{self.low:,}"
-        return f"{self.low:,} to {self.high:,} (median {self.median:,})"
 
 
 def measure(source: Source, number: int) -> Measured:
@@ -128,21 +110,15 @@ class Split:
         return self.source.unknown_labels() if isinstance(self.source, Index) else {}
 
     @property
-    def scan(self) -> Scan:
-        """What else the folder of the split contains."""
-        return self.source.scan if isinstance(self.source, Index) else Scan()
-
-    @property
     def unreadable(self) -> list[str]:
         """Decoded examples that cannot be read, as "ID: REASON"."""
         return [
             f"{self.source.id(number)}: {one.problem}" for number, one in self.measured.items() if one.problem
         ]
 
-    def spread(self, field: str) -> Spread | None:
-        """Return the spread of a field of `Measured`, None if no example was read."""
-        values = [getattr(one, field) for one in self.measured.values() if not one.problem]
-        return Spread.of(values) if values else None
+    def spread(self, field: str) -> str:
+        """Return the spread of a field of `Measured` over the examples that were read, "" without any."""
+        return _spread([getattr(one, field) for one in self.measured.values() if not one.problem])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,13 +127,9 @@ class Survey:
 
     unit: str  # "images" or "videos"
     splits: tuple[Split, ...]  # the first is the one to train on
-    errors: tuple[str, ...]
+    notes: tuple[str, ...]  # on how the splits are stored
     warnings: tuple[str, ...]
-
-    @property
-    def notes(self) -> list[str]:
-        """How splits were made that are not stored as such."""
-        return [split.scan.note for split in self.splits if split.scan.note]
+    errors: tuple[str, ...]
 
     def check(self) -> None:
         """Raise the first error as a UserError, if there is one."""
@@ -168,49 +140,40 @@ class Survey:
             )
 
     def lines(self) -> list[str]:
-        """Return the survey in a few lines."""
+        """Return the survey in a few lines, without errors."""
+        train = self.splits[0]
         sizes = " + ".join(f"{len(split.source):,} {split.name}" for split in self.splits)
-        train = self.splits[0]
-        classes = f", {len(train.source.class_names):,} classes"
+        first = f"data: {sizes} {self.unit}, {len(train.source.class_names):,} classes"
         if train.classes:
-            classes += f" of {Spread.of(list(train.classes.values()))}"
-        ignored = sum((collections.Counter(one.scan.ignored) for one in self.splits), collections.Counter())
-        more = f"; ignored: {describe_counts(ignored)}" if ignored else ""
-        first = f"data: {sizes} {self.unit}{classes}{self._size()}{more}"
-        return [printable(line) for line in (first, *self.notes, *self._warning_lines())]
-
-    def _warning_lines(self) -> list[str]:
-        return [f"warning: {line}" for line in self.warnings]
-
-    def _size(self) -> str:
-        """Return sizes and lengths of training examples as text, with the number sampled."""
-        train = self.splits[0]
-        width, height, frames = (train.spread(field) for field in ("width", "height", "frames"))
-        if not (width and height):
-            return ""
-        same = width.low == width.high and height.low == height.high
-        size = f"{width.median}x{height.median}" if same else f"{width} x {height} pixels"
-        length = f", {frames} frames" if self.unit == "videos" else ""
-        sampled = len(train.measured)
-        return f"; {size}{length}" + (f" in {sampled:,} sampled" if sampled < len(train.source) else "")
+            first += f" of {_spread(train.classes.values())}"
+        if width := train.spread("width"):
+            first += f"; {width} x {train.spread('height')} pixels"
+            first += f", {train.spread('frames')} frames" if self.unit == "videos" else ""
+            sampled = len(train.measured)
+            first += f" in {sampled:,} sampled" if sampled < len(train.source) else ""
+        notes = [f"note: {line}" for line in self.notes]
+        return [printable(line) for line in (first, *notes, *(f"warning: {line}" for line in self.warnings))]
 
     def table(self) -> str:
         """Return the whole survey as a table of text, with all notes, warnings and errors."""
         splits = self.splits
-        rows = [[self.unit, *(split.name for split in splits)]]
-        rows += [["examples", *(f"{len(split.source):,}" for split in splits)], *self._class_rows()]
-        sizes = {"width, pixels": "width", "height, pixels": "height"}
-        sizes |= {"length, frames": "frames"} if self.unit == "videos" else {}
-        rows += [
-            [name, *(str(split.spread(field) or "") for split in splits)] for name, field in sizes.items()
+        rows = [
+            [self.unit, *(split.name for split in splits)],
+            ["examples", *(f"{len(split.source):,}" for split in splits)],
+            *self._class_rows(),
+            ["width, pixels", *(split.spread("width") for split in splits)],
+            ["height, pixels", *(split.spread("height") for split in splits)],
         ]
-        rows += [["decoded", *(f"{len(split.measured):,} of {len(split.source):,}" for split in splits)]]
-        rows += [["of them unreadable", *(f"{len(split.unreadable):,}" for split in splits)]]
-        rows += [["ignored files", *(describe_counts(split.scan.ignored) or "none" for split in splits)]]
+        if self.unit == "videos":
+            rows.append(["length, frames", *(split.spread("frames") for split in splits)])
+        rows += [
+            ["decoded", *(f"{len(split.measured):,} of {len(split.source):,}" for split in splits)],
+            ["of them unreadable", *(f"{len(split.unreadable):,}" for split in splits)],
+        ]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-        lines += [*self.notes, *self._warning_lines(), *(f"error: {line}" for line in self.errors)]
-        return "\n".join(map(printable, lines))
+        errors = [f"error: {line}" for line in self.errors]
+        return "\n".join([*map(printable, lines), *self.lines()[1:], *map(printable, errors)])
 
     def _class_rows(self) -> Iterator[list[str]]:
         """Yield examples by class: the largest classes of the training split, those without examples last."""
@@ -254,8 +217,9 @@ def survey(
     return Survey(
         unit="videos" if video else "images",
         splits=splits,
-        errors=tuple(_errors(splits)),
+        notes=tuple(note for split in splits for note in getattr(split.source, "notes", ())),
         warnings=(*_warnings(splits, frames), *duplicates),
+        errors=tuple(_errors(splits)),
     )
 
 
@@ -288,11 +252,6 @@ def _errors(splits: Sequence[Split]) -> Iterator[str]:
 def _warnings(splits: Sequence[Split], frames: int) -> Iterator[str]:
     train = splits[0]
     for split in splits:
-        for name, ignored in list(split.scan.empty.items())[:5]:
-            what = f"only {describe_counts(ignored)}, ignored" if ignored else "nothing in it"
-            yield f"the class folder {name!r} of {split.name} has no examples: {what}"
-        if (more := len(split.scan.empty) - 5) > 0:
-            yield f"... and {more} more class folders of {split.name}"
         if split.unreadable:
             yield (
                 f"{len(split.unreadable):,} of {len(split.measured):,} decoded examples of {split.name}"
@@ -305,14 +264,24 @@ def _warnings(splits: Sequence[Split], frames: int) -> Iterator[str]:
             yield f"{split.name} has no example of {_list_classes(missing)}: untested"
     if missing := [name for name in train.source.class_names if name not in train.classes]:
         yield f"{train.name} has no example of {_list_classes(missing)}: it cannot be learned"
-    sizes = Spread.of(list(train.classes.values()))
-    if sizes.high >= _IMBALANCE * sizes.low:
-        yield f"the largest class of {train.name} has {sizes.high:,} examples, the smallest {sizes.low:,}"
+    smallest, largest = min(train.classes.values()), max(train.classes.values())
+    if largest >= _IMBALANCE * smallest:
+        yield f"the largest class of {train.name} has {largest:,} examples, the smallest {smallest:,}"
     if short := sum(not one.problem and one.frames < frames for one in train.measured.values()):
         yield (
             f"{short:,} of {len(train.measured):,} decoded videos are shorter than the {frames} frames of a"
             " clip; their frames are repeated"
         )
+
+
+def _spread(values: Collection[int]) -> str:
+    """Return minimum, maximum and median as text; "" without values."""
+    if not values:
+        return ""
+    low, high = min(values), max(values)
+    if low == high:
+        return f"{low:,}"
+    return f"{low:,} to {high:,} (median {statistics.median_high(values):,})"
 
 
 def _list_classes(names: Mapping[str, int] | Sequence[str], most: int = 3) -> str:
