@@ -45,7 +45,7 @@ def kinetics400(annotations: str, media: str) -> Annotations:
     for split, names in (("train", ("train.csv",)), ("val", ("val.csv", "validate.csv", "validation.csv"))):
         prefixes = ("", "kinetics400_", "kinetics-400_", "kinetics_400_")
         path = _find(annotations, *(prefix + name for prefix in prefixes for name in names))
-        rows = _csv(path, "label", "youtube_id", "time_start", "time_end")
+        rows = _rows(path, "label", "youtube_id", "time_start", "time_end")
         splits[split] = [Entry(_kinetics_name(row, files), row["label"]) for row in rows]
     return Annotations(_sorted_labels(*splits.values()), splits, files)
 
@@ -79,7 +79,7 @@ def _something(annotations: str, version: str, files: dict[str, str]) -> Annotat
         path = _find_something(annotations, version, name)
         if path.endswith(".json"):
             # Labels are templates without the brackets around their placeholders.
-            rows = _json_rows(path, "id", "template")
+            rows = _rows(path, "id", "template")
             splits[split] = [Entry(str(row["id"]), re.sub(r"[\[\]]", "", row["template"])) for row in rows]
         else:
             cells = _semicolon_rows(path)
@@ -109,7 +109,7 @@ def diving48(annotations: str, media: str) -> Annotations:
     splits: dict[str, list[Entry]] = {}
     for split, name in (("train", "train"), ("val", "test")):
         path = _find(annotations, f"Diving48_V2_{name}.json")
-        rows = _json_rows(path, "vid_name", "label")
+        rows = _rows(path, "vid_name", "label")
         if beyond := [row for row in rows if not 0 <= int(row["label"]) < len(vocabulary)]:
             raise UserError(f"{path}: {beyond[0]['vid_name']} has a label outside the vocabulary")
         splits[split] = [Entry(row["vid_name"], vocabulary[int(row["label"])]) for row in rows]
@@ -159,7 +159,7 @@ def imagenet(annotations: str, media: str) -> Annotations:
     train_files, val_files = _files_by_name(train, IMAGES), _files_by_name(val, IMAGES)
     splits = {"train": _label_by_folder(train, train_files), "val": _label_by_folder(val, val_files)}
     if not splits["val"]:
-        rows = _csv(_find(annotations, "LOC_val_solution.csv"), "ImageId", "PredictionString")
+        rows = _rows(_find(annotations, "LOC_val_solution.csv"), "ImageId", "PredictionString")
         splits["val"] = [Entry(row["ImageId"], row["PredictionString"].split()[0]) for row in rows]
     return Annotations(_sorted_labels(splits["train"]), splits, train_files | val_files)
 
@@ -260,25 +260,17 @@ def _json(path: str) -> Any:
             raise UserError(f"{path} is not valid JSON: {error}") from error
 
 
-def _json_rows(path: str, *keys: str) -> list[dict[str, Any]]:
-    """Return a JSON list of objects that have these keys."""
-    return _checked(_json(path), keys, path)
-
-
-def _csv(path: str, *keys: str) -> list[dict[str, str]]:
-    """Return the rows of a CSV file with a header that has these columns."""
-    return _checked(list(csv.DictReader(_lines(path))), keys, path)
-
-
-def _semicolon_rows(path: str) -> list[list[str]]:
-    """Return the rows of a CSV file without a header, whose cells are separated by semicolons."""
-    return [row for row in csv.reader(_lines(path), delimiter=";") if row]
-
-
-def _checked(rows: list[dict[str, Any]], keys: tuple[str, ...], path: str) -> list[dict[str, Any]]:
+def _rows(path: str, *keys: str) -> list[dict[str, Any]]:
+    """Return a JSON list of objects, or the rows of a CSV file with a header, that have these keys."""
+    rows = _json(path) if path.endswith(".json") else list(csv.DictReader(_lines(path)))
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict) or any(row.get(key) is None for key in keys):
             raise UserError(f"{path}: entry {number} lacks one of {', '.join(keys)}")
     if not rows:
         raise UserError(f"{path} is empty")
     return rows
+
+
+def _semicolon_rows(path: str) -> list[list[str]]:
+    """Return the rows of a CSV file without a header, whose cells are separated by semicolons."""
+    return [row for row in csv.reader(_lines(path), delimiter=";") if row]

@@ -65,30 +65,19 @@ class Layout:
         if not os.path.isdir(self.root):
             raise UserError(f"no folder {self.root!r}")
         train, test = self.find("train", self.train), self.find("test", self.test)
-        if train is None and test is None and self.train == "train" and (classes := self._class_folders()):
-            if not self.val_fraction:
-                raise UserError(
-                    f"{self.root} has class folders ({_shorten(classes)}) but no 'train' and no"
-                    f" {self.test!r}: hold out a part for testing with {self.option}val_fraction=0.1, or make"
-                    " both"
-                )
+        if train is None and test is None and self.val_fraction and self._class_folders():
             train = "."
         if train is None:
             raise self._missing("train", self.train)
         if test is None and not self.val_fraction:
-            hold_out = f", or hold out a part of {self.train!r} with {self.option}val_fraction=0.1"
-            raise self._missing("test", self.test, hold_out)
+            raise self._missing("test", self.test)
         return train, test
 
     def find(self, key: str, name: str) -> str | None:
-        """Return the folder or list of the split `name`, None if there is none.
-
-        Args:
-          key: "train" or "test", for the error message.
-          name: as in a configuration.
+        """Return the folder or list of a split, None if there is none.
 
         Raises:
-          UserError: there are several.
+          UserError: there are several; `key`, "train" or "test", names the option that chooses one.
         """
         found = [n for n in (name, *(name + end for end in LISTS)) if os.path.exists(self.join(n))]
         if len(found) > 1:
@@ -101,14 +90,18 @@ class Layout:
         return os.path.join(self.root, name)
 
     def _class_folders(self) -> list[str]:
-        """Return the folders in the root that can be classes; none if one is named as a split."""
+        """Return the folders in the root that can be classes of "train"; none if one is named as a split."""
         folders = [name for name in _names(self.root) if os.path.isdir(self.join(name))]
-        return [] if any(name.lower() in _SPLITS for name in folders) else folders
+        return [] if self.train != "train" or any(name.lower() in _SPLITS for name in folders) else folders
 
-    def _missing(self, key: str, name: str, more: str = "") -> UserError:
+    def _missing(self, key: str, name: str) -> UserError:
+        can_hold_out = not self.val_fraction and (key == "test" or self._class_folders())
+        hold_out = (
+            f", or hold out training examples with {self.option}val_fraction=0.1" if can_hold_out else ""
+        )
         return UserError(
             f"{self.root} has neither a folder {name!r} nor a list {name}.csv or {name}.jsonl (it has:"
-            f" {_shorten(_names(self.root), 8)}); name the split with {self.option}{key}_split=NAME{more}"
+            f" {_shorten(_names(self.root), 8)}); name the split with {self.option}{key}_split=NAME{hold_out}"
         )
 
 

@@ -198,7 +198,10 @@ HELD = ["train/a/001.png", "train/a/023.png", "train/a/026.png", "train/b/001.pn
 def test_class_folders_alone_are_a_training_split(tmp_path):
     """Without val_fraction the error suggests it."""
     write_images(tmp_path, {".": {"a": 10, "b": 10, "c": 10}})
-    with pytest.raises(UserError, match=r"class folders \(a, b, c\).*--config.data.val_fraction=0.1"):
+    with pytest.raises(
+        UserError,
+        match=r"\(it has: a, b, c\).*, or hold out training examples with --config.data.val_fraction=0.1",
+    ):
         survey(tmp_path)
     dataset = load(root=str(tmp_path), **IMAGES, val_fraction=0.1)
     assert (dataset.train_examples, dataset.test_examples) == (27, 3)
@@ -209,7 +212,7 @@ def test_class_folders_alone_are_a_training_split(tmp_path):
 def test_a_missing_test_split_is_held_out(tmp_path):
     """Another split is suggested instead; folders named as splits are not classes."""
     root = write_images(tmp_path / "data", {"train": {"a": 10, "b": 10}, "test": {"c": 10}})
-    with pytest.raises(UserError, match=r"neither a folder 'val' nor a list.*or hold out a part of 'train'"):
+    with pytest.raises(UserError, match=r"neither a folder 'val' nor a list.*or hold out training examples"):
         survey(root)
     found = survey(root, val_fraction=0.2)
     assert len(found.splits[1].source) == 4
