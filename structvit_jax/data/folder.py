@@ -95,10 +95,9 @@ class Layout:
         return [] if self.train != "train" or any(name.lower() in _SPLITS for name in folders) else folders
 
     def _missing(self, key: str, name: str) -> UserError:
-        can_hold_out = not self.val_fraction and (key == "test" or self._class_folders())
-        hold_out = (
-            f", or hold out training examples with {self.option}val_fraction=0.1" if can_hold_out else ""
-        )
+        hold_out = ""
+        if not self.val_fraction and (key == "test" or self._class_folders()):
+            hold_out = f", or hold out training examples with {self.option}val_fraction=0.1"
         return UserError(
             f"{self.root} has neither a folder {name!r} nor a list {name}.csv or {name}.jsonl (it has:"
             f" {_shorten(_names(self.root), 8)}); name the split with {self.option}{key}_split=NAME{hold_out}"

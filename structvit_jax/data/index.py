@@ -154,7 +154,7 @@ class Index:
 
 
 def suggest_label(label: str, class_names: Sequence[str]) -> str:
-    """Return " Did you mean 'NAME'?" with the most similar class, or "" if none is similar."""
+    """Return " Did you mean 'NAME'?" with the most similar class, "" if none is: there may be thousands."""
     near = difflib.get_close_matches(label, class_names, n=1)
     return f" Did you mean {near[0]!r}?" if near else ""
 

@@ -85,11 +85,7 @@ def _read_card(path: str) -> dict[str, Any]:
 
 
 def _open(folder: str, name: str, images: int) -> np.ndarray:
-    """Return an array of a folder of maps, memory-mapped.
-
-    Raises:
-      UserError: it is missing or damaged.
-    """
+    """Open an array of finished maps, memory-mapped; raise UserError if it is missing or damaged."""
     path = os.path.join(folder, f"{name}.npy")
     try:
         array = np.load(path, mmap_mode="r")

@@ -151,8 +151,11 @@ class Survey:
             first += f", {train.spread('frames')} frames" if self.unit == "videos" else ""
             sampled = len(train.measured)
             first += f" in {sampled:,} sampled" if sampled < len(train.source) else ""
-        notes = [f"note: {line}" for line in self.notes]
-        return [printable(line) for line in (first, *notes, *(f"warning: {line}" for line in self.warnings))]
+        return [printable(first), *self._remarks()]
+
+    def _remarks(self) -> list[str]:
+        lines = [f"note: {line}" for line in self.notes] + [f"warning: {line}" for line in self.warnings]
+        return list(map(printable, lines))
 
     def table(self) -> str:
         """Return the whole survey as a table of text, with all notes, warnings and errors."""
@@ -173,7 +176,7 @@ class Survey:
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
         errors = [f"error: {line}" for line in self.errors]
-        return "\n".join([*map(printable, lines), *self.lines()[1:], *map(printable, errors)])
+        return "\n".join([*map(printable, lines), *self._remarks(), *map(printable, errors)])
 
     def _class_rows(self) -> Iterator[list[str]]:
         """Yield examples by class: the largest classes of the training split, those without examples last."""
@@ -292,19 +295,19 @@ def _list_classes(names: Mapping[str, int] | Sequence[str], most: int = 3) -> st
 
 
 def _duplicates(train: Split, test: Split, limit: float | None) -> Iterator[str]:
-    """Warn of test files with the same bytes as training files, as many as are compared until `limit`."""
+    """Warn of test files with the same bytes as training files, among those compared until `limit`."""
     ours, theirs = train.source, test.source
     if not (isinstance(ours, Index) and isinstance(theirs, Index)):
         return
     if (ours.root, len(ours), ours.entry(0)) == (theirs.root, len(theirs), theirs.entry(0)):
         return  # one split is used for both
-    by_size: dict[int, list[int]] = collections.defaultdict(list)  # test files
+    by_size: dict[int, list[int]] = collections.defaultdict(list)  # test examples by size of their file
     tested = trained = 0
     for number, size in _file_sizes(theirs, limit):
         tested += 1
         by_size[size].append(number)
-    digests: dict[int, dict[str, int]] = {}  # of the test files of a size
-    pairs: dict[int, int] = {}
+    digests: dict[int, dict[str, int]] = {}  # test examples by size and digest
+    pairs: dict[int, int] = {}  # test example -> training example
     for number, size in _file_sizes(ours, limit):
         trained += 1
         if not size or size not in by_size:

@@ -94,7 +94,7 @@ def _build(
         tempfile.tempdir = None
     made = Path(builder.data_path)
     for split, index in indices.items():
-        (made / ids_file(split)).write_text("".join(index.id(i) + "\n" for i in range(len(index))))
+        (made / ids_file(split)).write_text("".join(f"{name}\n" for name in index.ids()))
     return made
 
 

@@ -246,7 +246,7 @@ def test_the_kind_is_that_of_most_examples(tmp_path):
         load(root=str(images), name="folder")
 
 
-# -------------------------------------------------------------------------------------------- automatic setti
+# Automatic settings.
 
 OWN = "--config=configs/folder.py"
 
@@ -311,7 +311,7 @@ def test_default_runs_are_bounded(examples, video):
     assert 1 <= config.data.batch_size <= max(2, examples)
 
 
-# ------------------------------------------------------------------------------------ fingerprints
+# Fingerprints.
 
 
 def changes_between(*roots, **changes):

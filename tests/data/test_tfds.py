@@ -169,7 +169,7 @@ def test_interrupted_shards_are_written_again(root, tmp_path, monkeypatch):
     arguments = [str(root), str(out), "--train_split=some"]
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", lambda *arguments, **options: None)  # a kill cleans up nothing
-        patch.setattr(Index, "id", lambda self, number: sys.exit())
+        patch.setattr(Index, "ids", lambda self: sys.exit())
         with pytest.raises(SystemExit):
             structvit("prepare", "shards", *arguments)
     assert find_shards(str(out)) is None
