@@ -56,7 +56,7 @@ def _reject_nan(ctx: click.Context, option: click.Parameter, value: float) -> fl
     return value
 
 
-_images = click.option("--images", is_flag=True, help="Read images; by default the kind of most files.")
+_images = click.option("--images", is_flag=True, help="Files are images; by default most files decide.")
 _output_options = _combine(
     click.option(
         "--out", default="", show_default=False, metavar="DIR", help="Folder for lists and reports."
