@@ -16,7 +16,7 @@ from structvit_jax.cli.options import Words
 from structvit_jax.utils.errors import UserError
 
 F = TypeVar("F", bound=Callable[..., Any])
-# Data sets with a reader of their annotation files in structvit_jax.data.annotations.
+# Data sets whose annotation files structvit_jax.data.annotations reads.
 PUBLISHED = {
     "kinetics400": "Kinetics-400, from its CSV files.",
     "something_v1": "Something-Something V1, from its CSV files and folders of frames.",
@@ -49,21 +49,17 @@ def _combine(*decorators: Callable[[F], F]) -> Callable[[F], F]:
     return lambda function: functools.reduce(lambda inner, add: add(inner), reversed(decorators), function)
 
 
-def _check_number(ctx: click.Context, option: click.Parameter, value: float) -> float:
-    """Refuse NaN, which is in every range for click."""
+def _reject_nan(ctx: click.Context, option: click.Parameter, value: float) -> float:
+    """Reject NaN, which click accepts in any range."""
     if math.isnan(value):
         raise click.BadParameter("nan is not a number", ctx, option)
     return value
 
 
-_images = click.option("--images", is_flag=True, help="Files are images; by default the kind of most files.")
-_list_options = _combine(
+_images = click.option("--images", is_flag=True, help="Files are images; by default most files decide.")
+_output_options = _combine(
     click.option(
-        "--out",
-        default="",
-        show_default=False,
-        metavar="DIR",
-        help="Folder for lists, class names and reports.",
+        "--out", default="", show_default=False, metavar="DIR", help="Folder for lists and reports."
     ),
     click.option("--check", is_flag=True, help="Decode every file."),
     click.option(
@@ -81,7 +77,7 @@ def _split_options(val_fraction: float) -> Callable[[F], F]:
             "--val_fraction",
             type=click.FloatRange(0, 1, max_open=True),
             default=val_fraction,
-            callback=_check_number,
+            callback=_reject_nan,
             help="Fraction of the training examples held out if there is no test split.",
         ),
         _images,
@@ -96,7 +92,7 @@ def _run(source: str, paths: tuple[str, ...], **chosen: Any) -> int:
 
 @command.command("folder", context_settings=options.SETTINGS)
 @click.argument("path", metavar="DIR")
-@_list_options
+@_output_options
 @_split_options(0.1)
 def folder(path: str, **chosen: Any) -> int:
     """Your own data: DIR/train/CLASS/FILE and DIR/val/CLASS/FILE, lists, or DIR/CLASS/FILE alone.
@@ -110,7 +106,7 @@ def folder(path: str, **chosen: Any) -> int:
 
 @command.command("list", context_settings=options.SETTINGS)
 @click.argument("paths", metavar="FILE...", nargs=-1, required=True)
-@_list_options
+@_output_options
 @_images
 def list_(paths: tuple[str, ...], **chosen: Any) -> int:
     """Lists of examples (CSV, JSON lines, or SlowFast's); the first is the training list.
@@ -126,7 +122,7 @@ def _add_published(name: str, description: str) -> None:
     """Add the command of a published data set."""
 
     def published(annotations: str, media: str | None, **chosen: Any) -> int:
-        return _run(name, (annotations, media) if media else (annotations,), **chosen)
+        return _run(name, (annotations, media or annotations), **chosen)
 
     published.__doc__ = f"""{description}
 
@@ -137,12 +133,12 @@ def _add_published(name: str, description: str) -> None:
     Example:
       structvit prepare {name} ANNOTATIONS FILES --out=DIR --check
     """
-    arguments = (
+    arguments = _combine(
         click.argument("annotations", metavar="ANNOTATIONS"),
         click.argument("media", metavar="[FILES]", required=False),
     )
     add = command.command(name, context_settings=options.SETTINGS, short_help=description)
-    add(_combine(*arguments, _list_options)(published))
+    add(arguments(_output_options(published)))
 
 
 for _name, _description in PUBLISHED.items():
@@ -173,9 +169,8 @@ def shards(root: str, out: str, beam_runner: str, beam_options: tuple[str, ...],
 
     DIR is a folder as for `structvit prepare folder`; OUT becomes the config.data.root to train from. Parts
     of long files are cut out without decoding. Unreadable examples keep their position, with the reason, so
-    that batches are the same as from DIR. With a Beam runner records are made in parallel (the extra `beam`).
-    If OUT is a bucket, shards are written to a local disk and then copied; training reads them where the
-    bucket is mounted.
+    that batches are the same as from DIR. With a Beam runner, records are made in parallel (the extra
+    `beam`).
 
     \b
     Example:

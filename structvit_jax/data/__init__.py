@@ -9,10 +9,10 @@ from structvit_jax.data.types import Batch, Dataset, Problem, Source
 
 if TYPE_CHECKING:
     from structvit_jax.data.dataset import SOURCES, is_video, load, sources
-    from structvit_jax.data.measure import typical
+    from structvit_jax.data.survey import typical
 
 # Loaded on first use: the types above need no decoders.
-_MODULES = dict.fromkeys(("SOURCES", "is_video", "load", "sources"), "dataset") | {"typical": "measure"}
+_MODULES = dict.fromkeys(("SOURCES", "is_video", "load", "sources"), "dataset") | {"typical": "survey"}
 
 
 def __getattr__(name: str) -> Any:

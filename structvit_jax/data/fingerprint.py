@@ -10,24 +10,22 @@ Data made on the fly are identified by their name and options.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import heapq
-import itertools
 import os
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 from structvit_jax.data.media import IMAGES, VIDEOS
 from structvit_jax.data.types import Source
 from structvit_jax.utils.errors import DecodeError, decoding
 
-SAMPLED = 64
-_PART = 2**18  # bytes read at the beginning and at the end of larger files
+_SAMPLED = 64  # examples
+_END = 2**18  # bytes read at the beginning and at the end of larger files
 _EXTENSION = re.compile(
     rf"(?:{'|'.join(map(re.escape, IMAGES + VIDEOS))})(?=(?:#[\d.e+]+-[\d.e+]*)?$)",
-    re.IGNORECASE | re.MULTILINE,
+    re.IGNORECASE,
 )
 Fingerprint = Mapping[str, Any]
 
@@ -37,8 +35,10 @@ def fingerprint_of(source: Source) -> dict[str, Any]:
     examples = len(source)
     if made := getattr(source, "made_from", None):
         return {"examples": examples, "made_from": made}
-    ids = _EXTENSION.sub("", "\n".join(_ids(source))).split("\n")  # in one call: there may be a million
-    shared = _shared_folder(ids)
+    list_ids = getattr(source, "ids", None)
+    ids = list_ids() if list_ids else [source.id(i) for i in range(examples)]
+    ids = [_EXTENSION.sub("", name) for name in ids]
+    shared = os.path.commonprefix(ids).rfind("/") + 1  # noqa: RUF071 - of characters
     ids = [name[shared:] for name in ids]
     return {
         "examples": examples,
@@ -48,60 +48,45 @@ def fingerprint_of(source: Source) -> dict[str, Any]:
     }
 
 
-def _ids(source: Source) -> list[str]:
-    listed = getattr(source, "ids", None)
-    return listed() if listed else [source.id(i) for i in range(len(source))]
-
-
-def _shared_folder(ids: Sequence[str]) -> int:
-    """Return the length of the folder that all ids share, in characters."""
-    if not ids:
-        return 0
-    first, last = min(ids), max(ids)
-    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
-    return "".join(character for character, _ in same).rfind("/") + 1
-
-
 def _digest_of_all(lines: Sequence[str]) -> str:
-    return hashlib.sha256(_encoded("\n".join(sorted(lines)))).hexdigest()
+    return hashlib.sha256(_encode("\n".join(sorted(lines)))).hexdigest()
 
 
-def _encoded(text: str) -> bytes:
+def _encode(text: str) -> bytes:
     return text.encode("utf-8", "backslashreplace")
 
 
 def _digest_of_labels(source: Source, ids: Sequence[str]) -> str | None:
-    """Return a digest of all labels, or None if reading labels takes reading the examples."""
+    """Return a digest of all labels, or None if labels are stored with the examples."""
     labels = getattr(source, "labels", None)
     if labels is None:
         return None
-    names = (*source.class_names, "")  # -1: none of the classes
+    names = (*source.class_names, "")  # label -1 is not a class
     return _digest_of_all(
         [f"{name}\t{names[label]}" for name, label in zip(ids, labels.tolist(), strict=True)]
     )
 
 
-def _sample(source: Source, ids: Sequence[str]) -> dict[str, str]:
-    """Return digests "LABEL BYTES" by the digest of an id; BYTES is "" for a part of a file."""
-    keyed = ((hashlib.sha256(_encoded(name)).digest(), i) for i, name in enumerate(ids))
-    chosen = heapq.nsmallest(SAMPLED, keyed)
-    return {key.hex()[:16]: _stored(source, i) for key, i in chosen}
-
-
-def _stored(source: Any, index: int) -> str:
-    try:
-        label, files = source.stored(index)
-        digest = "" if files is None else bytes_digest(files)
-    except DecodeError:
-        return "unreadable"
-    return f"{hashlib.sha256(_encoded(label)).hexdigest()[:8]} {digest}"
+def _sample(source: Any, ids: Sequence[str]) -> dict[str, str]:
+    """Return "LABEL BYTES" digests by the digest of an id; BYTES is "" for a part of a file."""
+    keyed = ((hashlib.sha256(_encode(name)).digest(), i) for i, name in enumerate(ids))
+    sample = {}
+    for key, i in heapq.nsmallest(_SAMPLED, keyed):
+        try:
+            label, files = source.stored(i)
+            content = "" if files is None else bytes_digest(files)
+            digest = f"{hashlib.sha256(_encode(label)).hexdigest()[:8]} {content}"
+        except DecodeError:
+            digest = "unreadable"
+        sample[key.hex()[:16]] = digest
+    return sample
 
 
 def bytes_digest(files: Sequence[str | bytes]) -> str:
     """Return a digest of the sizes and bytes of an example's first, middle and last file.
 
     Args:
-      files: paths or contents. Of large files the beginning and the end are read.
+      files: paths or contents. Of large files, only the beginning and the end are read.
 
     Raises:
       DecodeError: one of them cannot be read.
@@ -109,114 +94,81 @@ def bytes_digest(files: Sequence[str | bytes]) -> str:
     digest = hashlib.sha256(str(len(files)).encode())
     with decoding():
         for index in sorted({0, len(files) // 2, len(files) - 1} if files else ()):
-            size, parts = _parts(files[index])
+            size, content = _read_ends(files[index])
             digest.update(f" {size} ".encode())
-            digest.update(parts)
+            digest.update(content)
     return digest.hexdigest()[:16]
 
 
-def _parts(file: str | bytes) -> tuple[int, bytes]:
+def _read_ends(file: str | bytes) -> tuple[int, bytes]:
+    """Return the size of a file, and its bytes, or the beginning and the end of a large one."""
     if isinstance(file, bytes):
-        return len(file), file if len(file) <= 2 * _PART else file[:_PART] + file[-_PART:]
+        return len(file), file if len(file) <= 2 * _END else file[:_END] + file[-_END:]
     if not os.path.isfile(file):
         raise DecodeError("no such file, or not a regular file")
     size = os.path.getsize(file)
     with open(file, "rb") as opened:
-        if size <= 2 * _PART:
+        if size <= 2 * _END:
             return size, opened.read()
-        start = opened.read(_PART)
-        opened.seek(-_PART, os.SEEK_END)
+        start = opened.read(_END)
+        opened.seek(-_END, os.SEEK_END)
         return size, start + opened.read()
 
 
-@dataclasses.dataclass(frozen=True)
-class SplitChange:
-    """How a split differs from that of a run.
+class Changes(NamedTuple):
+    """How data differ from those of a run.
 
     Attributes:
-      kind: the first of these that differs: where the examples come from, their number, ids, labels, or the
-        bytes of sampled examples; None if the split is the same.
-      old, new: the fingerprints.
-      alike: number of examples of a common sample that are the same.
-      sampled: size of that sample.
+      by_split: a description of the change of each split that differs.
+      alike: number of sampled examples that are the same, over all splits.
+      sampled: number of sampled examples.
     """
 
-    kind: Literal["origin", "number", "ids", "labels", "bytes"] | None
-    old: Fingerprint
-    new: Fingerprint
+    by_split: dict[str, str]
     alike: int
     sampled: int
 
     @property
-    def described(self) -> str:
-        """The change as text; "" if there is none."""
-        old, new = self.old, self.new
-        if self.kind is None:
-            return ""
-        if self.kind == "origin":
-            return " instead of ".join(
-                f"{one.get('made_from') or 'stored'} ({one['examples']:,} examples)" for one in (new, old)
-            )
-        change = {
-            "number": f"{new['examples']:,} examples instead of {old['examples']:,}, ",
-            "ids": "examples of other names, ",
-            "labels": "other labels, ",
-            "bytes": "",
-        }[self.kind]
-        return f"{change}{self.alike} of {self.sampled} sampled examples are the same"
-
-
-@dataclasses.dataclass(frozen=True)
-class Changes:
-    """How data differ from those of a run, by split."""
-
-    splits: Mapping[str, SplitChange]
-
-    @property
     def same(self) -> bool:
-        return all(change.kind is None for change in self.splits.values())
-
-    @property
-    def alike(self) -> int:
-        return sum(change.alike for change in self.splits.values())
-
-    @property
-    def sampled(self) -> int:
-        return sum(change.sampled for change in self.splits.values())
+        return not self.by_split
 
     @property
     def described(self) -> str:
         """The changes as text; "" if there are none."""
-        return "; ".join(f"{name}: {one.described}" for name, one in self.splits.items() if one.kind)
+        return "; ".join(f"{split}: {change}" for split, change in self.by_split.items())
 
 
 def compare(old: Mapping[str, Fingerprint], new: Mapping[str, Fingerprint]) -> Changes:
     """Compare the fingerprints of the splits in `new` with those of a run, by name."""
-    return Changes({split: _change(old[split], one) for split, one in new.items()})
+    counts = {split: _count_alike(old[split], after) for split, after in new.items()}
+    changes = {split: _describe_change(old[split], after, *counts[split]) for split, after in new.items()}
+    return Changes(
+        {split: change for split, change in changes.items() if change},
+        sum(alike for alike, _ in counts.values()),
+        sum(sampled for _, sampled in counts.values()),
+    )
 
 
-def _change(old: Fingerprint, new: Fingerprint) -> SplitChange:
-    alike, sampled = similarity(old, new)
-    kind: Literal["origin", "number", "ids", "labels", "bytes"] | None = None
+def _describe_change(old: Fingerprint, new: Fingerprint, alike: int, sampled: int) -> str:
+    """Describe the first difference between two fingerprints of a split; "" if there is none."""
     if old.get("made_from") or new.get("made_from"):
-        if any(old.get(key) != new.get(key) for key in ("made_from", "examples")):
-            kind = "origin"
-    elif old["examples"] != new["examples"]:
-        kind = "number"
-    elif old["ids"] != new["ids"]:
-        kind = "ids"
-    elif None not in (old["labels"], new["labels"]) and old["labels"] != new["labels"]:
-        kind = "labels"
-    elif alike < sampled:
-        kind = "bytes"
-    return SplitChange(kind, old, new, alike, sampled)
+        origins = [f"{one.get('made_from') or 'stored'} ({one['examples']:,} examples)" for one in (new, old)]
+        return "" if origins[0] == origins[1] else " instead of ".join(origins)
+    same = f"{alike} of {sampled} sampled examples are the same"
+    if old["examples"] != new["examples"]:
+        return f"{new['examples']:,} examples instead of {old['examples']:,}, {same}"
+    if old["ids"] != new["ids"]:
+        return f"examples of other names, {same}"
+    if None not in (old["labels"], new["labels"]) and old["labels"] != new["labels"]:
+        return f"other labels, {same}"
+    return same if alike < sampled else ""
 
 
-def similarity(old: Fingerprint, new: Fingerprint) -> tuple[int, int]:
+def _count_alike(old: Fingerprint, new: Fingerprint) -> tuple[int, int]:
     """Return how many examples of a common sample of two splits are the same, and the size of the sample."""
     before, after = old.get("sample", {}), new.get("sample", {})
-    union = sorted(before.keys() | after.keys())[: max(len(before), len(after))]
-    return sum(_is_same(before.get(key), after.get(key)) for key in union), len(union)
+    common = sorted(before.keys() | after.keys())[: max(len(before), len(after))]
+    return sum(_is_same(before.get(key), after.get(key)) for key in common), len(common)
 
 
 def _is_same(before: str | None, after: str | None) -> bool:

@@ -13,7 +13,7 @@ import dataclasses
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator
 
 from structvit_jax.data.container import VIDEOS
 from structvit_jax.data.image import IMAGES
@@ -22,14 +22,9 @@ from structvit_jax.data.index import (
     LISTS,
     Entry,
     Index,
-    Scan,
     class_names_of,
-    examples_below,
-    kind_of,
-    order,
-    read_labels,
     read_list,
-    walk,
+    sort_key,
 )
 from structvit_jax.data.limits import Limits
 from structvit_jax.data.media import frame_names, without_extension
@@ -59,13 +54,31 @@ class Layout:
     limits: Limits = Limits()  # noqa: RUF009 - immutable
     option: str = "--config.data."
 
-    def find(self, key: str) -> str | None:
-        """Return the name of the folder or list of a split ("train" or "test"), None if there is none.
+    def splits(self) -> tuple[str, str | None]:
+        """Return the folders or lists of the training and the test split; None for one to be held out.
 
         Raises:
-          UserError: there are several.
+          UserError: a split is missing.
         """
-        name = {"train": self.train, "test": self.test}[key]
+        if not self.root:
+            raise UserError("set the folder of the data: --config.data.root=DIR, with DIR/train and DIR/val")
+        if not os.path.isdir(self.root):
+            raise UserError(f"no folder {self.root!r}")
+        train, test = self.find("train", self.train), self.find("test", self.test)
+        if train is None and test is None and self.val_fraction and self._class_folders():
+            train = "."
+        if train is None:
+            raise self._missing("train", self.train)
+        if test is None and not self.val_fraction:
+            raise self._missing("test", self.test)
+        return train, test
+
+    def find(self, key: str, name: str) -> str | None:
+        """Return the folder or list of a split, None if there is none.
+
+        Raises:
+          UserError: there are several; `key`, "train" or "test", names the option that chooses one.
+        """
         found = [n for n in (name, *(name + end for end in LISTS)) if os.path.exists(self.join(n))]
         if len(found) > 1:
             names = [n.rstrip("/") + "/" if os.path.isdir(self.join(n)) else n for n in found]
@@ -76,41 +89,18 @@ class Layout:
     def join(self, name: str) -> str:
         return os.path.join(self.root, name)
 
-    def splits(self) -> tuple[str, str | None]:
-        """Return the names of the training and the test split; None for one to be held out.
-
-        Raises:
-          UserError: a split is missing; names the way out.
-        """
-        if not self.root:
-            raise UserError("set the folder of the data: --config.data.root=DIR, with DIR/train and DIR/val")
-        if not os.path.isdir(self.root):
-            raise UserError(f"no folder {self.root!r}")
-        train, test = self.find("train"), self.find("test")
-        if train is None and test is None and self.train == "train" and (classes := self._class_folders()):
-            if not self.val_fraction:
-                raise UserError(
-                    f"{self.root} has class folders ({_some(classes)}) but no 'train' and no {self.test!r}:"
-                    f" hold out a part for testing with {self.option}val_fraction=0.1, or make both"
-                )
-            train = "."
-        if train is None:
-            raise self._missing("train", "")
-        if test is None and not self.val_fraction:
-            more = f", or hold out a part of {self.train!r} with {self.option}val_fraction=0.1"
-            raise self._missing("test", more)
-        return train, test
-
     def _class_folders(self) -> list[str]:
-        """Return the folders in the root that can be classes; none if one is named as a split."""
+        """Return the folders in the root that can be classes of "train"; none if one is named as a split."""
         folders = [name for name in _names(self.root) if os.path.isdir(self.join(name))]
-        return [] if any(name.lower() in _SPLITS for name in folders) else folders
+        return [] if self.train != "train" or any(name.lower() in _SPLITS for name in folders) else folders
 
-    def _missing(self, key: str, more: str) -> UserError:
-        name, there = {"train": self.train, "test": self.test}[key], _some(_names(self.root), 8)
+    def _missing(self, key: str, name: str) -> UserError:
+        hold_out = ""
+        if not self.val_fraction and (key == "test" or self._class_folders()):
+            hold_out = f", or hold out training examples with {self.option}val_fraction=0.1"
         return UserError(
             f"{self.root} has neither a folder {name!r} nor a list {name}.csv or {name}.jsonl (it has:"
-            f" {there}); name the split with {self.option}{key}_split=NAME{more}"
+            f" {_shorten(_names(self.root), 8)}); name the split with {self.option}{key}_split=NAME{hold_out}"
         )
 
 
@@ -122,10 +112,10 @@ def read_splits(layout: Layout, *, video: bool) -> tuple[Index, Index]:
       video: whether examples are videos (or folders of frames) rather than images.
 
     Raises:
-      UserError: something is missing, empty or not understood; names it.
+      UserError: something is missing, empty or not understood.
     """
     train_name, test_name = layout.splits()
-    train, train_scan = read_split(layout.root, train_name, video=video)
+    train, train_notes = read_split(layout.root, train_name, video=video)
     class_names = class_names_of(layout.root, train)
     if test_name is None:
         train, test = hold_out(train, layout.val_fraction)
@@ -134,24 +124,16 @@ def read_splits(layout: Layout, *, video: bool) -> tuple[Index, Index]:
                 f"{layout.join(train_name)}: no class has two examples, so that none can be held out for"
                 f" testing ({layout.option}val_fraction={layout.val_fraction:g})"
             )
-        test_scan = Scan(note=_held_out_note(layout, len(train), len(test)))
+        test_notes = [_held_out_note(layout, len(train), len(test))]
     else:
-        test, test_scan = read_split(layout.root, test_name, video=video)
-        for name, entries in ((train_name, train), (test_name, test)):
-            labels = {entry.label for entry in entries}
-            if labels.isdisjoint(class_names):
-                source = LABELS if read_labels(layout.root) else train_name
-                raise UserError(
-                    f"{layout.join(name)}: none of its labels ({_some(sorted(labels))}) is among the"
-                    f" {len(class_names)} classes of {source}"
-                )
-    train_index = Index(layout.root, train, class_names, limits=layout.limits, scan=train_scan)
-    return train_index, Index(layout.root, test, class_names, limits=layout.limits, scan=test_scan)
+        test, test_notes = read_split(layout.root, test_name, video=video)
+    train_index = Index(layout.root, train, class_names, limits=layout.limits, notes=train_notes)
+    return train_index, Index(layout.root, test, class_names, limits=layout.limits, notes=test_notes)
 
 
 def _held_out_note(layout: Layout, train: int, test: int) -> str:
-    there = [name for name in _names(layout.root) if os.path.splitext(name)[0].lower() in _SPLITS]
-    others = [name for name in there if os.path.splitext(name)[0] != layout.train]
+    stems = [os.path.splitext(name)[0] for name in _names(layout.root)]
+    others = [stem for stem in stems if stem.lower() in _SPLITS and stem != layout.train]
     more = f"; to use {others[0]} instead: {layout.option}test_split={others[0]}" if others else ""
     return (
         f"{layout.root} has no split {layout.test!r}: {test:,} of {train + test:,} training examples are held"
@@ -159,57 +141,95 @@ def _held_out_note(layout: Layout, train: int, test: int) -> str:
     )
 
 
-def read_split(root: str, name: str, *, video: bool) -> tuple[list[Entry], Scan]:
-    """Return the examples of a list or of class folders, at least one, unsorted, and what else is there.
+def read_split(root: str, name: str, *, video: bool) -> tuple[list[Entry], list[str]]:
+    """Return the examples of a list or of class folders, unsorted, and notes on what else is there.
 
     Raises:
       UserError: there are no examples of the kind, or files are not understood.
     """
-    path = os.path.join(root, name)
-    if not os.path.isdir(path):
-        entries, scan = list(read_list(path)), Scan()
+    path = os.path.normpath(os.path.join(root, name))
+    ignored: collections.Counter[str] = collections.Counter()
+    if os.path.isdir(path):
+        entries, notes = _read_class_folders(path, os.path.normpath(name), video, ignored)
     else:
-        entries, scan = _read_class_folders(root, name, video)
-    if not entries:
-        kind, others = ("videos", "images") if video else ("images", "videos")
-        if count := scan.ignored.get(others):
-            model = "structvit_tiny_4_1" if video else "structvit_tiny_4_1_video"
-            raise UserError(
-                f"{path} has no {kind}, but {count:,} {others}: choose a model for {others}, such as"
-                f" --config.model.name={model} --config.data.frames={0 if video else 8}; in a new --workdir"
-                " configs/folder.py chooses one itself"
-            )
-        more = f"; ignored: {counts(scan.ignored)}" if scan.ignored else ""
-        raise UserError(f"{path} is empty: there are no {kind} in it{more}")
-    return entries, scan
+        entries, notes = list(read_list(path)), []
+    if entries:
+        return entries, notes
+    kind, others = ("videos", "images") if video else ("images", "videos")
+    if count := ignored[others]:
+        model = "structvit_tiny_4_1" if video else "structvit_tiny_4_1_video"
+        raise UserError(
+            f"{path} has no {kind}, but {count:,} {others}: choose a model for {others}, such as"
+            f" --config.model.name={model} --config.data.frames={0 if video else 8}; in a new --workdir"
+            " configs/folder.py chooses one itself"
+        )
+    raise UserError(f"{path} is empty: there are no {kind} in it{_describe(ignored)}")
 
 
-def _read_class_folders(root: str, split: str, video: bool) -> tuple[list[Entry], Scan]:
-    """Read root/split/CLASS/**/FILE; for videos, a folder that holds images is one example."""
-    top = os.path.join(root, split)
-    prefix = "" if os.path.normpath(split) == "." else os.path.normpath(split) + "/"
+def _read_class_folders(
+    top: str, split: str, video: bool, ignored: collections.Counter[str]
+) -> tuple[list[Entry], list[str]]:
+    """Read top/CLASS/**/FILE; for videos, a folder that holds images is one example."""
     entries: list[Entry] = []
-    total: collections.Counter[str] = collections.Counter()
-    empty: dict[str, Mapping[str, int]] = {}
+    empty = []
     for label in _names(top):
         folder = os.path.join(top, label)
         if not os.path.isdir(folder):
             if label.lower().endswith(VIDEOS if video else IMAGES):
                 raise UserError(f"{folder} lies beside the class folders; move it into that of its class")
             if label != LABELS:
-                total[kind_of(label)] += 1
+                ignored[kind_of(label)] += 1
             continue
-        ignored: collections.Counter[str] = collections.Counter()
-        before = len(entries)
-        for name in examples_below(folder, video, ignored):
-            if name == ".":  # a class folder is not a clip
-                ignored["images"] += len(frame_names(os.listdir(folder)))
-            else:
-                entries.append(Entry(f"{prefix}{label}/{name}", label))
-        if len(entries) == before:
-            empty[label] = ignored
-        total += ignored
-    return entries, Scan(total, empty)
+        names = list(examples_below(folder, video, ignored))
+        if "." in names:  # a class folder is not a clip
+            names.remove(".")
+            ignored["images"] += len(frame_names(os.listdir(folder)))
+        path = label if split == "." else f"{split}/{label}"
+        entries += [Entry(f"{path}/{name}", label) for name in names]
+        if not names:
+            empty.append(label)
+    notes = [f"{top} has class folders without examples: {_shorten(empty)}"] if empty else []
+    if ignored:
+        notes.append(f"{top}: {len(entries):,} examples{_describe(ignored)}")
+    return entries, notes
+
+
+def examples_below(top: str, video: bool, ignored: collections.Counter[str] | None = None) -> Iterator[str]:
+    """Yield the examples in a folder as paths relative to it, and count other files in `ignored`.
+
+    Examples are images, or videos and folders of the frames of one. The folder itself, ".", may be one.
+    """
+    for folder, files in walk(top):
+        here = os.path.relpath(folder, top).replace(os.sep, "/")
+        examples = [name for name in files if name.lower().endswith(VIDEOS if video else IMAGES)]
+        frames = frame_names(files) if video and not examples else []
+        if ignored is not None:
+            ignored.update(map(kind_of, set(files).difference(examples, frames)))
+        if frames:
+            yield here
+        yield from examples if here == "." else (f"{here}/{name}" for name in examples)
+
+
+def walk(top: str) -> Iterator[tuple[str, list[str]]]:
+    """Yield every folder from `top` down with its files, in order, without hidden ones.
+
+    Links are followed, but every folder is yielded once.
+
+    Raises:
+      UserError: a folder that cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{error.filename} cannot be read: {error.strerror}") from error
+
+    seen: set[str] = set()
+    for folder, folders, files in os.walk(top, followlinks=True, onerror=refuse):
+        if (real := os.path.realpath(folder)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield folder, sorted(name for name in files if not name.startswith("."))
 
 
 def hold_out(entries: Iterable[Entry], fraction: float) -> tuple[list[Entry], list[Entry]]:
@@ -235,7 +255,7 @@ def hold_out(entries: Iterable[Entry], fraction: float) -> tuple[list[Entry], li
             (held if taken < wanted else left).extend(file)
             taken += len(file)
         left += last
-    return sorted(left, key=order), sorted(held, key=order)
+    return sorted(left, key=sort_key), sorted(held, key=sort_key)
 
 
 def is_video(layout: Layout) -> bool:
@@ -251,50 +271,43 @@ def is_video(layout: Layout) -> bool:
         images = [entry.path.lower().endswith(IMAGES) for entry in read_list(path)]
         found = collections.Counter(images=sum(images), videos=len(images) - sum(images))
     if not found["images"] + found["videos"]:
-        more = f"; ignored: {counts(found)}" if any(found.values()) else ""
-        raise UserError(f"{path} is empty: there are no images or videos in it{more}")
+        raise UserError(f"{path} is empty: there are no images or videos in it{_describe(found)}")
     return found["videos"] >= found["images"]
 
 
 def _count_kinds(top: str) -> collections.Counter[str]:
     """Count files below class folders by kind; a folder of numbered frames counts as a video."""
     found: collections.Counter[str] = collections.Counter()
-    for label in _names(top):
-        if not os.path.isdir(class_folder := os.path.join(top, label)):
+    class_folders = {os.path.join(top, label) for label in _names(top)}
+    for folder, files in walk(top):
+        if folder == top:
             continue
-        for folder, files in walk(class_folder):
-            kinds = collections.Counter(map(kind_of, files))
-            below = folder != class_folder
-            if below and kinds["images"] and not kinds["videos"] and _are_frames(frame_names(files)):
-                kinds["videos"], kinds["images"] = 1, 0
-            found += kinds
+        kinds = collections.Counter(map(kind_of, files))
+        if folder not in class_folders and not kinds["videos"] and _are_frames(frame_names(files)):
+            kinds["videos"], kinds["images"] = 1, 0
+        found += kinds
     return found
 
 
 def _are_frames(names: list[str]) -> bool:
-    """Return whether images are named as frames of a video: alike but for numbers that count from 0 or 1."""
-    matches = [re.fullmatch(r"(.*?)(\d{1,9})(\D*)", name, re.ASCII | re.DOTALL) for name in names]
-    parts = [match.groups() for match in matches if match]
-    numbers = [int(number) for _, number, _ in parts]
-    return (
-        len(parts) == len(names) > 1
-        and len({(before, after) for before, _, after in parts}) == 1
-        and numbers[0] in (0, 1)
-        and numbers == list(range(numbers[0], numbers[0] + len(numbers)))
-    )
+    """Return whether images are numbered as the frames of a video: from 0 or 1, in steps of one."""
+    numbers = [int(number) for name in names for number in re.findall(r"([0-9]{1,9})[^0-9]*$", name)]
+    count = len(names)
+    return count > 1 and numbers in (list(range(count)), list(range(1, count + 1)))
 
 
-def counts(found: Mapping[str, int]) -> str:
-    """Return counts by `kind_of` as text, the largest first: "12 .tiff, 3 without extension"."""
+def kind_of(name: str) -> str:
+    """Return "images", "videos", an extension as ".txt", or "no extension", by the name of a file."""
+    name = name.lower()
+    if name.endswith(IMAGES):
+        return "images"
+    return "videos" if name.endswith(VIDEOS) else os.path.splitext(name)[1] or "no extension"
 
-    def phrase(kind: str, count: int) -> str:
-        if kind == "no extension":
-            return f"{count:,} without extension"
-        return f"{count:,} {kind[:-1] if count == 1 and kind in ('images', 'videos') else kind}"
 
-    ranked = sorted(found.items(), key=lambda item: (-item[1], item[0]))
-    shown = [phrase(kind, count) for kind, count in ranked[:6]]
-    return ", ".join(shown) + (f" and {sum(c for _, c in ranked[6:]):,} others" if len(ranked) > 6 else "")
+def _describe(ignored: collections.Counter[str]) -> str:
+    """Return counts by `kind_of` as text, the largest first: "; ignored: .tiff (12), no extension (3)"."""
+    kinds = [f"{kind} ({count:,})" for kind, count in ignored.most_common() if count]
+    return f"; ignored: {_shorten(kinds, 6)}" if kinds else ""
 
 
 def _names(folder: str) -> list[str]:
@@ -305,5 +318,5 @@ def _names(folder: str) -> list[str]:
         raise UserError(f"{folder} cannot be read: {error.strerror}") from error
 
 
-def _some(names: list[str], most: int = 3) -> str:
+def _shorten(names: list[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "") or "nothing"

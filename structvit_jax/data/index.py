@@ -1,9 +1,9 @@
-"""The examples of a split in an order that does not depend on their storage; lists and label files.
+"""The examples of a split, sorted so that their order does not depend on how they are stored.
 
-A list (ROOT/train.csv, ROOT/train.jsonl) has `path`, `label` and, if an example is part of a file, `start`
-and `end` in seconds. Paths are relative to the list. ROOT/labels.txt, one name per line, fixes the classes
-and their order; without it they are the sorted labels of the training split. `structvit_jax.data.folder`
-finds the splits of a data set.
+A list (ROOT/train.csv or ROOT/train.jsonl) has the columns `path` and `label` and, for parts of files,
+`start` and `end` in seconds. Paths are relative to the list. ROOT/labels.txt, one name per line, fixes the
+classes and their order; without it, they are the sorted labels of the training split.
+`structvit_jax.data.folder` finds the splits of a data set.
 """
 
 from __future__ import annotations
@@ -11,28 +11,25 @@ from __future__ import annotations
 import collections
 import contextlib
 import csv
-import dataclasses
-import json
+import difflib
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 
-from structvit_jax.data.container import VIDEOS
-from structvit_jax.data.image import IMAGES
 from structvit_jax.data.limits import Limits
 from structvit_jax.data.media import frame_names, open_media, without_extension
 from structvit_jax.data.types import Media
-from structvit_jax.utils.errors import DecodeError, UserError, decoding, did_you_mean, parse_json, printable
+from structvit_jax.utils.errors import DecodeError, UserError, decoding, parse_json, printable
 
 LABELS = "labels.txt"
 LISTS = (".jsonl", ".csv", ".txt")
 
 
 class Entry(NamedTuple):
-    """A line of a list."""
+    """One example: a row of a list, or a file in a class folder."""
 
     path: str  # relative to the list, or absolute
     label: str
@@ -41,7 +38,7 @@ class Entry(NamedTuple):
 
     @property
     def id(self) -> str:
-        """The name of the example in reports and predictions."""
+        """Name of the example in reports and predictions."""
         name = printable(self.path)
         if not self.is_part:
             return name
@@ -53,26 +50,23 @@ class Entry(NamedTuple):
         return self.start is not None or self.end is not None
 
 
-@dataclasses.dataclass(frozen=True)
-class Scan:
-    """Other contents of the folder of a split.
-
-    Attributes:
-      ignored: number of other files by `kind_of`.
-      empty: class folders without examples, with the number of other files in each.
-      note: how the split was made, if it is not stored as such.
-    """
-
-    ignored: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    empty: Mapping[str, Mapping[str, int]] = dataclasses.field(default_factory=dict)
-    note: str = ""
+def sort_key(entry: Entry) -> tuple[str, float, float, str]:
+    """Return the key that sorts examples by path without extension, then by time."""
+    return without_extension(entry.path), entry.start or 0.0, entry.end or math.inf, entry.path
 
 
 class Index:
-    """The examples of one split, sorted; compact, since every worker holds a copy.
+    """The examples of one split, sorted, in compact arrays, since every worker holds a copy.
 
-    They are sorted by path without extension, so that the same clips come in the same order from class
-    folders, lists and shards, however they are encoded.
+    Sorting by path without extension gives the same order for class folders, lists and shards, whatever the
+    encoding of the files.
+
+    Attributes:
+      root: folder that paths are relative to.
+      class_names: the classes; labels are positions in it.
+      labels: int32 [examples]; -1 for labels that are not a class.
+      limits: on the files.
+      notes: lines about the split to print in a survey.
     """
 
     def __init__(
@@ -82,23 +76,23 @@ class Index:
         class_names: Sequence[str],
         *,
         limits: Limits = Limits(),  # noqa: B008 - immutable
-        scan: Scan | None = None,
+        notes: Sequence[str] = (),
     ):
-        self.root, self.class_names, self.limits = root, tuple(class_names), limits
-        self.scan = scan or Scan()
-        rows = sorted(entries, key=order)
+        self.root, self.class_names = root, tuple(class_names)
+        self.limits, self.notes = limits, tuple(notes)
+        rows = sorted(entries, key=sort_key)
         number = {name: i for i, name in enumerate(class_names)}
+        self.labels = np.array([number.get(row.label, -1) for row in rows], np.int32)
         self._paths = np.array([os.fsencode(row.path) for row in rows])
         times = [[math.nan if time is None else time for time in (row.start, row.end)] for row in rows]
         self._times = np.array(times, np.float64)
-        self._labels = np.array([number.get(row.label, -1) for row in rows], np.int32)
         self._unknown = {i: row.label for i, row in enumerate(rows) if row.label not in number}
 
     def __len__(self) -> int:
-        return len(self._labels)
+        return len(self.labels)
 
     def entry(self, index: int) -> Entry:
-        label = self._labels[index]
+        label = self.labels[index]
         name = self.class_names[label] if label >= 0 else self._unknown[index]
         start, end = (None if math.isnan(time) else float(time) for time in self._times[index])
         return Entry(os.fsdecode(self._paths[index]), name, start, end)
@@ -107,46 +101,47 @@ class Index:
         return self.entry(index).id
 
     def ids(self) -> list[str]:
-        """Return the ids of all examples, much faster than one by one."""
-        paths = self._paths.tolist()
-        text = b"".join(paths).decode("latin-1")
-        if text.isascii() and text.isprintable() and bool(np.isnan(self._times).all()):
-            return [path.decode("ascii") for path in paths]
-        return [self.id(number) for number in range(len(self))]
-
-    @property
-    def labels(self) -> np.ndarray:
-        """int32 [examples], positions in `class_names`; -1 for labels that are none of the classes."""
-        return self._labels
+        """Return the ids of all examples; for whole files, much faster than one by one."""
+        if not np.isnan(self._times).all():
+            return [self.id(number) for number in range(len(self))]
+        names = map(os.fsdecode, self._paths.tolist())
+        return [name if name.isprintable() else printable(name) for name in names]
 
     def unknown_labels(self) -> dict[str, int]:
-        """Return the labels that are none of the classes, with their number of examples."""
+        """Return the labels that are not a class, with their number of examples."""
         return dict(collections.Counter(self._unknown.values()))
 
     def path(self, index: int) -> str:
         """Return the file of an example, or its folder of frames."""
         return os.path.join(self.root, os.fsdecode(self._paths[index]))
 
-    def stored(self, index: int) -> tuple[str, Sequence[str | bytes] | None]:
-        """Return an example's label and the paths of its files, or None for a part of a file."""
-        entry, path = self.entry(index), self.path(index)
-        if entry.is_part:
-            return entry.label, None
+    def files(self, index: int) -> list[str]:
+        """Return the files of an example, of which it may be a part.
+
+        Raises:
+          DecodeError: its folder of frames cannot be read.
+        """
+        path = self.path(index)
         with decoding():
             if not os.path.isdir(path):
-                return entry.label, [path]
-            return entry.label, [os.path.join(path, name) for name in frame_names(os.listdir(path))]
+                return [path]
+            return [os.path.join(path, name) for name in frame_names(os.listdir(path))]
+
+    def stored(self, index: int) -> tuple[str, Sequence[str | bytes] | None]:
+        """Return the label of an example and its files, or None for a part of a file."""
+        entry = self.entry(index)
+        return entry.label, None if entry.is_part else self.files(index)
 
     def open(self, index: int) -> tuple[Media, int]:
         """Return the frames and the label of an example.
 
         Raises:
-          DecodeError: the frames cannot be read, or the label is none of the classes.
+          DecodeError: the frames cannot be read, or the label is not a class.
         """
-        if self._labels[index] < 0:
+        if self.labels[index] < 0:
             label = self._unknown[index]
-            raise DecodeError(f"unknown label {label!r}.{did_you_mean(label, self.class_names)}")
-        return self.media(index), int(self._labels[index])
+            raise DecodeError(f"unknown label {label!r}.{suggest_label(label, self.class_names)}")
+        return self.media(index), int(self.labels[index])
 
     def media(self, index: int) -> Media:
         """Return the frames of an example, whatever its label.
@@ -158,13 +153,14 @@ class Index:
         return open_media(self.path(index), entry.start, entry.end, self.limits)
 
 
-def order(entry: Entry) -> tuple[str, float, float, str]:
-    """Return the key by which examples are sorted."""
-    return without_extension(entry.path), entry.start or 0.0, entry.end or math.inf, entry.path
+def suggest_label(label: str, class_names: Sequence[str]) -> str:
+    """Return " Did you mean 'NAME'?" with the most similar class, "" if none is: there may be thousands."""
+    near = difflib.get_close_matches(label, class_names, n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""
 
 
 def read_labels(root: str) -> tuple[str, ...]:
-    """Return the names in ROOT/labels.txt; none if there is no such file.
+    """Return the names in ROOT/labels.txt, none if there is no such file.
 
     Raises:
       UserError: it cannot be read as text, or has a name twice.
@@ -182,11 +178,7 @@ def read_labels(root: str) -> tuple[str, ...]:
 
 @contextlib.contextmanager
 def _open_text(path: str) -> Iterator[TextIO]:
-    """Open a text file, with or without a byte order mark.
-
-    Raises:
-      UserError: it is not a regular file, cannot be read, or is not UTF-8.
-    """
+    """Open a text file in UTF-8, with or without a byte order mark; raise errors of reading as UserError."""
     if os.path.exists(path) and not os.path.isfile(path):  # reading a pipe or device may never end
         raise UserError(f"{path} is not a regular file; lists and label files have to be")
     try:
@@ -212,65 +204,18 @@ def class_names_of(root: str, train: Iterable[Entry]) -> tuple[str, ...]:
     return tuple(sorted(labels))
 
 
-def examples_below(top: str, video: bool, ignored: collections.Counter[str] | None = None) -> Iterator[str]:
-    """Yield the examples in a folder as paths relative to it, and count other files in `ignored`.
-
-    Examples are images, or videos and folders of the frames of one. The folder itself, ".", may be one.
-    """
-    for folder, files in walk(top):
-        here = os.path.relpath(folder, top).replace(os.sep, "/")
-        wanted = [name for name in files if name.lower().endswith(VIDEOS if video else IMAGES)]
-        frames = frame_names(files) if video and not wanted else []
-        if ignored is not None and len(wanted) + len(frames) < len(files):
-            taken = {*wanted, *frames}
-            ignored.update(kind_of(name) for name in files if name not in taken)
-        if frames:
-            yield here
-        yield from wanted if here == "." else (f"{here}/{name}" for name in wanted)
-
-
-def kind_of(name: str) -> str:
-    """Return "images", "videos", an extension as ".txt", or "no extension", by the name of a file."""
-    name = name.lower()
-    if name.endswith(IMAGES):
-        return "images"
-    return "videos" if name.endswith(VIDEOS) else os.path.splitext(name)[1] or "no extension"
-
-
-def walk(top: str) -> Iterator[tuple[str, list[str]]]:
-    """Yield every folder from `top` down with its files, in order, without hidden ones.
-
-    Links are followed, but every folder is yielded once.
-
-    Raises:
-      UserError: a folder that cannot be read.
-    """
-
-    def refuse(error: OSError) -> None:
-        raise UserError(f"{error.filename} cannot be read: {error.strerror}") from error
-
-    seen: set[str] = set()
-    for folder, folders, files in os.walk(top, followlinks=True, onerror=refuse):
-        if (real := os.path.realpath(folder)) in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield folder, sorted(name for name in files if not name.startswith("."))
-
-
 def read_list(path: str) -> Iterator[Entry]:
-    """Yield the lines of a list: JSON objects (.jsonl), or CSV with a header, or "path label" without one.
+    """Yield the examples of a list: JSON objects (.jsonl), or CSV with or without a header.
 
     Raises:
-      UserError: a file that cannot be read, or a line that cannot be understood; names it.
+      UserError: a file that cannot be read, or a line that cannot be understood.
     """
     with _open_text(path) as file:
         for number, row in _json_rows(file) if path.endswith(".jsonl") else _csv_rows(file):
-            yield _entry(row, f"{path}:{number}")
+            yield _parse_row(row, f"{path}:{number}")
 
 
-def _entry(row: Any, where: str) -> Entry:
+def _parse_row(row: Any, where: str) -> Entry:
     try:
         path, label = row["path"], row["label"]
         start, end = (None if row.get(key) in (None, "") else float(row[key]) for key in ("start", "end"))
@@ -297,33 +242,25 @@ def _json_rows(file: Iterable[str]) -> Iterator[tuple[int, Any]]:
             yield number, row
 
 
-def _csv_rows(file: Iterable[str]) -> Iterator[tuple[int, dict[str, str] | None]]:
+def _csv_rows(file: TextIO) -> Iterator[tuple[int, dict[str, str] | None]]:
     """Yield line numbers and cells by column; None for a row with too few or too many cells.
 
-    A first row that names the columns is the header; without it they are path, label, start and end.
+    A first row that has the cell "label" is the header; without a header, the columns are path, label, start
+    and end.
     """
-    header: list[str] | None = None
+    header: list[str] = []
     for number, row in enumerate(csv.reader(file), 1):
         cells = [cell.strip() for cell in row]
         if not any(cells):
             continue
-        if header is None:
+        if not header:
             names = [cell.lower() for cell in cells]
             header = names if "label" in names else ["path", "label", "start", "end"]
-            if "label" in names:
-                if "path" not in names:
-                    raise UserError(f"the columns of the list are {', '.join(cells)}; one has to be path")
+            if "path" not in header:
+                raise UserError(f"{file.name}: the columns are {', '.join(cells)}; one has to be path")
+            if header is names:
                 continue
         if len(cells) == 1:  # SlowFast's lists: "path label"
             cells = cells[0].rsplit(None, 1)
         fits = 2 <= len(cells) <= len(header)
         yield number, dict(zip(header, cells, strict=False)) if fits else None
-
-
-def write_list(path: str, entries: Iterable[Entry]) -> None:
-    """Write a JSON-lines list atomically."""
-    rows = ({key: value for key, value in entry._asdict().items() if value is not None} for entry in entries)
-    partial = path + ".tmp"
-    with open(partial, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-    os.replace(partial, path)

@@ -1,8 +1,8 @@
 """Label maps for token labelling: for every training image, a teacher's classes at each position.
 
-A folder holds `classes.npy`, uint16 [images, height, width, k], `scores.npy`, float16 of the same shape, the
-probabilities of these k classes, and a card that describes them: `maps.json`, named `unfinished.json` until
-all maps are written. A map covers the whole image. Scores of unreadable images are NaN.
+A folder holds `classes.npy`, uint16 [images, height, width, k]; `scores.npy`, the probabilities of these k
+classes, float16 of the same shape; and a description, `maps.json`, which is named `unfinished.json` until all
+maps are written. A map covers the whole image. Scores of unreadable images are NaN.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from structvit_jax.utils.errors import DecodeError, UserError, parse_json
 from structvit_jax.utils.paths import check_local
@@ -25,24 +26,29 @@ _ARRAYS = {"classes": np.uint16, "scores": np.float16}
 class LabelMaps:
     """The maps in a folder, read from disk on demand.
 
+    Args:
+      folder: the folder.
+      ids: of the training images, in order.
+      class_names: of the data.
+
     Raises:
-      UserError: there are none, they are unfinished, or they belong to other images or classes.
+      UserError: there are no maps, they are unfinished or damaged, or belong to other images or classes.
     """
 
     def __init__(self, folder: str, ids: Sequence[str], class_names: Sequence[str]):
         path = os.path.join(folder, _CARD)
-        self.card = _read_card(path)
-        if self.card is None:
+        card = _read_card(path)
+        if not card:
             raise UserError(
                 f"config.data.label_maps: no finished label maps in {folder};"
                 " structvit prepare label_maps TEACHER FOLDER writes them, and resumes after a stop"
             )
-        if self.card.get("ids") != digest(ids):
+        if card.get("ids") != digest(ids):
             raise UserError(
-                f"{path} has maps of {self.card.get('images')} other images than the {len(ids)} of the"
+                f"{path} has maps of {card.get('images')} other images than the {len(ids)} of the"
                 " training split"
             )
-        names = self.card.get("class_names")
+        names = card.get("class_names")
         if not isinstance(names, list) or sorted(map(str, names)) != sorted(class_names):
             raise UserError(f"{path}: the teacher's classes are not those of the data")
         number = {name: number for number, name in enumerate(class_names)}
@@ -68,21 +74,18 @@ class LabelMaps:
         return self._number[classes], np.array(self._scores[index])
 
 
-def _read_card(path: str) -> dict[str, Any] | None:
+def _read_card(path: str) -> dict[str, Any]:
+    """Return the description of maps; empty if there is none, or it is damaged."""
     try:
         with open(path, encoding="utf-8") as file:
             card = parse_json(file.read())
     except (OSError, ValueError):
-        return None
-    return card if isinstance(card, dict) else None
+        return {}
+    return card if isinstance(card, dict) else {}
 
 
 def _open(folder: str, name: str, images: int) -> np.ndarray:
-    """Return an array of a folder of maps, memory-mapped.
-
-    Raises:
-      UserError: it is missing or damaged.
-    """
+    """Open an array of finished maps, memory-mapped; raise UserError if it is missing or damaged."""
     path = os.path.join(folder, f"{name}.npy")
     try:
         array = np.load(path, mmap_mode="r")
@@ -116,7 +119,7 @@ class LabelMapWriter:
 
     Args:
       folder: a new or empty folder, or unfinished maps.
-      card: identifies the maps, except its "teacher", a path for people to read.
+      card: describes the maps; all entries but "teacher", a path for people to read, identify them.
       shape: [images, height, width, k].
 
     Raises:
@@ -125,51 +128,48 @@ class LabelMapWriter:
 
     def __init__(self, folder: str, card: dict[str, Any], shape: tuple[int, int, int, int]):
         check_destination(folder)
-        self._folder, self._arrays = folder, {}
-        self._card = json.loads(json.dumps({**card, "shape": shape}))  # as read back
+        self._folder = folder
+        card = json.loads(json.dumps({**card, "shape": shape}))  # as read back
         path = os.path.join(folder, _UNFINISHED)
         if os.path.exists(path):
-            self._check_same(_read_card(path) or {})
+            found = _read_card(path)
+            if differing := [key for key in card if key != "teacher" and found.get(key) != card[key]]:
+                raise UserError(
+                    f"{folder} holds unfinished label maps of {found.get('teacher', 'an unknown teacher')}"
+                    f" with other {', '.join(differing)}; remove them or choose another folder"
+                )
         os.makedirs(folder, exist_ok=True)
-        _write_card(path, self._card)
-        for name, dtype in _ARRAYS.items():
-            path = os.path.join(folder, f"{name}.npy")
-            if not os.path.exists(path):
-                np.lib.format.open_memmap(f"{path}.part", "w+", dtype=dtype, shape=shape)
-                os.replace(f"{path}.part", path)
-            self._arrays[name] = np.lib.format.open_memmap(path, "r+")
-
-    def _check_same(self, unfinished: dict[str, Any]) -> None:
-        differing = [key for key in self._card if key != "teacher" and unfinished.get(key) != self._card[key]]
-        if differing:
-            raise UserError(
-                f"{self._folder} holds unfinished label maps of"
-                f" {unfinished.get('teacher', 'an unknown teacher')} with other {', '.join(differing)};"
-                " remove them or choose another folder"
-            )
+        with open(f"{path}.part", "w", encoding="utf-8") as file:
+            json.dump(card, file, indent=2)
+        os.replace(f"{path}.part", path)
+        self._classes, self._scores = (
+            _create(os.path.join(folder, f"{name}.npy"), dtype, shape) for name, dtype in _ARRAYS.items()
+        )
 
     @property
     def done(self) -> int:
         """Number of images whose maps are written."""
-        empty = ~np.any(self._arrays["scores"][..., 0] != 0, axis=(1, 2))
+        empty = ~np.any(self._scores[..., 0] != 0, axis=(1, 2))
         return int(np.argmax(empty)) if empty.any() else len(empty)
 
     def write(self, start: int, classes: np.ndarray, scores: np.ndarray) -> None:
         """Write the maps of images from `start` on; scores of unreadable images are NaN."""
-        self._arrays["classes"][start : start + len(classes)] = classes
-        self._arrays["scores"][start : start + len(scores)] = scores
+        self._classes[start : start + len(classes)] = classes
+        self._scores[start : start + len(scores)] = scores
 
     def finish(self) -> None:
         """Mark the maps as finished."""
-        for array in self._arrays.values():
-            array.flush()
+        self._classes.flush()
+        self._scores.flush()
         os.replace(os.path.join(self._folder, _UNFINISHED), os.path.join(self._folder, _CARD))
 
 
-def _write_card(path: str, card: dict[str, Any]) -> None:
-    with open(f"{path}.part", "w", encoding="utf-8") as file:
-        json.dump(card, file, indent=2)
-    os.replace(f"{path}.part", path)
+def _create(path: str, dtype: DTypeLike, shape: tuple[int, ...]) -> np.memmap:
+    """Open an array on disk for writing; create it if there is none, as a whole."""
+    if not os.path.exists(path):
+        np.lib.format.open_memmap(f"{path}.part", "w+", dtype=dtype, shape=shape)
+        os.replace(f"{path}.part", path)
+    return np.lib.format.open_memmap(path, "r+")
 
 
 def digest(ids: Sequence[str]) -> str:

@@ -7,8 +7,9 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 
+from structvit_jax.data.folder import examples_below
 from structvit_jax.data.image import IMAGES
-from structvit_jax.data.index import Entry, examples_below
+from structvit_jax.data.index import Entry
 from structvit_jax.data.limits import Limits
 from structvit_jax.data.media import open_media
 from structvit_jax.data.types import Media, Source

@@ -7,62 +7,118 @@ survey; `structvit show --data` and the start of a training sample for a few sec
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
-import difflib
+import functools
 import os
+import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from structvit_jax.data.folder import counts
-from structvit_jax.data.index import LABELS, Index, Scan
-from structvit_jax.data.measure import Measured, Spread, find_duplicates, measure_some
+from structvit_jax.data.fingerprint import bytes_digest
+from structvit_jax.data.index import LABELS, Index, suggest_label
+from structvit_jax.data.limits import file_size
 from structvit_jax.data.types import Source
-from structvit_jax.utils.errors import UserError, printable
+from structvit_jax.utils.errors import DecodeError, UserError, printable
 
-SECONDS = 2.0  # duration of a survey that samples
+_SAMPLED = 200  # examples of a split to decode at most
+_SECONDS = 2.0  # duration of a survey that samples
 _ROWS = 15  # classes listed in a table
 _IMBALANCE = 20  # ratio of the largest class to the smallest from which to warn
 
 
+class Measured(NamedTuple):
+    """Size and length of one example, or `problem`, the reason why it cannot be read."""
+
+    width: int = 0  # pixels
+    height: int = 0
+    frames: int = 0
+    problem: str = ""
+
+
+def measure(source: Source, number: int) -> Measured:
+    """Measure an example by decoding its first, middle and last frame."""
+    try:
+        media = source.media(number) if isinstance(source, Index) else source.open(number)[0]
+        with contextlib.closing(media):
+            if media.missing:
+                return Measured(problem=f"cut off: {media.missing} of {media.count} frames are missing")
+            pictures = media.frames(sorted({0, media.count // 2, media.count - 1}))
+    except DecodeError as error:
+        return Measured(problem=str(error))
+    return Measured(pictures.shape[2], pictures.shape[1], media.count)
+
+
+def _measure_some(source: Source, count: int, seconds: float | None = None) -> dict[int, Measured]:
+    """Measure `count` examples spread over a split, or fewer if they take longer than `seconds`."""
+    numbers = np.unique(np.linspace(0, len(source) - 1, min(count, len(source))).astype(int))
+    measured: dict[int, Measured] = {}
+    started = time.monotonic()
+    for number in np.random.default_rng(0).permutation(numbers).tolist():
+        if measured and seconds is not None and time.monotonic() - started > seconds:
+            break
+        measured[number] = measure(source, number)
+    return dict(sorted(measured.items()))
+
+
+def typical(source: Source) -> Measured:
+    """Return the median width, height and length of up to 16 examples, the same in every process.
+
+    Raises:
+      UserError: none of them can be read.
+    """
+    measured = _measure_some(source, 16)
+    read = [one for one in measured.values() if not one.problem]
+    if not read:
+        number, one = next(iter(measured.items()))
+        raise UserError(
+            f"none of {len(measured)} sampled examples can be read ({source.id(number)}: {one.problem})"
+        )
+    width, height, frames, _ = zip(*read, strict=True)
+    return Measured(*map(statistics.median_high, (width, height, frames)))
+
+
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Contents of one split.
+    """One split.
 
     Attributes:
       name: of the split.
-      examples: number of examples.
-      classes: number of examples by class, without empty classes; None if labels are stored with examples.
-      unknown: number of examples by label, for labels that are none of the classes.
-      scan: what else its folder contains.
-      measured: sizes of the examples that were decoded.
+      source: its examples.
+      measured: the examples that were decoded, by number.
     """
 
     name: str
-    examples: int
-    classes: Mapping[str, int] | None
-    unknown: Mapping[str, int]
-    scan: Scan
+    source: Source
     measured: Mapping[int, Measured]
 
-    @property
-    def unreadable(self) -> dict[int, str]:
-        return {number: one.problem for number, one in self.measured.items() if one.problem}
-
-    @property
-    def sides(self) -> tuple[Spread, Spread] | None:
-        """Widths and heights in pixels; None if no example was read."""
-        read = [one for one in self.measured.values() if not one.problem]
-        if not read:
+    @functools.cached_property
+    def classes(self) -> dict[str, int] | None:
+        """Number of examples by class, without empty classes; None if labels are stored with examples."""
+        labels, names = getattr(self.source, "labels", None), self.source.class_names
+        if labels is None:
             return None
-        return Spread.of([one.width for one in read]), Spread.of([one.height for one in read])
+        counts = np.bincount(labels[labels >= 0], minlength=len(names)).tolist()
+        return {name: count for name, count in zip(names, counts, strict=True) if count}
 
     @property
-    def lengths(self) -> Spread | None:
-        """Numbers of frames; None if no example was read."""
-        read = [one.frames for one in self.measured.values() if not one.problem]
-        return Spread.of(read) if read else None
+    def unknown(self) -> dict[str, int]:
+        """Number of examples by label, for labels that are not a class."""
+        return self.source.unknown_labels() if isinstance(self.source, Index) else {}
+
+    @property
+    def unreadable(self) -> list[str]:
+        """Decoded examples that cannot be read, as "ID: REASON"."""
+        return [
+            f"{self.source.id(number)}: {one.problem}" for number, one in self.measured.items() if one.problem
+        ]
+
+    def spread(self, field: str) -> str:
+        """Return the spread of a field of `Measured` over the examples that were read, "" without any."""
+        return _spread([getattr(one, field) for one in self.measured.values() if not one.problem])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,11 +126,10 @@ class Survey:
     """Contents of a data set; `errors` make a run pointless, one line each with the way out."""
 
     unit: str  # "images" or "videos"
-    splits: tuple[Split, ...]
-    class_names: tuple[str, ...]
-    errors: tuple[str, ...]
+    splits: tuple[Split, ...]  # the first is the one to train on
+    notes: tuple[str, ...]  # on how the splits are stored
     warnings: tuple[str, ...]
-    notes: tuple[str, ...]
+    errors: tuple[str, ...]
 
     def check(self) -> None:
         """Raise the first error as a UserError, if there is one."""
@@ -85,61 +140,59 @@ class Survey:
             )
 
     def lines(self) -> list[str]:
-        """Return the survey in a few lines."""
-        named = " + ".join(f"{split.examples:,} {split.name}" for split in self.splits)
-        classes = f", {len(self.class_names):,} classes"
-        if counted := self.splits[0].classes:
-            classes += f" of {Spread.of(list(counted.values()))}"
-        ignored = sum((collections.Counter(one.scan.ignored) for one in self.splits), collections.Counter())
-        more = f"; ignored: {counts(ignored)}" if ignored else ""
-        first = f"data: {named} {self.unit}{classes}{self._size()}{more}"
-        lines = [first, *self.notes, *(f"warning: {line}" for line in self.warnings)]
-        return [printable(line) for line in lines]
+        """Return the survey in a few lines, without errors."""
+        train = self.splits[0]
+        sizes = " + ".join(f"{len(split.source):,} {split.name}" for split in self.splits)
+        first = f"data: {sizes} {self.unit}, {len(train.source.class_names):,} classes"
+        if train.classes:
+            first += f" of {_spread(train.classes.values())}"
+        if width := train.spread("width"):
+            first += f"; {width} x {train.spread('height')} pixels"
+            first += f", {train.spread('frames')} frames" if self.unit == "videos" else ""
+            sampled = len(train.measured)
+            first += f" in {sampled:,} sampled" if sampled < len(train.source) else ""
+        return [printable(first), *self._remarks()]
 
-    def _size(self) -> str:
-        """Return sizes and lengths of training examples as text, with the number sampled."""
-        split = self.splits[0]
-        if not split.sides:
-            return ""
-        width, height = split.sides
-        same = width.least == width.most and height.least == height.most
-        size = f"{width.middle}x{height.middle}" if same else f"{width} x {height} pixels"
-        length = f", {split.lengths} frames" if self.unit == "videos" else ""
-        sampled = "" if len(split.measured) == split.examples else f" in {len(split.measured):,} sampled"
-        return f"; {size}{length}{sampled}"
+    def _remarks(self) -> list[str]:
+        lines = [f"note: {line}" for line in self.notes] + [f"warning: {line}" for line in self.warnings]
+        return list(map(printable, lines))
 
     def table(self) -> str:
         """Return the whole survey as a table of text, with all notes, warnings and errors."""
         splits = self.splits
-        rows = [[self.unit, *(split.name for split in splits)]]
-        rows += [["examples", *(f"{split.examples:,}" for split in splits)], *self._class_rows()]
-        rows += [["width, pixels", *(str(split.sides[0]) if split.sides else "" for split in splits)]]
-        rows += [["height, pixels", *(str(split.sides[1]) if split.sides else "" for split in splits)]]
+        rows = [
+            [self.unit, *(split.name for split in splits)],
+            ["examples", *(f"{len(split.source):,}" for split in splits)],
+            *self._class_rows(),
+            ["width, pixels", *(split.spread("width") for split in splits)],
+            ["height, pixels", *(split.spread("height") for split in splits)],
+        ]
         if self.unit == "videos":
-            rows += [["length, frames", *(str(split.lengths or "") for split in splits)]]
-        rows += [["decoded", *(f"{len(split.measured):,} of {split.examples:,}" for split in splits)]]
-        rows += [["of them unreadable", *(f"{len(split.unreadable):,}" for split in splits)]]
-        rows += [["ignored files", *(counts(split.scan.ignored) or "none" for split in splits)]]
+            rows.append(["length, frames", *(split.spread("frames") for split in splits)])
+        rows += [
+            ["decoded", *(f"{len(split.measured):,} of {len(split.source):,}" for split in splits)],
+            ["of them unreadable", *(f"{len(split.unreadable):,}" for split in splits)],
+        ]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-        lines += [*self.notes, *(f"warning: {line}" for line in self.warnings)]
-        lines += [f"error: {line}" for line in self.errors]
-        return "\n".join(map(printable, lines))
+        errors = [f"error: {line}" for line in self.errors]
+        return "\n".join([*map(printable, lines), *self._remarks(), *map(printable, errors)])
 
     def _class_rows(self) -> Iterator[list[str]]:
         """Yield examples by class: the largest classes of the training split, those without examples last."""
-        known = [{**split.unknown, **(split.classes or {})} for split in self.splits]
-        if not any(known):
-            yield ["classes", *[f"{len(self.class_names):,}"] * len(known)]
+        class_names = self.splits[0].source.class_names
+        counts = [{**split.unknown, **(split.classes or {})} for split in self.splits]
+        if not any(counts):
+            yield ["classes", *[f"{len(class_names):,}"] * len(counts)]
             return
-        yield ["classes", *(f"{len(one):,}" for one in known)]
-        names = sorted({*self.class_names}.union(*known), key=lambda name: (-known[0].get(name, 0), name))
+        yield ["classes", *(f"{len(one):,}" for one in counts)]
+        names = sorted({*class_names}.union(*counts), key=lambda name: (-counts[0].get(name, 0), name))
         shown = names if len(names) <= _ROWS else [*names[: _ROWS - 3], *names[-3:]]
         for name in shown:
             if len(shown) < len(names) and name == names[-3]:
-                yield [f"  ... and {len(names) - len(shown):,} more", *[""] * len(known)]
+                yield [f"  ... and {len(names) - len(shown):,} more", *[""] * len(counts)]
             short = name if len(name) <= 40 else f"{name[:37]}..."
-            yield [f"  {short}", *(f"{one.get(name, 0):,}" for one in known)]
+            yield [f"  {short}", *(f"{one.get(name, 0):,}" for one in counts)]
 
 
 def survey(
@@ -154,117 +207,136 @@ def survey(
     Args:
       sources: the splits by name, the first the one to train on.
       video: whether examples are videos rather than images.
-      measured: all examples by split, if they are decoded already; None decodes a sample for `SECONDS`.
+      measured: all examples by split, if they are decoded already; None decodes a sample for two seconds.
       frames: length of a clip that the model takes; shorter videos are a warning. 0 takes any.
     """
     limit = None
     if measured is None:
-        seconds = SECONDS / (len(sources) + 1)
-        measured = {name: measure_some(source, seconds=seconds) for name, source in sources.items()}
+        seconds = _SECONDS / (len(sources) + 1)
+        measured = {name: _measure_some(source, _SAMPLED, seconds) for name, source in sources.items()}
         limit = time.monotonic() + seconds
-    splits = tuple(_split(name, source, measured[name]) for name, source in sources.items())
-    train, *others = sources.values()
-    warnings = [*_warnings(splits, (train, *others), frames)]
-    for split, other in zip(splits[1:], others, strict=True):
-        warnings += _duplicates(splits[0].name, train, split.name, other, limit)
+    splits = tuple(Split(name, source, measured[name]) for name, source in sources.items())
+    duplicates = [line for split in splits[1:] for line in _duplicates(splits[0], split, limit)]
     return Survey(
         unit="videos" if video else "images",
         splits=splits,
-        class_names=tuple(train.class_names),
-        errors=tuple(_errors(splits, (train, *others))),
-        warnings=tuple(warnings),
-        notes=tuple(split.scan.note for split in splits if split.scan.note),
+        notes=tuple(note for split in splits for note in getattr(split.source, "notes", ())),
+        warnings=(*_warnings(splits, frames), *duplicates),
+        errors=tuple(_errors(splits)),
     )
 
 
-def _split(name: str, source: Source, measured: Mapping[int, Measured]) -> Split:
-    labels, classes = getattr(source, "labels", None), None
-    if labels is not None:
-        tally = np.bincount(labels[labels >= 0], minlength=len(source.class_names)).tolist()
-        classes = {name: count for name, count in zip(source.class_names, tally, strict=True) if count}
-    unknown, scan = (source.unknown_labels(), source.scan) if isinstance(source, Index) else ({}, Scan())
-    return Split(name, len(source), classes, unknown, scan, measured)
-
-
-def _errors(splits: Sequence[Split], sources: Sequence[Source]) -> Iterator[str]:
-    first, train = splits[0], sources[0]
-    labels_file = os.path.join(train.root, LABELS) if isinstance(train, Index) and train.root else ""
-    for split, source in zip(splits, sources, strict=True):
+def _errors(splits: Sequence[Split]) -> Iterator[str]:
+    train = splits[0]
+    root = train.source.root if isinstance(train.source, Index) else ""
+    labels_file = os.path.join(root, LABELS) if root else ""
+    for split in splits:
         if split.unknown:
-            near = difflib.get_close_matches(next(iter(split.unknown)), train.class_names, n=1)
-            suggestion = f" Did you mean {near[0]!r}?" if near else ""
+            suggestion = suggest_label(next(iter(split.unknown)), train.source.class_names)
             if os.path.isfile(labels_file):
                 yield (
-                    f"{labels_file} lacks {_several(split.unknown)} of {split.name}: add the names, or remove"
-                    f" the file to take the classes from {first.name}.{suggestion}"
+                    f"{labels_file} lacks {_list_classes(split.unknown)} of {split.name}: add the names, or"
+                    f" remove the file to take the classes from {train.name}.{suggestion}"
                 )
             else:
                 yield (
-                    f"{split.name} has {_several(split.unknown)}, which {first.name} lacks: add training"
+                    f"{split.name} has {_list_classes(split.unknown)}, which {train.name} lacks: add training"
                     f" examples, or remove them from {split.name}.{suggestion}"
                 )
         if split.measured and len(split.unreadable) == len(split.measured):
             yield (
                 f"none of {len(split.measured):,} examples of {split.name} can be read"
-                f" ({_first_problem(split, source)})"
+                f" ({split.unreadable[0]})"
             )
-    if first.classes is not None and len(first.classes) == 1:
-        yield f"all examples of {first.name} have the class {next(iter(first.classes))!r}: add another class"
+    if train.classes is not None and len(train.classes) == 1:
+        yield f"all examples of {train.name} have the class {next(iter(train.classes))!r}: add another class"
 
 
-def _warnings(splits: Sequence[Split], sources: Sequence[Source], frames: int) -> Iterator[str]:
-    first = splits[0]
-    for split, source in zip(splits, sources, strict=True):
-        for name, ignored in list(split.scan.empty.items())[:5]:
-            what = f"only {counts(ignored)}, ignored" if ignored else "nothing in it"
-            yield f"the class folder {name!r} of {split.name} has no examples: {what}"
-        if (more := len(split.scan.empty) - 5) > 0:
-            yield f"... and {more} more class folders of {split.name}"
+def _warnings(splits: Sequence[Split], frames: int) -> Iterator[str]:
+    train = splits[0]
+    for split in splits:
         if split.unreadable:
             yield (
                 f"{len(split.unreadable):,} of {len(split.measured):,} decoded examples of {split.name}"
-                f" cannot be read ({_first_problem(split, source)})"
+                f" cannot be read ({split.unreadable[0]})"
             )
-    if first.classes is None:
+    if not train.classes:
         return
     for split in splits[1:]:
-        if split.classes is not None and (missing := [c for c in first.classes if c not in split.classes]):
-            yield f"{split.name} has no example of {_several(missing)}: untested"
-    if missing := [name for name in sources[0].class_names if name not in first.classes]:
-        yield f"{first.name} has no example of {_several(missing)}: it cannot be learned"
-    least, most = min(first.classes.values()), max(first.classes.values())
-    if most >= _IMBALANCE * least:
-        yield f"the largest class of {first.name} has {most:,} examples, the smallest {least:,}"
-    short = [one for one in first.measured.values() if not one.problem and one.frames < frames]
-    if short:
+        if split.classes is not None and (missing := [c for c in train.classes if c not in split.classes]):
+            yield f"{split.name} has no example of {_list_classes(missing)}: untested"
+    if missing := [name for name in train.source.class_names if name not in train.classes]:
+        yield f"{train.name} has no example of {_list_classes(missing)}: it cannot be learned"
+    smallest, largest = min(train.classes.values()), max(train.classes.values())
+    if largest >= _IMBALANCE * smallest:
+        yield f"the largest class of {train.name} has {largest:,} examples, the smallest {smallest:,}"
+    if short := sum(not one.problem and one.frames < frames for one in train.measured.values()):
         yield (
-            f"{len(short):,} of {len(first.measured):,} decoded videos are shorter than the {frames} frames"
-            " of a clip; their frames are repeated"
+            f"{short:,} of {len(train.measured):,} decoded videos are shorter than the {frames} frames of a"
+            " clip; their frames are repeated"
         )
 
 
-def _duplicates(
-    train_name: str, train: Source, test_name: str, test: Source, limit: float | None
-) -> Iterator[str]:
-    """Warn of test examples with the same bytes as training examples."""
-    found = find_duplicates(train, test, limit)
-    if found.pairs:
-        other, number = next(iter(found.pairs.items()))
-        compared = f" ({found.train:,} of {len(train):,} training examples compared)"
-        yield (
-            f"{len(found.pairs):,} of {found.test:,} examples of {test_name} have the same bytes as examples"
-            f" of {train_name}{compared if found.train < len(train) else ''}, as {test.id(other)} and"
-            f" {train.id(number)}: their scores do not measure generalisation"
-        )
+def _spread(values: Collection[int]) -> str:
+    """Return minimum, maximum and median as text; "" without values."""
+    if not values:
+        return ""
+    low, high = min(values), max(values)
+    if low == high:
+        return f"{low:,}"
+    return f"{low:,} to {high:,} (median {statistics.median_high(values):,})"
 
 
-def _first_problem(split: Split, source: Source) -> str:
-    number, problem = next(iter(split.unreadable.items()))
-    return f"{source.id(number)}: {problem}"
-
-
-def _several(names: Mapping[str, int] | Sequence[str], most: int = 3) -> str:
+def _list_classes(names: Mapping[str, int] | Sequence[str], most: int = 3) -> str:
     """Return class names as text: "the classes 'a', 'b', 'c' and 4 more"."""
     shown = ", ".join(repr(name) for name in list(names)[:most])
     more = f" and {len(names) - most:,} more" if len(names) > most else ""
     return f"{'the classes' if len(names) > 1 else 'the class'} {shown}{more}"
+
+
+def _duplicates(train: Split, test: Split, limit: float | None) -> Iterator[str]:
+    """Warn of test files with the same bytes as training files, among those compared until `limit`."""
+    ours, theirs = train.source, test.source
+    if not (isinstance(ours, Index) and isinstance(theirs, Index)):
+        return
+    if (ours.root, len(ours), ours.entry(0)) == (theirs.root, len(theirs), theirs.entry(0)):
+        return  # one split is used for both
+    by_size: dict[int, list[int]] = collections.defaultdict(list)  # test examples by size of their file
+    tested = trained = 0
+    for number, size in _file_sizes(theirs, limit):
+        tested += 1
+        by_size[size].append(number)
+    digests: dict[int, dict[str, int]] = {}  # test examples by size and digest
+    pairs: dict[int, int] = {}  # test example -> training example
+    for number, size in _file_sizes(ours, limit):
+        trained += 1
+        if not size or size not in by_size:
+            continue
+        with contextlib.suppress(DecodeError):
+            if size not in digests:
+                digests[size] = {bytes_digest([theirs.path(other)]): other for other in by_size[size]}
+            if (other := digests[size].get(bytes_digest([ours.path(number)]))) is not None:
+                pairs[other] = number
+    if pairs:
+        other, number = next(iter(pairs.items()))
+        part = f" ({trained:,} of {len(ours):,} training examples compared)" if trained < len(ours) else ""
+        yield (
+            f"{len(pairs):,} of {tested:,} examples of {test.name} have the same bytes as examples of"
+            f" {train.name}{part}, as {theirs.id(other)} and {ours.id(number)}: their scores do not measure"
+            " generalisation"
+        )
+
+
+def _file_sizes(index: Index, limit: float | None) -> Iterator[tuple[int, int]]:
+    """Yield examples in random order with the size of their file in bytes, 0 if it is not a whole file.
+
+    Stops when `time.monotonic()` exceeds `limit`.
+    """
+    for number in np.random.default_rng(0).permutation(len(index)).tolist():
+        size = 0
+        if not index.entry(number).is_part:
+            with contextlib.suppress(DecodeError):
+                size = file_size(index.path(number))
+        yield number, size
+        if limit is not None and time.monotonic() > limit:
+            return

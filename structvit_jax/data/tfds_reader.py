@@ -18,20 +18,11 @@ from structvit_jax.data.types import Media
 from structvit_jax.data.video import VideoFile
 from structvit_jax.utils.errors import DecodeError, UserError, decoding, parse_json
 
-# Features of shards and image sets. TFDS imports the module of any other that a file names.
-_FEATURES = frozenset(
-    f"{feature.__module__}.{feature.__name__}"
-    for feature in (
-        tfds.features.BBoxFeature,
-        tfds.features.ClassLabel,
-        tfds.features.FeaturesDict,
-        tfds.features.Image,
-        tfds.features.Scalar,
-        tfds.features.Sequence,
-        tfds.features.Tensor,
-        tfds.features.Text,
-    )
-)
+# Features of shards and image sets, by the names in files. TFDS imports the module of any other name.
+_FEATURES = {
+    f"{getattr(tfds.features, name).__module__}.{name}"
+    for name in ("BBoxFeature", "ClassLabel", "FeaturesDict", "Image", "Scalar", "Sequence", "Tensor", "Text")
+}
 FEATURES_FILE = "features.json"  # TFDS's description of a record
 _DESCRIPTIONS = (FEATURES_FILE, "dataset_info.json")  # files that name feature classes
 _CLASS_KEYS = ("type", "pythonClassName", "python_class_name")  # keys of such names
@@ -100,7 +91,7 @@ class Shards(_Records):
         return True
 
     def stored(self, index: int) -> tuple[str, Sequence[str | bytes] | None]:
-        """Return an example's label and the contents of its files, or None for a part of a file."""
+        """Return the label of an example and the contents of its files, or None for a part of a file."""
         record = self._record(index)
         files = list(record["files"]) if record["count"] < 0 else None
         return self.class_names[self._label(record)], files
@@ -152,7 +143,7 @@ class Images(_Records):
         return f"{self._split}/{index}"
 
     def stored(self, index: int) -> tuple[str, Sequence[str | bytes] | None]:
-        """Return an example's label and the contents of its file."""
+        """Return the label of an example and the content of its file."""
         with decoding():
             record = self._records[index]
         label = int(record["label"])
@@ -186,11 +177,46 @@ def open_shards(folder: str, train: str, test: str, limits: Limits) -> tuple[Sha
     return Shards(builder, train, limits), Shards(builder, test, limits)
 
 
-def _check_features(folder: str) -> None:
-    """Check the classes that the description of a data set names, before TFDS imports their modules.
+def open_images(name: str, root: str, train: str, test: str, limits: Limits) -> tuple[Images, Images]:
+    """Open the two splits of a TFDS data set, such as "imagenet2012" or "imagenette/160px-v2".
+
+    Args:
+      name: of the data set, with its configuration if it has several.
+      root: TFDS's data_dir; "" is ~/tensorflow_datasets.
+      train, test: names of its splits.
+      limits: on the images.
 
     Raises:
-      UserError: one that is not in `_FEATURES`, or a file that is not JSON.
+      UserError: an unknown data set, or one that is not prepared as ArrayRecord, or has no images and labels.
+    """
+    if not re.fullmatch(r"\w+(/[\w.+-]+)?(:\d+\.\d+\.\d+)?", name):
+        raise UserError(f"tfds:{name} is not NAME, NAME/CONFIG or NAME/CONFIG:VERSION of a data set of TFDS")
+    where = root or os.path.join("~", "tensorflow_datasets")
+    top = os.path.join(os.path.expanduser(where), re.split("[:/]", name)[0])
+    for folder, _, _ in os.walk(top):
+        _check_features(folder)
+    builder, reason = None, "no files"
+    try:
+        builder = tfds.builder(name, data_dir=root or None, file_format="array_record")
+    except (tfds.core.DatasetNotFoundError, ValueError, AttributeError, ImportError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    if not (builder and builder.info.splits):
+        command = f"tfds build {name} --file_format=array_record" + (f" --data_dir={root}" if root else "")
+        raise UserError(
+            f"{name} is not prepared as ArrayRecord in {where} ({reason}): run `{command}` once, which needs"
+            " tensorflow (pip install tensorflow); training does not"
+        )
+    features = dict(builder.info.features)
+    if "image" not in features or not hasattr(features.get("label"), "names"):
+        raise UserError(f"{name} is not an image classification set; its features are {', '.join(features)}")
+    return Images(builder, train, limits), Images(builder, test, limits)
+
+
+def _check_features(folder: str) -> None:
+    """Check the feature classes that the description of a data set names, before TFDS imports their modules.
+
+    Raises:
+      UserError: a class that is not in `_FEATURES`, or a file that is not JSON.
     """
     for path in (os.path.join(folder, name) for name in _DESCRIPTIONS):
         try:
@@ -208,48 +234,10 @@ def _check_features(folder: str) -> None:
 
 
 def _named_classes(value: Any) -> Iterator[str]:
+    """Yield the feature classes that a JSON document names."""
     if isinstance(value, dict):
         for key in _CLASS_KEYS:
             if isinstance(text := value.get(key), str) and ("." in text or key != "type"):
                 yield text
     for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
         yield from _named_classes(item)
-
-
-def open_images(name: str, root: str, train: str, test: str, limits: Limits) -> tuple[Images, Images]:
-    """Open the two splits of a TFDS data set, such as "imagenet2012" or "imagenette/160px-v2".
-
-    Args:
-      name: of the data set, with its configuration if it has several.
-      root: TFDS's data_dir; "" is ~/tensorflow_datasets.
-      train, test: names of its splits.
-      limits: on the images.
-
-    Raises:
-      UserError: an unknown data set, or one that is not prepared as ArrayRecord, or has no images and labels.
-    """
-    if not re.fullmatch(r"\w+(/[\w.+-]+)?(:\d+\.\d+\.\d+)?", name):
-        raise UserError(f"tfds:{name} is not NAME, NAME/CONFIG or NAME/CONFIG:VERSION of a data set of TFDS")
-    where = root or os.path.join("~", "tensorflow_datasets")
-    prepare = f"tfds build {name} --file_format=array_record" + (f" --data_dir={root}" if root else "")
-    top = os.path.join(os.path.expanduser(where), re.split("[:/]", name)[0])
-    for folder, _, files in os.walk(top):
-        if not set(files).isdisjoint(_DESCRIPTIONS):
-            _check_features(folder)
-    try:
-        builder = tfds.builder(name, data_dir=root or None, file_format="array_record")
-    except (tfds.core.DatasetNotFoundError, ValueError, AttributeError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"TFDS finds no data set {name!r} prepared in {where} ({reason[:200]}); prepare it once with"
-            f" `{prepare}`, which needs tensorflow: pip install tensorflow"
-        ) from error
-    if not builder.info.splits:
-        raise UserError(
-            f"{name} is not prepared as ArrayRecord in {where}: run `{prepare}` once, which needs tensorflow"
-            " (pip install tensorflow); training does not"
-        )
-    features = dict(builder.info.features)
-    if "image" not in features or not hasattr(features.get("label"), "names"):
-        raise UserError(f"{name} is not an image classification set; its features are {', '.join(features)}")
-    return Images(builder, train, limits), Images(builder, test, limits)

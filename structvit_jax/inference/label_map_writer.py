@@ -23,10 +23,10 @@ from structvit_jax.utils.errors import UserError
 
 
 def write(config: ml_collections.ConfigDict, teacher: str, folder: str, top: int) -> str:
-    """Write the maps of the training split; return one line about them.
+    """Write the maps of the training split and return a line that describes them.
 
     Args:
-      config: of the teacher, see `structvit_jax.cli.options.open_checkpoint_config`.
+      config: of the teacher; see `structvit_jax.cli.options.open_checkpoint_config`.
       teacher: RUN/checkpoints/STEP, or RUN for its latest.
       folder: for the maps; an unfinished one is resumed.
       top: number of classes to keep at each position.

@@ -209,6 +209,13 @@ def test_check_of_lists(root, tmp_path, capsys):
         run("list", root / "listed.csv", "--check")
 
 
+def test_check_of_a_list_with_other_class_names(root, capsys):
+    (root / "listed.csv").write_text("path,label\ntrain/up/000.mp4,up\n")
+    (root / "labels.txt").write_text("left\nright\n")
+    assert run("list", root / "listed.csv", "--check") == 1
+    assert "labels.txt lacks the class 'up' of listed: add the names" in capsys.readouterr().out
+
+
 def test_check_reports_unknown_labels(root, tmp_path, capsys):
     (root / "val" / "upp").mkdir()
     clips.write_video(root / "val" / "upp" / "9.mp4", clips.pictures("up", 9))

@@ -169,7 +169,7 @@ def test_interrupted_shards_are_written_again(root, tmp_path, monkeypatch):
     arguments = [str(root), str(out), "--train_split=some"]
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", lambda *arguments, **options: None)  # a kill cleans up nothing
-        patch.setattr(Index, "id", lambda self, number: sys.exit())
+        patch.setattr(Index, "ids", lambda self: sys.exit())
         with pytest.raises(SystemExit):
             structvit("prepare", "shards", *arguments)
     assert find_shards(str(out)) is None
@@ -177,13 +177,6 @@ def test_interrupted_shards_are_written_again(root, tmp_path, monkeypatch):
     assert [path.name for path in out.iterdir()] == ["clips"]
     dataset = load(**VIDEO, root=str(out), train_split="some")
     assert dataset.train.source.id(0) == "long.mp4#0-1.5"
-
-
-def test_folders_are_copied_recursively(tmp_path):
-    (tmp_path / "a" / "b").mkdir(parents=True)
-    (tmp_path / "a" / "b" / "c").write_text("d")
-    tfds_writer.copy_tree(epath.Path(tmp_path / "a"), epath.Path(tmp_path / "e"))
-    assert (tmp_path / "e" / "b" / "c").read_text() == "d"
 
 
 class DigitPictures(tfds.core.GeneratorBasedBuilder):
