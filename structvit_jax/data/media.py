@@ -1,7 +1,8 @@
-"""Open the frames of an example: a video file, a folder of frames, one image, or encoded bytes."""
+"""Open the frames of an example: a video, a folder of frames, an image, or an array."""
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from pathlib import PurePath
 
 import cv2
 import numpy as np
+from PIL import Image
 
 from structvit_jax.data.container import VIDEOS
 from structvit_jax.data.image import IMAGES, read_image
@@ -18,8 +20,18 @@ from structvit_jax.data.video import VideoFile, check_available, stack
 from structvit_jax.utils.errors import DecodeError
 
 
+@functools.cache
+def configure_decoding() -> None:
+    """Decode on one thread per process, and let `Limits.pixels` replace Pillow's limit on the size of images.
+
+    Entry points and data workers call this once. Decoded pixels do not depend on it.
+    """
+    cv2.setNumThreads(1)  # data workers run in parallel
+    Image.MAX_IMAGE_PIXELS = None
+
+
 class FrameRange:
-    """`count` frames of other media from frame `first` on, of which the last `missing` are lost."""
+    """`count` frames of other media from frame `first` on, of which the last `missing` do not exist."""
 
     def __init__(self, media: Media, first: int, count: int, missing: int):
         self._media, self._first, self.count, self.missing = media, first, count, missing
@@ -42,10 +54,10 @@ def open_media(
     end: float | None = None,
     limits: Limits = Limits(),  # noqa: B008 - immutable
 ) -> Media:
-    """Open a file, a folder of frames, or the part of a video from `start` to `end` seconds.
+    """Open an image, a folder of frames, or a video, or the part of a video from `start` to `end` seconds.
 
     Raises:
-      DecodeError: it cannot be read, or exceeds the limits.
+      DecodeError: the path cannot be read, or exceeds the limits.
     """
     if path.lower().endswith(IMAGES):
         return Pictures([path], limits)
@@ -57,7 +69,7 @@ def open_media(
 
 
 def frame_names(names: Sequence[str]) -> list[str]:
-    """Return the names of images in natural order: 2.jpg comes before 10.jpg."""
+    """Return the names of images in natural order: 2.jpg before 10.jpg."""
 
     def key(name: str) -> list[str | int]:
         parts = re.split(r"(\d+)", PurePath(name).stem)
@@ -67,10 +79,10 @@ def frame_names(names: Sequence[str]) -> list[str]:
 
 
 class Pictures:
-    """Encoded images, as paths or bytes, that are the frames of one example.
+    """Encoded images, as paths or bytes, one per frame.
 
     Raises:
-      DecodeError: there are more of them than `Limits.frames`.
+      DecodeError: there are more than `Limits.frames`.
     """
 
     missing = repaired = 0
@@ -80,17 +92,17 @@ class Pictures:
         self._files, self.count, self._limits = files, len(files), limits
 
     def frames(self, wanted: Sequence[int], short_side: int = 0) -> np.ndarray:
-        distinct = {
-            int(index): _scaled(read_image(self._files[index], self._limits), short_side) for index in wanted
+        pictures = {
+            index: _scaled(read_image(self._files[index], self._limits), short_side) for index in set(wanted)
         }
-        return stack([distinct[int(index)] for index in wanted])
+        return stack([pictures[index] for index in wanted])
 
     def close(self) -> None:
-        """Do nothing: files are open only while they are read."""
+        """Do nothing: files are opened one at a time."""
 
 
 class InMemoryFrames:
-    """Frames in memory: uint8 [count, height, width, 3]; they are never scaled."""
+    """Frames in an array, uint8 [count, height, width, 3], which are never scaled."""
 
     missing = repaired = 0
 
@@ -98,7 +110,6 @@ class InMemoryFrames:
         self._pictures, self.count = pictures, len(pictures)
 
     def frames(self, wanted: Sequence[int], short_side: int = 0) -> np.ndarray:
-        del short_side
         return self._pictures[list(wanted)]
 
     def close(self) -> None:
@@ -106,7 +117,7 @@ class InMemoryFrames:
 
 
 def _scaled(picture: np.ndarray, short_side: int) -> np.ndarray:
-    """Return a picture, scaled down if its short side is longer than a `short_side` other than 0."""
+    """Scale a picture down if its short side is longer than `short_side`, unless that is 0."""
     scale = short_side / min(picture.shape[:2]) if short_side else 1
     if scale >= 1:
         return picture
@@ -115,6 +126,6 @@ def _scaled(picture: np.ndarray, short_side: int) -> np.ndarray:
 
 
 def without_extension(name: str) -> str:
-    """Return a file name without its media extension, so that a clip has one name in any encoding."""
+    """Strip a media extension, so that the name of a clip does not depend on its encoding."""
     stem, dot, extension = name.rpartition(".")
     return stem if f"{dot}{extension}".lower() in IMAGES + VIDEOS else name

@@ -16,8 +16,8 @@ from typing import Any, NoReturn, cast
 
 import numpy as np
 
+from structvit_jax.data.media import configure_decoding
 from structvit_jax.data.reader import Reader
-from structvit_jax.data.setup import configure_decoding
 from structvit_jax.data.types import WHOLE, Arrays, Batch, Problem, Shard
 from structvit_jax.data.workers import DeadWorker, Note, in_processes
 from structvit_jax.utils.errors import DecodeError, UserError

@@ -20,7 +20,7 @@ from structvit_jax.data.annotations import DATA_SETS, Prepared
 from structvit_jax.data.image import IMAGES
 from structvit_jax.data.index import LABELS, Entry, Index, class_names_of, order, read_list, write_list
 from structvit_jax.data.measure import Measured, measure
-from structvit_jax.data.setup import configure_decoding
+from structvit_jax.data.media import configure_decoding
 from structvit_jax.data.survey import survey
 from structvit_jax.data.workers import Note, in_processes
 from structvit_jax.utils.errors import UserError

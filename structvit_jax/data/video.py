@@ -7,6 +7,7 @@ it is wrong or missing in webm, mkv and damaged files.
 from __future__ import annotations
 
 import bisect
+import collections
 import contextlib
 import io
 import itertools
@@ -28,7 +29,7 @@ from structvit_jax.utils.errors import DecodeError, decoding
 
 _SKIPPING = ("h264", "hevc", "mpeg4", "vp8", "vp9")  # decoders that can skip single pictures
 _UNINDEXED = ("avi", "mpegts")  # containers whose times are right only when read from the beginning
-_FAR = 2**62  # a time that fits FFmpeg's int64
+_MAX_SEEK = 2**62  # fits FFmpeg's int64
 _REACHES = (1, 4, 16, 64)  # frames on either side to search for the replacement of a damaged frame
 
 
@@ -37,12 +38,13 @@ class VideoFile:
 
     Attributes:
       count: number of frames to sample from. In a truncated file it includes the missing ones, so that
-        sampling does not drift; asking for a missing frame is an error.
+        sampling does not drift; reading a missing frame is an error.
       missing: number of missing frames, which are the last ones.
       repaired: number of frames of the last `frames` call that were damaged and replaced.
+      seconds: duration, from the first frame to the last, plus the mean distance between frames.
 
     Raises:
-      DecodeError: no video, an unsupported container, an exceeded limit, or damage.
+      DecodeError: there is no video, the container is unsupported or damaged, or a limit is exceeded.
     """
 
     def __init__(
@@ -57,28 +59,21 @@ class VideoFile:
         self._stream = self._container.streams.video[0]
         try:
             with decoding():
-                index = _demux(self._container, self._stream, start, end, limits)
+                times, self.missing, self._keys = _demux(self._container, self._stream, start, end, limits)
+                if not times:
+                    part = f" from {start or 0} s to {'the end' if end is None else f'{end} s'}"
+                    raise DecodeError("no video frames" + part * (start is not None or end is not None))
         except DecodeError:
             self.close()
             raise
-        first, stop = index.position(index.start), index.position(index.end)
-        self._times, self._keys = index.times[first:stop], index.keys
-        self.count = stop - first
-        self.missing = self.count - len(self._times)
-        if self.count < 1:
-            self.close()
-            part = f" from {start or 0} s to {'the end' if end is None else f'{end} s'}"
-            raise DecodeError("no video frames" + part * (start is not None or end is not None))
-        self._span = index.time(stop - 1) - index.time(first)
+        self.count = len(times)
+        self._times = times[: self.count - self.missing]
+        span = float((times[-1] - times[0]) * _time_base(self._stream))
+        self.seconds = span * self.count / max(self.count - 1, 1)
 
     def close(self) -> None:
         """Release the file and the decoder; garbage collection would keep many of them open."""
         self._container.close()
-
-    @property
-    def seconds(self) -> float:
-        """Duration: from the first frame to the last, plus the mean distance between frames."""
-        return float(self._span * _time_base(self._stream)) * self.count / max(self.count - 1, 1)
 
     def frames(self, wanted: Sequence[int], short_side: int = 0) -> np.ndarray:
         """Return frames by number, rotated as the container states; see `structvit_jax.data.types.Media`.
@@ -99,7 +94,7 @@ class VideoFile:
         return stack([pictures[time] for time in times])
 
     def _decoded(self, times: set[int], short_side: int) -> dict[int, np.ndarray]:
-        """Return the frames at some times; damaged ones are left out if damage is tolerated."""
+        """Return the frames at these times; damaged ones are left out if damage is tolerated."""
         tolerant = self._limits.bad_frames > 0
         pictures: dict[Any, np.ndarray] = {}
         convert = VideoReformatter()  # one for all frames: setting it up costs more than using it
@@ -116,7 +111,10 @@ class VideoFile:
         return pictures
 
     def _neighbour(self, time: int, short_side: int) -> np.ndarray:
-        """Return the nearest decodable frame, the earlier of two: a function of the file alone."""
+        """Return the nearest frame that can be decoded, the earlier of two.
+
+        It depends on the file alone, and not on the other frames that are read.
+        """
         here = bisect.bisect_left(self._times, time)
         for reach in _REACHES:
             near = self._times[max(here - reach, 0) : here + reach + 1]
@@ -128,8 +126,8 @@ class VideoFile:
         """Copy these frames into a Matroska file without decoding them.
 
         Returns:
-          The file, and the number of frames in it before the first wanted one: decoding has to start at a key
-          frame.
+          The file, and the number of frames in it before the first wanted one. There are some if the first
+          wanted frame is not a key frame, where decoding has to start.
 
         Raises:
           DecodeError: there is no key frame to start at.
@@ -151,32 +149,25 @@ class VideoFile:
         return target.getvalue(), before
 
     def _groups(self, times: set[int]) -> Iterator[tuple[_Packet, set[int]]]:
-        """Yield key frames and the wanted times from each to the next."""
-        early = {time for time in times if not self._keys or time < self._keys[0].pts}
-        if early and not self._limits.bad_frames:
-            raise DecodeError("no key frame to start decoding from")
+        """Yield key frames, each with the wanted times from it up to the next key frame."""
         starts = [key.pts for key in self._keys]
-        place = {time: bisect.bisect_right(starts, time) - 1 for time in times - early}
-        for number in sorted(set(place.values())):
-            yield self._keys[number], {time for time in place if place[time] == number}
+        groups = collections.defaultdict(set)
+        for time in times:
+            groups[bisect.bisect_right(starts, time) - 1].add(time)
+        if groups.pop(-1, None) and not self._limits.bad_frames:
+            raise DecodeError("no key frame to start decoding from")
+        for number in sorted(groups):
+            yield self._keys[number], groups[number]
 
 
 def check_available(wanted: Sequence[int], count: int, missing: int) -> None:
-    """Check that none of the wanted frames is among the last `missing` ones.
-
-    Raises:
-      DecodeError: one is.
-    """
+    """Raise a DecodeError if one of the wanted frames is among the last `missing` ones."""
     if max(wanted) >= count - missing:
         raise DecodeError(f"cut off: {missing} of {count} frames are missing, frame {max(wanted)} among them")
 
 
 def stack(pictures: Sequence[np.ndarray]) -> np.ndarray:
-    """Return the frames of a clip as one array.
-
-    Raises:
-      DecodeError: they differ in size.
-    """
+    """Return the frames of a clip as one array; raise a DecodeError if they differ in size."""
     if len({picture.shape for picture in pictures}) > 1:
         raise DecodeError("its frames differ in size")
     return np.stack(pictures)
@@ -187,56 +178,34 @@ class _Packet(NamedTuple):
     dts: int
 
 
-class _Index(NamedTuple):
-    """The times of a file's pictures, in units of its stream's time base."""
-
-    times: list[int]  # of the pictures, ascending
-    keys: list[_Packet]  # pictures that decoding can start from, shown or not
-    start: float  # of the requested part
-    end: float
-    lost: int = 0  # pictures missing after these, if the file was truncated
-    spacing: float = 1.0  # time between missing pictures
-
-    def time(self, number: int) -> int:
-        """Return the time of a picture, missing or not."""
-        beyond = number + 1 - len(self.times)
-        return self.times[number] if beyond <= 0 else self.times[-1] + round(self.spacing * beyond)
-
-    def position(self, bound: float) -> int:
-        """Return the number of pictures before a time, missing ones included."""
-        present, whole = len(self.times), len(self.times) + self.lost
-        here = bisect.bisect_left(self.times, bound)
-        if here < present or not self.lost:
-            return here
-        if bound > self.time(whole - 1):
-            return whole
-        here = present + max(int((bound - self.times[-1]) / self.spacing) - 2, 0)
-        while self.time(here) < bound:
-            here += 1
-        return here
-
-
 def _demux(
     container: InputContainer,
     stream: VideoStream,
     start: float | None,
     end: float | None,
     limits: Limits,
-) -> _Index:
-    """Read all packets of the requested part."""
+) -> tuple[list[int], int, list[_Packet]]:
+    """Read all packets of the requested part.
+
+    Returns:
+      The times of its pictures, in units of the stream's time base, ascending. If the file is truncated, they
+      include estimated times of the missing pictures. Further, the number of missing pictures, and the
+      pictures that decoding can start from, whether they are shown or not.
+    """
     base, origin = float(_time_base(stream)), stream.start_time or 0
     # Half a unit of tolerance, so that rounded seconds still select the intended frame.
-    first = -np.inf if start is None else origin + start / base - 0.5
-    stop = np.inf if end is None else origin + end / base - 0.5
+    lower = -np.inf if start is None else origin + start / base - 0.5
+    upper = np.inf if end is None else origin + end / base - 0.5
     if start and container.format.name not in _UNINDEXED:
-        container.seek(int(min(max(first, -_FAR), _FAR)), stream=stream)
+        container.seek(int(min(max(lower, -_MAX_SEEK), _MAX_SEEK)), stream=stream)
     # If the stream does not state its duration, the container does, for all streams together.
     streams = [stream] if stream.duration else [s for s in container.streams if s.type in ("video", "audio")]
-    number, hides = stream.index, stream.codec_context.name == "vp8"
+    is_vp8 = stream.codec_context.name == "vp8"
     bases = {s.index: float(_time_base(s)) for s in streams}
     times: list[int] = []
     keys: list[_Packet] = []
     last = ended = 0.0
+    stopped = False  # at the requested end
     with contextlib.suppress(av.FFmpegError):  # truncated in the middle of a packet
         for packet in container.demux(*streams):
             pts, dts = _stamps(packet)
@@ -244,22 +213,24 @@ def _demux(
                 continue
             last = max(last, pts * bases[packet.stream_index])
             ended = max(ended, (pts + (packet.duration or 0)) * bases[packet.stream_index])
-            if packet.stream_index != number or not packet.size:
+            if packet.stream_index != stream.index or not packet.size:
                 continue
-            if dts >= stop and container.format.name not in _UNINDEXED:
-                return _Index(sorted(times), sorted(keys), first, stop)
+            if stopped := dts >= upper and container.format.name not in _UNINDEXED:
+                break
             if packet.is_keyframe:  # even if an edit list hides it
                 keys.append(_Packet(pts, dts))
-            if _shown(packet, hides):
+            if _shown(packet, is_vp8):
                 times.append(pts)
-                if len(times) > limits.frames:
-                    limits.check_frames(len(times))
-    times = sorted(times)
+                limits.check_frames(len(times))
+    times.sort()
     if times and container.format.name == "avi":  # times count from the first packet decoded, not shown
-        first, stop = first + times[0] - origin, stop + times[0] - origin
-    lost, spacing = _lost(container, stream, times, last, ended)
+        lower, upper = lower + times[0] - origin, upper + times[0] - origin
+    lost, spacing = (0, 0.0) if stopped else _lost(container, stream, times, last, ended)
     limits.check_frames(len(times) + lost)
-    return _Index(times, sorted(keys), first, stop, lost, spacing)
+    present = len(times)
+    times += [times[-1] + round(spacing * number) for number in range(1, lost + 1)]
+    begin, stop = bisect.bisect_left(times, lower), bisect.bisect_left(times, upper)
+    return times[begin:stop], max(stop - max(begin, present), 0), sorted(keys)
 
 
 def _lost(
@@ -268,15 +239,15 @@ def _lost(
     """Estimate how many pictures are missing at the end, and the time between them.
 
     Pictures are missing if the last packet of all streams comes more than two frames before the announced
-    end. `last` and `ended` are the start and the end of that packet, in seconds.
+    end. `last` and `ended` are the start and the end of that packet in seconds.
     """
     if not times:
         return 0, 1.0
+    base = float(_time_base(stream))
     if stream.duration:
         announced = float((stream.duration + (stream.start_time or 0)) * _time_base(stream))
     else:
         announced = (container.duration or 0) / av.time_base
-    base = float(_time_base(stream))
     gaps = np.diff(times) if len(times) > 1 else [1 / (base * float(stream.average_rate or 25))]
     usual, mean = float(np.median(gaps)), float(np.mean(gaps))
     spacing = base * max(usual, mean)  # rates vary, and the last picture may be shown for long
@@ -287,33 +258,32 @@ def _lost(
 
 
 def _time_base(stream: Stream) -> Fraction:
-    """Return the unit of a stream's times, in seconds."""
+    """Return the unit of the times of a stream in seconds."""
     if stream.time_base is None:
         raise DecodeError("a stream without a time base")
     return stream.time_base
 
 
 def _stamps(packet: Packet) -> tuple[Any, Any]:
-    """Return presentation and decoding time; some containers store only one of them."""
+    """Return the presentation and the decoding time; some containers store only one of them."""
     return (
         packet.dts if packet.pts is None else packet.pts,
         packet.pts if packet.dts is None else packet.dts,
     )
 
 
-def _shown(packet: Packet, hides: bool) -> bool:
-    """Return whether a packet is a picture to show; VP8 has separate hidden ones to predict from."""
-    if packet.is_discard:
-        return False
-    return not hides or bool(bytes(packet)[0] >> 4 & 1)
+def _shown(packet: Packet, is_vp8: bool) -> bool:
+    """Return whether a packet is shown. VP8 also has hidden pictures, from which others are predicted."""
+    return not packet.is_discard and (not is_vp8 or bool(bytes(packet)[0] >> 4 & 1))
 
 
 def _decode(
     container: InputContainer, stream: VideoStream, key: _Packet, wanted: set[int], tolerant: bool
 ) -> Iterator[av.VideoFrame]:
-    """Yield the wanted frames after a key frame; decode others only if frames are predicted from them.
+    """Yield the frames at the wanted times from a key frame on.
 
-    If `tolerant`, packets that cannot be decoded are skipped.
+    Other frames are decoded only if frames are predicted from them. If `tolerant`, packets that cannot be
+    decoded are skipped.
     """
     codec, ahead = stream.codec_context, set(wanted)
     skipped: tuple[type[Exception], ...] = (av.FFmpegError,) if tolerant else ()
@@ -324,7 +294,7 @@ def _decode(
         with contextlib.suppress(*skipped):
             yield from (frame for frame in packet.decode() if frame.pts in wanted)
         ahead.discard(pts)
-        if not ahead:  # the decoder has them all, and may hold some back to reorder them
+        if not ahead:  # the decoder has received all of them, and may hold some back to reorder them
             break
     if not ahead:
         with contextlib.suppress(*skipped):
@@ -332,8 +302,8 @@ def _decode(
 
 
 def _packets_from(container: InputContainer, stream: VideoStream, key: _Packet) -> Iterator[Packet]:
-    """Yield the packets from a key frame on. Containers seek by presentation or by decoding time."""
-    for target in key:
+    """Yield the packets from a key frame on."""
+    for target in key:  # some containers seek by presentation time, others by decoding time
         container.seek(target, stream=stream)
         packets = container.demux(stream)
         first = next(packets)

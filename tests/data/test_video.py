@@ -16,7 +16,6 @@ import pytest
 from PIL import Image
 
 from structvit_jax.data import container as containers
-from structvit_jax.data import video
 from structvit_jax.data.container import CONTAINERS
 from structvit_jax.data.limits import Limits
 from structvit_jax.data.media import frame_names, open_media
@@ -128,6 +127,11 @@ def test_the_remaining_frames_of_truncated_files_can_be_read(bad):
         video = open_media(str(folder / name))
         assert abs(video.count - 64) <= 3 and 10 < video.missing < 60, name
         assert video.frames([0, 3]).shape == (2, 32, 32, 3)
+        late = VideoFile(str(folder / name), start=0.5)  # 8 frames at 16 frames per second
+        assert (late.count, late.missing) == (video.count - 8, video.missing), name
+        present = video.count - video.missing
+        part = VideoFile(str(folder / name), end=3.5)  # in the missing frames
+        assert present < part.count < video.count and part.missing == part.count - present, name
 
 
 def test_h264_in_avi_is_rejected(tmp_path):
@@ -336,7 +340,7 @@ def clips_of(container_format, codec):
 
 
 def test_an_announced_duration_allocates_no_memory(folder):
-    """The headers announce 2**32 units; a list of the missing frames would need gigabytes."""
+    """The headers announce 2**32 units; the times of the missing frames would need gigabytes."""
     content = bytearray((folder / "h264.mp4").read_bytes())
     for tag, place in ((b"mvhd", 20), (b"tkhd", 24), (b"mdhd", 20), (b"elst", 12)):
         at = content.index(tag)
@@ -356,15 +360,6 @@ def test_max_frames_is_enforced(folder, tmp_path):
         Image.fromarray(FRAMES[number]).save(tmp_path / f"{number}.png")
     with pytest.raises(DecodeError, match="3 frames, more than"):
         open_media(str(tmp_path), limits=Limits(frames=2))
-
-
-def test_missing_frames_are_counted_without_a_list():
-    """Compared with the list that they would make."""
-    index = video._Index([0, 10, 20, 40], [], -np.inf, np.inf, lost=6, spacing=13.3)
-    times = [0, 10, 20, 40, *(40 + round(13.3 * (i + 1)) for i in range(6))]
-    assert [index.time(number) for number in range(10)] == times
-    for bound in (-np.inf, *np.arange(-1, 130, 0.5), np.inf, 1e300):
-        assert index.position(bound) == np.searchsorted(times, bound), bound
 
 
 def test_samples_without_bytes_are_limited(folder):
