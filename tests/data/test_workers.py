@@ -38,6 +38,10 @@ def failing(number, note):
     return number
 
 
+def ending(number, note):
+    raise EOFError("the file ends")
+
+
 def blocked(number, note):
     return Path("/proc/self/status").read_text()
 
@@ -60,8 +64,8 @@ def test_a_dead_worker_is_replaced_and_reported():
     lost = []
     with contextlib.closing(in_processes(deadly, range(10), 2, ahead=3, on_death=lost.append)) as results:
         assert list(results) == [0, 1, 2, None, None, 5, 6, 7, None, 9]
-    assert [(worker.number, worker.code, worker.note) for worker in lost] == [
-        (number, -signal.SIGKILL, f"example {number}") for number in (3, 4, 8)
+    assert [(worker.code, worker.note) for worker in lost] == [
+        (-signal.SIGKILL, f"example {number}") for number in (3, 4, 8)
     ]
 
 
@@ -71,6 +75,12 @@ def test_an_exception_is_raised_with_its_traceback():
         with pytest.raises(RuntimeError, match="OddError: a b") as caught:
             next(results)
     assert "in failing" in caught.value.__notes__[0]
+
+
+def test_an_end_of_file_is_not_taken_for_a_dead_worker():
+    with contextlib.closing(in_processes(ending, [0], 1, ahead=1, on_death=unexpected)) as results:
+        with pytest.raises(EOFError, match="the file ends"):
+            next(results)
 
 
 def test_workers_block_signals_to_the_process_group():
