@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import av
 import numpy as np
-from av.container import InputContainer
 from av.packet import Packet
 from av.stream import Stream
 from av.video.reformatter import VideoReformatter
@@ -34,13 +33,12 @@ _REACHES = (1, 4, 16, 64)  # frames on either side to search for the replacement
 
 
 class VideoFile:
-    """A video, or the part of it from `start` to `end` seconds.
+    """A video, or the part of it from `start` to `end` seconds; see `structvit_jax.data.types.Media`.
+
+    In a truncated file, `count` includes the missing frames, so that sampling does not drift. Reading one of
+    them is an error.
 
     Attributes:
-      count: number of frames to sample from. In a truncated file it includes the missing ones, so that
-        sampling does not drift; reading a missing frame is an error.
-      missing: number of missing frames, which are the last ones.
-      repaired: number of frames of the last `frames` call that were damaged and replaced.
       seconds: duration, from the first frame to the last, plus the mean distance between frames.
 
     Raises:
@@ -59,7 +57,7 @@ class VideoFile:
         self._stream = self._container.streams.video[0]
         try:
             with decoding():
-                times, self.missing, self._keys = _demux(self._container, self._stream, start, end, limits)
+                times, self.missing, self._keys = self._demux(start, end)
                 if not times:
                     part = f" from {start or 0} s to {'the end' if end is None else f'{end} s'}"
                     raise DecodeError("no video frames" + part * (start is not None or end is not None))
@@ -93,41 +91,12 @@ class VideoFile:
         self.repaired = len(lost)
         return stack([pictures[time] for time in times])
 
-    def _decoded(self, times: set[int], short_side: int) -> dict[int, np.ndarray]:
-        """Return the frames at these times; damaged ones are left out if damage is tolerated."""
-        tolerant = self._limits.bad_frames > 0
-        pictures: dict[Any, np.ndarray] = {}
-        convert = VideoReformatter()  # one for all frames: setting it up costs more than using it
-        try:
-            with decoding():
-                for key, group in self._groups(times):
-                    for frame in _decode(self._container, self._stream, key, group, tolerant):
-                        pictures[frame.pts] = _picture(frame, convert, short_side)
-        except DecodeError as error:
-            if self._stream.codec_context.width:
-                raise
-            limit = f"--config.data.max_pixels={self._limits.pixels}"
-            raise DecodeError(f"{error}; its pictures may have more pixels than {limit} allows") from error
-        return pictures
-
-    def _neighbour(self, time: int, short_side: int) -> np.ndarray:
-        """Return the nearest frame that can be decoded, the earlier of two.
-
-        It depends on the file alone, and not on the other frames that are read.
-        """
-        here = bisect.bisect_left(self._times, time)
-        for reach in _REACHES:
-            near = self._times[max(here - reach, 0) : here + reach + 1]
-            if found := self._decoded(set(near), short_side):
-                return found[min(found, key=lambda other: (abs(other - time), other))]
-        raise DecodeError(f"no frame near frame {here} of {self.count} can be decoded")
-
     def cut(self) -> tuple[bytes, int]:
         """Copy these frames into a Matroska file without decoding them.
 
         Returns:
-          The file, and the number of frames in it before the first wanted one. There are some if the first
-          wanted frame is not a key frame, where decoding has to start.
+          The file, and the number of frames in it before the first wanted one: the file has to start with a
+          key frame.
 
         Raises:
           DecodeError: there is no key frame to start at.
@@ -138,7 +107,7 @@ class VideoFile:
         target, before = io.BytesIO(), 0
         with decoding(), av.open(target, "w", format="matroska") as out:
             copy = out.add_stream_from_template(self._stream)
-            for packet in _packets_from(self._container, self._stream, key):
+            for packet in self._packets_from(key):
                 pts = _stamps(packet)[0]
                 if not wanted or not packet.size:
                     break
@@ -147,6 +116,105 @@ class VideoFile:
                 packet.stream = copy
                 out.mux(packet)
         return target.getvalue(), before
+
+    def _demux(self, start: float | None, end: float | None) -> tuple[list[int], int, list[_Packet]]:
+        """Read all packets of the requested part.
+
+        Returns:
+          The times of its pictures, ascending, in units of the stream's time base. If the file is truncated,
+          the last ones are the estimated times of missing pictures.
+          The number of missing pictures.
+          The pictures that decoding can start from, whether they are shown or not.
+        """
+        container, stream = self._container, self._stream
+        base, origin = float(_time_base(stream)), stream.start_time or 0
+        # Half a unit of tolerance, so that rounded seconds still select the intended frame.
+        lower = -np.inf if start is None else origin + start / base - 0.5
+        upper = np.inf if end is None else origin + end / base - 0.5
+        is_indexed = container.format.name not in _UNINDEXED
+        if start and is_indexed:
+            container.seek(int(min(max(lower, -_MAX_SEEK), _MAX_SEEK)), stream=stream)
+        # If the stream does not state its duration, the container does, for all streams together.
+        streams = [s for s in container.streams if s.type in ("video", "audio")]
+        streams = [stream] if stream.duration else streams
+        bases = {s.index: float(_time_base(s)) for s in streams}
+        times: list[int] = []
+        keys: list[_Packet] = []
+        last = ended = 0.0
+        stopped = False  # at the requested end
+        with contextlib.suppress(av.FFmpegError):  # truncated in the middle of a packet
+            for packet in container.demux(*streams):
+                pts, dts = _stamps(packet)
+                if pts is None:
+                    continue
+                last = max(last, pts * bases[packet.stream_index])
+                ended = max(ended, (pts + (packet.duration or 0)) * bases[packet.stream_index])
+                if packet.stream_index != stream.index or not packet.size:
+                    continue
+                if stopped := dts >= upper and is_indexed:
+                    break
+                if packet.is_keyframe:  # even if an edit list hides it
+                    keys.append(_Packet(pts, dts))
+                if _is_shown(packet, stream):
+                    times.append(pts)
+                    self._limits.check_frames(len(times))
+        times.sort()
+        if times and container.format.name == "avi":  # times count from the first packet decoded, not shown
+            lower, upper = lower + times[0] - origin, upper + times[0] - origin
+        present = len(times)
+        lost, spacing = self._lost(times, last, ended) if times and not stopped else (0, 0.0)
+        self._limits.check_frames(present + lost)
+        times += [times[-1] + round(spacing * number) for number in range(1, lost + 1)]
+        begin, stop = bisect.bisect_left(times, lower), bisect.bisect_left(times, upper)
+        return times[begin:stop], max(stop - max(begin, present), 0), sorted(keys)
+
+    def _lost(self, times: list[int], last: float, ended: float) -> tuple[int, float]:
+        """Estimate how many pictures are missing at the end, and the time between them.
+
+        Pictures are missing if the last packet of all streams comes more than two frames before the announced
+        end. `last` and `ended` are the start and the end of that packet in seconds.
+        """
+        stream = self._stream
+        base = float(_time_base(stream))
+        if stream.duration:
+            announced = float((stream.duration + (stream.start_time or 0)) * _time_base(stream))
+        else:
+            announced = (self._container.duration or 0) / av.time_base
+        gaps = np.diff(times) if len(times) > 1 else [1 / (base * float(stream.average_rate or 25))]
+        usual, mean = float(np.median(gaps)), float(np.mean(gaps))
+        spacing = base * max(usual, mean)  # rates vary, and the last picture may be shown for long
+        if announced - last <= 2 * spacing or announced - ended <= spacing:
+            return 0, 0.0
+        usual = max(usual, 1.0)
+        return max(round((announced / base - times[-1]) / usual) - 1, 0), usual
+
+    def _neighbour(self, time: int, short_side: int) -> np.ndarray:
+        """Return the nearest frame that can be decoded, the earlier of two.
+
+        It does not depend on which other frames are read.
+        """
+        here = bisect.bisect_left(self._times, time)
+        for reach in _REACHES:
+            near = self._times[max(here - reach, 0) : here + reach + 1]
+            if found := self._decoded(set(near), short_side):
+                return found[min(found, key=lambda other: (abs(other - time), other))]
+        raise DecodeError(f"no frame near frame {here} of {self.count} can be decoded")
+
+    def _decoded(self, times: set[int], short_side: int) -> dict[int, np.ndarray]:
+        """Return the frames at these times; damaged ones are left out if damage is tolerated."""
+        pictures: dict[Any, np.ndarray] = {}
+        convert = VideoReformatter()  # one for all frames: setting it up costs more than using it
+        try:
+            with decoding():
+                for key, group in self._groups(times):
+                    for frame in self._decode(key, group):
+                        pictures[frame.pts] = _picture(frame, convert, short_side)
+        except DecodeError as error:
+            if self._stream.codec_context.width:
+                raise
+            limit = f"--config.data.max_pixels={self._limits.pixels}"
+            raise DecodeError(f"{error}; its pictures may have more pixels than {limit} allows") from error
+        return pictures
 
     def _groups(self, times: set[int]) -> Iterator[tuple[_Packet, set[int]]]:
         """Yield key frames, each with the wanted times from it up to the next key frame."""
@@ -158,6 +226,71 @@ class VideoFile:
             raise DecodeError("no key frame to start decoding from")
         for number in sorted(groups):
             yield self._keys[number], groups[number]
+
+    def _decode(self, key: _Packet, wanted: set[int]) -> Iterator[av.VideoFrame]:
+        """Yield the frames at the wanted times from a key frame on.
+
+        Other frames are decoded only if frames are predicted from them. If damage is tolerated, packets that
+        cannot be decoded are skipped.
+        """
+        codec, ahead = self._stream.codec_context, set(wanted)
+        skipped: tuple[type[Exception], ...] = (av.FFmpegError,) if self._limits.bad_frames > 0 else ()
+        for packet in self._packets_from(key):
+            pts = _stamps(packet)[0]
+            if codec.name in _SKIPPING:
+                codec.skip_frame = "DEFAULT" if pts is None or pts in wanted else "NONREF"
+            with contextlib.suppress(*skipped):
+                yield from (frame for frame in packet.decode() if frame.pts in wanted)
+            ahead.discard(pts)
+            if not ahead:  # the decoder has received all of them, and may hold some back to reorder them
+                with contextlib.suppress(*skipped):
+                    yield from (frame for frame in codec.decode(None) if frame.pts in wanted)
+                break
+
+    def _packets_from(self, key: _Packet) -> Iterator[Packet]:
+        """Yield the packets from a key frame on."""
+        for target in key:  # some containers seek by presentation time, others by decoding time
+            self._container.seek(target, stream=self._stream)
+            packets = self._container.demux(self._stream)
+            first = next(packets)
+            if first.size and _stamps(first)[1] <= key.dts:
+                break
+        for packet in itertools.chain([first], packets):
+            if not packet.size or _stamps(packet)[1] >= key.dts:
+                yield packet
+
+
+class _Packet(NamedTuple):
+    pts: int
+    dts: int
+
+
+def _time_base(stream: Stream) -> Fraction:
+    """Return the unit of the times of a stream in seconds."""
+    if stream.time_base is None:
+        raise DecodeError("a stream without a time base")
+    return stream.time_base
+
+
+def _stamps(packet: Packet) -> tuple[Any, Any]:
+    """Return the presentation and the decoding time; some containers store only one of them."""
+    pts, dts = packet.pts, packet.dts
+    return (dts if pts is None else pts), (pts if dts is None else dts)
+
+
+def _is_shown(packet: Packet, stream: VideoStream) -> bool:
+    """Return whether a packet is shown. VP8 also has hidden pictures, from which others are predicted."""
+    is_hidden = stream.codec_context.name == "vp8" and not bytes(packet)[0] >> 4 & 1
+    return not packet.is_discard and not is_hidden
+
+
+def _picture(frame: av.VideoFrame, convert: VideoReformatter, short_side: int) -> np.ndarray:
+    scale = short_side / min(frame.width, frame.height) if short_side else 1
+    size = {"width": round(frame.width * scale), "height": round(frame.height * scale)} if scale < 1 else {}
+    picture = convert.reformat(
+        frame, format="rgb24", interpolation="BILINEAR", threads=1, **size
+    ).to_ndarray()
+    return np.rot90(picture, frame.rotation // 90) if frame.rotation else picture
 
 
 def check_available(wanted: Sequence[int], count: int, missing: int) -> None:
@@ -171,153 +304,3 @@ def stack(pictures: Sequence[np.ndarray]) -> np.ndarray:
     if len({picture.shape for picture in pictures}) > 1:
         raise DecodeError("its frames differ in size")
     return np.stack(pictures)
-
-
-class _Packet(NamedTuple):
-    pts: int
-    dts: int
-
-
-def _demux(
-    container: InputContainer,
-    stream: VideoStream,
-    start: float | None,
-    end: float | None,
-    limits: Limits,
-) -> tuple[list[int], int, list[_Packet]]:
-    """Read all packets of the requested part.
-
-    Returns:
-      The times of its pictures, in units of the stream's time base, ascending. If the file is truncated, they
-      include estimated times of the missing pictures. Further, the number of missing pictures, and the
-      pictures that decoding can start from, whether they are shown or not.
-    """
-    base, origin = float(_time_base(stream)), stream.start_time or 0
-    # Half a unit of tolerance, so that rounded seconds still select the intended frame.
-    lower = -np.inf if start is None else origin + start / base - 0.5
-    upper = np.inf if end is None else origin + end / base - 0.5
-    if start and container.format.name not in _UNINDEXED:
-        container.seek(int(min(max(lower, -_MAX_SEEK), _MAX_SEEK)), stream=stream)
-    # If the stream does not state its duration, the container does, for all streams together.
-    streams = [stream] if stream.duration else [s for s in container.streams if s.type in ("video", "audio")]
-    is_vp8 = stream.codec_context.name == "vp8"
-    bases = {s.index: float(_time_base(s)) for s in streams}
-    times: list[int] = []
-    keys: list[_Packet] = []
-    last = ended = 0.0
-    stopped = False  # at the requested end
-    with contextlib.suppress(av.FFmpegError):  # truncated in the middle of a packet
-        for packet in container.demux(*streams):
-            pts, dts = _stamps(packet)
-            if pts is None:
-                continue
-            last = max(last, pts * bases[packet.stream_index])
-            ended = max(ended, (pts + (packet.duration or 0)) * bases[packet.stream_index])
-            if packet.stream_index != stream.index or not packet.size:
-                continue
-            if stopped := dts >= upper and container.format.name not in _UNINDEXED:
-                break
-            if packet.is_keyframe:  # even if an edit list hides it
-                keys.append(_Packet(pts, dts))
-            if _shown(packet, is_vp8):
-                times.append(pts)
-                limits.check_frames(len(times))
-    times.sort()
-    if times and container.format.name == "avi":  # times count from the first packet decoded, not shown
-        lower, upper = lower + times[0] - origin, upper + times[0] - origin
-    lost, spacing = (0, 0.0) if stopped else _lost(container, stream, times, last, ended)
-    limits.check_frames(len(times) + lost)
-    present = len(times)
-    times += [times[-1] + round(spacing * number) for number in range(1, lost + 1)]
-    begin, stop = bisect.bisect_left(times, lower), bisect.bisect_left(times, upper)
-    return times[begin:stop], max(stop - max(begin, present), 0), sorted(keys)
-
-
-def _lost(
-    container: InputContainer, stream: VideoStream, times: list[int], last: float, ended: float
-) -> tuple[int, float]:
-    """Estimate how many pictures are missing at the end, and the time between them.
-
-    Pictures are missing if the last packet of all streams comes more than two frames before the announced
-    end. `last` and `ended` are the start and the end of that packet in seconds.
-    """
-    if not times:
-        return 0, 1.0
-    base = float(_time_base(stream))
-    if stream.duration:
-        announced = float((stream.duration + (stream.start_time or 0)) * _time_base(stream))
-    else:
-        announced = (container.duration or 0) / av.time_base
-    gaps = np.diff(times) if len(times) > 1 else [1 / (base * float(stream.average_rate or 25))]
-    usual, mean = float(np.median(gaps)), float(np.mean(gaps))
-    spacing = base * max(usual, mean)  # rates vary, and the last picture may be shown for long
-    if announced - last <= 2 * spacing or announced - ended <= spacing:
-        return 0, 1.0
-    usual = max(usual, 1.0)
-    return max(round((announced / base - times[-1]) / usual) - 1, 0), usual
-
-
-def _time_base(stream: Stream) -> Fraction:
-    """Return the unit of the times of a stream in seconds."""
-    if stream.time_base is None:
-        raise DecodeError("a stream without a time base")
-    return stream.time_base
-
-
-def _stamps(packet: Packet) -> tuple[Any, Any]:
-    """Return the presentation and the decoding time; some containers store only one of them."""
-    return (
-        packet.dts if packet.pts is None else packet.pts,
-        packet.pts if packet.dts is None else packet.dts,
-    )
-
-
-def _shown(packet: Packet, is_vp8: bool) -> bool:
-    """Return whether a packet is shown. VP8 also has hidden pictures, from which others are predicted."""
-    return not packet.is_discard and (not is_vp8 or bool(bytes(packet)[0] >> 4 & 1))
-
-
-def _decode(
-    container: InputContainer, stream: VideoStream, key: _Packet, wanted: set[int], tolerant: bool
-) -> Iterator[av.VideoFrame]:
-    """Yield the frames at the wanted times from a key frame on.
-
-    Other frames are decoded only if frames are predicted from them. If `tolerant`, packets that cannot be
-    decoded are skipped.
-    """
-    codec, ahead = stream.codec_context, set(wanted)
-    skipped: tuple[type[Exception], ...] = (av.FFmpegError,) if tolerant else ()
-    for packet in _packets_from(container, stream, key):
-        pts = _stamps(packet)[0]
-        if codec.name in _SKIPPING:
-            codec.skip_frame = "DEFAULT" if pts is None or pts in wanted else "NONREF"
-        with contextlib.suppress(*skipped):
-            yield from (frame for frame in packet.decode() if frame.pts in wanted)
-        ahead.discard(pts)
-        if not ahead:  # the decoder has received all of them, and may hold some back to reorder them
-            break
-    if not ahead:
-        with contextlib.suppress(*skipped):
-            yield from (frame for frame in codec.decode(None) if frame.pts in wanted)
-
-
-def _packets_from(container: InputContainer, stream: VideoStream, key: _Packet) -> Iterator[Packet]:
-    """Yield the packets from a key frame on."""
-    for target in key:  # some containers seek by presentation time, others by decoding time
-        container.seek(target, stream=stream)
-        packets = container.demux(stream)
-        first = next(packets)
-        if first.size and _stamps(first)[1] <= key.dts:
-            break
-    for packet in itertools.chain([first], packets):
-        if not packet.size or _stamps(packet)[1] >= key.dts:
-            yield packet
-
-
-def _picture(frame: av.VideoFrame, convert: VideoReformatter, short_side: int) -> np.ndarray:
-    scale = short_side / min(frame.width, frame.height) if short_side else 1
-    size = {"width": round(frame.width * scale), "height": round(frame.height * scale)} if scale < 1 else {}
-    picture = convert.reformat(
-        frame, format="rgb24", interpolation="BILINEAR", threads=1, **size
-    ).to_ndarray()
-    return np.rot90(picture, frame.rotation // 90) if frame.rotation else picture

@@ -78,9 +78,8 @@ def test_an_exception_is_raised_with_its_traceback():
 
 
 def test_an_end_of_file_is_not_taken_for_a_dead_worker():
-    with contextlib.closing(in_processes(ending, [0], 1, ahead=1, on_death=unexpected)) as results:
-        with pytest.raises(EOFError, match="the file ends"):
-            next(results)
+    with pytest.raises(EOFError, match="the file ends"):
+        next(in_processes(ending, [0], 1, ahead=1, on_death=unexpected))
 
 
 def test_workers_block_signals_to_the_process_group():
