@@ -168,6 +168,25 @@ def test_generated_data_need_a_number_of_examples(split):
         load(name="noise:3", train_examples=0)
 
 
+IMPORT_ALL = """
+import importlib, sys
+import structvit_jax.data.types
+assert not {"cv2", "av", "PIL"} & sys.modules.keys()
+import cv2
+from PIL import Image
+cv2.setNumThreads(3)
+for name in sys.argv[1:]:
+    importlib.import_module(f"structvit_jax.data.{name}")
+assert cv2.getNumThreads() == 3 and Image.MAX_IMAGE_PIXELS
+assert "jax" not in sys.modules
+"""
+
+
+def test_imports_change_no_setting_and_the_types_need_no_decoder():
+    names = [path.stem for path in (ROOT / "structvit_jax/data").glob("*.py") if path.stem != "__init__"]
+    assert subprocess.run([sys.executable, "-c", IMPORT_ALL, *names], cwd=ROOT).returncode == 0
+
+
 def test_reading_opens_no_device():
     """JAX_PLATFORMS names a platform that does not exist, so that opening a device fails."""
     code = "import clips; next(clips.load(train_examples=9, test_examples=9).train_batches(4, start_step=0))"

@@ -1,4 +1,4 @@
-"""Data workers: ordered results, deaths, blocked signals, and nothing left behind."""
+"""Data workers: ordered results, deaths, signals, process-wide settings, and nothing left behind."""
 
 import contextlib
 import os
@@ -9,10 +9,13 @@ import time
 from pathlib import Path
 
 import cloudpickle
+import cv2
 import numpy as np
 import pytest
 from conftest import ROOT
+from PIL import Image
 
+from structvit_jax.data.media import configure_decoding
 from structvit_jax.data.workers import in_processes
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not import the tests
@@ -44,6 +47,10 @@ def ending(number, note):
 
 def blocked(number, note):
     return Path("/proc/self/status").read_text()
+
+
+def settings(number, note):
+    return cv2.getNumThreads(), Image.MAX_IMAGE_PIXELS
 
 
 def unexpected(worker):
@@ -88,6 +95,11 @@ def test_workers_block_signals_to_the_process_group():
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         assert mask >> number - 1 & 1
     assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def test_workers_apply_the_settings_of_decoders():
+    results = in_processes(settings, [0], 1, ahead=1, on_death=unexpected, setup=configure_decoding)
+    assert list(results) == [(1, None)]
 
 
 PARENT = """
