@@ -16,7 +16,7 @@ from structvit_jax.data.container import VIDEOS
 from structvit_jax.data.image import IMAGES, read_image
 from structvit_jax.data.limits import Limits
 from structvit_jax.data.types import Media
-from structvit_jax.data.video import VideoFile, check_available, stack
+from structvit_jax.data.video import VideoFile, stack
 from structvit_jax.utils.errors import DecodeError
 
 
@@ -28,24 +28,6 @@ def configure_decoding() -> None:
     """
     cv2.setNumThreads(1)  # data workers run in parallel
     Image.MAX_IMAGE_PIXELS = None
-
-
-class FrameRange:
-    """`count` frames of other media from frame `first` on, of which the last `missing` do not exist."""
-
-    def __init__(self, media: Media, first: int, count: int, missing: int):
-        self._media, self._first, self.count, self.missing = media, first, count, missing
-
-    @property
-    def repaired(self) -> int:
-        return self._media.repaired
-
-    def frames(self, wanted: Sequence[int], short_side: int = 0) -> np.ndarray:
-        check_available(wanted, self.count, self.missing)
-        return self._media.frames([self._first + index for index in wanted], short_side)
-
-    def close(self) -> None:
-        self._media.close()
 
 
 def open_media(
@@ -78,14 +60,18 @@ def frame_names(names: Sequence[str]) -> list[str]:
     return sorted((n for n in names if n.lower().endswith(IMAGES) and not n.startswith(".")), key=key)
 
 
-class Pictures:
+def without_extension(name: str) -> str:
+    """Strip a media extension, so that the name of a clip does not depend on its encoding."""
+    stem, dot, extension = name.rpartition(".")
+    return stem if f"{dot}{extension}".lower() in IMAGES + VIDEOS else name
+
+
+class Pictures(Media):
     """Encoded images, as paths or bytes, one per frame.
 
     Raises:
       DecodeError: there are more than `Limits.frames`.
     """
-
-    missing = repaired = 0
 
     def __init__(self, files: Sequence[str | bytes], limits: Limits = Limits()):  # noqa: B008 - immutable
         limits.check_frames(len(files))
@@ -97,24 +83,6 @@ class Pictures:
         }
         return stack([pictures[index] for index in wanted])
 
-    def close(self) -> None:
-        """Do nothing: files are opened one at a time."""
-
-
-class InMemoryFrames:
-    """Frames in an array, uint8 [count, height, width, 3], which are never scaled."""
-
-    missing = repaired = 0
-
-    def __init__(self, pictures: np.ndarray):
-        self._pictures, self.count = pictures, len(pictures)
-
-    def frames(self, wanted: Sequence[int], short_side: int = 0) -> np.ndarray:
-        return self._pictures[list(wanted)]
-
-    def close(self) -> None:
-        """Do nothing."""
-
 
 def _scaled(picture: np.ndarray, short_side: int) -> np.ndarray:
     """Scale a picture down if its short side is longer than `short_side`, unless that is 0."""
@@ -125,7 +93,27 @@ def _scaled(picture: np.ndarray, short_side: int) -> np.ndarray:
     return cv2.resize(picture, (width, height), interpolation=cv2.INTER_LINEAR)
 
 
-def without_extension(name: str) -> str:
-    """Strip a media extension, so that the name of a clip does not depend on its encoding."""
-    stem, dot, extension = name.rpartition(".")
-    return stem if f"{dot}{extension}".lower() in IMAGES + VIDEOS else name
+class FrameRange(Media):
+    """`count` frames of other media from frame `first` on, of which the last `missing` do not exist."""
+
+    def __init__(self, media: Media, first: int, count: int, missing: int):
+        self._media, self._first, self.count, self.missing = media, first, count, missing
+
+    def frames(self, wanted: Sequence[int], short_side: int = 0) -> np.ndarray:
+        self.check_available(wanted)
+        frames = self._media.frames([self._first + index for index in wanted], short_side)
+        self.repaired = self._media.repaired
+        return frames
+
+    def close(self) -> None:
+        self._media.close()
+
+
+class InMemoryFrames(Media):
+    """Frames in an array, uint8 [count, height, width, 3], which are never scaled."""
+
+    def __init__(self, pictures: np.ndarray):
+        self._pictures, self.count = pictures, len(pictures)
+
+    def frames(self, wanted: Sequence[int], short_side: int = 0) -> np.ndarray:
+        return self._pictures[list(wanted)]

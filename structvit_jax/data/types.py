@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NotRequired, Protocol, Self, TypedDict
 
 import numpy as np
 from numpy.typing import DTypeLike
+
+from structvit_jax.utils.errors import DecodeError
 
 if TYPE_CHECKING:
     from structvit_jax.data.fingerprint import Changes, Fingerprint
@@ -48,17 +51,14 @@ Shard = tuple[int, int]
 WHOLE: Shard = (0, 1)
 
 
-class Media(Protocol):
+class Media(abc.ABC):
     """The frames of an example in display order."""
 
     count: int  # number of frames, including missing ones
-    missing: int  # number of frames at the end that a truncated file lacks
+    missing: int = 0  # number of frames at the end that a truncated file lacks
+    repaired: int = 0  # in the last `frames` call: damaged frames that were replaced by their neighbours
 
-    @property
-    def repaired(self) -> int:
-        """Number of frames of the last `frames` call that were damaged and replaced by their neighbours."""
-        ...
-
+    @abc.abstractmethod
     def frames(self, wanted: Sequence[int], short_side: int = 0) -> np.ndarray:
         """Return frames by number.
 
@@ -72,11 +72,16 @@ class Media(Protocol):
         Raises:
           DecodeError: a frame cannot be read.
         """
-        ...
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - most media have nothing to release
         """Release files and decoders."""
-        ...
+
+    def check_available(self, wanted: Sequence[int]) -> None:
+        """Raise a DecodeError if one of the wanted frames is missing."""
+        if (last := max(wanted)) >= self.count - self.missing:
+            raise DecodeError(
+                f"cut off: {self.missing} of {self.count} frames are missing, frame {last} among them"
+            )
 
 
 class Source(Protocol):
@@ -95,7 +100,7 @@ class Source(Protocol):
         """Return the frames and the label of an example.
 
         Raises:
-          DecodeError: it cannot be read.
+          DecodeError: the example cannot be read.
         """
         ...
 

@@ -24,6 +24,7 @@ from av.video.stream import VideoStream
 
 from structvit_jax.data.container import open_container
 from structvit_jax.data.limits import Limits
+from structvit_jax.data.types import Media
 from structvit_jax.utils.errors import DecodeError, decoding
 
 _SKIPPING = ("h264", "hevc", "mpeg4", "vp8", "vp9")  # decoders that can skip single pictures
@@ -32,8 +33,8 @@ _MAX_SEEK = 2**62  # fits FFmpeg's int64
 _REACHES = (1, 4, 16, 64)  # frames on either side to search for the replacement of a damaged frame
 
 
-class VideoFile:
-    """A video, or the part of it from `start` to `end` seconds; see `structvit_jax.data.types.Media`.
+class VideoFile(Media):
+    """A video, or the part of it from `start` to `end` seconds.
 
     In a truncated file, `count` includes the missing frames, so that sampling does not drift. Reading one of
     them is an error.
@@ -52,7 +53,7 @@ class VideoFile:
         end: float | None = None,
         limits: Limits = Limits(),  # noqa: B008 - immutable
     ):
-        self._limits, self.repaired = limits, 0
+        self._limits = limits
         self._container = open_container(file, limits)
         self._stream = self._container.streams.video[0]
         try:
@@ -74,12 +75,12 @@ class VideoFile:
         self._container.close()
 
     def frames(self, wanted: Sequence[int], short_side: int = 0) -> np.ndarray:
-        """Return frames by number, rotated as the container states; see `structvit_jax.data.types.Media`.
+        """Return frames by number, rotated as the container states; see `Media.frames`.
 
         Raises:
           DecodeError: a frame is missing, or more frames are damaged than `Limits.bad_frames` allows.
         """
-        check_available(wanted, self.count, self.missing)
+        self.check_available(wanted)
         times = [self._times[index] for index in wanted]
         pictures = self._decoded(set(times), short_side)
         lost = sorted(set(times) - pictures.keys())
@@ -101,7 +102,7 @@ class VideoFile:
         Raises:
           DecodeError: there is no key frame to start at.
         """
-        check_available([0], self.count, self.missing)
+        self.check_available([0])
         wanted = set(self._times)
         (key, _), *_ = self._groups({min(wanted)})
         target, before = io.BytesIO(), 0
@@ -291,12 +292,6 @@ def _picture(frame: av.VideoFrame, convert: VideoReformatter, short_side: int) -
         frame, format="rgb24", interpolation="BILINEAR", threads=1, **size
     ).to_ndarray()
     return np.rot90(picture, frame.rotation // 90) if frame.rotation else picture
-
-
-def check_available(wanted: Sequence[int], count: int, missing: int) -> None:
-    """Raise a DecodeError if one of the wanted frames is among the last `missing` ones."""
-    if max(wanted) >= count - missing:
-        raise DecodeError(f"cut off: {missing} of {count} frames are missing, frame {max(wanted)} among them")
 
 
 def stack(pictures: Sequence[np.ndarray]) -> np.ndarray:
