@@ -205,10 +205,6 @@ def _enhance(enhancer: Callable[[Image.Image], ImageEnhance._Enhance]) -> Operat
     return lambda image, level, sign, fill: enhancer(image).enhance(max(0.1, 1 + sign * 0.9 * level))
 
 
-def _posterize(image: Image.Image, level: float, sign: int, fill: Fill) -> Image.Image:
-    return ImageOps.posterize(image, 4 - int(4 * level))
-
-
 def _shear_x(image: Image.Image, level: float, sign: int, fill: Fill) -> Image.Image:
     return _affine(image, (1, sign * 0.3 * level, 0, 0, 1, 0), fill)
 
@@ -225,12 +221,13 @@ def _translate_y(image: Image.Image, level: float, sign: int, fill: Fill) -> Ima
     return _affine(image, (1, 0, 0, 0, 1, sign * 0.45 * level * image.height), fill)
 
 
+# timm's increasing operations, in its order.
 _OPERATIONS: tuple[Operation, ...] = (
     lambda image, level, sign, fill: ImageOps.autocontrast(image),
     lambda image, level, sign, fill: ImageOps.equalize(image),
     lambda image, level, sign, fill: ImageOps.invert(image),
     _rotate,
-    _posterize,
+    lambda image, level, sign, fill: ImageOps.posterize(image, 4 - int(4 * level)),
     lambda image, level, sign, fill: ImageOps.solarize(image, 256 - int(256 * level)),
     _solarize_add,
     _enhance(ImageEnhance.Color),
