@@ -1,4 +1,4 @@
-"""Data sets: from files to batches. This package does not import jax, so reading data opens no accelerator."""
+"""Data sets: from files to batches. Nothing here imports jax, so reading data opens no accelerator."""
 
 from __future__ import annotations
 
