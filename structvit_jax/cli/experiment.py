@@ -11,7 +11,7 @@ from structvit_jax import data
 from structvit_jax.cli.configuration import load_config
 from structvit_jax.cli.options import Words
 from structvit_jax.config import automatic, check_config
-from structvit_jax.data.setup import configure_decoding
+from structvit_jax.data.media import configure_decoding
 from structvit_jax.utils.paths import parse_path
 
 

@@ -146,7 +146,7 @@ def open_checkpoint_config(checkpoint: str, words: Words) -> ml_collections.Conf
     """
     from structvit_jax.cli.configuration import override
     from structvit_jax.config import check_config
-    from structvit_jax.data.setup import configure_decoding
+    from structvit_jax.data.media import configure_decoding
     from structvit_jax.runtime import devices
     from structvit_jax.training.card import from_card
     from structvit_jax.training.restore import open_card

@@ -1,4 +1,4 @@
-"""Data sets: from files to batches. Nothing in this package imports jax, so reading opens no accelerator."""
+"""Data sets: from files to batches. Nothing here imports jax, so reading data opens no accelerator."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from structvit_jax.data.dataset import SOURCES, is_video, load, sources
     from structvit_jax.data.survey import typical
 
-# Loaded on first use: the types above need no decoders.
+# Imported on first use, because they load decoders, which the types above do not need.
 _MODULES = dict.fromkeys(("SOURCES", "is_video", "load", "sources"), "dataset") | {"typical": "survey"}
 
 

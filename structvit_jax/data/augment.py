@@ -1,8 +1,7 @@
-"""Crops, flips and RandAugment on the host, with the pixel operations of Pillow and OpenCV.
+"""Crops, flips, RandAugment and colour jitter on the host, with Pillow and OpenCV.
 
 A clip is uint8 [time, height, width, 3]; an image is a clip of one frame. All frames of a clip are
-augmented in the same way. `structvit_jax.training.mixing` augments whole batches on the device (erasing,
-mixup, cutmix).
+augmented in the same way. Erasing, mixup and cutmix run on the device, see `structvit_jax.training.mixing`.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ from structvit_jax.utils.errors import UserError
 
 Box = tuple[int, int, int, int]  # top, left, height, width
 Fill = tuple[int, int, int]  # RGB
-# float64 [3, 3]; maps a point (x, y, 1) of the output to the point of the input that its pixel comes from.
-# Coordinates are fractions of the width and height.
+# float64 [3, 3]: maps a point (x, y, 1) of the output to the point of the input that its pixel comes from, in
+# fractions of the width and height.
 CropAffine = np.ndarray
 _MIRRORED: CropAffine = np.array([[-1.0, 0, 1], [0, 1, 0], [0, 0, 1]])
 
@@ -29,8 +28,8 @@ _MIRRORED: CropAffine = np.array([[-1.0, 0, 1], [0, 1, 0], [0, 0, 1]])
 def resize(clip: np.ndarray, box: Box, size: tuple[int, int], *, image: bool) -> np.ndarray:
     """Crop a box out of every frame and resize it to `size` (height, width).
 
-    Images are resized bicubically with antialiasing, as timm does with Pillow; clips bilinearly without
-    antialiasing, as UniFormer does with torch's `interpolate`, but rounded to whole pixel values.
+    Images are resized bicubically with antialiasing, as in timm with Pillow. Clips are resized bilinearly
+    without antialiasing, as in UniFormer with torch's `interpolate`, and rounded to whole pixel values.
     """
     top, left, height, width = box
     clip = clip[:, top : top + height, left : left + width]
@@ -49,9 +48,9 @@ def random_box(
     aspect: tuple[float, float],
     rng: np.random.Generator,
 ) -> Box:
-    """Draw a box whose fraction of the area is uniform and whose aspect (width / height) is log-uniform.
+    """Draw a box with a uniform fraction of the area and a log-uniform aspect ratio (width / height).
 
-    After ten boxes that do not fit, return the largest centred box whose aspect is in range, as torchvision.
+    If ten boxes do not fit, return the largest centred box whose aspect ratio is in range, as in torchvision.
     """
     for _ in range(10):
         target = height * width * rng.uniform(*area)
@@ -75,10 +74,10 @@ def random_crop(
     *,
     image: bool,
 ) -> tuple[np.ndarray, CropAffine]:
-    """Resize one random box of all frames to size x size and mirror it with probability `flip`.
+    """Resize the same random box of every frame to size x size and mirror it with probability `flip`.
 
     Returns:
-      uint8 [time, size, size, 3], and the map to where its pixels come from.
+      The crop, uint8 [time, size, size, 3], and the affine map from it to the clip.
     """
     height, width = clip.shape[1:3]
     top, left, h, w = box = random_box(height, width, area, aspect, rng)
@@ -90,7 +89,7 @@ def random_crop(
 
 
 def test_crops(clip: np.ndarray, size: int, fraction: float, crops: int, *, image: bool) -> np.ndarray:
-    """Return the crops that `test_boxes` describes: [crops, time, size, size, 3]."""
+    """Return the test crops of a clip, see `test_boxes`: uint8 [crops, time, size, size, 3]."""
     height, width = clip.shape[1:3]
     new, corners = test_boxes(height, width, size, fraction, crops, image=image)
     clip = resize(clip, (0, 0, height, width), new, image=image)
@@ -100,13 +99,13 @@ def test_crops(clip: np.ndarray, size: int, fraction: float, crops: int, *, imag
 def test_boxes(
     height: int, width: int, size: int, fraction: float, crops: int, *, image: bool
 ) -> tuple[tuple[int, int], list[tuple[int, int]]]:
-    """Return the size (height, width) that frames are scaled to for testing, and each crop's (top, left).
+    """Return the (height, width) that frames are scaled to for testing, and the (top, left) of each crop.
 
-    The short side is scaled to size / fraction; crops are size x size. One crop is the centre; three are
+    The short side is scaled to size / fraction, and crops are size x size. One crop is the centre; three are
     left, centre and right, or top, centre and bottom of portrait frames.
     """
     short = int(size / fraction)
-    # Rounded down, as the reference implementations do.
+    # The long side is rounded down, as in UniFormer and torchvision.
     new = (short, short * width // height) if height <= width else (short * height // width, short)
     margins = (new[0] - size, new[1] - size)
     top, left = (round(margin / 2) if image else -(-margin // 2) for margin in margins)
@@ -118,7 +117,7 @@ def test_boxes(
 
 
 class RandAugment(NamedTuple):
-    """RandAugment with timm's fifteen increasing operations, written "rand-m7-n4-mstd0.5-inc1" as there."""
+    """RandAugment with timm's fifteen increasing operations and its notation, "rand-m7-n4-mstd0.5-inc1"."""
 
     magnitude: float = 10.0  # m, from 0 to 10
     layers: int = 2  # n, operations per example
@@ -126,30 +125,22 @@ class RandAugment(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> RandAugment | None:
-        """Return the policy that a text describes; None if it is empty.
+        """Parse a policy in timm's notation; return None for an empty one.
 
         Raises:
-          UserError: not a policy, or one without "inc1": only the increasing operations are implemented.
+          UserError: the policy is invalid, or lacks "inc1": only increasing operations are implemented.
         """
         if not text:
             return None
-        kinds = {"m": ("magnitude", float), "n": ("layers", int), "mstd": ("deviation", float)}
-        fields, increasing = {}, False
-        head, *parts = text.split("-")
-        for part in parts:
-            match = re.fullmatch(r"(m|n|mstd|inc)(\d+(?:\.\d+)?)", part)
-            if match and match[1] == "inc":
-                increasing = match[2] == "1"
-            elif match and (match[1] != "n" or match[2].isdecimal()):
-                name, kind = kinds[match[1]]
-                fields[name] = kind(match[2])
-            else:
-                head = part
-        if head != "rand" or not increasing or not 0 <= fields.get("magnitude", 10.0) <= 10:
-            raise UserError(
-                f"config.augment.randaugment is {text!r}; write it as 'rand-m7-n4-mstd0.5-inc1', m up to 10"
-            )
-        return cls(**fields)
+        number = r"\d{1,3}(?:\.\d+)?"
+        if re.fullmatch(rf"rand(?:-m{number}|-n\d{{1,3}}|-mstd{number}|-inc1)*", text):
+            values = dict(re.findall(rf"-(mstd|m|n|inc)({number})", text))
+            policy = cls(float(values.get("m", 10)), int(values.get("n", 2)), float(values.get("mstd", 0)))
+            if "inc" in values and policy.magnitude <= 10:
+                return policy
+        raise UserError(
+            f"config.augment.randaugment is {text!r}; write it as 'rand-m7-n4-mstd0.5-inc1', m up to 10"
+        )
 
     def __call__(
         self, clip: np.ndarray, fill: Fill, rng: np.random.Generator
@@ -159,10 +150,10 @@ class RandAugment(NamedTuple):
         Args:
           clip: uint8 [time, height, width, 3].
           fill: RGB colour of pixels that come from outside the frame.
-          rng: source of every draw.
+          rng: random generator.
 
         Returns:
-          The altered clip, and the map to where its pixels come from.
+          The augmented clip, and the affine map from it to the original clip.
         """
         chosen, affine = [], np.eye(3)
         for operation in rng.choice(len(_OPERATIONS), self.layers):
@@ -180,9 +171,9 @@ class RandAugment(NamedTuple):
 
 
 def color_jitter(clip: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
-    """Change brightness, contrast and saturation in random order, each by a factor within 1 +- strength.
+    """Scale brightness, contrast and saturation in random order by factors from 1 - strength to 1 + strength.
 
-    As torchvision's ColorJitter without hue.
+    This is torchvision's ColorJitter without hue.
     """
     enhancers = [ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color]
     factors = rng.uniform(max(0, 1 - strength), 1 + strength, len(enhancers))
@@ -192,7 +183,7 @@ def color_jitter(clip: np.ndarray, strength: float, rng: np.random.Generator) ->
     return np.stack([np.asarray(frame) for frame in frames])
 
 
-# An operation: (image, level in 0..1, sign, fill) -> image.
+# (image, level from 0 to 1, sign, fill) -> image.
 Operation = Callable[[Image.Image, float, int, Fill], Image.Image]
 
 
@@ -214,10 +205,6 @@ def _enhance(enhancer: Callable[[Image.Image], ImageEnhance._Enhance]) -> Operat
     return lambda image, level, sign, fill: enhancer(image).enhance(max(0.1, 1 + sign * 0.9 * level))
 
 
-def _posterize(image: Image.Image, level: float, sign: int, fill: Fill) -> Image.Image:
-    return ImageOps.posterize(image, 4 - int(4 * level))
-
-
 def _shear_x(image: Image.Image, level: float, sign: int, fill: Fill) -> Image.Image:
     return _affine(image, (1, sign * 0.3 * level, 0, 0, 1, 0), fill)
 
@@ -234,12 +221,13 @@ def _translate_y(image: Image.Image, level: float, sign: int, fill: Fill) -> Ima
     return _affine(image, (1, 0, 0, 0, 1, sign * 0.45 * level * image.height), fill)
 
 
+# timm's increasing operations, in its order.
 _OPERATIONS: tuple[Operation, ...] = (
     lambda image, level, sign, fill: ImageOps.autocontrast(image),
     lambda image, level, sign, fill: ImageOps.equalize(image),
     lambda image, level, sign, fill: ImageOps.invert(image),
     _rotate,
-    _posterize,
+    lambda image, level, sign, fill: ImageOps.posterize(image, 4 - int(4 * level)),
     lambda image, level, sign, fill: ImageOps.solarize(image, 256 - int(256 * level)),
     _solarize_add,
     _enhance(ImageEnhance.Color),
@@ -255,14 +243,14 @@ _OPERATIONS: tuple[Operation, ...] = (
 
 def _rotation(strength: float, aspect: float) -> CropAffine:
     angle = math.radians(-30 * strength)
-    turn = np.array(
-        [[math.cos(angle), math.sin(angle), 0], [-math.sin(angle), math.cos(angle), 0], [0, 0, 1]]
-    )
-    to_centre = np.array([[aspect, 0, -aspect / 2], [0, 1, -0.5], [0, 0, 1]])  # in heights
+    cos, sin = math.cos(angle), math.sin(angle)
+    turn = np.array([[cos, sin, 0], [-sin, cos, 0], [0, 0, 1]])
+    # From fractions to units of the height, with the origin at the centre.
+    to_centre = np.array([[aspect, 0, -aspect / 2], [0, 1, -0.5], [0, 0, 1]])
     return np.linalg.inv(to_centre) @ turn @ to_centre
 
 
-# The operations that move pixels: (sign * level, width / height) -> affine map.
+# Operations that move pixels, and their affine maps: (sign * level, width / height) -> map.
 _GEOMETRIC: dict[Operation, Callable[[float, float], CropAffine]] = {
     _rotate: _rotation,
     _shear_x: lambda strength, aspect: np.array([[1, 0.3 * strength / aspect, 0], [0, 1, 0], [0, 0, 1]]),

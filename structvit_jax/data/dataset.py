@@ -8,23 +8,13 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from structvit_jax.data import folder, pipeline
-from structvit_jax.data.digits import DigitMotions, Digits, MovingDigits
+from structvit_jax.data.digits import DigitMotions, Digits, MovingDigits, Noise
 from structvit_jax.data.fingerprint import Changes, Fingerprint, compare, fingerprint_of
 from structvit_jax.data.label_maps import LabelMaps
 from structvit_jax.data.limits import Limits
-from structvit_jax.data.noise import Noise
 from structvit_jax.data.reader import Reader
 from structvit_jax.data.survey import Survey, survey
-from structvit_jax.data.types import (
-    WHOLE,
-    Arrays,
-    AugmentOptions,
-    Batch,
-    DataOptions,
-    Dataset,
-    Shard,
-    Source,
-)
+from structvit_jax.data.types import WHOLE, AugmentOptions, Batch, DataOptions, Dataset, Shard, Source
 from structvit_jax.utils import class_names
 from structvit_jax.utils.errors import UserError, unknown_choice
 
@@ -40,59 +30,28 @@ SOURCES = (*BUILT_IN, "folder", "tfds:NAME", "noise:CLASSES")
 
 
 class ConfiguredDataset(Dataset):
-    """The two splits of a configuration, each with its reader."""
+    """The training and the test split of a configuration, each with its reader."""
 
     def __init__(self, train: Source, test: Source, data: DataOptions, augment: AugmentOptions, seed: int):
-        maps = _label_maps(train, data)
-        self.train = Reader(train, data, augment, seed, maps)
+        self.train = Reader(train, data, augment, seed, _label_maps(train, data))
         self.test = Reader(test, data, augment, seed)
-
-    @property
-    def in_files(self) -> bool:
-        return self.train.data.name == "folder"
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        return self.train.class_names
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.train.shape
-
-    @property
-    def arrays(self) -> Arrays:
-        return self.train.arrays
-
-    @property
-    def unit(self) -> str:
-        return "images" if self.train.is_image else "clips"
-
-    @property
-    def train_examples(self) -> int:
-        return len(self.train.source)
-
-    @property
-    def rows_per_epoch(self) -> int:
-        return self.train_examples * self.train.augment.repeated_augmentation
-
-    @property
-    def test_examples(self) -> int:
-        return len(self.test.source)
+        self.class_names = train.class_names
+        self.shape, self.arrays, self.views = self.train.shape, self.train.arrays, self.test.views
+        self.unit = "images" if self.train.is_image else "clips"
+        self.in_files = data.name == "folder"
+        self.train_examples, self.test_examples = len(train), len(test)
+        self.rows_per_epoch = len(train) * augment.repeated_augmentation
 
     @property
     def test_ids(self) -> tuple[str, ...]:
         return tuple(map(self.test.source.id, range(self.test_examples)))
 
-    def train_id(self, index: int) -> str:
-        return self.train.source.id(index)
-
-    @property
-    def views(self) -> int:
-        return self.test.views
-
     @functools.cached_property
     def fingerprint(self) -> dict[str, Any]:
         return {"train": fingerprint_of(self.train.source), "test": fingerprint_of(self.test.source)}
+
+    def train_id(self, index: int) -> str:
+        return self.train.source.id(index)
 
     def changes_since(self, old: Mapping[str, Fingerprint], *, test_only: bool = False) -> Changes:
         if test_only:
@@ -117,6 +76,7 @@ class ConfiguredDataset(Dataset):
             )
         for reader in (self.train, self.test):
             reader.adopt_classes(names, order)
+        self.class_names = tuple(names)
         return order != list(range(len(order)))
 
     def train_batches(self, batch_size: int, *, start_step: int, shard: Shard = WHOLE) -> Generator[Batch]:
@@ -130,7 +90,6 @@ class ConfiguredDataset(Dataset):
 
 
 def _label_maps(train: Source, data: DataOptions) -> LabelMaps | None:
-    """Return the label maps of the training split, or None if none are configured."""
     if not data.label_maps:
         return None
     if data.frames:
@@ -142,7 +101,7 @@ def is_video(section: Any) -> bool:
     """Return whether most of the data that a configuration's section `data` describes are videos.
 
     Raises:
-      UserError: data that are missing, empty or not understood.
+      UserError: the data are missing, empty or not understood.
     """
     options = DataOptions.from_config(section)
     if options.name != "folder":
@@ -160,7 +119,7 @@ def _layout(options: DataOptions) -> folder.Layout:
 
 
 def find_shards(root: str) -> str | None:
-    """Return the folder of the ArrayRecord shards that a data root is or contains, None for files."""
+    """Return the folder of ArrayRecord shards in a data root, or None if it has none."""
     candidates = (os.path.join(root, "clips", "1.0.0"), root)
     return next((f for f in candidates if os.path.isfile(os.path.join(f, "features.json"))), None)
 
@@ -175,15 +134,15 @@ def sources(section: Any, seed: int = 0) -> tuple[Source, Source]:
     """Return the training and the test split that a configuration's section `data` describes.
 
     Args:
-      section: the section.
-      seed: of training data made on the fly; test data are the same for every seed.
+      section: section `data` of a configuration.
+      seed: seed of generated training data; generated test data are the same for every seed.
 
     Raises:
-      UserError: an unknown name, or data that are missing, empty or not understood.
+      UserError: the name is unknown, or the data are missing, empty or not understood.
     """
     options = DataOptions.from_config(section)
     if options.frames is None:
-        raise UserError("config.data.frames is not set; structvit_jax.main alone chooses it by the data")
+        raise UserError("config.data.frames is not set; set it to the frames of a clip, or to 0 for images")
     name = options.name
     if name in BUILT_IN:
         make = BUILT_IN[name]
@@ -210,13 +169,13 @@ def load(
     """Return the data set that a configuration describes.
 
     Args:
-      data, augment: these sections of it.
-      seed: of the order, the augmentation, and training data made on the fly; test data are the same for
-        every seed.
+      data, augment: these sections of the configuration.
+      seed: seed of the order, the augmentation, and generated training data; generated test data are the same
+        for every seed.
       splits: the result of `sources`, if it was called before.
 
     Raises:
-      UserError: an unknown name, or data that are missing, empty or not understood.
+      UserError: the name is unknown, or the data are missing, empty or not understood.
     """
     options, policy = DataOptions.from_config(data), AugmentOptions.from_config(augment)
     return ConfiguredDataset(*(splits or sources(data, seed)), options, policy, seed)

@@ -1,20 +1,24 @@
-"""The built-in data: 1797 real scans of handwritten digits, moved synthetically.
+"""The built-in data: 1797 real scans of handwritten digits, still or in synthetic motion; and noise.
 
-The scans are the UCI optical digits of scikit-learn (`load_digits`, 8x8 grey): the first 1437 are for
-training, the last 360 for testing. Motion, contrast and noise are synthetic.
+The scans are the UCI optical digits of scikit-learn (`load_digits`, 8x8 grey). The first 1437 are for
+training and the last 360 for testing. Motion, contrast and noise are synthetic.
 """
 
 from __future__ import annotations
 
 import functools
+import re
 
 import cv2
 import numpy as np
 
 from structvit_jax.data.media import InMemoryFrames
+from structvit_jax.data.types import DataOptions
 from structvit_jax.utils.errors import UserError
 
 _TRAIN_SCANS = 1437
+# Random stream of each split. Validation clips ("tune") show training scans, to keep test scans held out.
+_STREAMS = {"train": 0, "test": 1, "tune": 2}
 
 
 @functools.cache
@@ -27,7 +31,7 @@ def _scans(split: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _hat(distance: np.ndarray) -> np.ndarray:
-    """Return the weight of bilinear interpolation at a distance in pixels."""
+    """Return bilinear interpolation weights at distances in pixels."""
     return np.maximum(0.0, 1.0 - np.abs(distance)).astype(np.float32)
 
 
@@ -40,23 +44,44 @@ def _enlarge(scans: np.ndarray, side: int) -> np.ndarray:
 
 
 def _to_rgb(grey: np.ndarray) -> np.ndarray:
-    """Convert grey in 0..1 [...] to uint8 [..., 3]."""
+    """Convert grey from 0 to 1, [...], to uint8 [..., 3]."""
     pixels = np.round(np.clip(grey, 0, 1) * 255).astype(np.uint8)
     return np.repeat(pixels[..., None], 3, axis=-1)
 
 
-# Number of each split's random stream. Validation clips show training scans, to keep test scans held out.
-_STREAMS = {"train": 0, "test": 1, "tune": 2}
+class _Generated:
+    """Examples that are generated on the fly. Example i is drawn from default_rng((*self._entropy, i)).
+
+    Training examples depend on the seed; test examples are the same for every seed.
+    """
+
+    name: str
+
+    def __init__(self, split: str, examples: int, seed: int):
+        if examples < 1:
+            key = f"config.data.{'train' if split == 'train' else 'test'}_examples"
+            raise UserError(f"{self.name} is generated on the fly; set {key} to the number of examples")
+        self._split, self._examples = split, examples
+        self._entropy = (seed if split == "train" else 0, _STREAMS[split])
+
+    def __len__(self) -> int:
+        return self._examples
+
+    @property
+    def made_from(self) -> str:
+        """Identify the examples in a fingerprint."""
+        return f"{self.name}, numbers {self._entropy}"
+
+    def id(self, index: int) -> str:
+        return f"{self.name}/{self._split}/{index}"
 
 
-class MovingDigits:
-    """Clips of one digit that drifts over a torus; the label is its direction, in steps of 45 degrees.
+class MovingDigits(_Generated):
+    """Clips of one drifting digit; the label is the direction of the drift, in steps of 45 degrees.
 
-    Training clip i draws from default_rng((seed, 0, i)), test clip i from default_rng((0, 1, i)) for every
-    seed; its label is i % 8. The start is uniform and the picture wraps, so that single frames have the same
-    distribution in all classes, and classes come in time-reversed pairs: the accuracy is at most 1/8 from one
-    frame, and 1/2 from unordered frames. The split "tune" has validation clips of the training scans, from
-    default_rng((0, 2, i)).
+    Clip i has label i % 8. The start is uniform and the picture wraps around, so single frames have the same
+    distribution in all classes, and classes come in time-reversed pairs. The accuracy is therefore at most
+    1/8 from one frame, and 1/2 from unordered frames.
     """
 
     name = "moving_digits"
@@ -67,24 +92,8 @@ class MovingDigits:
     _noise = 0.05
 
     def __init__(self, split: str, examples: int, seed: int):
-        if examples < 1:
-            raise UserError(
-                f"{self.name} are made on the fly; set config.data.{split}_examples to the number of examples"
-            )
-        self._split, self._examples = split, examples
-        self._entropy = (seed if split == "train" else 0, _STREAMS[split])
+        super().__init__(split, examples, seed)
         self._scans = _enlarge(_scans("test" if split == "test" else "train")[0], self._digit)
-
-    def __len__(self) -> int:
-        return self._examples
-
-    @property
-    def made_from(self) -> str:
-        """Identifies the examples in a fingerprint."""
-        return f"{self.name}, numbers {self._entropy}"
-
-    def id(self, index: int) -> str:
-        return f"{self.name}/{self._split}/{index}"
 
     def open(self, index: int) -> tuple[InMemoryFrames, int]:
         rng = np.random.default_rng((*self._entropy, index))
@@ -94,7 +103,7 @@ class MovingDigits:
         return InMemoryFrames(_to_rgb(clip)), label
 
     def _clip(self, rng: np.random.Generator, label: int) -> np.ndarray:
-        """Return a clip without noise: grey in 0..1 [time, height, width]."""
+        """Return a clip without noise: grey from 0 to 1, [time, height, width]."""
         scan = self._scans[rng.integers(len(self._scans))]
         start = rng.uniform(0, self._side, 2)
         speed = rng.uniform(*self._speed)
@@ -110,8 +119,7 @@ class MovingDigits:
     def _placed(self, pictures: np.ndarray, corners: np.ndarray) -> np.ndarray:
         """Draw pictures ([frames,] side, side) at corners [frames, 2], wrapped: [frames, side, side]."""
         side = self._side
-        # Distance from every row (column) of the frame to every row (column) of the picture, which repeats
-        # after one frame.
+        # Distances of the rows (columns) of the frame from those of the picture, which repeats every `side`.
         corners = corners[:, :, None, None] % side
         distance = np.arange(side)[:, None] - corners - np.arange(pictures.shape[-1])
         rows, columns = np.moveaxis(_hat(distance) + _hat(distance + side), 1, 0)
@@ -121,15 +129,14 @@ class MovingDigits:
 class DigitMotions(MovingDigits):
     """Harder clips: a rotated digit drifts or turns in place beside a static one, with more noise.
 
-    The label is the direction of the drift or of the turn. Fast clips are easy and slow ones hard, so that
-    models learn early and still have something left to learn. Every clip starts with a uniform angle and a
-    uniform position, so that single frames have the same distribution in all classes; classes come in
-    time-reversed pairs.
+    The label is the direction of the drift or of the turn. Fast clips are easy and slow ones are hard, so
+    accuracy rises early and leaves room to improve. The first angle and position are uniform, so single
+    frames have the same distribution in all classes, and classes come in time-reversed pairs.
     """
 
     name = "digit_motions"
     class_names = (*MovingDigits.class_names, "turning left", "turning right")
-    _square = 18  # side of the square in which a digit turns, in pixels
+    _square = 18  # side in pixels of the square in which a digit turns
     _speed = 0.2, 1.6
     _turn = 2.0, 16.0  # degrees per frame
     _noise = 0.12
@@ -158,20 +165,20 @@ class DigitMotions(MovingDigits):
         return rng.uniform(0.6, 1.0) * self._placed(pictures, corners)
 
     def _turned(self, square: np.ndarray, degrees: float) -> np.ndarray:
-        """Turn a scan, centred in a square, counterclockwise."""
+        """Turn a scan, centred in its square, counterclockwise."""
         middle = (self._square - 1) / 2
         turn = cv2.getRotationMatrix2D((middle, middle), degrees, 1.0)
         return cv2.warpAffine(square, turn, square.shape)
 
 
 class Digits:
-    """The scans as 32x32 images, classes 0 to 9."""
+    """The scans as images of 32 x 32 pixels, with classes 0 to 9."""
 
     class_names = tuple(map(str, range(10)))
     _side = 32
 
     def __init__(self, split: str, examples: int, seed: int):
-        del examples, seed  # all scans, the same for every seed
+        del examples, seed  # always all scans
         self._split = split
         images, labels = _scans(split)
         self._images = _to_rgb(_enlarge(images, self._side))
@@ -187,7 +194,7 @@ class Digits:
 
     @property
     def made_from(self) -> str:
-        """Identifies the examples in a fingerprint."""
+        """Identify the examples in a fingerprint."""
         return "digits"
 
     def id(self, index: int) -> str:
@@ -195,3 +202,30 @@ class Digits:
 
     def open(self, index: int) -> tuple[InMemoryFrames, int]:
         return InMemoryFrames(self._images[index][None]), self._labels[index]
+
+
+class Noise(_Generated):
+    """Clips or images of random pixels with cyclic labels, to plan runs and to time steps without reading.
+
+    config.data.name is "noise:CLASSES". Every example has exactly the frames and pixels that the
+    configuration takes, or 64 x 64 pixels if the size is not set.
+    """
+
+    name = "noise"
+
+    def __init__(self, data: DataOptions, split: str, seed: int):
+        classes = data.name.removeprefix("noise:")
+        if not re.fullmatch("[1-9][0-9]{0,5}", classes):
+            raise UserError(f"config.data.name is {data.name!r}; write noise:CLASSES, as noise:400")
+        super().__init__(split, data.test_examples if split == "test" else data.train_examples, seed)
+        self.class_names = tuple(f"class {number}" for number in range(int(classes)))
+        side = max(data.size or 64, data.short_side or 0)
+        self._shape = (max(data.frames, 1) * data.stride, side, side, 3)
+
+    @property
+    def made_from(self) -> str:
+        return f"noise of {len(self.class_names)} classes, numbers {self._entropy}"
+
+    def open(self, index: int) -> tuple[InMemoryFrames, int]:
+        pixels = np.random.default_rng((*self._entropy, index)).integers(0, 256, self._shape, np.uint8)
+        return InMemoryFrames(pixels), index % len(self.class_names)

@@ -11,35 +11,35 @@ from structvit_jax.utils.errors import DecodeError
 
 
 class Limits(NamedTuple):
-    """Limits of one example; see config.data.max_pixels, max_frames and max_replaced_frames."""
+    """Limits on one example: config.data.max_pixels, max_frames and max_replaced_frames."""
 
-    pixels: int = 2**26  # of a picture, width x height: 8192 x 8192
+    pixels: int = 2**26  # width x height of a picture
     frames: int = 2**20  # of a video file or of a folder of frames
     bad_frames: float = 0.0  # fraction of the frames of a clip that may be replaced by their neighbours
 
     @classmethod
     def of(cls, data: DataOptions) -> Limits:
-        """Return the limits in the section `data` of a configuration."""
+        """Return the limits that a configuration sets."""
         return cls(data.max_pixels, data.max_frames, data.max_replaced_frames)
 
     def check_picture(self, width: int, height: int) -> None:
-        """Raise a DecodeError if a picture of this size has too many pixels."""
+        """Raise a DecodeError if a picture has too many pixels."""
         if width * height > self.pixels:
             raise DecodeError(
                 f"{width} x {height} pixels, more than --config.data.max_pixels={self.pixels} allows"
             )
 
-    def check_frames(self, count: float) -> None:
+    def check_frames(self, count: int) -> None:
         """Raise a DecodeError if a file has, or announces, too many frames."""
-        if not count <= self.frames:
-            raise DecodeError(f"{count:.0f} frames, more than --config.data.max_frames={self.frames} allows")
+        if count > self.frames:
+            raise DecodeError(f"{count} frames, more than --config.data.max_frames={self.frames} allows")
 
 
 def file_size(path: str) -> int:
     """Return the size of a regular file in bytes.
 
     Raises:
-      DecodeError: no such file, an empty one, or a folder, pipe or device, which may never end.
+      DecodeError: the file does not exist or is empty, or is a folder, pipe or device, which may have no end.
     """
     try:
         status = os.stat(path)

@@ -20,15 +20,15 @@ TEST = "test:"  # test:N is example N of the test split
 
 
 class Files:
-    """A source of examples without labels, which all have label 0.
+    """A source of examples without labels: every label is 0.
 
     Args:
-      entries: see `find`.
-      class_names: of the model.
+      entries: the examples, see `find`.
+      class_names: classes of the model.
       video: whether the model takes videos rather than images.
       other: name of a model that takes the other kind, for messages.
       test: opens the test split, for entries test:N.
-      limits: on the files.
+      limits: limits on the files.
     """
 
     def __init__(
@@ -54,7 +54,8 @@ class Files:
     def true_class(self, index: int) -> str:
         """Return the class of an example, or "" if it is unknown.
 
-        It is the label of test:N, and for a file the nearest folder above it that has the name of a class.
+        The class of test:N is its label. The class of a file is the nearest folder above it that has the name
+        of a class.
 
         Raises:
           DecodeError: there is no such test example.
@@ -72,7 +73,7 @@ class Files:
         """Return the frames of an example, and 0.
 
         Raises:
-          DecodeError: it cannot be read, or is not of the kind that the model takes.
+          DecodeError: the example cannot be read, or is not of the kind that the model takes.
         """
         entry = self._entries[index]
         if entry.path.startswith(TEST):
@@ -97,34 +98,31 @@ class Files:
 
 
 def find(paths: Sequence[str], *, video: bool, other: str, every: float = 0, limits: Limits) -> list[Entry]:
-    """Return the examples at some paths: files, and all files of the kind in folders.
+    """Return the examples at some paths: files, and all files of the model's kind in folders.
 
     Args:
       paths: files, folders, and test:N. For videos, a folder of images is one clip.
       video: whether examples are videos rather than images.
       other: name of a model that takes the other kind, for messages.
-      every: seconds; longer videos are cut into parts of this length, one example each. 0 cuts none.
-      limits: on the files.
+      every: cut longer videos into parts of this many seconds, one example each; 0 cuts none.
+      limits: limits on the files.
 
     Raises:
-      UserError: a folder without examples of the kind, or parts shorter than a frame.
+      UserError: a folder has no examples of the kind, or parts would be shorter than a frame.
     """
     if not 0 <= every < math.inf:
         raise UserError(
             f"--every={every} is not a number of seconds; write --every=10, or --every=0 for whole files"
         )
-    return [
-        part
-        for path in paths
-        for entry in _below(path, video, other)
-        for part in _parts(entry, video, every, limits)
-    ]
+    entries = [entry for path in paths for entry in _below(path, video, other)]
+    if not (video and every):
+        return entries
+    return [part for entry in entries for part in _parts(entry, every, limits)]
 
 
-def _below(path: str, video: bool, other: str) -> Iterator[Entry]:
+def _below(path: str, video: bool, other: str) -> list[Entry]:
     if not os.path.isdir(path):
-        yield Entry(path, "")
-        return
+        return [Entry(path, "")]
     found = [Entry(os.path.normpath(os.path.join(path, name)), "") for name in examples_below(path, video)]
     if not found:
         kind, rest = ("videos", "images") if video else ("images", "videos")
@@ -132,30 +130,25 @@ def _below(path: str, video: bool, other: str) -> Iterator[Entry]:
             f"{path}: there are no {kind} in this folder, and the model takes {kind} (a model such as {other}"
             f" takes {rest})"
         )
-    yield from found
+    return found
 
 
-def _parts(entry: Entry, video: bool, every: float, limits: Limits) -> Iterator[Entry]:
-    """Yield the parts of an entry, or the entry itself if it is short or cannot be read (reported later)."""
-    seconds, frames = _length(entry, limits) if video and every else (0.0, 0)
+def _parts(entry: Entry, every: float, limits: Limits) -> Iterator[Entry]:
+    """Yield the parts of a video, or the entry itself if it is short or cannot be read (reported later)."""
+    seconds, frames = 0.0, 0
+    with contextlib.suppress(DecodeError):
+        if os.path.isfile(entry.path) and not entry.path.lower().endswith(IMAGES):
+            with contextlib.closing(VideoFile(entry.path, limits=limits)) as media:
+                seconds, frames = media.seconds, media.count
     if seconds > frames * every:
         raise UserError(
             f"--every={every:g}: {entry.id} has {frames} frames in {seconds:.6g} s, so parts need at least"
             f" {seconds / frames:.3g} s"
         )
-    count = max(1, round(seconds / every)) if every else 1
+    count = max(1, round(seconds / every))
     if count == 1:
         yield entry
         return
     for number in range(count):
         end = (number + 1) * every if number < count - 1 else None
         yield entry._replace(start=number * every, end=end)
-
-
-def _length(entry: Entry, limits: Limits) -> tuple[float, int]:
-    """Return the duration of a video in seconds and its number of frames; zeros for other files."""
-    with contextlib.suppress(DecodeError):
-        if os.path.isfile(entry.path) and not entry.path.lower().endswith(IMAGES):
-            with contextlib.closing(VideoFile(entry.path, limits=limits)) as media:
-                return media.seconds, media.count
-    return 0.0, 0

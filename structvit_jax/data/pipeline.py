@@ -1,7 +1,6 @@
 """Batches as a pure function of (seed, step), read ahead in threads or processes.
 
-`structvit_jax.data.types.Batch` describes a batch. Several hosts read equal shards of it: host h of n has the
-h-th n-th of its rows.
+See `structvit_jax.data.types` for the contents of a batch, and for the shards that processes read of it.
 """
 
 from __future__ import annotations
@@ -16,14 +15,14 @@ from typing import Any, NoReturn, cast
 
 import numpy as np
 
+from structvit_jax.data.media import configure_decoding
 from structvit_jax.data.reader import Reader
-from structvit_jax.data.setup import configure_decoding
 from structvit_jax.data.types import WHOLE, Arrays, Batch, Problem, Shard
 from structvit_jax.data.workers import DeadWorker, Note, in_processes
 from structvit_jax.utils.errors import DecodeError, UserError
 
-_AHEAD = 2  # batches that are read, or wait to be taken: in all, or for each worker
-# Rows of a batch, the example that fills them, and the function that reads it.
+_AHEAD = 2  # batches that are read ahead, by each worker if there are any
+# Rows of a batch, the number of the example that fills them, and the function that reads it.
 _Job = tuple[slice, int, Callable[[], dict[str, Any]]]
 
 
@@ -32,8 +31,7 @@ def train_batches(
 ) -> Generator[Batch]:
     """Yield shuffled batches forever, from step `start_step` on.
 
-    An epoch has every example once, in its own order, with all copies of repeated augmentation in a row.
-    Since each batch is a function of its step, starting at a step resumes exactly, without saved state.
+    Every epoch has each example once, in an order of its own; copies of repeated augmentation are adjacent.
     """
     read = functools.partial(_train_batch, reader, batch_size, shard)
     return _prefetched(read, range(start_step, sys.maxsize), reader.data.workers)
@@ -60,8 +58,18 @@ def _in_order(
     start: int,
     shard: Shard,
 ) -> Generator[Batch]:
-    make = functools.partial(_ordered_batch, reader, read, arrays, batch_size, shard)
-    return _prefetched(make, range(start, -(-len(reader.source) // batch_size)), reader.data.workers)
+    examples = len(reader.source)
+
+    def read_batch(number: int, note: Note) -> Batch:
+        rows = _rows(number, batch_size, shard)
+        jobs = (
+            (slice(row, row + 1), index, functools.partial(read, index))
+            for row, index in enumerate(rows)
+            if index < examples
+        )
+        return _fill(reader, arrays, len(rows), jobs, note)
+
+    return _prefetched(read_batch, range(start, -(-examples // batch_size)), reader.data.workers)
 
 
 def _train_batch(reader: Reader, batch_size: int, shard: Shard, step: int, note: Note) -> Batch:
@@ -80,22 +88,9 @@ def _train_jobs(reader: Reader, rows: range) -> Iterator[_Job]:
         yield slice(first, first + len(copies)), index, functools.partial(reader.train, epoch, index, copies)
 
 
-def _ordered_batch(
-    reader: Reader,
-    read: Callable[[int], dict[str, Any]],
-    arrays: Arrays,
-    batch_size: int,
-    shard: Shard,
-    number: int,
-    note: Note,
-) -> Batch:
-    rows = _rows(number, batch_size, shard)
-    jobs = (
-        (slice(row, row + 1), index, functools.partial(read, index))
-        for row, index in enumerate(rows)
-        if index < len(reader.source)
-    )
-    return _fill(reader, arrays, len(rows), jobs, note)
+@functools.lru_cache(maxsize=2)  # a batch may reach into the next epoch
+def _order(seed: int, epoch: int, examples: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(examples)
 
 
 def _rows(batch: int, batch_size: int, shard: Shard) -> range:
@@ -109,7 +104,7 @@ def _rows(batch: int, batch_size: int, shard: Shard) -> range:
 
 
 def _fill(reader: Reader, arrays: Arrays, rows: int, jobs: Iterable[_Job], note: Note) -> Batch:
-    """Read examples into the rows of a batch; rows that no example fills stay masked."""
+    """Read examples into the rows of a batch; rows without a readable example stay masked."""
     batch = {key: np.zeros((rows, *shape), dtype) for key, (shape, dtype) in arrays.items()}
     batch |= {"mask": np.zeros(rows, bool), "index": np.full(rows, -1, np.int32)}
     problems: list[Problem] = []
@@ -129,16 +124,11 @@ def _fill(reader: Reader, arrays: Arrays, rows: int, jobs: Iterable[_Job], note:
     return cast(Batch, {**batch, "problems": tuple(problems)})
 
 
-@functools.lru_cache(maxsize=2)  # a batch may reach into the next epoch
-def _order(seed: int, epoch: int, examples: int) -> np.ndarray:
-    return np.random.default_rng((seed, epoch)).permutation(examples)
-
-
 def _prefetched(read: Callable[[int, Note], Batch], numbers: range, workers: int) -> Generator[Batch]:
-    """Yield batches that are read ahead; they do not depend on the number of workers.
+    """Yield the batches of these numbers, read ahead by worker processes, or by two threads without any.
 
     Raises:
-      UserError: a worker died; names the example that it was reading.
+      UserError: a worker died; the message names the example that it was reading.
     """
     if workers:
         return in_processes(
@@ -148,7 +138,6 @@ def _prefetched(read: Callable[[int, Note], Batch], numbers: range, workers: int
 
 
 def _in_threads(read: Callable[[int, Note], Batch], numbers: range) -> Generator[Batch]:
-    """Yield batches that two threads read ahead."""
     pool = ThreadPoolExecutor(2, thread_name_prefix="read-ahead")
     pending: collections.deque[Future[Batch]] = collections.deque()
     try:

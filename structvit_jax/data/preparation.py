@@ -18,7 +18,7 @@ from structvit_jax.data import folder
 from structvit_jax.data.annotations import DATA_SETS, read_annotations
 from structvit_jax.data.image import IMAGES
 from structvit_jax.data.index import LABELS, Index, class_names_of, read_list
-from structvit_jax.data.setup import configure_decoding
+from structvit_jax.data.media import configure_decoding
 from structvit_jax.data.survey import Measured, measure, survey
 from structvit_jax.data.workers import in_processes
 from structvit_jax.utils.errors import UserError

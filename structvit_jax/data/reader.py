@@ -1,4 +1,4 @@
-"""From an example to the array that a model sees: sample frames, decode them, augment or crop."""
+"""From an example to the model's input: sample frames, decode them, then augment or crop."""
 
 from __future__ import annotations
 
@@ -37,11 +37,19 @@ class Crop(NamedTuple):
 class Reader:
     """Reads the examples of a source as the sections `data` and `augment` of a configuration describe.
 
-    Every random draw is a function of (seed, epoch, example): frames are drawn once for all copies of an
-    example, pixels once for each.
+    Random draws depend on (seed, epoch, example) alone. Copies of an example in repeated augmentation share
+    their frames, and each copy has its own crop and augmentation.
+
+    Attributes:
+      class_names: classes in the order of the labels.
+      is_image: whether examples are images rather than clips.
+      shape: shape of one view of an example: [frames,] size, size, 3.
+      views: number of views of an example that are averaged in testing.
+      middle: position of the middle crop of the middle clip among the views.
+      arrays: shapes and dtypes of one training example.
 
     Raises:
-      UserError: a sampling rule or policy that does not exist.
+      UserError: the sampling rule or the augmentation policy is unknown.
     """
 
     def __init__(
@@ -56,63 +64,45 @@ class Reader:
         self._rule = sampling.rule(data.sampling)
         self._policy = RandAugment.parse(augment.randaugment)
         self.class_names = source.class_names
-        self._number = list(range(len(self.class_names)))  # label of each of the source's classes
+        self._label = list(range(len(self.class_names)))  # by class of the source
+        self.is_image = data.frames == 0
+        size = (data.size, data.size, 3)
+        self.shape: tuple[int, ...] = size if self.is_image else (data.frames, *size)
+        self.views = data.test_clips * data.test_crops
+        self.middle = data.test_clips // 2 * data.test_crops + data.test_crops // 2
+        self.arrays: Arrays = {"inputs": (self.shape, np.uint8), "labels": ((), np.int32)}
+        if maps:
+            self.arrays |= {"map_classes": (maps.shape, np.uint16), "map_scores": (maps.shape, np.float16)}
+            self.arrays |= {"pose": ((2, 3), np.float32)}
 
     def adopt_classes(self, names: Sequence[str], order: Sequence[int]) -> None:
-        """Number the classes as in `names`; `order` is the number of each of the source's classes there."""
-        self._number = list(order)
+        """Number the classes as in `names`, where class i of the source has the number order[i]."""
+        self._label = list(order)
         self.class_names = tuple(names)
 
-    @property
-    def is_image(self) -> bool:
-        return self.data.frames == 0
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of one view of an example: [frames,] size, size, 3."""
-        size = self.data.size
-        return (size, size, 3) if self.is_image else (self.data.frames, size, size, 3)
-
-    @property
-    def views(self) -> int:
-        """Number of views of an example that are averaged in testing."""
-        return self.data.test_clips * self.data.test_crops
-
-    @property
-    def middle(self) -> int:
-        """Position of the middle crop of the middle clip among the views."""
-        return self.data.test_clips // 2 * self.data.test_crops + self.data.test_crops // 2
-
-    @property
-    def arrays(self) -> Arrays:
-        """Shapes and dtypes of one training example."""
-        arrays: Arrays = {"inputs": (self.shape, np.uint8), "labels": ((), np.int32)}
-        if self.maps:
-            shape = self.maps.shape
-            arrays |= {"map_classes": (shape, np.uint16), "map_scores": (shape, np.float16)}
-            arrays |= {"pose": ((2, 3), np.float32)}
-        return arrays
-
     def train(self, epoch: int, index: int, copies: range) -> dict[str, Any]:
-        """Read copies of an example for training, each with its own augmentation.
+        """Read copies of an example for training.
 
         Returns:
-          The keys of `arrays`, each copy by copy or once for all copies, and "notes": kinds of `Problem` with
-          their reasons.
+          The keys of `arrays`, stacked over copies or once for all of them, and "notes": the reasons of
+          `Problem` by its kind.
 
         Raises:
           DecodeError: the example cannot be read.
         """
         media, label = self.source.open(index)
         with contextlib.closing(media):
-            picked = self._drawn(media.count, epoch, index)
+            if media.count == 1:  # every rule repeats the only frame, so images need no random generator
+                picked = np.zeros(max(self.data.frames, 1), np.int64)
+            else:
+                picked = self.frames(media.count, self.generator(1, epoch, index))
             clip = self.decode(media, [picked])[0]
             notes = self._notes(media)
         drawn = [self.transform(clip, self.generator(2, epoch, index, copy)) for copy in copies]
-        example = {"inputs": [pixels for pixels, _ in drawn], "labels": self._number[label], "notes": notes}
+        example = {"inputs": [pixels for pixels, _ in drawn], "labels": self._label[label], "notes": notes}
         if self.maps:
             classes, scores = self.maps.read(index)
-            example |= {"map_classes": np.array(self._number)[classes], "map_scores": scores}
+            example |= {"map_classes": np.array(self._label)[classes], "map_scores": scores}
             example |= {"pose": [affine[:2] for _, affine in drawn]}
         return example
 
@@ -120,22 +110,42 @@ class Reader:
         """Read all views of an example for testing, clip by clip.
 
         Returns:
-          "inputs", uint8 [views, *shape], "labels" and "notes", as `train`.
+          "inputs", uint8 [views, *shape], and "labels" and "notes" as in `train`.
+
+        Raises:
+          DecodeError: the example cannot be read.
+        """
+        options = self.data
+        media, label = self.source.open(index)
+        with contextlib.closing(media):
+            clips = range(options.test_clips)
+            picked = [self.frames(media.count, (clip, len(clips))) for clip in clips]
+            views = [
+                test_crops(clip, options.size, options.crop_fraction, options.test_crops, image=self.is_image)
+                for clip in self.decode(media, picked)
+            ]
+            notes = self._notes(media)
+        inputs = np.concatenate(views).reshape(self.views, *self.shape)
+        return {"inputs": inputs, "labels": self._label[label], "notes": notes}
+
+    def resized(self, index: int) -> dict[str, Any]:
+        """Read an image without cropping it, resized to the size that the model sees.
+
+        Returns:
+          "inputs", uint8 [size, size, 3], "labels" and "notes".
 
         Raises:
           DecodeError: the example cannot be read.
         """
         media, label = self.source.open(index)
         with contextlib.closing(media):
-            clips = range(self.data.test_clips)
-            picked = [self.frames(media.count, (clip, len(clips))) for clip in clips]
-            views = [self.crops(clip) for clip in self.decode(media, picked)]
-            notes = self._notes(media)
-        inputs = np.concatenate(views).reshape(self.views, *self.shape)
-        return {"inputs": inputs, "labels": self._number[label], "notes": notes}
+            picture = self.decode(media, [np.array([0])])[0]
+        size = (self.data.size, self.data.size)
+        inputs = resize(picture, (0, 0, *picture.shape[1:3]), size, image=True)
+        return {"inputs": inputs, "labels": self._label[label], "notes": {}}
 
     def uncropped(self, index: int) -> tuple[np.ndarray, Crop]:
-        """Return the frames of the middle clip as recorded, and the part of them in the middle view.
+        """Return the frames of the middle clip as recorded, and the crop of the middle view.
 
         Returns:
           uint8 [time, height, width, 3], RGB, with short sides up to `UNCROPPED_SIDE`, and the crop.
@@ -156,33 +166,12 @@ class Reader:
         crop = Crop(top / new[0], left / new[1], self.data.size / new[0], self.data.size / new[1])
         return frames[..., ::-1] if self.data.channels == "bgr" else frames, crop
 
-    def resized(self, index: int) -> dict[str, Any]:
-        """Read an image without cropping it, resized to the size that the model sees.
-
-        Returns:
-          "inputs", uint8 [size, size, 3], "labels" and "notes".
-
-        Raises:
-          DecodeError: the example cannot be read.
-        """
-        media, label = self.source.open(index)
-        with contextlib.closing(media):
-            picture = self.decode(media, [np.array([0])])[0]
-        size = (self.data.size, self.data.size)
-        inputs = resize(picture, (0, 0, *picture.shape[1:3]), size, image=True)
-        return {"inputs": inputs, "labels": self._number[label], "notes": {}}
-
     def generator(self, *path: int) -> np.random.Generator:
-        return np.random.default_rng((self.seed, *path, 1))  # trailing zeros would not count
-
-    def _drawn(self, count: int, epoch: int, index: int) -> np.ndarray:
-        """Return the frame numbers of one clip for training."""
-        if count == 1:  # every rule repeats the only frame, and images are spared a generator
-            return np.zeros(max(self.data.frames, 1), np.int64)
-        return self.frames(count, self.generator(1, epoch, index))
+        """Return the random generator for a purpose (1: frames, 2: pixels), epoch, example and copy."""
+        return np.random.default_rng((self.seed, *path, 1))  # NumPy ignores trailing zeros
 
     def frames(self, count: int, draw: sampling.Draw) -> np.ndarray:
-        """Return the frame numbers of one clip, int64 [frames], out of `count` frames."""
+        """Choose the frames of one clip out of `count` frames: int64 [frames]."""
         return self._rule(count, max(self.data.frames, 1), self.data.stride, draw)
 
     def decode(
@@ -192,13 +181,13 @@ class Reader:
 
         Args:
           media: the frames of an example.
-          clips: frame numbers of each clip.
+          clips: frame numbers of each clip; all clips have the same length.
           short_side: see `Media.frames`; None takes config.data.short_side.
 
         Raises:
           DecodeError: a frame cannot be read, or is too elongated to be scaled to the model's size.
         """
-        distinct, places = np.unique(np.concatenate(clips), return_inverse=True)
+        distinct, positions = np.unique(np.concatenate(clips), return_inverse=True)
         pictures = media.frames(distinct.tolist(), self.data.short_side if short_side is None else short_side)
         height, width = pictures.shape[1:3]
         scaled = int(self.data.size / self.data.crop_fraction) ** 2 * max(height, width) // min(height, width)
@@ -209,10 +198,10 @@ class Reader:
             )
         if self.data.channels == "bgr":
             pictures = pictures[..., ::-1]
-        return [pictures[place] for place in places.reshape(len(clips), -1)]
+        return [pictures[clip] for clip in positions.reshape(len(clips), -1)]
 
     def _notes(self, media: Media) -> dict[str, str]:
-        """Return kinds of `Problem` with reasons for an example that was read."""
+        """Return the reasons of `Problem` by its kind for an example that was read."""
         notes = {}
         if media.repaired:
             frames = "1 frame" if media.repaired == 1 else f"{media.repaired} frames"
@@ -222,10 +211,9 @@ class Reader:
         return notes
 
     def transform(self, clip: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, CropAffine]:
-        """Augment one clip for training; return its pixels and the map to where they come from.
+        """Augment one clip for training; return its pixels and the affine map from them to the clip.
 
-        Videos take RandAugment on whole frames and then the crop, as UniFormer; images the crop first, as
-        timm.
+        Clips are augmented before the crop, as in UniFormer; images after it, as in timm.
         """
         first, second = (self._crop, self._randaugment) if self.is_image else (self._randaugment, self._crop)
         clip, affine = first(clip, rng)
@@ -245,8 +233,3 @@ class Reader:
     def _crop(self, clip: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, CropAffine]:
         area, aspect, flip = self.augment.crop_area, self.augment.crop_aspect, self.augment.flip
         return random_crop(clip, self.data.size, area, aspect, flip, rng, image=self.is_image)
-
-    def crops(self, clip: np.ndarray) -> np.ndarray:
-        """Return the crops of one clip for testing: [crops, time, size, size, 3]."""
-        size, fraction, crops = self.data.size, self.data.crop_fraction, self.data.test_crops
-        return test_crops(clip, size, fraction, crops, image=self.is_image)

@@ -1,9 +1,9 @@
-"""Which frames of a video make a clip: integers from integers, independent of the frame rate.
+"""Rules that choose the frames of a clip from a video, by frame number and independent of the frame rate.
 
-`count` is the number of frames of the video, at least one; indices start at 0 and never decrease. In training
-a rule draws from a generator; in testing it takes view v of `views` instead. Videos shorter than the clip
-repeat frames. The rules are those of UniFormer's released code, in exact arithmetic instead of float32;
-`strided` is an addition.
+`count` is the number of frames of the video, at least one. The chosen indices start at 0 and never decrease;
+videos shorter than the clip repeat frames. In training a rule draws from a random generator; in testing it
+takes view `view` of `views`. `dense` and `segment` are the rules of UniFormer's released code, in exact
+arithmetic instead of float32.
 """
 
 from __future__ import annotations
@@ -14,39 +14,41 @@ import numpy as np
 
 from structvit_jax.utils.errors import check_choice
 
-# A rule: (count, frames, stride, generator or (view, views)) -> int64 [frames].
-Draw = np.random.Generator | tuple[int, int]
-Rule = Callable[[int, int, int, Draw], np.ndarray]
+Draw = np.random.Generator | tuple[int, int]  # a random generator, or (view, views)
+Rule = Callable[[int, int, int, Draw], np.ndarray]  # (count, frames, stride, draw) -> int64 [frames]
 
 
 def dense(count: int, frames: int, stride: int, draw: Draw) -> np.ndarray:
-    """Spread frames over a window of frames * stride, from its first to its last frame.
+    """Spread frames evenly over a window of frames * stride frames, from its first to its last.
 
-    16 x 4 spans 64 frames 4.2 apart, as SlowFast and UniFormer sample Kinetics. A random window starts
-    anywhere in the video, also between two frames. With room = count - frames * stride, test windows start at
-    v * floor(room / (views - 1)), a single one at floor(room / 2).
+    This is how SlowFast and UniFormer sample Kinetics: 16 frames with stride 4 span 64 frames, 4.2 apart.
+    A random window may start between two frames. With slack = count - frames * stride, test window `view`
+    starts at view * floor(slack / (views - 1)), and a single one at floor(slack / 2).
     """
     span, gaps = frames * stride, max(frames - 1, 1)
-    room = max(count - span, 0)
-    # Starts are multiples of 1 / gaps of a frame: finer ones give the same indices.
-    start = _random(draw, room * gaps) if isinstance(draw, np.random.Generator) else gaps * _start(room, draw)
+    slack = max(count - span, 0)
+    # Starts are multiples of 1 / gaps frames: finer ones give the same indices.
+    if isinstance(draw, np.random.Generator):
+        start = _random(draw, slack * gaps)
+    else:
+        start = gaps * _start(slack, draw)
     steps = np.arange(frames) * (span - 1 if frames > 1 else 0)
     return np.minimum((start + steps) // gaps, count - 1)
 
 
 def strided(count: int, frames: int, stride: int, draw: Draw) -> np.ndarray:
-    """Take every stride-th frame from a start on, which is random, or evenly spaced as in `dense`."""
-    room = max(count - ((frames - 1) * stride + 1), 0)
-    start = _random(draw, room + 1) if isinstance(draw, np.random.Generator) else _start(room, draw)
+    """Take every stride-th frame from a random start, or from one of the evenly spaced starts of `dense`."""
+    slack = max(count - ((frames - 1) * stride + 1), 0)
+    start = _random(draw, slack + 1) if isinstance(draw, np.random.Generator) else _start(slack, draw)
     return np.minimum(start + np.arange(frames) * stride, count - 1)
 
 
 def segment(count: int, frames: int, stride: int, draw: Draw) -> np.ndarray:
-    """Take one frame from each of `frames` equal segments of the whole video; the stride is not used.
+    """Take one frame from each of `frames` equal segments of the whole video; ignore the stride.
 
-    With s = (count - 1) / frames, frame i is drawn from round(s i) to round(s (i + 1)), both inclusive;
-    in testing it is round(s i) + floor(s (v + 1) / (views + 1)). Halves round to even, as UniFormer samples
-    Something-Something.
+    This is how UniFormer samples Something-Something. With s = (count - 1) / frames, frame i is drawn from
+    round(s i) to round(s (i + 1)), both inclusive; in testing it is
+    round(s i) + floor(s (view + 1) / (views + 1)). Halves round to even.
     """
     edges = _round_half_even((count - 1) * np.arange(frames + 1), frames)
     if isinstance(draw, np.random.Generator):
@@ -59,11 +61,7 @@ RULES: dict[str, Rule] = {"dense": dense, "strided": strided, "segment": segment
 
 
 def rule(name: str) -> Rule:
-    """Return a sampling rule by name.
-
-    Raises:
-      UserError: an unknown name.
-    """
+    """Return the sampling rule of this name; raise a UserError if there is none."""
     return RULES[check_choice("config.data.sampling", name, RULES)]
 
 
@@ -71,9 +69,9 @@ def _random(generator: np.random.Generator, stop: int) -> int:
     return int(generator.integers(stop)) if stop else 0
 
 
-def _start(room: int, draw: tuple[int, int]) -> int:
+def _start(slack: int, draw: tuple[int, int]) -> int:
     view, views = draw
-    return room // 2 if views == 1 else view * (room // (views - 1))
+    return slack // 2 if views == 1 else view * (slack // (views - 1))
 
 
 def _round_half_even(numerator: np.ndarray, denominator: int) -> np.ndarray:

@@ -1,13 +1,16 @@
-"""Types of the data package that other packages are written against. Imports nothing heavy."""
+"""Types and protocols of the data package. Importing them loads no decoder."""
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NotRequired, Protocol, Self, TypedDict
 
 import numpy as np
 from numpy.typing import DTypeLike
+
+from structvit_jax.utils.errors import DecodeError
 
 if TYPE_CHECKING:
     from structvit_jax.data.fingerprint import Changes, Fingerprint
@@ -38,34 +41,30 @@ class Batch(TypedDict):
     index: np.ndarray  # int32 [rows]; position of the example in its split, -1 for padding
     problems: tuple[Problem, ...]  # unreadable examples, and notes on readable ones
     # In training with label maps:
-    map_classes: NotRequired[np.ndarray]  # uint16 [rows, map height, map width, k], of the whole image
-    map_scores: NotRequired[np.ndarray]  # float16, probabilities of these classes
-    pose: NotRequired[np.ndarray]  # float32 [rows, 2, 3]; takes a point of the crop to one of the image
+    map_classes: NotRequired[np.ndarray]  # uint16 [rows, map height, map width, k], for the whole image
+    map_scores: NotRequired[np.ndarray]  # float16, same shape; probabilities of these classes
+    pose: NotRequired[np.ndarray]  # float32 [rows, 2, 3]; maps points of the crop to points of the image
 
 
-# The part of every batch that a process reads, (host, hosts): the host-th of `hosts` equal runs of rows.
+# (host, hosts): the rows of a batch that a process reads, which is block `host` of `hosts` equal blocks.
 Shard = tuple[int, int]
 WHOLE: Shard = (0, 1)
 
 
-class Media(Protocol):
-    """Frames 0 to count - 1 in display order, of which the last `missing` are lost.
+class Media(abc.ABC):
+    """The frames of an example in display order."""
 
-    `repaired` counts the frames of the last `frames` call that were replaced by their neighbours.
-    """
+    count: int  # number of frames, including missing ones
+    missing: int = 0  # number of frames at the end that a truncated file lacks
+    repaired: int = 0  # in the last `frames` call: damaged frames that were replaced by their neighbours
 
-    count: int
-    missing: int
-
-    @property
-    def repaired(self) -> int: ...
-
+    @abc.abstractmethod
     def frames(self, wanted: Sequence[int], short_side: int = 0) -> np.ndarray:
         """Return frames by number.
 
         Args:
-          wanted: frame numbers below `count`, in any order, with or without repetitions.
-          short_side: scale frames down whose short side is longer than this; 0 never scales.
+          wanted: frame numbers from 0 to `count` - 1, in any order; repetitions are allowed.
+          short_side: scale frames with a longer short side down to this; 0 never scales.
 
         Returns:
           uint8 [len(wanted), height, width, 3], RGB.
@@ -73,11 +72,16 @@ class Media(Protocol):
         Raises:
           DecodeError: a frame cannot be read.
         """
-        ...
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - most media have nothing to release
         """Release files and decoders."""
-        ...
+
+    def check_available(self, wanted: Sequence[int]) -> None:
+        """Raise a DecodeError if one of the wanted frames is missing."""
+        if (last := max(wanted)) >= self.count - self.missing:
+            raise DecodeError(
+                f"cut off: {self.missing} of {self.count} frames are missing, frame {last} among them"
+            )
 
 
 class Source(Protocol):
@@ -96,7 +100,7 @@ class Source(Protocol):
         """Return the frames and the label of an example.
 
         Raises:
-          DecodeError: it cannot be read.
+          DecodeError: the example cannot be read.
         """
         ...
 
@@ -104,39 +108,15 @@ class Source(Protocol):
 class Dataset(Protocol):
     """A training and a test split, and the batches over them. `structvit_jax.data.load` returns one."""
 
-    @property
-    def class_names(self) -> tuple[str, ...]: ...
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of one view of an example: [frames,] size, size, 3."""
-        ...
-
-    @property
-    def arrays(self) -> Arrays:
-        """Shapes and dtypes of one row of a training batch, without `mask` and `index`."""
-        ...
-
-    @property
-    def unit(self) -> str:
-        """Name of the examples in messages: "images" or "clips"."""
-        ...
-
-    @property
-    def in_files(self) -> bool:
-        """Whether the examples are files of the user, whose quality is unknown."""
-        ...
-
-    @property
-    def train_examples(self) -> int: ...
-
-    @property
-    def rows_per_epoch(self) -> int:
-        """Training examples times the copies of repeated augmentation."""
-        ...
-
-    @property
-    def test_examples(self) -> int: ...
+    class_names: tuple[str, ...]
+    shape: tuple[int, ...]  # of one view of an example: [frames,] size, size, 3
+    arrays: Arrays  # one row of a training batch, without `mask` and `index`
+    views: int  # per test example: clips times crops
+    unit: str  # name of the examples in messages: "images" or "clips"
+    in_files: bool  # whether the examples are files of the user, whose quality is unknown
+    train_examples: int
+    rows_per_epoch: int  # training examples times the copies of repeated augmentation
+    test_examples: int
 
     @property
     def test_ids(self) -> tuple[str, ...]:
@@ -144,13 +124,8 @@ class Dataset(Protocol):
         ...
 
     @property
-    def views(self) -> int:
-        """Number of views of a test example: clips times crops."""
-        ...
-
-    @property
     def fingerprint(self) -> dict[str, Any]:
-        """Identify the data of both splits, see `structvit_jax.data.fingerprint`."""
+        """Fingerprints of both splits by name, see `structvit_jax.data.fingerprint`."""
         ...
 
     def train_id(self, index: int) -> str:
@@ -166,7 +141,7 @@ class Dataset(Protocol):
         ...
 
     def adopt_classes(self, names: Sequence[str]) -> bool:
-        """Number the labels in the order of `names`; return whether the data have another order.
+        """Number the labels in the order of `names`, and return whether that changed their numbers.
 
         Raises:
           UserError: the data have other classes.
@@ -176,9 +151,11 @@ class Dataset(Protocol):
     def train_batches(self, batch_size: int, *, start_step: int, shard: Shard = WHOLE) -> Generator[Batch]:
         """Yield shuffled batches forever, from step `start_step` on.
 
+        A batch depends on the seed and its step alone, so a resumed run sees the same batches.
+
         Args:
-          batch_size: rows of a batch over all processes.
-          start_step: first step; since a batch depends on the seed and its step alone, a run resumes exactly.
+          batch_size: number of rows over all processes.
+          start_step: first step.
           shard: the part of each batch to read.
         """
         ...
@@ -188,7 +165,7 @@ class Dataset(Protocol):
         ...
 
     def uncropped_batches(self, batch_size: int, *, start: int) -> Generator[Batch]:
-        """Yield every training image once, resized but not cropped, in order, from batch `start` on."""
+        """Yield every training image once, resized without cropping, in order, from batch `start` on."""
         ...
 
 
@@ -196,13 +173,13 @@ class Dataset(Protocol):
 class _Options:
     @classmethod
     def from_config(cls, section: Any) -> Self:
-        """Copy the options from a section of a configuration; other keys of the section are ignored."""
+        """Copy the options from a section of a configuration; ignore its other keys."""
         return cls(**{field.name: section[field.name] for field in dataclasses.fields(cls)})
 
 
 @dataclasses.dataclass(frozen=True)
 class DataOptions(_Options):
-    """The keys of the section `data` that reading depends on; `structvit_jax.config` documents them."""
+    """The keys of the section `data` that affect reading; `structvit_jax.config` documents them."""
 
     name: str
     root: str
@@ -230,7 +207,7 @@ class DataOptions(_Options):
 
 @dataclasses.dataclass(frozen=True)
 class AugmentOptions(_Options):
-    """The keys of the section `augment` that apply while reading; the others apply on the device."""
+    """The keys of the section `augment` that are applied while reading; the others apply on the device."""
 
     crop_area: tuple[float, float]
     crop_aspect: tuple[float, float]

@@ -7,6 +7,7 @@ it is wrong or missing in webm, mkv and damaged files.
 from __future__ import annotations
 
 import bisect
+import collections
 import contextlib
 import io
 import itertools
@@ -16,7 +17,6 @@ from typing import Any, NamedTuple
 
 import av
 import numpy as np
-from av.container import InputContainer
 from av.packet import Packet
 from av.stream import Stream
 from av.video.reformatter import VideoReformatter
@@ -24,25 +24,26 @@ from av.video.stream import VideoStream
 
 from structvit_jax.data.container import open_container
 from structvit_jax.data.limits import Limits
+from structvit_jax.data.types import Media
 from structvit_jax.utils.errors import DecodeError, decoding
 
 _SKIPPING = ("h264", "hevc", "mpeg4", "vp8", "vp9")  # decoders that can skip single pictures
 _UNINDEXED = ("avi", "mpegts")  # containers whose times are right only when read from the beginning
-_FAR = 2**62  # a time that fits FFmpeg's int64
+_MAX_SEEK = 2**62  # fits FFmpeg's int64
 _REACHES = (1, 4, 16, 64)  # frames on either side to search for the replacement of a damaged frame
 
 
-class VideoFile:
+class VideoFile(Media):
     """A video, or the part of it from `start` to `end` seconds.
 
+    In a truncated file, `count` includes the missing frames, so that sampling does not drift. Reading one of
+    them is an error.
+
     Attributes:
-      count: number of frames to sample from. In a truncated file it includes the missing ones, so that
-        sampling does not drift; asking for a missing frame is an error.
-      missing: number of missing frames, which are the last ones.
-      repaired: number of frames of the last `frames` call that were damaged and replaced.
+      seconds: duration, from the first frame to the last, plus the mean distance between frames.
 
     Raises:
-      DecodeError: no video, an unsupported container, an exceeded limit, or damage.
+      DecodeError: there is no video, the container is unsupported or damaged, or a limit is exceeded.
     """
 
     def __init__(
@@ -52,41 +53,34 @@ class VideoFile:
         end: float | None = None,
         limits: Limits = Limits(),  # noqa: B008 - immutable
     ):
-        self._limits, self.repaired = limits, 0
+        self._limits = limits
         self._container = open_container(file, limits)
         self._stream = self._container.streams.video[0]
         try:
             with decoding():
-                index = _demux(self._container, self._stream, start, end, limits)
+                times, self.missing, self._keys = self._demux(start, end)
+                if not times:
+                    part = f" from {start or 0} s to {'the end' if end is None else f'{end} s'}"
+                    raise DecodeError("no video frames" + part * (start is not None or end is not None))
         except DecodeError:
             self.close()
             raise
-        first, stop = index.position(index.start), index.position(index.end)
-        self._times, self._keys = index.times[first:stop], index.keys
-        self.count = stop - first
-        self.missing = self.count - len(self._times)
-        if self.count < 1:
-            self.close()
-            part = f" from {start or 0} s to {'the end' if end is None else f'{end} s'}"
-            raise DecodeError("no video frames" + part * (start is not None or end is not None))
-        self._span = index.time(stop - 1) - index.time(first)
+        self.count = len(times)
+        self._times = times[: self.count - self.missing]
+        span = float((times[-1] - times[0]) * _time_base(self._stream))
+        self.seconds = span * self.count / max(self.count - 1, 1)
 
     def close(self) -> None:
         """Release the file and the decoder; garbage collection would keep many of them open."""
         self._container.close()
 
-    @property
-    def seconds(self) -> float:
-        """Duration: from the first frame to the last, plus the mean distance between frames."""
-        return float(self._span * _time_base(self._stream)) * self.count / max(self.count - 1, 1)
-
     def frames(self, wanted: Sequence[int], short_side: int = 0) -> np.ndarray:
-        """Return frames by number, rotated as the container states; see `structvit_jax.data.types.Media`.
+        """Return frames by number, rotated as the container states; see `Media.frames`.
 
         Raises:
           DecodeError: a frame is missing, or more frames are damaged than `Limits.bad_frames` allows.
         """
-        check_available(wanted, self.count, self.missing)
+        self.check_available(wanted)
         times = [self._times[index] for index in wanted]
         pictures = self._decoded(set(times), short_side)
         lost = sorted(set(times) - pictures.keys())
@@ -98,49 +92,23 @@ class VideoFile:
         self.repaired = len(lost)
         return stack([pictures[time] for time in times])
 
-    def _decoded(self, times: set[int], short_side: int) -> dict[int, np.ndarray]:
-        """Return the frames at some times; damaged ones are left out if damage is tolerated."""
-        tolerant = self._limits.bad_frames > 0
-        pictures: dict[Any, np.ndarray] = {}
-        convert = VideoReformatter()  # one for all frames: setting it up costs more than using it
-        try:
-            with decoding():
-                for key, group in self._groups(times):
-                    for frame in _decode(self._container, self._stream, key, group, tolerant):
-                        pictures[frame.pts] = _picture(frame, convert, short_side)
-        except DecodeError as error:
-            if self._stream.codec_context.width:
-                raise
-            limit = f"--config.data.max_pixels={self._limits.pixels}"
-            raise DecodeError(f"{error}; its pictures may have more pixels than {limit} allows") from error
-        return pictures
-
-    def _neighbour(self, time: int, short_side: int) -> np.ndarray:
-        """Return the nearest decodable frame, the earlier of two: a function of the file alone."""
-        here = bisect.bisect_left(self._times, time)
-        for reach in _REACHES:
-            near = self._times[max(here - reach, 0) : here + reach + 1]
-            if found := self._decoded(set(near), short_side):
-                return found[min(found, key=lambda other: (abs(other - time), other))]
-        raise DecodeError(f"no frame near frame {here} of {self.count} can be decoded")
-
     def cut(self) -> tuple[bytes, int]:
         """Copy these frames into a Matroska file without decoding them.
 
         Returns:
-          The file, and the number of frames in it before the first wanted one: decoding has to start at a key
-          frame.
+          The file, and the number of frames in it before the first wanted one: the file has to start with a
+          key frame.
 
         Raises:
           DecodeError: there is no key frame to start at.
         """
-        check_available([0], self.count, self.missing)
+        self.check_available([0])
         wanted = set(self._times)
         (key, _), *_ = self._groups({min(wanted)})
         target, before = io.BytesIO(), 0
         with decoding(), av.open(target, "w", format="matroska") as out:
             copy = out.add_stream_from_template(self._stream)
-            for packet in _packets_from(self._container, self._stream, key):
+            for packet in self._packets_from(key):
                 pts = _stamps(packet)[0]
                 if not wanted or not packet.size:
                     break
@@ -150,36 +118,147 @@ class VideoFile:
                 out.mux(packet)
         return target.getvalue(), before
 
+    def _demux(self, start: float | None, end: float | None) -> tuple[list[int], int, list[_Packet]]:
+        """Read all packets of the requested part.
+
+        Returns:
+          The times of its pictures, ascending, in units of the stream's time base. If the file is truncated,
+          the last ones are the estimated times of missing pictures.
+          The number of missing pictures.
+          The pictures that decoding can start from, whether they are shown or not.
+        """
+        container, stream = self._container, self._stream
+        base, origin = float(_time_base(stream)), stream.start_time or 0
+        # Half a unit of tolerance, so that rounded seconds still select the intended frame.
+        lower = -np.inf if start is None else origin + start / base - 0.5
+        upper = np.inf if end is None else origin + end / base - 0.5
+        is_indexed = container.format.name not in _UNINDEXED
+        if start and is_indexed:
+            container.seek(int(min(max(lower, -_MAX_SEEK), _MAX_SEEK)), stream=stream)
+        # If the stream does not state its duration, the container does, for all streams together.
+        streams = [s for s in container.streams if s.type in ("video", "audio")]
+        streams = [stream] if stream.duration else streams
+        bases = {s.index: float(_time_base(s)) for s in streams}
+        times: list[int] = []
+        keys: list[_Packet] = []
+        last = ended = 0.0
+        stopped = False  # at the requested end
+        with contextlib.suppress(av.FFmpegError):  # truncated in the middle of a packet
+            for packet in container.demux(*streams):
+                pts, dts = _stamps(packet)
+                if pts is None:
+                    continue
+                last = max(last, pts * bases[packet.stream_index])
+                ended = max(ended, (pts + (packet.duration or 0)) * bases[packet.stream_index])
+                if packet.stream_index != stream.index or not packet.size:
+                    continue
+                if stopped := dts >= upper and is_indexed:
+                    break
+                if packet.is_keyframe:  # even if an edit list hides it
+                    keys.append(_Packet(pts, dts))
+                if _is_shown(packet, stream):
+                    times.append(pts)
+                    self._limits.check_frames(len(times))
+        times.sort()
+        if times and container.format.name == "avi":  # times count from the first packet decoded, not shown
+            lower, upper = lower + times[0] - origin, upper + times[0] - origin
+        present = len(times)
+        lost, spacing = self._lost(times, last, ended) if times and not stopped else (0, 0.0)
+        self._limits.check_frames(present + lost)
+        times += [times[-1] + round(spacing * number) for number in range(1, lost + 1)]
+        begin, stop = bisect.bisect_left(times, lower), bisect.bisect_left(times, upper)
+        return times[begin:stop], max(stop - max(begin, present), 0), sorted(keys)
+
+    def _lost(self, times: list[int], last: float, ended: float) -> tuple[int, float]:
+        """Estimate how many pictures are missing at the end, and the time between them.
+
+        Pictures are missing if the last packet of all streams comes more than two frames before the announced
+        end. `last` and `ended` are the start and the end of that packet in seconds.
+        """
+        stream = self._stream
+        base = float(_time_base(stream))
+        if stream.duration:
+            announced = float((stream.duration + (stream.start_time or 0)) * _time_base(stream))
+        else:
+            announced = (self._container.duration or 0) / av.time_base
+        gaps = np.diff(times) if len(times) > 1 else [1 / (base * float(stream.average_rate or 25))]
+        usual, mean = float(np.median(gaps)), float(np.mean(gaps))
+        spacing = base * max(usual, mean)  # rates vary, and the last picture may be shown for long
+        if announced - last <= 2 * spacing or announced - ended <= spacing:
+            return 0, 0.0
+        usual = max(usual, 1.0)
+        return max(round((announced / base - times[-1]) / usual) - 1, 0), usual
+
+    def _neighbour(self, time: int, short_side: int) -> np.ndarray:
+        """Return the nearest frame that can be decoded, the earlier of two.
+
+        It does not depend on which other frames are read.
+        """
+        here = bisect.bisect_left(self._times, time)
+        for reach in _REACHES:
+            near = self._times[max(here - reach, 0) : here + reach + 1]
+            if found := self._decoded(set(near), short_side):
+                return found[min(found, key=lambda other: (abs(other - time), other))]
+        raise DecodeError(f"no frame near frame {here} of {self.count} can be decoded")
+
+    def _decoded(self, times: set[int], short_side: int) -> dict[int, np.ndarray]:
+        """Return the frames at these times; damaged ones are left out if damage is tolerated."""
+        pictures: dict[Any, np.ndarray] = {}
+        convert = VideoReformatter()  # one for all frames: setting it up costs more than using it
+        try:
+            with decoding():
+                for key, group in self._groups(times):
+                    for frame in self._decode(key, group):
+                        pictures[frame.pts] = _picture(frame, convert, short_side)
+        except DecodeError as error:
+            if self._stream.codec_context.width:
+                raise
+            limit = f"--config.data.max_pixels={self._limits.pixels}"
+            raise DecodeError(f"{error}; its pictures may have more pixels than {limit} allows") from error
+        return pictures
+
     def _groups(self, times: set[int]) -> Iterator[tuple[_Packet, set[int]]]:
-        """Yield key frames and the wanted times from each to the next."""
-        early = {time for time in times if not self._keys or time < self._keys[0].pts}
-        if early and not self._limits.bad_frames:
-            raise DecodeError("no key frame to start decoding from")
+        """Yield key frames, each with the wanted times from it up to the next key frame."""
         starts = [key.pts for key in self._keys]
-        place = {time: bisect.bisect_right(starts, time) - 1 for time in times - early}
-        for number in sorted(set(place.values())):
-            yield self._keys[number], {time for time in place if place[time] == number}
+        groups = collections.defaultdict(set)
+        for time in times:
+            groups[bisect.bisect_right(starts, time) - 1].add(time)
+        if groups.pop(-1, None) and not self._limits.bad_frames:
+            raise DecodeError("no key frame to start decoding from")
+        for number in sorted(groups):
+            yield self._keys[number], groups[number]
 
+    def _decode(self, key: _Packet, wanted: set[int]) -> Iterator[av.VideoFrame]:
+        """Yield the frames at the wanted times from a key frame on.
 
-def check_available(wanted: Sequence[int], count: int, missing: int) -> None:
-    """Check that none of the wanted frames is among the last `missing` ones.
+        Other frames are decoded only if frames are predicted from them. If damage is tolerated, packets that
+        cannot be decoded are skipped.
+        """
+        codec, ahead = self._stream.codec_context, set(wanted)
+        skipped: tuple[type[Exception], ...] = (av.FFmpegError,) if self._limits.bad_frames > 0 else ()
+        for packet in self._packets_from(key):
+            pts = _stamps(packet)[0]
+            if codec.name in _SKIPPING:
+                codec.skip_frame = "DEFAULT" if pts is None or pts in wanted else "NONREF"
+            with contextlib.suppress(*skipped):
+                yield from (frame for frame in packet.decode() if frame.pts in wanted)
+            ahead.discard(pts)
+            if not ahead:  # the decoder has received all of them, and may hold some back to reorder them
+                with contextlib.suppress(*skipped):
+                    yield from (frame for frame in codec.decode(None) if frame.pts in wanted)
+                break
 
-    Raises:
-      DecodeError: one is.
-    """
-    if max(wanted) >= count - missing:
-        raise DecodeError(f"cut off: {missing} of {count} frames are missing, frame {max(wanted)} among them")
-
-
-def stack(pictures: Sequence[np.ndarray]) -> np.ndarray:
-    """Return the frames of a clip as one array.
-
-    Raises:
-      DecodeError: they differ in size.
-    """
-    if len({picture.shape for picture in pictures}) > 1:
-        raise DecodeError("its frames differ in size")
-    return np.stack(pictures)
+    def _packets_from(self, key: _Packet) -> Iterator[Packet]:
+        """Yield the packets from a key frame on."""
+        for target in key:  # some containers seek by presentation time, others by decoding time
+            self._container.seek(target, stream=self._stream)
+            packets = self._container.demux(self._stream)
+            first = next(packets)
+            if first.size and _stamps(first)[1] <= key.dts:
+                break
+        for packet in itertools.chain([first], packets):
+            if not packet.size or _stamps(packet)[1] >= key.dts:
+                yield packet
 
 
 class _Packet(NamedTuple):
@@ -187,161 +266,23 @@ class _Packet(NamedTuple):
     dts: int
 
 
-class _Index(NamedTuple):
-    """The times of a file's pictures, in units of its stream's time base."""
-
-    times: list[int]  # of the pictures, ascending
-    keys: list[_Packet]  # pictures that decoding can start from, shown or not
-    start: float  # of the requested part
-    end: float
-    lost: int = 0  # pictures missing after these, if the file was truncated
-    spacing: float = 1.0  # time between missing pictures
-
-    def time(self, number: int) -> int:
-        """Return the time of a picture, missing or not."""
-        beyond = number + 1 - len(self.times)
-        return self.times[number] if beyond <= 0 else self.times[-1] + round(self.spacing * beyond)
-
-    def position(self, bound: float) -> int:
-        """Return the number of pictures before a time, missing ones included."""
-        present, whole = len(self.times), len(self.times) + self.lost
-        here = bisect.bisect_left(self.times, bound)
-        if here < present or not self.lost:
-            return here
-        if bound > self.time(whole - 1):
-            return whole
-        here = present + max(int((bound - self.times[-1]) / self.spacing) - 2, 0)
-        while self.time(here) < bound:
-            here += 1
-        return here
-
-
-def _demux(
-    container: InputContainer,
-    stream: VideoStream,
-    start: float | None,
-    end: float | None,
-    limits: Limits,
-) -> _Index:
-    """Read all packets of the requested part."""
-    base, origin = float(_time_base(stream)), stream.start_time or 0
-    # Half a unit of tolerance, so that rounded seconds still select the intended frame.
-    first = -np.inf if start is None else origin + start / base - 0.5
-    stop = np.inf if end is None else origin + end / base - 0.5
-    if start and container.format.name not in _UNINDEXED:
-        container.seek(int(min(max(first, -_FAR), _FAR)), stream=stream)
-    # If the stream does not state its duration, the container does, for all streams together.
-    streams = [stream] if stream.duration else [s for s in container.streams if s.type in ("video", "audio")]
-    number, hides = stream.index, stream.codec_context.name == "vp8"
-    bases = {s.index: float(_time_base(s)) for s in streams}
-    times: list[int] = []
-    keys: list[_Packet] = []
-    last = ended = 0.0
-    with contextlib.suppress(av.FFmpegError):  # truncated in the middle of a packet
-        for packet in container.demux(*streams):
-            pts, dts = _stamps(packet)
-            if pts is None:
-                continue
-            last = max(last, pts * bases[packet.stream_index])
-            ended = max(ended, (pts + (packet.duration or 0)) * bases[packet.stream_index])
-            if packet.stream_index != number or not packet.size:
-                continue
-            if dts >= stop and container.format.name not in _UNINDEXED:
-                return _Index(sorted(times), sorted(keys), first, stop)
-            if packet.is_keyframe:  # even if an edit list hides it
-                keys.append(_Packet(pts, dts))
-            if _shown(packet, hides):
-                times.append(pts)
-                if len(times) > limits.frames:
-                    limits.check_frames(len(times))
-    times = sorted(times)
-    if times and container.format.name == "avi":  # times count from the first packet decoded, not shown
-        first, stop = first + times[0] - origin, stop + times[0] - origin
-    lost, spacing = _lost(container, stream, times, last, ended)
-    limits.check_frames(len(times) + lost)
-    return _Index(times, sorted(keys), first, stop, lost, spacing)
-
-
-def _lost(
-    container: InputContainer, stream: VideoStream, times: list[int], last: float, ended: float
-) -> tuple[int, float]:
-    """Estimate how many pictures are missing at the end, and the time between them.
-
-    Pictures are missing if the last packet of all streams comes more than two frames before the announced
-    end. `last` and `ended` are the start and the end of that packet, in seconds.
-    """
-    if not times:
-        return 0, 1.0
-    if stream.duration:
-        announced = float((stream.duration + (stream.start_time or 0)) * _time_base(stream))
-    else:
-        announced = (container.duration or 0) / av.time_base
-    base = float(_time_base(stream))
-    gaps = np.diff(times) if len(times) > 1 else [1 / (base * float(stream.average_rate or 25))]
-    usual, mean = float(np.median(gaps)), float(np.mean(gaps))
-    spacing = base * max(usual, mean)  # rates vary, and the last picture may be shown for long
-    if announced - last <= 2 * spacing or announced - ended <= spacing:
-        return 0, 1.0
-    usual = max(usual, 1.0)
-    return max(round((announced / base - times[-1]) / usual) - 1, 0), usual
-
-
 def _time_base(stream: Stream) -> Fraction:
-    """Return the unit of a stream's times, in seconds."""
+    """Return the unit of the times of a stream in seconds."""
     if stream.time_base is None:
         raise DecodeError("a stream without a time base")
     return stream.time_base
 
 
 def _stamps(packet: Packet) -> tuple[Any, Any]:
-    """Return presentation and decoding time; some containers store only one of them."""
-    return (
-        packet.dts if packet.pts is None else packet.pts,
-        packet.pts if packet.dts is None else packet.dts,
-    )
+    """Return the presentation and the decoding time; some containers store only one of them."""
+    pts, dts = packet.pts, packet.dts
+    return (dts if pts is None else pts), (pts if dts is None else dts)
 
 
-def _shown(packet: Packet, hides: bool) -> bool:
-    """Return whether a packet is a picture to show; VP8 has separate hidden ones to predict from."""
-    if packet.is_discard:
-        return False
-    return not hides or bool(bytes(packet)[0] >> 4 & 1)
-
-
-def _decode(
-    container: InputContainer, stream: VideoStream, key: _Packet, wanted: set[int], tolerant: bool
-) -> Iterator[av.VideoFrame]:
-    """Yield the wanted frames after a key frame; decode others only if frames are predicted from them.
-
-    If `tolerant`, packets that cannot be decoded are skipped.
-    """
-    codec, ahead = stream.codec_context, set(wanted)
-    skipped: tuple[type[Exception], ...] = (av.FFmpegError,) if tolerant else ()
-    for packet in _packets_from(container, stream, key):
-        pts = _stamps(packet)[0]
-        if codec.name in _SKIPPING:
-            codec.skip_frame = "DEFAULT" if pts is None or pts in wanted else "NONREF"
-        with contextlib.suppress(*skipped):
-            yield from (frame for frame in packet.decode() if frame.pts in wanted)
-        ahead.discard(pts)
-        if not ahead:  # the decoder has them all, and may hold some back to reorder them
-            break
-    if not ahead:
-        with contextlib.suppress(*skipped):
-            yield from (frame for frame in codec.decode(None) if frame.pts in wanted)
-
-
-def _packets_from(container: InputContainer, stream: VideoStream, key: _Packet) -> Iterator[Packet]:
-    """Yield the packets from a key frame on. Containers seek by presentation or by decoding time."""
-    for target in key:
-        container.seek(target, stream=stream)
-        packets = container.demux(stream)
-        first = next(packets)
-        if first.size and _stamps(first)[1] <= key.dts:
-            break
-    for packet in itertools.chain([first], packets):
-        if not packet.size or _stamps(packet)[1] >= key.dts:
-            yield packet
+def _is_shown(packet: Packet, stream: VideoStream) -> bool:
+    """Return whether a packet is shown. VP8 also has hidden pictures, from which others are predicted."""
+    is_hidden = stream.codec_context.name == "vp8" and not bytes(packet)[0] >> 4 & 1
+    return not packet.is_discard and not is_hidden
 
 
 def _picture(frame: av.VideoFrame, convert: VideoReformatter, short_side: int) -> np.ndarray:
@@ -351,3 +292,10 @@ def _picture(frame: av.VideoFrame, convert: VideoReformatter, short_side: int) -
         frame, format="rgb24", interpolation="BILINEAR", threads=1, **size
     ).to_ndarray()
     return np.rot90(picture, frame.rotation // 90) if frame.rotation else picture
+
+
+def stack(pictures: Sequence[np.ndarray]) -> np.ndarray:
+    """Return the frames of a clip as one array; raise a DecodeError if they differ in size."""
+    if len({picture.shape for picture in pictures}) > 1:
+        raise DecodeError("its frames differ in size")
+    return np.stack(pictures)

@@ -1,13 +1,13 @@
-"""Child processes that apply a function to numbers and return the results in order, see `in_processes`.
+"""Worker processes that apply a function to numbers and return the results in order, see `in_processes`.
 
-They survive signals, and never survive their parent:
+Workers survive signals and never outlive their parent:
 
 - They start with SIGTERM, SIGINT and SIGHUP blocked. A signal to the process group or from a terminal reaches
   the parent, which decides what to do while its workers keep running.
-- Each is connected to its parent by a socket pair and exits when the parent's end is closed, which the kernel
-  does however the parent ends.
-- Results travel in anonymous memory whose descriptors are passed through the socket. There are no shared
-  memory names, semaphores, temporary files or helper processes that could be left behind.
+- A socket pair connects each worker to its parent. However the parent ends, the kernel closes the socket,
+  and the worker exits.
+- Results travel in anonymous memory whose descriptors are passed through the socket. No shared memory names,
+  semaphores, temporary files or helper processes can be left behind.
 
 A worker runs this file as its program and watches its parent before it imports anything else.
 """
@@ -26,13 +26,13 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from multiprocessing.connection import Connection, Pipe
 from multiprocessing.reduction import recv_handle, send_handle
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 T = TypeVar("T")
-Note = Callable[[str], None]  # records what a function works on, in case it kills its process
+Note = Callable[[str], None]  # records what a function is working on, in case it kills its process
 
 _BLOCKED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _NOTE = 512  # bytes
@@ -42,10 +42,9 @@ _ALIGNMENT = 64  # bytes; JAX on a CPU uses such arrays without a copy
 class DeadWorker(NamedTuple):
     """A worker that died."""
 
-    number: int  # what it was working on
     pid: int
-    code: int  # its exit code; negative for the signal that killed it
-    note: str  # the last note of its function; "" for none
+    code: int  # exit code; the negative number of the signal that killed it
+    note: str  # the last note of its function, or ""
 
 
 def in_processes(
@@ -60,15 +59,16 @@ def in_processes(
     """Yield function(number, note) for every number, in order, computed in `count` processes.
 
     Args:
-      function: takes a number and a `Note`; pickled, by value if defined in the main module. Its exceptions
-        are raised here.
+      function: the function, which is pickled with cloudpickle. Its exceptions are raised here.
       numbers: its arguments.
       count: number of processes.
-      ahead: numbers that each process has in advance, including the one that it works on.
+      ahead: how many numbers are queued for each process, including the one that it works on.
       on_death: returns the result for the number that killed a process, or raises. A new process takes over.
       setup: called once in every process.
     """
-    pickled = _pickle((function, setup))
+    import cloudpickle  # imported here: workers run this file and do not need it
+
+    pickled = cloudpickle.dumps((function, setup))
     pool: list[_Worker] = []
     pending: collections.deque[tuple[int, int]] = collections.deque()  # numbers in order, and their worker
     asked, source = 0, iter(numbers)
@@ -83,16 +83,18 @@ def in_processes(
                 asked += 1
             if not pending:
                 return
-            number, worker = pending.popleft()
+            _, worker = pending.popleft()
             try:
-                result: T = pool[worker].answer()
+                ok, result = pool[worker].answer()
             except (EOFError, ConnectionError):
-                result = on_death(pool[worker].describe_death(number))
+                ok, result = True, on_death(pool[worker].wait())
                 pool[worker].close()
                 pool[worker] = _Worker(pickled)
                 for other, its_worker in pending:
                     if its_worker == worker:
                         pool[worker].ask(other)
+            if not ok:
+                raise result
             yield result
     finally:
         for process in pool:
@@ -106,12 +108,17 @@ class _Worker:
         self._connection, theirs = Pipe()
         self._note = _anonymous_file()
         descriptors = (theirs.fileno(), self._note)
-        with theirs, _signals_blocked():
+        # The child inherits the blocked signals. Those that arrive meanwhile are delivered afterwards.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _BLOCKED)
+        try:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", __file__, *map(str, descriptors)],
                 pass_fds=descriptors,
                 stdin=subprocess.DEVNULL,
             )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            theirs.close()
         with contextlib.suppress(ConnectionError):  # it died; reading its first answer reports it
             self._connection.send(sys.path)
             self._connection.send_bytes(pickled)
@@ -121,34 +128,29 @@ class _Worker:
         with contextlib.suppress(ConnectionError):
             self._connection.send(number)
 
-    def answer(self) -> Any:
-        """Return the result for the oldest number without one, or raise its exception.
+    def answer(self) -> tuple[bool, Any]:
+        """Return True and the result for the oldest queued number, or False and the exception it raised.
 
         Raises:
           EOFError, ConnectionError: the worker is dead.
         """
         ok, data, sizes = self._connection.recv()
-        value = pickle.loads(data, buffers=self._receive_buffers(sizes))
-        if not ok:
-            raise value
-        return value
+        buffers: list[memoryview] = []
+        if sizes:
+            descriptor = recv_handle(self._connection)
+            try:
+                memory = memoryview(mmap.mmap(descriptor, 0))
+            finally:
+                os.close(descriptor)
+            offsets = _offsets(sizes)
+            buffers = [memory[start : start + size] for start, size in zip(offsets, sizes, strict=True)]
+        return ok, pickle.loads(data, buffers=buffers)
 
-    def _receive_buffers(self, sizes: list[int]) -> list[memoryview]:
-        if not sizes:
-            return []
-        descriptor = recv_handle(self._connection)
-        try:
-            memory = memoryview(mmap.mmap(descriptor, 0))
-        finally:
-            os.close(descriptor)
-        offsets = _offsets(sizes)
-        return [memory[start : start + size] for start, size in zip(offsets, sizes, strict=True)]
-
-    def describe_death(self, number: int) -> DeadWorker:
-        """Return how the worker died while working on this number."""
+    def wait(self) -> DeadWorker:
+        """Wait for the worker to die and return how it died."""
         code = self._process.wait()
         note = os.pread(self._note, _NOTE, 0).rstrip(b"\0 ")
-        return DeadWorker(number, self._process.pid, code, os.fsdecode(note))
+        return DeadWorker(self._process.pid, code, os.fsdecode(note))
 
     def close(self) -> None:
         """Kill the process, which has nothing to save."""
@@ -156,22 +158,6 @@ class _Worker:
         self._process.kill()
         self._process.wait()
         os.close(self._note)
-
-
-def _pickle(value: Any) -> bytes:
-    import cloudpickle  # here, since workers run this file and do not need it
-
-    return cloudpickle.dumps(value)
-
-
-@contextlib.contextmanager
-def _signals_blocked() -> Iterator[None]:
-    """Block signals in this thread: child processes inherit it, and signals are delivered afterwards."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _BLOCKED)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _anonymous_file() -> int:
@@ -191,33 +177,31 @@ def _offsets(sizes: list[int]) -> list[int]:
     return offsets
 
 
-# The code of a worker.
+# The worker's side.
 
 
 def _serve(descriptor: int, note_descriptor: int) -> None:
+    """Answer numbers until the parent is gone."""
     threading.Thread(target=_exit_with_parent, args=(descriptor,), daemon=True).start()
 
     def note(text: str) -> None:
-        os.pwrite(note_descriptor, os.fsencode(text).ljust(_NOTE)[:_NOTE], 0)  # whole at any moment
+        os.pwrite(note_descriptor, os.fsencode(text).ljust(_NOTE)[:_NOTE], 0)  # one call, so never torn
 
     with contextlib.suppress(EOFError, ConnectionError):  # the parent is gone
-        _answer_all(Connection(descriptor), note)
+        connection = Connection(descriptor)
+        sys.path[:] = connection.recv()
+        pickled, function = connection.recv_bytes(), None
+        while True:
+            number = connection.recv()
+            try:
+                if function is None:
+                    function, setup = pickle.loads(pickled)
+                    if setup:
+                        setup()
+                _send(connection, True, function(number, note))
+            except Exception as error:
+                _send(connection, False, _portable(error))
     os._exit(0)
-
-
-def _answer_all(connection: Connection, note: Note) -> NoReturn:
-    sys.path[:] = connection.recv()
-    pickled, function = connection.recv_bytes(), None
-    while True:
-        number = connection.recv()
-        try:
-            if function is None:
-                function, setup = pickle.loads(pickled)
-                if setup:
-                    setup()
-            _send(connection, True, function(number, note))
-        except Exception as error:
-            _send(connection, False, _portable(error))
 
 
 def _exit_with_parent(descriptor: int) -> None:
@@ -252,7 +236,7 @@ def _portable(error: Exception) -> Exception:
     text = "".join(traceback.format_exception(error))
     try:
         error = pickle.loads(pickle.dumps(error))
-    except Exception:  # whatever a constructor raises
+    except Exception:  # constructors can raise anything
         error = RuntimeError(f"{type(error).__name__}: {error}")
     error.add_note(f"in a worker process:\n{text}")
     return error

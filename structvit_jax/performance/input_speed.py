@@ -17,10 +17,9 @@ from PIL import Image
 
 from structvit_jax.config import default_config
 from structvit_jax.data.index import Entry, Index
-from structvit_jax.data.media import open_media
+from structvit_jax.data.media import configure_decoding, open_media
 from structvit_jax.data.pipeline import train_batches
 from structvit_jax.data.reader import Reader
-from structvit_jax.data.setup import configure_decoding
 from structvit_jax.data.types import AugmentOptions, DataOptions
 from structvit_jax.utils.errors import DecodeError, UserError
 

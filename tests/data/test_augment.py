@@ -1,16 +1,14 @@
 """Augmentation: crops, flips and RandAugment on the host; erasing, mixup and cutmix on the device."""
 
-import types
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from clips import load
 from PIL import Image, ImageEnhance, ImageOps
 
 from structvit_jax.data import augment
 from structvit_jax.data.augment import RandAugment
-from structvit_jax.data.reader import Reader
 from structvit_jax.training import mixing
 from structvit_jax.utils.errors import UserError
 
@@ -243,11 +241,9 @@ def test_poses_of_a_policy_compose():
     height, width = 90, 120
     y, x = np.meshgrid((np.arange(height) + 0.5) / height, (np.arange(width) + 0.5) / width, indexing="ij")
     clip = np.stack([255 * x, 255 * y, 0 * x], axis=-1).round().astype(np.uint8)[None]
-    section = {"crop_area": (0.5, 0.9), "crop_aspect": (0.75, 1.33), "flip": 0.5, "color_jitter": 0.0}
+    crops = {"augment__crop_area": (0.5, 0.9), "augment__crop_aspect": (0.75, 1.33), "augment__flip": 0.5}
     for frames in (0, 1):
-        data = types.SimpleNamespace(frames=frames, size=64, sampling="dense", channels="rgb", mean=None)
-        options = types.SimpleNamespace(**section, randaugment="")
-        reader = Reader(types.SimpleNamespace(class_names=()), data, options, seed=0)
+        reader = load(name="digits", frames=frames, size=64, **crops).train
         for seed in range(12):
             reader._policy = _Moves()
             out, pose = reader.transform(clip, np.random.default_rng(seed))

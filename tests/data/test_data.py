@@ -121,7 +121,7 @@ def test_channel_order():
     picture = np.arange(32 * 32 * 3, dtype=np.uint8).reshape(1, 32, 32, 3)
     (clip,) = colours.decode(InMemoryFrames(picture), [np.array([0])])
     assert (clip == picture[..., ::-1]).all()
-    assert colours.crops(clip).shape == (3, 1, 32, 32, 3)
+    assert colours.test(0)["inputs"].shape == (3, 32, 32, 3)
 
 
 def test_too_elongated_images_are_rejected():
@@ -160,6 +160,33 @@ def test_unknown_data_sets_are_rejected():
             load(name=name)
 
 
+@pytest.mark.parametrize("split", ["val", "tune"])
+def test_generated_data_need_a_number_of_examples(split):
+    with pytest.raises(UserError, match=r"moving_digits is generated .* set config\.data\.test_examples to"):
+        load(test_split=split, train_examples=1, test_examples=0)
+    with pytest.raises(UserError, match=r"noise is generated .* set config\.data\.train_examples to"):
+        load(name="noise:3", train_examples=0)
+
+
+IMPORT_ALL = """
+import importlib, sys
+import structvit_jax.data.types
+assert not {"cv2", "av", "PIL"} & sys.modules.keys()
+import cv2
+from PIL import Image
+cv2.setNumThreads(3)
+for name in sys.argv[1:]:
+    importlib.import_module(f"structvit_jax.data.{name}")
+assert cv2.getNumThreads() == 3 and Image.MAX_IMAGE_PIXELS
+assert "jax" not in sys.modules
+"""
+
+
+def test_imports_change_no_setting_and_the_types_need_no_decoder():
+    names = [path.stem for path in (ROOT / "structvit_jax/data").glob("*.py") if path.stem != "__init__"]
+    assert subprocess.run([sys.executable, "-c", IMPORT_ALL, *names], cwd=ROOT).returncode == 0
+
+
 def test_reading_opens_no_device():
     """JAX_PLATFORMS names a platform that does not exist, so that opening a device fails."""
     code = "import clips; next(clips.load(train_examples=9, test_examples=9).train_batches(4, start_step=0))"
@@ -185,8 +212,10 @@ def test_images_need_no_random_frames(rule, monkeypatch):
     monkeypatch.setattr(reader, "generator", lambda *path: calls.append(path) or np.random.default_rng(path))
     reader.train(0, 5, range(2))
     assert calls == [(2, 0, 5, 0), (2, 0, 5, 1)]
-    clip = load(**{**DIGITS, "frames": 4}, sampling=rule).train
-    assert clip._drawn(1, 0, 5).tolist() == clip.frames(1, np.random.default_rng(0)).tolist() == [0] * 4
+    video = load(**{**DIGITS, "frames": 4}, sampling=rule).train
+    assert video.frames(1, np.random.default_rng(0)).tolist() == [0] * 4
+    (clip,) = video.train(0, 5, range(1))["inputs"]
+    assert clip.shape == (4, 32, 32, 3) and (clip == clip[0]).all()
 
 
 def test_every_test_example_is_on_one_host(clips):

@@ -16,7 +16,7 @@ def test_golden_dense():
     """UniFormer's Kinetics rule: 16 x 4 spans 64 frames, spaced 63 / 15 = 4.2."""
     steps = [0, 4, 8, 12, 16, 21, 25, 29, 33, 37, 42, 46, 50, 54, 58, 63]
     assert sampling.dense(300, 16, 4, (0, 1)).tolist() == [118 + step for step in steps]  # (300 - 64) // 2
-    for view, start in enumerate([0, 78, 156, 234]):  # room 236, 236 // 3 = 78
+    for view, start in enumerate([0, 78, 156, 234]):  # slack 236, 236 // 3 = 78
         assert sampling.dense(300, 16, 4, (view, 4)).tolist() == [start + step for step in steps]
     assert sampling.dense(10, 8, 8, (0, 1)).tolist() == [0, 9, 9, 9, 9, 9, 9, 9]  # 63 / 7 = 9
     assert sampling.dense(40, 8, 8, (3, 4)).tolist() == [0, 9, 18, 27, 36, 39, 39, 39]
@@ -24,7 +24,7 @@ def test_golden_dense():
 
 
 def test_golden_strided():
-    assert sampling.strided(300, 4, 8, (0, 1)).tolist() == [137, 145, 153, 161]  # room 275
+    assert sampling.strided(300, 4, 8, (0, 1)).tolist() == [137, 145, 153, 161]  # slack 275
     assert sampling.strided(300, 4, 8, (1, 2)).tolist() == [275, 283, 291, 299]
     assert sampling.strided(20, 4, 8, (0, 1)).tolist() == [0, 8, 16, 19]
 
@@ -44,8 +44,8 @@ def test_golden_segment():
 def test_test_views_are_the_released_rules_in_exact_arithmetic(frames, stride, views):
     for count in COUNTS:
         for view in range(views):
-            room = max(count - frames * stride, 0)
-            start = room // 2 if views == 1 else view * (room // (views - 1))
+            slack = max(count - frames * stride, 0)
+            start = slack // 2 if views == 1 else view * (slack // (views - 1))
             spread = [Fraction((frames * stride - 1) * i, max(frames - 1, 1)) for i in range(frames)]
             expected = [min(math.floor(start + step), count - 1) for step in spread]
             assert sampling.dense(count, frames, stride, (view, views)).tolist() == expected
@@ -80,7 +80,7 @@ def test_random_starts_cover_the_video_evenly():
     starts = [sampling.strided(12, 2, 2, rng)[0] for _ in range(4000)]
     counts = np.bincount(starts, minlength=10)
     assert len(counts) == 10 and counts.min() > 330 and counts.max() < 470  # 400 each
-    spread = np.array([sampling.dense(14, 4, 3, rng) for _ in range(6000)])  # room 2, gaps of 11 / 3
+    spread = np.array([sampling.dense(14, 4, 3, rng) for _ in range(6000)])  # slack 2, gaps of 11 / 3
     # Starts 0, 1/3, ..., 5/3; from each the indices floor(start + i * 11 / 3).
     expected = {tuple(math.floor(Fraction(s, 3) + Fraction(11 * i, 3)) for i in range(4)) for s in range(6)}
     found, counts = np.unique(spread, axis=0, return_counts=True)

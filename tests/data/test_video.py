@@ -16,7 +16,6 @@ import pytest
 from PIL import Image
 
 from structvit_jax.data import container as containers
-from structvit_jax.data import video
 from structvit_jax.data.container import CONTAINERS
 from structvit_jax.data.limits import Limits
 from structvit_jax.data.media import frame_names, open_media
@@ -128,6 +127,11 @@ def test_the_remaining_frames_of_truncated_files_can_be_read(bad):
         video = open_media(str(folder / name))
         assert abs(video.count - 64) <= 3 and 10 < video.missing < 60, name
         assert video.frames([0, 3]).shape == (2, 32, 32, 3)
+        late = VideoFile(str(folder / name), start=0.5)  # 8 frames at 16 frames per second
+        assert (late.count, late.missing) == (video.count - 8, video.missing), name
+        present = video.count - video.missing
+        part = VideoFile(str(folder / name), end=3.5)  # in the missing frames
+        assert present < part.count < video.count and part.missing == part.count - present, name
 
 
 def test_h264_in_avi_is_rejected(tmp_path):
@@ -168,18 +172,24 @@ def test_images(tmp_path):
         open_media(str(path)).frames([0])
 
 
+def write(target, frames, codec="libx264", *, form=None, rate=16, first=0, movflags="", **options):
+    """Encode frames with presentation times from frame `first` on; `options` go to the encoder."""
+    with av.open(target, "w", format=form, options={"movflags": movflags} if movflags else {}) as container:
+        stream = container.add_stream(codec, rate=rate, options=options)
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+        for number, picture in enumerate(frames, first):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+            frame.time_base, frame.pts = fractions.Fraction(1, rate), number
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
 def joined(folder, parts):
     """Return a transport stream of parts whose frames differ in size."""
     both = b""
     for number, frames in enumerate(parts):
-        with av.open(str(folder / "part.ts"), "w") as container:
-            stream = container.add_stream("libx264", rate=16)
-            stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
-            for place, picture in enumerate(frames):
-                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
-                frame.time_base, frame.pts = fractions.Fraction(1, 16), 40 * number + place
-                container.mux(stream.encode(frame))
-            container.mux(stream.encode())
+        write(str(folder / "part.ts"), frames, first=40 * number)
         both += (folder / "part.ts").read_bytes()
     return both
 
@@ -226,14 +236,7 @@ def test_a_long_last_picture_is_not_a_truncation(tmp_path):
 def test_a_truncated_video_that_starts_late(tmp_path):
     """Its duration counts from its start."""
     path = tmp_path / "late.mp4"
-    with av.open(str(path), "w", options={"movflags": "+faststart"}) as container:
-        stream = container.add_stream("libx264", rate=16, options={"g": "10"})
-        stream.height, stream.width, stream.pix_fmt = 50, 66, "yuv420p"
-        for number, picture in enumerate(FRAMES):
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-            frame.time_base, frame.pts = fractions.Fraction(1, 16), 160 + number
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
+    write(str(path), FRAMES, first=160, movflags="+faststart", g="10")
     assert (VideoFile(str(path)).count, VideoFile(str(path)).missing) == (60, 0)
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * 0.6)])
     video = VideoFile(str(path))
@@ -277,16 +280,12 @@ def test_a_video_cut_without_decoding(tmp_path, ending):
 
 def test_supported_containers(tmp_path):
     """From files and from bytes; names that look like addresses are files."""
-    codecs = {"mov": "h264", "3gp": "mpeg4", "mkv": "h264", "m4v": "h264", "wmv": "wmv2", "asf": "msmpeg4"}
+    codecs = {"mov": "libx264", "3gp": "mpeg4", "mkv": "libx264"}
+    codecs |= {"m4v": "libx264", "wmv": "wmv2", "asf": "msmpeg4"}
     assert {f".{ending}" for ending in codecs} < {e for endings in CONTAINERS.values() for e in endings}
     for ending, codec in codecs.items():
         path = tmp_path / f"http:clip%03d.{ending}"
-        with av.open(f"file:{path}", "w", format={"m4v": "mp4"}.get(ending)) as container:
-            stream = container.add_stream({"h264": "libx264"}.get(codec, codec), rate=16)
-            stream.height, stream.width, stream.pix_fmt = 50, 66, "yuv420p"
-            for picture in FRAMES[:9]:
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-            container.mux(stream.encode())
+        write(f"file:{path}", FRAMES[:9], codec, form={"m4v": "mp4"}.get(ending))
         for file in (str(path), path.read_bytes()):
             assert VideoFile(file).frames([0, 8]).shape == (2, 50, 66, 3), ending
 
@@ -325,18 +324,12 @@ def test_playlists_and_addresses_are_not_followed(folder, tmp_path):
 def clips_of(container_format, codec):
     """Return a video in an unsupported container."""
     file = io.BytesIO()
-    with av.open(file, "w", format=container_format) as container:
-        stream = container.add_stream(codec, rate=25)
-        stream.height, stream.width = 50, 66
-        stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
-        for picture in FRAMES[:9]:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode())
+    write(file, FRAMES[:9], codec, form=container_format, rate=25)
     return file.getvalue()
 
 
 def test_an_announced_duration_allocates_no_memory(folder):
-    """The headers announce 2**32 units; a list of the missing frames would need gigabytes."""
+    """The headers announce 2**32 units; the times of the missing frames would need gigabytes."""
     content = bytearray((folder / "h264.mp4").read_bytes())
     for tag, place in ((b"mvhd", 20), (b"tkhd", 24), (b"mdhd", 20), (b"elst", 12)):
         at = content.index(tag)
@@ -356,15 +349,6 @@ def test_max_frames_is_enforced(folder, tmp_path):
         Image.fromarray(FRAMES[number]).save(tmp_path / f"{number}.png")
     with pytest.raises(DecodeError, match="3 frames, more than"):
         open_media(str(tmp_path), limits=Limits(frames=2))
-
-
-def test_missing_frames_are_counted_without_a_list():
-    """Compared with the list that they would make."""
-    index = video._Index([0, 10, 20, 40], [], -np.inf, np.inf, lost=6, spacing=13.3)
-    times = [0, 10, 20, 40, *(40 + round(13.3 * (i + 1)) for i in range(6))]
-    assert [index.time(number) for number in range(10)] == times
-    for bound in (-np.inf, *np.arange(-1, 130, 0.5), np.inf, 1e300):
-        assert index.position(bound) == np.searchsorted(times, bound), bound
 
 
 def test_samples_without_bytes_are_limited(folder):

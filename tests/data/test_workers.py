@@ -1,4 +1,4 @@
-"""Data workers: ordered results, deaths, blocked signals, and nothing left behind."""
+"""Data workers: ordered results, deaths, signals, process-wide settings, and nothing left behind."""
 
 import contextlib
 import os
@@ -9,10 +9,13 @@ import time
 from pathlib import Path
 
 import cloudpickle
+import cv2
 import numpy as np
 import pytest
 from conftest import ROOT
+from PIL import Image
 
+from structvit_jax.data.media import configure_decoding
 from structvit_jax.data.workers import in_processes
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not import the tests
@@ -38,8 +41,16 @@ def failing(number, note):
     return number
 
 
+def ending(number, note):
+    raise EOFError("the file ends")
+
+
 def blocked(number, note):
     return Path("/proc/self/status").read_text()
+
+
+def settings(number, note):
+    return cv2.getNumThreads(), Image.MAX_IMAGE_PIXELS
 
 
 def unexpected(worker):
@@ -60,8 +71,8 @@ def test_a_dead_worker_is_replaced_and_reported():
     lost = []
     with contextlib.closing(in_processes(deadly, range(10), 2, ahead=3, on_death=lost.append)) as results:
         assert list(results) == [0, 1, 2, None, None, 5, 6, 7, None, 9]
-    assert [(worker.number, worker.code, worker.note) for worker in lost] == [
-        (number, -signal.SIGKILL, f"example {number}") for number in (3, 4, 8)
+    assert [(worker.code, worker.note) for worker in lost] == [
+        (-signal.SIGKILL, f"example {number}") for number in (3, 4, 8)
     ]
 
 
@@ -73,12 +84,22 @@ def test_an_exception_is_raised_with_its_traceback():
     assert "in failing" in caught.value.__notes__[0]
 
 
+def test_an_end_of_file_is_not_taken_for_a_dead_worker():
+    with pytest.raises(EOFError, match="the file ends"):
+        next(in_processes(ending, [0], 1, ahead=1, on_death=unexpected))
+
+
 def test_workers_block_signals_to_the_process_group():
     (status,) = in_processes(blocked, [0], 1, ahead=1, on_death=unexpected)
     mask = int(status.split("SigBlk:")[1].split()[0], 16)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         assert mask >> number - 1 & 1
     assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def test_workers_apply_the_settings_of_decoders():
+    results = in_processes(settings, [0], 1, ahead=1, on_death=unexpected, setup=configure_decoding)
+    assert list(results) == [(1, None)]
 
 
 PARENT = """
