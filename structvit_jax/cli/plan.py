@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import click
 
 from structvit_jax.cli import options
 from structvit_jax.cli.options import Words
 from structvit_jax.cli.train import workdir_of
 from structvit_jax.utils.errors import UserError
+from structvit_jax.utils.tables import align_columns
 
-_FOR_PROGRAMS = ("parts", "depth", "trips", "unknown")
+_FOR_PROGRAMS = ("parts", "depth", "trips", "unknown")  # options that need --program
 
 
 @options.config_command()
@@ -19,7 +23,7 @@ _FOR_PROGRAMS = ("parts", "depth", "trips", "unknown")
     "topologies",
     multiple=True,
     metavar="NAME",
-    help="Chips to compile for, as v5e:2x4 or h100:8; repeatable. Default: this machine.",
+    help="Chips to compile for, as v5e:2x4 or h100:8; repeatable. Default: the devices of this machine.",
 )
 @click.option(
     "--device_batch",
@@ -32,7 +36,7 @@ _FOR_PROGRAMS = ("parts", "depth", "trips", "unknown")
     metavar="SIZE",
     default="",
     show_default=False,
-    help="Find the largest batch that fits into this memory of a device, as 24GB.",
+    help="Memory of a device, as 24GB: find the largest batch that fits.",
 )
 @click.option("--program", metavar="FILE", help="Only count the memory traffic of a compiled program's text.")
 @click.option(
@@ -40,7 +44,7 @@ _FOR_PROGRAMS = ("parts", "depth", "trips", "unknown")
     type=click.IntRange(min=0),
     default=20,
     metavar="N",
-    help="With --program: how many parts to print.",
+    help="With --program: how many parts to print, the largest first.",
 )
 @click.option(
     "--depth",
@@ -50,13 +54,13 @@ _FOR_PROGRAMS = ("parts", "depth", "trips", "unknown")
     help="With --program: how many name scopes make a part.",
 )
 @click.option(
-    "--trips", multiple=True, metavar="LOOP=N", help="With --program: how often a loop runs; repeatable."
+    "--trips", multiple=True, metavar="LOOP=N", help="With --program: trip count of a loop; repeatable."
 )
 @click.option(
     "--unknown",
     type=click.IntRange(min=0),
     metavar="N",
-    help="With --program: how often loops of unknown length run.",
+    help="With --program: trip count of all loops of unknown length.",
 )
 @click.pass_context
 def command(
@@ -72,7 +76,7 @@ def command(
     trips: tuple[str, ...],
     unknown: int | None,
 ) -> None:
-    """Estimate memory and step time before renting hardware. The step is compiled, not run.
+    """Estimate memory and step time before renting hardware. The train step is compiled, not run.
 
     \b
     Example:
@@ -82,9 +86,7 @@ def command(
     if program:
         if words.file or words.overrides:
             raise UserError("--program counts the text of a program; it takes no --config")
-        from structvit_jax.performance.traffic import table
-
-        print(table.describe(program, trips=trips, unknown=unknown, depth=depth, parts=parts))
+        print(_describe_program(program, trips, unknown, depth, parts))
         return
     for name in _FOR_PROGRAMS:
         if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
@@ -97,5 +99,40 @@ def command(
     experiment.select_devices(opened.config, cached=not topologies)
     for line in opened.lines:
         print(line)
-    request = estimate.Request(topologies, device_batch or 0, device_memory)
-    print(estimate.describe(opened.config, opened.dataset, opened.workdir, request))
+    estimated = estimate.describe(
+        opened.config,
+        opened.dataset,
+        opened.workdir,
+        topologies=topologies,
+        device_batch=device_batch,
+        device_memory=device_memory,
+    )
+    print(estimated)
+
+
+def _describe_program(path: str, trips: Sequence[str], unknown: int | None, depth: int, parts: int) -> str:
+    """Return a table of the largest parts of a program and their traffic, in MB (10^6 bytes).
+
+    Raises:
+      UserError: a file that is not a program, or a loop of unknown length.
+    """
+    from structvit_jax.performance import traffic
+
+    try:
+        text = Path(path).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not a text"
+        raise UserError(f"cannot read {path}: {reason}") from error
+    moved = traffic.count(text, trips=dict(map(_parse_trips, trips)), unknown=unknown, depth=depth)
+    rows = [("part", "read MB", "written MB", "sent MB")]
+    for name, sizes in [*list(moved.by_part.items())[:parts], ("total", moved[:3])]:
+        read, written, sent = (f"{size / 1e6:,.3f}" for size in sizes)
+        rows.append((name, read, written, sent))
+    return "\n".join(align_columns(rows))
+
+
+def _parse_trips(text: str) -> tuple[str, int]:
+    loop, _, count = text.partition("=")
+    if not count.isdecimal() or len(count) > 9:
+        raise UserError(f"--trips {text!r} is not of the form LOOP=N")
+    return loop.removeprefix("%"), int(count)

@@ -18,7 +18,7 @@ from structvit_jax.data import Dataset
 from structvit_jax.models import Network, StructAttention
 from structvit_jax.models.blocks import Block, ConvMixer
 from structvit_jax.models.weights import split
-from structvit_jax.ops import convolve_structure
+from structvit_jax.ops import convolve_structure, use_kernels
 from structvit_jax.ops.attention import attention
 from structvit_jax.performance import traffic
 from structvit_jax.performance.bench.timing import Call
@@ -116,7 +116,8 @@ class Part:
         Products count once, with gradients three times. Inputs, weights and outputs are read or written once,
         intermediate arrays never.
         """
-        operations = count_flops(jax.make_jaxpr(self.forward)(self.weights, self._abstract()))
+        with use_kernels("reference"):
+            operations = count_flops(jax.make_jaxpr(self.forward)(self.weights, self._abstract()))
         given = sum(map(_bytes, (*jax.tree.leaves(self.weights), *self._abstract())))
         made = _bytes(self.output)
         # backward: read weights, inputs and a cotangent like the output, write gradients of the first two
