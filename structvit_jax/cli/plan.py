@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -13,7 +12,7 @@ from structvit_jax.cli.train import workdir_of
 from structvit_jax.utils.errors import UserError
 from structvit_jax.utils.tables import align_columns
 
-_FOR_PROGRAMS = ("parts", "depth", "trips", "unknown")  # options that need --program
+_FOR_PROGRAMS = ("parts", "depth", "unknown")  # options that need --program
 
 
 @options.config_command()
@@ -54,13 +53,11 @@ _FOR_PROGRAMS = ("parts", "depth", "trips", "unknown")  # options that need --pr
     help="With --program: how many name scopes make a part.",
 )
 @click.option(
-    "--trips", multiple=True, metavar="LOOP=N", help="With --program: trip count of a loop; repeatable."
-)
-@click.option(
     "--unknown",
     type=click.IntRange(min=0),
+    default=1,
     metavar="N",
-    help="With --program: trip count of all loops of unknown length.",
+    help="With --program: trip count of loops of unknown length.",
 )
 @click.pass_context
 def command(
@@ -73,8 +70,7 @@ def command(
     program: str | None,
     parts: int,
     depth: int,
-    trips: tuple[str, ...],
-    unknown: int | None,
+    unknown: int,
 ) -> None:
     """Estimate memory and step time before renting hardware. The train step is compiled, not run.
 
@@ -86,7 +82,7 @@ def command(
     if program:
         if words.file or words.overrides:
             raise UserError("--program counts the text of a program; it takes no --config")
-        print(_describe_program(program, trips, unknown, depth, parts))
+        print(_describe_program(program, unknown, depth, parts))
         return
     for name in _FOR_PROGRAMS:
         if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
@@ -110,11 +106,11 @@ def command(
     print(estimated)
 
 
-def _describe_program(path: str, trips: Sequence[str], unknown: int | None, depth: int, parts: int) -> str:
+def _describe_program(path: str, unknown: int, depth: int, parts: int) -> str:
     """Return a table of the largest parts of a program and their traffic, in MB (10^6 bytes).
 
     Raises:
-      UserError: a file that is not a program, or a loop of unknown length.
+      UserError: a file that is not a program.
     """
     from structvit_jax.performance import traffic
 
@@ -123,16 +119,10 @@ def _describe_program(path: str, trips: Sequence[str], unknown: int | None, dept
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not a text"
         raise UserError(f"cannot read {path}: {reason}") from error
-    moved = traffic.count(text, trips=dict(map(_parse_trips, trips)), unknown=unknown, depth=depth)
+    moved = traffic.count(text, unknown=unknown, depth=depth)
     rows = [("part", "read MB", "written MB", "sent MB")]
     for name, sizes in [*list(moved.by_part.items())[:parts], ("total", moved[:3])]:
         read, written, sent = (f"{size / 1e6:,.3f}" for size in sizes)
         rows.append((name, read, written, sent))
-    return "\n".join(align_columns(rows))
-
-
-def _parse_trips(text: str) -> tuple[str, int]:
-    loop, _, count = text.partition("=")
-    if not count.isdecimal() or len(count) > 9:
-        raise UserError(f"--trips {text!r} is not of the form LOOP=N")
-    return loop.removeprefix("%"), int(count)
+    notes = [f"NOTE: unknown length, counted as {unknown} steps: {loop}" for loop in moved.unknown_loops]
+    return "\n".join([*align_columns(rows), *notes])

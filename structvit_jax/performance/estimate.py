@@ -58,8 +58,7 @@ def describe(
     """Return the cost of the train step as text; write the compiled programs to WORKDIR/plan.
 
     Args:
-      config: the configuration to plan for.
-      data: its data; only shapes and counts are used.
+      config, data: of the run; of the data, only shapes and counts are used.
       workdir: folder of the run.
       topologies: chips to compile for, as "v5e:2x4" or "h100:8"; by default this machine's devices.
       device_batch: examples per device; by default `data.batch_size` is split over all devices.
@@ -134,7 +133,7 @@ def _measure(
     log(f"compiled in {time.monotonic() - started:.0f} s, a program of {text.count(chr(10)):,} lines")
     path.parent.mkdir(parents=True, exist_ok=True)
     write(path, text)
-    return dataclasses.replace(step, memory=memory_of(compiled), moved=traffic.count(text, unknown=1))
+    return dataclasses.replace(step, memory=memory_of(compiled), moved=traffic.count(text))
 
 
 def count_step_flops(learner: Learner) -> int:
@@ -161,8 +160,8 @@ def _describe_step(step: StepCost, devices: int, chip: Chip | None) -> list[str]
         f"memory traffic {_si(moved.hbm, 'B')}, {_si(moved.hbm / per_device, 'B')} per example",
         f"sent to other devices {_si(moved.sent, 'B')}",
     ]
-    guessed = (loop for loop in moved.guessed if "augment" not in loop)  # mixup draws a few scalars
-    lines += [f"NOTE: a loop of unknown length counts as a single step: {loop}" for loop in guessed]
+    unknown = (loop for loop in moved.unknown_loops if "augment" not in loop)  # mixup draws a few scalars
+    lines += [f"NOTE: a loop of unknown length counts as one step: {loop}" for loop in unknown]
     if chip:
         times = {
             "arithmetic": step.operations / chip.flops,

@@ -185,4 +185,4 @@ def test_logits_that_differ_are_an_error():
 def test_several_devices_are_refused(tmp_path):
     assert jax.device_count() > 1, "conftest.py makes eight"
     with pytest.raises(UserError, match="measures one device"):
-        bench.run(None, None, tmp_path, None)
+        bench.run(None, None, tmp_path)

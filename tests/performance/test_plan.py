@@ -164,7 +164,7 @@ def test_traffic_of_the_default_model_stays_in_its_band():
     assert low < moved.hbm / 64 / 1e6 < high
 
 
-@pytest.mark.parametrize("option", ["--trips=loop=2", "--unknown=1", "--parts=5", "--depth=2"])
+@pytest.mark.parametrize("option", ["--unknown=1", "--parts=5", "--depth=2"])
 def test_options_of_programs_need_one(option):
     with pytest.raises(UserError, match=rf"{option.partition('=')[0]} needs --program=FILE"):
         structvit("plan", "--config=moving_digits", option)

@@ -129,10 +129,8 @@ def test_the_command_prints_a_table(capsys, tmp_path):
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert rows[0] == ["part", "read", "MB", "written", "MB", "sent", "MB"]
     assert rows[1:] == [["multiply", "6.291", "1.573", "0.000"], ["total", "6.291", "1.573", "0.000"]]
-    errors = {"missing": [str(tmp_path / "missing")], "LOOP=N": [str(STORED / "kernel.txt"), "--trips=x"]}
-    for message, arguments in errors.items():
-        with pytest.raises(UserError, match=message):
-            structvit("plan", "--program", *arguments)
+    with pytest.raises(UserError, match=r"cannot read .*missing: No such file"):
+        structvit("plan", f"--program={tmp_path / 'missing'}")
 
 
 def test_a_kernel_that_cannot_be_read_is_an_error():

@@ -22,7 +22,7 @@ conditional, the one that moves most counts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -58,7 +58,7 @@ class Traffic(NamedTuple):
     written: float  # to HBM
     sent: float  # to other devices
     by_part: dict[str, Moved]  # by phase and name scopes, see `program.part_of`; the largest first
-    guessed: tuple[str, ...] = ()  # name scopes of loops of unknown length
+    unknown_loops: tuple[str, ...] = ()  # name scopes of loops of unknown length
 
     @property
     def hbm(self) -> float:
@@ -66,29 +66,23 @@ class Traffic(NamedTuple):
         return self.read + self.written
 
 
-def count(
-    text: str, *, trips: Mapping[str, int] | None = None, unknown: int | None = None, depth: int = 1
-) -> Traffic:
+def count(text: str, *, unknown: int = 1, depth: int = 1) -> Traffic:
     """Count the traffic of a compiled program.
 
     Args:
       text: the program, from `compiled.as_text()`.
-      trips: trip counts of loops of unknown length, by the name of the while instruction. Examples are
-        optimisations that end at a tolerance.
-      unknown: trip count of all other loops of unknown length; by default they are an error.
+      unknown: trip count of loops of unknown length, such as optimisations that end at a tolerance.
       depth: how many name scopes make a part.
 
     Raises:
-      UserError: text that is not a program, or a loop of unknown length.
+      UserError: text that is not a program.
     """
     program = parse(text)
-    counter = _Counter(program, dict(trips or {}), unknown, depth)
+    counter = _Counter(program, unknown, depth)
     parts = counter.count(program.entry, [None] * len(program.entry.parameters), "")
-    if strange := counter.trips.keys() - counter.loops:
-        raise UserError(f"the program has no loop named {' or '.join(map(repr, sorted(strange)))}")
     by_part = {name: Moved(*map(float, moved)) for name, moved in parts.items()}
     largest_first = sorted(by_part.items(), key=lambda item: -(item[1].read + item[1].written))
-    return Traffic(*map(float, _total(parts)), dict(largest_first), tuple(sorted(counter.guessed)))
+    return Traffic(*map(float, _total(parts)), dict(largest_first), tuple(sorted(counter.unknown_loops)))
 
 
 _Parts = dict[str, np.ndarray]  # bytes [read, written, sent] of each part
@@ -113,10 +107,9 @@ _FREE_CALLS = ("AllocateBuffer", "ConcatBitcast")
 class _Counter:
     """Follows the computations of a program in the order of their execution."""
 
-    def __init__(self, program: Program, trips: dict[str, int], unknown: int | None, depth: int):
-        self.program, self.trips, self.unknown, self.depth = program, trips, unknown, depth
-        self.loops: set[str] = set()  # names of all loops
-        self.guessed: set[str] = set()  # name scopes of loops of unknown length
+    def __init__(self, program: Program, unknown: int, depth: int):
+        self.program, self.unknown, self.depth = program, unknown, depth
+        self.unknown_loops: set[str] = set()
 
     def count(self, computation: Computation, arguments: Sequence[Any], outer: str) -> _Parts:
         """Return the traffic of one run of a computation.
@@ -152,18 +145,10 @@ class _Counter:
         return self.count(computation, arguments or [None] * len(computation.parameters), name)
 
     def _count_loop(self, op: Instruction, scalars: Scalars, name: str) -> _Parts:
-        self.loops.add(op.name)
-        trips = self.trips.get(op.name)
+        trips = trip_count(op, scalars)
         if trips is None:
-            trips = trip_count(op, scalars)
-        if trips is None:
-            self.guessed.add(op.op_name or op.name)
+            self.unknown_loops.add(op.op_name or op.name)
             trips = self.unknown
-        if trips is None:
-            raise UserError(
-                f"unknown how often the loop %{op.name} ({op.op_name or 'no name'}) runs:"
-                f" give --trips {op.name}=N, or trips={{{op.name!r}: N}}"
-            )
         arguments = invariants(op, scalars)
         parts: _Parts = {}
         for key, times in (("body", trips), ("condition", trips + 1)):

@@ -102,13 +102,11 @@ _BAD_VALUES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "--video": ("<here>/missing.mp4", "/dev/null", "<here>"),
         "--image": ("<here>/missing.png", "/dev/null", "<here>"),
         "--clips": ("0", "-1", "x"),
-        "--memory": ("-1", "x", "1"),
     },
     "plan --program": {
         "--program": ("", "<here>/missing", "<here>", "/dev/null", IMAGE),
         "--parts": ("x", "1.5", "-1"),
         "--depth": ("x", "1.5", "-1", "0"),
-        "--trips": ("x", "=", "x=y", "x=-1", f"x={NINES}", "x=9*"),
         "--unknown": ("x", "1.5", "-1"),
         "--config": ("digits",),
         "--config.data.size": ("24",),
