@@ -95,15 +95,16 @@ def command(
     experiment.select_devices(opened.config, cached=not topologies)
     for line in opened.lines:
         print(line)
-    estimated = estimate.describe(
-        opened.config,
-        opened.dataset,
-        opened.workdir,
-        topologies=topologies,
-        device_batch=device_batch,
-        device_memory=device_memory,
-    )
-    print(estimated)
+    for topology in topologies or [""]:
+        text = estimate.describe(
+            opened.config,
+            opened.dataset,
+            opened.workdir,
+            topology=topology,
+            device_batch=device_batch,
+            device_memory=device_memory,
+        )
+        print(text, flush=True)
 
 
 def _describe_program(path: str, unknown: int, depth: int, parts: int) -> str:

@@ -13,7 +13,7 @@ import functools
 import math
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import ml_collections
@@ -32,8 +32,6 @@ from structvit_jax.training.compilation import memory_of, trace_train_step
 from structvit_jax.training.learner import Learner
 from structvit_jax.utils.errors import UserError
 
-_THIS_MACHINE = "here"  # printed in place of a topology
-
 
 @dataclasses.dataclass(frozen=True)
 class StepCost:
@@ -51,16 +49,15 @@ def describe(
     data: Dataset,
     workdir: epath.Path,
     *,
-    topologies: Sequence[str] = (),
+    topology: str = "",
     device_batch: int | None = None,
     device_memory: str = "",
 ) -> str:
-    """Return the cost of the train step as text; write the compiled programs to WORKDIR/plan.
+    """Return the cost of the train step as text; write the compiled program to WORKDIR/plan.
 
     Args:
-      config, data: of the run; of the data, only shapes and counts are used.
-      workdir: folder of the run.
-      topologies: chips to compile for, as "v5e:2x4" or "h100:8"; by default this machine's devices.
+      config, data, workdir: of the run; of the data, only shapes and counts are used.
+      topology: chips to compile for, as "v5e:2x4" or "h100:8"; by default the devices of this machine.
       device_batch: examples per device; by default `data.batch_size` is split over all devices.
       device_memory: as "24GB": find the largest batch that fits into this memory of each device.
 
@@ -68,26 +65,11 @@ def describe(
       UserError: an unknown topology, an invalid size, or a configuration that does not fit.
     """
     memory = read_size(device_memory) if device_memory else None
-    plans = (
-        _plan(config, data, workdir, topology, device_batch, memory)
-        for topology in topologies or [_THIS_MACHINE]
-    )
-    return "\n".join(plans)
-
-
-def _plan(
-    config: ml_collections.ConfigDict,
-    data: Dataset,
-    workdir: epath.Path,
-    topology: str,
-    device_batch: int | None,
-    memory: float | None,
-) -> str:
-    target = Devices(jax.devices()) if topology == _THIS_MACHINE else devices_of(topology)
-    count = len(target.devices)
-    path = workdir / "plan" / f"{topology.replace(':', '_')}.txt"
+    target = devices_of(topology) if topology else Devices(jax.devices())
+    name, count = topology or "here", len(target.devices)
+    path = workdir / "plan" / f"{name.replace(':', '_')}.txt"
     measure = functools.cache(functools.partial(_measure, config, data, target, path))
-    title = f"{topology}: {count} x {target.devices[0].device_kind}"
+    title = f"{name}: {count} x {target.devices[0].device_kind}"
     if target.missing:
         title += f" in place of {topology.partition(':')[0]}: {target.missing.value} is not installed"
     lines, batch = [title], device_batch * count if device_batch else config.data.batch_size

@@ -83,7 +83,9 @@ def _report_stages(name: str, reader: Reader, examples: int) -> None:
         for seconds, begin, end in zip(stages.values(), times, times[1:], strict=False):
             seconds.append(end - begin)
     total = statistics.median(map(sum, zip(*stages.values(), strict=True)))
-    parts = ", ".join(f"{stage} {1000 * statistics.median(seconds):.1f} ms" for stage, seconds in stages.items())
+    parts = ", ".join(
+        f"{stage} {1000 * statistics.median(seconds):.1f} ms" for stage, seconds in stages.items()
+    )
     print(f"{name}: {1 / total:.1f} per second on one core ({parts})", flush=True)
 
 

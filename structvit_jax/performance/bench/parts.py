@@ -193,7 +193,7 @@ def _attention_parts(
 def _in_training(module: nnx.Module, method: str = "__call__") -> tuple[Callable[..., jax.Array], nnx.State]:
     """Return a method of a module in training mode as a function of its weights, and the weights."""
     module.train()
-    graphdef, weights, stats = nnx.split(module, nnx.Param, nnx.BatchStat)
+    graphdef, *(weights, stats) = nnx.split(module, nnx.Param, nnx.BatchStat)
     module.eval()
 
     def function(weights: nnx.State, x: jax.Array) -> jax.Array:

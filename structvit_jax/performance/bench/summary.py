@@ -70,12 +70,9 @@ def machine(*, with_torch: bool) -> str:
 
 
 def line(row: Row, rates: Rates) -> str:
-    """Return a row as one line."""
+    """Return the main results of a row as one line."""
     rate = f"{row.samples / row.ours.median:.4g} samples/s" if row.samples else _ms(row.ours)
     text = f"{row.name} {row.phase}: {rate} ({row.ours.spread}), {row.efficiency(rates):.0%} of peak"
-    if row.samples:
-        text += f", memory {row.memory / 1e9:.2f} GB"
-        text += f", compiled in {row.compiling:.0f} s, first call {row.first:.1f} s"
     if row.peers:
         others = ", ".join(f"{variant} {_ms(times)}" for variant, times in row.peers.items())
         text += f"; PyTorch {others}: {row.speedup:.2f} times as fast"

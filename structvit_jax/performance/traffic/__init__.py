@@ -82,7 +82,8 @@ def count(text: str, *, unknown: int = 1, depth: int = 1) -> Traffic:
     parts = counter.count(program.entry, [None] * len(program.entry.parameters), "")
     by_part = {name: Moved(*map(float, moved)) for name, moved in parts.items()}
     largest_first = sorted(by_part.items(), key=lambda item: -(item[1].read + item[1].written))
-    return Traffic(*map(float, _total(parts)), dict(largest_first), tuple(sorted(counter.unknown_loops)))
+    read, written, sent = map(float, _total(parts))
+    return Traffic(read, written, sent, dict(largest_first), tuple(sorted(counter.unknown_loops)))
 
 
 _Parts = dict[str, np.ndarray]  # bytes [read, written, sent] of each part

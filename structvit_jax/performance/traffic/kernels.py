@@ -61,8 +61,9 @@ def kernel_traffic(op: Instruction, arrays: Sequence[Array]) -> list[float]:
         if prefetched or "tpu.enqueue" in str(main) or "window_params" not in main.attributes:
             return [array.bytes for array in arrays]
         steps = list(itertools.product(*map(range, _integers(main.attributes["iteration_bounds"]))))
+        windows: Any = main.attributes["window_params"]
         traffic: list[float] = []
-        for array, window in zip(arrays, main.attributes["window_params"], strict=True):
+        for array, window in zip(arrays, windows, strict=True):
             if "transform_indices" not in window:  # the whole array
                 traffic.append(array.bytes)
                 continue
