@@ -12,7 +12,7 @@ from structvit_jax.cli.train import workdir_of
 from structvit_jax.utils.errors import UserError
 from structvit_jax.utils.tables import align_columns
 
-_FOR_PROGRAMS = ("parts", "depth", "unknown")  # options that need --program
+_FOR_PROGRAMS = ("parts", "depth")  # options that need --program
 
 
 @options.config_command()
@@ -52,13 +52,6 @@ _FOR_PROGRAMS = ("parts", "depth", "unknown")  # options that need --program
     metavar="N",
     help="With --program: how many name scopes make a part.",
 )
-@click.option(
-    "--unknown",
-    type=click.IntRange(min=0),
-    default=1,
-    metavar="N",
-    help="With --program: trip count of loops of unknown length.",
-)
 @click.pass_context
 def command(
     ctx: click.Context,
@@ -70,7 +63,6 @@ def command(
     program: str | None,
     parts: int,
     depth: int,
-    unknown: int,
 ) -> None:
     """Estimate memory and step time before renting hardware. The train step is compiled, not run.
 
@@ -82,7 +74,7 @@ def command(
     if program:
         if words.file or words.overrides:
             raise UserError("--program counts the text of a program; it takes no --config")
-        print(_describe_program(program, unknown, depth, parts))
+        print(_describe_program(program, parts, depth))
         return
     for name in _FOR_PROGRAMS:
         if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
@@ -107,7 +99,7 @@ def command(
         print(text, flush=True)
 
 
-def _describe_program(path: str, unknown: int, depth: int, parts: int) -> str:
+def _describe_program(path: str, parts: int, depth: int) -> str:
     """Return a table of the largest parts of a program and their traffic, in MB (10^6 bytes).
 
     Raises:
@@ -120,10 +112,10 @@ def _describe_program(path: str, unknown: int, depth: int, parts: int) -> str:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not a text"
         raise UserError(f"cannot read {path}: {reason}") from error
-    moved = traffic.count(text, unknown=unknown, depth=depth)
+    moved = traffic.count(text, depth=depth)
     rows = [("part", "read MB", "written MB", "sent MB")]
     for name, sizes in [*list(moved.by_part.items())[:parts], ("total", moved[:3])]:
         read, written, sent = (f"{size / 1e6:,.3f}" for size in sizes)
         rows.append((name, read, written, sent))
-    notes = [f"NOTE: unknown length, counted as {unknown} steps: {loop}" for loop in moved.unknown_loops]
+    notes = [f"NOTE: a loop of unknown length counts as one step: {loop}" for loop in moved.unknown_loops]
     return "\n".join([*align_columns(rows), *notes])

@@ -93,7 +93,7 @@ def test_floors_by_hand(model):
 
 
 def test_parts_are_pytorchs(model):
-    """Values, and gradients of the inputs."""
+    """Compare the outputs, and the gradients of the inputs."""
     peer = TorchPeer(model)
     kinds = ("patch_embed1", "blocks1", "blocks3")
     for part in (part for part in parts.parts_of(model, SHAPE) if part.name.partition(".")[0] in kinds):
@@ -111,7 +111,7 @@ def test_parts_are_pytorchs(model):
 
 
 def _as_torch(part, x):
-    """An output as the PyTorch file lays it out."""
+    """Return an output in the layout of the PyTorch file."""
     if part.name.endswith("patterns"):
         return np.moveaxis(x, -2, 1).reshape(x.shape[0], x.shape[-2], -1, x.shape[-1])
     return np.swapaxes(x, 1, 2) if part.name.endswith("attend") else np.moveaxis(x, -1, 1)

@@ -49,7 +49,7 @@ def test_operations_by_hand():
     ("stride", "padding", "pairs"), [(1, 1, 3 * 8 - 2), (2, 1, 3 * 4 - 1), (2, 0, 3 * 3)]
 )
 def test_operations_of_convolutions_exclude_zeros(stride, padding, pairs):
-    """By hand along one axis of 8; each gradient takes as many as the forward pass."""
+    """Counted by hand along one axis of 8. Each gradient takes as many operations as the forward pass."""
     x, kernel = jnp.zeros((2, 8, 1, 6)), jnp.zeros((3, 1, 3, 10))
 
     def convolve(x, kernel):
@@ -109,7 +109,7 @@ def test_read_size():
 
 @pytest.mark.parametrize("first", [1, 8, 64, 5000])
 def test_the_largest_batch(first):
-    """Uneven growth of memory; few batches are tried."""
+    """Memory grows unevenly, and few batches are tried."""
     asked = []
 
     def needs(batch):
@@ -141,7 +141,7 @@ def test_the_command_finds_the_largest_batch(command, tmp_path):
     ("topology", "near"), [("v5e:2x4", "v5e:2by4"), ("h100:8", "h100:8x"), ("h100:2x4", "h1000:2x4")]
 )
 def test_topologies(command, tmp_path, topology, near):
-    """Without a compiler for the chips the program is for fake devices, which is printed."""
+    """Without a compiler for the chips, fake devices replace them, and the title says so."""
     process = command(*QUICK, f"--topology={topology}", f"--workdir={tmp_path}", program="plan")
     assert process.returncode == 0, process.stderr
     assert f"{topology}: 8 x" in process.stdout and "batch 16, 2 per device" in process.stdout
@@ -153,8 +153,7 @@ def test_topologies(command, tmp_path, topology, near):
 
 
 def test_traffic_of_the_default_model_stays_in_its_band():
-    """The CPU program of the default train step: a figure without noise. Changes should lower it, and then
-    this band."""
+    """The program of the default train step on a CPU. The figure has no noise; lower the band with it."""
     config = load_config(Words("moving_digits"))
     run = Learner.create(config, data.load(config.data, config.augment), make_mesh(1, 1, jax.devices()[:1]))
     moved = traffic.count(trace_train_step(run, run.abstract_state()).lower().compile().as_text())
@@ -164,7 +163,7 @@ def test_traffic_of_the_default_model_stays_in_its_band():
     assert low < moved.hbm / 64 / 1e6 < high
 
 
-@pytest.mark.parametrize("option", ["--unknown=1", "--parts=5", "--depth=2"])
+@pytest.mark.parametrize("option", ["--parts=5", "--depth=2"])
 def test_options_of_programs_need_one(option):
     with pytest.raises(UserError, match=rf"{option.partition('=')[0]} needs --program=FILE"):
         structvit("plan", "--config=moving_digits", option)

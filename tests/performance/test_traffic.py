@@ -69,7 +69,7 @@ def test_recompiled_tpu_programs(tmp_path):
 
 
 def test_a_scan_moves_as_much_as_its_unrolled_steps():
-    """Up to the scales, which the unrolled program copies to vector memory at once, padded."""
+    """They differ by the scales, which the unrolled program copies to vector memory at once, padded."""
     scanned, unrolled = count(stored("scanned")), count(stored("unrolled"))
     assert scanned.hbm == pytest.approx(unrolled.hbm, rel=2e-4)
 
@@ -93,7 +93,7 @@ def on_cpu(function, *arguments, donated=()):
 
 
 def test_cpu_scan_and_unrolled():
-    """Sorting ends a fusion, so each step reads and writes x twice; the rest is the loop counter."""
+    """A sort is not fused, so each step reads and writes x twice. The rest is the loop counter."""
 
     def step(x, scale):
         return jnp.sort(x * scale, axis=0)

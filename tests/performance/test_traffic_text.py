@@ -216,7 +216,7 @@ def test_a_fusion_of_one_reduction_with_two_results_and_another():
 
 
 def test_memory_spaces_off_tpus():
-    """There S(1) is memory for collectives, part of the main memory."""
+    """On GPUs S(1) is the part of main memory that collectives use."""
     near = program(LARGE, f"ROOT %y = {VMEM(16)} negate(%x)", tiled=False)
     host = program(LARGE, "ROOT %y = f32[16,100]{1,0:S(5)} copy(%x)", tiled=False)
     assert count(near)[:3] == (whole((16, 100)), whole((16, 100)), 0)
@@ -303,8 +303,8 @@ def test_a_loop_of_unknown_length_counts_once_and_is_named():
     assert count(text).unknown_loops == ("w",)
     assert count(text).hbm == pytest.approx(3 * 4096, rel=0.1)
     named = text.replace("body=%step", 'body=%step, metadata={op_name="jit(f)/transpose(jvp(times5))/while"}')
-    assert count(named).hbm == count(text, unknown=5).hbm == pytest.approx(5 * 3 * 4096, rel=0.02)
-    assert not count(named, unknown=9).unknown_loops
+    assert count(named).hbm == pytest.approx(5 * 3 * 4096, rel=0.02)
+    assert not count(named).unknown_loops
     known = text.replace("body=%step", 'body=%step, backend_config={"known_trip_count":{"n":"5"}}')
     assert count(known).hbm == count(named).hbm
 

@@ -58,7 +58,7 @@ class Traffic(NamedTuple):
     written: float  # to HBM
     sent: float  # to other devices
     by_part: dict[str, Moved]  # by phase and name scopes, see `program.part_of`; the largest first
-    unknown_loops: tuple[str, ...] = ()  # name scopes of loops of unknown length
+    unknown_loops: tuple[str, ...]  # name scopes of loops of unknown length, which count as one step
 
     @property
     def hbm(self) -> float:
@@ -66,19 +66,21 @@ class Traffic(NamedTuple):
         return self.read + self.written
 
 
-def count(text: str, *, unknown: int = 1, depth: int = 1) -> Traffic:
+def count(text: str, *, depth: int = 1) -> Traffic:
     """Count the traffic of a compiled program.
+
+    Loops of unknown length, such as optimisations that end at a tolerance, count as one step and are listed.
+    The name scope "timesN" directly around a loop states that it has N steps.
 
     Args:
       text: the program, from `compiled.as_text()`.
-      unknown: trip count of loops of unknown length, such as optimisations that end at a tolerance.
       depth: how many name scopes make a part.
 
     Raises:
       UserError: text that is not a program.
     """
     program = parse(text)
-    counter = _Counter(program, unknown, depth)
+    counter = _Counter(program, depth)
     parts = counter.count(program.entry, [None] * len(program.entry.parameters), "")
     by_part = {name: Moved(*map(float, moved)) for name, moved in parts.items()}
     largest_first = sorted(by_part.items(), key=lambda item: -(item[1].read + item[1].written))
@@ -108,8 +110,8 @@ _FREE_CALLS = ("AllocateBuffer", "ConcatBitcast")
 class _Counter:
     """Follows the computations of a program in the order of their execution."""
 
-    def __init__(self, program: Program, unknown: int, depth: int):
-        self.program, self.unknown, self.depth = program, unknown, depth
+    def __init__(self, program: Program, depth: int):
+        self.program, self.depth = program, depth
         self.unknown_loops: set[str] = set()
 
     def count(self, computation: Computation, arguments: Sequence[Any], outer: str) -> _Parts:
@@ -149,7 +151,7 @@ class _Counter:
         trips = trip_count(op, scalars)
         if trips is None:
             self.unknown_loops.add(op.op_name or op.name)
-            trips = self.unknown
+            trips = 1
         arguments = invariants(op, scalars)
         parts: _Parts = {}
         for key, times in (("body", trips), ("condition", trips + 1)):

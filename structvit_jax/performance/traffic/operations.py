@@ -51,7 +51,7 @@ def hbm_traffic(program: Program, op: Instruction, operands: Sequence[Instructio
         fused = program.computations[op.called("calls")[0]]
         makers = _makers(fused, len(results))
         updates = [_updates(program, fused, *pair) for pair in zip(makers, results, strict=True)]
-        written = [_updated_elements(fused, chain) if chain else math.inf for chain in updates]
+        written = [_chain_elements(fused, chain) for chain in updates]
         wanted = [_WHOLE] * len(results)
         if any(map(_is_asynchronous, fused.instructions.values())):
             for index in _aliased_results(op):  # buffers that the collective passes on
@@ -115,8 +115,8 @@ def _updates(program: Program, fused: Computation, op: Instruction, result: Arra
     return chain if op.opcode == "parameter" and _same_space(op, result) else []
 
 
-def _updated_elements(fused: Computation, updates: Iterable[Instruction]) -> float:
-    return sum(_update_elements(op, fused.sources(op)) for op in updates)
+def _chain_elements(fused: Computation, updates: Sequence[Instruction]) -> float:
+    return sum(_update_elements(op, fused.sources(op)) for op in updates) if updates else math.inf
 
 
 def _update_elements(op: Instruction, operands: Sequence[Instruction]) -> float:

@@ -107,7 +107,6 @@ _BAD_VALUES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "--program": ("", "<here>/missing", "<here>", "/dev/null", IMAGE),
         "--parts": ("x", "1.5", "-1"),
         "--depth": ("x", "1.5", "-1", "0"),
-        "--unknown": ("x", "1.5", "-1"),
         "--config": ("digits",),
         "--config.data.size": ("24",),
     },
