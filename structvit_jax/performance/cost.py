@@ -82,11 +82,11 @@ def cost(name: str, input_shape: Sequence[int], num_classes: int, **overrides: A
     with use_kernels("reference"), _named(layers):
         program = jax.make_jaxpr(lambda x: model(x))(jnp.zeros((1, *input_shape)))
     for scope, is_convolution, flops in _products(program.jaxpr, count_padding=True):
-        layer = next((name for name in reversed(scope.split("/")) if name in layers), None)
-        if layer is not None:
-            part = layer.partition(".")[0]
+        innermost = next((name for name in reversed(scope.split("/")) if name in layers), None)
+        if innermost is not None:
+            part = innermost.partition(".")[0]
             macs[part] += flops // 2 * repeats.get(part, 1)
-            kinds[_kind(layers[layer], is_convolution)] += flops // 2 * repeats.get(part, 1)
+            kinds[_kind(layers[innermost], is_convolution)] += flops // 2 * repeats.get(part, 1)
     parts = {part: Part(params[part], macs[part]) for part in dict.fromkeys((*macs, *params))}
     return Cost(params.total(), macs.total(), parts, dict(kinds))
 

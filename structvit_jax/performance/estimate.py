@@ -19,11 +19,10 @@ import jax
 import ml_collections
 from etils import epath
 
-from structvit_jax.config import model_arguments
 from structvit_jax.data import Dataset
 from structvit_jax.ops import use_kernels
 from structvit_jax.performance import traffic
-from structvit_jax.performance.cost import cost, count_flops
+from structvit_jax.performance.cost import count_flops
 from structvit_jax.performance.hardware import Chip, Devices, devices_of
 from structvit_jax.runtime.mesh import check_batch, make_mesh
 from structvit_jax.runtime.processes import log
@@ -39,8 +38,8 @@ class StepCost:
 
     batch: int  # examples on all devices
     memory: float  # bytes of weights, optimizer state, batch and temporaries
-    operations: float  # in matrix products and convolutions; those that `remat` recomputes count again
-    useful: float  # operations of three forward passes, as papers count them
+    operations: float  # in matrix products and convolutions
+    useful: float  # operations without those that `config.model.remat` recomputes
     moved: traffic.Traffic | None  # None if the compiler ran out of memory
 
 
@@ -96,10 +95,12 @@ def _measure(
     learner = Learner.create(config, data, mesh)
     log(f"compiling the train step for {count} x {target.devices[0].device_kind}, {batch} examples ...")
     started = time.monotonic()
-    operations = count_step_flops(learner) / count
-    arguments = model_arguments(config)
-    forward = cost(arguments.pop("name"), data.shape, len(data.class_names), **arguments).macs
-    step = StepCost(batch, math.inf, operations, useful=3 * 2 * forward * batch / count, moved=None)
+    operations = useful = count_step_flops(learner) / count
+    if learner.model.variant.remat != "none":
+        without = config.copy_and_resolve_references()
+        without.model.remat = "none"
+        useful = count_step_flops(Learner.create(without, data, mesh)) / count
+    step = StepCost(batch, math.inf, operations, useful, moved=None)
     lowered = trace_train_step(learner, learner.abstract_state()).lower()
     try:
         compiled = lowered.compile(compiler_options=target.options)
@@ -119,7 +120,10 @@ def _measure(
 
 
 def count_step_flops(learner: Learner) -> int:
-    """Count the operations of a train step on all devices; the choice of kernels makes no difference."""
+    """Count the operations of a train step on all devices, see `count_flops`.
+
+    Counting its definition leaves out what kernels recompute.
+    """
     with use_kernels("reference"):
         return count_flops(trace_train_step(learner, learner.abstract_state()).jaxpr)
 
@@ -132,8 +136,8 @@ def _describe_step(step: StepCost, devices: int, chip: Chip | None) -> list[str]
     lines = [
         f"batch {step.batch}, {per_device:g} per device",
         f"memory {_si(step.memory, 'B')}{capacity}{fits}",
-        f"operations {_si(step.operations)}, {_si(step.operations / per_device)} per example;"
-        f" three forward passes take {_si(step.useful)}",
+        f"operations {_si(step.operations)} ({_si(step.useful)} without recomputation),"
+        f" {_si(step.operations / per_device)} per example",
     ]
     moved = step.moved
     if moved is None:
