@@ -45,9 +45,7 @@ def run(
     """Time a model, print the results and write WORKDIR/bench.md, bench.json and bench.png.
 
     Args:
-      config: the configuration with the model.
-      data: determines the shape of inputs.
-      workdir: folder for the results.
+      config, data, workdir: of the model, its inputs and the results.
       only: patterns of names to time, as "model" or "blocks1.*,*.attend"; by default all.
       rounds: measurements of each part.
       peer: "torch" compares with extras/structvit_torch.py.

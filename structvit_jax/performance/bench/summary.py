@@ -58,7 +58,7 @@ class Row:
 
 
 def machine(*, with_torch: bool) -> str:
-    """Return the device and the versions of packages as one line."""
+    """Return the device and the versions of packages, as one line."""
     device = jax.devices()[0]
     kind = f"{len(jax.devices())} x {device.device_kind}"
     if device.platform == "cpu":
@@ -82,7 +82,7 @@ def line(row: Row, rates: Rates) -> str:
 def _model_cells(row: Row, rates: Rates) -> dict[str, str]:
     operations, moved = row.operations / row.ours.median / 1e9, row.bytes / row.samples / 1e9
     by_bytes = row.floors(rates)[1] / row.ours.median
-    return {
+    cells = {
         "model": f"{row.name}, {row.phase}",
         "samples/s": f"{row.samples / row.ours.median:.4g}",
         "spread": row.ours.spread,
@@ -90,15 +90,15 @@ def _model_cells(row: Row, rates: Rates) -> dict[str, str]:
         "GB moved per sample, of peak": f"{moved:.3g}, {by_bytes:.0%}" if row.bytes else "not counted",
         "memory": f"{row.memory / 1e9:.2f} GB",
         "compiled in, first call": f"{row.compiling:.0f} s, {row.first:.1f} s",
-        "PyTorch samples/s": f"{row.samples / row.peers[row.peer].median:.4g} ({row.peer})"
-        if row.peer
-        else "",
-        "times as fast": f"{row.speedup:.2f}" if row.peer else "",
     }
+    if row.peer:
+        cells["PyTorch samples/s"] = f"{row.samples / row.peers[row.peer].median:.4g} ({row.peer})"
+        cells["times as fast"] = f"{row.speedup:.2f}"
+    return cells
 
 
 def _part_cells(row: Row, rates: Rates) -> dict[str, str]:
-    return {
+    cells = {
         "part": row.name,
         "times": str(row.times),
         "phase": row.phase,
@@ -106,27 +106,25 @@ def _part_cells(row: Row, rates: Rates) -> dict[str, str]:
         "spread": row.ours.spread,
         "floors: operations, bytes": ", ".join(f"{1e3 * floor:.3g} ms" for floor in row.floors(rates)),
         "of peak": f"{row.efficiency(rates):.0%}",
-        "PyTorch": f"{_ms(row.peers[row.peer])} ({row.peer})" if row.peer else "",
-        "times as fast": f"{row.speedup:.2f}" if row.peer else "",
     }
+    if row.peer:
+        cells["PyTorch"] = f"{_ms(row.peers[row.peer])} ({row.peer})"
+        cells["times as fast"] = f"{row.speedup:.2f}"
+    return cells
 
 
 def write(rows: Sequence[Row], rates: Rates, header: str, workdir: epath.Path) -> None:
     """Write WORKDIR/bench.md, bench.json with every round and, if parts were timed, bench.png."""
     workdir.mkdir(parents=True, exist_ok=True)
-    models = [_model_cells(row, rates) for row in rows if row.samples]
-    parts = [_part_cells(row, rates) for row in rows if not row.samples]
-    tables = [
-        markdown_table([[*cells[0]], *([*row.values()] for row in cells)])
-        for cells in (models, parts)
-        if cells
-    ]
+    parts = [row for row in rows if not row.samples]
+    model_cells = [_model_cells(row, rates) for row in rows if row.samples]
+    part_cells = [_part_cells(row, rates) for row in parts]
+    tables = [markdown_table(cells) for cells in (model_cells, part_cells) if cells]
     (workdir / "bench.md").write_text("\n\n".join([header, *tables]) + "\n")
     results = {"header": header, "rates": dataclasses.asdict(rates), "rows": [*map(dataclasses.asdict, rows)]}
     (workdir / "bench.json").write_text(json.dumps(results, indent=1) + "\n")
     if parts:
-        timed_parts = [row for row in rows if not row.samples]
-        (workdir / "bench.png").write_bytes(plot(timed_parts, rates, header))
+        (workdir / "bench.png").write_bytes(plot(parts, rates, header))
 
 
 def plot(rows: Sequence[Row], rates: Rates, title: str) -> bytes:
