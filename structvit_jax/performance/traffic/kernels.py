@@ -42,7 +42,7 @@ def kernel_traffic(op: Instruction, arrays: Sequence[Array]) -> list[float]:
     """Return the bytes of each operand that a kernel reads, and of each result that it writes.
 
     Arrays that are not split into blocks count once. So do all arrays of a kernel whose blocks depend on
-    data, or that starts copies of its own; what it fetches cannot be derived from its grid.
+    data, or that starts copies of its own: its traffic does not follow from its grid.
 
     Args:
       op: the call of the kernel.
@@ -58,7 +58,8 @@ def kernel_traffic(op: Instruction, arrays: Sequence[Array]) -> list[float]:
         functions = {ir.StringAttr(f.attributes["sym_name"]).value: f.operation for f in module.body}
         main = next(f for f in functions.values() if "scalar_prefetch" in f.attributes)
         prefetched = ir.IntegerAttr(main.attributes["scalar_prefetch"]).value
-        if prefetched or "tpu.enqueue" in str(main) or "window_params" not in main.attributes:
+        has_blocks = "iteration_bounds" in main.attributes and "window_params" in main.attributes
+        if prefetched or not has_blocks or "tpu.enqueue" in str(main):
             return [array.bytes for array in arrays]
         steps = list(itertools.product(*map(range, _integers(main.attributes["iteration_bounds"]))))
         windows: Any = main.attributes["window_params"]
