@@ -155,7 +155,7 @@ class Command:
     _server = multiprocessing.get_context("forkserver")
     _modules = (
         *("cli.configuration", "cli.experiment", "data.dataset", "training.loop", "performance.bench"),
-        *("performance.plan", "analysis.batch_preview"),
+        *("performance.estimate", "analysis.batch_preview"),
     )
     _server.set_forkserver_preload([*map("structvit_jax.{}".format, _modules), "sklearn.datasets"])
 

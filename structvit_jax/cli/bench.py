@@ -12,7 +12,7 @@ from structvit_jax.cli.train import workdir_of
 
 @click.group(cls=CommandGroup, context_settings=options.SETTINGS)
 def command() -> None:
-    """Measure the speed of a model or of reading data.
+    """Measure the speed of a model, or of reading data.
 
     \b
     Example:
@@ -39,10 +39,10 @@ def command() -> None:
 )
 @click.option("--peer", type=click.Choice(["torch"]), help="Compare with extras/structvit_torch.py.")
 def model(words: Words, workdir: str | None, only: str, rounds: int, peer: str | None) -> None:
-    """Time the forward pass, the train step and their parts.
+    """Time the forward pass, the train step and the parts of a model.
 
-    They are compared with the machine's peak rates and, with --peer=torch, with PyTorch. Writes bench.md,
-    bench.json and bench.png into the workdir.
+    Times are compared with the peak rates of this machine and, with --peer=torch, with PyTorch. The results
+    are written to bench.md, bench.json and bench.png in the workdir.
 
     \b
     Example:
@@ -55,7 +55,7 @@ def model(words: Words, workdir: str | None, only: str, rounds: int, peer: str |
     experiment.select_devices(opened.config)
     for line in opened.lines:
         print(line)
-    bench.run(opened.config, opened.dataset, opened.workdir, bench.Request(only, rounds, peer))
+    bench.run(opened.config, opened.dataset, opened.workdir, only=only, rounds=rounds, peer=peer)
 
 
 @command.command("input", context_settings=options.SETTINGS)
@@ -66,25 +66,18 @@ def model(words: Words, workdir: str | None, only: str, rounds: int, peer: str |
     "--image", metavar="FILE", default="", show_default=False, help="An image. Default: a generated one."
 )
 @click.option("--clips", type=click.IntRange(min=1), default=40, metavar="N", help="How many clips to read.")
-@click.option(
-    "--memory",
-    type=int,
-    default=2000,
-    metavar="N",
-    help="Read N clips with two workers and print resident memory; 0 skips this.",
-)
-def input_(video: str, image: str, clips: int, memory: int) -> None:
-    """Time reading clips and images on one core, stage by stage, and measure memory.
+def input_(video: str, image: str, clips: int) -> None:
+    """Time reading clips and images on one core, stage by stage.
 
-    The generated videos have 300 frames of 340x256 (h264, a drifting texture with noise, a key frame every
-    30, 60 or 250), the generated image has 500x375 pixels. A clip is 16 frames spread over a fifth of the
+    Generated videos have 300 frames of 340x256 pixels (h264, a drifting texture with noise, a key frame every
+    30, 60 or 250 frames); the generated image has 500x375 pixels. A clip is 16 frames from a fifth of the
     video, augmented as for Kinetics, 224x224. The plain loop decodes and converts every frame with PyAV and
-    then selects. All figures are medians of alternating rounds.
+    then selects. All figures are medians.
 
     \b
     Example:
-      structvit bench input --video=CLIP.mp4 --memory=0
+      structvit bench input --video=CLIP.mp4
     """
     from structvit_jax.performance import input_speed
 
-    input_speed.run(video, image, clips, memory)
+    input_speed.run(video, image, clips)

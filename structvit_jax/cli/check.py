@@ -1,4 +1,4 @@
-"""`structvit check`: compare the kernels of this machine with the definitions that they replace."""
+"""`structvit check`: compare the kernels of this machine with their definitions."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ import click
 from structvit_jax.cli import options
 
 _COLUMNS = "{:<24} {:<18} {:<9} {:<30} {:>9} {:>9} {:>11} {:>11}  {}"
+_TITLES = ("kernel", "operation", "type", "shape", "output", "gradients", "kernel", "definition", "verdict")
 
 
 @options.plain_command()
 @click.option(
-    "--device", type=click.Choice(["auto", "cpu", "gpu", "tpu"]), default="auto", help="Where kernels run."
+    "--device", type=click.Choice(["auto", "cpu", "gpu", "tpu"]), default="auto", help="Device to check."
 )
 def command(device: str) -> int:
-    """Compare every kernel of this machine's platform with the definition in plain JAX.
+    """Compare every kernel for this machine's platform with its definition in plain JAX.
 
-    Output and gradients are compared at the shapes of StructViT-S and timed. On GPUs and TPUs the results
-    decide which kernels run in later programs; everywhere `--config.model.kernels=reference` turns all off.
-    The exit code is 1 if a kernel fails.
+    Output and gradients are compared and timed at the shapes of StructViT-S. On GPUs and TPUs a kernel that
+    fails is replaced by its definition in later programs. `--config.model.kernels=reference` turns all
+    kernels off. The exit code is 1 if a kernel fails.
 
     \b
     Example:
@@ -32,18 +33,7 @@ def command(device: str) -> int:
     kind = current_device()
     print(f"kernels for {kind.platform} on {devices.describe_devices()}")
     print("errors are relative to the largest value; times are of the output and all gradients")
-    titles = (
-        "kernel",
-        "operation",
-        "type",
-        "shape",
-        "output",
-        "gradients",
-        "kernel",
-        "definition",
-        "verdict",
-    )
-    print(_COLUMNS.format(*titles))
+    print(_COLUMNS.format(*_TITLES))
     failed = 0
     for row in selfcheck.compare_all(kind):
         failed += bool(row.problem)

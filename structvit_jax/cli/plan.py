@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
 from structvit_jax.cli import options
 from structvit_jax.cli.options import Words
 from structvit_jax.cli.train import workdir_of
 from structvit_jax.utils.errors import UserError
+from structvit_jax.utils.tables import align_columns
 
-_FOR_PROGRAMS = ("parts", "depth", "trips", "unknown")
+_FOR_PROGRAMS = ("parts", "depth")  # options that need --program
 
 
 @options.config_command()
@@ -19,7 +22,7 @@ _FOR_PROGRAMS = ("parts", "depth", "trips", "unknown")
     "topologies",
     multiple=True,
     metavar="NAME",
-    help="Chips to compile for, as v5e:2x4 or h100:8; repeatable. Default: this machine.",
+    help="Chips to compile for, as v5e:2x4 or h100:8; repeatable. Default: the devices of this machine.",
 )
 @click.option(
     "--device_batch",
@@ -32,7 +35,7 @@ _FOR_PROGRAMS = ("parts", "depth", "trips", "unknown")
     metavar="SIZE",
     default="",
     show_default=False,
-    help="Find the largest batch that fits into this memory of a device, as 24GB.",
+    help="Memory of a device, as 24GB: find the largest batch that fits.",
 )
 @click.option("--program", metavar="FILE", help="Only count the memory traffic of a compiled program's text.")
 @click.option(
@@ -40,7 +43,7 @@ _FOR_PROGRAMS = ("parts", "depth", "trips", "unknown")
     type=click.IntRange(min=0),
     default=20,
     metavar="N",
-    help="With --program: how many parts to print.",
+    help="With --program: how many parts to print, the largest first.",
 )
 @click.option(
     "--depth",
@@ -48,15 +51,6 @@ _FOR_PROGRAMS = ("parts", "depth", "trips", "unknown")
     default=1,
     metavar="N",
     help="With --program: how many name scopes make a part.",
-)
-@click.option(
-    "--trips", multiple=True, metavar="LOOP=N", help="With --program: how often a loop runs; repeatable."
-)
-@click.option(
-    "--unknown",
-    type=click.IntRange(min=0),
-    metavar="N",
-    help="With --program: how often loops of unknown length run.",
 )
 @click.pass_context
 def command(
@@ -69,10 +63,8 @@ def command(
     program: str | None,
     parts: int,
     depth: int,
-    trips: tuple[str, ...],
-    unknown: int | None,
 ) -> None:
-    """Estimate memory and step time before renting hardware. The step is compiled, not run.
+    """Estimate memory and step time before renting hardware. The train step is compiled, not run.
 
     \b
     Example:
@@ -82,9 +74,7 @@ def command(
     if program:
         if words.file or words.overrides:
             raise UserError("--program counts the text of a program; it takes no --config")
-        from structvit_jax.performance.traffic import table
-
-        print(table.describe(program, trips=trips, unknown=unknown, depth=depth, parts=parts))
+        print(_describe_program(program, parts, depth))
         return
     for name in _FOR_PROGRAMS:
         if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
@@ -97,5 +87,35 @@ def command(
     experiment.select_devices(opened.config, cached=not topologies)
     for line in opened.lines:
         print(line)
-    request = estimate.Request(topologies, device_batch or 0, device_memory)
-    print(estimate.describe(opened.config, opened.dataset, opened.workdir, request))
+    for topology in topologies or [""]:
+        text = estimate.describe(
+            opened.config,
+            opened.dataset,
+            opened.workdir,
+            topology=topology,
+            device_batch=device_batch,
+            device_memory=device_memory,
+        )
+        print(text, flush=True)
+
+
+def _describe_program(path: str, parts: int, depth: int) -> str:
+    """Return a table of the largest parts of a program and their traffic, in MB (10^6 bytes).
+
+    Raises:
+      UserError: a file that is not a program.
+    """
+    from structvit_jax.performance import traffic
+
+    try:
+        text = Path(path).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not a text"
+        raise UserError(f"cannot read {path}: {reason}") from error
+    moved = traffic.count(text, depth=depth)
+    rows = [("part", "read MB", "written MB", "sent MB")]
+    for name, sizes in [*list(moved.by_part.items())[:parts], ("total", moved[:3])]:
+        read, written, sent = (f"{size / 1e6:,.3f}" for size in sizes)
+        rows.append((name, read, written, sent))
+    notes = [f"NOTE: a loop of unknown length counts as one step: {loop}" for loop in moved.unknown_loops]
+    return "\n".join([*align_columns(rows), *notes])

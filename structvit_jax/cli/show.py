@@ -66,6 +66,7 @@ def describe(config: ml_collections.ConfigDict, data: Dataset) -> str:
     """
     from structvit_jax.config import durations, model_arguments
     from structvit_jax.performance.cost import cost
+    from structvit_jax.utils.tables import align_columns
 
     arguments = model_arguments(config)
     counted = cost(arguments.pop("name"), data.shape, len(data.class_names), **arguments)
@@ -73,8 +74,7 @@ def describe(config: ml_collections.ConfigDict, data: Dataset) -> str:
     rows = [("part", "parameters", "multiply-accumulates")]
     rows += [(name, f"{part.params:,}", f"{part.macs:,}") for name, part in counted.parts.items()]
     rows += [("total", f"{counted.params:,}", f"{counted.macs:,}")]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    table = [f"  {a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}" for a, b, c in rows]
+    table = [f"  {line}" for line in align_columns(rows)]
     kinds = ", ".join(f"{kind} {macs:,}" for kind, macs in counted.kinds.items())
     batch = config.data.batch_size
     return "\n".join(

@@ -1,9 +1,9 @@
-"""Estimate what a configuration needs before renting hardware: `structvit plan`.
+"""Estimate memory and step time before renting hardware: `structvit plan`.
 
-The train step is compiled for this machine's devices, or ahead of time for chips that are not attached.
-Memory and traffic are read from the compiled program. Times come from data sheets alone: the largest of
-arithmetic, memory traffic and traffic between chips, each at its full rate and overlapping with the others.
-The printed efficiency is therefore an upper bound, not a measurement.
+The train step is compiled for the devices of this machine, or ahead of time for chips that are not attached.
+Memory and traffic are read from the compiled program, operations from the traced one. Step times follow from
+data sheets: the largest of the times for arithmetic, memory traffic and traffic between chips, each at its
+peak rate and overlapping with the others. They are lower bounds, not measurements.
 """
 
 from __future__ import annotations
@@ -13,17 +13,16 @@ import functools
 import math
 import re
 import time
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable
 
 import jax
 import ml_collections
 from etils import epath
 
-from structvit_jax.config import model_arguments
 from structvit_jax.data import Dataset
+from structvit_jax.ops import use_kernels
 from structvit_jax.performance import traffic
-from structvit_jax.performance.cost import cost, count_flops
+from structvit_jax.performance.cost import count_flops
 from structvit_jax.performance.hardware import Chip, Devices, devices_of
 from structvit_jax.runtime.mesh import check_batch, make_mesh
 from structvit_jax.runtime.processes import log
@@ -32,79 +31,79 @@ from structvit_jax.training.compilation import memory_of, trace_train_step
 from structvit_jax.training.learner import Learner
 from structvit_jax.utils.errors import UserError
 
-_FOLDER = "plan"  # in the workdir: texts of compiled programs
-_HERE = "here"  # in place of a topology: this machine
-
 
 @dataclasses.dataclass(frozen=True)
 class StepCost:
     """Cost of one train step on one device."""
 
     batch: int  # examples on all devices
-    memory: float  # bytes of weights, state, batch and temporaries
-    operations: float  # of matrix products and convolutions, recomputation included
-    useful: float  # operations without recomputation: three forward passes
+    memory: float  # bytes of weights, optimizer state, batch and temporaries
+    operations: float  # in matrix products and convolutions
+    useful: float  # operations without those that `config.model.remat` recomputes
     moved: traffic.Traffic | None  # None if the compiler ran out of memory
 
 
-class Request(NamedTuple):
-    """What to plan for."""
+def describe(
+    config: ml_collections.ConfigDict,
+    data: Dataset,
+    workdir: epath.Path,
+    *,
+    topology: str = "",
+    device_batch: int | None = None,
+    device_memory: str = "",
+) -> str:
+    """Return the cost of the train step as text; write the compiled program to WORKDIR/plan.
 
-    topologies: Sequence[str] = ()  # as "v5e:2x4" or "h100:8"; none is this machine
-    device_batch: int = 0  # examples per device; 0 splits data.batch_size over all
-    device_memory: str = ""  # of a device, as "24GB": find the largest batch that fits
-
-
-def describe(config: ml_collections.ConfigDict, data: Dataset, workdir: epath.Path, request: Request) -> str:
-    """Return the cost of the train step as text; write the compiled programs to WORKDIR/plan.
+    Args:
+      config, data, workdir: of the run; of the data, only shapes and counts are used.
+      topology: chips to compile for, as "v5e:2x4" or "h100:8"; by default the devices of this machine.
+      device_batch: examples per device; by default `data.batch_size` is split over all devices.
+      device_memory: as "24GB": find the largest batch that fits into this memory of each device.
 
     Raises:
-      UserError: an unknown topology, a size that cannot be read, or a configuration that does not fit.
+      UserError: an unknown topology, an invalid size, or a configuration that does not fit.
     """
-    plans = (_plan(config, data, workdir, target, request) for target in request.topologies or [_HERE])
-    return "\n".join(plans)
-
-
-def _plan(
-    config: ml_collections.ConfigDict, data: Dataset, workdir: epath.Path, target: str, request: Request
-) -> str:
-    found = Devices(jax.devices()) if target == _HERE else devices_of(target)
-    count = len(found.devices)
-    path = workdir / _FOLDER / f"{target.replace(':', '_')}.txt"
-    measure = functools.cache(functools.partial(_measure, config, data, found, path))
-    title = f"{target}: {count} x {found.devices[0].device_kind}"
-    if found.missing:
-        title += f" in place of {target.partition(':')[0]}: {found.missing.value} is not installed"
-    lines, batch = [title], request.device_batch * count or config.data.batch_size
-    if request.device_memory:
-        memory, multiple = read_size(request.device_memory), count * config.train.grad_accum_steps
+    memory = read_size(device_memory) if device_memory else None
+    target = devices_of(topology) if topology else Devices(jax.devices())
+    name, count = topology or "here", len(target.devices)
+    path = workdir / "plan" / f"{name.replace(':', '_')}.txt"
+    measure = functools.cache(functools.partial(_measure, config, data, target, path))
+    title = f"{name}: {count} x {target.devices[0].device_kind}"
+    if target.missing:
+        title += f" in place of {topology.partition(':')[0]}: {target.missing.value} is not installed"
+    lines, batch = [title], device_batch * count if device_batch else config.data.batch_size
+    if memory is not None:
+        multiple = count * config.train.grad_accum_steps
         batch = largest_batch(lambda size: measure(size).memory, memory, multiple, first=batch)
         lr = config.optimizer.lr * batch / config.data.batch_size
         lines.append(
             f"largest batch in {_si(memory, 'B')} per device: --config.data.batch_size={batch}"
             f" --config.optimizer.lr={lr:.3g} (linear scaling rule: in proportion to the batch)"
         )
-    return "\n  ".join([*lines, *_describe_step(measure(batch), count, found.chip)])
+    return "\n  ".join([*lines, *_describe_step(measure(batch), count, target.chip)])
 
 
 def _measure(
-    config: ml_collections.ConfigDict, data: Dataset, found: Devices, path: epath.Path, batch: int
+    config: ml_collections.ConfigDict, data: Dataset, target: Devices, path: epath.Path, batch: int
 ) -> StepCost:
-    """Compile the train step for these devices, count its cost and write its text to `path`."""
-    count, kind = len(found.devices), found.devices[0].device_kind
+    """Compile the train step and return its cost; write the text of the program to `path`."""
+    count = len(target.devices)
     config = config.copy_and_resolve_references()
     config.data.batch_size = batch
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, found.devices)
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, target.devices)
     check_batch(mesh, "data.batch_size", batch, config.train.grad_accum_steps)
     learner = Learner.create(config, data, mesh)
-    log(f"compiling the train step for {count} x {kind}, {batch} examples ...")
+    log(f"compiling the train step for {count} x {target.devices[0].device_kind}, {batch} examples ...")
     started = time.monotonic()
-    traced = trace_train_step(learner, learner.abstract_state())
-    arguments = model_arguments(config)
-    forward = cost(arguments.pop("name"), data.shape, len(data.class_names), **arguments).macs
-    operations, useful = count_flops(traced.jaxpr) / count, 3 * 2 * forward * batch / count
+    operations = useful = count_step_flops(learner) / count
+    if learner.model.variant.remat != "none":
+        without = config.copy_and_resolve_references()
+        without.model.remat = "none"
+        useful = count_step_flops(Learner.create(without, data, mesh)) / count
+    step = StepCost(batch, math.inf, operations, useful, moved=None)
+    lowered = trace_train_step(learner, learner.abstract_state()).lower()
     try:
-        compiled = traced.lower().compile(compiler_options=found.options)
+        compiled = lowered.compile(compiler_options=target.options)
     except jax.errors.JaxRuntimeError as error:
         text = " ".join(str(error).split())
         if "RESOURCE_EXHAUSTED" not in text:
@@ -112,16 +111,25 @@ def _measure(
         used = re.search(r"(?:Used |HLO temporaries \()([\d.]+[KMGT])", text)
         if not used:
             raise UserError(f"{batch} examples do not fit: {text[:300]}") from error
-        return StepCost(batch, read_size(f"{used[1]}iB"), operations, useful, None)
+        return dataclasses.replace(step, memory=read_size(f"{used[1]}iB"))
     text = compiled.as_text()
     log(f"compiled in {time.monotonic() - started:.0f} s, a program of {text.count(chr(10)):,} lines")
     path.parent.mkdir(parents=True, exist_ok=True)
     write(path, text)
-    return StepCost(batch, memory_of(compiled), operations, useful, traffic.count(text, unknown=1))
+    return dataclasses.replace(step, memory=memory_of(compiled), moved=traffic.count(text))
+
+
+def count_step_flops(learner: Learner) -> int:
+    """Count the operations of a train step on all devices, see `count_flops`.
+
+    Counting its definition leaves out what kernels recompute.
+    """
+    with use_kernels("reference"):
+        return count_flops(trace_train_step(learner, learner.abstract_state()).jaxpr)
 
 
 def _describe_step(step: StepCost, devices: int, chip: Chip | None) -> list[str]:
-    """Return the lines on a step; with a data sheet also the times that it implies."""
+    """Return the cost of a step as lines; with a data sheet, also the step times that it implies."""
     per_device = step.batch / devices
     capacity = f" of {_si(chip.memory, 'B')}" if chip else ""
     fits = " DOES NOT FIT" if chip and step.memory > chip.memory else ""
@@ -138,10 +146,8 @@ def _describe_step(step: StepCost, devices: int, chip: Chip | None) -> list[str]
         f"memory traffic {_si(moved.hbm, 'B')}, {_si(moved.hbm / per_device, 'B')} per example",
         f"sent to other devices {_si(moved.sent, 'B')}",
     ]
-    guessed = (loop for loop in moved.guessed if "augment" not in loop)  # mixup draws a few scalars
-    lines += [
-        f"NOTE: the length of this loop is unknown, its traffic counts once: {loop}" for loop in guessed
-    ]
+    unknown = (loop for loop in moved.unknown_loops if "augment" not in loop)  # mixup draws a few scalars
+    lines += [f"NOTE: a loop of unknown length counts as one step: {loop}" for loop in unknown]
     if chip:
         times = {
             "arithmetic": step.operations / chip.flops,
@@ -149,10 +155,10 @@ def _describe_step(step: StepCost, devices: int, chip: Chip | None) -> list[str]
             "links": moved.sent / chip.links,
         }
         bound = max(times, key=times.__getitem__)
-        by_part = ", ".join(f"{name} {1e3 * seconds:.2f} ms" for name, seconds in times.items())
+        by_resource = ", ".join(f"{name} {1e3 * seconds:.2f} ms" for name, seconds in times.items())
         efficiency = step.useful / chip.flops / times[bound]
         lines += [
-            f"time by data sheet: {by_part}: bound by {bound}",
+            f"time by data sheet: {by_resource}: bound by {bound}",
             f"at most {step.batch / times[bound]:.0f} examples/s on all, {efficiency:.1%} of peak arithmetic",
         ]
     return lines
@@ -176,36 +182,40 @@ def read_size(text: str) -> float:
 
 
 def largest_batch(needs: Callable[[int], float], memory: float, multiple: int, *, first: int) -> int:
-    """Find the largest batch that fits into memory, with few evaluations of `needs`.
+    """Return the largest batch that fits into memory.
 
-    Memory grows about linearly, so the two batches nearest to the limit predict the next one to try.
+    Each evaluation of `needs` compiles a program, so few batches are tried. Memory grows about linearly: the
+    two batches nearest to the limit predict the next one.
 
     Args:
       needs: returns the bytes that a batch needs.
-      memory: bytes that there are.
-      multiple: batches are multiples of this.
-      first: batch to try first.
+      memory: bytes that are available.
+      multiple: the result is a multiple of this.
+      first: the batch to try first.
 
     Raises:
       UserError: not even `multiple` examples fit.
     """
-    known: dict[int, float] = {}  # bytes by batch / multiple
-    low, high, guess = 0, math.inf, max(1, first // multiple)
-    while high - low > 1:
+    known: dict[int, float] = {}  # bytes, by batch / multiple
+    fits, too_large, guess = 0, math.inf, max(1, first // multiple)
+    while too_large - fits > 1:
         known[guess] = needs(guess * multiple)
-        low, high = (guess, high) if known[guess] <= memory else (low, guess)
-        if high == 1:
+        if known[guess] <= memory:
+            fits = guess
+        elif guess > 1:
+            too_large = guess
+        else:
             raise UserError(
                 f"not even {multiple} examples fit into {_si(memory, 'B')}: they need {_si(known[1], 'B')};"
                 " set config.model.remat"
             )
         if len(known) == 1:
-            guess = 2 * guess if low else max(1, guess // 2)
+            guess = 2 * guess if fits else guess // 2
             continue
-        near = sorted(known, key=lambda units: abs(known[units] - memory))[:2]
-        slope = (known[near[0]] - known[near[1]]) / (near[0] - near[1])
-        guess = near[0] + math.floor((memory - known[near[0]]) / slope) if slope > 0 else 2 * max(known)
-        if math.isfinite(high) and len(known) % 3 == 0:  # bisect where growth is uneven
-            guess = (low + int(high)) // 2
-        guess = int(min(max(guess, low + 1), high - 1))
-    return low * multiple
+        near, next_near = sorted(known, key=lambda units: abs(known[units] - memory))[:2]
+        slope = (known[near] - known[next_near]) / (near - next_near)
+        guess = near + math.floor((memory - known[near]) / slope) if slope > 0 else 2 * max(known)
+        if math.isfinite(too_large) and len(known) % 3 == 0:  # bisect, in case growth is uneven
+            guess = (fits + int(too_large)) // 2
+        guess = int(min(max(guess, fits + 1), too_large - 1))
+    return fits * multiple

@@ -1,4 +1,4 @@
-"""Accelerators that need not be attached: their data sheets, and devices that programs compile for."""
+"""Data sheets of accelerators, and their devices to compile for when none is attached."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from structvit_jax.utils.errors import UserError, did_you_mean, unknown_choice
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Data sheet of one chip (cloud.google.com/tpu/docs and NVIDIA's, November 2026)."""
+    """Data sheet of one chip (cloud.google.com/tpu/docs and NVIDIA's data sheets, November 2026)."""
 
-    flops: float  # bfloat16 operations per second, of dense products
+    flops: float  # bfloat16 operations per second, in dense matrix products
     memory: float  # bytes
-    bandwidth: float  # bytes per second between memory and chip
-    links: float  # bytes per second sent to other chips of its pod or node, over all its links
+    bandwidth: float  # bytes per second from and to memory
+    links: float  # bytes per second sent to other chips of its pod or node, over all links
 
 
 TPUS = {
@@ -38,18 +38,17 @@ GPUS = {
     "h200": Chip(989e12, 141e9, 4800e9, 450e9),
 }
 CHIPS = TPUS | GPUS
-# Topologies with 1, 8, 64 and 256 TPUs from the data sheets; any other shape works too. GPUs are counted per
-# node, or as nodes x GPUs.
+# Shown in error messages; other shapes work, too. GPUs are counted per node, or as nodes x GPUs per node.
 EXAMPLES = (
     *("v5e:1x1", "v5e:2x4", "v5e:8x8", "v5e:16x16", "v5p:1x1x1", "v5p:2x2x2", "v5p:4x4x4", "v5p:4x8x8"),
     *("a100:1", "h100:1", "h100:8", "h100:4x8", "h200:8"),
 )
 
-_MOST_CHIPS = 4096  # of a topology; missing ones are replaced by as many CPU devices
+_MAX_CHIPS = 4096  # of a topology; without a compiler they become as many fake CPU devices
 
 
 class Compiler(enum.Enum):
-    """What compiles for chips that are not attached; the value is how to install it."""
+    """A compiler for chips that are not attached; the value is its package."""
 
     TPU = "libtpu ('jax[tpu]')"
     GPU = "JAX's CUDA plugin ('jax[cuda13]')"
@@ -67,17 +66,18 @@ class Devices(NamedTuple):
     """Devices to compile for."""
 
     devices: list[jax.Device]
-    chip: Chip | None = None  # their data sheet; None for devices of this machine
-    missing: Compiler | None = None  # not installed: `devices` are fake CPU devices in place of the chips
-    options: dict[str, bool] | None = None  # of XLA
+    chip: Chip | None = None  # data sheet; None for devices of this machine
+    missing: Compiler | None = None  # not installed, so `devices` are fake CPU devices in place of the chips
+    options: dict[str, bool] | None = None  # for XLA
 
 
 def devices_of(topology: str) -> Devices:
     """Return the devices of a topology, such as "v5e:2x4" or "h100:8".
 
+    Without a compiler for these chips they are fake CPU devices, see `add_fake_devices`.
+
     Raises:
-      UserError: an unknown topology, or one whose compiler is missing and that has more devices than the
-        CPU has fake ones.
+      UserError: an unknown topology, or too few fake devices.
     """
     generation, _, shape = topology.partition(":")
     compiler, count = _compiler(topology), _count(topology)
@@ -91,16 +91,13 @@ def devices_of(topology: str) -> Devices:
     except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
         hint = did_you_mean(topology, EXAMPLES)
         raise UserError(f"there is no topology {topology!r} ({error}).{hint}") from error
-    # XLA tunes its own tiles by running them, which takes a GPU: use cuBLAS.
+    # XLA times its own matrix products on a GPU to choose their tiles. Use those of cuBLAS instead.
     options = {"xla_gpu_enable_triton_gemm": False} if generation in GPUS else None
     return Devices(list(described.devices), CHIPS[generation], options=options)
 
 
 def add_fake_devices(wanted: Sequence[str]) -> None:
-    """Give the CPU as many devices as the largest topology has whose compiler is missing.
-
-    Has to run before JAX opens a device.
-    """
+    """Give the CPU enough fake devices for all topologies without a compiler, before JAX opens a device."""
     fake = [_count(topology) for topology in wanted if not _compiler(topology).is_installed]
     if fake:
         jax.config.update("jax_num_cpu_devices", max(fake))
@@ -121,8 +118,8 @@ def _count(topology: str) -> int:
     form = rf"{n}x{n}(x{n})?" if generation in TPUS else rf"({n}x)?{n}"
     if generation not in CHIPS or not re.fullmatch(form, shape):
         raise unknown_choice("topology", topology, EXAMPLES)
-    if (chips := math.prod(map(int, shape.split("x")))) > _MOST_CHIPS:
-        raise UserError(f"{topology} has {chips:,} chips; the limit is {_MOST_CHIPS:,}")
+    if (chips := math.prod(map(int, shape.split("x")))) > _MAX_CHIPS:
+        raise UserError(f"{topology} has {chips:,} chips; the limit is {_MAX_CHIPS:,}")
     return chips
 
 
@@ -133,8 +130,7 @@ def _tpus(topology: str, count: int) -> topologies.TopologyDescription:
     return topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
 
 
-# Lets libtpu compile on a machine without a TPU.
-_WITHOUT_TPU = {
+_WITHOUT_TPU = {  # lets libtpu compile on a machine without a TPU
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
@@ -157,7 +153,7 @@ def _gpus(generation: str, shape: str) -> topologies.TopologyDescription:
     )
 
 
-# Device properties that XLA reads, as the driver reports them.
+# Device properties that XLA reads, as a driver reports them.
 _EVERY_GPU = {
     "threads_per_block_limit": 1024,
     "threads_per_warp": 32,

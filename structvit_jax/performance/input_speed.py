@@ -1,14 +1,12 @@
-"""Speed of reading examples on one core, stage by stage, and its memory."""
+"""Time reading clips and images on one core, stage by stage: `structvit bench input`."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import statistics
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 import av
@@ -18,21 +16,19 @@ from PIL import Image
 from structvit_jax.config import default_config
 from structvit_jax.data.index import Entry, Index
 from structvit_jax.data.media import configure_decoding, open_media
-from structvit_jax.data.pipeline import train_batches
 from structvit_jax.data.reader import Reader
 from structvit_jax.data.types import AugmentOptions, DataOptions
 from structvit_jax.utils.errors import DecodeError, UserError
 
-FRAMES, SIZE = 16, 224
-_MIN_CLIPS = 16  # to see memory grow
-_LENGTH, _HEIGHT, _WIDTH = 300, 256, 340
+_FRAMES, _SIZE = 16, 224
+_LENGTH, _HEIGHT, _WIDTH = 300, 256, 340  # of generated videos
+_KEY_INTERVALS = (30, 60, 250)
 
 
 def write_video(path: str, key_interval: int = 250) -> None:
-    """Write a video of a drifting texture, with noise for some 300 kbit/s."""
+    """Write a video of a drifting texture with noise, of about 300 kbit/s."""
     rng = np.random.default_rng(0)
-    blocks = rng.integers(0, 255, (64, 128), np.uint8)
-    texture = np.kron(blocks, np.ones((8, 8), np.uint8))
+    texture = np.kron(rng.integers(0, 255, (64, 128), np.uint8), np.ones((8, 8), np.uint8))
     with av.open(path, "w") as container:
         stream: Any = container.add_stream("libx264", rate=30, options={"g": str(key_interval)})
         stream.width, stream.height, stream.pix_fmt = _WIDTH, _HEIGHT, "yuv420p"
@@ -44,31 +40,22 @@ def write_video(path: str, key_interval: int = 250) -> None:
         container.mux(stream.encode())
 
 
-def write_image(path: str) -> None:
+def _write_image(path: str) -> None:
     """Write a JPEG of 500x375 pixels."""
-    rng = np.random.default_rng(0)
-    blocks = rng.integers(0, 255, (47, 63, 3), np.uint8)
+    blocks = np.random.default_rng(0).integers(0, 255, (47, 63, 3), np.uint8)
     Image.fromarray(blocks).resize((500, 375), Image.Resampling.BICUBIC).save(path, quality=90)
 
 
-def seconds_of(path: str) -> float:
-    """Return the duration of a video."""
-    with av.open(path) as container:
-        return (container.duration or 1) / av.time_base
-
-
-def make_reader(path: str, frames: int, randaugment: str) -> Reader:
-    """Return a reader of 1000 copies of one file, augmented as in the recipes of the paper."""
-    count = open_media(path).count
+def _make_reader(path: str, frames: int, randaugment: str = "") -> Reader:
+    """Return a reader of many copies of one file, augmented as in the recipes of the paper."""
     config = default_config()
     data = dataclasses.replace(
         DataOptions.from_config(config.data),
         frames=frames,
-        size=SIZE,
+        size=_SIZE,
         channels="rgb",
-        stride=max(count // 5 // max(frames, 1), 1),
+        stride=max(open_media(path).count // 5 // max(frames, 1), 1),
         mean=(0.45,) * 3,
-        workers=2,
     )
     augment = dataclasses.replace(
         AugmentOptions.from_config(config.augment),
@@ -80,8 +67,8 @@ def make_reader(path: str, frames: int, randaugment: str) -> Reader:
     return Reader(Index("", [Entry(os.path.abspath(path), "0")] * 1000, ("0",)), data, augment, seed=0)
 
 
-def time_stages(reader: Reader, examples: int) -> dict[str, list[float]]:
-    """Return the seconds of opening, decoding and augmenting, by example."""
+def _report_stages(name: str, reader: Reader, examples: int) -> None:
+    """Time opening, decoding and augmentation, and print their medians."""
     stages: dict[str, list[float]] = {"open and index": [], "decode": [], "augment and crop": []}
     for number in range(examples):
         times = [time.perf_counter()]
@@ -92,13 +79,17 @@ def time_stages(reader: Reader, examples: int) -> dict[str, list[float]]:
         times.append(time.perf_counter())
         reader.transform(clip, reader.generator(2, 0, number, 0))
         times.append(time.perf_counter())
-        for name, begin, end in zip(stages, times, times[1:], strict=False):
-            stages[name].append(end - begin)
-    return stages
+        for seconds, begin, end in zip(stages.values(), times, times[1:], strict=False):
+            seconds.append(end - begin)
+    total = statistics.median(map(sum, zip(*stages.values(), strict=True)))
+    parts = ", ".join(
+        f"{stage} {1000 * statistics.median(seconds):.1f} ms" for stage, seconds in stages.items()
+    )
+    print(f"{name}: {1 / total:.1f} per second on one core ({parts})", flush=True)
 
 
-def plain_loop(path: str, reader: Reader, number: int) -> np.ndarray:
-    """Decode and convert every frame, then select, as users do."""
+def _decode_all(path: str, reader: Reader, number: int) -> np.ndarray:
+    """Decode and convert every frame, then select: the plain loop."""
     with av.open(path) as container:
         pictures = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     picked = reader.frames(len(pictures), reader.generator(1, 0, number))
@@ -109,16 +100,16 @@ def compare_decoding(path: str, clips: int) -> tuple[float, float]:
     """Return the median seconds per clip of `Reader` and of the plain loop, in alternation.
 
     Raises:
-      RuntimeError: their frames differ in a bit.
+      RuntimeError: their frames are not equal.
     """
-    reader = make_reader(path, FRAMES, "")
+    reader = _make_reader(path, _FRAMES)
     reader_seconds, plain_seconds = [], []
     for number in range(clips):
         begin = time.perf_counter()
         media, _ = reader.source.open(number)
         (clip,) = reader.decode(media, [reader.frames(media.count, reader.generator(1, 0, number))])
         middle = time.perf_counter()
-        other = plain_loop(path, reader, number)
+        other = _decode_all(path, reader, number)
         reader_seconds.append(middle - begin)
         plain_seconds.append(time.perf_counter() - middle)
         if not np.array_equal(clip, other):
@@ -126,88 +117,43 @@ def compare_decoding(path: str, clips: int) -> tuple[float, float]:
     return statistics.median(reader_seconds), statistics.median(plain_seconds)
 
 
-def report_stages(name: str, stages: dict[str, list[float]]) -> None:
-    """Print the medians of `time_stages`."""
-    medians = {stage: statistics.median(seconds) for stage, seconds in stages.items()}
-    total = statistics.median(map(sum, zip(*stages.values(), strict=True)))
-    parts = ", ".join(f"{stage} {1000 * seconds:.1f} ms" for stage, seconds in medians.items())
-    print(f"{name}: {1 / total:.1f} per second on one core ({parts})", flush=True)
+def _report_decoding(path: str, clips: int) -> None:
+    seconds, plain = compare_decoding(path, clips)
+    with av.open(path) as container:
+        duration = (container.duration or 1) / av.time_base
+    print(
+        f"{os.path.basename(path)}, {8e-3 * os.path.getsize(path) / duration:.0f} kbit/s:"
+        f" decoding {1000 * seconds:.1f} ms per clip,"
+        f" plain loop {1000 * plain:.1f} ms ({plain / seconds:.1f} times)",
+        flush=True,
+    )
 
 
-def resident_mb() -> float:
-    """Return the resident memory of this process and its children in MB; shared pages count in each."""
-    pages = 0
-    for pid in [os.getpid(), *_children(os.getpid())]:
-        with contextlib.suppress(OSError):
-            pages += int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+def run(video: str, image: str, clips: int) -> None:
+    """Print the speed of reading a video and an image.
 
-
-def _children(parent: int) -> list[int]:
-    found = []
-    for entry in os.listdir("/proc"):
-        with contextlib.suppress(OSError, ValueError):
-            stat = Path(f"/proc/{int(entry)}/stat").read_text()
-            if int(stat.rsplit(")", 1)[1].split()[1]) == parent:
-                found += [int(entry), *_children(int(entry))]
-    return found
-
-
-def report_memory(path: str, clips: int) -> None:
-    """Read clips with two workers and print the growth of memory over the last three quarters."""
-    reader, batch = make_reader(path, FRAMES, "rand-m7-n4-mstd0.5-inc1"), 4
-    marks: dict[int, float] = {}
-    stream = train_batches(reader, batch, start_step=0)
-    with contextlib.closing(stream):
-        for step in range(1, clips // batch + 1):
-            next(stream)
-            if step * batch in (clips // 4, clips // 2, 3 * clips // 4, clips):
-                marks[step * batch] = resident_mb()
-                print(f"resident memory after {step * batch} clips: {marks[step * batch]:.0f} MB", flush=True)
-    growth = marks[max(marks)] - marks[min(marks)]
-    print(f"growth from clip {min(marks)} to clip {max(marks)}: {growth:+.1f} MB", flush=True)
-
-
-def run(video: str, image: str, clips: int, memory: int) -> None:
-    """Print all measurements of `structvit bench input`.
+    Args:
+      video, image: files; "" generates them.
+      clips: how many clips to read for each figure.
 
     Raises:
-      UserError: a file that cannot be read, or too few clips to see memory grow.
+      UserError: a file that cannot be read.
     """
-    if memory and memory < _MIN_CLIPS:
-        raise UserError(f"--memory={memory}: it takes 0 or at least {_MIN_CLIPS} clips")
     configure_decoding()
-    try:
-        measure(video, image, clips, memory)
-    except DecodeError as error:
-        raise UserError(f"{' or '.join(filter(None, (video, image)))} cannot be read: {error}") from error
-
-
-def measure(video: str, image: str, clips: int, memory: int) -> None:
-    """Print all measurements, of the given files or of generated ones.
-
-    Raises:
-      DecodeError: a file cannot be read.
-    """
     with tempfile.TemporaryDirectory() as folder:
-        videos = [video]
+        videos, picture = [video], image or os.path.join(folder, "image.jpg")
         if not video:
-            videos = [os.path.join(folder, f"key_frame_every_{interval}.mp4") for interval in (30, 60, 250)]
-            for path, interval in zip(videos, (30, 60, 250), strict=True):
+            names = {f"key_frame_every_{interval}.mp4": interval for interval in _KEY_INTERVALS}
+            videos = [os.path.join(folder, name) for name in names]
+            for path, interval in zip(videos, names.values(), strict=True):
                 write_video(path, interval)
-        for path in videos:
-            seconds, plain = compare_decoding(path, clips)
-            rate = 8e-3 * os.path.getsize(path) / seconds_of(path)
-            print(
-                f"{os.path.basename(path)}, {rate:.0f} kbit/s: decoding {1000 * seconds:.1f} ms per clip,"
-                f" plain loop {1000 * plain:.1f} ms ({plain / seconds:.1f} times)",
-                flush=True,
-            )
-        reader = make_reader(videos[-1], FRAMES, "rand-m7-n4-mstd0.5-inc1")
-        report_stages("clips", time_stages(reader, clips))
-        picture = image or os.path.join(folder, "image.jpg")
         if not image:
-            write_image(picture)
-        report_stages("images", time_stages(make_reader(picture, 0, "rand-m9-mstd0.5-inc1"), 5 * clips))
-        if memory:
-            report_memory(videos[-1], memory)
+            _write_image(picture)
+        try:
+            for path in videos:
+                _report_decoding(path, clips)
+            reader = _make_reader(videos[-1], _FRAMES, "rand-m7-n4-mstd0.5-inc1")
+            _report_stages("clips", reader, clips)
+            _report_stages("images", _make_reader(picture, 0, "rand-m9-mstd0.5-inc1"), 5 * clips)
+        except DecodeError as error:
+            raise UserError(f"{' or '.join(filter(None, (video, image)))} cannot be read: {error}") from error

@@ -6,7 +6,6 @@ its numbers needs a GPU, is skipped without, and has run on an H100.
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,6 @@ from structvit_jax.ops import kernels, use_kernels
 from structvit_jax.ops.attention import attention
 from structvit_jax.ops.kernels import attention_tpu, native
 from structvit_jax.ops.kernels.attention_blocks import attention_in_blocks
-from structvit_jax.performance.cost import count_flops
 from structvit_jax.runtime.mesh import make_mesh
 
 # batch, queries, keys, heads, channels: odd sizes, and the smallest grid of the networks; and the bytes of
@@ -139,7 +137,6 @@ def test_native_at_sizes_of_its_own(shape):
     assert_close(ours, value_and_grads(definition, *args), 1e-5)
     again = jax.jit(cpp)(*args)
     assert all((a == b).all() for a, b in zip(ours, again, strict=True))
-    assert count_flops(jax.make_jaxpr(cpp)(*args)) == (2 + 5) * 2 * math.prod(shape)
 
 
 @needs_compiler
@@ -187,8 +184,6 @@ def test_cudnn_is_what_gpus_get(gpu, queries, keys):
     half = traced(jnp.bfloat16)
     text = half.lower().compile().as_text()
     assert "__cudnn$fmhaSoftmax" in text and "__cudnn$fmhaSoftmaxBackward" in text
-    pairs = (queries + queries % 2) * (keys + keys % 2)
-    assert count_flops(half.jaxpr) == (2 + 5) * 2 * pairs * 2 * 3 * 64
     for others in traced(jnp.float32), traced(jnp.bfloat16, channels=12):
         assert "__cudnn$fmha" not in others.lower().as_text()
 

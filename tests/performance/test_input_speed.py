@@ -11,7 +11,7 @@ from structvit_jax.performance import input_speed
 def test_it_runs(tmp_path, capsys):
     video = str(tmp_path / "video.mp4")
     input_speed.write_video(video, key_interval=60)
-    structvit("bench", "input", f"--video={video}", "--clips=3", "--memory=16")
+    structvit("bench", "input", f"--video={video}", "--clips=3")
     out = capsys.readouterr().out
     assert re.search(
         r"video.mp4, \d+ kbit/s: decoding [\d.]+ ms per clip, plain loop [\d.]+ ms \([\d.]+ times\)", out
@@ -19,8 +19,6 @@ def test_it_runs(tmp_path, capsys):
     for name in ("clips", "images"):
         stages = r"open and index [\d.]+ ms, decode [\d.]+ ms, augment and crop [\d.]+ ms"
         assert re.search(rf"{name}: [\d.]+ per second on one core \({stages}\)", out)
-    assert len(re.findall(r"resident memory after \d+ clips: \d+ MB", out)) == 4
-    assert "growth from clip 4 to clip 16:" in out
 
 
 def test_frames_agree_with_the_plain_loop(tmp_path, monkeypatch):

@@ -44,7 +44,7 @@ _SAMPLE = (  # runs in seconds and needs no trained model
     "flags: main: --mode=nonsense",
     "flags: structvit: *",
     "flags: prepare shards: --shards=-1",
-    "flags: plan --program: --trips=x=9*",
+    "flags: plan --program: --parts=x",
     "flags: motion: help",
     "places: prepare to <here>/file/x",
     "places: predict of /dev/null/x",

@@ -175,28 +175,6 @@ def doubling(x):
     return pl.pallas_call(kernel, grid=(4, 2), in_specs=[spec], out_specs=spec, out_shape=shape)(x)
 
 
-def choosing(order, x):
-    """A kernel that copies x depending on a value that it reads."""
-    from jax.experimental import pallas as pl
-    from jax.experimental.pallas import tpu as pltpu
-
-    def kernel(order_ref, hbm_ref, out_ref, semaphore):
-        @pl.when(order_ref[0] > 0)
-        def _():
-            copy = pltpu.make_async_copy(hbm_ref, out_ref, semaphore)
-            copy.start()
-            copy.wait()
-
-    spaces = [pl.BlockSpec(memory_space=space) for space in (pltpu.SMEM, pl.ANY)]
-    return pl.pallas_call(
-        kernel,
-        in_specs=spaces,
-        out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
-        scratch_shapes=[pltpu.SemaphoreType.DMA],
-        name="choosing",
-    )(order, x)
-
-
 def collectives(x):
     """x is split over both axes; each collective runs over the four devices of the second."""
     return (
@@ -239,7 +217,6 @@ PROGRAMS = {
     "kernel": (multiply, FACTORS, ()),
     "kernel_lies": (partial(multiply, cost=7), FACTORS, ()),
     "kernel_edges": (doubling, (array(1000, 512),), ()),
-    "kernel_chooses": (choosing, (INT(8), array(1024, 512)), ()),
     "kernel_copies": (copying, (INT(8), array(1024, 512)), ()),
 }
 # Programs for eight chips, 2 x 4: function, arguments, their partitions.

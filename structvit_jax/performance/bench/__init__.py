@@ -1,17 +1,16 @@
-"""Time a configuration against this machine's peak rates and against PyTorch: `structvit bench model`.
+"""Time a model against this machine's peak rates and against PyTorch: `structvit bench model`.
 
 The forward pass and the train step are timed, then the parts of the model, each forward alone and with its
 gradients. All are compared with two lower bounds: operations at the measured rate of matrix products, and
-bytes at the measured rate of copies. Calls that are compared alternate within one run, and medians are
-reported, since machines are noisy.
+bytes at the measured rate of copies. Machines are noisy, so calls that are compared alternate within one run,
+and medians are reported.
 """
 
 from __future__ import annotations
 
 import datetime
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -31,82 +30,69 @@ from structvit_jax.runtime.processes import log
 from structvit_jax.training.learner import Learner
 from structvit_jax.utils.errors import UserError
 
-_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}  # of logits to the peer's, relative to the largest
+_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}  # between logits, relative to the largest
 
 
-class Request(NamedTuple):
-    """What to time."""
+def run(
+    config: ml_collections.ConfigDict,
+    data: Dataset,
+    workdir: epath.Path,
+    *,
+    only: str = "",
+    rounds: int = 5,
+    peer: str | None = None,
+) -> None:
+    """Time a model, print the results and write WORKDIR/bench.md, bench.json and bench.png.
 
-    only: str = ""  # patterns of names, as "model" or "blocks1.*,*.attend"; "" is all
-    rounds: int = 5  # measurements of each part; their median is reported
-    peer: str | None = None  # "torch" compares with extras/structvit_torch.py
-
-
-def run(config: ml_collections.ConfigDict, data: Dataset, workdir: epath.Path, request: Request) -> None:
-    """Time a configuration, print the results and write WORKDIR/bench.md, bench.png and bench.json.
+    Args:
+      config, data, workdir: of the model, its inputs and the results.
+      only: patterns of names to time, as "model" or "blocks1.*,*.attend"; by default all.
+      rounds: measurements of each part.
+      peer: "torch" compares with extras/structvit_torch.py.
 
     Raises:
-      UserError: several devices, no part that matches `request.only`, a model that PyTorch's file does not
-        have, or logits that differ from PyTorch's.
+      UserError: several devices, a pattern that matches nothing, a model that the PyTorch file does not
+        implement, or logits that differ from PyTorch's.
     """
     if jax.device_count() > 1:
         raise UserError(f"structvit bench measures one device; there are {jax.device_count()} here")
     learner = Learner.create(config, data)
     shape = (config.data.batch_size, *data.shape)
-    parts = list(parts_of(learner.model, shape))
+    parts = parts_of(learner.model, shape)
     names = ["model", *(part.name for part in parts)]
     complaint = f"--only: nothing is named {{}}; there are {', '.join(names)}"
-    wanted = matching(request.only or "*", names, complaint)
-    peer = TorchPeer(learner.model) if request.peer else None
+    wanted = matching(only or "*", names, complaint)
+    torch_peer = TorchPeer(learner.model) if peer else None
     dtype = learner.model.variant.dtype
-    rates = measure_rates(dtype, request.rounds)
+    rates = measure_rates(dtype, rounds)
     header = (
         f"{config.model.name}, batch {'x'.join(map(str, shape))}, {dtype};"
-        f" {summary.machine(bool(request.peer))}; {datetime.date.today()}. Here matrix products reach"
-        f" {rates.operations / 1e9:.4g} G operations/s"
-        f" and copies {rates.bytes / 1e9:.4g} GB/s. Medians of {request.rounds} rounds."
+        f" {summary.machine(with_torch=bool(peer))}; {datetime.date.today()}. Peak rates, measured here:"
+        f" {rates.operations / 1e9:.4g} G operations/s in matrix products, {rates.bytes / 1e9:.4g} GB/s in"
+        f" copies. Medians of {rounds} rounds."
     )
     log(header)
     rows = []
-    wanted_parts = [part for part in parts if part.name in wanted]
-    for row in _rows(learner, data, wanted_parts, "model" in wanted, shape, peer, request.rounds):
+
+    def add(row: Row) -> None:
         rows.append(row)
         log(summary.line(row, rates))
+
+    if "model" in wanted:
+        for row in _time_model(learner, data, shape, torch_peer, rounds):
+            add(row)
+    for part in parts:
+        if part.name in wanted:
+            for phase in PHASES:
+                add(_time_part(part, phase, torch_peer, rounds))
     summary.write(rows, rates, header, workdir)
     log(f"{workdir / 'bench.md'}, bench.json" + ", bench.png" * any(not row.samples for row in rows))
 
 
-def _rows(
-    learner: Learner,
-    data: Dataset,
-    parts: Sequence[Part],
-    with_model: bool,
-    shape: tuple[int, ...],
-    peer: TorchPeer | None,
-    rounds: int,
-) -> Iterator[Row]:
-    """Time the forward pass and the train step of the model, if it is wanted, and then its parts."""
-    if with_model:
-        yield from _model_rows(learner, data, shape, peer, rounds)
-    for part in parts:
-        for phase in PHASES:
-            function: Callable[..., Any] = part.forward
-            arguments: tuple[Any, ...] = (part.weights, part.inputs())
-            if phase == "train":
-                function = part.gradients
-                arguments = (*arguments, jnp.ones(part.output.shape, part.output.dtype))
-            compiled = jax.jit(function).lower(*arguments).compile()
-            calls = {"": Call(functools.partial(compiled, *arguments))}
-            if peer:
-                calls |= peer.part(part, backward=phase == "train")
-            times = alternate(calls, rounds)
-            operations, moved = part.lower_bounds()[phase]
-            yield Row(part.name, phase, times.pop(""), operations, moved, times, times=part.times)
-
-
-def _model_rows(
+def _time_model(
     learner: Learner, data: Dataset, shape: tuple[int, ...], peer: TorchPeer | None, rounds: int
 ) -> Iterator[Row]:
+    """Time the forward pass and the train step."""
     config, samples = learner.config, shape[0]
     arguments = model_arguments(config)
     macs = cost(arguments.pop("name"), shape[1:], len(data.class_names), **arguments).macs
@@ -117,11 +103,30 @@ def _model_rows(
         if phase == "forward":
             _check_logits(program.call, peers, learner.model.variant.dtype)
         times = alternate({"": program.call, **peers}, rounds)
-        operations = 2 * macs * samples * (3 if phase == "train" else 1)
         yield Row(
-            config.model.name, phase, times.pop(""), operations, program.moved, times,
-            samples=samples, memory=program.memory, compiling=program.compiling, first=program.first,
-        )  # fmt: skip
+            name=config.model.name,
+            phase=phase,
+            ours=times.pop(""),
+            operations=2 * macs * samples * (3 if phase == "train" else 1),
+            bytes=program.moved,
+            peers=times,
+            samples=samples,
+            memory=program.memory,
+            compiling=program.compiling,
+            first=program.first,
+        )
+
+
+def _time_part(part: Part, phase: str, peer: TorchPeer | None, rounds: int) -> Row:
+    is_train = phase == "train"
+    arguments = [part.weights, part.inputs()]
+    if is_train:
+        arguments.append(jnp.ones(part.output.shape, part.output.dtype))
+    compiled = jax.jit(part.gradients if is_train else part.forward).lower(*arguments).compile()
+    peers = peer.part(part, backward=is_train) if peer else {}
+    times = alternate({"": Call(functools.partial(compiled, *arguments)), **peers}, rounds)
+    operations, moved = part.lower_bounds()[phase]
+    return Row(part.name, phase, times.pop(""), operations, moved, times, part.times)
 
 
 def _check_logits(call: Call, peers: Mapping[str, Call], dtype: str) -> None:
@@ -130,6 +135,7 @@ def _check_logits(call: Call, peers: Mapping[str, Call], dtype: str) -> None:
     for variant, peer in peers.items():
         others = peer.run().float().cpu().numpy()
         error = np.abs(logits - others).max() / np.abs(others).max()
+        difference = f"logits differ from PyTorch's ({variant}) by {error:.2g} of the largest"
         if not error < _TOLERANCE[dtype]:
-            raise UserError(f"logits differ from PyTorch's ({variant}) by {error:.2g} of the largest")
-        log(f"logits differ from PyTorch's ({variant}) by {error:.1e} of the largest")
+            raise UserError(difference)
+        log(difference)

@@ -1,4 +1,4 @@
-"""What is timed: forward pass and train step as compiled, and the parts of a model as single functions."""
+"""What is timed: the compiled forward pass and train step, and the parts of a model as single functions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from structvit_jax.data import Dataset
 from structvit_jax.models import Network, StructAttention
 from structvit_jax.models.blocks import Block, ConvMixer
 from structvit_jax.models.weights import split
-from structvit_jax.ops import convolve_structure
+from structvit_jax.ops import convolve_structure, use_kernels
 from structvit_jax.ops.attention import attention
 from structvit_jax.performance import traffic
 from structvit_jax.performance.bench.timing import Call
@@ -28,6 +28,8 @@ from structvit_jax.training.compilation import memory_of, trace_train_step
 from structvit_jax.training.learner import Learner
 from structvit_jax.utils.errors import UserError
 
+_Shape = tuple[int, ...]
+
 
 @dataclasses.dataclass(frozen=True)
 class Program:
@@ -35,13 +37,13 @@ class Program:
 
     call: Call
     compiling: float  # seconds
-    first: float  # seconds of its first call, which on a GPU can take as long again
-    memory: float  # bytes: arguments, results and temporaries
-    moved: float  # bytes from and to memory; 0 if the counter cannot read the program
+    first: float  # seconds of the first call; on a GPU it can take as long as compilation
+    memory: float  # bytes of arguments, results and temporaries
+    moved: float  # bytes from and to memory; 0 if the program cannot be counted
 
 
 def forward_program(learner: Learner, inputs: jax.Array) -> Program:
-    """Compile the logits of normalised inputs, in evaluation mode."""
+    """Compile the forward pass on normalised inputs, in evaluation mode."""
     structure, weights = split(learner.model)
     traced = jax.jit(lambda weights, x: structure.model(weights)(x)).trace(weights, inputs)
     return _compile(traced, lambda compiled: lambda: compiled(weights, inputs))
@@ -50,49 +52,48 @@ def forward_program(learner: Learner, inputs: jax.Array) -> Program:
 def train_program(learner: Learner, data: Dataset) -> Program:
     """Compile the train step of `structvit train`; its calls repeat one batch."""
 
-    def start(compiled: jax.stages.Compiled) -> Callable[[], Any]:
+    def make_run(compiled: jax.stages.Compiled) -> Callable[[], Any]:
         rows = learner.config.data.batch_size
         batch = put_batch(learner.mesh, next(iter(data.train_batches(rows, start_step=0))))
         state = learner.init_state(split(learner.model)[1])
 
-        def step() -> Any:
+        def run() -> Any:
             nonlocal state
             state, metrics = compiled(state, batch)
             return metrics
 
-        return step
+        return run
 
-    return _compile(trace_train_step(learner, learner.abstract_state()), start)
+    return _compile(trace_train_step(learner, learner.abstract_state()), make_run)
 
 
-def _compile(traced: jax.stages.Traced, start: Callable[[jax.stages.Compiled], Callable[[], Any]]) -> Program:
+def _compile(
+    traced: jax.stages.Traced, make_run: Callable[[jax.stages.Compiled], Callable[[], Any]]
+) -> Program:
     begin = time.perf_counter()
     compiled = traced.lower().compile()
-    seconds = time.perf_counter() - begin
+    compiling = time.perf_counter() - begin
     try:
-        moved = traffic.count(compiled.as_text(), unknown=1).hbm
+        moved = traffic.count(compiled.as_text()).hbm
     except UserError:
         moved = 0.0
-    call = Call(start(compiled))
+    call = Call(make_run(compiled))
     begin = time.perf_counter()
     call.wait(call.run())
-    return Program(call, seconds, time.perf_counter() - begin, memory_of(compiled), moved)
-
-
-Shape = tuple[int, ...]
+    return Program(call, compiling, time.perf_counter() - begin, memory_of(compiled), moved)
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A function that a model in training calls `times` times on inputs of the same shapes."""
+    """A function that a model in training calls `times` times, on inputs of the same shapes."""
 
     name: str  # as "blocks3.mixer"
     times: int
     function: Callable[..., jax.Array]  # (weights, *inputs) -> output
     weights: Any  # a pytree of arrays
-    shapes: Sequence[Shape]  # of the inputs
+    shapes: Sequence[_Shape]  # of the inputs
     dtype: str
-    inner: bool = False  # whether it lies inside another part
+    inner: bool = False  # whether another part contains it
 
     def inputs(self) -> list[jax.Array]:
         rng = np.random.default_rng(0)
@@ -103,68 +104,75 @@ class Part:
 
     def gradients(self, weights: Any, inputs: list[jax.Array], cotangent: jax.Array) -> Any:
         """Return the output, and the gradients of weights and inputs."""
-        output, pull = jax.vjp(self.forward, weights, inputs)
-        return output, pull(cotangent)
+        output, pullback = jax.vjp(self.forward, weights, inputs)
+        return output, pullback(cotangent)
 
     @property
     def output(self) -> jax.ShapeDtypeStruct:
-        return jax.eval_shape(self.forward, self.weights, self._abstract())
+        return jax.eval_shape(self.forward, self.weights, self._abstract_inputs())
 
     def lower_bounds(self) -> dict[str, tuple[float, float]]:
-        """Return the operations and bytes that "forward" and "train" (forward and backward) need at least.
+        """Return the least operations and bytes of "forward" and "train" (forward and backward).
 
-        Products count once, with gradients three times. Inputs, weights and outputs are read or written once,
-        intermediate arrays never.
+        The backward pass takes twice the operations of the forward pass. Inputs, weights and outputs are read
+        or written once, intermediate arrays never.
         """
-        operations = count_flops(jax.make_jaxpr(self.forward)(self.weights, self._abstract()))
-        given = sum(map(_bytes, (*jax.tree.leaves(self.weights), *self._abstract())))
-        made = _bytes(self.output)
-        # backward: read weights, inputs and a cotangent like the output, write gradients of the first two
-        return {"forward": (operations, given + made), "train": (3 * operations, 3 * given + 2 * made)}
+        inputs = self._abstract_inputs()
+        with use_kernels("reference"):
+            operations = count_flops(jax.make_jaxpr(self.forward)(self.weights, inputs))
+        read = sum(map(_nbytes, (*jax.tree.leaves(self.weights), *inputs)))
+        written = _nbytes(self.output)
+        # The backward pass reads weights, inputs and the output's gradient, and writes the other gradients.
+        return {
+            "forward": (operations, read + written),
+            "train": (3 * operations, 3 * read + 2 * written),
+        }
 
-    def _abstract(self) -> list[jax.ShapeDtypeStruct]:
+    def _abstract_inputs(self) -> list[jax.ShapeDtypeStruct]:
         return [jax.ShapeDtypeStruct(shape, self.dtype) for shape in self.shapes]
 
 
-def _bytes(x: jax.Array | jax.ShapeDtypeStruct) -> int:
+def _nbytes(x: jax.Array | jax.ShapeDtypeStruct) -> int:
     return math.prod(x.shape) * x.dtype.itemsize
 
 
-def parts_of(model: Network, shape: Shape) -> Iterator[Part]:
-    """Yield the parts of a model for inputs [batch, *grid, 3].
+def parts_of(model: Network, shape: _Shape) -> list[Part]:
+    """Return the parts of a model for inputs [batch, *grid, 3].
 
-    Those are its embeddings and, of each stage, position, mixer and mlp of the equal blocks. Inside the mixer
-    lie the depthwise convolution, the convolution of keys (that of values is equal) and attention.
+    These are the embeddings, and position, mixer and MLP of one block of each stage. The depthwise
+    convolution, the convolution of keys (that of values is equal) and attention are inner parts of the mixer.
     """
     dtype = model.variant.dtype
     maps = jax.eval_shape(model.features, jax.ShapeDtypeStruct(shape, jnp.float32))
     stages = ("1", "2", "3", "4") if model.variant.network == "uniformer" else ("",)
     shapes = [shape, *(x.shape for x in maps)]
+    parts = []
     for stage, (before, after) in zip(stages, itertools.pairwise(shapes), strict=False):
-        embed = f"patch_embed{stage}"
-        yield Part(embed, 1, *_in_training(getattr(model, embed), _call), [before], dtype)
-        yield from _block_parts(f"blocks{stage}", getattr(model, f"blocks{stage}"), after, dtype)
+        name = f"patch_embed{stage}"
+        parts.append(Part(name, 1, *_in_training(getattr(model, name)), [before], dtype))
+        parts += _block_parts(f"blocks{stage}", getattr(model, f"blocks{stage}"), after, dtype)
+    return parts
 
 
-def _block_parts(row: str, blocks: Sequence[Block], shape: Shape, dtype: str) -> Iterator[Part]:
+def _block_parts(name: str, blocks: Sequence[Block], shape: _Shape, dtype: str) -> Iterator[Part]:
     block, times = blocks[0], len(blocks)
 
-    def part(name: str, module: nnx.Module, method: Callable = _call, inner: bool = False) -> Part:
-        return Part(f"{row}.{name}", times, *_in_training(module, method), [shape], dtype, inner)
+    def part(suffix: str, module: nnx.Module, method: str = "__call__", inner: bool = False) -> Part:
+        return Part(f"{name}.{suffix}", times, *_in_training(module, method), [shape], dtype, inner)
 
     if block.pos_embed is not None:
-        yield part("position", block, Block.add_position)
+        yield part("position", block, "add_position")
         yield part("position.depthwise", block.pos_embed, inner=True)
-    yield part("mixer", block, Block.add_mixer)
+    yield part("mixer", block, "add_mixer")
     if isinstance(block.attn, ConvMixer):
         yield part("mixer.depthwise", block.attn.depthwise, inner=True)
     elif isinstance(block.attn, StructAttention):
-        yield from _attention_parts(f"{row}.mixer", block.attn, shape, dtype, times)
-    yield part("mlp", block, Block.add_mlp)
+        yield from _attention_parts(f"{name}.mixer", block.attn, shape, dtype, times)
+    yield part("mlp", block, "add_mlp")
 
 
 def _attention_parts(
-    name: str, layer: StructAttention, shape: Shape, dtype: str, times: int
+    name: str, layer: StructAttention, shape: _Shape, dtype: str, times: int
 ) -> Iterator[Part]:
     batch, *grid, width = shape
     heads = (layer.heads, width // layer.heads)
@@ -182,13 +190,13 @@ def _attention_parts(
     yield Part(f"{name}.attend", times, lambda _, *qkv: attention(*qkv), (), shapes, dtype, inner=True)
 
 
-def _call(layer: Any, x: jax.Array) -> jax.Array:
-    return layer(x)
-
-
-def _in_training(module: nnx.Module, method: Callable) -> tuple[Callable[..., jax.Array], nnx.State]:
+def _in_training(module: nnx.Module, method: str = "__call__") -> tuple[Callable[..., jax.Array], nnx.State]:
     """Return a method of a module in training mode as a function of its weights, and the weights."""
     module.train()
-    graphdef, *(weights, rest) = nnx.split(module, nnx.Param, nnx.BatchStat)
+    graphdef, *(weights, stats) = nnx.split(module, nnx.Param, nnx.BatchStat)
     module.eval()
-    return lambda weights, x: method(nnx.merge(graphdef, weights, rest, copy=True), x), weights
+
+    def function(weights: nnx.State, x: jax.Array) -> jax.Array:
+        return getattr(nnx.merge(graphdef, weights, stats, copy=True), method)(x)
+
+    return function, weights

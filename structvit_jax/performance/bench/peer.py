@@ -7,7 +7,7 @@ import functools
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,11 @@ _FILE = Path(__file__).parents[3] / "extras" / "structvit_torch.py"
 class TorchPeer:
     """A PyTorch model with the same weights on the same device, in several variants.
 
-    Variants are contiguous, channels last, and the faster of the two compiled, if torch.compile works and
-    TORCHDYNAMO_DISABLE=1 does not switch it off. bfloat16 runs under autocast.
+    The variants are the memory formats contiguous and channels last, and the faster of these compiled, unless
+    torch.compile fails or TORCHDYNAMO_DISABLE=1 is set. bfloat16 runs under autocast.
 
     Raises:
-      UserError: PyTorch or the file is missing, or the file has no such model.
+      UserError: PyTorch or the file is missing, or the file does not implement this model.
     """
 
     def __init__(self, model: Network):
@@ -55,29 +55,29 @@ class TorchPeer:
         except RuntimeError as error:
             reason = " ".join(str(error).split())
             raise UserError(f"--peer=torch: {_FILE.name} has no such model: {reason}") from error
-        torch.backends.cudnn.benchmark = True  # let cuDNN search for its fastest algorithms, as trainers do
-        self._torch, self._half = torch, v.dtype == "bfloat16"
+        torch.backends.cudnn.benchmark = True  # cuDNN searches for its fastest algorithms
+        self._torch, self._bfloat16 = torch, v.dtype == "bfloat16"
         self._device = torch.device("cuda" if on_gpu else "cpu")
-        last = torch.channels_last_3d if v.video else torch.channels_last
         network = network.to(self._device)
         self._networks = {"contiguous": network, "channels last": copy.deepcopy(network).channels_last()}
-        self._layouts = {"contiguous": torch.contiguous_format, "channels last": last}
+        channels_last = torch.channels_last_3d if v.video else torch.channels_last
+        self._formats = {"contiguous": torch.contiguous_format, "channels last": channels_last}
 
     def forward(self, inputs: jax.Array) -> dict[str, Call]:
         """Return calls that compute logits in evaluation mode, by variant."""
 
-        def make(network: Any, apply: Callable, x: Any) -> Callable[[], Any]:
+        def make_run(network: Any, apply: Callable, x: Any) -> Callable[[], Any]:
             network.eval()
             return lambda: apply(x)
 
-        return self._variants(make, inputs, self._torch.inference_mode)
+        return self._variants(make_run, inputs, self._torch.inference_mode)
 
     def train(self, inputs: jax.Array) -> dict[str, Call]:
-        """Return calls that take a step of fused AdamW on normalised inputs of one class, by variant."""
+        """Return calls that take a step of fused AdamW on normalised inputs of class 0, by variant."""
         torch = self._torch
         labels = torch.zeros(len(inputs), dtype=torch.long, device=self._device)
 
-        def make(network: Any, apply: Callable, x: Any) -> Callable[[], None]:
+        def make_run(network: Any, apply: Callable, x: Any) -> Callable[[], None]:
             optimizer = torch.optim.AdamW(network.train().parameters(), lr=1e-4, fused=True)
 
             def run() -> None:
@@ -88,46 +88,41 @@ class TorchPeer:
 
             return run
 
-        return self._variants(make, inputs, torch.enable_grad)
+        return self._variants(make_run, inputs, torch.enable_grad)
 
     def part(self, part: Part, *, backward: bool) -> dict[str, Call]:
-        """Return calls of one part of the model, by variant."""
-        calls = {}
+        """Return calls of one part of the model, by variant; with `backward` also of its gradients."""
+        torch, calls = self._torch, {}
         for variant, network in self._networks.items():
             function, arrange = self._function(network.train(), part)
-            dtype = self._torch.bfloat16 if self._half else self._torch.float32
+            dtype = torch.bfloat16 if self._bfloat16 else torch.float32
             inputs = [arrange(self._tensor(x).to(dtype)).contiguous() for x in part.inputs()]
             if inputs[0].ndim > 3 and not part.name.endswith("attend"):
-                inputs = [x.contiguous(memory_format=self._layouts[variant]) for x in inputs]
+                inputs = [x.contiguous(memory_format=self._formats[variant]) for x in inputs]
             if backward:
-                calls[variant] = self._with_gradients(network, function, inputs)
+                inputs = [x.requires_grad_() for x in inputs]
+                run = functools.partial(self._gradients, function, inputs, [*inputs, *network.parameters()])
+                calls[variant] = self._call(run, torch.enable_grad)
             else:
-                calls[variant] = self._call(functools.partial(function, *inputs), self._torch.inference_mode)
+                calls[variant] = self._call(functools.partial(function, *inputs), torch.inference_mode)
         return calls
 
-    def _with_gradients(self, network: Any, function: Callable, inputs: Sequence[Any]) -> Call:
-        inputs = [x.requires_grad_() for x in inputs]
-        wanted = [*inputs, *network.parameters()]
-
-        def run() -> Any:
-            output = function(*inputs)
-            return self._torch.autograd.grad(output, wanted, self._torch.ones_like(output), allow_unused=True)
-
-        return self._call(run, self._torch.enable_grad)
+    def _gradients(self, function: Callable, inputs: list[Any], wanted: list[Any]) -> Any:
+        output = function(*inputs)
+        return self._torch.autograd.grad(output, wanted, self._torch.ones_like(output), allow_unused=True)
 
     def _function(self, network: Any, part: Part) -> tuple[Callable, Callable]:
-        """Return the part of this network, and the function that arranges its inputs."""
-        row, _, name = part.name.partition(".")
+        """Return the function of a part, and one that brings its inputs into PyTorch's order of axes."""
+        stage, _, name = part.name.partition(".")
         if not name:
-            return getattr(network, row), _channels_first
-        block = getattr(network, row)[0]
+            return getattr(network, stage), _channels_first
+        block = getattr(network, stage)[0]
         if name == "mixer.attend":
             attend = self._torch.nn.functional.scaled_dot_product_attention
             return attend, lambda x: x.transpose(1, 2)
         if name == "mixer.patterns":
-            grid = list(part.shapes[0][1:-2])
-            convolve, kernels = block.attn.convolve, block.attn.key_kernels
-            return lambda x: convolve(x, grid, kernels), lambda x: x.flatten(-2).flatten(1, -2)
+            grid, kernels = list(part.shapes[0][1:-2]), block.attn.key_kernels
+            return lambda x: block.attn.convolve(x, grid, kernels), lambda x: x.flatten(-2).flatten(1, -2)
         functions = {
             "position": block.add_position,
             "position.depthwise": block.pos_embed,
@@ -137,17 +132,18 @@ class TorchPeer:
         }
         return functions[name], _channels_first
 
-    def _variants(self, make: Callable, inputs: jax.Array, mode: Callable) -> dict[str, Call]:
+    def _variants(self, make_run: Callable, inputs: jax.Array, mode: Callable) -> dict[str, Call]:
         x = _channels_first(self._tensor(inputs))
-        calls = {}
-        laid = {variant: x.contiguous(memory_format=layout) for variant, layout in self._layouts.items()}
-        for variant, network in self._networks.items():
-            calls[variant] = self._call(make(network, network, laid[variant]), mode)
+        tensors = {variant: x.contiguous(memory_format=format_) for variant, format_ in self._formats.items()}
+        calls = {
+            variant: self._call(make_run(network, network, tensors[variant]), mode)
+            for variant, network in self._networks.items()
+        }
         if os.environ.get("TORCHDYNAMO_DISABLE") == "1":  # torch.compile would do nothing
             return calls
         faster = min(calls, key=lambda variant: calls[variant].seconds(1))
-        copied = copy.deepcopy(self._networks[faster])
-        compiled = self._call(make(copied, self._torch.compile(copied), laid[faster]), mode)
+        network = copy.deepcopy(self._networks[faster])
+        compiled = self._call(make_run(network, self._torch.compile(network), tensors[faster]), mode)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -157,12 +153,15 @@ class TorchPeer:
             return calls
         return {**calls, "compiled": compiled}
 
-    def _call(self, run: Callable, mode: Callable) -> Call:
-        def in_mode() -> Any:
-            with mode(), self._torch.autocast(self._device.type, self._torch.bfloat16, enabled=self._half):
+    def _call(self, run: Callable[[], Any], mode: Callable) -> Call:
+        def run_in_mode() -> Any:
+            with (
+                mode(),
+                self._torch.autocast(self._device.type, self._torch.bfloat16, enabled=self._bfloat16),
+            ):
                 return run()
 
-        return Call(in_mode, self._wait)
+        return Call(run_in_mode, self._wait)
 
     def _wait(self, _: Any) -> None:
         if self._device.type == "cuda":

@@ -13,12 +13,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-_MIN_SECONDS = 0.1  # a short call is repeated for at least this long in each round
+_MIN_SECONDS = 0.1  # short calls are repeated for at least this long in each round
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """Something to time: `run` may return before its work is done, `wait` waits for its result."""
+    """A function to time. `run` may return before its work is done; `wait` waits for its result."""
 
     run: Callable[[], Any]
     wait: Callable[[Any], Any] = jax.block_until_ready
@@ -26,7 +26,7 @@ class Call:
     def seconds(self, repeats: int) -> float:
         """Return the mean seconds of consecutive runs, after a warm-up run.
 
-        The warm-up fills the caches and lets spinning threads of other libraries go to sleep.
+        The warm-up fills the caches, and gives spinning threads of other libraries time to go to sleep.
         """
         self.wait(self.run())
         start = time.perf_counter()
@@ -57,7 +57,7 @@ class Times:
 
 
 def alternate(calls: Mapping[str, Call], rounds: int) -> dict[str, Times]:
-    """Time calls in alternation, so that what slows the machine down slows all of them."""
+    """Time calls in alternation, so that a slow phase of the machine affects all of them."""
     repeats = {name: max(1, math.ceil(_MIN_SECONDS / call.seconds(1))) for name, call in calls.items()}
     by_round = [{name: call.seconds(repeats[name]) for name, call in calls.items()} for _ in range(rounds)]
     return {name: Times(tuple(seconds[name] for seconds in by_round)) for name in calls}
@@ -65,27 +65,30 @@ def alternate(calls: Mapping[str, Call], rounds: int) -> dict[str, Times]:
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-    """Peak rates of one device, as measured."""
+    """Measured peak rates of one device."""
 
-    operations: float  # per second, of matrix products
-    bytes: float  # per second, read and written, of copies
+    operations: float  # per second, in matrix products
+    bytes: float  # per second, read and written, in copies
 
 
 def measure_rates(dtype: str, rounds: int) -> Rates:
-    """Measure the first device: the best rate of two sizes of products, and of an update in place."""
+    """Measure the first device: the faster of two sizes of matrix products, and an in-place update."""
     on_cpu = jax.default_backend() == "cpu"
-    products = []
+    operations = []
     for size in (1024, 2048) if on_cpu else (4096, 8192):
         a = jax.random.normal(jax.random.key(0), (size, size), dtype)
-        product = jax.jit(jnp.matmul).lower(a, a).compile()
-        times = alternate({"": Call(functools.partial(product, a, a))}, rounds)[""]
-        products.append(2 * size**3 / times.median)
+        matmul = jax.jit(jnp.matmul).lower(a, a).compile()
+        operations.append(2 * size**3 / _median_seconds(functools.partial(matmul, a, a), rounds))
     x = jnp.zeros(2**26 if on_cpu else 2**29, jnp.float32)
-    moved, step = 2 * x.nbytes, jax.jit(lambda x: x + 1, donate_argnums=0)
+    moved, increment = 2 * x.nbytes, jax.jit(lambda x: x + 1, donate_argnums=0)
 
     def update() -> jax.Array:  # in place: on CPUs new pages would cost more than writing to them
         nonlocal x
-        x = step(x)
+        x = increment(x)
         return x
 
-    return Rates(max(products), moved / alternate({"": Call(update)}, rounds)[""].median)
+    return Rates(max(operations), moved / _median_seconds(update, rounds))
+
+
+def _median_seconds(run: Callable[[], jax.Array], rounds: int) -> float:
+    return alternate({"": Call(run)}, rounds)[""].median

@@ -1,4 +1,4 @@
-"""Trip counts of while loops, from the text of the program."""
+"""Trip counts of while loops, from the integers in the text of a program."""
 
 from __future__ import annotations
 
@@ -9,9 +9,17 @@ from typing import Any
 
 from structvit_jax.performance.traffic.program import Array, Computation, Instruction, Program
 
-_MAX_STEPS = 10**6  # followed at most
+_MAX_STEPS = 10**6  # of a loop that is followed step by step
 
-_COMPARE = {
+
+def _divide(a: int, b: int) -> int:
+    """Return a / b, truncated; -1 if b is 0, as in XLA."""
+    if not b:
+        return -1
+    return abs(a) // abs(b) * (1 if (a < 0) == (b < 0) else -1)
+
+
+COMPARISONS: dict[str, Callable[..., bool]] = {
     "EQ": operator.eq,
     "NE": operator.ne,
     "LT": operator.lt,
@@ -19,16 +27,7 @@ _COMPARE = {
     "GT": operator.gt,
     "GE": operator.ge,
 }
-
-
-def quotient(a: int, b: int) -> int:
-    """Return a / b, truncated; -1 if b is 0, as in XLA."""
-    if not b:
-        return -1
-    return abs(a) // abs(b) * (1 if (a < 0) == (b < 0) else -1)
-
-
-_ARITHMETIC: dict[str, Callable] = {
+ARITHMETIC: dict[str, Callable[..., int]] = {
     "add": operator.add,
     "subtract": operator.sub,
     "multiply": operator.mul,
@@ -38,99 +37,104 @@ _ARITHMETIC: dict[str, Callable] = {
     "or": operator.or_,
     "xor": operator.xor,
     "negate": operator.neg,
-    "divide": quotient,
-    "remainder": lambda a, b: a - b * quotient(a, b),
+    "divide": _divide,
+    "remainder": lambda a, b: a - b * _divide(a, b),
     "clamp": lambda low, x, high: min(max(low, x), high),
-    "select": lambda which, a, b: a if which else b,
+    "select": lambda condition, a, b: a if condition else b,
 }
-_SAME = ("copy", "bitcast", "reshape", "convert", "broadcast", "opt-barrier")
+_SAME_VALUE = ("copy", "bitcast", "reshape", "convert", "broadcast", "opt-barrier")
 
 
 class Scalars:
-    """Integers of a computation that are known without running it.
+    """The integers of a computation that are known without running the program.
 
     A value is an int, a list of values for a tuple, or None if it is unknown.
     """
 
     def __init__(self, program: Program, computation: Computation, arguments: Sequence[Any]):
         self.program, self.computation, self.arguments = program, computation, arguments
-        self.known: dict[str, Any] = {}
+        self._known: dict[str, Any] = {}
 
     def value(self, name: str) -> Any:
-        if name not in self.known:
-            self.known[name] = self._value(self.computation.instructions[name])
-        return self.known[name]
+        """Return the value of an instruction."""
+        if name not in self._known:
+            self._known[name] = self._evaluate(self.computation.instructions[name])
+        return self._known[name]
 
-    def _value(self, op: Instruction) -> Any:
-        kind = op.opcode
-        if kind == "parameter":
+    def _evaluate(self, op: Instruction) -> Any:
+        opcode = op.opcode
+        if opcode == "parameter":
             return self.arguments[int(op.arguments)]
-        if kind == "tuple":
-            return [self.value(name) for name in op.operands]
-        if kind == "get-tuple-element":
-            whole = self.value(op.operands[0])
-            return whole[int(op.attribute("index"))] if whole else None
+        if opcode == "tuple":
+            return self._operands(op)
+        if opcode == "get-tuple-element":
+            elements = self.value(op.operands[0])
+            return elements[int(op.attribute("index"))] if elements else None
         if isinstance(op.type, Array) and (op.type.elements != 1 or op.type.dtype[0] not in "sup"):
-            return None
-        if kind in ("fusion", "call"):
-            inner = self.program.computations[op.called("calls", "to_apply")[0]]
-            return Scalars(self.program, inner, self._values(op)).value(inner.root)
+            return None  # not an integer (s32, u32, pred)
+        if opcode in ("fusion", "call"):
+            return root_value(self.program, op.called("calls", "to_apply")[0], self._operands(op))
         if not isinstance(op.type, Array):
             return None
-        if kind == "constant":
+        if opcode == "constant":
             text = op.arguments.strip("{} ")
             return {"true": 1, "false": 0}.get(text, int(text) if re.fullmatch(r"-?\d+", text) else None)
-        if kind in _SAME and op.type.dtype != "pred":
+        if opcode in _SAME_VALUE and op.type.dtype != "pred":
             return self.value(op.operands[0])
-        work = _COMPARE[op.attribute("direction")] if kind == "compare" else _ARITHMETIC.get(kind)
-        values = self._values(op) if work else [None]
-        return None if work is None or None in values else int(work(*values))
+        function: Callable[..., int] | None = ARITHMETIC.get(opcode)
+        if opcode == "compare":
+            function = COMPARISONS[op.attribute("direction")]
+        operands = self._operands(op) if function else [None]
+        return None if function is None or None in operands else int(function(*operands))
 
-    def _values(self, op: Instruction) -> list:
+    def _operands(self, op: Instruction) -> list[Any]:
         return [self.value(name) for name in op.operands]
 
 
-def trips(loop: Instruction, scalars: Scalars) -> int | None:
-    """Return how often the body of a while loop runs; None if it is unknown.
+def root_value(program: Program, name: str, arguments: Sequence[Any]) -> Any:
+    """Return the result of a computation, see `Scalars`."""
+    computation = program.computations[name]
+    return Scalars(program, computation, arguments).value(computation.root)
 
-    XLA annotates some loops (not on TPUs). For others the integers of the loop are evaluated step by step
+
+def trip_count(loop: Instruction, scalars: Scalars) -> int | None:
+    """Return how often the body of a while loop runs; None if this is unknown.
+
+    XLA annotates some loops, but none on TPUs. For others the integers of the loop are followed step by step
     until the condition is false, which also covers loops that XLA peeled, unrolled or pipelined. The last
     resort is a name scope directly around the loop, such as "times8".
 
     Args:
       loop: the while instruction.
-      scalars: of the computation that contains it.
+      scalars: integers of the computation that contains it.
     """
     if match := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest):
         return int(match[1])
-    program = scalars.program
-    (condition,), (body,) = loop.called("condition"), loop.called("body")
+    condition, body = loop.called("condition", "body")
     state = scalars.value(loop.operands[0])
     for count in range(_MAX_STEPS):
-        check = Scalars(program, program.computations[condition], [state])
-        goes_on = check.value(check.computation.root)
-        if goes_on is None:
+        continues = root_value(scalars.program, condition, [state])
+        if continues is None:
             break
-        if not goes_on:
+        if not continues:
             return count
-        step = Scalars(program, program.computations[body], [state])
-        state = step.value(step.computation.root)
+        state = root_value(scalars.program, body, [state])
     named = re.search(r"times(\d+)\)*/(?:[\w()]+/)?while$", loop.op_name)
     return int(named[1]) if named else None
 
 
-def invariants(loop: Instruction, scalars: Scalars) -> list:
-    """Return the arguments of the body: the initial values that no step changes, None for the others."""
+def invariants(loop: Instruction, scalars: Scalars) -> list[Any]:
+    """Return the arguments of the body: initial values that no step changes, and None for the others."""
     state = scalars.value(loop.operands[0])
     body = scalars.program.computations[loop.called("body")[0]]
     root = body.instructions[body.root]
     if not isinstance(state, list) or root.opcode != "tuple":
         return [None]
     argument = body.parameters[0].name
-    same = [
+    unchanged = [
         op.opcode == "get-tuple-element"
         and op.operands[0] == argument
         and op.attribute("index") == str(index)
         for index, op in enumerate(body.sources(root))
     ]
-    return [[value if unchanged else None for value, unchanged in zip(state, same, strict=True)]]
+    return [[value if same else None for value, same in zip(state, unchanged, strict=True)]]

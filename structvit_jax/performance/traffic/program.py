@@ -1,4 +1,4 @@
-"""Parse the text of a compiled XLA program into computations, instructions and arrays."""
+"""Parse the text of a compiled XLA program: computations, instructions, arrays and name scopes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import functools
 import math
 import re
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from structvit_jax.utils.errors import UserError
 
@@ -40,26 +40,21 @@ class Array(NamedTuple):
         missing = self.tile[: -len(self.dims)] if self.dims else ()
         return math.prod(padded) * math.prod(missing) * self.bits // 8
 
-    def part(self, elements: float) -> float:
-        """Return the bytes of some of the elements, with padding in proportion."""
+    def bytes_of(self, elements: float) -> float:
+        """Return the bytes of some of the elements, with their fraction of the padding."""
         return self.bytes * min(1.0, elements / self.elements) if self.elements else 0.0
 
 
 Type = Array | tuple["Type", ...]  # a tuple type holds the types of its elements
 
 
-def opcodes(text: str) -> frozenset[str]:
-    """Return the opcodes in a text, which spaces separate."""
-    return frozenset(text.split())
-
-
-def leaves(kind: Type) -> Iterator[Array]:
+def leaves(type_: Type) -> Iterator[Array]:
     """Yield the arrays of a type, in order."""
-    if isinstance(kind, Array):
-        yield kind
+    if isinstance(type_, Array):
+        yield type_
     else:
-        for part in kind:
-            yield from leaves(part)
+        for element in type_:
+            yield from leaves(element)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +65,7 @@ class Instruction:
     type: Type
     opcode: str
     arguments: str
-    rest: str  # attributes, metadata and backend_config, as printed
+    rest: str  # attributes, metadata and backend_config, as text
 
     @functools.cached_property
     def operands(self) -> tuple[str, ...]:
@@ -80,31 +75,27 @@ class Instruction:
 
     @functools.cached_property
     def op_name(self) -> str:
-        """Name scopes from JAX, "" without any."""
+        """The name scopes of JAX, as "jit(step)/jvp(stage1)/mul"; "" if there are none."""
         match = re.search(r'op_name="((?:[^"\\]|\\.)*)"', self.rest)
         return match[1] if match else ""
 
-    def called(self, *keys: str) -> list[str]:
-        """Return the computations in attributes such as calls, body or branch_computations."""
-        found = []
-        for key in keys:
-            if match := re.search(rf"(?:^|, ){key}=(\{{[^}}]*\}}|%?[\w.\-]+)", self.rest):
-                found += [name.strip(" %") for name in match[1].strip("{}").split(",")]
-        return found
-
     def attribute(self, key: str) -> str:
-        """Return an attribute up to its closing brace or quote, "" if it is missing."""
+        """Return the value of an attribute, without quotes; "" if it is missing."""
         match = re.search(rf'(?:^|, ){key}=("[^"]*"|\{{(?:[^{{}}]|\{{[^{{}}]*\}})*\}}|[^,]*)', self.rest)
         return match[1].strip('"') if match else ""
+
+    def called(self, *keys: str) -> list[str]:
+        """Return the names of computations in attributes such as "calls", "body", "branch_computations"."""
+        return [name for key in keys for name in re.findall(r"[\w.\-]+", self.attribute(key))]
 
 
 @dataclasses.dataclass(frozen=True)
 class Computation:
-    """A function of a program; its root instruction gives the result."""
+    """A function of a program."""
 
     name: str
-    instructions: dict[str, Instruction]  # operands come before their users
-    root: str
+    instructions: dict[str, Instruction]  # by name; operands come before their users
+    root: str  # name of the instruction that computes the result
 
     @functools.cached_property
     def parameters(self) -> list[Instruction]:
@@ -130,22 +121,21 @@ class Program:
     computations: dict[str, Computation]
     entry: Computation
     devices: int  # partitions x replicas
-    tiled: bool  # layouts have tiles, as those of TPU programs
+    tiled: bool  # layouts have tiles, as in programs for TPUs
 
     def in_hbm(self, array: Array) -> bool:
         """Return whether an array is in the main memory of the device.
 
-        On TPUs a layout without S(n) is in HBM. S(1) is vector memory, S(6) scalar memory, S(2) and S(4) hold
-        semaphores, S(5) is host memory. On other devices only S(5) is outside.
+        On TPUs this is memory space 0. S(1) is vector memory, S(6) scalar memory, S(5) host memory; S(2) and
+        S(4) hold semaphores. On other devices only host memory is outside.
         """
         return array.space == 0 if self.tiled else array.space != 5
 
 
 def unwrap_async_start(op: Instruction) -> Instruction:
-    """Return the operation that an asynchronous start begins; return other operations as they are.
+    """Return the operation that an asynchronous start begins, with its result only; others unchanged.
 
-    A start yields (operands, result, semaphores), that of a copy (result, operand, semaphore); the returned
-    operation yields the result only.
+    The type of a start is (operands, result, semaphores), that of a copy-start (result, operand, semaphore).
     """
     kind = op.opcode.removesuffix("-start")
     if kind == op.opcode or kind == "async":
@@ -159,7 +149,7 @@ def parse(text: str) -> Program:
     """Parse the text of `compiled.as_text()`.
 
     Raises:
-      UserError: text that is no compiled XLA program.
+      UserError: the text is not a compiled XLA program.
     """
     computations: dict[str, Computation] = {}
     entry = header = root = None
@@ -170,7 +160,7 @@ def parse(text: str) -> Program:
                 instructions, root = {}, None
         elif line.startswith("}"):
             if root is None:
-                raise UserError(f"computation {header[2]!r} has no ROOT: the text is cut or damaged")
+                raise UserError(f"computation {header[2]!r} has no ROOT: the text is truncated or damaged")
             computations[header[2]] = Computation(header[2], instructions, root)
             entry = header[2] if header[1] else entry
             header = None
@@ -188,16 +178,16 @@ def parse(text: str) -> Program:
 
 def _instruction(name: str, text: str) -> Instruction:
     text = re.sub(r"/\*index=\d+\*/", "", text)
-    kind, end = _type(text, 0)
+    type_, end = _type(text, 0)
     match = _OPCODE.match(text, end)
     if match is None:
         raise UserError(f"cannot read the operation of %{name}: {text[end : end + 40]!r}")
     close = _closing(text, match.end() - 1)
-    return Instruction(name, kind, match[1], text[match.end() : close], text[close + 1 :].lstrip(", "))
+    return Instruction(name, type_, match[1], text[match.end() : close], text[close + 1 :].lstrip(", "))
 
 
 def _closing(text: str, start: int) -> int:
-    """Return the index of the parenthesis that closes the one at `start`, skipping strings."""
+    """Return the index of the parenthesis that closes the one at `start`; strings are skipped."""
     depth = 0
     for match in re.compile(r'"(?:[^"\\]|\\.)*"|[()]').finditer(text, start):
         depth += {"(": 1, ")": -1}.get(match[0], 0)
@@ -207,20 +197,20 @@ def _closing(text: str, start: int) -> int:
 
 
 def _type(text: str, start: int) -> tuple[Type, int]:
-    """Return the type that begins at `start`, and the index of its end."""
+    """Return the type that begins at `start`, and the index after it."""
     if text[start] != "(":
         match = _ARRAY.match(text, start)
         if match is None:
             raise UserError(f"cannot read the type {text[start : start + 60]!r}")
         return _array(match), match.end()
-    parts: list[Any] = []
+    elements: list[Type] = []
     start += 1
     while text[start] != ")":
-        part, start = _type(text, start)
-        parts.append(part)
+        element, start = _type(text, start)
+        elements.append(element)
         while text[start] in ", ":
             start += 1
-    return tuple(parts), start + 1
+    return tuple(elements), start + 1
 
 
 def _array(match: re.Match) -> Array:
@@ -240,3 +230,57 @@ def _array(match: re.Match) -> Array:
         int(marks.get("S", "(0)").strip("()")),
         int(marks["E"].strip("()")) if "E" in marks else bits,
     )
+
+
+# Scopes that JAX adds, except for transforms such as jvp(scope).
+_ADDED_SCOPE = re.compile(
+    r"|while|body|cond|scan|times\d+|branch_\d+_fun|closed_call|core_call|checkpoint|remat\d?|shard_map|pmap"
+    r"|rematted_computation|custom_[jv][vj]p_call\w*|p?jit(\(.*\))?|pallas_call|.*->.*"
+)
+
+
+def part_of(op_name: str, depth: int = 1) -> str:
+    """Return the phase and the outer name scopes of an operation, "other" if it has neither.
+
+    The phase is "forward" (jvp in the name) or "backward" (transpose): "jit(step)/transpose(jvp(stage1))/mul"
+    belongs to "backward stage1".
+
+    Args:
+      op_name: as from `Instruction.op_name`.
+      depth: how many name scopes to return.
+    """
+    # XLA names merged operations "common/(rest:rest)".
+    op_name = re.sub(r"/\(.*", "/", op_name.split(";")[0])
+    phase = "backward" if "transpose(" in op_name else "forward" if "jvp(" in op_name else ""
+    scopes = []
+    for scope in op_name.split("/")[:-1]:
+        while match := re.fullmatch(r"(?:transpose|jvp|vmap|checkpoint|remat)\((.*)\)", scope):
+            scope = match[1]
+        if not _ADDED_SCOPE.fullmatch(scope):
+            scopes.append(scope)
+    return " ".join(filter(None, [phase, "/".join(scopes[:depth])])) or "other"
+
+
+def op_names(program: Program, computation: Computation, outer: str) -> dict[str, str]:
+    """Return the name scopes of all instructions, by instruction.
+
+    Copies that XLA inserted have none. A copy out of HBM takes the scopes of its user, a copy into HBM those
+    of its source. The rest take `outer`.
+    """
+    instructions = computation.instructions.values()
+    by_source = {op.name: op.op_name for op in instructions if "/" in op.op_name}
+    by_user = dict(by_source)
+    for op in instructions:
+        sources = (by_source[name] for name in op.operands if name in by_source)
+        by_source.setdefault(op.name, next(sources, ""))
+    for op in reversed(instructions):
+        users = (by_user[user.name] for user in computation.users.get(op.name, []) if by_user[user.name])
+        by_user.setdefault(op.name, next(users, ""))
+
+    names = {}
+    for op in instructions:
+        result = next(leaves(unwrap_async_start(op).type), None)
+        leaves_hbm = result is not None and not program.in_hbm(result)
+        first, second = (by_user, by_source) if leaves_hbm else (by_source, by_user)
+        names[op.name] = first[op.name] or second[op.name] or outer
+    return names
