@@ -33,9 +33,9 @@ def command() -> None:
     """Prepare and check data sets: lists to train from, shards, and label maps.
 
     --check decodes frames at the beginning, middle and end of every example, in parallel, and prints a table
-    of the data set and the command to run next. Unreadable examples are listed with the reason in
-    bad_files.txt in --out, or in a file named after the data. The exit code is 1 if there are any, or if the
-    data cannot be trained on.
+    of the data set and the command to run next. Unreadable examples and the reasons are written to
+    bad_files.txt in --out; without --out, to bad_files-NAME-HASH.txt in the current folder. The exit code is
+    1 if there are any, or if the data cannot be trained on.
 
     \b
     Example:
@@ -56,12 +56,14 @@ def _reject_nan(ctx: click.Context, option: click.Parameter, value: float) -> fl
     return value
 
 
-_images = click.option("--images", is_flag=True, help="Files are images; by default most files decide.")
+_images = click.option(
+    "--images", is_flag=True, help="Treat the examples as images. By default, the kind of most files decides."
+)
 _output_options = _combine(
     click.option(
         "--out", default="", show_default=False, metavar="DIR", help="Folder for lists and reports."
     ),
-    click.option("--check", is_flag=True, help="Decode every file."),
+    click.option("--check", is_flag=True, help="Decode three frames of every example, and print a table."),
     click.option(
         "--workers", type=click.IntRange(min=1), default=os.cpu_count() or 1, help="Decoding processes."
     ),
@@ -126,8 +128,9 @@ def _add_published(name: str, description: str) -> None:
 
     published.__doc__ = f"""{description}
 
-    Writes train.jsonl, val.jsonl and labels.txt to --out, the config.data.root to train from. Lists annotated
-    files that are missing in missing-SPLIT.txt, and compares the counts with the published ones.
+    Writes train.jsonl, val.jsonl and labels.txt to the folder --out; train with config.data.root set to it.
+    Annotated files that do not exist are listed in missing-SPLIT.txt. The numbers of examples are printed
+    beside the published ones.
 
     \b
     Example:
@@ -149,13 +152,15 @@ for _name, _description in PUBLISHED.items():
 @click.argument("root", metavar="DIR")
 @click.argument("out", metavar="OUT")
 @_split_options(0.0)
-@click.option("--shards", type=click.IntRange(min=0), default=0, help="Files per split; 0 chooses.")
+@click.option(
+    "--shards", type=click.IntRange(min=0), default=0, help="Files per split; with 0, chosen automatically."
+)
 @click.option(
     "--beam_runner",
     default="",
     show_default=False,
     metavar="NAME",
-    help="Runner of Apache Beam, as DirectRunner.",
+    help="Runner of Apache Beam, such as DirectRunner.",
 )
 @click.option(
     "--beam_option",
@@ -168,16 +173,16 @@ def shards(root: str, out: str, beam_runner: str, beam_options: tuple[str, ...],
     """Write ArrayRecord shards of encoded clips or images, for clusters.
 
     DIR is a folder as for `structvit prepare folder`; OUT becomes the config.data.root to train from. Parts
-    of long files are cut out without decoding. Unreadable examples keep their position, with the reason, so
-    that batches are the same as from DIR. With a Beam runner, records are made in parallel (the extra
-    `beam`).
+    of long files are cut out without decoding. An unreadable example keeps its place, as a record of the
+    reason, so that batches are the same as from DIR. With --beam_runner, records are written in parallel;
+    this needs the extra `beam`.
 
     \b
     Example:
       structvit prepare shards DIR OUT --beam_runner=DirectRunner
     """
     if beam_options and not beam_runner:
-        raise UserError("--beam_option needs --beam_runner, as --beam_runner=DirectRunner")
+        raise UserError("--beam_option needs --beam_runner, such as --beam_runner=DirectRunner")
     from structvit_jax.data import tfds_writer
 
     tfds_writer.write_folder(root, out, beam_runner=beam_runner, beam_options=beam_options, **chosen)
@@ -190,9 +195,9 @@ def shards(root: str, out: str, beam_runner: str, beam_options: tuple[str, ...],
 def label_maps(words: Words, teacher: str, folder: str, top: int) -> None:
     """Write label maps for token labelling: a teacher's scores at each position of every training image.
 
-    The teacher's card names the data. A --config.data.size above that of its training gives finer maps (one
-    position per 32 x 32 pixels). A model without a dense head applies its head to every position. DIR becomes
-    the config.data.label_maps of a student. Re-run the command to resume.
+    The data are those that the teacher was trained on. A --config.data.size larger than in its training gives
+    finer maps (one position per 32 x 32 pixels). A model without a dense head applies its head to every
+    position. DIR becomes the config.data.label_maps of a student. Re-run the command to resume.
 
     \b
     Example:

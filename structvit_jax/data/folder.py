@@ -1,9 +1,9 @@
 """Data sets on disk: where their splits are, which examples each has, and whether they are images or videos.
 
 A data set is a folder ROOT with, for each split, either class folders (ROOT/train/CLASS/FILE, or
-CLASS/FOLDER_OF_FRAMES) or a list (see `structvit_jax.data.index`). If there is no test split, a part of the
-training split can be held out for it; a folder of class folders alone (ROOT/CLASS/FILE) is then a training
-split.
+CLASS/FOLDER_OF_FRAMES) or a list (see `structvit_jax.data.index`). If there is no test split, a part of
+the training split can be held out for it. In that case ROOT may also hold the class folders themselves
+(ROOT/CLASS/FILE), all of which are the training split.
 """
 
 from __future__ import annotations
@@ -40,11 +40,13 @@ class Layout:
 
     Attributes:
       root: the folder.
-      train, test: names of the splits: of a list, with or without its extension, or of a folder ("train/" is
-        the folder if there is also a list of that name; "." is the root itself).
-      val_fraction: fraction of the training examples to hold out if there is no test split; 0 requires one.
-      limits: on the files.
-      option: prefix of options in error messages, before "train_split" and the like.
+      train, test: name of a folder, or of a list with or without its extension. "train/" is the folder if a
+        list has the same name; "." is the root itself.
+      val_fraction: fraction of the training examples to hold out if there is no test split; with 0, a missing
+        test split is an error.
+      limits: largest allowed sizes and frame counts of files.
+      option: how error messages write options: this prefix, then "train_split", "test_split" or
+        "val_fraction".
     """
 
     root: str
@@ -55,7 +57,8 @@ class Layout:
     option: str = "--config.data."
 
     def splits(self) -> tuple[str, str | None]:
-        """Return the folders or lists of the training and the test split; None for one to be held out.
+        """Return the folders or lists of the training and the test split; the latter is None if it is held
+        out.
 
         Raises:
           UserError: a split is missing.
@@ -90,7 +93,7 @@ class Layout:
         return os.path.join(self.root, name)
 
     def _class_folders(self) -> list[str]:
-        """Return the folders in the root that can be classes of "train"; none if one is named as a split."""
+        """Return the class folders in the root; none if `train` is set or a folder is named as a split."""
         folders = [name for name in _names(self.root) if os.path.isdir(self.join(name))]
         return [] if self.train != "train" or any(name.lower() in _SPLITS for name in folders) else folders
 
@@ -99,7 +102,7 @@ class Layout:
         if not self.val_fraction and (key == "test" or self._class_folders()):
             hold_out = f", or hold out training examples with {self.option}val_fraction=0.1"
         return UserError(
-            f"{self.root} has neither a folder {name!r} nor a list {name}.csv or {name}.jsonl (it has:"
+            f"{self.root} has neither a folder {name!r} nor a list {name}.csv, .jsonl or .txt (it has:"
             f" {_shorten(_names(self.root), 8)}); name the split with {self.option}{key}_split=NAME{hold_out}"
         )
 
@@ -121,8 +124,8 @@ def read_splits(layout: Layout, *, video: bool) -> tuple[Index, Index]:
         train, test = hold_out(train, layout.val_fraction)
         if not test:
             raise UserError(
-                f"{layout.join(train_name)}: no class has two examples, so that none can be held out for"
-                f" testing ({layout.option}val_fraction={layout.val_fraction:g})"
+                f"{layout.join(train_name)}: no class has examples from two files, so none can be held out"
+                f" for testing ({layout.option}val_fraction={layout.val_fraction:g})"
             )
         test_notes = [_held_out_note(layout, len(train), len(test))]
     else:
@@ -160,8 +163,8 @@ def read_split(root: str, name: str, *, video: bool) -> tuple[list[Entry], list[
         model = "structvit_tiny_4_1" if video else "structvit_tiny_4_1_video"
         raise UserError(
             f"{path} has no {kind}, but {count:,} {others}: choose a model for {others}, such as"
-            f" --config.model.name={model} --config.data.frames={0 if video else 8}; in a new --workdir"
-            " configs/folder.py chooses one itself"
+            f" --config.model.name={model} --config.data.frames={0 if video else 8}; or use"
+            " --config=folder with a new --workdir, which chooses the model"
         )
     raise UserError(f"{path} is empty: there are no {kind} in it{_describe(ignored)}")
 
@@ -197,7 +200,8 @@ def _read_class_folders(
 def examples_below(top: str, video: bool, ignored: collections.Counter[str] | None = None) -> Iterator[str]:
     """Yield the examples in a folder as paths relative to it, and count other files in `ignored`.
 
-    Examples are images, or videos and folders of the frames of one. The folder itself, ".", may be one.
+    For images, every image is an example. For videos, every video file is one, and every folder that holds
+    images but no videos. If `top` itself is such a folder, its path is ".".
     """
     for folder, files in walk(top):
         here = os.path.relpath(folder, top).replace(os.sep, "/")
@@ -235,8 +239,9 @@ def walk(top: str) -> Iterator[tuple[str, list[str]]]:
 def hold_out(entries: Iterable[Entry], fraction: float) -> tuple[list[Entry], list[Entry]]:
     """Split examples in two, stratified by class, the same way on every machine.
 
-    Of the n examples of a class, round(n * fraction) are held out, at least one, as long as one remains:
-    those whose paths without extension have the smallest SHA-256. Parts of one file stay together.
+    About round(n * fraction) of the n examples of a class are held out, at least one; one file always
+    remains. Files are taken in the order of the SHA-256 of their paths without extension. Parts of one file
+    stay together, so a few more may be held out.
 
     Returns:
       The remaining examples, and those held out.
@@ -259,7 +264,7 @@ def hold_out(entries: Iterable[Entry], fraction: float) -> tuple[list[Entry], li
 
 
 def is_video(layout: Layout) -> bool:
-    """Return whether most of the training examples of a folder are videos, or folders of frames.
+    """Return whether at least half of the training examples of a folder are videos or folders of frames.
 
     Raises:
       UserError: there are neither images nor videos.
@@ -297,7 +302,7 @@ def _are_frames(names: list[str]) -> bool:
 
 
 def kind_of(name: str) -> str:
-    """Return "images", "videos", an extension as ".txt", or "no extension", by the name of a file."""
+    """Return the kind of a file from its name: "images", "videos", its extension, or "no extension"."""
     name = name.lower()
     if name.endswith(IMAGES):
         return "images"

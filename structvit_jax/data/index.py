@@ -1,9 +1,9 @@
-"""The examples of a split, sorted so that their order does not depend on how they are stored.
+"""The examples of a split, in an order that is the same for class folders, lists and shards.
 
-A list (ROOT/train.csv or ROOT/train.jsonl) has the columns `path` and `label` and, for parts of files,
-`start` and `end` in seconds. Paths are relative to the list. ROOT/labels.txt, one name per line, fixes the
-classes and their order; without it, they are the sorted labels of the training split.
-`structvit_jax.data.folder` finds the splits of a data set.
+A list (ROOT/train.csv, .jsonl or .txt) has the columns `path` and `label` and, for parts of files, `start`
+and `end` in seconds; lines "path label", as in SlowFast, are read too. Paths are absolute, or relative to
+ROOT. ROOT/labels.txt, one name per line, fixes the classes and their order; without it, they are the sorted
+labels of the training split. `structvit_jax.data.folder` finds the splits of a data set.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LISTS = (".jsonl", ".csv", ".txt")
 class Entry(NamedTuple):
     """One example: a row of a list, or a file in a class folder."""
 
-    path: str  # relative to the list, or absolute
+    path: str  # absolute, or relative to the root
     label: str
     start: float | None = None  # seconds
     end: float | None = None
@@ -65,7 +65,7 @@ class Index:
       root: folder that paths are relative to.
       class_names: the classes; labels are positions in it.
       labels: int32 [examples]; -1 for labels that are not a class.
-      limits: on the files.
+      limits: largest allowed sizes and frame counts of files.
       notes: lines about the split to print in a survey.
     """
 
@@ -81,12 +81,12 @@ class Index:
         self.root, self.class_names = root, tuple(class_names)
         self.limits, self.notes = limits, tuple(notes)
         rows = sorted(entries, key=sort_key)
-        number = {name: i for i, name in enumerate(class_names)}
-        self.labels = np.array([number.get(row.label, -1) for row in rows], np.int32)
+        label_of = {name: i for i, name in enumerate(class_names)}
+        self.labels = np.array([label_of.get(row.label, -1) for row in rows], np.int32)
         self._paths = np.array([os.fsencode(row.path) for row in rows])
         times = [[math.nan if time is None else time for time in (row.start, row.end)] for row in rows]
         self._times = np.array(times, np.float64)
-        self._unknown = {i: row.label for i, row in enumerate(rows) if row.label not in number}
+        self._unknown = {i: row.label for i, row in enumerate(rows) if row.label not in label_of}
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -101,7 +101,7 @@ class Index:
         return self.entry(index).id
 
     def ids(self) -> list[str]:
-        """Return the ids of all examples; for whole files, much faster than one by one."""
+        """Return the ids of all examples, much faster than `id` for each if all are whole files."""
         if not np.isnan(self._times).all():
             return [self.id(number) for number in range(len(self))]
         names = map(os.fsdecode, self._paths.tolist())
@@ -116,7 +116,7 @@ class Index:
         return os.path.join(self.root, os.fsdecode(self._paths[index]))
 
     def files(self, index: int) -> list[str]:
-        """Return the files of an example, of which it may be a part.
+        """Return the file of an example, which may be a part of it, or the images of its folder.
 
         Raises:
           DecodeError: its folder of frames cannot be read.
@@ -128,7 +128,7 @@ class Index:
             return [os.path.join(path, name) for name in frame_names(os.listdir(path))]
 
     def stored(self, index: int) -> tuple[str, Sequence[str | bytes] | None]:
-        """Return the label of an example and its files, or None for a part of a file."""
+        """Return the label of an example, and its files; the files are None for a part of a file."""
         entry = self.entry(index)
         return entry.label, None if entry.is_part else self.files(index)
 
@@ -154,13 +154,13 @@ class Index:
 
 
 def suggest_label(label: str, class_names: Sequence[str]) -> str:
-    """Return " Did you mean 'NAME'?" with the most similar class, "" if none is: there may be thousands."""
+    """Return " Did you mean 'NAME'?" with the most similar class, or "" if none is similar."""
     near = difflib.get_close_matches(label, class_names, n=1)
     return f" Did you mean {near[0]!r}?" if near else ""
 
 
 def read_labels(root: str) -> tuple[str, ...]:
-    """Return the names in ROOT/labels.txt, none if there is no such file.
+    """Return the names in ROOT/labels.txt, or () if there is no such file.
 
     Raises:
       UserError: it cannot be read as text, or has a name twice.
@@ -193,7 +193,8 @@ def _open_text(path: str) -> Iterator[TextIO]:
 def class_names_of(root: str, train: Iterable[Entry]) -> tuple[str, ...]:
     """Return the classes in order: those of ROOT/labels.txt, or the sorted labels of the training split.
 
-    Labels that are plain numbers without large gaps are class numbers, as in SlowFast's lists.
+    If all labels are plain numbers, and at least half of the numbers from 0 to the largest occur, the classes
+    are all numbers from 0 to the largest, as in SlowFast's lists.
     """
     if names := read_labels(root):
         return names
@@ -208,7 +209,7 @@ def read_list(path: str) -> Iterator[Entry]:
     """Yield the examples of a list: JSON objects (.jsonl), or CSV with or without a header.
 
     Raises:
-      UserError: a file that cannot be read, or a line that cannot be understood.
+      UserError: the file cannot be read, or a line cannot be understood.
     """
     with _open_text(path) as file:
         for number, row in _json_rows(file) if path.endswith(".jsonl") else _csv_rows(file):

@@ -34,10 +34,10 @@ class Request(NamedTuple):
     source: str  # "folder", "list", or one of `DATA_SETS`
     paths: Sequence[str]  # the folder, the lists, or the folders of annotations and of media
     out: str = ""  # folder for lists; "" writes none
-    check: bool = False  # decode every file
+    check: bool = False  # decode three frames of every example
     workers: int = 1  # processes that decode
-    images: bool = False  # examples are images; otherwise of the kind of most of them
-    train_split: str = "train"  # of a folder, as the next two
+    images: bool = False  # examples are images; if False, the kind of most of them decides
+    train_split: str = "train"  # only for the source "folder", as are the next two
     test_split: str = "val"
     val_fraction: float = 0.1  # of the training examples, held out if there is no test split
 
@@ -49,21 +49,21 @@ def run(request: Request) -> int:
       UserError: nothing to do, or data that are missing, empty or not understood.
     """
     if not (request.out or request.check):
-        raise UserError("nothing to do: add --out=DIR for lists, --check to decode every file, or both")
+        raise UserError("nothing to do: add --out=DIR for lists, --check to test every example, or both")
     check_local(request.out)
     configure_decoding()
     if request.source == "folder":
-        indices, video = _read_folder(request)
+        splits, video = _read_folder(request)
     elif request.source == "list":
-        indices, video = _read_lists(request.paths, request.images)
+        splits, video = _read_lists(request.paths, request.images)
     else:
-        indices, video = _read_published(request), request.source != "imagenet"
+        splits, video = _read_published(request), request.source != "imagenet"
     if request.out:
-        _write_lists(request.out, indices)
+        _write_lists(request.out, splits)
     if not request.check:
         return 0
     report = _report_path(request)
-    return check(indices, request.workers, report, video=video, next_command=_next_command(request))
+    return check(splits, request.workers, report, video=video, next_command=_next_command(request))
 
 
 def _report_path(request: Request) -> str:
@@ -76,7 +76,7 @@ def _report_path(request: Request) -> str:
 
 
 def _next_command(request: Request) -> str:
-    """Return the command that trains on the data; "" if there are no lists to train from."""
+    """Return the command that trains on the data, or "" if there is no folder to train from."""
     root = request.out or (request.paths[0] if request.source == "folder" else "")
     if not root:
         return ""
@@ -91,11 +91,11 @@ def _next_command(request: Request) -> str:
 
 
 def _read_published(request: Request) -> dict[str, Index]:
-    """Return the splits of a published data set, and compare their sizes with the published ones."""
+    """Return the splits of a published data set, and print their sizes beside the published ones."""
     media = request.paths[-1]
     found = read_annotations(request.source, request.paths[0], media)
     published = DATA_SETS[request.source].published
-    indices = {}
+    splits = {}
     for split, annotated in found.splits.items():
         entries = [e._replace(path=found.files[e.path]) for e in annotated if e.path in found.files]
         line = f"{split}: {len(entries):,} examples"
@@ -109,24 +109,24 @@ def _read_published(request: Request) -> dict[str, Index]:
         print(line)
         if not entries:
             raise UserError(f"none of the files annotated for {split} is in {media}")
-        indices[split] = Index("", entries, found.class_names)
-    return indices
+        splits[split] = Index("", entries, found.class_names)
+    return splits
 
 
 def _read_folder(request: Request) -> tuple[dict[str, Index], bool]:
-    """Return the splits of a folder, with one named "test" if there is any, and whether they are videos."""
+    """Return the splits of a folder, also "test" if it can be read, and whether examples are videos."""
     root = request.paths[0]
     layout = folder.Layout(root, request.train_split, request.test_split, request.val_fraction, option="--")
     video = not request.images and folder.is_video(layout)
     train, test = folder.read_splits(layout, video=video)
-    indices = {_split_name(request.train_split): train, _split_name(request.test_split): test}
-    if "test" not in indices and (name := layout.find("test", "test")):
+    splits = {_split_name(request.train_split): train, _split_name(request.test_split): test}
+    if "test" not in splits and (name := layout.find("test", "test")):
         try:
             entries, notes = folder.read_split(root, name, video=video)
-            indices["test"] = Index(root, entries, train.class_names, notes=notes)
+            splits["test"] = Index(root, entries, train.class_names, notes=notes)
         except UserError as error:  # test splits may have no labels
             print(f"test is left out: {error}")
-    return indices, video
+    return splits, video
 
 
 def _split_name(split: str) -> str:
@@ -153,21 +153,21 @@ def _read_lists(paths: Sequence[str], images: bool) -> tuple[dict[str, Index], b
     return {name: Index(root, entries, names) for name, entries in splits.items()}, video
 
 
-def _write_lists(out: str, indices: Mapping[str, Index]) -> None:
+def _write_lists(out: str, splits: Mapping[str, Index]) -> None:
     """Write lists and class names. Paths of files below `out` are relative to it, others are absolute."""
-    train = next(iter(indices.values()))
+    train = next(iter(splits.values()))
     if train.root and os.path.realpath(out) == os.path.realpath(train.root):
         raise UserError(f"{out} holds the data themselves; choose another folder for the lists")
     here = os.path.abspath(out) + os.sep
     _write_lines(os.path.join(out, LABELS), train.class_names)
-    for name, index in indices.items():
+    for name, index in splits.items():
         rows = []
         for i in range(len(index)):
             path = os.path.abspath(index.path(i)).removeprefix(here)
             row = index.entry(i)._replace(path=path)._asdict()
             rows.append(json.dumps({key: value for key, value in row.items() if value is not None}))
         _write_lines(os.path.join(out, f"{name}.jsonl"), rows)
-    lists = ", ".join(f"{name}.jsonl" for name in indices)
+    lists = ", ".join(f"{name}.jsonl" for name in splits)
     print(f"{out}: {lists}, {LABELS} ({len(train.class_names)} classes)")
 
 
@@ -181,12 +181,12 @@ def _write_lines(path: str, lines: Iterable[str]) -> None:
 
 
 def check(
-    indices: Mapping[str, Index], workers: int, report: str, *, video: bool = True, next_command: str = ""
+    splits: Mapping[str, Index], workers: int, report: str, *, video: bool = True, next_command: str = ""
 ) -> int:
     """Decode frames of every example and print a survey of the data set.
 
     Args:
-      indices: the splits by name, the first the one to train on.
+      splits: the splits by name, the first the one to train on.
       workers: number of processes that decode.
       report: file that lists unreadable examples; an earlier one is replaced or removed.
       video: whether examples are videos rather than images.
@@ -196,10 +196,10 @@ def check(
       1 if an example cannot be read or training would be pointless, else 0.
     """
     bad = []
-    total = sum(map(len, indices.values()))
+    total = sum(map(len, splits.values()))
     measured: dict[str, dict[int, Measured]] = {}
     with tqdm(total=total, unit="file", file=sys.stderr, desc="checking") as bar:
-        for split, index in indices.items():
+        for split, index in splits.items():
             measured[split] = {}
             with contextlib.closing(_measure_all(index, workers)) as results:
                 for number, one in enumerate(results):
@@ -210,7 +210,7 @@ def check(
                         bar.write(f"{split} {index.id(number)}: {one.problem}", file=sys.stdout)
             for number in np.flatnonzero(index.labels < 0).tolist():
                 bad.append(f"{split}\t{index.id(number)}\tunknown label {index.entry(number).label!r}")
-    found = survey(indices, video=video, measured=measured)
+    found = survey(splits, video=video, measured=measured)
     print(found.table())
     if bad:
         _write_lines(report, bad)

@@ -1,7 +1,7 @@
 """Survey a data set before training: what is there, what is missing, what is wrong.
 
-Errors make a run pointless, warnings do not. `structvit prepare --check` decodes every example for the
-survey; `structvit show --data` and the start of a training sample for a few seconds.
+An error makes a run pointless, a warning does not. `structvit prepare --check` decodes three frames of every
+example. `structvit show --data`, and every run when it starts, decode some examples for about two seconds.
 """
 
 from __future__ import annotations
@@ -83,10 +83,10 @@ def typical(source: Source) -> Measured:
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """One split.
+    """One split of a surveyed data set.
 
     Attributes:
-      name: of the split.
+      name: "train", "val" or another name.
       source: its examples.
       measured: the examples that were decoded, by number.
     """
@@ -116,9 +116,9 @@ class Split:
             f"{self.source.id(number)}: {one.problem}" for number, one in self.measured.items() if one.problem
         ]
 
-    def spread(self, field: str) -> str:
-        """Return the spread of a field of `Measured` over the examples that were read, "" without any."""
-        return _spread([getattr(one, field) for one in self.measured.values() if not one.problem])
+    def range_text(self, field: str) -> str:
+        """Return the range of a field of `Measured` as text, "" if no example was read."""
+        return _range_text([getattr(one, field) for one in self.measured.values() if not one.problem])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,10 +145,10 @@ class Survey:
         sizes = " + ".join(f"{len(split.source):,} {split.name}" for split in self.splits)
         first = f"data: {sizes} {self.unit}, {len(train.source.class_names):,} classes"
         if train.classes:
-            first += f" of {_spread(train.classes.values())}"
-        if width := train.spread("width"):
-            first += f"; {width} x {train.spread('height')} pixels"
-            first += f", {train.spread('frames')} frames" if self.unit == "videos" else ""
+            first += f" of {_range_text(train.classes.values())}"
+        if width := train.range_text("width"):
+            first += f"; {width} x {train.range_text('height')} pixels"
+            first += f", {train.range_text('frames')} frames" if self.unit == "videos" else ""
             sampled = len(train.measured)
             first += f" in {sampled:,} sampled" if sampled < len(train.source) else ""
         return [printable(first), *self._remarks()]
@@ -164,11 +164,11 @@ class Survey:
             [self.unit, *(split.name for split in splits)],
             ["examples", *(f"{len(split.source):,}" for split in splits)],
             *self._class_rows(),
-            ["width, pixels", *(split.spread("width") for split in splits)],
-            ["height, pixels", *(split.spread("height") for split in splits)],
+            ["width, pixels", *(split.range_text("width") for split in splits)],
+            ["height, pixels", *(split.range_text("height") for split in splits)],
         ]
         if self.unit == "videos":
-            rows.append(["length, frames", *(split.spread("frames") for split in splits)])
+            rows.append(["length, frames", *(split.range_text("frames") for split in splits)])
         rows += [
             ["decoded", *(f"{len(split.measured):,} of {len(split.source):,}" for split in splits)],
             ["of them unreadable", *(f"{len(split.unreadable):,}" for split in splits)],
@@ -179,7 +179,10 @@ class Survey:
         return "\n".join([*map(printable, lines), *self._remarks(), *map(printable, errors)])
 
     def _class_rows(self) -> Iterator[list[str]]:
-        """Yield examples by class: the largest classes of the training split, those without examples last."""
+        """Yield the number of examples of each class, by decreasing size in the training split.
+
+        Of many classes, only the first and the last three are shown.
+        """
         class_names = self.splits[0].source.class_names
         counts = [{**split.unknown, **(split.classes or {})} for split in self.splits]
         if not any(counts):
@@ -207,16 +210,17 @@ def survey(
     Args:
       sources: the splits by name, the first the one to train on.
       video: whether examples are videos rather than images.
-      measured: all examples by split, if they are decoded already; None decodes a sample for two seconds.
-      frames: length of a clip that the model takes; shorter videos are a warning. 0 takes any.
+      measured: results for all examples of every split, if they exist already. With None, a sample is decoded
+        for about two seconds.
+      frames: number of frames that the model takes; shorter videos give a warning. With 0 they do not.
     """
-    limit = None
+    deadline = None
     if measured is None:
         seconds = _SECONDS / (len(sources) + 1)
         measured = {name: _measure_some(source, _SAMPLED, seconds) for name, source in sources.items()}
-        limit = time.monotonic() + seconds
+        deadline = time.monotonic() + seconds
     splits = tuple(Split(name, source, measured[name]) for name, source in sources.items())
-    duplicates = [line for split in splits[1:] for line in _duplicates(splits[0], split, limit)]
+    duplicates = [line for split in splits[1:] for line in _duplicates(splits[0], split, deadline)]
     return Survey(
         unit="videos" if video else "images",
         splits=splits,
@@ -241,7 +245,7 @@ def _errors(splits: Sequence[Split]) -> Iterator[str]:
             else:
                 yield (
                     f"{split.name} has {_list_classes(split.unknown)}, which {train.name} lacks: add training"
-                    f" examples, or remove them from {split.name}.{suggestion}"
+                    f" examples, or remove the examples of {split.name}.{suggestion}"
                 )
         if split.measured and len(split.unreadable) == len(split.measured):
             yield (
@@ -264,9 +268,9 @@ def _warnings(splits: Sequence[Split], frames: int) -> Iterator[str]:
         return
     for split in splits[1:]:
         if split.classes is not None and (missing := [c for c in train.classes if c not in split.classes]):
-            yield f"{split.name} has no example of {_list_classes(missing)}: untested"
+            yield f"{split.name} has no example of {_list_classes(missing)}: not covered by its score"
     if missing := [name for name in train.source.class_names if name not in train.classes]:
-        yield f"{train.name} has no example of {_list_classes(missing)}: it cannot be learned"
+        yield f"{train.name} has no example of {_list_classes(missing)}, which cannot be learned"
     smallest, largest = min(train.classes.values()), max(train.classes.values())
     if largest >= _IMBALANCE * smallest:
         yield f"the largest class of {train.name} has {largest:,} examples, the smallest {smallest:,}"
@@ -277,7 +281,7 @@ def _warnings(splits: Sequence[Split], frames: int) -> Iterator[str]:
         )
 
 
-def _spread(values: Collection[int]) -> str:
+def _range_text(values: Collection[int]) -> str:
     """Return minimum, maximum and median as text; "" without values."""
     if not values:
         return ""
@@ -294,43 +298,56 @@ def _list_classes(names: Mapping[str, int] | Sequence[str], most: int = 3) -> st
     return f"{'the classes' if len(names) > 1 else 'the class'} {shown}{more}"
 
 
-def _duplicates(train: Split, test: Split, limit: float | None) -> Iterator[str]:
-    """Warn of test files with the same bytes as training files, among those compared until `limit`."""
-    ours, theirs = train.source, test.source
-    if not (isinstance(ours, Index) and isinstance(theirs, Index)):
+def _duplicates(train: Split, test: Split, deadline: float | None) -> Iterator[str]:
+    """Warn of test files that equal training files in size, beginning and end.
+
+    Files are compared until `deadline`, a value of `time.monotonic()`.
+    """
+    train_index, test_index = train.source, test.source
+    if not (isinstance(train_index, Index) and isinstance(test_index, Index)):
         return
-    if (ours.root, len(ours), ours.entry(0)) == (theirs.root, len(theirs), theirs.entry(0)):
+    if (train_index.root, len(train_index), train_index.entry(0)) == (
+        test_index.root,
+        len(test_index),
+        test_index.entry(0),
+    ):
         return  # one split is used for both
     by_size: dict[int, list[int]] = collections.defaultdict(list)  # test examples by size of their file
-    tested = trained = 0
-    for number, size in _file_sizes(theirs, limit):
-        tested += 1
+    test_compared = train_compared = 0
+    for number, size in _file_sizes(test_index, deadline):
+        test_compared += 1
         by_size[size].append(number)
     digests: dict[int, dict[str, int]] = {}  # test examples by size and digest
     pairs: dict[int, int] = {}  # test example -> training example
-    for number, size in _file_sizes(ours, limit):
-        trained += 1
+    for number, size in _file_sizes(train_index, deadline):
+        train_compared += 1
         if not size or size not in by_size:
             continue
         with contextlib.suppress(DecodeError):
             if size not in digests:
-                digests[size] = {bytes_digest([theirs.path(other)]): other for other in by_size[size]}
-            if (other := digests[size].get(bytes_digest([ours.path(number)]))) is not None:
+                digests[size] = {bytes_digest([test_index.path(other)]): other for other in by_size[size]}
+            if (other := digests[size].get(bytes_digest([train_index.path(number)]))) is not None:
                 pairs[other] = number
     if pairs:
         other, number = next(iter(pairs.items()))
-        part = f" ({trained:,} of {len(ours):,} training examples compared)" if trained < len(ours) else ""
+        part = (
+            f" ({train_compared:,} of {len(train_index):,} training examples compared)"
+            if train_compared < len(train_index)
+            else ""
+        )
         yield (
-            f"{len(pairs):,} of {tested:,} examples of {test.name} have the same bytes as examples of"
-            f" {train.name}{part}, as {theirs.id(other)} and {ours.id(number)}: their scores do not measure"
-            " generalisation"
+            f"{len(pairs):,} of {test_compared:,} examples of {test.name} seem to be copies of examples of"
+            f" {train.name}{part}, such as {test_index.id(other)} and {train_index.id(number)}: their"
+            " scores do not measure generalisation"
         )
 
 
-def _file_sizes(index: Index, limit: float | None) -> Iterator[tuple[int, int]]:
-    """Yield examples in random order with the size of their file in bytes, 0 if it is not a whole file.
+def _file_sizes(index: Index, deadline: float | None) -> Iterator[tuple[int, int]]:
+    """Yield examples in random order with the size of their file in bytes.
 
-    Stops when `time.monotonic()` exceeds `limit`.
+    The size is 0 for a part of a file, a folder of frames, and an unreadable file.
+
+    Stops when `time.monotonic()` exceeds `deadline`.
     """
     for number in np.random.default_rng(0).permutation(len(index)).tolist():
         size = 0
@@ -338,5 +355,5 @@ def _file_sizes(index: Index, limit: float | None) -> Iterator[tuple[int, int]]:
             with contextlib.suppress(DecodeError):
                 size = file_size(index.path(number))
         yield number, size
-        if limit is not None and time.monotonic() > limit:
+        if deadline is not None and time.monotonic() > deadline:
             return
