@@ -162,29 +162,3 @@ def query_maps(layer: Layer, head: int, position: Sequence[int]) -> Query:
 def position_of(layer: Layer, point: Sequence[float]) -> tuple[int, ...]:
     """Return the grid position at a point of the input, given in fractions of its sides."""
     return tuple(min(int(at * n), n - 1) for at, n in zip(point, layer.grid, strict=True))
-
-
-def textured(pixels: np.ndarray, grid: Sequence[int], count: int = 1) -> list[tuple[float, ...]]:
-    """Return the centres of the grid cells with the highest variance in the middle frame, highest first.
-
-    Cells with less than half of the highest variance are left out.
-
-    Args:
-      pixels: [[time,] height, width, 3].
-      grid: ([time,] height, width).
-      count: how many cells at most.
-
-    Returns:
-      Points in fractions of the input's sides.
-    """
-    *time, rows, columns = grid
-    frame = pixels[len(pixels) // 2] if time else pixels
-    grey = frame.astype(np.float32).mean(axis=-1)
-    cells = [np.array_split(row, columns, axis=1) for row in np.array_split(grey, rows, axis=0)]
-    variance = np.array([[cell.var() for cell in row] for row in cells])
-    best = np.argsort(-variance, axis=None, kind="stable")[:count]
-    best = best[variance.ravel()[best] >= variance.max() / 2]
-    return [
-        (*[0.5] * len(time), (float(row) + 0.5) / rows, (float(column) + 0.5) / columns)
-        for row, column in zip(*np.unravel_index(best, variance.shape), strict=True)
-    ]
