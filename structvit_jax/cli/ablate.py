@@ -15,7 +15,7 @@ from structvit_jax.cli.train import workdir_of
 from structvit_jax.utils.errors import UserError, check_choice
 
 if TYPE_CHECKING:
-    from structvit_jax.analysis.ablate import Study
+    from structvit_jax.analysis.ablate.study import Study
 
 _LARGEST_RATE = 3.4e38  # just below the largest float32
 
@@ -79,9 +79,10 @@ def command(words: Words, workdir: str | None, **chosen: Any) -> None:
     changes = {name: value for name, value in chosen.items() if value not in (None, ())}
     study = _study(file.constants.get("STUDY", {}), changes)
     experiment.select_devices(file.config)
-    from structvit_jax.analysis.ablate import study as studies
+    from structvit_jax.analysis.ablate.ablation import Ablation
 
-    studies.run(file.config, study, parse_path(workdir_of(words, workdir)), shlex.join(sys.argv[2:]))
+    ablation = Ablation(file.config, study, parse_path(workdir_of(words, workdir)))
+    ablation.run(shlex.join(sys.argv[2:]))
 
 
 def _study(defaults: object, changes: Mapping[str, Any]) -> Study:
@@ -91,7 +92,7 @@ def _study(defaults: object, changes: Mapping[str, Any]) -> Study:
       UserError: STUDY is not a dictionary, or has an unknown key.
       click.BadParameter: a value that the option of this name does not accept.
     """
-    from structvit_jax.analysis.ablate import Study
+    from structvit_jax.analysis.ablate.study import Study
 
     if not isinstance(defaults, Mapping):
         raise UserError(f"STUDY in the configuration file is {type(defaults).__name__}, not a dictionary")

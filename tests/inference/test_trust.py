@@ -14,7 +14,8 @@ from conftest import structvit
 from etils import epath
 
 from structvit_jax import create_model, data, load_trained
-from structvit_jax.analysis.ablate.grid import Ablation, Study
+from structvit_jax.analysis.ablate.ablation import Ablation
+from structvit_jax.analysis.ablate.study import Study
 from structvit_jax.analysis.report.predictions import Predictions
 from structvit_jax.analysis.report.render import confusion_matrix
 from structvit_jax.cli import configuration, predict
