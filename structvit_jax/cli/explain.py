@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from structvit_jax.cli import options
@@ -24,18 +26,7 @@ def _split(ctx: click.Context, option: click.Parameter, value: str | None) -> li
 @click.option("--animate", type=click.Choice(["gif", "mp4"]), help="Also animate the maps of a video.")
 @click.option("--beside", metavar="RUN,RUN", callback=_split, help="Other models to show on the page.")
 @click.option("--out", default=".", metavar="DIR", help="Folder for the files.")
-def command(
-    words: Words,
-    checkpoint: str,
-    path: str,
-    query: list[str] | None,
-    layer: str | None,
-    head: int | None,
-    smooth: bool,
-    animate: str | None,
-    beside: list[str] | None,
-    out: str,
-) -> None:
+def command(words: Words, checkpoint: str, path: str, **selection: Any) -> None:
     """Show what a model's attention reads in an image or a video.
 
     Writes two files. explained.png shows the maps of one query (a position of the input) in one layer and
@@ -60,15 +51,4 @@ def command(
     config = options.open_checkpoint_config(checkpoint, words)
     from structvit_jax.analysis.explain.explanation import explain
 
-    explain(
-        checkpoint,
-        config,
-        path,
-        query=query,
-        layer=layer,
-        head=head,
-        smooth=smooth,
-        animate=animate,
-        beside=beside or (),
-        out=out,
-    )
+    explain(checkpoint, config, path, **selection)

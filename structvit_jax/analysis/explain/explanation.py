@@ -27,28 +27,17 @@ def explain(
     config: ml_collections.ConfigDict,
     path: str,
     *,
-    query: Sequence[str] | None = None,
-    layer: str | None = None,
-    head: int | None = None,
-    smooth: bool = True,
-    animate: str | None = None,
-    beside: Sequence[str] = (),
-    out: str = ".",
+    query: Sequence[str] | None,
+    layer: str | None,
+    head: int | None,
+    smooth: bool,
+    animate: str | None,
+    beside: Sequence[str] | None,
+    out: str,
 ) -> None:
     """Write the files of an explanation; print the prediction, the selected query and the paths.
 
-    Args:
-      checkpoint: a run or a checkpoint.
-      config: of the checkpoint.
-      path: a file, a folder of frames, or test:N.
-      query: (frame,) row and column of a position of the input. By default the query, the layer and the head
-        with the highest score are selected.
-      layer: name of an attention layer.
-      head: number of an attention head.
-      smooth: interpolate maps between positions.
-      animate: "gif" or "mp4" to write an animation as well.
-      beside: checkpoints of other models to show on the page.
-      out: folder for the files.
+    The arguments are those of `structvit explain`; `config` is the configuration of the checkpoint.
 
     Raises:
       UserError: a file that cannot be read or written, or an unknown layer, head or query.
@@ -57,7 +46,7 @@ def explain(
         raise UserError("--animate needs a model for videos; this one takes images")
     folder = parse_path(out)
     models = [_view(load_trained(checkpoint, config), path)]
-    models += [_view(load_trained(other), path) for other in beside]
+    models += [_view(load_trained(other), path) for other in beside or ()]
     (view, pixels, recorded), *_ = models
     frames, crops = overlay.trimmed(recorded, [view.crop for view, _, _ in models])
     views = [view._replace(crop=crop) for (view, _, _), crop in zip(models, crops, strict=True)]

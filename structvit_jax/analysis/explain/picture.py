@@ -20,17 +20,9 @@ from matplotlib.transforms import Bbox
 from PIL import Image
 
 from structvit_jax.analysis.contact_sheet import evenly_spaced
+from structvit_jax.analysis.explain import overlay
 from structvit_jax.analysis.explain.maps import Layer, Query
-from structvit_jax.analysis.explain.overlay import (
-    WHOLE,
-    Scale,
-    box,
-    coloured,
-    dimmed,
-    marked,
-    overlaid,
-    resized_frame,
-)
+from structvit_jax.analysis.explain.overlay import Scale, coloured, marked, overlaid, resized_frame
 from structvit_jax.data.reader import Crop
 
 DPI = 110
@@ -42,17 +34,8 @@ _MAX_TEXT = 500  # characters; longer text loses its middle
 _SMALL, _NORMAL = 7, 9  # points, as all gaps and margins
 _MARGIN, _TILE_GAP, _BAR_GAP, _STRIP_GAP, _PANEL_GAP = 14, 3, 5, 8, 16
 _BAR_WIDTH, _TICKS_WIDTH = 12, 46  # of a colour bar in pixels, and of the numbers beside it in points
-# Fonts for scripts that matplotlib's own font lacks, used if they are installed.
-_FONTS = (
-    "Noto Sans CJK JP",
-    "Noto Sans CJK SC",
-    "Noto Sans",
-    "PingFang SC",
-    "Hiragino Sans",
-    "Microsoft YaHei",
-    "Malgun Gothic",
-    "Arial Unicode MS",
-)
+# Installed fonts to use for scripts that matplotlib's own font lacks.
+_FONTS = ("Noto Sans CJK JP", "PingFang SC", "Microsoft YaHei", "Malgun Gothic", "Arial Unicode MS")
 
 
 class Line(NamedTuple):
@@ -97,7 +80,7 @@ class Drawing(NamedTuple):
     @property
     def seen(self) -> np.ndarray:
         """The pixels that the model saw, before they were resized: uint8 [time, height, width, 3]."""
-        top, left, bottom, right = box(self.crop, *self.frames.shape[1:3])
+        top, left, bottom, right = overlay.box(self.crop, *self.frames.shape[1:3])
         return self.frames[:, top:bottom, left:right]
 
     @property
@@ -118,29 +101,22 @@ class Drawing(NamedTuple):
         kernels. Maps and kernels with channels are averaged over them.
         """
         layer, query = self.layer, self.query
-        has_kernels = layer.kind != "self-attention"
-        kappa = {"dynamic kernel": self._with_time(query.kappa[self._key].mean(axis=-1))}
-        rows = [
-            MapRow(
-                "correlation with every position",
-                "correlation",
-                self._with_time(query.correlation),
-                kappa if has_kernels else {},
-            )
-        ]
+        kappa = self._with_time(query.kappa[self._key].mean(axis=-1))
         key_kernels, value_kernels = (
             self._with_time(kernels[..., min(query.head, kernels.shape[-3] - 1), :, :].mean(axis=-2))
             for kernels in layer.kernels()
         )
+        title, short_title = "correlation with every position", "correlation"
+        rows = [MapRow(title, short_title, self._with_time(query.correlation), {"dynamic kernel": kappa})]
         for d, attention in enumerate(query.attention):
             title = short_title = "attention"
             if layer.structure_dim > 1:
                 short_title = f"kernel {d + 1}: {attention.sum():.0%}"
                 title = f"attention of structure {short_title}"
             kernels = {"key kernel": key_kernels[..., d], "value kernel": value_kernels[..., d]}
-            rows.append(
-                MapRow(title, short_title, self._with_time(attention), kernels if has_kernels else {})
-            )
+            rows.append(MapRow(title, short_title, self._with_time(attention), kernels))
+        if layer.kind == "self-attention":
+            rows = [row._replace(kernels={}) for row in rows]
         final = self._with_time(query.final.mean(axis=-1))
         return [*rows, MapRow("final map: weight of each value", "final map", final, {})]
 
@@ -209,7 +185,7 @@ def compose(drawing: Drawing, heading: Sequence[Line]) -> Figure:
     is_whole = drawing.crop.height > 0.99 and drawing.crop.width > 0.99
     title = "input, query marked" + ("" if is_whole else "; the model saw the bright part")
     captions = [f"frame {frame}" for frame in frames] if len(drawing.frames) > 1 else []
-    panels = {title: _panel(tiles([dimmed(shot, drawing.crop) for shot in shots]), captions)}
+    panels = {title: _panel(tiles([overlay.dimmed(shot, drawing.crop) for shot in shots]), captions)}
     strip_side = min(max((size[0] - 55) // 2, 42), 77)  # two strips fit beside a tile that is not small
     for number, row in enumerate(drawing.rows()):
         scale = Scale.of(row.values)
@@ -262,7 +238,7 @@ def _slices(drawing: Drawing, size: tuple[int, int]) -> OffsetBox:
     scale, tiles = Scale.of(correlation), []
     for pixels, values in ((seen[:, y], correlation[:, row]), (seen[:, :, x], correlation[:, :, column])):
         resized = resized_frame(pixels, *size)
-        tiles += [resized, overlaid(resized, values, scale, WHOLE, smooth=drawing.smooth)]
+        tiles += [resized, overlaid(resized, values, scale, overlay.WHOLE, smooth=drawing.smooth)]
     return _panel(tiles, ["row", "its correlation", "column", "its correlation"], scale)
 
 

@@ -14,7 +14,6 @@ from structvit_jax.training.evaluation import probabilities
 from structvit_jax.utils.errors import DecodeError, UserError, decoding
 
 _MAX_BYTES = 2**33  # of the arrays in a file
-_CHUNK = 1024  # examples processed at a time, to bound memory
 
 
 class ClassScore(NamedTuple):
@@ -87,15 +86,9 @@ class Predictions:
           average: config.eval.average: whether the scores are means of "logits" or of "softmax".
         """
         wrong = np.flatnonzero((self.predicted >= 0) & (self.predicted != self.labels))
-        highest = np.empty(len(wrong))
-        for start in range(0, len(wrong), _CHUNK):
-            rows = slice(start, start + _CHUNK)
-            highest[rows] = self._probabilities(wrong[rows], average).max(axis=1)
-        chosen = wrong[np.argsort(-highest, kind="stable")[:count]]
-        return list(zip(chosen.tolist(), self._probabilities(chosen, average), strict=True))
-
-    def _probabilities(self, rows: np.ndarray, average: str) -> np.ndarray:
-        return probabilities(self.scores[rows].astype(np.float64), average)
+        found = probabilities(self.scores[wrong].astype(np.float64), average)
+        order = np.argsort(-found.max(axis=1), kind="stable")[:count]
+        return list(zip(wrong[order].tolist(), found[order], strict=True))
 
 
 def read_predictions(path: epath.Path) -> Predictions:

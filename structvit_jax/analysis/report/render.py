@@ -43,10 +43,10 @@ _THUMBNAIL_HEIGHT = 112  # pixels; taller thumbnails are reduced and stored as J
 class ErrorCard(NamedTuple):
     """A wrong example."""
 
-    id: str
-    image: EmbeddedImage | None
-    problem: str  # why there is no image
-    classes: Sequence[tuple[str, str, float]]  # the predicted and the true class: role, name, probability
+    number: int  # of the example in the predictions
+    probabilities: np.ndarray  # [classes]
+    image: EmbeddedImage | None = None
+    problem: str = ""  # why there is no image
 
 
 class RunSection(NamedTuple):
@@ -131,12 +131,13 @@ def _section(record: Record, style: LineStyle, hardest: int) -> RunSection:
     if predictions is None:
         return RunSection(record, style)
     found = predictions.confident_errors(hardest, record.config.eval.average)
-    thumbnails, problem = None, ""
-    try:
-        thumbnails = Thumbnails(record.config) if found else None
-    except DecodeError as error:
-        problem = str(error)
-    errors = [_error_card(predictions, thumbnails, *error) for error in found]
+    errors, problem = [ErrorCard(*error) for error in found], ""
+    if errors:
+        try:
+            thumbnails = Thumbnails(record.config)
+            errors = [_with_image(card, str(predictions.ids[card.number]), thumbnails) for card in errors]
+        except DecodeError as error:
+            problem = str(error)
     return RunSection(record, style, predictions.by_class(), confusion_matrix(predictions), errors, problem)
 
 
@@ -149,18 +150,11 @@ def confusion_matrix(predictions: Predictions) -> Sequence[Sequence[int]] | Embe
     return counts.tolist() if classes <= _MAX_TABLE else draw_confusion(counts)
 
 
-def _error_card(
-    predictions: Predictions, thumbnails: Thumbnails | None, index: int, probabilities: np.ndarray
-) -> ErrorCard:
-    name, image, problem = str(predictions.ids[index]), None, ""
+def _with_image(card: ErrorCard, name: str, thumbnails: Thumbnails) -> ErrorCard:
     try:
-        image = thumbnails.image(name) if thumbnails else None
+        return card._replace(image=thumbnails.image(name))
     except DecodeError as error:
-        problem = str(error)
-    roles = {"predicted": int(probabilities.argmax()), "true": int(predictions.labels[index])}
-    names = predictions.class_names
-    classes = [(role, names[number], float(probabilities[number])) for role, number in roles.items()]
-    return ErrorCard(name, image, problem, classes)
+        return card._replace(problem=str(error))
 
 
 class Thumbnails:
