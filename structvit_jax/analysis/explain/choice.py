@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from scipy.special import xlogy
+from scipy.special import entr
 
 from structvit_jax.analysis.explain.maps import Layer, position_of
 from structvit_jax.models import StructAttention
@@ -102,32 +102,24 @@ def scores(layer: Layer, positions: Sequence[tuple[int, ...]]) -> np.ndarray:
     attention = np.moveaxis(attention.reshape(*attention.shape[:3], -1), 1, 0)  # [heads, queries, D, keys]
     h = np.zeros(attention.shape[:2])
     if (keys := attention.shape[-2] * attention.shape[-1]) > 1:
-        h = np.clip(_entropy(attention.reshape(*h.shape, keys)) / math.log(keys), 0, 1)
+        h = np.clip(entr(attention).sum(axis=(-2, -1)) / math.log(keys), 0, 1)
     dim = layer.structure_dim
     rank = (effective_ranks(layer, attention) - 1) / (dim - 1) if dim > 1 else 1
     return rank * 4 * h * (1 - h)
 
 
-def _entropy(probabilities: np.ndarray) -> np.ndarray:
-    """Return the entropy along the last axis; 0 log 0 is 0."""
-    return -xlogy(probabilities, probabilities).sum(axis=-1)
-
-
 def effective_ranks(layer: Layer, attention: np.ndarray) -> np.ndarray:
     """Return effective ranks [heads, queries] of the dynamic kernels of attention [heads, queries, D, keys].
 
-    Dynamic kernels are products of attention and value kernels. Their singular values follow from the D x D
-    Gram matrices of the two factors, so the products are not computed.
+    Dynamic kernels are products of value kernels and attention. Value kernels are Q R with orthonormal Q, so
+    the products have the singular values of R and attention, which is a much smaller product.
     """
     kernels = layer.kernels()[1].astype(np.float64)
     rows = np.moveaxis(kernels, -3, 0).reshape(kernels.shape[-3], -1, kernels.shape[-1])
-    values, vectors = np.linalg.eigh(np.swapaxes(rows, -1, -2) @ rows)  # [heads or 1, D, D]
-    root = (vectors * np.sqrt(np.clip(values, 0, None))[:, None]) @ np.swapaxes(vectors, -1, -2)
-    gram = attention @ np.swapaxes(attention, -1, -2)
-    squares = np.linalg.eigvalsh(root[:, None] @ gram @ root[:, None])
-    singular = np.sqrt(np.clip(squares, 0, None))
+    factor = np.asarray(np.linalg.qr(rows, mode="r"))  # [heads or 1, at most D, D]
+    singular = np.linalg.svd(factor[:, None] @ attention, compute_uv=False)
     total = np.maximum(singular.sum(axis=-1, keepdims=True), np.finfo(np.float64).tiny)
-    return np.exp(_entropy(singular / total))
+    return np.exp(entr(singular / total).sum(axis=-1))
 
 
 @nnx.jit  # compiled once for all layers of one shape

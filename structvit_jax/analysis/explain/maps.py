@@ -1,4 +1,4 @@
-"""Compute the attention layers' inputs for one input of a network, and the maps of single queries."""
+"""Compute the inputs of a network's attention layers, and the maps of single queries."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Layer:
 
     name: str  # of its block, as "blocks3.0"
     attention: StructAttention
-    x: jax.Array  # [1, *grid, width]: the normalised input of the attention
+    x: jax.Array  # [1, *grid, width], after the block's norm
 
     @property
     def grid(self) -> tuple[int, ...]:
@@ -59,7 +59,7 @@ class Layer:
 
     @functools.cached_property
     def maps(self) -> Callable[[jax.Array], tuple[jax.Array, StructAttentionMaps]]:
-        """A function of flat positions of queries [Q], compiled once.
+        """A compiled function of queries, given as flat positions [Q].
 
         It returns their correlations with all keys [Q, heads, *grid], scaled as logits, and the maps of all
         heads.
@@ -88,7 +88,8 @@ def layers(network: Network, x: jax.Array) -> dict[str, Layer]:
     """
     network = nnx.clone(network)
     network.variant = dataclasses.replace(network.variant, remat="none")
-    stages = _stages(network)
+    lists = ("blocks", "blocks1", "blocks2", "blocks3", "blocks4")  # of a DeiT; of a hierarchical network
+    stages = [name for name in lists if hasattr(network, name)]
     blocks = {f"{stage}.{i}": block for stage in stages for i, block in enumerate(getattr(network, stage))}
     activations: list[jax.Array] = []
 
@@ -100,7 +101,7 @@ def layers(network: Network, x: jax.Array) -> dict[str, Layer]:
         activations.clear()
         network.features(x, hook=record)
         inputs, start = [], 0
-        for stage in stages:  # of each: the embedding, then the output of every block
+        for stage in stages:  # each records its embedding, then the output of every block
             end = start + len(getattr(network, stage))
             inputs += activations[start:end]
             start = end + 1
@@ -114,12 +115,6 @@ def layers(network: Network, x: jax.Array) -> dict[str, Layer]:
         for (name, block), array in zip(blocks.items(), jax.jit(run)(x), strict=True)
         if isinstance(block.attn, StructAttention)
     }
-
-
-def _stages(network: Network) -> list[str]:
-    """Return the names of the network's lists of blocks."""
-    names = ["blocks", *(f"blocks{stage}" for stage in range(1, 5))]
-    return [name for name in names if hasattr(network, name)]
 
 
 class Query(NamedTuple):

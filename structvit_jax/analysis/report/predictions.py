@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 from etils import epath
+from scipy.sparse import csr_array
 
 from structvit_jax.training.evaluation import probabilities
 from structvit_jax.utils.errors import DecodeError, UserError, decoding
@@ -65,16 +66,12 @@ class Predictions:
         examples = np.bincount(self.labels, minlength=classes)
         right = np.bincount(self.labels[predicted == self.labels], minlength=classes)
         wrong = (predicted >= 0) & (predicted != self.labels)
-        # Only the (true, predicted) pairs that occur: a dense matrix of many classes would not fit in memory.
-        pairs = np.stack([self.labels[wrong], predicted[wrong]], axis=1)
-        pairs, times = np.unique(pairs, axis=0, return_counts=True)
-        confused: dict[int, tuple[int, int]] = {}
-        for i in np.argsort(-times, kind="stable"):
-            true, other = pairs[i].tolist()
-            confused.setdefault(true, (other, int(times[i])))  # the first is the most frequent
+        pairs, ones = (self.labels[wrong], predicted[wrong]), np.ones(wrong.sum(), int)
+        confusions = csr_array((ones, pairs), shape=(classes, classes))  # counts equal pairs
+        confused, times = confusions.argmax(axis=1).tolist(), confusions.max(axis=1).toarray().tolist()
         scores = [
-            ClassScore(number, int(examples[number]), int(right[number]), *confused.get(number, (None, 0)))
-            for number in np.flatnonzero(examples).tolist()
+            ClassScore(i, int(examples[i]), int(right[i]), confused[i] if times[i] else None, times[i])
+            for i in np.flatnonzero(examples).tolist()
         ]
         return sorted(scores, key=lambda score: (score.accuracy, -score.examples))
 
