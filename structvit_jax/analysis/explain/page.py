@@ -103,8 +103,8 @@ def encoded_size(layer: Layer) -> int:
 def encode_layer(layer: Layer) -> EncodedLayer:
     """Return a layer for the page's script: sides of its grids, and arrays by head in base64.
 
-    Value kernels are averaged over channels. "gram" holds their Gram matrices over window and channels, from
-    which the script computes the effective rank.
+    Value kernels are averaged over channels. "factor" holds R of their QR decompositions over window and
+    channels, from which the script computes the effective rank.
     """
     image, heads = len(layer.grid) == 2, layer.attention.heads
     query, key, _ = (np.moveaxis(np.asarray(x, np.float32), -2, 0) for x in layer.operands())
@@ -128,7 +128,7 @@ def encode_layer(layer: Layer) -> EncodedLayer:
         "k": _base64(key, np.float16),
         "key_kernels": _base64(np.moveaxis(key_kernels, -1, -2)),
         "value_kernels": _base64(value_kernels.mean(axis=2)),
-        "gram": _base64(np.einsum("hmcd,hmce->hde", full, full)),
+        "factor": _base64(np.asarray(np.linalg.qr(full.reshape(heads, -1, layer.structure_dim), mode="r"))),
     }
 
 
