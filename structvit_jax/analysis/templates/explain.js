@@ -22,9 +22,11 @@ const index = (fraction, n) => Math.min(Math.floor(fraction * n), n - 1);
 const flatIndex = (sides, point) =>
   point.reduce((flat, x, axis) => flat * sides[axis] + index(x, sides[axis]), 0);
 const centre = (sides, point) => point.map((x, axis) => (index(x, sides[axis]) + 0.5) / sides[axis]);
+
 function layerOf(model) {
   return model.layers.find((layer) => layer.name === state.layer) || model.layers[model.layers.length - 1];
 }
+
 // Points (time, row, column) in fractions of a crop's sides and of the frame's sides. A crop is [top, left,
 // height, width].
 const inFrame = ([top, left, height, width], [t, y, x]) => [t, top + y * height, left + x * width];
@@ -52,23 +54,24 @@ function update() {
     };
   });
   draw();
-  history.replaceState(
-    null,
-    "",
-    `#${new URLSearchParams({ layer: state.layer, head: state.head, query: state.query.map((x) => x.toFixed(4)) })}`,
-  );
+  const query = state.query.map((x) => x.toFixed(4));
+  const address = new URLSearchParams({ layer: state.layer, head: state.head, query });
+  history.replaceState(null, "", `#${address}`);
 }
+
 function select(query) {
   state.query = query;
   state.at = null;
   state.time = query[0];
   update();
 }
+
 function draw() {
   const first = views[0];
   const cell = state.query.map((x, axis) => index(x, first.layer.grid[axis]));
-  $("where").textContent =
-    `query at ${data.video ? `time ${cell[0]}, ` : ""}row ${cell[1]}, column ${cell[2]} of ${first.layer.grid.slice(data.video ? 0 : 1).join(" × ")}`;
+  const grid = first.layer.grid.slice(data.video ? 0 : 1).join(" × ");
+  const time = data.video ? `time ${cell[0]}, ` : "";
+  $("where").textContent = `query at ${time}row ${cell[1]}, column ${cell[2]} of ${grid}`;
   $("time").value = index(state.time, frames.length);
   const marks = [[first.query, first.layer.grid, "#d95f02"]];
   for (const canvas of data.video ? [$("large"), $("frames")] : [$("frames")])
@@ -108,9 +111,11 @@ $("frames").addEventListener("keydown", (event) => {
   next[axis] = Math.max(0.5 / sides[axis], Math.min(1 - 0.5 / sides[axis], next[axis] + step / sides[axis]));
   select(next);
 });
+
 function fill(select, values, chosen) {
   select.replaceChildren(...values.map((value) => new Option(value, value, false, value === chosen)));
 }
+
 function fillHeads() {
   fill(
     $("head"),

@@ -50,12 +50,14 @@ function drawTiles(canvas, count, minWidth, crop, marks, paint) {
     context.restore();
   });
 }
+
 function drawFrame(context, time, [left, top, wide, high]) {
   const frame = frames[index(time, frames.length)];
   context.imageSmoothingEnabled = frame.naturalWidth > wide;
   context.imageSmoothingQuality = "high";
   context.drawImage(frame, left, top, wide, high);
 }
+
 function colour(stops, fraction) {
   const at = Math.max(0, Math.min(1, fraction)) * (stops.length - 1);
   const low = Math.floor(at);
@@ -63,6 +65,7 @@ function colour(stops, fraction) {
   const [a, b] = [stops[low], stops[Math.min(low + 1, stops.length - 1)]];
   return a.map((value, i) => Math.round(value + part * (b[i] - value)));
 }
+
 // The same as structvit_jax.analysis.explain.overlay.Scale: symmetric about zero, or from the lowest to the
 // highest value, after clipping outliers.
 function scaleOf(values) {
@@ -83,12 +86,14 @@ function scaleOf(values) {
 const rampOf = (scale) => (scale.signed ? "signed" : "sequential");
 const onScale = (scale, value) =>
   scale.low === scale.high ? 0.5 : (value - scale.low) / (scale.high - scale.low);
+
 function ends(scale) {
   // as text with enough digits to differ
   const wide = Math.max(Math.abs(scale.low), Math.abs(scale.high)) / (scale.high - scale.low || Infinity);
   const digits = 2 + (wide > 0 ? Math.max(0, Math.round(Math.log10(wide))) : 0);
   return [scale.low, scale.high].map((value) => short(value, digits));
 }
+
 function drawMap(canvas, values, sides, scale, crop, marks) {
   const [t, h, w] = sides;
   const over = $("over").checked;
@@ -115,6 +120,7 @@ function drawMap(canvas, values, sides, scale, crop, marks) {
     context.drawImage(small, ...box);
   });
 }
+
 function drawKernel(canvas, values, sides, most) {
   const [t, h, w] = sides;
   const cell = 9;
@@ -140,7 +146,8 @@ function drawModel(section, { crop, layer, head, query, at, maps }) {
   const keys = product(layer.key_grid);
   const D = layer.structure_dim;
   section.querySelector(".facts").textContent =
-    `${layer.kind}; ${layer.name}, head ${head} of ${layer.heads}; effective rank of the dynamic kernels ${maps.rank.toFixed(2)} of ${D}`;
+    `${layer.kind}; ${layer.name}, head ${head} of ${layer.heads};` +
+    ` effective rank of the dynamic kernels ${maps.rank.toFixed(2)} of ${D}`;
   const list = section.querySelector(".maps");
   while (list.children.length > D + 2) list.lastChild.remove();
   while (list.children.length < D + 2) list.append(figure(crop));
@@ -179,6 +186,7 @@ function drawModel(section, { crop, layer, head, query, at, maps }) {
   ]);
   drawWindow(section, crop, layer, kappa(layer, head, maps.attention, flatIndex(layer.key_grid, at)), at);
 }
+
 function means(keyKernels, layer, head, d) {
   // over channels
   const taps = product(layer.key_window);
@@ -188,6 +196,7 @@ function means(keyKernels, layer, head, d) {
     return keyKernels.subarray(start, start + wide).reduce((a, b) => a + b, 0) / wide;
   });
 }
+
 function pick(valueKernels, layer, head, d) {
   const taps = product(layer.value_window);
   return Float64Array.from(
@@ -195,6 +204,7 @@ function pick(valueKernels, layer, head, d) {
     (_, m) => valueKernels[(head * taps + m) * layer.structure_dim + d],
   );
 }
+
 function figure(crop) {
   const node = document.createElement("figure");
   node.innerHTML =
@@ -209,6 +219,7 @@ function figure(crop) {
     });
   return node;
 }
+
 function caption(node, name, description, kernels, scale) {
   const [low, high] = ends(scale);
   const bar = document.createElement("span");
@@ -218,7 +229,8 @@ function caption(node, name, description, kernels, scale) {
     ([r, g, b, a]) => `rgba(${r}, ${g}, ${b}, ${a / 255})`,
   );
   bar.className = "ramp";
-  bar.style.background = `linear-gradient(90deg, ${scale.low === scale.high ? [stops[26], stops[26]] : stops}), #8e8e8e`;
+  const ramp = scale.low === scale.high ? [stops[26], stops[26]] : stops;
+  bar.style.background = `linear-gradient(90deg, ${ramp}), #8e8e8e`;
   node
     .querySelector(".bar-of")
     .replaceChildren(...(scale.low === scale.high ? [low, bar] : [low, bar, high]));
@@ -228,6 +240,7 @@ function caption(node, name, description, kernels, scale) {
     .querySelector(".kernels")
     .replaceChildren(...kernels.map(([title, values, sides]) => kernelLabel(title, values, sides)));
 }
+
 function kernelLabel(title, values, sides) {
   const span = document.createElement("span");
   const canvas = document.createElement("canvas");
@@ -241,6 +254,7 @@ function kernelLabel(title, values, sides) {
   span.append(title, canvas);
   return span;
 }
+
 // The dynamic kernel at one position, beside the pixels in its window.
 function drawWindow(section, crop, layer, values, at) {
   const [t, h, w] = layer.value_window;
@@ -276,6 +290,8 @@ function drawWindow(section, crop, layer, values, at) {
     );
   }
   drawKernel(section.querySelector("canvas.dynamic"), values, layer.value_window, most);
+  const where = state.at ? "at the marked position (black)" : "at the query itself";
   section.querySelector(".at").textContent =
-    `dynamic kernel ${state.at ? "at the marked position (black)" : "at the query itself"}, mean over channels, −${short(most)} to ${short(most)}; and the pixels in its window`;
+    `dynamic kernel ${where}, mean over channels, −${short(most)} to ${short(most)};` +
+    " and the pixels in its window";
 }

@@ -1,10 +1,12 @@
 "use strict";
+
 // The maps of one query, computed from the queries, keys and kernels of a layer.
 
 // Arrays are float16 or float32, little endian, in base64.
 function bytes(text) {
   return Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
 }
+
 function float16s(text) {
   const raw = new Uint16Array(bytes(text).buffer);
   const out = new Float32Array(raw.length);
@@ -17,12 +19,14 @@ function float16s(text) {
   }
   return out;
 }
+
 function float32s(text) {
   return new Float32Array(bytes(text).buffer);
 }
+
 function decode(layer) {
-  // on first use
   if (!layer.arrays) {
+    // on first use
     layer.arrays = {
       q: float16s(layer.q),
       k: float16s(layer.k),
@@ -85,11 +89,13 @@ function explain(layer, head, query) {
   });
   return { correlation, attention, final, rank: rank(layer, head, attention) };
 }
+
 function dot(a, b) {
   let sum = 0;
   for (let c = 0; c < a.length; c++) sum += a[c] * b[c];
   return sum;
 }
+
 // Call act(m, pairs) for each tap m of a window. `pairs` alternates the key position at the window's centre
 // and the grid position under the tap.
 function forEachTap(layer, window, act) {
@@ -117,6 +123,7 @@ function forEachTap(layer, window, act) {
         act(m, pairs.subarray(0, n));
       }
 }
+
 function kappa(layer, head, attention, j) {
   const { valueKernels } = decode(layer);
   const taps = product(layer.value_window);
@@ -127,9 +134,10 @@ function kappa(layer, head, attention, j) {
       out[m] += valueKernels[(head * taps + m) * layer.structure_dim + d] * attention[d * keys + j];
   return out;
 }
+
 // The effective rank: the exponential of the entropy of the singular values of the dynamic kernels V A, where
 // V are the value kernels and A is the attention. With V = Q F and orthonormal Q, the squares of the singular
-// values are the eigenvalues of F A A' F'.
+// values are the eigenvalues of F A A' F', where A A' is the Gram matrix of the attention.
 function rank(layer, head, attention) {
   const D = layer.structure_dim;
   const keys = product(layer.key_grid);
@@ -138,14 +146,14 @@ function rank(layer, head, attention) {
   const F = Array.from({ length: rows }, (_, a) =>
     Array.from(factor.subarray((head * rows + a) * D, (head * rows + a + 1) * D)),
   );
-  const A = Array.from({ length: D }, (_, a) =>
+  const gram = Array.from({ length: D }, (_, a) =>
     Array.from({ length: D }, (_, b) => {
       let sum = 0;
       for (let j = 0; j < keys; j++) sum += attention[a * keys + j] * attention[b * keys + j];
       return sum;
     }),
   );
-  const values = eigenvalues(multiply(multiply(F, A), transpose(F))).map((value) =>
+  const values = eigenvalues(multiply(multiply(F, gram), transpose(F))).map((value) =>
     Math.sqrt(Math.max(value, 0)),
   );
   const sum = values.reduce((a, b) => a + b, 0);
@@ -156,8 +164,9 @@ function rank(layer, head, attention) {
 const transpose = (A) => A[0].map((_, i) => A.map((row) => row[i]));
 const multiply = (A, B) =>
   A.map((row) => B[0].map((_, j) => row.reduce((sum, value, k) => sum + value * B[k][j], 0)));
+
 function eigenvalues(A) {
-  // by Jacobi rotations
+  // Jacobi rotations of a symmetric matrix.
   A = A.map((row) => row.slice());
   for (let sweep = 0; sweep < 30; sweep++)
     for (let p = 0; p < A.length; p++)
