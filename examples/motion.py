@@ -1,18 +1,18 @@
-"""The idea of StructSA in one picture: a layer without trained weights reads the direction of motion.
+"""Read the direction of motion with one StructSA layer, without training it.
 
     python examples/motion.py motion.png
     python examples/motion.py motion.png --clip=CLIP.mp4
 
-The correlations of one patch with all patches of a clip show a moving patch as a line through space and time;
-the slope is its velocity. Eight kernels of 3x3x3, a line for each direction, read it: each gets attention in
-proportion to the motion in its direction. Plain self-attention (no kernels) and a convolutional projection
-(one kernel) have nothing to compare.
+A moving patch draws a line through space and time: the places where its correlation with the clip is high.
+The slope of the line is the patch's velocity. Eight kernels of 3x3x3, each a line in one direction, read it:
+each kernel gets attention in proportion to the motion in its direction. Plain self-attention (no kernels) and
+a convolutional projection (one kernel) cannot compare directions.
 
-Prints how often the direction of a moving digit is read correctly: as recorded, reversed in time, with its
-frames shuffled, and with eight equal kernels. The digits are real scans, their motion is synthetic. --clip
-draws a video instead, with a ninth kernel for patches that stand still. The kernels read motion of about one
-pixel per frame, so the video is reduced to a short side of 64 pixels, and eight frames are taken that are 1,
-2, 4 or 8 recorded frames apart, whichever gives the clearest reading.
+The first command prints how often the direction of a moving digit is read correctly: as recorded, reversed in
+time, with its frames shuffled, and with eight equal kernels. The digits are real scans; their motion is
+synthetic. With --clip, a video is read and drawn instead, with a ninth kernel for patches that do not move.
+The kernels read motion of about one pixel per frame, so the video is reduced to a short side of 64 pixels.
+Eight frames are used, 1, 2, 4 or 8 recorded frames apart, whichever gives the clearest reading.
 """
 
 from __future__ import annotations
@@ -43,8 +43,10 @@ STEPS = (1, 2, 4, 8)  # recorded frames between frames that are read
 
 
 def line_kernels() -> np.ndarray:
-    """Return [3, 3, 3, 1, 1, 8]: kernel d is one where a point moving in direction d is before, at and after
-    the window's centre."""
+    """Return kernels [3, 3, 3, 1, 1, 8], each a line of ones through space and time.
+
+    Kernel d is one where a point that moves in direction d is before, at and after the window's centre.
+    """
     kernels = np.zeros((3, 3, 3, 1, 1, len(DIRECTIONS)), np.float32)
     for d, angle in enumerate(np.deg2rad(45 * np.arange(len(DIRECTIONS)))):
         down, right = round(-np.sin(angle)), round(np.cos(angle))
@@ -78,8 +80,8 @@ def features(clip: jax.Array) -> jax.Array:
 def corners(clip: jax.Array, *, moving: bool = False) -> jax.Array:
     """Return flat positions [24] of corners in the two middle frames (Shi and Tomasi, 1994).
 
-    How an edge moves along itself cannot be seen, so patches are ranked by their variation in the direction
-    in which they vary least; with `moving`, multiplied by the change of their pixels over time.
+    Motion along an edge is invisible, so patches are ranked by how much they vary in the direction in which
+    they vary least. With `moving`, this is multiplied by the change of their pixels over time.
     """
     first = (len(clip) - 1) // 2
     middle = patches(clip[first : first + 2])
@@ -118,10 +120,10 @@ def read(clips: np.ndarray, kernels: np.ndarray) -> np.ndarray:
 
 
 def direction(fractions: np.ndarray) -> np.ndarray:
-    """Return the direction [batch] of the kernels' unit vectors, weighted by their attention [batch, 8].
+    """Return the mean direction [batch] of the kernels, weighted by their attention [batch, 8].
 
-    In every frame, a slow diagonal lies between pixels, so that kernels of both neighbouring directions
-    respond.
+    The kernels are averaged as unit vectors: slow diagonal motion falls between pixels, so the kernels of
+    both neighbouring directions respond to it.
     """
     angles = 2 * np.pi * np.arange(len(DIRECTIONS)) / len(DIRECTIONS)
     return (fractions @ np.cos(angles[:, None] - angles)).argmax(axis=1)

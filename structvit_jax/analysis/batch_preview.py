@@ -1,4 +1,4 @@
-"""Draw the first training batch as the model gets it: `structvit show --data`."""
+"""Draw the first training batch as the model sees it: `structvit show --data`."""
 
 from __future__ import annotations
 
@@ -10,22 +10,19 @@ from typing import Any
 import ml_collections
 import numpy as np
 from etils import epath
-from PIL import Image, ImageDraw
 
+from structvit_jax.analysis.contact_sheet import contact_sheet, evenly_spaced, side_by_side
 from structvit_jax.data import Dataset
 from structvit_jax.runtime import storage
 from structvit_jax.training.step import prepare_batch, step_keys
 
 _MAX_CLIPS, _MAX_FRAMES = 16, 8  # clips below each other, frames beside each other
-_IMAGE_COLUMNS = 8  # images beside each other
-_MAX_IMAGES = _MAX_CLIPS * _IMAGE_COLUMNS
+_MAX_IMAGES, _IMAGE_COLUMNS = 128, 8
 _MIN_SIDE = 96  # pixels; smaller frames are enlarged
-_LINE_HEIGHT, _CHARACTER_WIDTH = 14, 6  # of a caption, in pixels
-_GAP = 4  # pixels
 
 
 def write(config: ml_collections.ConfigDict, dataset: Dataset, path: epath.Path) -> int:
-    """Draw rows of the first batch, after all augmentation, with their targets; return how many rows.
+    """Draw rows of the first batch, after all augmentation, with their targets; return the number of rows.
 
     Raises:
       UserError: `path` is not a regular file.
@@ -49,16 +46,14 @@ def write(config: ml_collections.ConfigDict, dataset: Dataset, path: epath.Path)
         rows = pixels[:_MAX_IMAGES, None]
     else:
         rows = pixels[:_MAX_CLIPS, evenly_spaced(pixels.shape[1], _MAX_FRAMES)]
+    scale = -(-_MIN_SIDE // min(rows.shape[2:4]))
+    rows = rows.repeat(scale, axis=2).repeat(scale, axis=3)
+    columns = _IMAGE_COLUMNS if is_image else 1
     file = io.BytesIO()
-    _draw(rows, captions, columns=_IMAGE_COLUMNS if is_image else 1).save(file, "PNG")
+    contact_sheet([side_by_side(row) for row in rows], captions[: len(rows)], columns).save(file, "PNG")
     path.parent.mkdir(parents=True, exist_ok=True)
     storage.write(path, file.getvalue())
     return len(rows)
-
-
-def evenly_spaced(count: int, max_count: int) -> np.ndarray:
-    """Return at most `max_count` indices below `count`, the first and the last among them."""
-    return np.unique(np.linspace(0, count - 1, min(max_count, count)).astype(int))
 
 
 def _caption(target: np.ndarray, class_names: Sequence[str]) -> str:
@@ -67,27 +62,3 @@ def _caption(target: np.ndarray, class_names: Sequence[str]) -> str:
     weights = weights / max(weights.sum(), 1e-9)
     largest = np.argsort(-weights)[:2]
     return ", ".join(f"{class_names[i]} {weights[i]:.2f}" for i in largest if weights[i] > 0.005)
-
-
-def _draw(rows: np.ndarray, captions: Sequence[str], *, columns: int) -> Image.Image:
-    """Draw rows of frames, uint8 [rows, frames, height, width, 3], below their captions.
-
-    Args:
-      rows: the frames of each are beside each other.
-      captions: of the rows, and maybe further ones.
-      columns: how many rows are beside each other.
-    """
-    count, frames, height, width, _ = rows.shape
-    scale = -(-_MIN_SIDE // min(height, width))
-    rows = rows.repeat(scale, axis=2).repeat(scale, axis=3)
-    cell_width = frames * (scale * width + _GAP)
-    cell_height = scale * height + _LINE_HEIGHT + _GAP
-    sheet = Image.new("RGB", (cell_width * min(columns, count), cell_height * -(-count // columns)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for number, (row, caption) in enumerate(zip(rows, captions, strict=False)):
-        left, top = number % columns * cell_width, number // columns * cell_height
-        draw.text((left + 2, top), caption[: cell_width // _CHARACTER_WIDTH], fill="black")
-        for column, frame in enumerate(row):
-            position = (left + column * (scale * width + _GAP), top + _LINE_HEIGHT)
-            sheet.paste(Image.fromarray(frame), position)
-    return sheet

@@ -1,12 +1,15 @@
-"""Render the HTML pages of `templates/`: all text is escaped, and a page needs no other file."""
+"""Render the HTML pages of `templates/`. All text is escaped, and a page needs no other file."""
 
 from __future__ import annotations
 
 import base64
 import functools
+import io
 from typing import NamedTuple
 
 import jinja2
+import numpy as np
+from PIL import Image
 
 
 class EmbeddedImage(NamedTuple):
@@ -33,5 +36,12 @@ def render(template: str, **values: object) -> str:
 
 
 def data_url(content: bytes, media_type: str) -> str:
-    """Return a URL that holds a file, as data:image/png;base64,..."""
+    """Return a URL that holds a file, such as data:image/png;base64,..."""
     return f"data:{media_type};base64,{base64.b64encode(content).decode()}"
+
+
+def image_url(pixels: np.ndarray, *, lossless: bool) -> str:
+    """Return a URL that holds an image, uint8 [height, width, 3], as PNG or JPEG."""
+    file, kind = io.BytesIO(), "png" if lossless else "jpeg"
+    Image.fromarray(pixels).save(file, kind, quality=85)
+    return data_url(file.getvalue(), f"image/{kind}")

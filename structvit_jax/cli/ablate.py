@@ -15,9 +15,9 @@ from structvit_jax.cli.train import workdir_of
 from structvit_jax.utils.errors import UserError, check_choice
 
 if TYPE_CHECKING:
-    from structvit_jax.analysis.ablate import Study
+    from structvit_jax.analysis.ablate.study import Study
 
-_LARGEST_RATE = 3.4e38  # just below the largest float32
+_MAX_RATE = 3.4e38  # just below the largest float32
 
 
 class _Rates(click.ParamType):
@@ -32,7 +32,7 @@ class _Rates(click.ParamType):
             rates = tuple(map(float, value.split(",") if isinstance(value, str) else value))
         except (TypeError, ValueError):
             rates = ()
-        if not rates or not all(0 < rate < _LARGEST_RATE for rate in rates):
+        if not rates or not all(0 < rate < _MAX_RATE for rate in rates):
             self.fail(f"{value!r} is not a list of positive numbers, as 1e-3,2e-3", param, ctx)
         return rates
 
@@ -58,10 +58,10 @@ class _Rates(click.ParamType):
 def command(words: Words, workdir: str | None, **chosen: Any) -> None:
     """Train a grid of arms and seeds, and test their differences.
 
-    STUDY in the configuration file names the arms and the other options; the command line changes them. The
-    learning rate of each arm is selected on validation clips, then the arm is trained with several seeds and
-    scored on held-out test clips. Writes ablation.md (tables), ablation.json (every run) and ablation.png to
-    the workdir after every arm. Re-run the command to resume.
+    STUDY in the configuration file sets the arms and the other options; the command line overrides them. The
+    learning rate of each arm is selected on validation clips. Then the arm is trained with several seeds and
+    scored on held-out test clips. After every arm, ablation.md (tables), ablation.json (all runs) and
+    ablation.png are written to the workdir. Re-run the command to resume.
 
     \b
     Example:
@@ -79,19 +79,20 @@ def command(words: Words, workdir: str | None, **chosen: Any) -> None:
     changes = {name: value for name, value in chosen.items() if value not in (None, ())}
     study = _study(file.constants.get("STUDY", {}), changes)
     experiment.select_devices(file.config)
-    from structvit_jax.analysis.ablate import study as studies
+    from structvit_jax.analysis.ablate.ablation import Ablation
 
-    studies.run(file.config, study, parse_path(workdir_of(words, workdir)), shlex.join(sys.argv[2:]))
+    ablation = Ablation(file.config, study, parse_path(workdir_of(words, workdir)))
+    ablation.run(shlex.join(sys.argv[2:]))
 
 
 def _study(defaults: object, changes: Mapping[str, Any]) -> Study:
-    """Return the study that STUDY of a configuration file and a command line describe.
+    """Merge STUDY of a configuration file with the options of a command line.
 
     Raises:
       UserError: STUDY is not a dictionary, or has an unknown key.
       click.BadParameter: a value that the option of this name does not accept.
     """
-    from structvit_jax.analysis.ablate import Study
+    from structvit_jax.analysis.ablate.study import Study
 
     if not isinstance(defaults, Mapping):
         raise UserError(f"STUDY in the configuration file is {type(defaults).__name__}, not a dictionary")

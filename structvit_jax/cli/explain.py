@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from structvit_jax.cli import options
@@ -9,7 +11,6 @@ from structvit_jax.cli.options import Words
 
 
 def _split(ctx: click.Context, option: click.Parameter, value: str | None) -> list[str] | None:
-    """Split the value of an option at its commas."""
     return value.split(",") if value else None
 
 
@@ -25,39 +26,29 @@ def _split(ctx: click.Context, option: click.Parameter, value: str | None) -> li
 @click.option("--animate", type=click.Choice(["gif", "mp4"]), help="Also animate the maps of a video.")
 @click.option("--beside", metavar="RUN,RUN", callback=_split, help="Other models to show on the page.")
 @click.option("--out", default=".", metavar="DIR", help="Folder for the files.")
-def command(
-    words: Words,
-    checkpoint: str,
-    path: str,
-    query: list[str] | None,
-    layer: str | None,
-    head: int | None,
-    smooth: bool,
-    animate: str | None,
-    beside: list[str] | None,
-    out: str,
-) -> None:
+def command(words: Words, checkpoint: str, path: str, **selection: Any) -> None:
     """Show what a model's attention reads in an image or a video.
 
-    Writes two files. explained.png shows one query, a position of the input, in one layer and head: its
-    correlations with all positions, the attention of each of the D structure kernels beside the kernels that
-    produce it, and the final map: the weight of each value. explained.html is a self-contained page on which
-    any query, layer and head can be selected, with the models of --beside next to it.
+    Writes two files. explained.png shows the maps of one query (a position of the input) in one layer and
+    head: its correlations with all positions, the attention of each of the D structure kernels beside the
+    kernels themselves, and the final map, which is the weight of each value. explained.html is a
+    self-contained page on which any query, layer and head can be selected. It also shows the models of
+    --beside.
 
     FILE is an image, a video, a folder of frames, or test:N for example N of the run's test data.
 
-    --layer, --head and --query default to those with the highest score: (effective rank - 1) / (D - 1), or 1
-    if D < 2, times 4 h (1 - h), where h is the attention's entropy divided by its maximum, log(D keys). The
-    effective rank counts the distinct dynamic kernels of a query; the second factor is 0 for attention that
-    is uniform or at a single key. Candidates are all heads of the layers whose frames have at least 3 x 3
-    positions, and up to 6 of the most textured positions of the middle frame. --query counts frames and
-    pixels of the model's input (Y,X for an image).
+    --query counts frames and pixels of the model's input; for an image it is Y,X. By default --layer, --head
+    and --query are those with the highest score. The score is (effective rank - 1) / (D - 1), or 1 if D < 2,
+    times 4 h (1 - h), where h is the attention's entropy divided by its maximum, log(D keys). The effective
+    rank counts the distinct dynamic kernels of a query; the second factor is 0 if attention is uniform or at
+    a single key. Candidates are all heads of the layers whose frames have at least 3 x 3 positions, and up to
+    6 of the most textured positions of the middle frame.
 
     \b
     Example:
       structvit explain runs/moving_digits test:3 --out=explained --animate=gif
     """
     config = options.open_checkpoint_config(checkpoint, words)
-    from structvit_jax.analysis.explain.explanation import Request, explain
+    from structvit_jax.analysis.explain.explanation import explain
 
-    explain(checkpoint, config, Request(path, query, layer, head, smooth, animate, beside or (), out))
+    explain(checkpoint, config, path, **selection)

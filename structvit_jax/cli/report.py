@@ -16,10 +16,10 @@ from structvit_jax.cli import options
 def command(workdirs: tuple[str, ...], out: str | None, hardest: int) -> None:
     """Compare runs on one self-contained HTML page.
 
-    For all runs side by side: scores, differences between configurations, learning curves, and training time
-    by activity. For each run: accuracy per class, the confusion matrix, and the most confident errors with
-    thumbnails, read from the data of the evaluation. Unfinished runs are accepted; the page states what is
-    missing.
+    The page shows the scores of all runs side by side, differences between their configurations, learning
+    curves, and training time by activity. For each run it shows accuracy per class, the confusion matrix, and
+    the most confident errors with thumbnails, which are read from the evaluation data. Runs need not be
+    finished; the page states what is missing.
 
     \b
     Example:

@@ -10,7 +10,10 @@ from etils import epath
 from PIL import Image
 from scipy import stats
 
-from structvit_jax.analysis.ablate import Study, compare, grid, parse_arms, results, study, summarize
+from structvit_jax.analysis.ablate import ablation, results
+from structvit_jax.analysis.ablate.ablation import Ablation
+from structvit_jax.analysis.ablate.results import Outcome, RunResult, compare
+from structvit_jax.analysis.ablate.study import Arm, Study, parse_arms
 from structvit_jax.config import default_config, durations, keys_of
 from structvit_jax.data.digits import DigitMotions, MovingDigits
 from structvit_jax.runtime.storage import write_json
@@ -39,8 +42,6 @@ def test_intervals_are_those_of_the_formula():
     rng = np.random.default_rng(0)
     values, base = rng.uniform(size=(2, 6))
     differences = values - base
-    deviation = np.sqrt(((values - values.mean()) ** 2).sum() / 5)
-    assert summarize(values) == (values.mean(), pytest.approx(deviation), 6)
     result = compare(values, base)
     reach = stats.t.ppf(0.975, 5) * differences.std(ddof=1) / np.sqrt(6)
     mean = differences.mean()
@@ -49,7 +50,7 @@ def test_intervals_are_those_of_the_formula():
     assert not compare([0.5, 0.3], [0.4, 0.45]).is_clear
     np.testing.assert_allclose(compare([0.5, 0.6], [0.4, 0.5]), [0.1] * 3)  # equal differences
     assert compare([0.5, 0.6], [0.5, 0.6]) == (0, 0, 0)
-    assert np.isnan(compare([0.5], [0.4]).low) and np.isnan(summarize([0.5]).deviation)
+    assert np.isnan(compare([0.5], [0.4]).low)
 
 
 def test_one_interval_in_twenty_excludes_zero_by_chance():
@@ -79,16 +80,16 @@ def outcome(tmp_path, monkeypatch):
         scored.setdefault(config.data.test_split, set()).update(dataset.test_ids)
         return fake_train(config, workdir, dataset)
 
-    monkeypatch.setattr(grid.loop, "train", recording)
+    monkeypatch.setattr(ablation.loop, "train", recording)
     write_json(workdir / "times.json", {"plain": 0.5, "D = 2": 2.0})
-    return workdir, study.run(config(), SAME_TIME, workdir, "--config=x"), scored
+    return workdir, Ablation(config(), SAME_TIME, workdir).run("--config=x"), scored
 
 
 def test_results_are_those_of_the_runs(tmp_path):
     workdir = epath.Path(tmp_path)
     shallow = config()
     shallow.model.depths = (1,)
-    found = study.run(shallow, STUDY._replace(lrs=(), seeds=1), workdir, "--config=x")
+    found = Ablation(shallow, STUDY._replace(lrs=(), seeds=1), workdir).run("--config=x")
     for one in found:
         (run,) = one.steps
         result = json.loads((workdir / one.arm.folder / "steps" / "seed=0" / "result.json").read_text())
@@ -110,7 +111,7 @@ def test_every_arm_gets_its_seeds_and_its_learning_rate(outcome):
         assert next(run.top1 for run in one.tried if run.lr == one.lr) == best.top1
         assert {run.lr for run in one.steps} == {one.lr}
     plain, struct = found
-    assert struct.time == struct.steps and struct.size.params > plain.size.params
+    assert struct.time == struct.steps and struct.params > plain.params
     assert (plain.seconds, struct.seconds) == (0.5, 2.0) and {run.steps for run in plain.time} == {12}
     assert {name.split("/")[1] for name in scored["tune"]} == {"tune"}
     assert {name.split("/")[1] for name in scored["val"]} == {"test"}
@@ -128,7 +129,7 @@ def test_tables_have_the_results_of_the_runs(outcome):
     for row, one in zip((plain, struct), found, strict=True):
         top1 = [run.top1 for run in one.steps]
         assert row[1] == f"{np.mean(top1):.3f} ± {np.std(top1, ddof=1):.3f}"
-        assert row[-2:] == [f"{one.size.params:,}", f"{one.size.macs:,}"]
+        assert row[-2:] == [f"{one.params:,}", f"{one.macs:,}"]
     assert plain[3] == ""
     difference = np.mean([a.top1 - b.top1 for a, b in zip(found[1].steps, found[0].steps, strict=True)])
     assert re.match(rf"\**{difference:+.3f} \[".replace("+", r"\+"), struct[3])
@@ -146,24 +147,38 @@ def test_complete_runs_are_not_trained_again(outcome, monkeypatch):
         trained.append(path)
         return fake_train(config, path, dataset)
 
-    monkeypatch.setattr(grid.loop, "train", train)
-    assert study.run(config(), SAME_TIME, workdir, "--config=x") == found
+    monkeypatch.setattr(ablation.loop, "train", train)
+    assert Ablation(config(), SAME_TIME, workdir).run("--config=x") == found
     assert not trained
     gone = workdir / "D_=_2" / "steps" / "seed=1"
     gone.rmtree()
-    assert study.run(config(), SAME_TIME, workdir, "--config=x") == found
+    assert Ablation(config(), SAME_TIME, workdir).run("--config=x") == found
     assert trained == [gone]
 
 
 def test_equal_times_within_noise_need_no_further_runs(tmp_path, monkeypatch):
     workdir, longer, options = epath.Path(tmp_path), config(), SAME_TIME._replace(lrs=())
     longer.train.duration = "100 steps"
-    monkeypatch.setattr(grid.loop, "train", fake_train)
+    monkeypatch.setattr(ablation.loop, "train", fake_train)
     write_json(workdir / "times.json", {"plain": 0.5, "D = 2": 0.52})
-    assert all(one.time is one.steps for one in study.run(longer, options, workdir, ""))
+    assert all(one.time is one.steps for one in Ablation(longer, options, workdir).run(""))
     write_json(workdir / "times.json", {"plain": 0.5, "D = 2": 0.54})
-    plain, _ = study.run(longer, options, workdir, "")
+    plain, _ = Ablation(longer, options, workdir).run("")
     assert {run.steps for run in plain.time} == {108}
+
+
+def test_arms_with_other_batches_have_other_steps(tmp_path, monkeypatch):
+    """The duration is in epochs: an arm with half the batch size takes twice the steps."""
+    epochs, arms = config(), ("whole: data.batch_size=8", "half: data.batch_size=4")
+    epochs.train.duration = "1 epochs"
+    trained = []
+    monkeypatch.setattr(ablation.loop, "train", lambda *run: trained.append(run) or fake_train(*run))
+    workdir = epath.Path(tmp_path)
+    write_json(workdir / "times.json", {"whole": 0.5, "half": 0.5})
+    for _ in range(2):
+        whole, half = Ablation(epochs, Study(arms, seeds=1), workdir).run("")
+        assert (whole.steps[0].steps, half.steps[0].steps) == (5, 10)
+    assert len(trained) == 2  # a complete run is not trained again
 
 
 def test_another_ablation_is_refused(outcome):
@@ -172,7 +187,7 @@ def test_another_ablation_is_refused(outcome):
     other.optimizer.weight_decay = 0.5
     message = r"is of another ablation, with config.optimizer.weight_decay=0\.05, not 0\.5"
     with pytest.raises(UserError, match=message):
-        study.run(other, STUDY, workdir, "")
+        Ablation(other, STUDY, workdir).run("")
 
 
 @pytest.mark.parametrize(
@@ -191,7 +206,7 @@ def test_another_ablation_is_refused(outcome):
 )
 def test_invalid_studies_are_refused_before_training(changes, complaint):
     with pytest.raises(UserError, match=re.escape(complaint)):
-        grid.Ablation(config(), STUDY._replace(**changes), epath.Path("nowhere"))
+        Ablation(config(), STUDY._replace(**changes), epath.Path("nowhere"))
 
 
 def test_the_command_suggests_names(refused):
@@ -219,12 +234,10 @@ def published(name):
         written["settings"],
         Study(**written["study"]),
         [
-            results.Outcome(
-                grid.Arm(arm["arm"], arm["changes"]),
-                grid.Size(arm["params"], arm["macs"]),
-                arm["seconds"],
-                arm["lr"],
-                *([grid.RunResult(**run) for run in arm[kind]] for kind in ("tried", "steps", "time")),
+            Outcome(
+                Arm(arm["arm"], arm["changes"]),
+                *(arm[key] for key in ("params", "macs", "seconds", "lr")),
+                *([RunResult(**run) for run in arm[kind]] for kind in ("tried", "steps", "time")),
             )
             for arm in written["arms"]
         ],
@@ -263,10 +276,11 @@ def test_published_runs_are_of_the_default_grid():
     then, now = dict(keys_of(settings)), dict(keys_of(as_json(config)))
     shared = (then.keys() & now.keys()) - set(MACHINE)  # keys may have been renamed or removed
     assert len(shared) > 60 and {key: then[key] for key in shared} == {key: now[key] for key in shared}
-    ablation = grid.Ablation(config, default, epath.Path("nowhere"))
-    assert [outcome.arm for outcome in outcomes] == ablation.arms
+    found = Ablation(config, default, epath.Path("nowhere"))
+    assert [outcome.arm for outcome in outcomes] == found.arms
     for outcome in outcomes:
-        assert outcome.size == ablation.size(outcome.arm)
+        size = found.size(outcome.arm)
+        assert (outcome.params, outcome.macs) == (size.params, size.macs)
         scores = {rate: [run.top1 for run in outcome.tried if run.lr == rate] for rate in default.lrs}
         assert {len(top1) for top1 in scores.values()} == {default.tune_seeds}
         assert outcome.lr == max(scores, key=lambda rate: np.mean(scores[rate]))

@@ -15,15 +15,16 @@ import numpy as np
 import pytest
 from etils import epath
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.offsetbox import OffsetImage
+from matplotlib.text import Text
 from PIL import Image
 
 from structvit_jax import create_model, data
 from structvit_jax.analysis.explain import animation, layers, overlay, page, picture, query_maps
-from structvit_jax.analysis.explain.choice import Choice, choose, effective_ranks, scores
-from structvit_jax.analysis.explain.drawing import Drawing
-from structvit_jax.analysis.explain.maps import position_of, textured
+from structvit_jax.analysis.explain.choice import Choice, choose, effective_ranks, scores, textured
+from structvit_jax.analysis.explain.maps import position_of
 from structvit_jax.analysis.explain.overlay import Scale
-from structvit_jax.analysis.explain.page_layout import DPI, Line, wrap
+from structvit_jax.analysis.explain.picture import DPI, Drawing, Line
 from structvit_jax.config import default_config
 from structvit_jax.data.digits import MovingDigits
 from structvit_jax.data.limits import Limits
@@ -140,7 +141,7 @@ def test_the_picture_shows_the_maps(name):
     if layer.kind == "self-attention":
         assert not any(row.kernels for row in shown)
         return
-    _, kernel = shown[-2].kernels[0]
+    kernel = shown[-2].kernels["key kernel"]
     np.testing.assert_allclose(kernel.ravel(), key_kernels[..., 0, :, -1].mean(axis=-1).ravel(), atol=1e-7)
 
 
@@ -169,11 +170,12 @@ def test_no_text_of_the_picture_overlaps_or_leaves_it(name):
         heading = [Line(text) for text in titles]
         drawing = drawing_of(*layer_and_query(name), frames, Crop(0.1, 0.2, 0.5, 0.6))
         figure = picture.compose(drawing, heading)
-        (axes,) = figure.axes
         renderer = FigureCanvasAgg(figure).get_renderer()
-        boxes = [text.get_window_extent(renderer) for text in axes.texts]
-        assert len(boxes) > 10 and all(text.get_text() for text in axes.texts)
-        boxes += [image.get_window_extent(renderer) for image in axes.images]
+        figure.draw(renderer)
+        texts = [text for text in figure.findobj(Text) if text.get_text()]
+        images = figure.findobj(OffsetImage)
+        assert len(texts) > 10 and len(images) > 2
+        boxes = [artist.get_window_extent(renderer) for artist in texts + images]
         width, height = figure.get_size_inches() * DPI
         assert width < 2000 and height < 3000
         for box in boxes:
@@ -194,10 +196,20 @@ def layer_and_query(name):
 
 
 def test_long_text_loses_its_middle():
-    assert wrap("a b", 9, "normal", 5, max_lines=1) == ["a b"]
-    assert wrap("one two", 9, "normal", 0.4, max_lines=3) == ["one", "two"]
-    (line,) = wrap("begin" + "x" * 500 + "end", 9, "normal", 2, max_lines=1)
-    assert line.startswith("begin") and "…" in line and line.endswith("end")
+    layer, query = layer_and_query("deit_tiny")
+    figure = picture.compose(drawing_of(layer, query), [Line("begin" + "x" * 900 + "end")])
+    (text,) = [text.get_text() for text in figure.findobj(Text) if text.get_text().startswith("begin")]
+    assert "…" in text and text.endswith("end") and len(text.replace("\n", "")) == 501
+
+
+def test_the_query_is_marked_in_its_cell():
+    layer, query = layer_and_query("structvit_tiny_8_1")
+    query = query._replace(position=(6, 1))  # of 8 x 8
+    figure = picture.compose(drawing_of(layer, query, np.zeros((1, 160, 160, 3), np.uint8)), [Line("a")])
+    pixels = np.asarray(figure.findobj(OffsetImage)[0].get_data())
+    rows, columns = np.nonzero((pixels == (217, 95, 2)).all(axis=-1)) / np.array([pixels.shape[:2]]).T
+    assert rows.mean() == pytest.approx(6.5 / 8, abs=0.01)
+    assert columns.mean() == pytest.approx(1.5 / 8, abs=0.01)
 
 
 def test_scales_show_the_structure_of_a_map():
@@ -433,7 +445,7 @@ def test_the_most_textured_cell():
     pixels[2, 13, 22] = 255  # of the middle frame
     pixels[0] = np.random.default_rng(0).integers(0, 256, pixels[0].shape)
     assert textured(pixels, (4, 2, 3), 5) == [(0.5, 0.75, 5 / 6)]  # others have no texture
-    assert textured(pixels[2], (2, 3)) == [(0.75, 5 / 6)]
+    assert textured(pixels[2], (2, 3), 1) == [(0.75, 5 / 6)]
     assert len(textured(pixels[0], (2, 3), 5)) == 5
 
 

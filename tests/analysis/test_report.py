@@ -15,11 +15,11 @@ from PIL import Image
 from scipy.special import softmax
 
 from structvit_jax import data
+from structvit_jax.analysis.contact_sheet import FRAME_GAP
 from structvit_jax.analysis.report.charts import COLOURS, smoothed
 from structvit_jax.analysis.report.predictions import Predictions
 from structvit_jax.analysis.report.record import read_records
-from structvit_jax.analysis.report.render import write_report
-from structvit_jax.analysis.report.thumbnails import GAP, Thumbnails
+from structvit_jax.analysis.report.render import Thumbnails, write_report
 from structvit_jax.config import default_config
 from structvit_jax.data.digits import Digits, MovingDigits
 from structvit_jax.training.losses import in_top
@@ -216,10 +216,10 @@ def test_thumbnails_are_the_pixels_of_their_examples(pair):
     for card in page.all("li"):
         for image in card.all("img"):
             strip, seen = decoded(image.attributes["src"]), seen + 1
-            assert strip.shape == (24, 4 * 24 + 3 * GAP, 3)
+            assert strip.shape == (24, 4 * 24 + 3 * FRAME_GAP, 3)
             clip, _ = source.open(int(card.one("code").text.rpartition("/")[2]))
             for place, frame in enumerate((0, 2, 4, 7)):
-                shown = strip[:, place * (24 + GAP) :][:, :24]
+                shown = strip[:, place * (24 + FRAME_GAP) :][:, :24]
                 np.testing.assert_array_equal(shown, clip.frames(range(8))[frame])
     assert seen == 10
 

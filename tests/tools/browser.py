@@ -1,9 +1,9 @@
 """Test the pages of explain and report in headless Chromium: `make browser`, a minute; not part of the tests.
 
-Pages of models with random weights are opened. The maps that their script computes are compared with the
-model's; clicks, keys and controls have to change the maps. Pages with hostile names have to be complete. A
-report has to keep class names in one piece and bars beside their numbers. Without Chromium or Playwright,
-nothing is tested and a line states so.
+The pages are of models with random weights. The maps that the script computes must equal the model's; clicks,
+keys and controls must change the maps. Pages with hostile names must be complete. A report must not break
+words of class names, and bars must be beside their numbers. Without Chromium or Playwright, nothing is tested
+and a line states so.
 """
 
 import argparse
@@ -72,21 +72,13 @@ BARS = """() => Array.from(document.querySelectorAll(".classes td .fraction"), (
     return [box.left - text.right, box.height / text.height, box.top - text.top, text.bottom - box.bottom];
 })"""
 CLASSES = (
-    "Ankle boot",
-    "Bag",
-    "Coat",
-    "Dress",
-    "Pullover",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "T-shirt",
-    "Trouser",
+    *("Ankle boot", "Bag", "Coat", "Dress", "Pullover"),
+    *("Sandal", "Shirt", "Sneaker", "T-shirt", "Trouser"),
 )
 
 
 def build(names, shape, overrides, *, crop=(0, 0, 1, 1), title="noise"):
-    """Return a page of models side by side that saw a part of frames of noise, and their layers."""
+    """Return a page of models side by side on frames of noise, and their layers; `crop` is what they saw."""
     x = jax.random.normal(jax.random.key(0), (1, *shape, 3))
     *time, height, width = shape
     size = (time[0] if time else 1, round(height / crop[2]) * 3, round(width / crop[3]) * 3, 3)

@@ -1,15 +1,19 @@
-"""Results of an ablation as Markdown tables, as JSON, and as a plot."""
+"""Results of an ablation: paired statistics, Markdown tables, JSON and a plot."""
 
 from __future__ import annotations
 
 import io
 import json
 import math
+import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-from structvit_jax.analysis.ablate.grid import Arm, RunResult, Size, Study
-from structvit_jax.analysis.ablate.statistics import Summary, compare, summarize
+import numpy as np
+from matplotlib.figure import Figure
+from scipy.stats import ttest_rel
+
+from structvit_jax.analysis.ablate.study import Arm, Study
 
 _NOTE = (
     "Differences are paired by seed, with 95 % confidence intervals of their mean (Student's t over seeds);"
@@ -18,26 +22,64 @@ _NOTE = (
     " compiled train step over rounds that alternate between arms; input, which is the same for all arms, is"
     " not included."
 )
-Kind = Literal["steps", "time"]
+
+
+class RunResult(NamedTuple):
+    """Results of a run."""
+
+    seed: int
+    lr: float
+    steps: int
+    top1: float
+    took: float  # seconds, over all restarts
 
 
 class Outcome(NamedTuple):
     """Results of an arm."""
 
     arm: Arm
-    size: Size
+    params: int
+    macs: int  # multiply-accumulates of one example
     seconds: float  # of a train step, without input
     lr: float
     tried: Sequence[RunResult]  # on validation clips
     steps: Sequence[RunResult]  # with equal steps
-    time: Sequence[RunResult]  # with equal time; () without --same_time
+    time: Sequence[RunResult] = ()  # with equal time; () without --same_time
 
-    def runs(self, kind: Kind) -> Sequence[RunResult]:
-        return self.steps if kind == "steps" else self.time
 
-    def top1(self, kind: Kind) -> list[float]:
-        """Return the top-1 of every seed."""
-        return [run.top1 for run in self.runs(kind)]
+class Comparison(NamedTuple):
+    """Mean difference of two arms over pairs of runs with the same seed."""
+
+    difference: float
+    low: float  # 95 % confidence interval by Student's t; nan for one pair
+    high: float
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the interval excludes zero."""
+        return self.low > 0 or self.high < 0
+
+
+def compare(values: Sequence[float], base: Sequence[float]) -> Comparison:
+    """Return the mean of `values` minus `base`, pair by pair, with its confidence interval.
+
+    The interval assumes normal differences, which a few pairs cannot test. It does not cover the choice of
+    test clips, which all runs share.
+    """
+    difference = float(np.subtract(values, base).mean())
+    if len(values) < 2:
+        return Comparison(difference, math.nan, math.nan)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # scipy warns if all differences are equal
+        interval = ttest_rel(values, base).confidence_interval()
+    return Comparison(difference, float(interval.low), float(interval.high))
+
+
+def effort(outcomes: Sequence[Outcome]) -> str:
+    """Return the number of runs and their hours."""
+    runs = [run for outcome in outcomes for run in (*outcome.tried, *outcome.steps)]
+    runs += [run for outcome in outcomes if outcome.time is not outcome.steps for run in outcome.time]
+    return f"{len(runs)} runs, {sum(run.took for run in runs) / 3600:.1f} hours"
 
 
 def to_markdown(outcomes: Sequence[Outcome], against: str, same_time: str, heading: Sequence[str]) -> str:
@@ -49,9 +91,11 @@ def to_markdown(outcomes: Sequence[Outcome], against: str, same_time: str, headi
       same_time: the arm that sets the equal time, or "".
       heading: lines above the tables.
     """
-    parts = ["\n".join(heading), _results_table(outcomes, "steps", against, "Equal steps")]
+    equal_steps = [outcome.steps for outcome in outcomes]
+    parts = ["\n".join(heading), _results_table("Equal steps", outcomes, equal_steps, against)]
     if same_time and all(outcome.time for outcome in outcomes):
-        parts.append(_results_table(outcomes, "time", against, f"Equal time, that of {same_time}"))
+        equal_time = [outcome.time for outcome in outcomes]
+        parts.append(_results_table(f"Equal time, that of {same_time}", outcomes, equal_time, against))
     parts.append(_NOTE)
     if all(outcome.tried for outcome in outcomes):
         parts.append(_rates_table(outcomes))
@@ -63,17 +107,20 @@ def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> st
     return "\n".join([f"### {title}", "", *lines])
 
 
-def _results_table(outcomes: Sequence[Outcome], kind: Kind, against: str, title: str) -> str:
+def _results_table(
+    title: str, outcomes: Sequence[Outcome], runs: Sequence[Sequence[RunResult]], against: str
+) -> str:
+    """Return the table of `runs`, one sequence for each of `outcomes`."""
     head = ["arm", "top-1", "seeds", f"difference from {against}", "steps", "lr", "ms per step"]
     head += ["parameters", "multiply-accumulates"]
-    base = next(outcome.top1(kind) for outcome in outcomes if outcome.arm.name == against)
+    scores = {outcome.arm.name: _top1(own) for outcome, own in zip(outcomes, runs, strict=True)}
     rows = []
-    for outcome in outcomes:
-        top1 = outcome.top1(kind)
-        row = [outcome.arm.name, _spread(summarize(top1)), str(len(top1))]
-        row += ["" if outcome.arm.name == against else _difference(top1, base)]
-        row += [str(outcome.runs(kind)[0].steps), f"{outcome.lr:g}", f"{1000 * outcome.seconds:.1f}"]
-        rows.append([*row, f"{outcome.size.params:,}", f"{outcome.size.macs:,}"])
+    for outcome, own in zip(outcomes, runs, strict=True):
+        name = outcome.arm.name
+        difference = "" if name == against else _difference(scores[name], scores[against])
+        row = [name, _spread(scores[name]), str(len(own)), difference, str(own[0].steps), f"{outcome.lr:g}"]
+        row += [f"{1000 * outcome.seconds:.1f}", f"{outcome.params:,}", f"{outcome.macs:,}"]
+        rows.append(row)
     return _table(title, head, rows)
 
 
@@ -83,16 +130,21 @@ def _rates_table(outcomes: Sequence[Outcome]) -> str:
     for outcome in outcomes:
         row = [outcome.arm.name]
         for rate in rates:
-            text = _spread(summarize([run.top1 for run in outcome.tried if run.lr == rate]))
+            text = _spread(_top1([run for run in outcome.tried if run.lr == rate]))
             row.append(f"**{text}**" if rate == outcome.lr else text)
         rows.append(row)
     title = "Top-1 on validation clips by learning rate; the selected rate in **bold**"
     return _table(title, ["arm", *(f"{rate:g}" for rate in rates)], rows)
 
 
-def _spread(summary: Summary) -> str:
-    deviation = "" if math.isnan(summary.deviation) else f" ± {summary.deviation:.3f}"
-    return f"{summary.mean:.3f}{deviation}"
+def _top1(runs: Sequence[RunResult]) -> list[float]:
+    return [run.top1 for run in runs]
+
+
+def _spread(values: Sequence[float]) -> str:
+    """Return the mean and, of two values or more, the sample standard deviation."""
+    deviation = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.3f}{deviation}"
 
 
 def _difference(values: Sequence[float], base: Sequence[float]) -> str:
@@ -105,32 +157,28 @@ def _difference(values: Sequence[float], base: Sequence[float]) -> str:
 
 def to_json(outcomes: Sequence[Outcome], settings: Mapping[str, Any], study: Study) -> str:
     """Return the configuration, the study and every run as JSON."""
-    arms = [
-        {"arm": outcome.arm.name, "changes": outcome.arm.changes}
-        | outcome.size._asdict()
-        | {"seconds": outcome.seconds, "lr": outcome.lr}
-        | {kind: [run._asdict() for run in getattr(outcome, kind)] for kind in ("tried", "steps", "time")}
-        for outcome in outcomes
-    ]
+    arms = []
+    for outcome in outcomes:
+        record = {"arm": outcome.arm.name, "changes": outcome.arm.changes}
+        record |= {key: getattr(outcome, key) for key in ("params", "macs", "seconds", "lr")}
+        for kind in ("tried", "steps", "time"):
+            record[kind] = [run._asdict() for run in getattr(outcome, kind)]
+        arms.append(record)
     return json.dumps({"settings": settings, "study": study._asdict(), "arms": arms}, indent=2) + "\n"
 
 
 def plot(outcomes: Sequence[Outcome], chance: float) -> bytes:
     """Return a PNG: the top-1 of every seed as a dot, means as lines, for equal steps and equal time."""
-    from matplotlib.figure import Figure  # lazy: it takes half a second
-
-    kinds: list[tuple[Kind, str, float]] = [("steps", "#0072b2", 0.0)]
-    if outcomes[0].time:
-        kinds = [("steps", "#0072b2", -0.12), ("time", "#d55e00", 0.12)]
-    figure = Figure(figsize=(2 + 1.0 * len(outcomes), 4.2), layout="constrained")
+    shift = 0.12 if outcomes[0].time else 0.0
+    figure = Figure(figsize=(2 + len(outcomes), 4.2), layout="constrained")
     axes = figure.subplots()
-    for kind, colour, shift in kinds:
+    for kind, colour, offset in (("steps", "#0072b2", -shift), ("time", "#d55e00", shift)):
         for number, outcome in enumerate(outcomes):
-            x, top1 = number + shift, outcome.top1(kind)
-            label = f"equal {kind}" if number == 0 else None
-            axes.plot([x] * len(top1), top1, "o", color=colour, alpha=0.6, label=label)
-            mean = summarize(top1).mean
-            axes.plot([x - 0.1, x + 0.1], [mean, mean], color=colour)
+            x, top1 = number + offset, _top1(getattr(outcome, kind))
+            if top1:
+                label = f"equal {kind}" if number == 0 else None
+                axes.plot([x] * len(top1), top1, "o", color=colour, alpha=0.6, label=label)
+                axes.plot([x - 0.1, x + 0.1], [np.mean(top1)] * 2, color=colour)
     axes.axhline(chance, color="#777777", linestyle=":", label="chance")
     axes.set_xticks(range(len(outcomes)), [outcome.arm.name for outcome in outcomes], rotation=30, ha="right")
     axes.set_ylabel("top-1 on test clips")

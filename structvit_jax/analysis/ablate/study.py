@@ -1,92 +1,94 @@
-"""Run a whole ablation and write its results after every arm."""
+"""The arms of an ablation and the options of its runs."""
 
 from __future__ import annotations
 
-import datetime
-from collections.abc import Sequence
+import ast
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
-import jax
 import ml_collections
-from etils import epath
 
-import structvit_jax
-from structvit_jax.analysis.ablate import results
-from structvit_jax.analysis.ablate.grid import Ablation, Study
-from structvit_jax.analysis.ablate.results import Outcome
-from structvit_jax.runtime.storage import io_errors_as_user_error, write
-from structvit_jax.training.card import as_json
-
-_SAME_STEPS = 0.05  # fraction by which equal time may differ from equal steps without further runs
+from structvit_jax.config import check_config, model_arguments
+from structvit_jax.models import get_variant
+from structvit_jax.utils.errors import UserError, check_choice
 
 
-def run(
-    config: ml_collections.ConfigDict, study: Study, workdir: epath.Path, arguments: str
-) -> list[Outcome]:
-    """Train the runs that are not complete; write ablation.md, ablation.json and ablation.png.
+class Arm(NamedTuple):
+    """A variant of the configuration."""
 
-    Args:
-      config: see `structvit_jax.config`.
-      study: the arms and the number of runs.
-      workdir: folder of the runs and the results.
-      arguments: the command line, for the heading of ablation.md.
+    name: str
+    changes: dict[str, Any]  # values by key, as {"model.structure_dim": 4}
+
+    @property
+    def folder(self) -> str:
+        return re.sub(r"[^\w.=-]+", "_", self.name).strip("_")
+
+
+class Study(NamedTuple):
+    """The arms and how often each is trained; the options of `structvit ablate`."""
+
+    arms: Sequence[str]  # each "NAME: key=value key=value", as "D = 4: model.structure_dim=4"
+    against: str = ""  # the arm that the others are compared with; "" is the first
+    same_time: str = ""  # the arm whose training time all others get in further runs; "" for no such runs
+    lrs: Sequence[float] = ()  # peak learning rates, of which each arm gets its best; () is optimizer.lr
+    tune_seeds: int = 2  # runs of each learning rate, on validation clips
+    seeds: int = 5  # runs of each arm, on held-out test clips
+    rounds: int = 5  # measurements of a step, of which the median is used
+
+
+def parse_arms(config: ml_collections.ConfigDict, study: Study) -> list[Arm]:
+    """Return the arms of a study.
 
     Raises:
-      UserError: invalid arms, or the workdir of another ablation.
+      UserError: fewer than two arms, a malformed arm, equal names, an unknown key, or an invalid model.
     """
-    ablation = Ablation(config, study, workdir)
-    outcomes: list[Outcome] = []
-    with io_errors_as_user_error(workdir):
-        workdir.mkdir(parents=True, exist_ok=True)
-        seconds = ablation.step_seconds()
-        for arm in ablation.arms:
-            lr, tried = ablation.tune(arm)
-            size, runs = ablation.size(arm), ablation.runs(arm, lr)
-            outcomes.append(Outcome(arm, size, seconds[arm.name], lr, tried, runs, ()))
-            _write(ablation, config, workdir, arguments, outcomes)
-        if study.same_time:
-            reference = seconds[study.same_time]
-            outcomes = [_with_equal_time(ablation, outcome, reference) for outcome in outcomes]
-            _write(ablation, config, workdir, arguments, outcomes)
-    print(f"\n{(workdir / 'ablation.md').read_text()}\n{workdir / 'ablation.md'}")
-    return outcomes
+    arms = [_parse_arm(text) for text in study.arms]
+    if len(arms) < 2:
+        raise UserError(
+            "a study needs at least two arms: --arms='NAME: key=value'; see configs/ablate_digits.py"
+        )
+    if len({arm.folder for arm in arms}) < len(arms):
+        raise UserError(f"--arms: names should differ: {', '.join(arm.name for arm in arms)}")
+    for arm in arms:
+        get_variant(**model_arguments(with_overrides(config, arm.changes)))
+    for option, name in (("against", study.against), ("same_time", study.same_time)):
+        if name:
+            check_choice(f"arm in --{option}", name, [arm.name for arm in arms])
+    return arms
 
 
-def _with_equal_time(ablation: Ablation, outcome: Outcome, seconds: float) -> Outcome:
-    """Add runs that take as long as all steps of `seconds` each.
+def _parse_arm(text: str) -> Arm:
+    name, colon, changes = str(text).partition(":")
+    pairs = [change.partition("=") for change in changes.split()]
+    if not colon or not name.strip() or not all(equals and value for _, equals, value in pairs):
+        raise UserError(f"--arms={text!r} should be 'NAME: key=value key=value'")
+    return Arm(name.strip(), {key: _parse_value(value) for key, _, value in pairs})
 
-    If their number of steps is the configured one within 5 %, about the noise of the measured times, the runs
-    with equal steps are used.
+
+def _parse_value(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def with_overrides(
+    config: ml_collections.ConfigDict, changes: Mapping[str, Any]
+) -> ml_collections.ConfigDict:
+    """Return a copy of a configuration with other values.
+
+    Raises:
+      UserError: an unknown key, or a value that it does not take.
     """
-    steps = max(1, round(ablation.steps * seconds / outcome.seconds))
-    if abs(steps - ablation.steps) <= _SAME_STEPS * ablation.steps:
-        return outcome._replace(time=outcome.steps)
-    return outcome._replace(time=ablation.runs(outcome.arm, outcome.lr, steps))
-
-
-def _write(
-    ablation: Ablation,
-    config: ml_collections.ConfigDict,
-    workdir: epath.Path,
-    arguments: str,
-    outcomes: Sequence[Outcome],
-) -> None:
-    """Write the results of the arms that are complete."""
-    names = [outcome.arm.name for outcome in outcomes]
-    study = ablation.study
-    against = study.against if study.against in names else names[0]
-    heading = [
-        f"`structvit ablate {arguments}`",
-        f"on {len(jax.devices())} x {jax.devices()[0].device_kind}, jax {jax.__version__},"
-        f" {datetime.date.today():%B %Y}, structvit_jax {structvit_jax.__version__}; {_effort(outcomes)}.",
-        f"{config.data.name}: {config.data.test_examples} test clips, batches of {config.data.batch_size}.",
-    ]
-    write(workdir / "ablation.md", results.to_markdown(outcomes, against, study.same_time, heading))
-    write(workdir / "ablation.json", results.to_json(outcomes, as_json(config), study))
-    write(workdir / "ablation.png", results.plot(outcomes, 1 / ablation.classes))
-
-
-def _effort(outcomes: Sequence[Outcome]) -> str:
-    """Return the number of runs and their hours."""
-    runs = [run for outcome in outcomes for run in (*outcome.tried, *outcome.steps)]
-    runs += [run for outcome in outcomes if outcome.time is not outcome.steps for run in outcome.time]
-    return f"{len(runs)} runs, {sum(run.took for run in runs) / 3600:.1f} hours"
+    config = config.copy_and_resolve_references()
+    for key, value in changes.items():
+        section, _, name = key.rpartition(".")
+        part = config[check_choice("section of the configuration", section, config)] if section else config
+        check_choice(f"key of config.{section}", name, part)
+        try:
+            part[name] = value
+        except (TypeError, ValueError) as error:
+            raise UserError(f"config.{key} does not take {value!r}: {error}") from error
+    check_config(config)
+    return config

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from scipy.special import xlogy
+from scipy.special import entr
 
-from structvit_jax.analysis.explain.maps import Layer, position_of, textured
+from structvit_jax.analysis.explain.maps import Layer, position_of
 from structvit_jax.models import StructAttention
 
 _QUERIES = 6  # candidates of a layer: the most textured positions of the middle frame
@@ -43,13 +43,13 @@ def choose(
     """Return the candidate with the highest score.
 
     Candidates are the layers whose frames have at least 3 x 3 positions (all layers if none has), their
-    heads, and up to 6 of the most textured positions of the middle frame. Of equal scores, the last layer
-    wins, then the first head and the most textured position.
+    heads, and up to 6 of the most textured positions of the middle frame. Ties go to the last layer, then to
+    the first head and the most textured position.
 
     Args:
       layers: of a network, by name.
       pixels: uint8 [[time,] height, width, 3], as the model sees them.
-      layer, head, point: if given, the only candidate.
+      layer, head, point: restrict the candidates.
     """
     large = [name for name, one in layers.items() if min(one.grid[-2:]) >= _MIN_SIDE] or list(layers)
     candidates = []
@@ -65,47 +65,64 @@ def choose(
     return max(candidates, key=lambda choice: choice.score)
 
 
-def scores(layer: Layer, positions: Sequence[tuple[int, ...]]) -> np.ndarray:
-    """Return how much structure the attention of queries has: float64 [heads, queries], from 0 to 1.
+def textured(pixels: np.ndarray, grid: Sequence[int], count: int) -> list[tuple[float, ...]]:
+    """Return the centres of the grid cells with the highest variance in the middle frame, highest first.
 
-    The first factor of `SCORE` is high if the dynamic kernels differ between positions. The second is high if
-    attention selects: h, its entropy over the largest possible, is 1 for uniform attention and 0 for
-    attention at a single key, and the factor is 0 for both.
+    Cells with less than half of the highest variance are left out.
+
+    Args:
+      pixels: [[time,] height, width, 3].
+      grid: ([time,] height, width).
+      count: how many cells at most.
+
+    Returns:
+      Points in fractions of the input's sides.
+    """
+    *time, rows, columns = grid
+    frame = pixels[len(pixels) // 2] if time else pixels
+    grey = frame.astype(np.float32).mean(axis=-1)
+    cells = [np.array_split(row, columns, axis=1) for row in np.array_split(grey, rows, axis=0)]
+    variance = np.array([[cell.var() for cell in row] for row in cells])
+    best = np.argsort(-variance, axis=None, kind="stable")[:count]
+    best = best[variance.ravel()[best] >= variance.max() / 2]
+    return [
+        (*[0.5] * len(time), (float(row) + 0.5) / rows, (float(column) + 0.5) / columns)
+        for row, column in zip(*np.unravel_index(best, variance.shape), strict=True)
+    ]
+
+
+def scores(layer: Layer, positions: Sequence[tuple[int, ...]]) -> np.ndarray:
+    """Return the `SCORE` of queries: float64 [heads, queries], from 0 to 1.
+
+    Its first factor is high if the dynamic kernels differ between positions. Its second factor is high if
+    attention is neither uniform nor at a single key.
     """
     flat = jnp.array([np.ravel_multi_index(position, layer.grid) for position in positions])
     attention = np.asarray(_attention(layer.attention, layer.x, flat), np.float64)
     attention = np.moveaxis(attention.reshape(*attention.shape[:3], -1), 1, 0)  # [heads, queries, D, keys]
     h = np.zeros(attention.shape[:2])
     if (keys := attention.shape[-2] * attention.shape[-1]) > 1:
-        h = np.clip(_entropy(attention.reshape(*h.shape, keys)) / math.log(keys), 0, 1)
+        h = np.clip(entr(attention).sum(axis=(-2, -1)) / math.log(keys), 0, 1)
     dim = layer.structure_dim
     rank = (effective_ranks(layer, attention) - 1) / (dim - 1) if dim > 1 else 1
     return rank * 4 * h * (1 - h)
 
 
-def _entropy(probabilities: np.ndarray) -> np.ndarray:
-    """Return the entropy along the last axis; 0 log 0 is 0."""
-    return -xlogy(probabilities, probabilities).sum(axis=-1)
-
-
 def effective_ranks(layer: Layer, attention: np.ndarray) -> np.ndarray:
     """Return effective ranks [heads, queries] of the dynamic kernels of attention [heads, queries, D, keys].
 
-    Dynamic kernels are products of attention and value kernels; their singular values follow from the D x D
-    Gram matrices of the two factors, without the products themselves.
+    Dynamic kernels are products of value kernels and attention. Value kernels are Q R with orthonormal Q, so
+    the products have the singular values of R and attention, which is a much smaller product.
     """
     kernels = layer.kernels()[1].astype(np.float64)
     rows = np.moveaxis(kernels, -3, 0).reshape(kernels.shape[-3], -1, kernels.shape[-1])
-    values, vectors = np.linalg.eigh(np.swapaxes(rows, -1, -2) @ rows)  # [heads or 1, D, D]
-    root = (vectors * np.sqrt(np.clip(values, 0, None))[:, None]) @ np.swapaxes(vectors, -1, -2)
-    gram = attention @ np.swapaxes(attention, -1, -2)
-    squares = np.linalg.eigvalsh(root[:, None] @ gram @ root[:, None])
-    singular = np.sqrt(np.clip(squares, 0, None))
+    factor = np.asarray(np.linalg.qr(rows, mode="r"))  # [heads or 1, at most D, D]
+    singular = np.linalg.svd(factor[:, None] @ attention, compute_uv=False)
     total = np.maximum(singular.sum(axis=-1, keepdims=True), np.finfo(np.float64).tiny)
-    return np.exp(_entropy(singular / total))
+    return np.exp(entr(singular / total).sum(axis=-1))
 
 
-@nnx.jit  # compiled once for layers of the same shape; computes no other maps
+@nnx.jit  # compiled once for all layers of one shape
 def _attention(attention: StructAttention, x: jax.Array, queries: jax.Array) -> jax.Array:
     """Return the attention [queries, heads, D, *key_grid]."""
     return attention.maps(x, queries).attention[0]

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import ml_collections
 import numpy as np
 
 from structvit_jax.analysis.explain import animation, overlay, page, picture
 from structvit_jax.analysis.explain.choice import SCORE, choose
-from structvit_jax.analysis.explain.drawing import Drawing
 from structvit_jax.analysis.explain.maps import layers, position_of, query_maps
 from structvit_jax.analysis.explain.page import ModelView
-from structvit_jax.analysis.explain.page_layout import Line
+from structvit_jax.analysis.explain.picture import Drawing, Line
 from structvit_jax.inference.trained import TrainedModel, load_trained
 from structvit_jax.runtime.storage import write
 from structvit_jax.training.commit import FOLDER
@@ -24,70 +22,74 @@ _GREY = "#5a5a5a"
 _VERDICTS = {None: ("", _GREY), True: (" ✓", "#1b7837"), False: (" ✗", "#b2182b")}  # mark and colour
 
 
-class Request(NamedTuple):
-    """The arguments of `structvit explain`."""
-
-    path: str
-    query: Sequence[str] | None = None  # frame, row and column of a position of the input
-    layer: str | None = None
-    head: int | None = None
-    smooth: bool = True  # interpolate maps between positions
-    animate: str | None = None  # a kind of `animation.ENCODERS`
-    beside: Sequence[str] = ()  # checkpoints of other models for the page
-    out: str = "."
-
-
-class _Explained(NamedTuple):
-    """A model, and the input as it was recorded and as the model saw it."""
-
-    view: ModelView
-    pixels: np.ndarray  # uint8 [[time,] height, width, 3], RGB, as the model saw it
-    frames: np.ndarray  # uint8 [time, height, width, 3], RGB, as recorded
-
-
-def explain(checkpoint: str, config: ml_collections.ConfigDict, request: Request) -> None:
+def explain(
+    checkpoint: str,
+    config: ml_collections.ConfigDict,
+    path: str,
+    *,
+    query: Sequence[str] | None,
+    layer: str | None,
+    head: int | None,
+    smooth: bool,
+    animate: str | None,
+    beside: Sequence[str] | None,
+    out: str,
+) -> None:
     """Write the files of an explanation; print the prediction, the selected query and the paths.
+
+    The arguments are those of `structvit explain`; `config` is the configuration of the checkpoint.
 
     Raises:
       UserError: a file that cannot be read or written, or an unknown layer, head or query.
     """
-    if request.animate and config.data.frames == 0:
+    if animate and config.data.frames == 0:
         raise UserError("--animate needs a model for videos; this one takes images")
-    out = parse_path(request.out)
-    models = [_explain(load_trained(checkpoint, config), request.path)]
-    models += [_explain(load_trained(other), request.path) for other in request.beside]
-    frames, crops = overlay.trimmed(models[0].frames, [model.view.crop for model in models])
-    views = [model.view._replace(crop=crop) for model, crop in zip(models, crops, strict=True)]
-    view, pixels = views[0], models[0].pixels
+    folder = parse_path(out)
+    models = [_view(load_trained(checkpoint, config), path)]
+    models += [_view(load_trained(other), path) for other in beside or ()]
+    (view, pixels, recorded), *_ = models
+    frames, crops = overlay.trimmed(recorded, [view.crop for view, _, _ in models])
+    views = [view._replace(crop=crop) for (view, _, _), crop in zip(models, crops, strict=True)]
 
-    layer = check_choice("layer", request.layer, view.layers) if request.layer else None
-    point = _parse_query(request.query, pixels.shape[:-1]) if request.query else None
-    choice = choose(view.layers, pixels, layer=layer, head=request.head, point=point)
+    choice = choose(
+        view.layers,
+        pixels,
+        layer=check_choice("layer", layer, view.layers) if layer else None,
+        head=head,
+        point=_parse_query(query, pixels.shape[:-1]) if query else None,
+    )
     selected = view.layers[choice.layer]
-    query = query_maps(selected, choice.head, position_of(selected, choice.point))
-    drawing = Drawing(frames, view.crop, selected, query, request.smooth)
+    maps = query_maps(selected, choice.head, position_of(selected, choice.point))
+    drawing = Drawing(frames, crops[0], selected, maps, smooth)
+    automatic = [
+        name for name, value in (("layer", layer), ("head", head), ("query", query)) if value is None
+    ]
 
-    title = f"What attention reads in {printable(request.path)}"
+    title = f"What attention reads in {printable(path)}"
     files: dict[str, str | bytes] = {
-        "explained.png": picture.draw(drawing, _heading(request, view, drawing)),
-        "explained.html": page.build(views, frames, choice, title=title, smooth=request.smooth),
+        "explained.png": picture.draw(drawing, _heading(path, view, drawing, automatic)),
+        "explained.html": page.build(views, frames, choice, title=title, smooth=smooth),
     }
-    if request.animate:
-        files[f"explained.{request.animate}"] = animation.draw(drawing, request.animate)
-    with write_errors_as_user_error(out):
-        out.mkdir(parents=True, exist_ok=True)
+    if animate:
+        files[f"explained.{animate}"] = animation.draw(drawing, animate)
+    with write_errors_as_user_error(folder):
+        folder.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
-            write(out / name, content)
+            write(folder / name, content)
 
     where = (str(int(at * side)) for at, side in zip(choice.point, pixels.shape[:-1], strict=True))
     print(f"{view.predicted}\n{view.verdict}")
     print(f"layer {choice.layer}, head {choice.head}, query {','.join(where)}")
     for name in files:
-        print(printable(str(out / name)))
+        print(printable(str(folder / name)))
 
 
-def _explain(trained: TrainedModel, path: str) -> _Explained:
+def _view(trained: TrainedModel, path: str) -> tuple[ModelView, np.ndarray, np.ndarray]:
     """Predict the class of a file and compute the inputs of all attention layers.
+
+    Returns:
+      The model with its prediction; the input as the model saw it, uint8 [[time,] height, width, 3], RGB; and
+      the frames as recorded, uint8 [time, height, width, 3], RGB.
 
     Raises:
       UserError: a file that cannot be read.
@@ -110,7 +112,7 @@ def _explain(trained: TrainedModel, path: str) -> _Explained:
     run, _, step = trained.where.rpartition(f"/{FOLDER}/")
     title = printable(f"{trained.config.model.name}, {run}, step {step}")
     view = ModelView(title, predicted, verdict, is_right, inputs, example.crop)
-    return _Explained(view, pixels, example.frames)
+    return view, pixels, example.frames
 
 
 def _parse_query(query: Sequence[str], sides: Sequence[int]) -> tuple[float, ...]:
@@ -129,16 +131,14 @@ def _parse_query(query: Sequence[str], sides: Sequence[int]) -> tuple[float, ...
     return tuple(min((at + 0.5) / side, 1 - 1e-9) for at, side in zip(pixel, sides, strict=True))
 
 
-def _heading(request: Request, view: ModelView, drawing: Drawing) -> list[Line]:
-    """Return the text above the picture."""
+def _heading(path: str, view: ModelView, drawing: Drawing, automatic: Sequence[str]) -> list[Line]:
+    """Return the text above the picture; `automatic` names the options selected by the highest score."""
     mark, colour = _VERDICTS[view.is_right]
     layer, query = drawing.layer, drawing.query
-    options: Mapping[str, object] = {name: getattr(request, name) for name in ("layer", "head", "query")}
-    free = [name for name, value in options.items() if value is None]
-    selection = f"Selected by the highest score ({', '.join(free)}): {SCORE}. " if free else ""
-    how = "with interpolation between positions" if request.smooth else "as one cell per position"
+    selection = f"Selected by the highest score ({', '.join(automatic)}): {SCORE}. " if automatic else ""
+    how = "with interpolation between positions" if drawing.smooth else "as one cell per position"
     return [
-        Line(printable(request.path), 12, "bold"),
+        Line(printable(path), 12, "bold"),
         Line(f"predicted: {view.predicted}", 10),
         Line(view.verdict + mark, 10, "bold", colour),
         Line(view.title),

@@ -1,4 +1,4 @@
-"""Compute the attention layers' inputs for one input of a network, and the maps of single queries."""
+"""Compute the inputs of a network's attention layers, and the maps of single queries."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Layer:
 
     name: str  # of its block, as "blocks3.0"
     attention: StructAttention
-    x: jax.Array  # [1, *grid, width]: the normalised input of the attention
+    x: jax.Array  # [1, *grid, width], after the block's norm
 
     @property
     def grid(self) -> tuple[int, ...]:
@@ -59,7 +59,7 @@ class Layer:
 
     @functools.cached_property
     def maps(self) -> Callable[[jax.Array], tuple[jax.Array, StructAttentionMaps]]:
-        """A function of flat positions of queries [Q], compiled once.
+        """A compiled function of queries, given as flat positions [Q].
 
         It returns their correlations with all keys [Q, heads, *grid], scaled as logits, and the maps of all
         heads.
@@ -88,7 +88,8 @@ def layers(network: Network, x: jax.Array) -> dict[str, Layer]:
     """
     network = nnx.clone(network)
     network.variant = dataclasses.replace(network.variant, remat="none")
-    stages = _stages(network)
+    lists = ("blocks", "blocks1", "blocks2", "blocks3", "blocks4")  # of a DeiT; of a hierarchical network
+    stages = [name for name in lists if hasattr(network, name)]
     blocks = {f"{stage}.{i}": block for stage in stages for i, block in enumerate(getattr(network, stage))}
     activations: list[jax.Array] = []
 
@@ -100,7 +101,7 @@ def layers(network: Network, x: jax.Array) -> dict[str, Layer]:
         activations.clear()
         network.features(x, hook=record)
         inputs, start = [], 0
-        for stage in stages:  # of each: the embedding, then the output of every block
+        for stage in stages:  # each records its embedding, then the output of every block
             end = start + len(getattr(network, stage))
             inputs += activations[start:end]
             start = end + 1
@@ -114,12 +115,6 @@ def layers(network: Network, x: jax.Array) -> dict[str, Layer]:
         for (name, block), array in zip(blocks.items(), jax.jit(run)(x), strict=True)
         if isinstance(block.attn, StructAttention)
     }
-
-
-def _stages(network: Network) -> list[str]:
-    """Return the names of the network's lists of blocks."""
-    names = ["blocks", *(f"blocks{stage}" for stage in range(1, 5))]
-    return [name for name in names if hasattr(network, name)]
 
 
 class Query(NamedTuple):
@@ -162,29 +157,3 @@ def query_maps(layer: Layer, head: int, position: Sequence[int]) -> Query:
 def position_of(layer: Layer, point: Sequence[float]) -> tuple[int, ...]:
     """Return the grid position at a point of the input, given in fractions of its sides."""
     return tuple(min(int(at * n), n - 1) for at, n in zip(point, layer.grid, strict=True))
-
-
-def textured(pixels: np.ndarray, grid: Sequence[int], count: int = 1) -> list[tuple[float, ...]]:
-    """Return the centres of the grid cells with the highest variance in the middle frame, highest first.
-
-    Cells with less than half of the highest variance are left out.
-
-    Args:
-      pixels: [[time,] height, width, 3].
-      grid: ([time,] height, width).
-      count: how many cells at most.
-
-    Returns:
-      Points in fractions of the input's sides.
-    """
-    *time, rows, columns = grid
-    frame = pixels[len(pixels) // 2] if time else pixels
-    grey = frame.astype(np.float32).mean(axis=-1)
-    cells = [np.array_split(row, columns, axis=1) for row in np.array_split(grey, rows, axis=0)]
-    variance = np.array([[cell.var() for cell in row] for row in cells])
-    best = np.argsort(-variance, axis=None, kind="stable")[:count]
-    best = best[variance.ravel()[best] >= variance.max() / 2]
-    return [
-        (*[0.5] * len(time), (float(row) + 0.5) / rows, (float(column) + 0.5) / columns)
-        for row, column in zip(*np.unravel_index(best, variance.shape), strict=True)
-    ]

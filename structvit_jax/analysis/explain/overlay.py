@@ -1,4 +1,4 @@
-"""Draw maps over frames: colour scales, and translucent maps on grey frames."""
+"""Draw maps over frames: colour scales, translucent maps on grey frames, and marked cells."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from structvit_jax.data.reader import Crop
 
-CLIPPED = 1  # percent of a map's values at either end that are clipped
+CLIPPED = 1  # percent of a map's values clipped at either end
 SCALES = (
     f"from percentile {CLIPPED} to percentile {100 - CLIPPED} of its values, symmetric about zero if it has"
     " negative ones (unless they lie far from zero)"
 )
-COLOURS = {"sequential": "inferno", "signed": "RdBu_r", "kernel": "PuOr_r"}  # matplotlib's
+COLOURS = {"sequential": "inferno", "signed": "RdBu_r", "kernel": "PuOr_r"}  # matplotlib's names
+WHOLE = Crop(0, 0, 1, 1)
 _STEPS = 255
 _MIN_OPACITY, _MAX_OPACITY = 0.1, 0.8  # of a map over a frame
 _MARGIN = 0.12  # fraction of a crop's side that is shown around it
@@ -71,37 +72,31 @@ class Scale(NamedTuple):
         return [ticks[0], (0.5, "0"), ticks[1]] if self.signed else ticks
 
 
-def stops(name: str, *, over: bool = False) -> np.ndarray:
+def colour_table(name: str, *, translucent: bool = False) -> np.ndarray:
     """Return a colour map of `COLOURS` in equal steps: uint8 [256, 4], RGBA.
 
-    With `over`, for drawing over a frame, low values are nearly transparent, or values near zero if signed.
+    A translucent one, for drawing over a frame, is nearly transparent at low values, or near zero if signed.
     """
     from matplotlib import colormaps  # lazy: it takes half a second
 
     at = np.linspace(0, 1, _STEPS + 1)
-    strength = np.abs(2 * at - 1) if name != "sequential" else at
+    strength = at if name == "sequential" else np.abs(2 * at - 1)
+    if translucent and name == "sequential":
+        at = 0.25 + 0.7 * at  # neither black nor white
     colours = colormaps[COLOURS[name]](at)
-    if over and name == "sequential":
-        colours = colormaps[COLOURS[name]](0.25 + 0.7 * at)  # neither black nor white
-    colours[:, 3] = _MIN_OPACITY + (_MAX_OPACITY - _MIN_OPACITY) * strength if over else 1
+    colours[:, 3] = _MIN_OPACITY + (_MAX_OPACITY - _MIN_OPACITY) * strength if translucent else 1
     return (255 * colours).round().astype(np.uint8)
 
 
-def coloured(fractions: np.ndarray, name: str, *, over: bool = False) -> np.ndarray:
+def coloured(fractions: np.ndarray, name: str, *, translucent: bool = False) -> np.ndarray:
     """Return the colours of positions from 0 to 1: uint8 [..., 4]."""
-    return stops(name, over=over)[(fractions * _STEPS).round().astype(int)]
-
-
-def _resized_map(array: np.ndarray, height: int, width: int, *, smooth: bool) -> np.ndarray:
-    """Resize a map [rows, columns]: bicubic if smooth, otherwise to cells of one value."""
-    how = Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST
-    return np.asarray(Image.fromarray(array.astype(np.float32)).resize((width, height), how))
+    return colour_table(name, translucent=translucent)[(fractions * _STEPS).round().astype(int)]
 
 
 def resized_frame(frame: np.ndarray, height: int, width: int) -> np.ndarray:
     """Resize a frame; enlarged pixels stay visible."""
-    how = Image.Resampling.NEAREST if frame.shape[0] < height else Image.Resampling.LANCZOS
-    return np.asarray(Image.fromarray(frame).resize((width, height), how))
+    method = Image.Resampling.NEAREST if frame.shape[0] < height else Image.Resampling.LANCZOS
+    return np.asarray(Image.fromarray(frame).resize((width, height), method))
 
 
 def box(crop: Crop, height: int, width: int) -> tuple[int, int, int, int]:
@@ -112,25 +107,16 @@ def box(crop: Crop, height: int, width: int) -> tuple[int, int, int, int]:
 
 
 def trimmed(frames: np.ndarray, crops: Sequence[Crop]) -> tuple[np.ndarray, list[Crop]]:
-    """Cut the frames [time, height, width, 3] to the crops and a margin; return them and the moved crops."""
-    sides = []
-    for axis in (0, 1):
-        low = min(crop[axis] for crop in crops)
-        high = max(crop[axis] + crop[axis + 2] for crop in crops)
-        margin, length = _MARGIN * (high - low), frames.shape[axis + 1]
-        sides.append((max(0, int((low - margin) * length)), min(length, math.ceil((high + margin) * length))))
-    (top, bottom), (left, right) = sides
-    (height, width), (all_rows, all_columns) = (bottom - top, right - left), frames.shape[1:3]
-    moved = [
-        Crop(
-            (crop.top * all_rows - top) / height,
-            (crop.left * all_columns - left) / width,
-            crop.height * all_rows / height,
-            crop.width * all_columns / width,
-        )
-        for crop in crops
-    ]
-    return frames[:, top:bottom, left:right], moved
+    """Cut frames [time, height, width, 3] to all crops with a margin; return them and the moved crops."""
+    size = np.array(frames.shape[1:3])
+    corners = np.array(crops)[:, :2]  # top and left
+    sides = np.array(crops)[:, 2:]
+    low, high = corners.min(axis=0), (corners + sides).max(axis=0)
+    margin = _MARGIN * (high - low)
+    start = np.maximum((low - margin) * size, 0).astype(int)
+    stop = np.minimum(np.ceil((high + margin) * size), size).astype(int)
+    moved = np.hstack([corners * size - start, sides * size]) / np.tile(stop - start, 2)
+    return frames[:, start[0] : stop[0], start[1] : stop[1]], [Crop(*crop) for crop in moved.tolist()]
 
 
 def dimmed(frame: np.ndarray, crop: Crop) -> np.ndarray:
@@ -141,24 +127,31 @@ def dimmed(frame: np.ndarray, crop: Crop) -> np.ndarray:
     return dark
 
 
-def overlaid(frame: np.ndarray, array: np.ndarray, scale: Scale, crop: Crop, *, smooth: bool) -> np.ndarray:
-    """Return a grey frame with a map over the crop that the model saw.
+def overlaid(frame: np.ndarray, values: np.ndarray, scale: Scale, crop: Crop, *, smooth: bool) -> np.ndarray:
+    """Return a grey frame with a map over the crop that the model saw: uint8 [height, width, 3].
 
     Args:
       frame: uint8 [height, width, 3].
-      array: the map [rows, columns] of the crop.
+      values: the map [rows, columns] of the crop.
       scale: of the map at all times.
       crop: of the frame.
-      smooth: whether the map is interpolated between positions.
+      smooth: interpolate between positions; otherwise each is a cell of one colour.
     """
-    grey = np.asarray(Image.fromarray(frame).convert("L"), np.float32)
-    picture = np.repeat(
-        40 + 0.8 * grey[..., None], 3, axis=-1
-    )  # without black, which would hide dark colours
+    grey = Image.fromarray(frame).convert("L").point(lambda value: 40 + 0.8 * value)  # black hides maps
     top, left, bottom, right = box(crop, *frame.shape[:2])
-    values = scale.fractions(_resized_map(array, bottom - top, right - left, smooth=smooth))
-    *colour, opacity = np.moveaxis(coloured(values, scale.colours, over=True).astype(np.float32), -1, 0)
-    opacity = opacity[..., None] / 255
-    part = picture[top:bottom, left:right]
-    picture[top:bottom, left:right] = part + opacity * (np.stack(colour, axis=-1) - part)
-    return dimmed(picture.round().clip(0, 255).astype(np.uint8), crop)
+    method = Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST
+    resized = Image.fromarray(values.astype(np.float32)).resize((right - left, bottom - top), method)
+    colours = coloured(scale.fractions(np.asarray(resized)), scale.colours, translucent=True)
+    picture = grey.convert("RGBA")
+    picture.alpha_composite(Image.fromarray(colours), (left, top))
+    return dimmed(np.asarray(picture.convert("RGB")), crop)
+
+
+def marked(image: np.ndarray, cell: Crop) -> np.ndarray:
+    """Return an image with a box around a cell."""
+    picture = Image.fromarray(image)
+    top, left, bottom, right = box(cell, *image.shape[:2])
+    for colour, outside, width in (("white", 2, 4), ("#d95f02", 1, 2)):  # orange with a white edge
+        edges = (left - outside, top - outside, right - 1 + outside, bottom - 1 + outside)
+        ImageDraw.Draw(picture).rectangle(edges, outline=colour, width=width)
+    return np.asarray(picture)

@@ -1,15 +1,16 @@
-"""Write an interactive page of any query's maps. Its script computes them from queries, keys and kernels."""
+"""Build the interactive page of `structvit explain`.
+
+Its script computes the maps of any query from the queries, keys and kernels of the layers.
+"""
 
 from __future__ import annotations
 
 import base64
-import io
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import DTypeLike
-from PIL import Image
 
 from structvit_jax.analysis import html
 from structvit_jax.analysis.explain import overlay
@@ -39,11 +40,11 @@ def build(
     """Return the page.
 
     Args:
-      models: side by side; the controls select positions, layers and heads of the first.
+      models: shown side by side; queries, layers and heads are selected in the first.
       frames: uint8 [time, height, width, 3], RGB, as recorded; an image has one time.
-      choice: the layer, head and query of the first model that are selected at first.
+      choice: the initial layer, head and query.
       title: heading of the page.
-      smooth: whether maps are interpolated between positions at first.
+      smooth: whether maps are initially interpolated between positions.
     """
     urls = [_frame_url(frame, _MAX_PIXELS / len(frames)) for frame in frames]
     names = fitting_layers([model.layers for model in models], choice.layer, MAX_BYTES - sum(map(len, urls)))
@@ -62,7 +63,10 @@ def build(
         "smooth": smooth,
         "clipped": overlay.CLIPPED,
         "colours": {
-            name: {"plain": _stops(name, over=False), "over": _stops(name, over=True)}
+            name: {
+                kind: overlay.colour_table(name, translucent=kind == "over")[::5].tolist()
+                for kind in ("plain", "over")
+            }
             for name in overlay.COLOURS
         },
         "models": [
@@ -79,7 +83,7 @@ def build(
 def fitting_layers(
     models: Sequence[Mapping[str, Layer]], required: str, max_bytes: int = MAX_BYTES
 ) -> set[str]:
-    """Return the names of the layers on a page: `required` and as many evenly spaced others as fit."""
+    """Return the names of the layers for a page: `required` and as many evenly spaced others as fit."""
     names = list(dict.fromkeys(name for layers in models for name in layers))
     sizes = {name: sum(encoded_size(layers[name]) for layers in models if name in layers) for name in names}
     for count in range(len(names), 0, -1):
@@ -90,17 +94,17 @@ def fitting_layers(
 
 
 def encoded_size(layer: Layer) -> int:
-    """Return the bytes of its arrays in base64: queries and keys of two bytes, kernels of four."""
+    """Return the bytes of a layer's arrays in base64: queries and keys are float16, kernels float32."""
     key, value = layer.kernels()
     kernels = key.size // key.shape[-3] + value.size // (value.shape[-3] * value.shape[-2])
     return (2 * 2 * layer.x.size + 4 * kernels * layer.attention.heads) * 4 // 3
 
 
 def encode_layer(layer: Layer) -> EncodedLayer:
-    """Return a layer as the page's script reads it: sides of its grids, and arrays by head in base64.
+    """Return a layer for the page's script: sides of its grids, and arrays by head in base64.
 
-    Value kernels are averaged over channels. Their Gram matrices, products of each two kernels summed over
-    window and channels, give the effective rank.
+    Value kernels are averaged over channels. "factor" holds R of their QR decompositions over window and
+    channels, from which the script computes the effective rank.
     """
     image, heads = len(layer.grid) == 2, layer.attention.heads
     query, key, _ = (np.moveaxis(np.asarray(x, np.float32), -2, 0) for x in layer.operands())
@@ -124,7 +128,7 @@ def encode_layer(layer: Layer) -> EncodedLayer:
         "k": _base64(key, np.float16),
         "key_kernels": _base64(np.moveaxis(key_kernels, -1, -2)),
         "value_kernels": _base64(value_kernels.mean(axis=2)),
-        "gram": _base64(np.einsum("hmcd,hmce->hde", full, full)),
+        "factor": _base64(np.asarray(np.linalg.qr(full.reshape(heads, -1, layer.structure_dim), mode="r"))),
     }
 
 
@@ -145,10 +149,4 @@ def _frame_url(frame: np.ndarray, max_pixels: float) -> str:
     scale = (max_pixels / (height * width)) ** 0.5
     if scale < 1:
         frame = overlay.resized_frame(frame, round(height * scale), round(width * scale))
-    file, kind = io.BytesIO(), "png" if max(frame.shape) <= 64 else "jpeg"
-    Image.fromarray(frame).save(file, kind, quality=85)
-    return html.data_url(file.getvalue(), f"image/{kind}")
-
-
-def _stops(name: str, *, over: bool) -> list[list[int]]:
-    return overlay.stops(name, over=over)[::5].tolist()
+    return html.image_url(frame, lossless=max(frame.shape) <= 64)

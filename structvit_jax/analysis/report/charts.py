@@ -13,10 +13,10 @@ from matplotlib.figure import Figure
 from structvit_jax.analysis.html import EmbeddedImage, data_url
 from structvit_jax.analysis.report.record import Record
 
-# The palette of Okabe and Ito, safe for colour-blind readers; the colours with most contrast on white first.
+# The palette of Okabe and Ito, safe for colour-blind readers; colours with high contrast on white first.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#000000", "#56b4e9", "#e69f00")
-_DASHES = ((), (5, 2), (1, 1.5), (5, 1.5, 1, 1.5))  # line and gap lengths, for runs beyond the palette
-_WINDOW, _MAX_WINDOW = 0.02, 50  # smoothing: fraction of all steps to either side, and the most steps
+_DASHES = ((), (5, 2), (1, 1.5), (5, 1.5, 1, 1.5))  # tells runs with the same colour apart
+_WINDOW, _MAX_WINDOW = 0.02, 50  # steps averaged to either side: fraction of all steps, and maximum
 
 
 class LineStyle(NamedTuple):

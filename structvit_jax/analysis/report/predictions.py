@@ -9,12 +9,12 @@ from typing import NamedTuple
 
 import numpy as np
 from etils import epath
+from scipy.sparse import csr_array
 
 from structvit_jax.training.evaluation import probabilities
 from structvit_jax.utils.errors import DecodeError, UserError, decoding
 
 _MAX_BYTES = 2**33  # of the arrays in a file
-_CHUNK = 1024  # rows of scores that are processed at a time, to bound memory
 
 
 class ClassScore(NamedTuple):
@@ -46,6 +46,11 @@ class Predictions:
         best = self.scores.argmax(axis=1)  # the index of a NaN if there is one
         return np.where(np.isnan(self.scores[np.arange(len(best)), best]), -1, best)
 
+    @property
+    def undefined(self) -> int:
+        """The number of examples with NaN scores."""
+        return int((self.predicted < 0).sum())
+
     def confusion(self) -> np.ndarray:
         """Return the confusion matrix, counts [true, predicted] of the examples without NaN.
 
@@ -56,21 +61,17 @@ class Predictions:
         return np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
 
     def by_class(self) -> list[ClassScore]:
-        """Return the results of every class with examples: lowest accuracy first, then the largest class."""
+        """Return the results of every class with examples, lowest accuracy first; ties by size."""
         classes, predicted = len(self.class_names), self.predicted
         examples = np.bincount(self.labels, minlength=classes)
         right = np.bincount(self.labels[predicted == self.labels], minlength=classes)
         wrong = (predicted >= 0) & (predicted != self.labels)
-        # Count the (true, predicted) pairs that occur: a dense matrix would not fit for many classes.
-        pairs = self.labels[wrong].astype(np.int64) * classes + predicted[wrong]
-        confused: dict[int, tuple[int, int]] = {}
-        for pair, times in zip(*(a.tolist() for a in np.unique(pairs, return_counts=True)), strict=True):
-            true, other = divmod(pair, classes)
-            if times > confused.get(true, (0, 0))[1]:
-                confused[true] = other, times
+        pairs, ones = (self.labels[wrong], predicted[wrong]), np.ones(wrong.sum(), int)
+        confusions = csr_array((ones, pairs), shape=(classes, classes))  # counts equal pairs
+        confused, times = confusions.argmax(axis=1).tolist(), confusions.max(axis=1).toarray().tolist()
         scores = [
-            ClassScore(number, int(examples[number]), int(right[number]), *confused.get(number, (None, 0)))
-            for number in np.flatnonzero(examples).tolist()
+            ClassScore(i, int(examples[i]), int(right[i]), confused[i] if times[i] else None, times[i])
+            for i in np.flatnonzero(examples).tolist()
         ]
         return sorted(scores, key=lambda score: (score.accuracy, -score.examples))
 
@@ -79,22 +80,16 @@ class Predictions:
 
         Args:
           count: how many at most.
-          average: config.eval.average, which states what the scores are means of: "logits" or "softmax".
+          average: config.eval.average: whether the scores are means of "logits" or of "softmax".
         """
         wrong = np.flatnonzero((self.predicted >= 0) & (self.predicted != self.labels))
-        highest = np.empty(len(wrong))
-        for start in range(0, len(wrong), _CHUNK):
-            rows = slice(start, start + _CHUNK)
-            highest[rows] = self._probabilities(wrong[rows], average).max(axis=1)
-        chosen = wrong[np.argsort(-highest, kind="stable")[:count]]
-        return list(zip(chosen.tolist(), self._probabilities(chosen, average), strict=True))
-
-    def _probabilities(self, rows: np.ndarray, average: str) -> np.ndarray:
-        return probabilities(self.scores[rows].astype(np.float64), average)
+        found = probabilities(self.scores[wrong].astype(np.float64), average)
+        order = np.argsort(-found.max(axis=1), kind="stable")[:count]
+        return list(zip(wrong[order].tolist(), found[order], strict=True))
 
 
 def read_predictions(path: epath.Path) -> Predictions:
-    """Read the predictions that an evaluation saved, without examples that were unreadable.
+    """Read the predictions that an evaluation saved; unreadable examples are left out.
 
     Raises:
       UserError: the file is damaged or not one of an evaluation.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
@@ -75,16 +74,19 @@ class Record:
 
     def notes(self) -> list[str]:
         """Return a sentence for each file that is missing or outdated."""
+        notes = []
+        if not self.metrics:
+            notes.append(f"Not trained yet: there is no {METRICS}, so there are no curves.")
+        if not self.result:
+            notes.append(f"Not evaluated yet: there is no {RESULT}, so there are no scores.")
+        if not self.predictions:
+            notes.append(f"There is no {PREDICTIONS}, so there are no results by class or example.")
+        if not self.seconds:
+            notes.append(f"There is no {goodput.FILE}, so wall time is unknown.")
         scored = self.result.get("step", self.step)
-        notes = {
-            f"Not trained yet: there is no {METRICS}, so there are no curves.": not self.metrics,
-            f"Not evaluated yet: there is no {RESULT}, so there are no scores.": not self.result,
-            f"There is no {PREDICTIONS}, so there are no results by class or example.": not self.predictions,
-            f"There is no {goodput.FILE}, so wall time is unknown.": not self.seconds,
-            f"The scores are of step {scored}; the run is at step {self.step}.": self.metrics
-            and scored != self.step,
-        }
-        return [note for note, applies in notes.items() if applies]
+        if self.metrics and scored != self.step:
+            notes.append(f"The scores are of step {scored}; the run is at step {self.step}.")
+        return notes
 
 
 def read_records(workdirs: Sequence[str]) -> list[Record]:
@@ -128,9 +130,10 @@ def _read_object(path: epath.Path) -> dict[str, Any]:
 def _read_metrics(path: epath.Path) -> tuple[Metrics, ...]:
     metrics = []
     for number, text in enumerate(path.read_bytes().splitlines() if path.exists() else (), 1):
-        line = None
-        with contextlib.suppress(ValueError):
+        try:
             line = parse_json(text)
+        except ValueError:
+            line = None
         if not _is_metrics(line):
             raise UserError(
                 f"{path}:{number} is damaged: a line should be a JSON object of numbers with a step."

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import ml_collections
 import numpy as np
 from etils import epath
+from PIL import Image
 
+from structvit_jax import data
 from structvit_jax.analysis import html
+from structvit_jax.analysis.contact_sheet import evenly_spaced, side_by_side
 from structvit_jax.analysis.html import EmbeddedImage
 from structvit_jax.analysis.report.charts import (
     CHARTS,
@@ -21,73 +25,39 @@ from structvit_jax.analysis.report.charts import (
 )
 from structvit_jax.analysis.report.predictions import ClassScore, Predictions
 from structvit_jax.analysis.report.record import Record, read_records
-from structvit_jax.analysis.report.thumbnails import Thumbnails
 from structvit_jax.runtime.goodput import ACTIVITIES
 from structvit_jax.runtime.storage import io_errors_as_user_error, write
-from structvit_jax.training.card import as_json, differences
-from structvit_jax.utils.errors import DecodeError
+from structvit_jax.training.card import as_json, keys_of
+from structvit_jax.utils.errors import DecodeError, decoding
 from structvit_jax.utils.paths import parse_path, write_errors_as_user_error
 
 _FILE = "report.html"
 _UNKNOWN = "–"
 # The palette of Okabe and Ito, in the order of ACTIVITIES.
 _ACTIVITY_COLOURS = ("#999999", "#cc79a7", "#e69f00", "#56b4e9", "#0072b2", "#009e73", "#f0e442", "#d55e00")
-_WORST, _BEST = 20, 5  # classes at either end that are not folded away
 _MAX_TABLE, _MAX_DRAWN = 20, 1000  # classes of a confusion matrix shown as a table, and as an image
-
-
-class ClassTable(NamedTuple):
-    """Classes that are listed together."""
-
-    label: str
-    scores: Sequence[ClassScore]
-    is_folded: bool = False
-
-
-class ConfusionMatrix(NamedTuple):
-    """Counts for a table, or an image if there are many classes; neither if there are too many to draw."""
-
-    counts: Sequence[Sequence[int]] | None = None
-    image: EmbeddedImage | None = None
+_THUMBNAIL_FRAMES = 4  # of a clip, side by side
+_THUMBNAIL_HEIGHT = 112  # pixels; taller thumbnails are reduced and stored as JPEG
 
 
 class ErrorCard(NamedTuple):
     """A wrong example."""
 
-    id: str
-    image: EmbeddedImage | None
-    problem: str  # why there is no image
-    classes: Sequence[tuple[str, str, float]]  # the predicted and the true class: role, name, probability
-
-
-class ClassResults(NamedTuple):
-    """Results of a run by class."""
-
-    names: Sequence[str]
-    tables: Sequence[ClassTable]
-    confusion: ConfusionMatrix
-    without_examples: int  # classes
-    undefined: int  # examples with NaN scores
-
-
-class ErrorResults(NamedTuple):
-    """The most confident errors of a run."""
-
-    cards: Sequence[ErrorCard]
-    problem: str  # why no card has an image; "" if they can be drawn
+    number: int  # of the example in the predictions
+    probabilities: np.ndarray  # [classes]
+    image: EmbeddedImage | None = None
+    problem: str = ""  # why there is no image
 
 
 class RunSection(NamedTuple):
     """A run on the page."""
 
-    name: str
-    workdir: str
+    record: Record
     style: LineStyle
-    unit: str
-    notes: Sequence[str]
-    seconds: Mapping[str, float]
-    classes: ClassResults | None
-    errors: ErrorResults | None
+    scores: Sequence[ClassScore] = ()  # lowest accuracy first
+    confusion: Sequence[Sequence[int]] | EmbeddedImage | None = None
+    errors: Sequence[ErrorCard] = ()
+    problem: str = ""  # why no error has an image
 
 
 def write_report(workdirs: Sequence[str], out: str | None = None, hardest: int = 24) -> epath.Path:
@@ -118,13 +88,12 @@ def render(records: Sequence[Record], hardest: int) -> str:
     return html.render(
         "report.html",
         written=f"{datetime.datetime.now().astimezone():%Y-%m-%d %H:%M %Z}",
-        runs=[_run_section(record, number, hardest) for number, record in enumerate(records)],
+        runs=[_section(record, line_style(number), hardest) for number, record in enumerate(records)],
         facts={name: [fact[name] for fact in facts] for name in facts[0]},
         differences=_differences(records),
         charts=[image for chart in CHARTS if (image := draw_curves(chart, records))],
         smoothing=SMOOTHING,
         activities=dict(zip(ACTIVITIES, _ACTIVITY_COLOURS, strict=True)),
-        best=_BEST,
     )
 
 
@@ -152,78 +121,75 @@ def _facts(record: Record) -> dict[str, str]:
 
 def _differences(records: Sequence[Record]) -> dict[str, list[Any]]:
     """Return the configuration keys that differ between runs, each with the value of every run."""
-    first, *others = (as_json(record.config) for record in records)
-    changes = [
-        {f"config.{d.key}": (d.before, d.after) for d in differences(first, other, portable=False)}
-        for other in others
-    ]
-    before = {key: values[0] for change in changes for key, values in change.items()}
-    return {
-        key: [value, *(change[key][1] if key in change else value for change in changes)]
-        for key, value in sorted(before.items())
-    }
+    configs = [dict(keys_of(as_json(record.config))) for record in records]
+    values = {key: [config.get(key) for config in configs] for key in sorted(set().union(*configs))}
+    return {f"config.{key}": row for key, row in values.items() if any(value != row[0] for value in row)}
 
 
-def _run_section(record: Record, number: int, hardest: int) -> RunSection:
-    classes = errors = None
-    if record.predictions:
-        classes = _class_results(record.predictions)
-        errors = _error_results(record, record.predictions, hardest)
-    return RunSection(
-        record.name,
-        str(record.workdir),
-        line_style(number),
-        record.unit,
-        record.notes(),
-        record.seconds,
-        classes,
-        errors,
-    )
+def _section(record: Record, style: LineStyle, hardest: int) -> RunSection:
+    predictions = record.predictions
+    if predictions is None:
+        return RunSection(record, style)
+    found = predictions.confident_errors(hardest, record.config.eval.average)
+    errors, problem = [ErrorCard(*error) for error in found], ""
+    if errors:
+        try:
+            thumbnails = Thumbnails(record.config)
+            errors = [_with_image(card, str(predictions.ids[card.number]), thumbnails) for card in errors]
+        except DecodeError as error:
+            problem = str(error)
+    return RunSection(record, style, predictions.by_class(), confusion_matrix(predictions), errors, problem)
 
 
-def _class_results(predictions: Predictions) -> ClassResults:
-    scores, names = predictions.by_class(), predictions.class_names
-    tables = [ClassTable("accuracy by class", scores)]
-    if between := scores[_WORST:-_BEST]:
-        tables = [
-            ClassTable(f"the {_WORST} classes with the lowest accuracy", scores[:_WORST]),
-            ClassTable("classes between", between, is_folded=True),
-            ClassTable(f"the {_BEST} classes with the highest accuracy", scores[-_BEST:]),
-        ]
-    undefined = int((predictions.predicted < 0).sum())
-    return ClassResults(names, tables, confusion_matrix(predictions), len(names) - len(scores), undefined)
-
-
-def confusion_matrix(predictions: Predictions) -> ConfusionMatrix:
-    """Return the matrix in the form that suits its number of classes."""
+def confusion_matrix(predictions: Predictions) -> Sequence[Sequence[int]] | EmbeddedImage | None:
+    """Return the counts for a table, or an image if there are many classes; None if too many to draw."""
     classes = len(predictions.class_names)
     if classes > _MAX_DRAWN:
-        return ConfusionMatrix()
+        return None
     counts = predictions.confusion()
-    if classes > _MAX_TABLE:
-        return ConfusionMatrix(image=draw_confusion(counts))
-    return ConfusionMatrix(counts.tolist())
+    return counts.tolist() if classes <= _MAX_TABLE else draw_confusion(counts)
 
 
-def _error_results(record: Record, predictions: Predictions, count: int) -> ErrorResults:
-    errors = predictions.confident_errors(count, record.config.eval.average)
-    thumbnails, problem = None, ""
+def _with_image(card: ErrorCard, name: str, thumbnails: Thumbnails) -> ErrorCard:
     try:
-        thumbnails = Thumbnails(record.config) if errors else None
+        return card._replace(image=thumbnails.image(name))
     except DecodeError as error:
-        problem = str(error)
-    return ErrorResults([_error_card(predictions, thumbnails, *error) for error in errors], problem)
+        return card._replace(problem=str(error))
 
 
-def _error_card(
-    predictions: Predictions, thumbnails: Thumbnails | None, index: int, probabilities: np.ndarray
-) -> ErrorCard:
-    name, image, problem = str(predictions.ids[index]), None, ""
-    try:
-        image = thumbnails.image(name) if thumbnails else None
-    except DecodeError as error:
-        problem = str(error)
-    roles = {"predicted": int(probabilities.argmax()), "true": int(predictions.labels[index])}
-    names = predictions.class_names
-    classes = [(role, names[number], float(probabilities[number])) for role, number in roles.items()]
-    return ErrorCard(name, image, problem, classes)
+class Thumbnails:
+    """Reads the test examples of a configuration by id, as its model sees them.
+
+    Raises:
+      DecodeError: the data set cannot be opened here; the message is the reason.
+    """
+
+    def __init__(self, config: ml_collections.ConfigDict):
+        config = config.copy_and_resolve_references()
+        config.data.label_maps = ""  # used in training only
+        with decoding():
+            self._data = data.load(config.data, config.augment, config.train.seed)
+        self._indices = {name: index for index, name in enumerate(self._data.test_ids)}
+        self._config = config.data
+
+    def pixels(self, name: str) -> np.ndarray:
+        """Return an image, or frames of a clip side by side: uint8 [height, width, 3], RGB.
+
+        Raises:
+          DecodeError: the example cannot be read, or the data set no longer has it.
+        """
+        if name not in self._indices:
+            raise DecodeError("it is no longer in the data set")
+        view = self._data.test.test(self._indices[name])["inputs"][self._data.test.middle]
+        pixels = view
+        if self._config.frames:
+            pixels = side_by_side(view[evenly_spaced(len(view), _THUMBNAIL_FRAMES)])
+        return pixels[..., ::-1] if self._config.channels == "bgr" else pixels
+
+    def image(self, name: str) -> EmbeddedImage:
+        """Return the thumbnail of an example; raise as `pixels` does."""
+        thumbnail = Image.fromarray(np.ascontiguousarray(self.pixels(name)))
+        is_small = thumbnail.height <= _THUMBNAIL_HEIGHT
+        thumbnail.thumbnail((thumbnail.width, _THUMBNAIL_HEIGHT))
+        alt = f"{'frames' if self._config.frames else 'image'} of {name}"
+        return EmbeddedImage(html.image_url(np.asarray(thumbnail), lossless=is_small), alt)
