@@ -9,7 +9,7 @@ from structvit_jax.cli import options
 _COLUMNS = "{:<24} {:<18} {:<9} {:<30} {:>9} {:>9} {:>11} {:>11}  {}"
 
 
-@options.plain_command()
+@click.command(cls=options.Command)
 @click.option(
     "--device", type=click.Choice(["auto", "cpu", "gpu", "tpu"]), default="auto", help="Where kernels run."
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from structvit_jax.cli import options
-from structvit_jax.cli.options import Words
+from structvit_jax.cli.options import ConfigArguments
 
 
 def _split(ctx: click.Context, option: click.Parameter, value: str | None) -> list[str] | None:
@@ -13,8 +13,7 @@ def _split(ctx: click.Context, option: click.Parameter, value: str | None) -> li
     return value.split(",") if value else None
 
 
-@options.config_command(takes_file=False)
-@options.checkpoint
+@click.command(cls=options.CheckpointCommand)
 @click.argument("path", metavar="FILE")
 @click.option(
     "--query", metavar="T,Y,X", callback=_split, help="Position of the input: frame, row and column."
@@ -26,8 +25,8 @@ def _split(ctx: click.Context, option: click.Parameter, value: str | None) -> li
 @click.option("--beside", metavar="RUN,RUN", callback=_split, help="Other models to show on the page.")
 @click.option("--out", default=".", metavar="DIR", help="Folder for the files.")
 def command(
-    words: Words,
     checkpoint: str,
+    arguments: ConfigArguments,
     path: str,
     query: list[str] | None,
     layer: str | None,
@@ -57,7 +56,7 @@ def command(
     Example:
       structvit explain runs/moving_digits test:3 --out=explained --animate=gif
     """
-    config = options.open_checkpoint_config(checkpoint, words)
+    config = options.open_checkpoint_config(checkpoint, arguments)
     from structvit_jax.analysis.explain.explanation import Request, explain
 
     explain(checkpoint, config, Request(path, query, layer, head, smooth, animate, beside or (), out))

@@ -5,15 +5,13 @@ from __future__ import annotations
 import click
 
 from structvit_jax.cli import options
-from structvit_jax.cli.options import Words
-from structvit_jax.cli.train import workdir_of
+from structvit_jax.cli.options import ConfigArguments
 from structvit_jax.utils.errors import UserError
 
 _FOR_PROGRAMS = ("parts", "depth", "trips", "unknown")
 
 
-@options.config_command()
-@options.workdir
+@click.command(cls=options.ConfigCommand)
 @click.option(
     "--topology",
     "topologies",
@@ -61,8 +59,7 @@ _FOR_PROGRAMS = ("parts", "depth", "trips", "unknown")
 @click.pass_context
 def command(
     ctx: click.Context,
-    words: Words,
-    workdir: str | None,
+    arguments: ConfigArguments,
     topologies: tuple[str, ...],
     device_batch: int | None,
     device_memory: str,
@@ -80,7 +77,7 @@ def command(
       structvit plan --config=folder --config.data.root=DIR --device_memory=24GB
     """
     if program:
-        if words.file or words.overrides:
+        if arguments.file or arguments.overrides:
             raise UserError("--program counts the text of a program; it takes no --config")
         from structvit_jax.performance.traffic import table
 
@@ -89,13 +86,11 @@ def command(
     for name in _FOR_PROGRAMS:
         if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
             raise UserError(f"--{name} needs --program=FILE")
-    from structvit_jax.cli import experiment
+    from structvit_jax.cli.configuration import load_config
+    from structvit_jax.cli.experiment import open_experiment
     from structvit_jax.performance import estimate, hardware
 
-    opened = experiment.open_data(experiment.load(words), workdir_of(words, workdir))
     hardware.add_fake_devices(topologies)
-    experiment.select_devices(opened.config, cached=not topologies)
-    for line in opened.lines:
-        print(line)
+    opened = open_experiment(load_config(arguments), arguments.workdir, cached=not topologies)
     request = estimate.Request(topologies, device_batch or 0, device_memory)
     print(estimate.describe(opened.config, opened.dataset, opened.workdir, request))

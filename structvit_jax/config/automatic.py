@@ -14,8 +14,8 @@ from typing import NamedTuple
 import ml_collections
 from ml_collections import config_dict
 
-from structvit_jax.config.durations import steps_in
 from structvit_jax.config.keys import KEYS, check_config, get_value, model_arguments, set_value
+from structvit_jax.config.values import steps_in
 from structvit_jax.models.variants import get_variant
 
 OPEN = (
@@ -138,7 +138,10 @@ def _batch(config: ml_collections.ConfigDict, examples: int) -> int:
 
 
 def _duration(config: ml_collections.ConfigDict, epoch: float) -> str:
-    epochs, most = 20 if config.init_from else 30, _MOST_STEPS["videos" if config.data.frames else "images"]
+    epochs, most = (
+        30 if config.init_from == "" else 20,
+        _MOST_STEPS["videos" if config.data.frames else "images"],
+    )
     if epochs * epoch < _LEAST_STEPS:
         return f"{_LEAST_STEPS} steps"
     if epochs * epoch <= most:

@@ -249,4 +249,4 @@ def test_a_recipe_asks_for_its_initial_weights(command, tmp_path):
         f"--workdir={tmp_path / 'run'}",
     )
     assert process.returncode == 2
-    assert "this recipe starts from ImageNet weights; name a run" in process.stderr
+    assert "this recipe starts from trained weights: name a run" in process.stderr
