@@ -8,14 +8,14 @@ import glob
 import os
 import runpy
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import ml_collections
 
-from structvit_jax.cli.options import ConfigArguments, Override
+from structvit_jax.cli.options import ConfigArguments
 from structvit_jax.config import KEYS, automatic, keys_of, set_value, short
 from structvit_jax.utils.errors import UserError, did_you_mean
 
@@ -106,13 +106,13 @@ def load_file(given: str) -> File:
     return File(config, constants)
 
 
-def override(config: ml_collections.ConfigDict, overrides: Sequence[Override]) -> None:
-    """Set keys of a configuration in place.
+def override(config: ml_collections.ConfigDict, overrides: Mapping[str, str]) -> None:
+    """Set keys of a configuration in place, from the text of their values.
 
     Raises:
       UserError: an unknown key, or a value of another type.
     """
-    for name, text in overrides:
+    for name, text in overrides.items():
         if name in config and name not in KEYS:
             first = next(key for key in KEYS if key.startswith(f"{name}."))
             raise UserError(f"config.{name} is a section; set its keys, as --config.{first}=VALUE")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,23 +21,12 @@ SETTINGS = {
 }
 
 
-class Override(NamedTuple):
-    """A value for a key of a configuration."""
-
-    key: str  # as "optimizer.lr"
-    text: str
-
-
 class ConfigArguments(NamedTuple):
     """The configuration options of a command line."""
 
-    file: str = ""  # of --config, with an argument after ":"; "" without --config
-    overrides: tuple[Override, ...] = ()
-    workdir: str = ""  # of --workdir, by default runs/NAME with the name of the file
-
-    def value(self, key: str, default: str) -> str:
-        """Return the last text given for a key."""
-        return dict(self.overrides).get(key, default)
+    file: str  # of --config, with an argument after ":"; "" without --config
+    overrides: Mapping[str, str]  # of --config.KEY=VALUE, as {"optimizer.lr": "1e-3"}
+    workdir: str  # of --workdir, by default runs/NAME with the name of the file
 
 
 class Command(click.Command):
@@ -106,7 +95,7 @@ class ConfigCommand(Command):
         remaining = super().parse_args(ctx, others)
         file, workdir = (ctx.params.pop(name, None) or "" for name in ("config", "workdir"))
         workdir = workdir or os.path.join("runs", Path(file.partition(":")[0]).stem)
-        ctx.params["arguments"] = ConfigArguments(file, tuple(overrides), workdir)
+        ctx.params["arguments"] = ConfigArguments(file, overrides, workdir)
         return remaining
 
 
@@ -124,13 +113,13 @@ class CheckpointCommand(ConfigCommand):
         return super().parse_args(ctx, args)
 
 
-def split_overrides(arguments: Sequence[str]) -> tuple[list[Override], list[str]]:
-    """Separate --config.KEY=VALUE and --config.KEY VALUE from the other arguments of a command line.
+def split_overrides(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Separate --config.KEY=VALUE and --config.KEY VALUE from the other arguments; the last value wins.
 
     Raises:
       UserError: a key without a value.
     """
-    overrides, others = list[Override](), list[str]()
+    overrides, others = dict[str, str](), list[str]()
     remaining = list(arguments)
     while remaining:
         argument = remaining.pop(0)
@@ -140,12 +129,12 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[Override], list[str]
         if not argument.startswith("--config."):
             others.append(argument)
             continue
-        key, equals, text = argument.removeprefix("--config.").partition("=")
+        key, equals, value = argument.removeprefix("--config.").partition("=")
         if not equals:
             if not remaining or remaining[0].startswith("--"):
                 raise UserError(f"{argument} needs a value: {argument}=VALUE")
-            text = remaining.pop(0)
-        overrides.append(Override(key.replace("-", "_"), text))
+            value = remaining.pop(0)
+        overrides[key.replace("-", "_")] = value
     return overrides, others
 
 
@@ -163,7 +152,9 @@ def open_checkpoint_config(checkpoint: str, arguments: ConfigArguments) -> ml_co
     from structvit_jax.training.restore import open_card
 
     configure_decoding()
-    devices.select_devices(arguments.value("mesh.device", "auto"))  # first: reading the card opens a device
+    devices.select_devices(
+        arguments.overrides.get("mesh.device", "auto")
+    )  # first: reading the card opens a device
     config = from_card(open_card(checkpoint)["config"], checkpoint)
     override(config, arguments.overrides)
     check_config(config)

@@ -28,11 +28,30 @@ RANDAUGMENT_VIDEO = "rand-m7-n4-mstd0.5-inc1"  # UniFormer's, after MViT
 def imagenet(model: str, stage: str = "224") -> ml_collections.ConfigDict:
     """Return the recipe of a stage: "224", "384", "224_labels" or "384_labels" (with token labelling).
 
+    Training at 384 starts from weights at 224 and takes 60 epochs at a learning rate of 5e-6 in batches of
+    512 (L: 256), as UniFormer. The paper only does this with token labelling; "384" has the same values with
+    the augmentation of `images`.
+
     Raises:
       UserError: an unknown stage.
     """
-    stages = {"224": images, "384": images_384, "224_labels": token_labels, "384_labels": token_labels_384}
-    return stages[check_choice("stage", stage, stages)](model)
+    check_choice("stage", stage, ("224", "384", "224_labels", "384_labels"))
+    labels = stage.endswith("_labels")
+    config = token_labels(model) if labels else images(model)
+    if stage.startswith("384"):
+        config.init_from = None  # to be set to the weights at 224
+        config.data.size = 384
+        config.data.crop_fraction = 0.9 if labels else 1.0
+        config.data.batch_size = 256 if "_l_" in model else 512
+        config.augment.repeated_augmentation = 1
+        config.train.duration = "60 epochs"
+        config.optimizer.lr = config.optimizer.end_lr = 5e-6
+        config.optimizer.lr_update_every = ""
+        config.optimizer.lr_update_delay = 0
+        config.optimizer.warmup = config.optimizer.cooldown = "0 steps"
+        config.optimizer.weight_decay = 1e-8
+        config.optimizer.ema = 0.0
+    return config
 
 
 def images(model: str) -> ml_collections.ConfigDict:
@@ -55,18 +74,6 @@ def images(model: str) -> ml_collections.ConfigDict:
     return config
 
 
-def images_384(model: str) -> ml_collections.ConfigDict:
-    """Return a recipe for ImageNet-1K at 384 from weights at 224.
-
-    The paper only fine-tunes with token labelling. These are its values with the augmentation of `images`.
-    """
-    config = _at_384(images(model))
-    config.augment.repeated_augmentation = 1
-    config.optimizer.lr_update_every = ""
-    config.optimizer.lr_update_delay = 0
-    return config
-
-
 def token_labels(model: str) -> ml_collections.ConfigDict:
     """Return the recipe for ImageNet-1K with token labelling, which is UniFormer's.
 
@@ -85,17 +92,6 @@ def token_labels(model: str) -> ml_collections.ConfigDict:
     config.optimizer.lr_update_every = "1 epochs"
     config.optimizer.schedule_origin = "start"
     config.optimizer.ema = 0.99992
-    return config
-
-
-def token_labels_384(model: str) -> ml_collections.ConfigDict:
-    """Return the recipe for ImageNet-1K at 384 with token labelling, from weights at 224.
-
-    60 epochs at a learning rate of 5e-6 in batches of 512 (L: 256). It needs config.data.label_maps.
-    """
-    config = _at_384(token_labels(model))
-    config.data.crop_fraction = 0.9
-    config.optimizer.ema = 0.0
     return config
 
 
@@ -144,19 +140,6 @@ def ablation_video(model: str) -> ml_collections.ConfigDict:
 def _crops_only(config: ml_collections.ConfigDict) -> None:
     config.augment.randaugment = ""
     config.augment.erase = config.augment.mixup = config.augment.cutmix = 0.0
-
-
-def _at_384(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """Change a recipe to UniFormer's fine-tuning at 384, with a constant learning rate."""
-    config.init_from = None  # to be set to the weights at 224
-    config.data.size = 384
-    config.data.crop_fraction = 1.0
-    config.data.batch_size = 256 if "_l_" in config.model.name else 512
-    config.train.duration = "60 epochs"
-    config.optimizer.lr = config.optimizer.end_lr = 5e-6
-    config.optimizer.warmup = config.optimizer.cooldown = "0 steps"
-    config.optimizer.weight_decay = 1e-8
-    return config
 
 
 def _images(model: str) -> ml_collections.ConfigDict:

@@ -28,9 +28,9 @@ CLIPS = ["--config.data.frames=2", "--config.data.test_clips=2", "--config.data.
 
 
 def test_crops_equal_the_release():
-    video, images, labelled, fine = (
-        make("structvit_s_4_1" + "_video" * (make is recipes.dense_video))
-        for make in (recipes.dense_video, recipes.images, recipes.token_labels, recipes.token_labels_384)
+    video = recipes.dense_video("structvit_s_4_1_video")
+    images, labelled, fine = (
+        recipes.imagenet("structvit_s_4_1", stage) for stage in ("224", "224_labels", "384_labels")
     )
     assert video.augment.crop_aspect == (0.75, 1.3333) and images.augment.crop_aspect == (3 / 4, 4 / 3)
     assert images.data.crop_fraction == 0.875

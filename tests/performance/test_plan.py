@@ -153,7 +153,7 @@ def test_topologies(command, tmp_path, topology, near):
 def test_traffic_of_the_default_model_stays_in_its_band():
     """The CPU program of the default train step: a figure without noise. Changes should lower it, and then
     this band."""
-    config = load_config(ConfigArguments("moving_digits"))
+    config = load_config(ConfigArguments("moving_digits", {}, ""))
     run = Learner.create(config, data.load(config.data, config.augment), make_mesh(1, 1, jax.devices()[:1]))
     moved = traffic.count(trace_train_step(run, run.abstract_state()).lower().compile().as_text())
     print(f"{moved.hbm / 64 / 1e6:.2f} MB per example")

@@ -23,7 +23,8 @@ _APPENDED = {
     "option of Python": "-x",
 }
 _IGNORED = {"unfinished flag": (0, 2)}
-_NO_ARGUMENTS = ("motion", "bench input")  # run without arguments, too
+_NO_ARGUMENTS = ("motion", "bench input", "check")  # run without arguments, too
+_SLOW = ("check",)  # compiles every kernel
 
 # Values of options that are refused; those with other exit codes are in the second table.
 _BAD_VALUES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
@@ -47,8 +48,6 @@ _BAD_VALUES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "--config..": ("1",),
         "--config.train.": ("1",),
         "--config.__class__": ("1",),
-        "--noconfig.train.seed": ("1",),
-        "--noconfig": ("", "x"),
         "--config": ("", "x.py", LONG, "<here>", "nonsense", "moving-digits", "configs/digits.txt"),
         "--data": ("1",),
     },
@@ -70,6 +69,7 @@ _BAD_VALUES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "--animate": ("", "png", "MP4"),
         "--smooth": ("1", "false"),
     },
+    "check": {"--device": ("", "nonsense", "CPU", "gpu", "tpu")},
     "evaluate": {"--config": ("digits",), "--config.eval.batch_size": ("0", "x")},
     "export": {"--platforms": ("nonsense", "cpu,nonsense", ",")},
     "report": {"--hardest": ("-1", "x", "1.5")},
@@ -218,13 +218,14 @@ _COMPLETIONS = (
 
 def cases() -> Iterator[Case]:
     for command, right in COMMANDS.items():
-        yield case("as documented", command, command, *right, codes=(0,))
+        seconds = 600 if command in _SLOW else 60
+        yield case("as documented", command, command, *right, codes=(0,), seconds=seconds)
         yield _case(f"{command}: help", command, "--help", codes=(0,))
         if command not in _NO_ARGUMENTS:
             yield _case(f"{command}: nothing", command)
         for name, word in _APPENDED.items():
-            codes = _IGNORED.get(name, (2,))
-            yield _case(f"{command}: {name}", command, *right, word, codes=codes)
+            if not (command in _SLOW and name in _IGNORED):
+                yield _case(f"{command}: {name}", command, *right, word, codes=_IGNORED.get(name, (2,)))
     for command, flags in _BAD_VALUES.items():
         for flag, values in flags.items():
             yield from (_value(command, flag, value, (2,)) for value in values)
