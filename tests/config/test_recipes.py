@@ -39,13 +39,15 @@ def test_crops_equal_the_release():
 
 @pytest.fixture
 def recipe(command, tmp_path):
-    """Run a recipe for two steps, resume it for a third, and return its workdir."""
+    """Run a recipe for two steps, resume it for a third unless told otherwise, and return its workdir."""
 
-    def run(name, *arguments):
+    def run(name, *arguments, resume=True):
         workdir = tmp_path / name.translate(str.maketrans(":,=", "___"))
         given = [f"--config=configs/{name}", *TINY, *arguments, f"--workdir={workdir}"]
         first = command(*given)
         assert first.returncode == 0, first.stderr
+        if not resume:
+            return workdir
         again = command(*given, "--config.train.duration=3 steps")
         assert again.returncode == 0, again.stderr
         assert "resuming from" in again.stdout and "result: top1" in again.stdout
@@ -58,7 +60,7 @@ def recipe(command, tmp_path):
 def test_videos_after_images(recipe):
     """Train ImageNet from scratch, then Kinetics from its weights."""
     shallow = "--config.model.depths=(1,)"
-    images = recipe("imagenet.py:deit_tiny_struct_2", shallow)
+    images = recipe("imagenet.py:deit_tiny_struct_2", shallow, resume=False)
     recipe("kinetics400.py:deit_tiny_struct_2_video", shallow, *CLIPS, f"--config.init_from={images}")
 
 
