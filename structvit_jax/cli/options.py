@@ -152,9 +152,8 @@ def open_checkpoint_config(checkpoint: str, arguments: ConfigArguments) -> ml_co
     from structvit_jax.training.restore import open_card
 
     configure_decoding()
-    devices.select_devices(
-        arguments.overrides.get("mesh.device", "auto")
-    )  # first: reading the card opens a device
+    # First, because reading the card opens a device.
+    devices.select_devices(arguments.overrides.get("mesh.device", "auto"))
     config = from_card(open_card(checkpoint)["config"], checkpoint)
     override(config, arguments.overrides)
     check_config(config)

@@ -223,25 +223,30 @@ def cases() -> Iterator[Case]:
         yield _case(f"{command}: help", command, "--help", codes=(0,))
         if command not in _NO_ARGUMENTS:
             yield _case(f"{command}: nothing", command)
-        for name, word in _APPENDED.items():
+        for name, argument in _APPENDED.items():
             if not (command in _SLOW and name in _IGNORED):
-                yield _case(f"{command}: {name}", command, *right, word, codes=_IGNORED.get(name, (2,)))
+                yield _case(f"{command}: {name}", command, *right, argument, codes=_IGNORED.get(name, (2,)))
     for command, flags in _BAD_VALUES.items():
         for flag, values in flags.items():
             yield from (_value(command, flag, value, (2,)) for value in values)
     for command, flag, values, codes in _OTHER_VALUES:
         yield from (_value(command, flag, value, codes) for value in values)
     yield from _videos()
-    for name, (words, codes, text) in _STRUCTVIT.items():
+    for name, (arguments, codes, text) in _STRUCTVIT.items():
         yield Case(
-            "flags", f"structvit: {name}", "structvit_jax", words, codes, check=functools.partial(_has, text)
+            "flags",
+            f"structvit: {name}",
+            "structvit_jax",
+            arguments,
+            codes,
+            check=functools.partial(_has, text),
         )
     yield from _completions()
 
 
 def _value(command: str, flag: str, value: str, codes: tuple[int, ...]) -> Case:
     """Return a case with a value of an option in the place of the valid one."""
-    others = (word for word in COMMANDS[command] if not word.startswith(f"{flag}="))
+    others = (argument for argument in COMMANDS[command] if not argument.startswith(f"{flag}="))
     name = f"{command}: {flag}={short(value)}"
     return _case(name, command, *others, f"{flag}={value}", codes=codes)
 
@@ -254,18 +259,18 @@ def _videos() -> Iterator[Case]:
         yield _case(name, "predict", run, CLIP, f"--every={value}", codes=codes)
     for number in ("99", "-1", "x", "", NINES, "\u00b2", "1e3"):
         for command in ("predict", "explain"):
-            words = (run, f"test:{number}", *(["--out=<here>/out"] * (command == "explain")))
-            yield _case(f"{command}: test:{short(number)}", command, *words)
+            arguments = (run, f"test:{number}", *(["--out=<here>/out"] * (command == "explain")))
+            yield _case(f"{command}: test:{short(number)}", command, *arguments)
 
 
 def _completions() -> Iterator[Case]:
-    for kind, words, position, codes, text in _COMPLETIONS:
+    for kind, arguments, position, codes, text in _COMPLETIONS:
         yield Case(
             "flags",
-            f"structvit: completion {kind} of {words} at {position}",
+            f"structvit: completion {kind} of {arguments} at {position}",
             "structvit_jax",
             codes=codes,
-            environment={"_STRUCTVIT_COMPLETE": kind, "COMP_WORDS": words, "COMP_CWORD": position},
+            environment={"_STRUCTVIT_COMPLETE": kind, "COMP_WORDS": arguments, "COMP_CWORD": position},
             check=functools.partial(_has, text),
         )
 
