@@ -1,7 +1,7 @@
 """The training recipes of the paper (section 5), for the files in `configs/`.
 
 Where the paper refers to DeiT, MViT or UniFormer, the values are those of their released code. Some of these
-are accidents of that code. They are reproduced, and the keys on the right undo them:
+are accidents of that code. They are reproduced, and the keys after the colon undo them:
 
 - Images: the learning rate changes once per epoch, one epoch late, and the cosine includes the warm-up:
   `optimizer.lr_update_every=`, `optimizer.lr_update_delay=0`, `optimizer.schedule_origin=warmup`.

@@ -42,6 +42,7 @@ def test_help_has_an_example_of_the_command(capsys, arguments):
     text = _call(capsys, *arguments, "--help")
     example = text.partition("  Example:\n")[2].splitlines()[0]
     assert example.startswith(f"    structvit {' '.join(arguments)}".rstrip())
+    assert '[default: ""]' not in text
 
 
 def test_help_imports_nothing_but_click():
@@ -77,6 +78,8 @@ def test_help_lists_commands_in_order_with_whole_descriptions(capsys):
         ("predict RUN FILE --tpo=3", "No such option '--tpo'. Did you mean '--top'? See structvit predict"),
         ("predict RUN FILE --format=xml", "'xml' is not one of 'text', 'jsonl', 'csv'. See"),
         ("predict RUN", "Missing argument 'FILE...'. See structvit predict --help"),
+        ("predict RUN FILE --config=digits", "its configuration from the checkpoint, not from --config"),
+        ("train --config.data.size", "--config.data.size needs a value: --config.data.size=VALUE"),
         ("prepare folder DIR --val-fraction=nan", "nan is not a number. See structvit prepare folder --help"),
         ("prepare shards DIR OUT --beam_option=a=b", "--beam_option needs --beam_runner"),
         ("ablate --config=digits --lrs=0", "'0' is not a list of positive numbers, as 1e-3,2e-3. See"),

@@ -142,7 +142,7 @@ def test_token_labelling_from_teacher_to_student(digits, command, tmp_path):
         f"--workdir={tmp_path / 'student'}",
     ]
     process = command(*student, *labelled)
-    assert process.returncode == 2 and "set --config.model.token_labels as well" in process.stderr
+    assert process.returncode == 2 and "set --config.model.token_labels=true as well" in process.stderr
     labelled.append("--config.model.token_labels=True")
     process = command(*student, *labelled, "--config.augment.mixup=0.8")
     assert process.returncode == 2 and "mixup and cutmix do not mix maps" in process.stderr
