@@ -29,19 +29,7 @@ COMMANDS = (
 _COMPLETE = "_STRUCTVIT_COMPLETE"  # set by the completion script of a shell
 
 
-class _LazyCommands(CommandGroup):
-    """The subcommands of `structvit`, imported when they are asked for."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in COMMANDS:
-            return None
-        return importlib.import_module(f"structvit_jax.cli.{cmd_name}").command
-
-
-@click.group(cls=_LazyCommands, context_settings=SETTINGS)
+@click.group(cls=CommandGroup, context_settings=SETTINGS)
 @click.version_option(__version__, message="structvit_jax %(version)s", help="Print the version and exit.")
 def structvit() -> None:
     """StructViT in JAX: train, evaluate, use and explain vision transformers for images and video.
@@ -57,6 +45,10 @@ def structvit() -> None:
     \b
       eval "$(_STRUCTVIT_COMPLETE=bash_source structvit)"
     """
+
+
+for _name in COMMANDS:
+    structvit.add_command(importlib.import_module(f"structvit_jax.cli.{_name}").command, _name)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from structvit_jax.utils.errors import UserError, unknown_choice
+from structvit_jax.utils.errors import UserError
 
 if TYPE_CHECKING:
     import ml_collections
@@ -30,39 +30,19 @@ class ConfigArguments(NamedTuple):
 
 
 class Command(click.Command):
-    """A command; the first paragraph of its help is its summary in lists of commands."""
+    """A command; its summary in lists of commands is the first paragraph of its help."""
 
     def get_short_help_str(self, limit: int = 45) -> str:
-        return _summary(self)
+        return " ".join((self.help or "").partition("\n\n")[0].split())
 
 
-class CommandGroup(click.Group):
-    """A group that lists its commands in order of definition and suggests names for misspelt ones."""
+class CommandGroup(Command, click.Group):
+    """A group of subcommands, which are listed in the order of their definition."""
 
     command_class = Command
 
-    def get_short_help_str(self, limit: int = 45) -> str:
-        return _summary(self)
-
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Find the command that the first argument names.
-
-        Raises:
-          UserError: there is none of this name.
-        """
-        known, normalize = self.list_commands(ctx), ctx.token_normalize_func or str
-        if not (args[0].startswith("-") or ctx.resilient_parsing or normalize(args[0]) in known):
-            raise unknown_choice("command", args[0], known)
-        return super().resolve_command(ctx, args)
-
-
-def _summary(command: click.Command) -> str:
-    return " ".join((command.help or "").partition("\n\n")[0].split())
 
 
 _CONFIG = click.Option(
