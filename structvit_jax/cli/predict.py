@@ -7,7 +7,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -67,12 +67,30 @@ def command(
     config = open_checkpoint_config(checkpoint, arguments)
     from structvit_jax.inference.trained import load_trained
 
-    trained = load_trained(checkpoint, config)
-    as_text = _FORMATS[format_]
+    predictions = load_trained(checkpoint, config).predict(paths, every=every, features=features is not None)
     if format_ == "csv":
         print("path,rank,class,probability,problem")
+    total, unreadable = _print(predictions, _FORMATS[format_], top, features)
+    if unreadable:
+        raise UserError(f"{unreadable} of {total} could not be read; their lines give the reasons")
+
+
+def _print(
+    predictions: Iterable[Prediction],
+    as_text: Callable[[Prediction, int], str],
+    top: int,
+    features: str | None,
+) -> tuple[int, int]:
+    """Print predictions and the notes on them; return the numbers of all and of unreadable examples.
+
+    Args:
+      predictions: printed one by one.
+      as_text: one of _FORMATS.
+      top: number of classes to print.
+      features: folder to write features to, if any.
+    """
     total, unreadable, short = 0, 0, list[str]()
-    for prediction in trained.predict(paths, every=every, features=features is not None):
+    for prediction in predictions:
         total += 1
         unreadable += bool(prediction.problem)
         for note in prediction.notes:
@@ -86,8 +104,7 @@ def command(
     if short:
         clips = "1 clip has" if len(short) == 1 else f"{len(short)} clips have"
         print(f"note: {clips} {short[0]}; frames are repeated", file=sys.stderr)
-    if unreadable:
-        raise UserError(f"{unreadable} of {total} could not be read; their lines give the reasons")
+    return total, unreadable
 
 
 def _text(prediction: Prediction, top: int) -> str:
