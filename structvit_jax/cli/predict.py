@@ -69,7 +69,7 @@ def command(
 
     predictions = load_trained(checkpoint, config).predict(paths, every=every, features=features is not None)
     if format_ == "csv":
-        print("path,rank,class,probability,problem")
+        print(_CSV_HEADER)
     total, unreadable = _print(predictions, _FORMATS[format_], top, features)
     if unreadable:
         raise UserError(f"{unreadable} of {total} could not be read; their lines give the reasons")
@@ -121,6 +121,9 @@ def _jsonl(prediction: Prediction, top: int) -> str:
         line |= {"classes": names, "probabilities": probabilities}
     text = json.dumps(line, ensure_ascii=False)
     return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
+
+
+_CSV_HEADER = "path,rank,class,probability,problem"
 
 
 def _csv(prediction: Prediction, top: int) -> str:

@@ -154,10 +154,12 @@ def test_formats(root, run):
     path = str(sorted((root / "val").rglob("*.mp4"))[0])
     predictions = list(trained.predict([path, "no, such.mp4"]))
     best = predictions[0].best(2)
-    text = "\n".join(predict._csv(prediction, 2) for prediction in predictions)
-    *rows, problem = csv.reader(io.StringIO(text))
-    assert [(row[0], row[2], float(row[3])) for row in rows] == [(path, *pair) for pair in best]
-    assert problem == ["no, such.mp4", "", "", "", "no such file"]
+    lines = [predict._CSV_HEADER, *(predict._csv(prediction, 2) for prediction in predictions)]
+    *rows, problem = csv.DictReader(io.StringIO("\n".join(lines)))
+    assert [(row["path"], row["class"], float(row["probability"])) for row in rows] == [
+        (path, *pair) for pair in best
+    ]
+    assert (problem["path"], problem["problem"]) == ("no, such.mp4", "no such file")
     (first, probability), (second, lower) = best
     assert [predict._text(prediction, 2) for prediction in predictions] == [
         f"{path}: {first} {probability:.3f}  {second} {lower:.3f}",
