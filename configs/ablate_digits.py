@@ -2,10 +2,10 @@
 
     structvit ablate --config=ablate_digits
 
-Data: clips of 4 frames of 24x24 with a digit that drifts or rotates (real scans, moved synthetically);
-nothing to download. The model is a two-block transformer on a grid of 4x6x6 positions, with its attention
-replaced. Each arm takes the learning rate that is best on validation clips, made of training scans; five
-seeds are then evaluated on 2000 clips of held-out scans.
+Data: clips of 4 frames of 24x24 with a digit that drifts or rotates (real scans, moved synthetically; they
+come with scikit-learn). The model is a two-block transformer on a grid of 4x6x6 positions, with its attention
+replaced. Each arm uses the learning rate that is best on validation clips, made of training scans; five seeds
+are then evaluated on 2000 clips of held-out scans.
 Measured: 151 runs in 2.4 hours on two cores of an AMD EPYC (float32, JAX 0.10.2, November 2026); the results
 are in docs/ablations.md.
 """

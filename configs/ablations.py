@@ -4,7 +4,7 @@
     structvit train --config=ablations:something_v1,structure_dim=8 --config.data.root=DIR \
         --config.init_from=RUN
 
-The argument is imagenet or something_v1 (16 frames, from the ImageNet weights), then any of
+The argument is imagenet or something_v1 (16 frames, from the ImageNet weights), followed by any of
 
     structure_dim=D                       table 1; 0 is plain attention, 1 ConvSA; default 4
     window=M, key_window=, value_window=  tables 1 and 6b, sides of the kernels; default 3
@@ -12,9 +12,9 @@ The argument is imagenet or something_v1 (16 frames, from the ImageNet weights),
     key_kernels=shared, value_kernels=    table 6a; default channel
     width=W, depth=N                      table 7, the same cost in other ways, with structure_dim=0
 
-The paper's top-1 on ImageNet and Something-Something V1, by structure_dim: 80.5 and 48.3 (0), 80.8 and 49.7
+The paper: top-1 on ImageNet and Something-Something V1, by structure_dim: 80.5 and 48.3 (0), 80.8 and 49.7
 (1), 80.9 and 50.1 (2), 81.1 and 50.4 (4), 81.3 and 50.6 (8).
-Not run here.
+Not run here on these data.
 """
 
 import ml_collections

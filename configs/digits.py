@@ -1,8 +1,8 @@
-"""StructViT on images of handwritten digits: 1437 real scans for training, 360 for testing.
+"""StructViT on images of handwritten digits.
 
     structvit train --config=digits
 
-Data: nothing to download.
+Data: 1437 real scans for training and 360 for testing, which come with scikit-learn.
 Measured: top-1 0.972 on the 360 scans after 449 steps of 64 images, in 53 s on two cores of an AMD EPYC
 (float32, Python 3.11, JAX 0.10.2, November 2026; one run).
 """

@@ -1,13 +1,14 @@
-"""StructViT on Diving-48, version 2 of its labels.
+"""StructViT on Diving-48 with version 2 of its labels.
 
-    structvit prepare diving48 ANNOTATIONS VIDEOS --out DIR --check
+    structvit prepare diving48 ANNOTATIONS VIDEOS --out=DIR --check
     structvit train --config=diving48:structvit_b_4_1_video --config.data.root=DIR \
         --config.init_from=RUN_OR_FILE
 
-Data: Diving48_V2_train.json, Diving48_V2_test.json, Diving48_vocab.json and the videos (15,027 and 1,970).
-Starts from Kinetics-400 weights, as in the paper.
-The paper's top-1: 88.3 (structvit_b_4_1_video). It does not state the test views; here they are 3 crops.
-Not run here.
+Data: Diving48_V2_train.json, Diving48_V2_test.json, Diving48_vocab.json and the videos (15,027 for training
+and 1,970 for testing).
+Initial weights: Kinetics-400, as in the paper: a run of configs/kinetics400.py, or a released file.
+The paper: top-1 88.3 (structvit_b_4_1_video). It does not state the test views; here they are 3 crops.
+Not run here on these data.
 """
 
 import ml_collections

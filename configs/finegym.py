@@ -1,15 +1,16 @@
-"""StructViT on FineGym: Gym99, or Gym288 prepared as finegym288.
+"""StructViT on FineGym: Gym99, or Gym288 if prepared with finegym288.
 
-    structvit prepare finegym99 ANNOTATIONS VIDEOS --out DIR --check
+    structvit prepare finegym99 ANNOTATIONS VIDEOS --out=DIR --check
     structvit train --config=finegym:structvit_b_4_1_video --config.data.root=DIR \
         --config.init_from=RUN_OR_FILE
 
-Data: annotations v1.1, the lists of categories and elements, and the whole videos; clips are cut by their
-times (20,484 and 8,521 in Gym99). `structvit prepare shards` copies the clips out, which reads faster.
-Starts from Kinetics-400 weights, as in the paper.
-The paper's mean per-class top-1 (mean_class in result.json): 89.5 on Gym99, 54.2 on Gym288
+Data: the annotations v1.1, the lists of categories and elements, and the whole videos, from which clips are
+cut by their times (Gym99: 20,484 for training and 8,521 for testing). `structvit prepare shards` copies the
+clips, which then read faster.
+Initial weights: Kinetics-400, as in the paper: a run of configs/kinetics400.py, or a released file.
+The paper: mean per-class top-1 (mean_class in result.json) 89.5 on Gym99 and 54.2 on Gym288
 (structvit_b_4_1_video). It does not state the test views; here they are 3 crops.
-Not run here.
+Not run here on these data.
 """
 
 import ml_collections

@@ -2,7 +2,7 @@
 
     structvit train --config=moving_digits
 
-Data: real scans, moved synthetically; nothing to download.
+Data: real scans of digits, moved synthetically; they come with scikit-learn.
 Measured: top-1 1.000 on 2048 unseen clips after 200 steps of 64 clips, in 149 s including installation, on
 two cores of an AMD EPYC (float32, Python 3.11, JAX 0.10.2, November 2026; one run).
 """

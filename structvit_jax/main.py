@@ -13,31 +13,26 @@ import sys
 import click
 
 from structvit_jax import cli
-from structvit_jax.cli import options
-from structvit_jax.cli.options import Words
+from structvit_jax.cli import train
+from structvit_jax.cli.options import SETTINGS, ConfigArguments, ConfigCommand
 
 
-@options.config_command()
+@click.command(cls=ConfigCommand, context_settings=SETTINGS)
 @click.option(
     "--mode", type=click.Choice(["train", "eval"]), default="train", help="Train, or evaluate the workdir."
 )
-@options.workdir
-@click.option(
-    "--profile", metavar="START:STOP", default="", help="Write a profile of these steps to WORKDIR/profile."
-)
-def command(words: Words, mode: str, workdir: str | None, profile: str) -> None:
+@train.profile_option
+def command(arguments: ConfigArguments, mode: str, profile: str | None) -> None:
     """Train a configuration, resume its run, or evaluate it.
 
     \b
     Example:
       python -m structvit_jax.main --config=configs/moving_digits.py
     """
-    from structvit_jax.cli import train
-
     if mode == "train":
-        train.train(words, workdir, profile)
+        train.train(arguments, profile)
     else:
-        train.evaluate(words, workdir)
+        train.evaluate(arguments)
 
 
 def main() -> None:

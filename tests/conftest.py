@@ -1,6 +1,6 @@
-"""Tests run on the CPU, as eight fake devices of which most use one.
+"""Fixtures and helpers. Tests run on the CPU, which is split into eight fake devices; most use one of them.
 
-Those of operations also run on a GPU: JAX_PLATFORMS=cuda,cpu python -m pytest -n 4 tests/test_ops_*.py
+Tests of operations also run on a GPU: JAX_PLATFORMS=cuda,cpu python -m pytest -n 4 tests/ops
 """
 
 import contextlib
@@ -11,19 +11,18 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
-os.environ["NO_GCE_CHECK"] = "true"  # else who opens a bucket waits for a machine of Google's
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # PyTorch's threads would wait in loops for cores that XLA has
+os.environ["NO_GCE_CHECK"] = "true"  # or clients of buckets wait for a metadata server
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # more threads of PyTorch would spin while XLA computes
 if os.environ.setdefault("JAX_PLATFORMS", "cpu") == "cpu":  # most programs take longer to compile than to run
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 else:
-    os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"  # not in TF32: rounding is what is tested
-    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # several processes share it
+    os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"  # TF32 rounds more than the tolerances allow
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # several processes share the GPU
 
 import fsspec
 import jax
@@ -32,7 +31,7 @@ import pytest
 from bucket import Bucket
 from etils import epath
 
-# Shapes in the annotations of models and operations are checked at every call.
+# Check the shapes in annotations of models and operations at every call.
 _CHECKED = [f"structvit_jax.models.{name}" for name in ("attention", "blocks", "layers", "networks")]
 _CHECKED += [
     f"structvit_jax.ops.{name}"
@@ -45,23 +44,22 @@ from structvit_jax.data.dataset import ConfiguredDataset  # noqa: E402
 from structvit_jax.performance import hardware  # noqa: E402
 from structvit_jax.runtime import lock, mesh  # noqa: E402
 
-# Tracing makes many objects that stay; by default a sixth of the time goes in looking through them.
-_GARBAGE = 50_000, 10, 10
-gc.set_threshold(*_GARBAGE)
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would not hear Ctrl-C
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nor a job under nohup that its terminal is gone
+# Tracing creates many long-lived objects. With the default thresholds, collections take a sixth of the time.
+_GC_THRESHOLDS = 50_000, 10, 10
+gc.set_threshold(*_GC_THRESHOLDS)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in background jobs of a shell
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored under nohup
 
 ROOT = Path(__file__).parent.parent
-# XLA's older code for CPUs: slower, but compiled in half the time. An option of one program, and of commands;
-# JAX 0.11 has it no more, and its compiler would not start with an option that it does not know.
+# XLA's older code generator for CPUs compiles in half the time. JAX 0.11 no longer accepts these options.
 COMPILED_SOON = {"xla_cpu_use_fusion_emitters": False} if jax.__version_info__ < (0, 11) else {}
 COMPILER = (
     "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1" if COMPILED_SOON else ""
 )
-os.environ["XLA_FLAGS"] += f" {COMPILER}"  # of this process, too; read when a device is first asked for
+os.environ["XLA_FLAGS"] += f" {COMPILER}"  # read when the first device is opened
 CONFIG = "--config=configs/moving_digits.py"
-SAME = ("result.json", "metrics.jsonl")  # files that a kill may not change
-# Seconds instead of minutes: a two-block DeiT on few clips.
+SAME = ("result.json", "metrics.jsonl")  # files that an interruption must not change
+# A run of seconds: a two-block DeiT on a few clips.
 QUICK = [
     CONFIG,
     "--config.model.name=deit_tiny_struct_1_video",
@@ -79,7 +77,7 @@ QUICK = [
 
 @pytest.fixture(scope="session", autouse=True)
 def _compilation_cache(tmp_path_factory):
-    """Commands that tests start share what they compile."""
+    """Make all commands that tests start share one cache of compiled programs."""
     cache = tmp_path_factory.getbasetemp().parent / "jax_cache"
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache)
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
@@ -87,13 +85,13 @@ def _compilation_cache(tmp_path_factory):
 
 @pytest.fixture
 def tpu():
-    """Where programs for a TPU that is not there are placed; operations are traced for it."""
+    """A sharding on a TPU that is not attached; operations are traced for it."""
     yield from _place("v5e:1x1")
 
 
 @pytest.fixture
 def gpu():
-    """The same for a GPU."""
+    """A sharding on a GPU that is not attached; operations are traced for it."""
     yield from _place("h100:1")
 
 
@@ -108,7 +106,7 @@ def _place(topology):
 
 @pytest.fixture
 def only(monkeypatch):
-    """Replace the table of kernels by these rows or names, for this process's CPUs."""
+    """Return a function that restricts the table of kernels to some rows or names, for the CPU."""
     from structvit_jax.ops import kernels
 
     named = {row.name: row for row in reversed(kernels.TABLE)}
@@ -123,21 +121,9 @@ def only(monkeypatch):
 
 @pytest.fixture
 def x64():
-    """Double precision for one test."""
+    """Enable double precision for one test."""
     with jax.enable_x64(True):
         yield
-
-
-def run(*arguments, **environment):
-    """Runs `python -m structvit_jax.main` from the project's root, as a user would."""
-    return subprocess.run(
-        [sys.executable, "-m", "structvit_jax.main", *map(str, arguments)],
-        cwd=ROOT,
-        env=os.environ | {"XLA_FLAGS": COMPILER} | environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
 
 
 def structvit(*arguments):
@@ -146,10 +132,14 @@ def structvit(*arguments):
 
 
 class Command:
-    """The same, or `structvit PROGRAM`, in a fork of a process that has done its imports: a second instead of
-    five.
+    """A command that runs in a fork of a server that has imported the package, which saves four seconds.
 
-    Its environment may be changed, and `first` is called in it before all else.
+    Args:
+      folder: for its output.
+      arguments: the command line.
+      program: the subcommand of `structvit`; "" runs `python -m structvit_jax.main`.
+      first: called in the new process before the command.
+      environment: variables to set.
     """
 
     _server = multiprocessing.get_context("forkserver")
@@ -162,7 +152,7 @@ class Command:
     def __init__(self, folder, *arguments, program="", first=None, **environment):
         folder.mkdir(parents=True, exist_ok=True)
         self._out, self._err = folder / "stdout", folder / "stderr"
-        for path in (self._out, self._err):  # of a command before
+        for path in (self._out, self._err):  # of an earlier command
             path.unlink(missing_ok=True)
         given = program.split(), list(map(str, arguments)), self._out, self._err, first, environment
         self.process = self._server.Process(target=_command, args=given)
@@ -170,7 +160,7 @@ class Command:
 
     @property
     def stdout(self):
-        """What it has printed so far."""
+        """The output so far."""
         return self._out.read_text() if self._out.exists() else ""
 
     @property
@@ -190,17 +180,17 @@ class Command:
         return self
 
     def end(self, seconds):
-        """The exit code, if it ends in this time."""
+        """Wait for at most this time and return the exit code, or None if the command is still running."""
         self.process.join(seconds)
         return self.returncode
 
     def signal(self, number):
-        """Sends a signal; the command has to be running still."""
+        """Send a signal to the command, which must be running."""
         assert self.process.is_alive(), self.stdout + self.stderr
         os.kill(self.process.pid, number)
 
     def when(self, happens, seconds=120):
-        """Waits for `happens()` while the command runs."""
+        """Wait until `happens()` is true; the command must keep running."""
         deadline = time.monotonic() + seconds
         while not happens():
             assert self.process.is_alive() and time.monotonic() < deadline, self.stdout + self.stderr
@@ -208,12 +198,12 @@ class Command:
 
 
 def devices(count):
-    """The environment of a command on so many fake devices."""
+    """Return the environment of a command on `count` fake devices."""
     return {"XLA_FLAGS": f"{COMPILER} --xla_force_host_platform_device_count={count}"}
 
 
 def processes(folder, *arguments, first=(None, None), more=((), ())):
-    """The commands of one run's two processes, of four devices each; `more` are arguments for one alone."""
+    """Start a run of two processes with four devices each; `more` are additional arguments of each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = "{}:{}".format(*free.getsockname())
@@ -225,15 +215,15 @@ def processes(folder, *arguments, first=(None, None), more=((), ())):
 
 
 def _command(program, arguments, out, err, first, environment):
-    """The body of the forked process."""
-    gc.set_threshold(*_GARBAGE)
+    """Run a command in the forked process."""
+    gc.set_threshold(*_GC_THRESHOLDS)
     os.chdir(ROOT)
     os.environ.update({"XLA_FLAGS": COMPILER} | environment)
     for stream, path in ((sys.stdout, os.devnull), (sys.stderr, err)):
         stream.flush()
         with open(path, "w") as file:
             os.dup2(file.fileno(), stream.fileno())
-    sys.stdout = out.open("w")  # what JAX's own transport prints, from many threads at once, stays out of it
+    sys.stdout = out.open("w")  # not the file descriptor, to which threads of JAX's transport print
     sys.argv = ["structvit", *program, *arguments]
     if first:
         first()
@@ -244,7 +234,7 @@ def _command(program, arguments, out, err, first, environment):
 
 @pytest.fixture
 def command(tmp_path_factory):
-    """Runs the command to its end."""
+    """Return a function that runs a `Command` to its end."""
 
     def run_to_end(*arguments, **options):
         return Command(tmp_path_factory.mktemp("command"), *arguments, **options).wait()
@@ -254,7 +244,7 @@ def command(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
-    """A complete run, one for all workers of pytest: its workdir and what it printed."""
+    """The workdir and the output of a complete run, which all workers of pytest share."""
     folder = tmp_path_factory.getbasetemp()
     folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "finished"
     with contextlib.suppress(FileExistsError):
@@ -275,13 +265,13 @@ def copy(finished, tmp_path):
 
 
 def same_as(finished, workdir):
-    """Whether a run has ended as the complete one did."""
+    """Return whether a run has the results of the complete run."""
     return all((workdir / name).read_bytes() == (finished[0] / name).read_bytes() for name in SAME)
 
 
 @pytest.fixture(params=["disk", "bucket"])
 def place(request, tmp_path, monkeypatch):
-    """A workdir on a disk, and one in a bucket, for this process."""
+    """A workdir on disk, and one in a bucket."""
     if request.param == "disk":
         yield epath.Path(tmp_path)
         return
@@ -290,12 +280,12 @@ def place(request, tmp_path, monkeypatch):
         for name, value in bucket.environment.items():
             monkeypatch.setenv(name, value)
         monkeypatch.setattr(lock, "_SETTLE", dict.fromkeys((True, False), 0.1))
-        yield epath.Path(f"gs://bucket/{tmp_path.name}")  # etils still has the listings of buckets before
+        yield epath.Path(f"gs://bucket/{tmp_path.name}")  # a new name, because etils caches listings
         fsspec.get_filesystem_class("gs").clear_instance_cache()
 
 
 def slowly(seconds):
-    """In a command: every batch takes this long, and is told of."""
+    """For `first` of a command: delay every training batch and print a line for it."""
     batches = ConfiguredDataset.train_batches
 
     def slow(self, *arguments, **options):
@@ -308,22 +298,22 @@ def slowly(seconds):
 
 
 def contents(folder):
-    """Every file below a folder."""
+    """Return the contents of all files below a folder, by path."""
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def records(workdir):
-    """The lines of metrics.jsonl, as strict JSON."""
+    """Return the lines of metrics.jsonl, parsed as strict JSON."""
 
     def refuse(constant):
-        raise ValueError(f"{constant} is no JSON")
+        raise ValueError(f"{constant} is not JSON")
 
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line, parse_constant=refuse) for line in lines]
 
 
 def refusal(process):
-    """The one line with which a command refused, or failed."""
+    """Return the one line of a command that failed with an error of the user."""
     assert process.returncode == 2, process.stdout + process.stderr
     assert "Traceback" not in process.stderr, process.stderr
     (line,) = process.stderr.strip().splitlines()
@@ -333,5 +323,5 @@ def refusal(process):
 
 @pytest.fixture
 def refused(command):
-    """Runs a command that is to be refused; returns the line."""
+    """Return a function that runs a command that must fail, and returns its line of error."""
     return lambda *arguments, **options: refusal(command(*arguments, **options))

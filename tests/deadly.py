@@ -1,4 +1,4 @@
-"""A data set whose third example kills the process that reads it, in a module that workers can import."""
+"""A data set whose third example kills the process that reads it. Workers import this module."""
 
 import os
 import signal

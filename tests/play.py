@@ -1,4 +1,4 @@
-"""A stage for the scripts of launch/: stand-ins of the cloud's commands and of the program."""
+"""Run the scripts of launch/ with fake commands of the cloud and a fake program."""
 
 import os
 import subprocess
@@ -19,7 +19,7 @@ def script(path, text):
 
 
 class Play:
-    """A folder with stand-ins on PATH; what the program does is in exits, what was called in its files."""
+    """A folder with fake commands on PATH. The file `exits` controls the program; others record its calls."""
 
     def __init__(self, folder):
         self.folder, self.bin = folder, folder / "bin"
@@ -42,7 +42,7 @@ class Play:
         (self.folder / name).write_text("\n".join(does) + "\n")
 
     def started(self, process=0):
-        """(arguments, environment) of each start of a process."""
+        """Return (arguments, environment) of each start of a process."""
         path = self.folder / f"started-{process}"
         lines = path.read_text().splitlines() if path.exists() else []
         environments = [dict(word.split("=", 1) for word in line.split()) for line in lines[1::2]]
@@ -69,7 +69,7 @@ class Play:
 
 
 class Text(str):
-    """What a process wrote; Popen closes its streams at the end."""
+    """The output of a process, in place of its stream, which Popen closes at the end."""
 
     def close(self):
         pass
@@ -90,7 +90,7 @@ def wait_for(condition, seconds=10):
 
 
 def refused(process, says):
-    """One line that says what is wrong, and exit code 2."""
+    """Check that a process printed one line of error that contains `says`, and exited with code 2."""
     assert process.returncode == 2, process.stderr
     (line,) = process.stderr.splitlines()
     assert line.startswith("error: ") and says in line

@@ -19,7 +19,7 @@ SHORT = [
     "--config.train.grad_accum_steps=1",
     "--config.optimizer.warmup=0 steps",
 ]
-SMALL = [  # of a structvit_tiny, to compile in seconds
+SMALL = [  # a structvit_tiny that compiles in seconds
     "--config.model.depths=(1,1,1,1)",
     "--config.model.widths=(8,8,16,16)",
     "--config.model.head_width=8",

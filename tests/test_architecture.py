@@ -1,4 +1,4 @@
-"""The structure of the package: which package imports what, and how large and how named its files are."""
+"""The structure of the package: imports between packages, and the sizes and names of files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py") if "configs" not in path.p
 # "__init__" is `import structvit_jax` itself, for its version.
 IMPORTS = {
     "utils": ("", "etils"),
-    "runtime": ("utils", "absl etils jax numpy"),
+    "runtime": ("utils", "etils jax numpy"),
     "ops": ("utils runtime", "jax jaxlib jaxtyping numpy"),
     "models": ("utils ops", "flax jax jaxtyping numpy"),
     "config": ("utils models", "ml_collections"),

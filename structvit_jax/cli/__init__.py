@@ -1,7 +1,7 @@
 """The `structvit` command.
 
-Each subcommand is a module of this package that defines `command`. Modules are imported when their command is
-called, and import heavy packages when it runs, so that `structvit --help` returns at once.
+Each subcommand is a module of this package that defines `command`. It imports heavy packages when the command
+runs, so that `structvit --help` returns at once.
 """
 
 from __future__ import annotations
@@ -16,54 +16,21 @@ from typing import NoReturn
 import click
 from click.shell_completion import CompletionItem, get_completion_class
 
-from structvit_jax.cli.groups import CommandGroup
+from structvit_jax import __version__
+from structvit_jax.cli.options import SETTINGS, CommandGroup
 from structvit_jax.runtime import process
 from structvit_jax.utils.errors import UserError
 
-COMMANDS = {
-    "train": "Train a configuration, or resume its run.",
-    "evaluate": "Evaluate a checkpoint.",
-    "predict": "Run a trained model on files and folders.",
-    "explain": "Show what a model's attention reads in an image or a video.",
-    "report": "Compare runs on one HTML page.",
-    "export": "Export a trained model as a program that runs without this package.",
-    "convert": "Convert weights from and to PyTorch, or to another model.",
-    "prepare": "Prepare and check data sets.",
-    "show": "Describe a configuration, or draw a batch of its data.",
-    "plan": "Estimate memory, traffic and step time before training.",
-    "bench": "Measure the speed of a model or of reading data.",
-    "ablate": "Train and compare a grid of models and seeds.",
-    "check": "Compare fast kernels with their definitions on this machine.",
-}
+# Modules of this package, in the order of the help.
+COMMANDS = (
+    *("train", "evaluate", "predict", "explain", "report", "export", "convert"),
+    *("prepare", "show", "plan", "bench", "ablate", "check"),
+)
 _COMPLETE = "_STRUCTVIT_COMPLETE"  # set by the completion script of a shell
 
 
-class _LazyCommands(CommandGroup):
-    """The subcommands of `structvit`; only the one that is called is imported."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(COMMANDS)
-
-    def description(self, ctx: click.Context, name: str) -> str:
-        return COMMANDS[name]
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in COMMANDS:
-            return None
-        return importlib.import_module(f"structvit_jax.cli.{cmd_name}").command
-
-
-def _print_version(ctx: click.Context, option: click.Parameter, value: bool) -> None:
-    if value and not ctx.resilient_parsing:
-        from structvit_jax import __version__
-
-        click.echo(f"structvit_jax {__version__}")
-        ctx.exit()
-
-
-@click.group(cls=_LazyCommands, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version,
-              help="Print the version and exit.")  # fmt: skip
+@click.group(cls=CommandGroup, context_settings=SETTINGS)
+@click.version_option(__version__, message="structvit_jax %(version)s", help="Print the version and exit.")
 def structvit() -> None:
     """StructViT in JAX: train, evaluate, use and explain vision transformers for images and video.
 
@@ -72,9 +39,16 @@ def structvit() -> None:
       structvit train --config=moving_digits
       structvit predict runs/moving_digits CLIP.mp4
 
-    `structvit COMMAND --help` describes a command. Completion in bash:
-    eval "$(_STRUCTVIT_COMPLETE=bash_source structvit)"
+    `structvit COMMAND --help` describes a command. To complete commands and options in bash, put this line
+    into ~/.bashrc (for zsh or fish, write zsh_source or fish_source):
+
+    \b
+      eval "$(_STRUCTVIT_COMPLETE=bash_source structvit)"
     """
+
+
+for _name in COMMANDS:
+    structvit.add_command(importlib.import_module(f"structvit_jax.cli.{_name}").command, _name)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -139,7 +113,9 @@ def _message(error: click.ClickException) -> str:
 
 
 def _complete(instruction: str) -> int:
-    """Answer the completion script of a shell and return the exit code; by default files are completed.
+    """Answer the completion script of a shell and return the exit code.
+
+    Unlike click's own function, complete files where nothing else is known, and never print a traceback.
 
     Raises:
       UserError: a request that no completion script sends.
@@ -153,12 +129,12 @@ def _complete(instruction: str) -> int:
         click.echo(completion.source(), nl=False)
         return 0
     try:
-        words, incomplete = completion.get_completion_args()
+        arguments, incomplete = completion.get_completion_args()
     except (KeyError, ValueError) as error:
         raise UserError(f"{_COMPLETE}={instruction} needs the variables of the completion script") from error
     items: list[CompletionItem] = []
     with contextlib.suppress(UserError):  # the unfinished command line is invalid
-        items = completion.get_completions(words, incomplete)
+        items = completion.get_completions(arguments, incomplete)
     for item in items or [CompletionItem(incomplete, type="file")]:
         click.echo(completion.format_completion(item))
     return 0

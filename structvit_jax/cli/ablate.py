@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from structvit_jax.cli import options
-from structvit_jax.cli.options import Words
-from structvit_jax.cli.train import workdir_of
+from structvit_jax.cli.options import ConfigArguments
 from structvit_jax.utils.errors import UserError, check_choice
 
 if TYPE_CHECKING:
@@ -37,8 +36,7 @@ class _Rates(click.ParamType):
         return rates
 
 
-@options.config_command()
-@options.workdir
+@click.command(cls=options.ConfigCommand)
 @click.option(
     "--arms",
     multiple=True,
@@ -55,7 +53,7 @@ class _Rates(click.ParamType):
 )
 @click.option("--seeds", type=click.IntRange(min=1), help="Runs per arm, scored on held-out test clips.")
 @click.option("--rounds", type=click.IntRange(min=1), help="Measurements of a step; the median is reported.")
-def command(words: Words, workdir: str | None, **chosen: Any) -> None:
+def command(arguments: ConfigArguments, **chosen: Any) -> None:
     """Train a grid of arms and seeds, and test their differences.
 
     STUDY in the configuration file sets the arms and the other options; the command line overrides them. The
@@ -73,15 +71,15 @@ def command(words: Words, workdir: str | None, **chosen: Any) -> None:
     from structvit_jax.config import check_config
     from structvit_jax.utils.paths import parse_path
 
-    file = load_file(words.file)
-    override(file.config, words.overrides)
+    file = load_file(arguments.file)
+    override(file.config, arguments.overrides)
     check_config(file.config)
     changes = {name: value for name, value in chosen.items() if value not in (None, ())}
     study = _study(file.constants.get("STUDY", {}), changes)
     experiment.select_devices(file.config)
     from structvit_jax.analysis.ablate.ablation import Ablation
 
-    ablation = Ablation(file.config, study, parse_path(workdir_of(words, workdir)))
+    ablation = Ablation(file.config, study, parse_path(arguments.workdir))
     ablation.run(shlex.join(sys.argv[2:]))
 
 

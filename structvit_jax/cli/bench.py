@@ -5,12 +5,10 @@ from __future__ import annotations
 import click
 
 from structvit_jax.cli import options
-from structvit_jax.cli.groups import CommandGroup
-from structvit_jax.cli.options import Words
-from structvit_jax.cli.train import workdir_of
+from structvit_jax.cli.options import ConfigArguments
 
 
-@click.group(cls=CommandGroup, context_settings=options.SETTINGS)
+@click.group(cls=options.CommandGroup)
 def command() -> None:
     """Measure the speed of a model, or of reading data.
 
@@ -21,8 +19,7 @@ def command() -> None:
     """
 
 
-@command.command("model", cls=options.ConfigCommand, context_settings=options.SETTINGS)
-@options.workdir
+@command.command("model", cls=options.ConfigCommand)
 @click.option(
     "--only",
     default="",
@@ -38,7 +35,7 @@ def command() -> None:
     help="Measurements of each part; their median is reported.",
 )
 @click.option("--peer", type=click.Choice(["torch"]), help="Compare with extras/structvit_torch.py.")
-def model(words: Words, workdir: str | None, only: str, rounds: int, peer: str | None) -> None:
+def model(arguments: ConfigArguments, only: str, rounds: int, peer: str | None) -> None:
     """Time the forward pass, the train step and the parts of a model.
 
     Times are compared with the peak rates of this machine and, with --peer=torch, with PyTorch. The results
@@ -48,17 +45,15 @@ def model(words: Words, workdir: str | None, only: str, rounds: int, peer: str |
     Example:
       structvit bench model --config=bench --peer=torch
     """
-    from structvit_jax.cli import experiment
+    from structvit_jax.cli.configuration import load_config
+    from structvit_jax.cli.experiment import open_experiment
     from structvit_jax.performance import bench
 
-    opened = experiment.open_data(experiment.load(words), workdir_of(words, workdir))
-    experiment.select_devices(opened.config)
-    for line in opened.lines:
-        print(line)
+    opened = open_experiment(load_config(arguments), arguments.workdir)
     bench.run(opened.config, opened.dataset, opened.workdir, only=only, rounds=rounds, peer=peer)
 
 
-@command.command("input", context_settings=options.SETTINGS)
+@command.command("input")
 @click.option(
     "--video", metavar="FILE", default="", show_default=False, help="A video. Default: generated ones."
 )

@@ -10,7 +10,7 @@ _COLUMNS = "{:<24} {:<18} {:<9} {:<30} {:>9} {:>9} {:>11} {:>11}  {}"
 _TITLES = ("kernel", "operation", "type", "shape", "output", "gradients", "kernel", "definition", "verdict")
 
 
-@options.plain_command()
+@click.command(cls=options.Command)
 @click.option(
     "--device", type=click.Choice(["auto", "cpu", "gpu", "tpu"]), default="auto", help="Device to check."
 )

@@ -6,60 +6,65 @@ import ast
 import difflib
 import glob
 import os
+import runpy
 import traceback
-import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import ml_collections
 
-from structvit_jax.cli.options import Override, Words
-from structvit_jax.config import KEYS, keys_of, set_value, short
+from structvit_jax.cli.options import ConfigArguments
+from structvit_jax.config import KEYS, automatic, keys_of, set_value, short
 from structvit_jax.utils.errors import UserError, did_you_mean
 
 # Names that other projects give to our keys: the last part, in lower case and without underscores.
 _SYNONYMS = {
-    **dict.fromkeys(("learningrate", "baselr", "maxlr", "peaklr"), "optimizer.lr"),
-    **dict.fromkeys(("epochs", "numepochs", "steps", "numsteps", "maxsteps", "maxepochs"), "train.duration"),
-    **dict.fromkeys(("warmupsteps", "warmupepochs"), "optimizer.warmup"),
-    **dict.fromkeys(("minlr", "finallr"), "optimizer.end_lr"),
-    **dict.fromkeys(("wd", "decay"), "optimizer.weight_decay"),
-    **dict.fromkeys(("gradclip", "clipgrad", "maxgradnorm", "gradientclipping"), "optimizer.clip_norm"),
-    **dict.fromkeys(("emadecay", "modelema"), "optimizer.ema"),
-    **dict.fromkeys(("gradaccum", "accumsteps", "gradientaccumulationsteps"), "train.grad_accum_steps"),
-    **dict.fromkeys(("smoothing",), "train.label_smoothing"),
-    **dict.fromkeys(("numworkers", "nworkers"), "data.workers"),
-    **dict.fromkeys(("dataset", "datasetname"), "data.name"),
-    **dict.fromkeys(("datadir", "datapath", "path", "dir", "folder"), "data.root"),
-    **dict.fromkeys(("resolution", "imgsize", "inputsize", "cropsize"), "data.size"),
-    **dict.fromkeys(("numframes", "cliplen", "nframes"), "data.frames"),
-    **dict.fromkeys(("framestride", "samplingrate", "frameinterval"), "data.stride"),
-    **dict.fromkeys(("bs", "trainbatchsize"), "data.batch_size"),
-    **dict.fromkeys(("arch", "model", "modelname", "backbone"), "model.name"),
-    **dict.fromkeys(("droppathrate", "dpr", "stochasticdepth", "dropout"), "model.drop_path"),
-    **dict.fromkeys(("precision", "amp", "fp16", "bf16", "mixedprecision"), "model.dtype"),
-    **dict.fromkeys(("checkpointing", "gradientcheckpointing"), "model.remat"),
-    **dict.fromkeys(("pretrained", "finetune", "initfrom", "init"), "init_from"),
-    **dict.fromkeys(("aa", "autoaugment"), "augment.randaugment"),
-    **dict.fromkeys(("reprob", "randomerasing", "randomerase"), "augment.erase"),
-    **dict.fromkeys(("hflip", "horizontalflip"), "augment.flip"),
-    **dict.fromkeys(("evalevery", "evalinterval", "valinterval"), "eval.every"),
-    **dict.fromkeys(("saveevery", "saveinterval"), "checkpoint.every"),
-    **dict.fromkeys(("gpus", "devices", "platform"), "mesh.device"),
+    synonym: key
+    for key, synonyms in {
+        "optimizer.lr": "learningrate baselr maxlr peaklr",
+        "optimizer.warmup": "warmupsteps warmupepochs",
+        "optimizer.end_lr": "minlr finallr",
+        "optimizer.weight_decay": "wd decay",
+        "optimizer.clip_norm": "gradclip clipgrad maxgradnorm gradientclipping",
+        "optimizer.ema": "emadecay modelema",
+        "train.duration": "epochs numepochs steps numsteps maxsteps maxepochs",
+        "train.grad_accum_steps": "gradaccum accumsteps gradientaccumulationsteps",
+        "train.label_smoothing": "smoothing",
+        "data.name": "dataset datasetname",
+        "data.root": "datadir datapath path dir folder",
+        "data.size": "resolution imgsize inputsize cropsize",
+        "data.frames": "numframes cliplen nframes",
+        "data.stride": "framestride samplingrate frameinterval",
+        "data.batch_size": "bs trainbatchsize",
+        "data.workers": "numworkers nworkers",
+        "model.name": "arch model modelname backbone",
+        "model.drop_path": "droppathrate dpr stochasticdepth dropout",
+        "model.dtype": "precision amp fp16 bf16 mixedprecision",
+        "model.remat": "checkpointing gradientcheckpointing",
+        "init_from": "pretrained finetune initfrom init",
+        "augment.randaugment": "aa autoaugment",
+        "augment.erase": "reprob randomerasing randomerase",
+        "augment.flip": "hflip horizontalflip",
+        "eval.every": "evalevery evalinterval valinterval",
+        "checkpoint.every": "saveevery saveinterval",
+        "mesh.device": "gpus devices platform",
+    }.items()
+    for synonym in synonyms.split()
 }
 
 
-def load_config(words: Words) -> ml_collections.ConfigDict:
-    """Return the configuration of a command line. Ranges are not checked yet, see `check_config`.
+def load_config(arguments: ConfigArguments) -> ml_collections.ConfigDict:
+    """Return the configuration of a command line. The values of all keys but open ones are checked.
 
     Raises:
       UserError: no file, a file that fails or returns something else, an unknown key, or a value of
-        another type.
+        another type or outside its range.
     """
-    config = load_file(words.file).config
-    override(config, words.overrides)
+    config = load_file(arguments.file).config
+    override(config, arguments.overrides)
+    automatic.check_given(config)
     return config
 
 
@@ -74,7 +79,7 @@ def load_file(given: str) -> File:
     """Load a configuration file.
 
     Args:
-      given: the value of --config: FILE or FILE:ARGUMENT, where FILE may be a name of the package.
+      given: the value of --config: FILE or FILE:ARGUMENT, where FILE may be a name in configs/.
 
     Raises:
       UserError: no file, or a file that fails or returns something else.
@@ -83,34 +88,31 @@ def load_file(given: str) -> File:
         raise UserError("no configuration is given: --config=configs/moving_digits.py")
     name, _, argument = given.partition(":")
     path = find_file(name)
-    module = types.ModuleType(path.stem)
-    module.__file__ = str(path)
     try:
-        source = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
-    try:
-        exec(compile(source, path, "exec"), module.__dict__)
-        if not callable(getattr(module, "get_config", None)):
+        constants = runpy.run_path(str(path))
+        if not callable(get_config := constants.get("get_config")):
             raise UserError(f"{path} has no function get_config()")
-        config = module.get_config(argument) if argument else module.get_config()
+        config = get_config(argument) if argument else get_config()
     except UserError:
         raise
     except SyntaxError as error:
         raise UserError(f"{error.filename or path}:{error.lineno or 1}: {error.msg}") from error
     except (Exception, SystemExit) as error:
-        raise _failure(error, path) from error
-    _check_structure(config)
-    return File(config, vars(module))
+        raise _file_error(error, path) from error
+    if not isinstance(config, ml_collections.ConfigDict) or dict(keys_of(config)).keys() != KEYS.keys():
+        raise UserError(
+            f"get_config() in {path} has to return structvit_jax.config.default_config() with other values"
+        )
+    return File(config, constants)
 
 
-def override(config: ml_collections.ConfigDict, overrides: Sequence[Override]) -> None:
-    """Set keys of a configuration in place.
+def override(config: ml_collections.ConfigDict, overrides: Mapping[str, str]) -> None:
+    """Set keys of a configuration in place, from the text of their values.
 
     Raises:
       UserError: an unknown key, or a value of another type.
     """
-    for name, text in overrides:
+    for name, text in overrides.items():
         if name in config and name not in KEYS:
             first = next(key for key in KEYS if key.startswith(f"{name}."))
             raise UserError(f"config.{name} is a section; set its keys, as --config.{first}=VALUE")
@@ -171,48 +173,29 @@ def find_file(name: str) -> Path:
     raise UserError(f"no configuration file (.py) at {name!r}.{hint}")
 
 
-def _failure(error: BaseException, path: Path) -> UserError:
+def _file_error(error: BaseException, path: Path) -> UserError:
     """Return the error message for an exception that the code of a configuration file raised."""
-    frames = traceback.extract_tb(error.__traceback__)
-    lines = [frame.lineno for frame in frames if frame.filename == str(path)]
-    where = f"{path}:{lines[-1]}: " if lines else f"{path}: "
-    if isinstance(error, AttributeError | KeyError) and (key := _unknown_key(error)):
-        return UserError(f"{where}the configuration has no key {key!r}.{suggest_key(key)}")
+    frames = list(traceback.walk_tb(error.__traceback__))
+    lines = [line for frame, line in frames if frame.f_code.co_filename == str(path)]
+    where = f"{path}:{lines[-1]}" if lines else str(path)
+    # For a missing key ConfigDict raises an exception that only has a message; its method has the key.
+    names, missing = frames[-1][0].f_locals, isinstance(error, AttributeError | KeyError)
+    if missing and isinstance(names.get("self"), ml_collections.ConfigDict):
+        key = str(names.get("attribute", names.get("key")))
+        return UserError(f"{where}: the configuration has no key {key!r}.{suggest_key(key)}")
     text = " ".join(str(error).split())[:300]
-    return UserError(f"{where}{type(error).__name__}: {text}")
-
-
-def _unknown_key(error: BaseException) -> str:
-    """Return the key that a ConfigDict does not have, if an exception is about one, else "".
-
-    The exception only has a message, so the key is taken from the method of ConfigDict that raised it.
-    """
-    frame = error.__traceback__
-    while frame and frame.tb_next:
-        frame = frame.tb_next
-    if frame and isinstance(frame.tb_frame.f_locals.get("self"), ml_collections.ConfigDict):
-        names = (frame.tb_frame.f_locals.get(name) for name in ("attribute", "key"))
-        return next((name for name in names if isinstance(name, str)), "")
-    return ""
-
-
-def _check_structure(config: Any) -> None:
-    if not isinstance(config, ml_collections.ConfigDict) or dict(keys_of(config)).keys() != KEYS.keys():
-        raise UserError(
-            "the configuration does not have the right keys: get_config() has to return"
-            " structvit_jax.config.default_config() with other values"
-        )
+    return UserError(f"{where}: {type(error).__name__}: {text}")
 
 
 def suggest_key(wrong: str) -> str:
-    """Return ' Did you mean ...?' with at most three keys, or how to print all keys if none is near."""
-    section, _, word = wrong.rpartition(".")
-    plain = word.lower().replace("_", "")
+    """Return " Did you mean ...?" with at most three keys, or how to print all keys if none is near."""
+    section, _, name = wrong.rpartition(".")
+    plain = name.lower().replace("_", "")
     last = {key: key.rpartition(".")[2] for key in KEYS}
-    near = [key for key in KEYS if last[key] == word or last[key].replace("_", "") == plain]
+    near = [key for key in KEYS if last[key] == name or last[key].replace("_", "") == plain]
     near += [_SYNONYMS[plain]] if plain in _SYNONYMS else []
     near = near or difflib.get_close_matches(wrong, KEYS, n=2, cutoff=0.7)
-    near = near or [key for key in KEYS if difflib.SequenceMatcher(None, word, last[key]).ratio() > 0.75]
+    near = near or [key for key in KEYS if difflib.SequenceMatcher(None, name, last[key]).ratio() > 0.75]
     if not near:
         return " structvit show --keys lists them."
     near = sorted(dict.fromkeys(near), key=lambda key: not key.startswith(f"{section}."))[:3]

@@ -6,29 +6,40 @@ from typing import Any
 
 import click
 
-from structvit_jax.cli import options
+from structvit_jax.cli.options import Command
 
 
-@options.plain_command()
+@click.command(cls=Command)
 @click.argument("source", metavar="SOURCE")
 @click.argument("destination", metavar="DESTINATION")
-@click.option("--model", metavar="NAME", help="Model to fit the weights to; by default their own.")
+@click.option("--model", metavar="NAME", help="Model to convert to. Default: that of SOURCE.")
 @click.option("--data", metavar="NAME", help="Data set that released weights were trained on.")
 @click.option("--head_width", type=click.Choice([32, 64]), help="Width of a head, if both were released.")
-@click.option("--weights", type=click.Choice(["raw", "ema"]), help="Raw or averaged, if a file holds both.")
+@click.option("--weights", type=click.Choice(["raw", "ema"]), help="Raw or averaged, if SOURCE holds both.")
 @click.option("--labels", metavar="FILE", help="Class names, one per line, in the order of the head.")
-@click.option("--inflate", type=click.Choice(["average", "centre"]), default="average",
-              help="How image weights are spread over time.")  # fmt: skip
-@click.option("--noise", type=float, default=0.1, help="Deviation that sets equal structure kernels apart.")
+@click.option(
+    "--inflate",
+    type=click.Choice(["average", "centre"]),
+    default="average",
+    help="How to spread image kernels over time.",
+)
+@click.option(
+    "--noise",
+    type=float,
+    default=0.1,
+    metavar="STD",
+    help="Standard deviation of noise that sets equal structure kernels apart.",
+)
 def command(**arguments: Any) -> None:
-    """Convert PyTorch weights to a checkpoint, one model's weights to another's, or a checkpoint to PyTorch.
+    """Convert weights from and to PyTorch, or to another model.
 
-    SOURCE is a .pth (needs the extra `torch`) or .safetensors file of a UniFormer or StructViT, or a run or
-    checkpoint. DESTINATION is a new folder, for config.init_from and `structvit evaluate`, or a .pth or
-    .safetensors file with PyTorch's keys and a description of model, class names and normalisation.
+    SOURCE is a run or checkpoint, or a .pth (needs the extra `torch`) or .safetensors file of a UniFormer or
+    StructViT. DESTINATION is a new folder, which becomes a checkpoint, or a new .pth or .safetensors file,
+    which holds the weights by PyTorch's names, the model, the class names and the normalisation.
 
-    --model=structvit_s_4_1 makes a StructViT that computes what the UniFormer does, and
-    --model=uniformer_s_video inflates it. Give --data, --head_width or --weights if an error asks for it.
+    --model=structvit_s_4_1 turns a UniFormer-S into a StructViT-S that computes the same function;
+    --model=uniformer_s_video inflates it to a model for videos. Give --data, --head_width or --weights if an
+    error message asks for it.
 
     \b
     Example:

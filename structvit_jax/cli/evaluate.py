@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import click
 
-from structvit_jax.cli import options
-from structvit_jax.cli.options import Words
+from structvit_jax.cli.options import CheckpointCommand, ConfigArguments, open_checkpoint_config
 
 
-@options.config_command(takes_file=False)
-@options.checkpoint
-@click.option("--out", metavar="DIR", help="Folder for result.json and predictions.npz; by default none.")
-def command(words: Words, checkpoint: str, out: str | None) -> None:
-    """Evaluate a checkpoint: RUN/checkpoints/STEP, or RUN for its latest.
+@click.command(cls=CheckpointCommand)
+@click.option("--out", metavar="DIR", help="Write result.json and predictions.npz to this folder.")
+def command(checkpoint: str, arguments: ConfigArguments, out: str | None) -> None:
+    """Evaluate a checkpoint.
 
-    Its card holds the model, the data and how they are read. --config.SECTION.KEY changes any of these, for
-    example the folder of the data or the number of views.
+    CHECKPOINT is RUN/checkpoints/STEP, or RUN for its latest. The checkpoint names the model, the test data
+    and how they are read; --config.SECTION.KEY changes these, for example the folder of the data or the
+    number of views.
 
     \b
     Example:
       structvit evaluate runs/moving_digits
       structvit evaluate runs/mine --config.data.root=DIR --config.data.test_clips=4 --out=scores
     """
-    config = options.open_checkpoint_config(checkpoint, words)
+    config = open_checkpoint_config(checkpoint, arguments)
     from structvit_jax import data
     from structvit_jax.training import loop
     from structvit_jax.utils.paths import parse_path

@@ -1,4 +1,4 @@
-"""Load the configuration of a command line and open its data."""
+"""Open the data and the devices of a configuration."""
 
 from __future__ import annotations
 
@@ -8,43 +8,38 @@ import ml_collections
 from etils import epath
 
 from structvit_jax import data
-from structvit_jax.cli.configuration import load_config
-from structvit_jax.cli.options import Words
 from structvit_jax.config import automatic, check_config
 from structvit_jax.data.media import configure_decoding
 from structvit_jax.utils.paths import parse_path
 
 
-class Opened(NamedTuple):
-    """An experiment that is ready to run."""
+class Experiment(NamedTuple):
+    """A configuration without open keys, and its data."""
 
     config: ml_collections.ConfigDict
     workdir: epath.Path
     dataset: data.Dataset
-    lines: list[str]  # to log
 
 
-def load(words: Words) -> ml_collections.ConfigDict:
-    """Load the configuration of a command line and check its values, except open ones.
+def open_experiment(
+    config: ml_collections.ConfigDict, workdir: str, *, survey: bool = False, cached: bool = True
+) -> Experiment:
+    """Open the data of a configuration, fill in its open keys, open its devices, and log what was chosen.
 
-    Raises:
-      UserError: a configuration that cannot be used.
-    """
-    config = load_config(words)
-    automatic.check_given(config)
-    return config
-
-
-def open_data(config: ml_collections.ConfigDict, workdir: str) -> Opened:
-    """Fill in open keys of a configuration and open its data, without opening a device.
+    Args:
+      config: see `structvit_jax.cli.configuration.load_config`.
+      workdir: of the run; a checkpoint in it sets the open keys.
+      survey: examine the data first, if they are files, and log warnings.
+      cached: cache compiled programs. Those for other machines cannot be loaded again.
 
     Raises:
-      UserError: a configuration or data that cannot be used.
+      UserError: a configuration, data or devices that cannot be used.
     """
+    from structvit_jax.runtime import processes
     from structvit_jax.training import start
 
     configure_decoding()
-    folder, lines = parse_path(workdir), []
+    folder, lines = parse_path(workdir), list[str]()
     left_open = automatic.missing(config)
     config = start.resolve_open_keys(config, folder)
     if left_open:
@@ -56,16 +51,19 @@ def open_data(config: ml_collections.ConfigDict, workdir: str) -> Opened:
         automatic.fill(config, facts)
         lines.append(automatic.describe(config, facts))
     check_config(config)
-    return Opened(config, folder, data.load(config.data, config.augment, config.train.seed, splits), lines)
+    dataset = data.load(config.data, config.augment, config.train.seed, splits)
+    if survey and dataset.in_files:
+        found = dataset.survey()
+        found.check()
+        lines += found.lines()
+    select_devices(config, cached=cached)
+    for line in lines:
+        processes.log(line)
+    return Experiment(config, folder, dataset)
 
 
 def select_devices(config: ml_collections.ConfigDict, *, cached: bool = True) -> None:
-    """Open the devices of a configuration.
-
-    Args:
-      config: its section mesh.
-      cached: cache compiled programs; those for other machines cannot be loaded again.
-    """
+    """Open the devices of config.mesh, and use its cache of compiled programs."""
     from structvit_jax.runtime import devices
 
     devices.select_devices(config.mesh.device)

@@ -7,15 +7,14 @@ from typing import Any
 import click
 
 from structvit_jax.cli import options
-from structvit_jax.cli.options import Words
+from structvit_jax.cli.options import ConfigArguments
 
 
 def _split(ctx: click.Context, option: click.Parameter, value: str | None) -> list[str] | None:
     return value.split(",") if value else None
 
 
-@options.config_command(takes_file=False)
-@options.checkpoint
+@click.command(cls=options.CheckpointCommand)
 @click.argument("path", metavar="FILE")
 @click.option(
     "--query", metavar="T,Y,X", callback=_split, help="Position of the input: frame, row and column."
@@ -26,7 +25,7 @@ def _split(ctx: click.Context, option: click.Parameter, value: str | None) -> li
 @click.option("--animate", type=click.Choice(["gif", "mp4"]), help="Also animate the maps of a video.")
 @click.option("--beside", metavar="RUN,RUN", callback=_split, help="Other models to show on the page.")
 @click.option("--out", default=".", metavar="DIR", help="Folder for the files.")
-def command(words: Words, checkpoint: str, path: str, **selection: Any) -> None:
+def command(checkpoint: str, arguments: ConfigArguments, path: str, **selection: Any) -> None:
     """Show what a model's attention reads in an image or a video.
 
     Writes two files. explained.png shows the maps of one query (a position of the input) in one layer and
@@ -48,7 +47,7 @@ def command(words: Words, checkpoint: str, path: str, **selection: Any) -> None:
     Example:
       structvit explain runs/moving_digits test:3 --out=explained --animate=gif
     """
-    config = options.open_checkpoint_config(checkpoint, words)
+    config = options.open_checkpoint_config(checkpoint, arguments)
     from structvit_jax.analysis.explain.explanation import explain
 
     explain(checkpoint, config, path, **selection)

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import click
 
-from structvit_jax.cli import options
-from structvit_jax.cli.options import Words
+from structvit_jax.cli.options import CheckpointCommand, ConfigArguments, open_checkpoint_config
 
 
-@options.config_command(takes_file=False)
-@options.checkpoint
+@click.command(cls=CheckpointCommand)
 @click.argument("path", metavar="OUT.jax")
 @click.option("--platforms", default="cpu,cuda,tpu", metavar="LIST", help="Platforms to run on.")
-def command(words: Words, checkpoint: str, path: str, platforms: str) -> None:
-    """Export a trained model as a program that runs wherever JAX does, without this package.
+def command(checkpoint: str, arguments: ConfigArguments, path: str, platforms: str) -> None:
+    """Export a trained model as a program that needs only JAX.
 
-    Writes OUT.jax, a program serialised by `jax.export` with the weights inside, and OUT.jax.json, which
-    describes its inputs, outputs, classes and how to run it. The program takes any number of examples. JAX
-    guarantees to run programs exported by versions up to six months older.
+    Writes OUT.jax, the program and its weights serialised by `jax.export`, and OUT.jax.json, which describes
+    the inputs, the outputs, the classes and how to run it. The program takes any number of examples. JAX
+    guarantees to run programs that were exported up to six months earlier.
 
     \b
     Example:
@@ -26,7 +24,7 @@ def command(words: Words, checkpoint: str, path: str, platforms: str) -> None:
       program = jax.export.deserialize(open("model.jax", "rb").read())
       logits = program.call(pixels)  # uint8 [batch, [time,] height, width, 3]
     """
-    config = options.open_checkpoint_config(checkpoint, words)
+    config = open_checkpoint_config(checkpoint, arguments)
     from structvit_jax.inference import stablehlo
     from structvit_jax.inference.trained import load_trained
 

@@ -7,16 +7,14 @@ from pathlib import Path
 import click
 
 from structvit_jax.cli import options
-from structvit_jax.cli.options import Words
-from structvit_jax.cli.train import workdir_of
+from structvit_jax.cli.options import ConfigArguments
 from structvit_jax.utils.errors import UserError
 from structvit_jax.utils.tables import align_columns
 
 _FOR_PROGRAMS = ("parts", "depth")  # options that need --program
 
 
-@options.config_command()
-@options.workdir
+@click.command(cls=options.ConfigCommand)
 @click.option(
     "--topology",
     "topologies",
@@ -55,8 +53,7 @@ _FOR_PROGRAMS = ("parts", "depth")  # options that need --program
 @click.pass_context
 def command(
     ctx: click.Context,
-    words: Words,
-    workdir: str | None,
+    arguments: ConfigArguments,
     topologies: tuple[str, ...],
     device_batch: int | None,
     device_memory: str,
@@ -72,21 +69,19 @@ def command(
       structvit plan --config=folder --config.data.root=DIR --device_memory=24GB
     """
     if program:
-        if words.file or words.overrides:
+        if arguments.file or arguments.overrides:
             raise UserError("--program counts the text of a program; it takes no --config")
         print(_describe_program(program, parts, depth))
         return
     for name in _FOR_PROGRAMS:
         if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
             raise UserError(f"--{name} needs --program=FILE")
-    from structvit_jax.cli import experiment
+    from structvit_jax.cli.configuration import load_config
+    from structvit_jax.cli.experiment import open_experiment
     from structvit_jax.performance import estimate, hardware
 
-    opened = experiment.open_data(experiment.load(words), workdir_of(words, workdir))
     hardware.add_fake_devices(topologies)
-    experiment.select_devices(opened.config, cached=not topologies)
-    for line in opened.lines:
-        print(line)
+    opened = open_experiment(load_config(arguments), arguments.workdir, cached=not topologies)
     for topology in topologies or [""]:
         text = estimate.describe(
             opened.config,

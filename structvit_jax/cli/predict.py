@@ -7,27 +7,22 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, TextIO
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from structvit_jax.cli import options
-from structvit_jax.cli.options import Words
+from structvit_jax.cli.options import CheckpointCommand, ConfigArguments, open_checkpoint_config
 from structvit_jax.utils.errors import UserError, printable
 
 if TYPE_CHECKING:
     from structvit_jax.inference.trained import Prediction
 
 
-@options.config_command(takes_file=False)
-@options.checkpoint
+@click.command(cls=CheckpointCommand)
 @click.argument("paths", metavar="FILE...", nargs=-1, required=True)
 @click.option(
-    "--top",
-    type=click.IntRange(min=1),
-    default=5,
-    help="Number of classes to print, the most probable first.",
+    "--top", type=click.IntRange(min=1), default=5, metavar="N", help="Print the N most probable classes."
 )
 @click.option(
     "--format",
@@ -40,121 +35,124 @@ if TYPE_CHECKING:
     "--every",
     type=click.FloatRange(min=0),
     default=0.0,
+    show_default="whole videos",
     metavar="SECONDS",
     help="Cut longer videos into parts of this length.",
 )
 @click.option(
     "--features",
     metavar="DIR",
-    help="Also write the features before the head: float32 [views, width] as DIR/FILE.npy.",
+    help="Also write the features before the head to DIR/FILE.npy, float32 [views, width].",
 )
 def command(
-    words: Words,
     checkpoint: str,
+    arguments: ConfigArguments,
     paths: tuple[str, ...],
     top: int,
     format_: str,
     every: float,
     features: str | None,
 ) -> None:
-    """Run a trained model on files and folders, and print one line per example.
+    """Run a trained model on files and folders.
 
-    Folders are searched recursively for videos or images, whichever the model takes. A folder of frames is
-    one video; test:N is example N of the test data of the run. Unreadable files are reported and
-    skipped; the command then exits with code 2. --config.SECTION.KEY changes how examples are read, for
-    example the number of views.
+    Prints one line per example. FILE is an image or a video, whichever the model takes; a folder of frames,
+    which is one video; another folder, which is searched recursively; or test:N, example N of the test data
+    of the run. Unreadable files are reported and skipped; the exit code is then 2. --config.SECTION.KEY
+    changes how examples are read, for example the number of views.
 
     \b
     Example:
       structvit predict runs/moving_digits CLIP.mp4 FOLDER test:0 --top=3
     """
-    config = options.open_checkpoint_config(checkpoint, words)
+    config = open_checkpoint_config(checkpoint, arguments)
     from structvit_jax.inference.trained import load_trained
 
-    trained = load_trained(checkpoint, config)
-    count = {True: 0, False: 0}
-    predictions = trained.predict(paths, every=every, features=bool(features))
-    if features:
-        predictions = _saving_features(predictions, features)
-    _FORMATS[format_](_counting(predictions, count), top, sys.stdout)
-    if count[False]:
-        raise UserError(
-            f"{count[False]} of {sum(count.values())} could not be read; their lines give the reasons"
-        )
+    predictions = load_trained(checkpoint, config).predict(paths, every=every, features=features is not None)
+    if format_ == "csv":
+        print(_CSV_HEADER)
+    total, unreadable = _print(predictions, _FORMATS[format_], top, features)
+    if unreadable:
+        raise UserError(f"{unreadable} of {total} could not be read; their lines give the reasons")
 
 
-def _text(predictions: Iterable[Prediction], top: int, out: TextIO) -> None:
+def _print(
+    predictions: Iterable[Prediction],
+    as_text: Callable[[Prediction, int], str],
+    top: int,
+    features: str | None,
+) -> tuple[int, int]:
+    """Print predictions and the notes on them; return the numbers of all and of unreadable examples.
+
+    Args:
+      predictions: printed one by one.
+      as_text: one of _FORMATS.
+      top: number of classes to print.
+      features: folder to write features to, if any.
+    """
+    total, unreadable, short = 0, 0, list[str]()
     for prediction in predictions:
-        found = "  ".join(f"{printable(name)} {value:.3f}" for name, value in prediction.best(top))
-        print(f"{prediction.id}: {prediction.problem or found}", file=out, flush=True)
-
-
-def _jsonl(predictions: Iterable[Prediction], top: int, out: TextIO) -> None:
-    for prediction in predictions:
-        line: dict[str, Any] = {"path": prediction.id}
-        if prediction.problem:
-            line["problem"] = prediction.problem
-        else:
-            best = prediction.best(top)
-            line |= {"classes": [name for name, _ in best], "probabilities": [value for _, value in best]}
-        print(_json(line), file=out, flush=True)
-
-
-def _json(value: object) -> str:
-    """Return JSON in which only unprintable characters are escaped."""
-    text = json.dumps(value, ensure_ascii=False)
-    return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
-
-
-def _csv(predictions: Iterable[Prediction], top: int, out: TextIO) -> None:
-    """Write one row per class."""
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["path", "rank", "class", "probability", "problem"])
-    for prediction in predictions:
-        if prediction.problem:
-            writer.writerow([prediction.id, "", "", "", prediction.problem])
-        for rank, (name, value) in enumerate([] if prediction.problem else prediction.best(top), 1):
-            writer.writerow([prediction.id, rank, printable(name), value, ""])
-        out.flush()
-
-
-_FORMATS: dict[str, Callable[[Iterable[Prediction], int, TextIO], None]] = {
-    "text": _text,
-    "jsonl": _jsonl,
-    "csv": _csv,
-}
-
-
-def _saving_features(predictions: Iterable[Prediction], folder: str) -> Iterator[Prediction]:
-    """Write the features of each prediction into `folder`, under its path without parts such as ".."."""
-    import numpy as np
-
-    from structvit_jax.runtime.storage import write
-    from structvit_jax.utils.paths import parse_path, write_errors_as_user_error
-
-    for prediction in predictions:
-        if prediction.features is not None:
-            parts = [part for part in prediction.id.split("/") if part not in ("", ".", "..")]
-            path = parse_path(os.path.join(folder, *parts) + ".npy")
-            file = io.BytesIO()
-            np.save(file, prediction.features)
-            with write_errors_as_user_error(folder):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write(path, file.getvalue())
-        yield prediction
-
-
-def _counting(predictions: Iterable[Prediction], count: dict[bool, int]) -> Iterator[Prediction]:
-    """Count readable (True) and unreadable examples, and print the notes on readable ones."""
-    short: list[str] = []
-    for prediction in predictions:
-        count[not prediction.problem] += 1
+        total += 1
+        unreadable += bool(prediction.problem)
         for note in prediction.notes:
             if note.kind == "short":
                 short.append(note.reason)
             else:
                 print(f"note: {note.id}: {note.reason}", file=sys.stderr)
-        yield prediction
+        if features is not None:
+            _save_features(prediction, features)
+        print(as_text(prediction, top), flush=True)
     if short:
         clips = "1 clip has" if len(short) == 1 else f"{len(short)} clips have"
         print(f"note: {clips} {short[0]}; frames are repeated", file=sys.stderr)
+    return total, unreadable
+
+
+def _text(prediction: Prediction, top: int) -> str:
+    classes = "  ".join(f"{printable(name)} {probability:.3f}" for name, probability in prediction.best(top))
+    return f"{prediction.id}: {prediction.problem or classes}"
+
+
+def _jsonl(prediction: Prediction, top: int) -> str:
+    line: dict[str, Any] = {"path": prediction.id}
+    if prediction.problem:
+        line["problem"] = prediction.problem
+    else:
+        names, probabilities = zip(*prediction.best(top), strict=True)
+        line |= {"classes": names, "probabilities": probabilities}
+    text = json.dumps(line, ensure_ascii=False)
+    return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
+
+
+_CSV_HEADER = "path,rank,class,probability,problem"
+
+
+def _csv(prediction: Prediction, top: int) -> str:
+    """Return one row per class."""
+    rows: list[tuple[object, ...]] = [(prediction.id, "", "", "", prediction.problem)]
+    if not prediction.problem:
+        best = enumerate(prediction.best(top), 1)
+        rows = [(prediction.id, rank, printable(name), value, "") for rank, (name, value) in best]
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue().removesuffix("\n")
+
+
+_FORMATS: dict[str, Callable[[Prediction, int], str]] = {"text": _text, "jsonl": _jsonl, "csv": _csv}
+
+
+def _save_features(prediction: Prediction, folder: str) -> None:
+    """Write the features of an example into `folder`, under its path without parts such as ".."."""
+    import numpy as np
+
+    from structvit_jax.runtime.storage import write
+    from structvit_jax.utils.paths import parse_path, write_errors_as_user_error
+
+    if prediction.features is None:
+        return
+    parts = [part for part in prediction.id.split("/") if part not in ("", ".", "..")]
+    path = parse_path(os.path.join(folder, *parts) + ".npy")
+    file = io.BytesIO()
+    np.save(file, prediction.features)
+    with write_errors_as_user_error(folder):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(path, file.getvalue())

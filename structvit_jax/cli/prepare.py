@@ -11,8 +11,7 @@ from typing import Any, TypeVar
 import click
 
 from structvit_jax.cli import options
-from structvit_jax.cli.groups import CommandGroup
-from structvit_jax.cli.options import Words
+from structvit_jax.cli.options import ConfigArguments
 from structvit_jax.utils.errors import UserError
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -28,7 +27,7 @@ PUBLISHED = {
 }
 
 
-@click.group(cls=CommandGroup, context_settings=options.SETTINGS)
+@click.group(cls=options.CommandGroup)
 def command() -> None:
     """Prepare and check data sets: lists to train from, shards, and label maps.
 
@@ -92,7 +91,7 @@ def _run(source: str, paths: tuple[str, ...], **chosen: Any) -> int:
     return preparation.run(preparation.Request(source, paths, **chosen))
 
 
-@command.command("folder", context_settings=options.SETTINGS)
+@command.command("folder")
 @click.argument("path", metavar="DIR")
 @_output_options
 @_split_options(0.1)
@@ -106,7 +105,7 @@ def folder(path: str, **chosen: Any) -> int:
     return _run("folder", (path,), **chosen)
 
 
-@command.command("list", context_settings=options.SETTINGS)
+@command.command("list")
 @click.argument("paths", metavar="FILE...", nargs=-1, required=True)
 @_output_options
 @_images
@@ -140,15 +139,14 @@ def _add_published(name: str, description: str) -> None:
         click.argument("annotations", metavar="ANNOTATIONS"),
         click.argument("media", metavar="[FILES]", required=False),
     )
-    add = command.command(name, context_settings=options.SETTINGS, short_help=description)
-    add(arguments(_output_options(published)))
+    command.command(name)(arguments(_output_options(published)))
 
 
 for _name, _description in PUBLISHED.items():
     _add_published(_name, _description)
 
 
-@command.command("shards", context_settings=options.SETTINGS)
+@command.command("shards")
 @click.argument("root", metavar="DIR")
 @click.argument("out", metavar="OUT")
 @_split_options(0.0)
@@ -188,11 +186,10 @@ def shards(root: str, out: str, beam_runner: str, beam_options: tuple[str, ...],
     tfds_writer.write_folder(root, out, beam_runner=beam_runner, beam_options=beam_options, **chosen)
 
 
-@command.command("label_maps", cls=options.ConfigCommand, takes_file=False, context_settings=options.SETTINGS)
-@click.argument("teacher", metavar="CHECKPOINT")
+@command.command("label_maps", cls=options.CheckpointCommand)
 @click.argument("folder", metavar="DIR")
 @click.option("--top", type=click.IntRange(min=1), default=5, help="Number of classes kept per position.")
-def label_maps(words: Words, teacher: str, folder: str, top: int) -> None:
+def label_maps(checkpoint: str, arguments: ConfigArguments, folder: str, top: int) -> None:
     """Write label maps for token labelling: a teacher's scores at each position of every training image.
 
     The data are those that the teacher was trained on. A --config.data.size larger than in its training gives
@@ -204,7 +201,7 @@ def label_maps(words: Words, teacher: str, folder: str, top: int) -> None:
       structvit prepare label_maps runs/teacher maps
       structvit train --config=imagenet:structvit_s_4_1,224_labels --config.data.label_maps=maps
     """
-    config = options.open_checkpoint_config(teacher, words)
+    config = options.open_checkpoint_config(checkpoint, arguments)
     from structvit_jax.inference import label_map_writer
 
-    print(label_map_writer.write(config, teacher, folder, top))
+    print(label_map_writer.write(config, checkpoint, folder, top))

@@ -7,7 +7,7 @@ import click
 from structvit_jax.cli import options
 
 
-@options.plain_command()
+@click.command(cls=options.Command)
 @click.argument("workdirs", metavar="WORKDIR...", nargs=-1, required=True)
 @click.option("--out", metavar="FILE", help="The page; by default report.html in the first WORKDIR.")
 @click.option(

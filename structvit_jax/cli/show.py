@@ -6,9 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from structvit_jax.cli import options
-from structvit_jax.cli.options import Words
-from structvit_jax.cli.train import workdir_of
+from structvit_jax.cli.options import ConfigArguments, ConfigCommand
 
 if TYPE_CHECKING:
     import ml_collections
@@ -16,14 +14,16 @@ if TYPE_CHECKING:
     from structvit_jax.data import Dataset
 
 
-@options.config_command()
-@options.workdir
+@click.command(cls=ConfigCommand)
 @click.option(
-    "--data", "shows_data", is_flag=True, help="Survey the data and draw a batch into WORKDIR/batch.png."
+    "--data", "shows_data", is_flag=True, help="Examine the data and draw a batch to WORKDIR/batch.png."
 )
 @click.option("--keys", "lists_keys", is_flag=True, help="List all keys of a configuration and exit.")
-def command(words: Words, workdir: str | None, shows_data: bool, lists_keys: bool) -> None:
-    """Describe a configuration: every key, the model's parts, its batches and its steps. Trains nothing.
+def command(arguments: ConfigArguments, shows_data: bool, lists_keys: bool) -> None:
+    """Describe a configuration, or draw a batch of its data.
+
+    Prints all keys, the parameters and multiply-accumulates of the parts of the model, the shapes of a
+    batch, and the number of steps. Trains nothing.
 
     \b
     Example:
@@ -36,19 +36,17 @@ def command(words: Words, workdir: str | None, shows_data: bool, lists_keys: boo
 
         print(describe_keys())
         return
-    from structvit_jax.cli import experiment
+    from structvit_jax.cli.configuration import load_config
+    from structvit_jax.cli.experiment import open_experiment
 
-    opened = experiment.open_data(experiment.load(words), workdir_of(words, workdir))
-    if shows_data:
-        found = opened.dataset.survey()
-        print(found.table(), flush=True)
-        found.check()
-    experiment.select_devices(opened.config)
-    for line in opened.lines:
-        print(line)
+    opened = open_experiment(load_config(arguments), arguments.workdir)
     if not shows_data:
         print(describe(opened.config, opened.dataset))
         return
+    found = opened.dataset.survey()
+    print(found.table(), flush=True)
+    found.check()
+
     from structvit_jax.analysis import batch_preview
     from structvit_jax.runtime import storage
 

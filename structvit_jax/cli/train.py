@@ -3,80 +3,67 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import click
 
-from structvit_jax.cli import options
-from structvit_jax.cli.options import Words
+from structvit_jax.cli.options import ConfigArguments, ConfigCommand
 
 if TYPE_CHECKING:
-    from structvit_jax.cli.experiment import Opened
+    from structvit_jax.cli.experiment import Experiment
 
-
-@options.config_command()
-@options.workdir
-@click.option(
-    "--profile", metavar="START:STOP", default="", help="Write a profile of these steps to WORKDIR/profile."
+profile_option = click.option(
+    "--profile", metavar="START:STOP", help="Profile these steps and write the trace to WORKDIR/profile."
 )
-def command(words: Words, workdir: str | None, profile: str) -> None:
-    """Train a configuration. After an interruption, re-run the command to resume.
+
+
+@click.command(cls=ConfigCommand)
+@profile_option
+def command(arguments: ConfigArguments, profile: str | None) -> None:
+    """Train a configuration, or resume its run.
+
+    Writes config.json, metrics.jsonl, TensorBoard logs and checkpoints to the workdir and, after the
+    evaluation at the end, result.json. After an interruption, re-run the command to resume.
 
     \b
     Example:
       structvit train --config=moving_digits
       structvit train --config=folder --config.data.root=DIR --workdir=runs/mine
     """
-    train(words, workdir, profile)
+    train(arguments, profile)
 
 
-def train(words: Words, workdir: str | None, profile: str = "") -> None:
+def train(arguments: ConfigArguments, profile: str | None) -> None:
     """Train the configuration of a command line in its workdir."""
-    with _experiment(words, workdir, stoppable=True) as opened:
+    with _experiment(arguments, training=True) as opened:
         from structvit_jax.training import loop
 
-        loop.train(opened.config, opened.workdir, opened.dataset, profile=profile)
+        loop.train(opened.config, opened.workdir, opened.dataset, profile=profile or "")
 
 
-def evaluate(words: Words, workdir: str | None) -> None:
+def evaluate(arguments: ConfigArguments) -> None:
     """Evaluate the newest checkpoint of a workdir with the configuration of a command line."""
-    with _experiment(words, workdir, stoppable=False) as opened:
+    with _experiment(arguments, training=False) as opened:
         from structvit_jax.training import loop
 
         loop.evaluate(opened.config, opened.workdir, opened.workdir, opened.dataset)
 
 
 @contextlib.contextmanager
-def _experiment(words: Words, workdir: str | None, *, stoppable: bool) -> Iterator[Opened]:
-    """Connect the processes of a run, open its data, and select its devices.
+def _experiment(arguments: ConfigArguments, *, training: bool) -> Iterator[Experiment]:
+    """Connect the processes of a run and open its experiment.
 
     Args:
-      words: of the command line.
-      workdir: as given.
-      stoppable: whether signals stop a training, whose data are surveyed first.
+      arguments: of the command line.
+      training: whether a signal stops the run after saving it, and the data are surveyed first.
     """
-    from structvit_jax.cli import experiment
+    from structvit_jax.cli import configuration, experiment
     from structvit_jax.runtime import heartbeat, processes, signals
 
-    config = experiment.load(words)
-    if not stoppable:
+    config = configuration.load_config(arguments)
+    if not training:
         signals.LISTENER.stop()
-    processes.join(config.mesh.heartbeat, stoppable=stoppable)
+    processes.join(config.mesh.heartbeat, stoppable=training)
     with heartbeat.fail_together(config.mesh.heartbeat):
-        opened = experiment.open_data(config, workdir_of(words, workdir))
-        lines = opened.lines
-        if stoppable and opened.dataset.in_files:
-            survey = opened.dataset.survey()
-            survey.check()
-            lines = [*lines, *survey.lines()]
-        experiment.select_devices(config)
-        for line in lines:
-            processes.log(line)
-        yield opened
-
-
-def workdir_of(words: Words, workdir: str | None) -> str:
-    """Return the workdir of a run: the given one, or runs/NAME."""
-    return workdir or os.path.join("runs", words.name)
+        yield experiment.open_experiment(config, arguments.workdir, survey=training)

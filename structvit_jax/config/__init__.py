@@ -1,6 +1,5 @@
-"""The configuration: its keys (`keys`), durations, recipes of the paper, and keys that the data decide."""
+"""The configuration: keys with defaults and ranges, recipes of the paper, and keys that the data decide."""
 
-from structvit_jax.config.durations import Durations, durations, steps_in
 from structvit_jax.config.keys import (
     INPUTS,
     KEYS,
@@ -14,7 +13,7 @@ from structvit_jax.config.keys import (
     set_value,
     short,
 )
-from structvit_jax.config.patterns import matching
+from structvit_jax.config.values import Durations, durations, matching, steps_in
 
 __all__ = [
     "INPUTS",

@@ -1,8 +1,7 @@
-"""Choose values from the data for keys that a configuration leaves open (None).
+"""Fill in keys that a configuration leaves open (None) with values that fit the data.
 
-`configs/folder.py` leaves the model, the sizes and the durations open. Values that the user sets, on the
-command line or in a configuration, are kept. A resumed run takes the values of its checkpoint (see
-`structvit_jax.training.start.resolve_open_keys`).
+`configs/folder.py` leaves the model, the sizes and the durations open. Values that the user sets are kept. A
+resumed run uses the values of its checkpoint (see `structvit_jax.training.start.resolve_open_keys`).
 """
 
 from __future__ import annotations
@@ -14,8 +13,8 @@ from typing import NamedTuple
 import ml_collections
 from ml_collections import config_dict
 
-from structvit_jax.config.durations import steps_in
 from structvit_jax.config.keys import KEYS, check_config, get_value, model_arguments, set_value
+from structvit_jax.config.values import steps_in
 from structvit_jax.models.variants import get_variant
 
 OPEN = (
@@ -29,10 +28,8 @@ OPEN = (
     "eval.every",
     "checkpoint.every",
 )
-_LEAST_STEPS = 300  # of a run
-_MOST_STEPS = {"images": 10_000, "videos": 5_000}  # hours on a few CPU cores
-_BATCH_OF_CLIPS = 16
-_LARGEST_BATCH_OF_IMAGES = {"tiny": 128, "other": 64}
+_MIN_STEPS = 300
+_MAX_STEPS_IMAGES, _MAX_STEPS_VIDEOS = 10_000, 5_000  # hours on a few CPU cores
 
 
 class DataFacts(NamedTuple):
@@ -52,12 +49,12 @@ def leave_open(config: ml_collections.ConfigDict, *keys: str) -> None:
 
 
 def missing(config: ml_collections.ConfigDict) -> list[str]:
-    """Return the keys that are open."""
+    """Return the keys of OPEN that are open."""
     return [key for key in OPEN if get_value(config, key) is None]
 
 
 def check_given(config: ml_collections.ConfigDict) -> None:
-    """Raise UserError for the first value outside its range, as `check_config`, except for open keys."""
+    """Raise UserError for the first value outside its range, like `check_config`, but skip open keys."""
     closed = config.copy_and_resolve_references()
     for key in missing(closed):
         set_value(closed, key, 1 if key == "data.size" else KEYS[key].default)
@@ -65,11 +62,11 @@ def check_given(config: ml_collections.ConfigDict) -> None:
 
 
 def fill_model(config: ml_collections.ConfigDict, is_video: Callable[[], bool]) -> None:
-    """Set the model and the frames of a clip, if open: each from the other, or both from the data.
+    """Set the model and the number of frames if they are open: each from the other, or both from the data.
 
     Args:
       config: changed in place.
-      is_video: returns whether the data are videos; called if both keys are open.
+      is_video: returns whether the data are videos; only called if both keys are open.
     """
     name, frames = config.model.name, config.data.frames
     if frames is None and name is None:
@@ -79,23 +76,22 @@ def fill_model(config: ml_collections.ConfigDict, is_video: Callable[[], bool]) 
     if name is None:
         config.model.name = "structvit_tiny_4_1_video" if video else "structvit_tiny_4_1"
     if frames is None:
-        clip = 8 if _is_tiny(config) else 16
-        config.data.frames = clip if video else 0
+        config.data.frames = (8 if _is_tiny(config) else 16) if video else 0
 
 
 def fill(config: ml_collections.ConfigDict, facts: DataFacts) -> None:
     """Set all other open keys, in place.
 
-    - size: that of the data, rounded up to a multiple of the model's stride, at most 64 (tiny models) or 224;
-    - batch: 16 clips, or 16 to 128 images, so that an epoch has at least 32 steps;
-    - duration: 30 epochs (20 from weights), at least 300 and at most 10,000 steps (videos 5,000);
-    - warm-up: 2 epochs, at most a tenth of the run;
-    - six evaluations, and a checkpoint every epoch, but 50 to 500 steps apart.
+    - size: that of the data, rounded up to a multiple of the model's stride, at most 64 (tiny models) or 224
+    - batch: 16 clips, or 16 to 128 images, so that an epoch has at least 32 steps
+    - duration: 30 epochs (20 from trained weights), but 300 to 10,000 steps (videos: 300 to 5,000)
+    - warm-up: 2 epochs, at most a tenth of the run
+    - six evaluations, and a checkpoint every epoch, but 50 to 500 steps apart
     """
     video = config.data.frames > 0
     _fill(config, "data.size", _size(config, min(facts.width, facts.height)))
-    least = math.ceil(config.data.size / config.data.crop_fraction)
-    _fill(config, "data.short_side", max(256, least) if video else 0)
+    smallest = math.ceil(config.data.size / config.data.crop_fraction)
+    _fill(config, "data.short_side", max(256, smallest) if video else 0)
     _fill(config, "data.batch_size", _batch(config, facts.train_examples))
     rows = facts.train_examples * config.augment.repeated_augmentation
     epoch = rows / config.data.batch_size
@@ -110,13 +106,13 @@ def describe(config: ml_collections.ConfigDict, facts: DataFacts) -> str:
     """Return a line with the sizes of the data and the chosen model, input, batch and duration."""
     rows = facts.train_examples * config.augment.repeated_augmentation
     total = steps_in(config.train.duration, "config.train.duration", config.data.batch_size, rows)
-    unit, data, takes = "images", f"{facts.width}x{facts.height}", f"{config.data.size}"
+    unit, data, inputs = "images", f"{facts.width}x{facts.height}", f"{config.data.size}"
     if config.data.frames:
         unit, data = "videos", f"{facts.frames} frames of {data}"
-        takes = f"{config.data.frames} frames of {config.data.size}"
+        inputs = f"{config.data.frames} frames of {config.data.size}"
     return (
         f"{unit}: {facts.train_examples:,} + {facts.test_examples:,} of {data}: {config.model.name} at"
-        f" {takes}, batch {config.data.batch_size}, {total:,} steps"
+        f" {inputs}, batch {config.data.batch_size}, {total:,} steps"
     )
 
 
@@ -125,25 +121,26 @@ def _size(config: ml_collections.ConfigDict, side: int) -> int:
     variant = get_variant(**model_arguments(config))
     if variant.network == "deit":
         return variant.image_size
-    stride, most = 8 * variant.patch, 64 if _is_tiny(config) else 224
-    return min(math.ceil(side / stride) * stride, max(most // stride, 1) * stride)
+    stride, largest = 8 * variant.patch, 64 if _is_tiny(config) else 224
+    return min(math.ceil(side / stride) * stride, max(largest // stride, 1) * stride)
 
 
 def _batch(config: ml_collections.ConfigDict, examples: int) -> int:
-    wanted = _BATCH_OF_CLIPS
+    wanted = 16
     if not config.data.frames:
-        largest = _LARGEST_BATCH_OF_IMAGES["tiny" if _is_tiny(config) else "other"]
-        wanted = min(max(_power_of_two(examples / 32), 16), largest)
+        wanted = min(max(_power_of_two(examples / 32), 16), 128 if _is_tiny(config) else 64)
     return min(wanted, max(_power_of_two(examples), 2))
 
 
 def _duration(config: ml_collections.ConfigDict, epoch: float) -> str:
-    epochs, most = 20 if config.init_from else 30, _MOST_STEPS["videos" if config.data.frames else "images"]
-    if epochs * epoch < _LEAST_STEPS:
-        return f"{_LEAST_STEPS} steps"
-    if epochs * epoch <= most:
+    """Return the duration for this number of steps per epoch."""
+    epochs = 30 if config.init_from == "" else 20
+    limit = _MAX_STEPS_VIDEOS if config.data.frames else _MAX_STEPS_IMAGES
+    if epochs * epoch < _MIN_STEPS:
+        return f"{_MIN_STEPS} steps"
+    if epochs * epoch <= limit:
         return f"{epochs} epochs"
-    return f"{int(most / epoch)} epochs" if epoch <= most else f"{most} steps"
+    return f"{int(limit / epoch)} epochs" if epoch <= limit else f"{limit} steps"
 
 
 def _power_of_two(number: float) -> int:

@@ -1,206 +1,252 @@
-"""Every key of a configuration, once: default, range and meaning. Files in `configs/` change values only."""
+"""All keys of a configuration: default, range and meaning. Files in `configs/` only change values."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import ml_collections
 from ml_collections import config_dict
 
-from structvit_jax.config.ranges import (
-    ALL_OR_COUNT,
-    ANY,
-    BELOW_ONE,
-    COUNT,
-    FRACTION,
-    FRACTIONS,
-    NOT_NEGATIVE,
-    PATH,
-    POSITIVE,
-    POSITIVE_FRACTION,
-    POSITIVE_TRIPLE,
-    RATIOS,
-    TRIPLE,
-    Range,
-    at_least,
-    one_of,
-    within,
-)
 from structvit_jax.models.variants import OVERRIDES, Variant
 from structvit_jax.utils.errors import UserError
+
+_LARGEST = 3.4e38  # just below the largest float32
+
+
+class Range(NamedTuple):
+    """The values that a key may have."""
+
+    holds: Callable[[Any], bool]  # may raise TypeError or ValueError for a value of another type
+    phrase: str  # completes "it needs ..." in an error message
+
+    def contains(self, value: Any) -> bool:
+        """Return whether a value, of whatever type, is in the range."""
+        try:
+            return self.holds(value)
+        except (TypeError, ValueError):
+            return False
+
+
+def _at_least(least: int) -> Range:
+    return Range(lambda n: n >= least, f"to be at least {least}")
+
+
+def _within(least: int, most: int, shown: str = "") -> Range:
+    """Return the range of numbers from `least` to `most`, which a message writes as `shown`."""
+    return Range(lambda n: least <= n <= most, f"to lie from {least} to {shown or most}")
+
+
+def _one_of(*values: str | int) -> Range:
+    *most, last = map(str, values)
+    return Range(lambda value: value in values, f"to be {', '.join(most)} or {last}")
+
+
+def _is_triple(value: Any, above: float) -> bool:
+    return len(value) == 3 and all(isinstance(x, int | float) and above < x < math.inf for x in value)
+
+
+def _is_interval(value: Any, most: float) -> bool:
+    return len(value) == 2 and 0 < value[0] <= value[1] <= most
+
+
+_ANY = Range(lambda _: True, "a value of its type")
+_FRACTION = Range(lambda x: 0 <= x <= 1, "to lie from 0 to 1")
+_BELOW_ONE = Range(lambda x: 0 <= x < 1, "to lie from 0 to below 1")
+_POSITIVE_FRACTION = Range(lambda x: 0 < x <= 1, "to lie above 0, up to 1")
+_POSITIVE = Range(lambda x: 0 < x <= _LARGEST, "to be positive, and finite in float32")
+_NOT_NEGATIVE = Range(lambda x: 0 <= x <= _LARGEST, "to be 0 or positive, and finite in float32")
+_COUNT = Range(lambda n: 0 <= n < 2**31, "to lie from 0 to below 2**31")
+_ALL_OR_COUNT = Range(lambda n: n == -1 or n >= 1, "to be -1 or at least 1")
+_FRACTIONS = Range(lambda x: _is_interval(x, 1), "two numbers, from and to, above 0 and up to 1")
+_RATIOS = Range(lambda x: _is_interval(x, math.inf), "two numbers, from and to, above 0")
+_TRIPLE = Range(lambda x: _is_triple(x, -math.inf), "three finite numbers, one per channel")
+_POSITIVE_TRIPLE = Range(lambda x: _is_triple(x, 0), "three finite numbers, one per channel, positive")
+_PATH = Range(lambda path: isinstance(path, str) and path.isprintable(), "a path of printable characters")
+_BATCH_AXIS = _within(1, 2**24, "2**24")
+_SIDE = _within(1, 2**14, "2**14")
+_OPTIONAL_SIDE = _within(0, 2**14, "2**14")
 
 
 @dataclasses.dataclass(frozen=True)
 class Key:
     """A key of the configuration."""
 
-    default: Any  # None: not set, so that weights or the named model decide
+    default: Any  # None: not set, so that the initial weights or the named model decide
     meaning: str
-    range: Range = ANY
-    unset_type: type | None = None  # of values, where the default is None
+    range: Range = _ANY
+    unset_type: type | None = None  # of values, if the default is None
 
     @property
-    def type(self) -> Any:
+    def type(self) -> type:
         """The type of its values."""
         return self.unset_type or type(self.default)
 
 
 def _model_keys() -> dict[str, Key]:
-    """Return the keys of a variant's fields; None keeps the named model's own value."""
+    """Return the keys of a variant's fields; None keeps the value of the named model."""
     types = {"str": str, "bool": bool, "int": int, "float": float, "float | None": float}
     types |= {"tuple[int, ...]": tuple, "int | tuple[int, ...]": object}
+    meaning = "field of structvit_jax.models.Variant; None keeps the named model's"
     return {
-        f"model.{field.name}": Key(
-            None,
-            "field of structvit_jax.models.Variant; None keeps the named model's",
-            ANY,
-            types[str(field.type)],
-        )
+        f"model.{field.name}": Key(None, meaning, _ANY, types[str(field.type)])
         for field in dataclasses.fields(Variant)
         if field.name in OVERRIDES
     }
 
 
-_BATCH_AXIS = within(1, 2**24, "2**24")
-_SIDE = within(1, 2**14, "2**14")
-_OPTIONAL_SIDE = within(0, 2**14, "2**14")
-
-# Durations are "N steps", "N epochs" or "N examples", and N may be a fraction; "" is never.
+# A duration is "N steps", "N epochs" or "N examples", where N may be a fraction; "" is never.
 KEYS: dict[str, Key] = {
     "init_from": Key(
-        "", "weights to start from: a run, a checkpoint or a released file; '' starts from scratch"
+        "",
+        "weights to start from: a run, a checkpoint or a released file; '': from scratch; None: must be set",
     ),
-    # How the weights of init_from are fitted to the model.
-    "init.inflate": Key("average", "how image kernels are spread over time", one_of("average", "centre")),
+    # How to fit the weights of init_from to the model.
+    "init.inflate": Key("average", "how to spread image kernels over time", _one_of("average", "centre")),
     "init.kernels": Key(
         "delta",
-        "StructSA from plain attention: the same function, or re-initialised kernels",
-        one_of("delta", "fresh"),
+        "StructSA from plain attention: kernels that compute the same, or fresh ones",
+        _one_of("delta", "fresh"),
     ),
-    "init.noise": Key(0.1, "deviation that sets equal value kernels apart; their sum stays", NOT_NEGATIVE),
-    # The model: a name, and any field of its variant.
-    "model.name": Key("structvit_tiny_4_1_video", "see structvit_jax.list_models"),
+    "init.noise": Key(0.1, "standard deviation of noise that sets equal value kernels apart", _NOT_NEGATIVE),
+    # The model: a name, and changes of its fields.
+    "model.name": Key("structvit_tiny_4_1_video", "a model: see structvit_jax.list_models"),
     **_model_keys(),
-    # The data, and how they are read.
-    "data.name": Key("moving_digits", "see structvit_jax.data.SOURCES"),
-    "data.root": Key("", "folder that holds the splits of the data set 'folder'"),
-    "data.train_split": Key("train", "a folder of class folders, or a list, below the root"),
+    # The data, and how to read them.
+    "data.name": Key("moving_digits", "a data set: see structvit_jax.data.SOURCES"),
+    "data.root": Key("", "folder with the splits of the data set 'folder'"),
+    "data.train_split": Key("train", "training split below the root: a folder of class folders, or a list"),
     "data.test_split": Key(
-        "val", "the same for testing; moving_digits has 'tune', validation clips of training scans"
+        "val", "test split, likewise; moving_digits also has 'tune', validation clips of training scans"
     ),
     "data.val_fraction": Key(
-        0.0, "fraction of training examples held out if a folder has no test split; 0: an error", BELOW_ONE
+        0.0,
+        "fraction of the training examples to test on if there is no test split; 0 requires one",
+        _BELOW_ONE,
     ),
-    "data.batch_size": Key(64, "clips or images per step on all devices, copies included", _BATCH_AXIS),
-    "data.train_examples": Key(0, "examples per epoch of generated data", COUNT),
-    "data.test_examples": Key(0, "test examples of generated data", COUNT),
-    "data.mean": Key(
-        None, "subtracted from channels scaled to 0..1; None follows the weights", TRIPLE, tuple
+    "data.batch_size": Key(
+        64, "clips or images per step on all devices, repeated ones included", _BATCH_AXIS
     ),
-    "data.std": Key(None, "divides what is left; None follows the weights", POSITIVE_TRIPLE, tuple),
-    "data.channels": Key(None, "order of the channels; None follows the weights", one_of("rgb", "bgr"), str),
+    "data.train_examples": Key(0, "examples per epoch of generated data", _COUNT),
+    "data.test_examples": Key(0, "test examples of generated data", _COUNT),
+    "data.mean": Key(None, "mean of the channels, scaled to 0..1; None follows the weights", _TRIPLE, tuple),
+    "data.std": Key(None, "their standard deviation; None follows the weights", _POSITIVE_TRIPLE, tuple),
+    "data.channels": Key(None, "order of the channels; None follows the weights", _one_of("rgb", "bgr"), str),
     "data.frames": Key(8, "frames of a clip; 0 means images", _OPTIONAL_SIDE),
     "data.stride": Key(1, "a clip spans frames x stride frames of its video", _BATCH_AXIS),
-    "data.sampling": Key("dense", "dense, strided or segment: see structvit_jax.data.sampling"),
+    "data.sampling": Key(
+        "dense", "choice of frames: dense, strided or segment, see structvit_jax.data.sampling"
+    ),
     "data.size": Key(24, "height and width of the model's input, pixels", _SIDE),
     "data.short_side": Key(
         0, "scale larger frames to this while decoding; 0 keeps their size", _OPTIONAL_SIDE
     ),
-    "data.crop_fraction": Key(1.0, "fraction of the short side that a test crop takes", POSITIVE_FRACTION),
-    "data.test_clips": Key(1, "clips of a test example; scores are averaged over clips x crops views", _SIDE),
-    "data.test_crops": Key(
-        1, "crops of a test example: 1 is the centre; 3 are left, centre and right", one_of(1, 3)
+    "data.crop_fraction": Key(1.0, "fraction of the short side that a test crop takes", _POSITIVE_FRACTION),
+    "data.test_clips": Key(
+        1, "clips of a test example; scores are averaged over test_clips x test_crops views", _SIDE
     ),
-    "data.label_maps": Key("", "folder of label maps, for token labelling: see structvit prepare label_maps"),
-    "data.workers": Key(0, "processes that decode; 0 reads in threads", within(0, 1024)),
+    "data.test_crops": Key(
+        1, "crops of a test clip: 1 is the centre; 3 are left, centre and right", _one_of(1, 3)
+    ),
+    "data.label_maps": Key("", "label maps for token labelling: a folder, see structvit prepare label_maps"),
+    "data.workers": Key(0, "processes that decode; 0 decodes in threads", _within(0, 1024)),
     "data.max_pixels": Key(
         2**26,
-        "width x height of a picture or frame; larger ones are not decoded",
-        within(1, 178956970, "178956970, Pillow's limit"),
+        "width x height of an image or frame; larger ones are not decoded",
+        _within(1, 178956970, "178956970, Pillow's limit"),
     ),
     "data.max_frames": Key(
-        2**20, "frames of a video or folder; longer ones are not read", within(1, 2**31 - 1, "2**31 - 1")
+        2**20, "frames of a video or folder; longer ones are not read", _within(1, 2**31 - 1, "2**31 - 1")
     ),
-    "data.max_replaced_frames": Key(0.0, "fraction of a clip's frames that neighbours may replace", FRACTION),
+    "data.max_replaced_frames": Key(
+        0.0, "largest fraction of unreadable frames in a clip, which neighbours replace", _FRACTION
+    ),
     "data.max_unreadable_fraction": Key(
-        0.05, "largest fraction of unreadable training examples; beyond it the run stops", FRACTION
+        0.05, "largest fraction of unreadable training examples; beyond it the run stops", _FRACTION
     ),
     # Augmentation of training examples; all off by default.
-    "augment.crop_area": Key((1.0, 1.0), "random crops: fraction of the frame, drawn uniformly", FRACTIONS),
-    "augment.crop_aspect": Key((1.0, 1.0), "random crops: width / height, drawn log-uniformly", RATIOS),
-    "augment.flip": Key(0.0, "probability of mirroring", FRACTION),
-    "augment.color_jitter": Key(0.0, "brightness, contrast, saturation: factors of 1 +- this", NOT_NEGATIVE),
+    "augment.crop_area": Key((1.0, 1.0), "random crops: fraction of the frame, drawn uniformly", _FRACTIONS),
+    "augment.crop_aspect": Key((1.0, 1.0), "random crops: width / height, drawn log-uniformly", _RATIOS),
+    "augment.flip": Key(0.0, "probability of mirroring", _FRACTION),
+    "augment.color_jitter": Key(
+        0.0, "brightness, contrast and saturation: factors of 1 +- this", _NOT_NEGATIVE
+    ),
     "augment.randaugment": Key("", "a policy, as rand-m7-n4-mstd0.5-inc1; '' is off"),
     "augment.repeated_augmentation": Key(
         1, "copies of an example in a batch, each augmented differently", _BATCH_AXIS
     ),
-    "augment.erase": Key(0.0, "probability of random erasing", FRACTION),
-    "augment.mixup": Key(0.0, "alpha of mixup; 0 is off", NOT_NEGATIVE),
-    "augment.cutmix": Key(0.0, "alpha of cutmix; with mixup, each takes half of the steps", NOT_NEGATIVE),
-    "augment.mix_token": Key(0.0, "alpha of MixToken, with model.token_labels; 0 is off", NOT_NEGATIVE),
+    "augment.erase": Key(0.0, "probability of random erasing", _FRACTION),
+    "augment.mixup": Key(0.0, "alpha of mixup; 0 is off", _NOT_NEGATIVE),
+    "augment.cutmix": Key(0.0, "alpha of cutmix; with mixup, each takes half of the steps", _NOT_NEGATIVE),
+    "augment.mix_token": Key(0.0, "alpha of MixToken, with model.token_labels; 0 is off", _NOT_NEGATIVE),
     # The loss, the length of the run and its seed.
     "train.duration": Key("100 steps", "length of the run"),
-    "train.seed": Key(0, "seed of weights, generated data, order, augmentation and stochastic depth", COUNT),
-    "train.label_smoothing": Key(0.0, "fraction of the label spread over all classes", BELOW_ONE),
-    "train.dense_weight": Key(1.0, "weight of the dense head's loss, with model.token_labels", NOT_NEGATIVE),
-    "train.grad_accum_steps": Key(1, "parts of a batch, computed in turn to save memory", at_least(1)),
-    "train.max_skipped": Key(10, "non-finite steps in a row before the run stops", at_least(1)),
+    "train.seed": Key(0, "seed of weights, generated data, order, augmentation and stochastic depth", _COUNT),
+    "train.label_smoothing": Key(0.0, "fraction of the label spread over all classes", _BELOW_ONE),
+    "train.dense_weight": Key(1.0, "weight of the dense head's loss, with model.token_labels", _NOT_NEGATIVE),
+    "train.grad_accum_steps": Key(
+        1, "number of parts of a batch, computed one after another to save memory", _at_least(1)
+    ),
+    "train.max_skipped": Key(10, "non-finite steps in a row before the run stops", _at_least(1)),
     # AdamW and its schedule.
-    "optimizer.lr": Key(1e-3, "peak learning rate of AdamW", POSITIVE),
+    "optimizer.lr": Key(1e-3, "peak learning rate of AdamW", _POSITIVE),
     "optimizer.warmup": Key("0 steps", "linear warm-up from warmup_lr"),
-    "optimizer.warmup_lr": Key(1e-6, "learning rate at step 0", NOT_NEGATIVE),
-    "optimizer.end_lr": Key(1e-6, "end of the cosine, where the step after the last would be", NOT_NEGATIVE),
+    "optimizer.warmup_lr": Key(1e-6, "learning rate at step 0", _NOT_NEGATIVE),
+    "optimizer.end_lr": Key(
+        1e-6, "learning rate at the end of the cosine, one step after the last", _NOT_NEGATIVE
+    ),
     "optimizer.cooldown": Key("0 steps", "steps at end_lr after the cosine; part of train.duration"),
     "optimizer.schedule_origin": Key(
         "warmup",
         "start of the cosine: the end of the warm-up, or the start of the run",
-        one_of("warmup", "start"),
+        _one_of("warmup", "start"),
     ),
-    "optimizer.lr_update_every": Key("", "interval at which the learning rate changes; '' is every step"),
-    "optimizer.lr_update_delay": Key(0, "intervals by which an update comes late", COUNT),
+    "optimizer.lr_update_every": Key("", "interval at which the learning rate changes; '': every step"),
+    "optimizer.lr_update_delay": Key(0, "number of intervals by which each change comes late", _COUNT),
     "optimizer.weight_decay": Key(
-        0.05, "not applied to vectors (biases, norms, layer scales) and position tables", NOT_NEGATIVE
+        0.05, "of all weights but vectors (biases, norms, layer scales) and position tables", _NOT_NEGATIVE
     ),
-    "optimizer.b1": Key(0.9, "decay of AdamW's first moment", BELOW_ONE),
-    "optimizer.b2": Key(0.999, "decay of AdamW's second moment", BELOW_ONE),
-    "optimizer.eps": Key(1e-8, "epsilon of AdamW", POSITIVE),
-    "optimizer.clip_norm": Key(0.0, "largest global gradient norm; 0 is off", NOT_NEGATIVE),
+    "optimizer.b1": Key(0.9, "decay of AdamW's first moment", _BELOW_ONE),
+    "optimizer.b2": Key(0.999, "decay of AdamW's second moment", _BELOW_ONE),
+    "optimizer.eps": Key(1e-8, "epsilon of AdamW", _POSITIVE),
+    "optimizer.clip_norm": Key(0.0, "largest global gradient norm; 0 is off", _NOT_NEGATIVE),
     "optimizer.freeze": Key(
         "", "weights that are not trained, as 'patch_embed*,blocks1.*'; '*,!head.*' is a linear probe"
     ),
     "optimizer.layer_decay": Key(
-        1.0, "factor on the learning rate for each layer further from the head", POSITIVE_FRACTION
+        1.0, "factor on the learning rate for each layer further from the head", _POSITIVE_FRACTION
     ),
-    "optimizer.ema": Key(0.0, "decay of the weights' moving average, as 0.9999; 0 is off", BELOW_ONE),
+    "optimizer.ema": Key(0.0, "decay of the weights' moving average, as 0.9999; 0 is off", _BELOW_ONE),
     # Evaluations, during and after training.
-    "eval.every": Key("", "interval of evaluations, besides the one at the end; '' is none"),
-    "eval.batch_size": Key(256, "examples at a time, each with all its views", _BATCH_AXIS),
-    "eval.average": Key("logits", "what is averaged over views", one_of("logits", "softmax")),
+    "eval.every": Key("", "interval of evaluations besides the one at the end; '': none"),
+    "eval.batch_size": Key(256, "test examples at a time, each with all its views", _BATCH_AXIS),
+    "eval.average": Key("logits", "what to average over views", _one_of("logits", "softmax")),
     "eval.ema": Key(True, "evaluate the moving average of the weights, if there is one"),
-    "eval.max_unreadable": Key(0, "unreadable test examples tolerated; with more, no score is given", COUNT),
-    # When checkpoints are saved, and which are kept.
-    "checkpoint.every": Key("1 epochs", "interval of saving"),
-    "checkpoint.keep": Key(2, "latest checkpoints to keep", at_least(1)),
-    "checkpoint.keep_best": Key(
-        0, "best checkpoints to keep, by top1; each evaluation then saves one", COUNT
+    "eval.max_unreadable": Key(
+        0, "unreadable test examples to tolerate; with more, there is no score", _COUNT
     ),
-    "checkpoint.keep_every": Key("", "checkpoints at multiples of this duration are kept, too"),
-    # Devices, and the processes of a run.
-    "mesh.device": Key("auto", "'auto' is JAX's own choice", one_of("auto", "cpu", "gpu", "tpu")),
-    "mesh.data": Key(-1, "devices along the data axis; -1 is all that fsdp leaves", ALL_OR_COUNT),
-    "mesh.fsdp": Key(1, "devices that parameters and optimizer state are sharded over", at_least(1)),
-    "mesh.heartbeat": Key(100, "seconds without a heartbeat until a process is assumed dead", at_least(1)),
+    # When to save checkpoints, and which to keep.
+    "checkpoint.every": Key("1 epochs", "interval at which to save"),
+    "checkpoint.keep": Key(2, "number of latest checkpoints to keep", _at_least(1)),
+    "checkpoint.keep_best": Key(
+        0, "number of best checkpoints to keep, by top1; each evaluation then saves one", _COUNT
+    ),
+    "checkpoint.keep_every": Key("", "also keep checkpoints at multiples of this duration"),
+    # Devices and processes of a run.
+    "mesh.device": Key("auto", "'auto' leaves the choice to JAX", _one_of("auto", "cpu", "gpu", "tpu")),
+    "mesh.data": Key(-1, "devices along the data axis; -1: all that fsdp leaves", _ALL_OR_COUNT),
+    "mesh.fsdp": Key(1, "devices to shard parameters and optimizer state over", _at_least(1)),
+    "mesh.heartbeat": Key(100, "seconds without a heartbeat until a process is assumed dead", _at_least(1)),
     "mesh.compilation_cache": Key(
-        "auto", "folder of compiled programs; 'auto' is JAX's or ~/.cache, '' none", PATH
+        "auto", "folder of compiled programs; 'auto': JAX's own or ~/.cache; '': none", _PATH
     ),
 }
 
-# Inputs that weights expect (keys of the section `data`), where neither they nor the user state it.
+# Values of these keys of the section `data` if neither the user nor the weights state them.
 INPUTS = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "channels": "rgb"}
-_BATCH_BYTES = 2**38  # of the pixels of a batch, or of the views of an example
+_BATCH_BYTES = 2**38  # limit of the pixels of a batch, and of the views of an example
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -219,13 +265,13 @@ def describe_keys() -> str:
     width = max(map(len, KEYS))
     lines = []
     for name, key in KEYS.items():
-        needs = "" if key.range is ANY else f"; needs {key.range.phrase}"
+        needs = "" if key.range is _ANY else f"; needs {key.range.phrase}"
         lines.append(f"{name:<{width}}  {key.default!r}  {key.meaning}{needs}")
     return "\n".join(lines)
 
 
 def check_config(config: ml_collections.ConfigDict) -> None:
-    """Raise UserError, in one line, for the first value outside its range."""
+    """Raise UserError for the first value outside its range."""
     for name, key in KEYS.items():
         if (value := get_value(config, name)) is not None or key.default is not None:
             _check(name, value, key.range)
@@ -267,7 +313,7 @@ def set_value(config: ml_collections.ConfigDict, name: str, value: Any) -> None:
 
 
 def keys_of(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield each key of a configuration, as "data.size", and its value. It has one level of sections."""
+    """Yield each key of a configuration, as "data.size", and its value. Sections are not nested."""
     for key, value in config.items():
         if isinstance(value, Mapping | ml_collections.ConfigDict):
             yield from ((f"{key}.{name}", inner) for name, inner in value.items())
@@ -276,11 +322,11 @@ def keys_of(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def model_arguments(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """Return name and overrides of the configured model, as arguments of `create_model`."""
+    """Return the name of the model and the fields that are set, as arguments of `create_model`."""
     return {key: value for key, value in config.model.items() if value is not None}
 
 
 def short(value: Any) -> str:
-    """Return a value as Python writes it, without the middle of a long one."""
+    """Return the repr of a value, without the middle if it is long."""
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:60]}...{text[-20:]}"

@@ -1,16 +1,17 @@
 """The training recipes of the paper (section 5), for the files in `configs/`.
 
-Where the paper refers to DeiT, MViT or UniFormer, the values are those of the released programs. Some of them
-are accidents; this list has each, with the keys that undo it:
+Where the paper refers to DeiT, MViT or UniFormer, the values are those of their released code. Some of these
+are accidents of that code. They are reproduced, and the keys after the colon undo them:
 
-- Images: the learning rate changes once per epoch, an epoch late, and its cosine includes the warm-up. Undo:
+- Images: the learning rate changes once per epoch, one epoch late, and the cosine includes the warm-up:
   `optimizer.lr_update_every=`, `optimizer.lr_update_delay=0`, `optimizer.schedule_origin=warmup`.
-- Images: an epoch of DeiT sees a third of the images, three times each. Undo:
+- Images: an epoch of DeiT has a third of the images, three times each:
   `augment.repeated_augmentation=1`, `train.duration='300 epochs'`, `optimizer.warmup='5 epochs'`.
-- Video: each clip is augmented twice, so a batch has twice the clips that the release names. Undo:
+- Images: colour jitter is configured and never applied: `augment.color_jitter=0.4`.
+- Video: each clip is augmented twice, so a batch has twice as many clips as stated:
   `augment.repeated_augmentation=1`, `data.batch_size=64`.
-- Images: the release configures colour jitter and never applies it. Undo: `augment.color_jitter=0.4`.
-- Something-Something: the release trains on BGR. Here it is RGB; `data.channels=bgr` reproduces the release.
+
+One is not reproduced: the release for Something-Something trains on BGR. `data.channels=bgr` does so.
 """
 
 from __future__ import annotations
@@ -25,20 +26,39 @@ RANDAUGMENT_VIDEO = "rand-m7-n4-mstd0.5-inc1"  # UniFormer's, after MViT
 
 
 def imagenet(model: str, stage: str = "224") -> ml_collections.ConfigDict:
-    """Return the recipe of a stage: "224", or "384" fine-tuned from it; both also with the suffix "_labels".
+    """Return the recipe of a stage: "224", "384", "224_labels" or "384_labels" (with token labelling).
+
+    Training at 384 starts from weights at 224 and takes 60 epochs at a learning rate of 5e-6 in batches of
+    512 (L: 256), as UniFormer. The paper only does this with token labelling; "384" has the same values with
+    the augmentation of `images`.
 
     Raises:
       UserError: an unknown stage.
     """
-    stages = {"224": images, "384": images_384, "224_labels": token_labels, "384_labels": token_labels_384}
-    return stages[check_choice("stage", stage, stages)](model)
+    check_choice("stage", stage, ("224", "384", "224_labels", "384_labels"))
+    labels = stage.endswith("_labels")
+    config = token_labels(model) if labels else images(model)
+    if stage.startswith("384"):
+        config.init_from = None  # to be set to the weights at 224
+        config.data.size = 384
+        config.data.crop_fraction = 0.9 if labels else 1.0
+        config.data.batch_size = 256 if "_l_" in model else 512
+        config.augment.repeated_augmentation = 1
+        config.train.duration = "60 epochs"
+        config.optimizer.lr = config.optimizer.end_lr = 5e-6
+        config.optimizer.lr_update_every = ""
+        config.optimizer.lr_update_delay = 0
+        config.optimizer.warmup = config.optimizer.cooldown = "0 steps"
+        config.optimizer.weight_decay = 1e-8
+        config.optimizer.ema = 0.0
+    return config
 
 
 def images(model: str) -> ml_collections.ConfigDict:
-    """ImageNet-1K from scratch: DeiT's augmentation and 300 epochs, batch 1024, peak learning rate 1e-3.
+    """Return the recipe for ImageNet-1K from scratch, which is DeiT's: 300 epochs in batches of 1024.
 
-    DeiT repeats each image three times in a batch, and its epoch has as many rows as there are images. An
-    epoch here has every image, so 100 epochs here are DeiT's 300.
+    DeiT repeats each image three times in a batch and counts an epoch when it has seen as many rows as there
+    are images. An epoch here has all images, so 100 epochs here are 300 of DeiT.
     """
     config = _images(model)
     config.augment.mixup = 0.8
@@ -54,23 +74,11 @@ def images(model: str) -> ml_collections.ConfigDict:
     return config
 
 
-def images_384(model: str) -> ml_collections.ConfigDict:
-    """ImageNet-1K at 384 from weights at 224.
-
-    The paper fine-tunes with token labelling only; these are its values with the augmentation of `images`.
-    """
-    config = _at_384(images(model))
-    config.augment.repeated_augmentation = 1
-    config.optimizer.lr_update_every = ""
-    config.optimizer.lr_update_delay = 0
-    return config
-
-
 def token_labels(model: str) -> ml_collections.ConfigDict:
-    """ImageNet-1K with token labelling, as UniFormer: needs config.data.label_maps.
+    """Return the recipe for ImageNet-1K with token labelling, which is UniFormer's.
 
-    310 epochs, the last ten at the final learning rate; batch 1024; MixToken instead of mixup and cutmix; the
-    moving average is evaluated.
+    310 epochs in batches of 1024, the last ten at the final learning rate; MixToken instead of mixup and
+    cutmix; the moving average of the weights is evaluated. It needs config.data.label_maps.
     """
     config = _images(model)
     config.model.token_labels = True
@@ -87,21 +95,13 @@ def token_labels(model: str) -> ml_collections.ConfigDict:
     return config
 
 
-def token_labels_384(model: str) -> ml_collections.ConfigDict:
-    """ImageNet-1K at 384 with token labelling, from weights at 224: needs config.data.label_maps.
-
-    60 epochs at a learning rate of 5e-6, batch 512 (L: 256).
-    """
-    config = _at_384(token_labels(model))
-    config.data.crop_fraction = 0.9
-    config.optimizer.ema = 0.0
-    return config
-
-
 def dense_video(model: str) -> ml_collections.ConfigDict:
-    """Kinetics from ImageNet weights: dense sampling, mirroring, 110 epochs, 64 clips a step, each twice."""
+    """Return the recipe for Kinetics from ImageNet weights.
+
+    Dense sampling, mirroring, 110 epochs, 64 clips per step, each augmented twice.
+    """
     config = _video(model)
-    config.init_from = "<ImageNet weights>"
+    config.init_from = None  # to be set to ImageNet weights
     config.data.sampling = "dense"
     config.data.stride = 4
     config.data.test_clips = 4
@@ -112,12 +112,12 @@ def dense_video(model: str) -> ml_collections.ConfigDict:
 
 
 def segment_video(model: str) -> ml_collections.ConfigDict:
-    """Something-Something, Diving-48 and FineGym from Kinetics-400 weights.
+    """Return the recipe for Something-Something, Diving-48 and FineGym from Kinetics-400 weights.
 
-    One frame per segment, no mirroring, 60 epochs; B is augmented with random crops only.
+    One frame per segment, no mirroring, 60 epochs. For B, random crops are the only augmentation.
     """
     config = _video(model)
-    config.init_from = "<Kinetics-400 weights>"
+    config.init_from = None  # to be set to Kinetics-400 weights
     if "_b_" in model:
         _crops_only(config)
     config.data.sampling = "segment"
@@ -128,9 +128,11 @@ def segment_video(model: str) -> ml_collections.ConfigDict:
 
 
 def ablation_video(model: str) -> ml_collections.ConfigDict:
-    """The ablations on Something-Something V1: from ImageNet weights, 16 frames, random crops only."""
+    """Return the recipe of the ablations on Something-Something V1, from ImageNet weights.
+
+    16 frames; random crops are the only augmentation.
+    """
     config = segment_video(model)
-    config.init_from = "<ImageNet weights>"
     _crops_only(config)
     return config
 
@@ -138,19 +140,6 @@ def ablation_video(model: str) -> ml_collections.ConfigDict:
 def _crops_only(config: ml_collections.ConfigDict) -> None:
     config.augment.randaugment = ""
     config.augment.erase = config.augment.mixup = config.augment.cutmix = 0.0
-
-
-def _at_384(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """Change a recipe to UniFormer's fine-tuning at 384, with a constant learning rate."""
-    config.init_from = "<ImageNet weights at 224>"
-    config.data.size = 384
-    config.data.crop_fraction = 1.0
-    config.data.batch_size = 256 if "_l_" in config.model.name else 512
-    config.train.duration = "60 epochs"
-    config.optimizer.lr = config.optimizer.end_lr = 5e-6
-    config.optimizer.warmup = config.optimizer.cooldown = "0 steps"
-    config.optimizer.weight_decay = 1e-8
-    return config
 
 
 def _images(model: str) -> ml_collections.ConfigDict:

@@ -89,7 +89,9 @@ def _check_token_labels(config: ml_collections.ConfigDict) -> None:
     for key in ("data.label_maps", "augment.mix_token"):
         section, name = key.split(".")
         if config[section][name] and not config.model.token_labels:
-            raise UserError(f"config.{key} is for token labelling; set --config.model.token_labels as well")
+            raise UserError(
+                f"config.{key} is for token labelling; set --config.model.token_labels=true as well"
+            )
     if config.data.label_maps and (config.augment.mixup or config.augment.cutmix):
         raise UserError(
             "config.data.label_maps: mixup and cutmix do not mix maps; set --config.augment.mixup=0"

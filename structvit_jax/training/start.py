@@ -48,7 +48,7 @@ def resolve_open_keys(config: ml_collections.ConfigDict, workdir: epath.Path) ->
     if card:
         saved = from_card(card["config"], workdir)
         found = {key: value for key, value in keys_of(saved) if is_portable(key)}
-    elif inputs and config.init_from and not is_placeholder(config.init_from):
+    elif inputs and config.init_from:
         found = {f"data.{key}": value for key, value in _inputs_of(config.init_from).items()}
     config = config.copy_and_resolve_references()
     for key in wanted:
@@ -70,21 +70,16 @@ def starting_state(learner: Learner, data: Dataset, checkpoints: Checkpoints, to
     if (latest := checkpoints.latest()) is not None:
         return _resume(learner, data, checkpoints, latest, total_steps)
     weights, init_from = split(learner.model)[1], learner.config.init_from
-    if is_placeholder(init_from):
+    if init_from is None:
         raise UserError(
-            f"config.init_from: this recipe starts from {init_from.strip('<>')}; name a run, a checkpoint or"
-            " a released file, or start from scratch with --config.init_from="
+            "config.init_from is not set, and this recipe starts from trained weights: name a run, a"
+            " checkpoint or a released file, or start from scratch with --config.init_from="
         )
     if init_from:
         weights = _fine_tune(learner, weights, tuple(data.class_names))
     else:
         log("starting from scratch")
     return learner.init_state(weights)
-
-
-def is_placeholder(init_from: str) -> bool:
-    """Return whether a recipe leaves its weights open, as in "<ImageNet weights>"."""
-    return init_from.startswith("<")
 
 
 def _resume(

@@ -1,4 +1,4 @@
-"""Any command whose output cannot be written, or that gets a signal: at most one line, and the exit code."""
+"""Commands whose output cannot be written, or that get a signal, print at most one line."""
 
 import os
 import signal
@@ -39,7 +39,7 @@ def test_output_to_a_closed_pipe():
     assert (process.returncode, process.stderr) == (1, "")
 
 
-def test_output_that_the_encoding_lacks():
+def test_output_with_characters_that_the_encoding_lacks():
     process = python("print('caf\\xe9 \\udce9')", subprocess.PIPE, PYTHONIOENCODING="ascii")
     assert (process.returncode, process.stdout, process.stderr) == (0, "caf\\xe9 \\udce9\n", "")
 
@@ -52,7 +52,7 @@ def test_closed_output():
 
 
 @pytest.mark.parametrize(
-    ("words", "number", "code", "line"),
+    ("arguments", "number", "code", "line"),
     [
         ("structvit_jax predict run clip.mp4", signal.SIGINT, 130, "interrupted\n"),
         ("structvit_jax prepare folder data --check", signal.SIGINT, 130, "interrupted\n"),
@@ -62,10 +62,10 @@ def test_closed_output():
         ("structvit_jax.main --config=digits", signal.SIGHUP, 75, NOTHING),
     ],
 )
-def test_a_signal_during_imports(tmp_path, words, number, code, line):
-    """The command ends at once, with one line. A module that is imported slowly replaces NumPy."""
+def test_a_signal_during_imports(tmp_path, arguments, number, code, line):
+    """The command exits at once, with one line. NumPy is replaced by a module that takes long to import."""
     (tmp_path / "numpy.py").write_text("import time; print('importing', flush=True); time.sleep(60)")
-    command = [sys.executable, "-m", *words.split()]
+    command = [sys.executable, "-m", *arguments.split()]
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, cwd=ROOT, env=environment, **streams) as process:

@@ -3,6 +3,7 @@
 import pytest
 from conftest import ROOT, structvit
 
+from structvit_jax.cli import train
 from structvit_jax.cli.configuration import (
     _SYNONYMS,
     find_file,
@@ -11,21 +12,21 @@ from structvit_jax.cli.configuration import (
     override,
     suggest_key,
 )
-from structvit_jax.cli.options import Override, Words, split_words
+from structvit_jax.cli.options import ConfigArguments, split_overrides
 from structvit_jax.config import KEYS, default_config, get_value
 from structvit_jax.utils.errors import UserError
 
 
-def parse(*words):
-    """Return the configuration of a command line over the defaults, and the other words."""
-    given, others = split_words(words)
+def parse(*given):
+    """Return the default configuration with the overrides of a command line, and the other arguments."""
+    overrides, others = split_overrides(given)
     config = default_config()
-    override(config, given.overrides)
+    override(config, overrides)
     return config, others
 
 
 @pytest.mark.parametrize(
-    ("word", "value"),
+    ("given", "value"),
     [
         ("data.size=32", 32),
         ("mesh.data=-1", -1),
@@ -49,21 +50,18 @@ def parse(*words):
         ("eval.ema=1", True),
         ("model.token_labels=t", True),
         ("init_from=runs/a", "runs/a"),
-        ("data.batch-size=8", 8),
     ],
 )
-def test_values_of_every_type(word, value):
-    name = word.partition("=")[0].replace("-", "_")
-    for words in ([f"--config.{word}"], [f"--config.{word.partition('=')[0]}", word.partition("=")[2]]):
-        if KEYS[name].type is bool and len(words) == 2:
-            continue  # a switch takes no value after a space
-        config, others = parse(*words)
+def test_values_of_every_type(given, value):
+    name, _, text = given.partition("=")
+    for arguments in ([f"--config.{given}"], [f"--config.{name}", text]):
+        config, others = parse(*arguments)
         assert get_value(config, name) == value and type(get_value(config, name)) is type(value)
         assert not others
 
 
 @pytest.mark.parametrize(
-    ("word", "message"),
+    ("given", "message"),
     [
         ("data.size=big", "--config.data.size='big': it takes an integer"),
         ("data.size=1.5", "--config.data.size='1.5': it takes an integer"),
@@ -80,55 +78,39 @@ def test_values_of_every_type(word, value):
         ("data=1", "config.data is a section; set its keys, as --config.data.name=VALUE"),
     ],
 )
-def test_bad_values_are_one_line(word, message):
+def test_bad_values_are_one_line(given, message):
     with pytest.raises(UserError) as error:
-        parse(f"--config.{word}")
+        parse(f"--config.{given}")
     assert message in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 200
 
 
-def test_options_are_separated_from_other_words():
-    words, others = split_words(
-        [
-            "run",
-            "--config=a.py:x=1",
-            "--workdir",
-            "w",
-            "--config.train.seed",
-            "-1",
-            "--config.eval.ema",
-            "clip.mp4",
-        ]
-    )
-    assert words == Words("a.py:x=1", (Override("train.seed", "-1"), Override("eval.ema", "true")))
-    assert others == ["run", "--workdir", "w", "clip.mp4"]
-    assert (words.name, words.value("train.seed", "0"), words.value("data.size", "24")) == ("a", "-1", "24")
-    assert split_words(["--config", "b.py"])[0].file == "b.py"
-    assert split_words(["--", "--config=a.py"]) == (Words(), ["--", "--config=a.py"])
-    assert split_words(["--configs=a.py", "--config:x"])[1] == ["--configs=a.py", "--config:x"]
+def test_overrides_are_separated_from_other_arguments():
+    given = ["run", "--config=a.py", "--config.train.seed", "-1", "--config.data.batch-size=8", "clip.mp4"]
+    overrides, others = split_overrides(given)
+    assert overrides == {"train.seed": "-1", "data.batch_size": "8"}
+    assert others == ["run", "--config=a.py", "clip.mp4"]
+    assert split_overrides(["--", "--config.data.size=8"]) == ({}, ["--", "--config.data.size=8"])
+    for given in (["--config.data.size"], ["--config.data.size", "--workdir=w"]):
+        with pytest.raises(UserError, match=r"--config\.data\.size needs a value: "):
+            split_overrides(given)
 
 
 def test_the_last_value_of_a_repeated_key_wins():
     given = ["--config.data.mean=(1,1,1)", "--config.data.size=8", "--config.data.mean=(2,2,2)"]
-    config, _ = parse(*given, "--config.data.size", "16", "--config.eval.ema", "--noconfig.eval.ema")
-    assert (config.data.mean, config.data.size, config.eval.ema) == ((2, 2, 2), 16, False)
-    assert split_words(["--config=a.py", "--config=b.py"])[0].file == "b.py"
+    config, _ = parse(*given, "--config.data.size", "16")
+    assert (config.data.mean, config.data.size) == ((2, 2, 2), 16)
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("given", "file", "workdir"),
     [
-        (["--config"], "--config needs a file"),
-        (["--config="], "--config needs a file"),
-        (["--config", "--workdir=w"], "--config needs a file"),
-        (["--noconfig"], "--noconfig: write --noconfig.KEY without a value"),
-        (["--noconfig.eval.ema=true"], "--noconfig.eval.ema=true: write --noconfig.KEY without a value"),
-        (["--config.data.size"], "--config.data.size needs a value: --config.data.size=VALUE"),
-        (["--config.data.size", "--workdir=w"], "--config.data.size needs a value"),
+        ("--config=a.py --config=dir/b.py:c/d.py", "dir/b.py:c/d.py", "runs/b"),
+        ("--config digits --workdir=w", "digits", "w"),
     ],
 )
-def test_options_without_a_value(words, message):
-    with pytest.raises(UserError, match=message):
-        split_words(words)
+def test_file_and_workdir(given, file, workdir):
+    context = train.command.make_context("train", given.split())
+    assert context.params == {"arguments": ConfigArguments(file, {}, workdir), "profile": None}
 
 
 _BEGIN = "from structvit_jax.config import default_config\ndef get_config(argument='none'):\n    "
@@ -148,11 +130,11 @@ _BEGIN = "from structvit_jax.config import default_config\ndef get_config(argume
         (b"x = 0\0", "null bytes"),
         ("x = 1", "file.py has no function get_config()"),
         ("get_config = 3", "file.py has no function get_config()"),
-        ("def get_config(): pass", "get_config() has to return structvit_jax.config.default_config()"),
-        (_BEGIN + "return default_config().to_dict()", "get_config() has to return"),
+        ("def get_config(): pass", "file.py has to return structvit_jax.config.default_config()"),
+        (_BEGIN + "return default_config().to_dict()", "file.py has to return"),
         (
             _BEGIN + "c = default_config(); c.unlock(); del c.train.seed; return c",
-            "get_config() has to return",
+            "file.py has to return",
         ),
         (_BEGIN + "c = default_config(); c.unlock(); c.train = 5; return c", "file.py:3: TypeError: "),
         (_BEGIN + "c = default_config(); c.train.nonsense = 1", "the configuration has no key 'nonsense'."),
@@ -171,7 +153,7 @@ def test_configuration_files_that_fail(text, message, tmp_path):
     with pytest.raises(UserError) as error:
         load_file(str(path))
     assert message in str(error.value) and "\n" not in str(error.value)
-    assert "file.py" in str(error.value) or "get_config() has to return" in message
+    assert "file.py" in str(error.value) or "file.py has to return" in message
 
 
 def test_arguments_overrides_and_constants_of_a_file(tmp_path):
@@ -180,14 +162,14 @@ def test_arguments_overrides_and_constants_of_a_file(tmp_path):
     assert load_file(str(path)).config.data.name == "none"
     assert load_file(f"{path}:a:b,c=1").config.data.name == "a:b,c=1"
     assert load_file(str(path)).constants["STUDY"] == 3
-    config = load_config(Words(f"{path}:x", (Override("data.size", "8"),)))
+    config = load_config(ConfigArguments(f"{path}:x", {"data.size": "8"}, ""))
     assert (config.data.name, config.data.size) == ("x", 8) and config.is_locked
     assert list(tmp_path.iterdir()) == [path]  # no __pycache__
 
 
 def test_no_configuration():
     with pytest.raises(UserError, match=r"no configuration is given: --config=configs/moving_digits\.py"):
-        load_config(Words())
+        load_config(ConfigArguments("", {}, ""))
 
 
 @pytest.mark.parametrize("name", ["digits", "digits.py", "configs/digits.py"])
@@ -238,7 +220,7 @@ def test_the_list_of_keys(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == list(KEYS)
     (line,) = (line for line in lines if line.startswith("data.test_crops "))
-    assert "  1  crops of a test example" in line and line.endswith("; needs to be 1 or 3")
+    assert "  1  crops of a test clip" in line and line.endswith("; needs to be 1 or 3")
 
 
 def test_synonyms_name_existing_keys():

@@ -103,11 +103,10 @@ def test_weights_of_another_run(finished, command, tmp_path):
     assert int(state.step) == 0
 
 
-@pytest.mark.parametrize("kill_after", [["3"], ["6", "9"]])
-def test_a_killed_run_resumes_to_the_same_numbers(finished, command, tmp_path, kill_after):
+def test_a_killed_run_resumes_to_the_same_numbers(finished, command, tmp_path):
     """SIGKILL as soon as a checkpoint appears: during the save or the steps that follow."""
     workdir = tmp_path / "run"
-    for step in kill_after:
+    for step in ("3", "9"):
         killed = Command(tmp_path, *QUICK, f"--workdir={workdir}")
         killed.when(lambda step=step: list((workdir / "checkpoints").glob(f"{step}*")))
         killed.signal(signal.SIGKILL)
@@ -124,15 +123,9 @@ def test_a_killed_run_resumes_to_the_same_numbers(finished, command, tmp_path, k
     ("arguments", "phrase"),
     [
         ([CONFIG, "--config.data.test_examples=0"], "set config.data.test_examples to the number"),
-        (["--config=configs/moving_digts.py"], "Did you mean 'configs/moving_digits.py'"),
-        (
-            ["--config={typo}"],
-            "typo.py:4: the configuration has no key 'batchsize'. Did you mean config.data.batch_size or",
-        ),
         (["--config=configs/folder.py:deit_s,finetun"], "error: unknown stage 'finetun'. Did you mean"),
         (["--config=configs/ablations.py:imagnet"], "unknown data set 'imagnet'. Did you mean 'imagenet'?"),
         ([*QUICK, "--config.optimizer.lr=1e30", "--workdir={tmp}/nan"], "Lower config.optimizer.lr"),
-        ([CONFIG, "--config.optimizer.lr=fast"], "--config.optimizer.lr='fast': it takes a number"),
         ([CONFIG, "--config.optimizer.lr=0.0"], "config.optimizer.lr is 0.0"),
         ([CONFIG, "--mode=evaluate"], "'evaluate' is not one of 'train', 'eval'"),
         ([CONFIG, "--config.model.name=structvit_tiny_4_1_vdeo"], "structvit_tiny_4_1_video"),
@@ -153,12 +146,7 @@ def test_a_killed_run_resumes_to_the_same_numbers(finished, command, tmp_path, k
     ],
 )
 def test_user_errors_are_one_line(arguments, phrase, refused, tmp_path):
-    typo = tmp_path / "typo.py"
-    typo.write_text(
-        "from structvit_jax.config import default_config\n"
-        "def get_config():\n    c = default_config()\n    c.eval.batchsize = 3\n    return c\n"
-    )
-    assert phrase in refused(*[argument.format(tmp=tmp_path, typo=typo) for argument in arguments])
+    assert phrase in refused(*[argument.format(tmp=tmp_path) for argument in arguments])
 
 
 def test_a_checkpoint_of_another_model_is_refused_and_kept(finished, refused):

@@ -28,9 +28,9 @@ CLIPS = ["--config.data.frames=2", "--config.data.test_clips=2", "--config.data.
 
 
 def test_crops_equal_the_release():
-    video, images, labelled, fine = (
-        make("structvit_s_4_1" + "_video" * (make is recipes.dense_video))
-        for make in (recipes.dense_video, recipes.images, recipes.token_labels, recipes.token_labels_384)
+    video = recipes.dense_video("structvit_s_4_1_video")
+    images, labelled, fine = (
+        recipes.imagenet("structvit_s_4_1", stage) for stage in ("224", "224_labels", "384_labels")
     )
     assert video.augment.crop_aspect == (0.75, 1.3333) and images.augment.crop_aspect == (3 / 4, 4 / 3)
     assert images.data.crop_fraction == 0.875
@@ -39,13 +39,15 @@ def test_crops_equal_the_release():
 
 @pytest.fixture
 def recipe(command, tmp_path):
-    """Run a recipe for two steps, resume it for a third, and return its workdir."""
+    """Run a recipe for two steps, resume it for a third unless told otherwise, and return its workdir."""
 
-    def run(name, *arguments):
+    def run(name, *arguments, resume=True):
         workdir = tmp_path / name.translate(str.maketrans(":,=", "___"))
         given = [f"--config=configs/{name}", *TINY, *arguments, f"--workdir={workdir}"]
         first = command(*given)
         assert first.returncode == 0, first.stderr
+        if not resume:
+            return workdir
         again = command(*given, "--config.train.duration=3 steps")
         assert again.returncode == 0, again.stderr
         assert "resuming from" in again.stdout and "result: top1" in again.stdout
@@ -58,7 +60,7 @@ def recipe(command, tmp_path):
 def test_videos_after_images(recipe):
     """Train ImageNet from scratch, then Kinetics from its weights."""
     shallow = "--config.model.depths=(1,)"
-    images = recipe("imagenet.py:deit_tiny_struct_2", shallow)
+    images = recipe("imagenet.py:deit_tiny_struct_2", shallow, resume=False)
     recipe("kinetics400.py:deit_tiny_struct_2_video", shallow, *CLIPS, f"--config.init_from={images}")
 
 

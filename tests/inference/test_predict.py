@@ -149,23 +149,22 @@ def test_the_command_reports_good_and_bad_files(command, root, run, tmp_path):
 
 
 def test_formats(root, run):
-    """Of one prediction and one problem, CSV that reads as CSV and text that reads as text."""
+    """CSV and text of a prediction and of a problem."""
     trained = structvit_jax.load_trained(str(run))
     path = str(sorted((root / "val").rglob("*.mp4"))[0])
     predictions = list(trained.predict([path, "no, such.mp4"]))
     best = predictions[0].best(2)
-    out = io.StringIO()
-    predict._csv(predictions, 2, out)
-    rows = list(csv.DictReader(io.StringIO(out.getvalue())))
-    assert [(row["path"], row["class"], float(row["probability"])) for row in rows[:2]] == [
+    lines = [predict._CSV_HEADER, *(predict._csv(prediction, 2) for prediction in predictions)]
+    *rows, problem = csv.DictReader(io.StringIO("\n".join(lines)))
+    assert [(row["path"], row["class"], float(row["probability"])) for row in rows] == [
         (path, *pair) for pair in best
     ]
-    assert (rows[2]["path"], rows[2]["problem"]) == ("no, such.mp4", "no such file")
-    out = io.StringIO()
-    predict._text(predictions, 2, out)
-    (name, share), (other, less) = best
-    expected = f"{path}: {name} {share:.3f}  {other} {less:.3f}\nno, such.mp4: no such file\n"
-    assert out.getvalue() == expected
+    assert (problem["path"], problem["problem"]) == ("no, such.mp4", "no such file")
+    (first, probability), (second, lower) = best
+    assert [predict._text(prediction, 2) for prediction in predictions] == [
+        f"{path}: {first} {probability:.3f}  {second} {lower:.3f}",
+        "no, such.mp4: no such file",
+    ]
 
 
 def test_long_videos_in_parts(run, tmp_path):
@@ -213,8 +212,7 @@ def test_notes_on_files_that_are_read_with_a_defect(run, tmp_path, capsys):
     (prediction,) = trained.predict([str(tmp_path / "bad.avi")])
     assert prediction.problem and not prediction.notes
     trained.config.data.max_replaced_frames = 0.2
-    found = list(predict._counting(trained.predict([str(tmp_path)]), {True: 0, False: 0}))
-    assert [prediction.problem for prediction in found] == ["", ""]
+    assert predict._print(trained.predict([str(tmp_path)]), predict._text, 1, None) == (2, 0)
     assert capsys.readouterr().err.splitlines() == [
         f"note: {tmp_path}/bad.avi: 1 frame could not be decoded, replaced by the nearest",
         "note: 1 clip has fewer than the 8 frames of a clip; frames are repeated",

@@ -1,6 +1,5 @@
 """Untrusted input: cards of checkpoints, cached code, files of a run, names, and output paths."""
 
-import io
 import json
 import os
 import stat
@@ -18,9 +17,7 @@ from structvit_jax.analysis.ablate.ablation import Ablation
 from structvit_jax.analysis.ablate.study import Study
 from structvit_jax.analysis.report.predictions import Predictions
 from structvit_jax.analysis.report.render import confusion_matrix
-from structvit_jax.cli import configuration, predict
-from structvit_jax.cli.configuration import suggest_key
-from structvit_jax.cli.options import split_words
+from structvit_jax.cli import predict
 from structvit_jax.config import check_config, default_config
 from structvit_jax.data import Problem
 from structvit_jax.inference.trained import Prediction
@@ -299,42 +296,6 @@ def test_compiled_programs_are_kept_in_private(tmp_path, monkeypatch, capsys):
 # Command lines
 
 
-def test_synonyms_name_existing_keys():
-    assert {*configuration._SYNONYMS.values()} <= {*KEYS}
-    assert suggest_key("zzzzz") == " structvit show --keys lists them."
-
-
-def test_the_last_value_of_a_key_counts():
-    given = ["--config.data.size=1", "x", "--config.data.frames", "2", "--config.data.size=3", "--top=1"]
-    words, others = split_words(given)
-    assert others == ["x", "--top=1"] and words.value("data.size", "") == "3"
-    config = default_config()
-    configuration.override(config, words.overrides)
-    assert (config.data.size, config.data.frames) == (3, 2)
-
-
-@pytest.mark.parametrize("word", ["--help", "-h"])
-def test_help_is_no_failure(word, capsys):
-    assert structvit("train", "--config=nowhere.py", word) == 0
-    assert "--config FILE[:ARGUMENT]" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("text", "phrase"),
-    [
-        ("def get_config(): raise RuntimeError('boom')", "file.py:1: RuntimeError: boom"),
-        ("x = 0\ndef get_config(): return int('a')", "file.py:2: ValueError: invalid literal"),
-        ("def get_config(): open('/no/file')", "file.py:1: FileNotFoundError"),
-        ("x = 1", "file.py has no function get_config()"),
-        ("def get_config(): pass", "get_config() has to return structvit_jax.config.default_config()"),
-    ],
-)
-def test_configuration_files_that_fail(text, phrase, refused, tmp_path):
-    path = tmp_path / "file.py"
-    path.write_text(text)
-    assert phrase in refused(f"--config={path}")
-
-
 @pytest.mark.parametrize(
     ("error", "line", "code"),
     [
@@ -387,11 +348,9 @@ def test_names_are_printed_as_one_plain_line():
     assert printable(f"a{RED}b\n\r\x9b\u202e\u2028é木") == r"a\x1b[31mred\x1b[0mb\n\r\x9b\u202e\u2028é木"
     scores = np.array([0.0, 1.0], np.float32)
     made = Prediction("x.mp4", "", ("plain", f"{RED}\u202e"), scores, scores, None)
-    for form in (predict._text, predict._jsonl, predict._csv):
-        form([made], 2, out := io.StringIO())
-        assert all(line.isprintable() for line in out.getvalue().splitlines())
-        if form is predict._jsonl:
-            assert json.loads(out.getvalue())["classes"] == [f"{RED}\u202e", "plain"]
+    for as_text in (predict._text, predict._jsonl, predict._csv):
+        assert all(line.isprintable() for line in as_text(made, 2).splitlines())
+    assert json.loads(predict._jsonl(made, 2))["classes"] == [f"{RED}\u202e", "plain"]
 
 
 # Files

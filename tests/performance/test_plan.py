@@ -10,7 +10,7 @@ from conftest import structvit
 
 from structvit_jax import cost, data
 from structvit_jax.cli.configuration import load_config
-from structvit_jax.cli.options import Words
+from structvit_jax.cli.options import ConfigArguments
 from structvit_jax.config import default_config, model_arguments
 from structvit_jax.ops.kernels import native
 from structvit_jax.performance import estimate, hardware, traffic
@@ -154,7 +154,7 @@ def test_topologies(command, tmp_path, topology, near):
 
 def test_traffic_of_the_default_model_stays_in_its_band():
     """The program of the default train step on a CPU. The figure has no noise; lower the band with it."""
-    config = load_config(Words("moving_digits"))
+    config = load_config(ConfigArguments("moving_digits", {}, ""))
     run = Learner.create(config, data.load(config.data, config.augment), make_mesh(1, 1, jax.devices()[:1]))
     moved = traffic.count(trace_train_step(run, run.abstract_state()).lower().compile().as_text())
     print(f"{moved.hbm / 64 / 1e6:.2f} MB per example")

@@ -1,18 +1,20 @@
-"""Kills runs, again and again, and compares how they end with runs that nobody killed.
+"""Kill runs at random moments, resume them, and compare their results with those of uninterrupted runs.
 
     python tests/tools/kills.py [--kills 50] [--signals 0] [--minutes 40] [--seed 0] [--layouts]
 
---kills: SIGKILL and SIGTERM, at random moments and during saves, in runs of one process and in either
-process of runs of two, half of the runs with data workers.
+--kills: number of SIGKILL and SIGTERM signals, at random moments and during saves, to runs of one process and
+to either process of runs of two. Half of the runs have data workers.
 
---signals: SIGTERM, SIGINT and SIGHUP to the process group of runs with data workers, during imports,
-start-up, compiling, steps, saves and evaluation. Each has to end the run with exit code 75 and one line.
+--signals: number of SIGTERM, SIGINT and SIGHUP signals to the process groups of runs with data workers,
+during imports, start-up, compilation, steps, saves and evaluation. Each must end the run with exit code 75
+and one line.
 
-After each, no process of the run may be alive, and nothing may be left in shared memory or the temporary
-folder. Every run is started again with the same command until it is complete, and has to end with the
-result.json (params_sha256 included) and the metrics.jsonl of an uninterrupted run. With --layouts runs of two
-processes are compared with one process, for every way to lay out eight devices, in their losses and, trained
-to the end, in their accuracy. Exits with 1 on any difference.
+--layouts: for every layout of eight devices, compare runs of two processes with runs of one process: their
+losses and, after training, their accuracies.
+
+After each signal, no process of the run may be alive, and nothing may be left in shared memory or the
+temporary folder. The same command is re-run until the run is complete. Then result.json (with params_sha256)
+and metrics.jsonl must equal those of an uninterrupted run. Exits with 1 on any difference.
 """
 
 import argparse
@@ -57,8 +59,8 @@ RUN = [
 ]
 FULL = ["--config=configs/digits.py", "--config.train.duration=12 epochs", "--config.eval.every="]
 LAYOUTS = (8, 1), (4, 2), (2, 4), (1, 8)
-PATIENCE = 90  # seconds for a process to end after another was killed, or itself was told to
-KINDS = [  # processes, signal, when; the more often a kind is listed, the more of it
+PATIENCE = 90  # seconds for a process to end after it got a signal, or after another process was killed
+KINDS = [  # number of processes, signal, when; kinds that are listed twice are twice as frequent
     (1, signal.SIGKILL, "at random"),
     (1, signal.SIGKILL, "at random"),
     (1, signal.SIGKILL, "in a save"),
@@ -72,11 +74,11 @@ KINDS = [  # processes, signal, when; the more often a kind is listed, the more 
 STAGES = ("imports", "start-up", "compiling", "steps", "a save", "evaluation")  # in the order of a run
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 SLOWLY = functools.partial(slowly, 0.05)
-LEFT = 10  # seconds for what a run leaves to go
+CLEANUP_SECONDS = 10  # for helper processes and files of a run to disappear after it has ended
 
 
 def start(folder, count, workdir, arguments=RUN, first=SLOWLY, layout=()):
-    """The processes of a run; `count` of them share eight devices, or one has one."""
+    """Start a run of one process with one device (eight for a layout), or of two with four devices each."""
     arguments = [*arguments, *layout, f"--workdir={workdir}"]
     if count == 2:
         return processes(folder, *arguments, first=(first, first))
@@ -84,8 +86,7 @@ def start(folder, count, workdir, arguments=RUN, first=SLOWLY, layout=()):
 
 
 class Traces:
-    """Finds what runs leave on the machine. They have a temporary folder of their own, which marks their
-    helpers as well."""
+    """Find what runs leave behind. They and their helpers are recognised by their own TMPDIR."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -94,50 +95,55 @@ class Traces:
         self.used = set()
 
     def before(self, run):
-        """Note what processes use before they get a signal: their names in shared memory."""
+        """Record the names in shared memory that a run uses, before it gets a signal."""
         pids = [str(command.process.pid) for command in run] + [pid for pid, _ in self._processes()]
         self.used = set().union(*map(mapped, pids))
 
     def left(self):
-        """What is left, in words, after waiting for it to go."""
-        deadline = time.monotonic() + LEFT
+        """Wait for the run to be cleaned up, and return descriptions of what is left."""
+        deadline = time.monotonic() + CLEANUP_SECONDS
         while (left := self._left()) and time.monotonic() < deadline:
             time.sleep(0.1)
         return left
 
     def _left(self):
-        left = [f"process {pid}: {words}" for pid, words in self._processes()]
+        left = [f"process {pid}: {command}" for pid, command in self._processes()]
         left += [f"temporary {path.name}" for path in self.folder.iterdir()]
         return left + [f"shared memory {name}" for name in self.used & set(os.listdir("/dev/shm"))]
 
     def _processes(self):
-        """Programs with this TMPDIR: workers, helpers. A `Command` has been forked and has another."""
+        """Yield pid and command line of the processes with this TMPDIR: data workers and their helpers.
+
+        A `Command` itself is a fork of a process with another TMPDIR.
+        """
         mark = f"TMPDIR={self.folder}".encode()
-        for place in Path("/proc").glob("[0-9]*"):
+        for process in Path("/proc").glob("[0-9]*"):
+            if process.name == str(os.getpid()):
+                continue
             with contextlib.suppress(OSError):
-                if mark in (place / "environ").read_bytes().split(b"\0") and place.name != str(os.getpid()):
-                    words = (place / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-                    if "forkserver" not in words and "resource_tracker" not in words:  # of this harness
-                        yield place.name, words
+                if mark in (process / "environ").read_bytes().split(b"\0"):
+                    command = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                    if "forkserver" not in command and "resource_tracker" not in command:  # of this harness
+                        yield process.name, command
 
 
 def mapped(pid):
-    """Names in /dev/shm that a process uses."""
+    """Return the names in /dev/shm that a process has mapped."""
     with contextlib.suppress(OSError):
         return set(re.findall(r" /dev/shm/(\S+)", Path(f"/proc/{pid}/maps").read_text()))
     return set()
 
 
 def grouped(slow):
-    """In a command: it leads a process group, and everything but imports takes its time."""
+    """For `first` of a command: lead a process group, and slow down everything but imports."""
     os.setpgid(0, 0)
     slowly(slow)
-    batches, run, digests = ConfiguredDataset.test_batches, Learner.create, commit.write_digests
+    batches, create, digests = ConfiguredDataset.test_batches, Learner.create, commit.write_digests
 
-    def prepare(*arguments, **options):
-        prepared = run(*arguments, **options)
+    def slow_create(*arguments, **options):
+        learner = create(*arguments, **options)
         time.sleep(slow)
-        return prepared
+        return learner
 
     def test_batches(self, *arguments, **options):
         for batch in batches(self, *arguments, **options):
@@ -150,12 +156,12 @@ def grouped(slow):
         time.sleep(5 * slow)
         digests(folder)
 
-    ConfiguredDataset.test_batches, Learner.create = test_batches, prepare
+    ConfiguredDataset.test_batches, Learner.create = test_batches, slow_create
     commit.write_digests = write_digests
 
 
 class Imports:
-    """The command as a user starts it, of which the imports are of interest; as a `Command`."""
+    """A command in a new interpreter, to send a signal during its imports; has the interface of `Command`."""
 
     def __init__(self, folder, *arguments):
         self.folder = folder
@@ -174,7 +180,7 @@ class Imports:
 
     @property
     def listening(self):
-        """Whether it has begun to listen to signals, which is the first that it does."""
+        """Whether its thread that listens to signals runs, which is the first thing that it starts."""
         return len(os.listdir(f"/proc/{self.process.pid}/task")) > 1
 
     @property
@@ -185,7 +191,7 @@ class Imports:
         return self.process.wait(seconds)
 
 
-# What a run prints when it is in a stage.
+# Text that a run prints at the beginning of a stage.
 SIGNS = {
     "start-up": "devices:",
     "compiling": "compiling",
@@ -196,14 +202,14 @@ SIGNS = {
 
 
 def reached(run, stage):
-    """Whether a run is in a stage."""
+    """Return whether a run has reached a stage."""
     if stage == "imports":
         return run.listening
     return SIGNS[stage] in run.stdout
 
 
 class GroupSignals:
-    """Runs with data workers whose process groups get signals, one in each stage, until all are complete."""
+    """Send a signal to the process group of a run with data workers in each stage, and resume the run."""
 
     def __init__(self, folder, count, seed, arguments=RUN, reference=None, slow=0.1, stages=STAGES):
         self.folder, self.count, self.chance = folder, count, random.Random(seed)
@@ -266,7 +272,7 @@ class GroupSignals:
 
 
 def wait(run, seconds=None):
-    """Exit codes; None of a process that did not end and was killed for that."""
+    """Return the exit codes of a run; None for a process that did not end in time and was killed."""
     deadline = time.monotonic() + (seconds or 1200)
     for command in run:
         command.process.join(max(0.0, deadline - time.monotonic()))
@@ -278,11 +284,11 @@ def wait(run, seconds=None):
 
 
 def kill(run, workdir, number, when, chance, traces):
-    """Sends a signal to one of a run's processes; returns which, or None if the run was complete before."""
+    """Send a signal to a process of a run; return its number, or None if the run was complete before."""
     victim = chance.randrange(len(run))
     phase, delay = chance.choice(("devices:", "compiled in", "compiled in")), chance.uniform(0, 2.5)
 
-    def saving():  # what an earlier kill left is gone when this run compiles
+    def saving():  # the remains of an earlier kill are removed before the run compiles
         saves = workdir.glob("checkpoints/*.orbax-checkpoint-tmp*")
         return "compiled in" in run[0].stdout and any(saves)
 
@@ -302,18 +308,20 @@ def kill(run, workdir, number, when, chance, traces):
 
 
 def outcome(workdir):
-    """What has to be equal, by file."""
+    """Return the contents that must be equal, by file."""
     return {name: (workdir / name).read_bytes() for name in ("result.json", "metrics.jsonl")}
 
 
 def expected(codes, number, victim):
-    """Whether the processes ended as they should: a run may also have been complete, or not yet listening."""
+    """Return whether the exit codes are right. The run may have been complete, or not yet listening."""
     if number == signal.SIGTERM:
         return set(codes) in ({75}, {0}, {-signal.SIGTERM})
     return all(code == (-number if i == victim else 75) for i, code in enumerate(codes))
 
 
-class Harness:
+class RandomKills:
+    """Kill processes of runs at random moments, resume the runs, and check their results."""
+
     def __init__(self, folder, kills, minutes, seed):
         self.folder, self.kills, self.chance = folder, kills, random.Random(seed)
         self.traces = Traces(folder / "temporary")
@@ -327,7 +335,7 @@ class Harness:
         print(f"PROBLEM: {text}", flush=True)
 
     def reference(self, count):
-        """How an uninterrupted run of so many processes ends."""
+        """Return the outcome of an uninterrupted run of `count` processes."""
         if count not in self.references:
             workdir = self.folder / f"reference-{count}"
             run = start(self.folder / "output", count, workdir)
@@ -348,7 +356,7 @@ class Harness:
         self.report(number)
 
     def one_run(self, number):
-        """One run from nothing to its end, killed a few times on the way."""
+        """Start a run, kill and resume it a few times, complete it, and check the result."""
         count, workers = self.chance.choice(KINDS)[0], self.chance.choice((0, 2))
         arguments = [*RUN, f"--config.data.workers={workers}"]
         kinds = [kind for kind in KINDS if kind[0] == count]
@@ -405,7 +413,7 @@ def describe(kind):
 
 
 def compare_layouts(folder):
-    """What differs between one process and two, a line each."""
+    """Compare one process with two for all layouts, and return a line for each difference."""
     problems = []
     for split, fsdp in LAYOUTS:
         layout = [f"--config.mesh.data={split}", f"--config.mesh.fsdp={fsdp}"]
@@ -444,7 +452,7 @@ def main():
         print(f"seed {options.seed}", flush=True)
         problems = []
         if options.kills:
-            harness = Harness(Path(folder) / "kills", options.kills, options.minutes, options.seed)
+            harness = RandomKills(Path(folder) / "kills", options.kills, options.minutes, options.seed)
             harness.run()
             problems += harness.problems
         if options.signals:

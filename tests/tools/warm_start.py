@@ -1,26 +1,27 @@
-"""Does a StructViT that starts from a UniFormer come to use its patterns, and at what price?
+"""Does a StructViT that starts from a UniFormer learn distinct structure kernels, and at what cost?
 
     python tests/tools/warm_start.py [--seeds 3] [--steps 100] [--folder DIR]
 
-For every seed a tiny UniFormer is trained on moving digits, and from its weights three StructViTs with D = 4:
+For every seed, train a tiny UniFormer on moving digits and, from its weights, three StructViTs with D = 4:
 with kernels that start as plain attention and noise that sets them apart ("delta"), the same without noise,
-and with new kernels ("fresh"). Printed are accuracies and, before and after, the mean cosine between what the
-patterns of a layer have learned (pattern - delta) and the effective rank of the dynamic kernels kappa over
-positions. Exits with 1 if "delta" is worse than "fresh" by more than one standard deviation, or its cosine
-is not below 0.9.
+and with fresh kernels ("fresh"). Print accuracies and, before and after training, the mean cosine between the
+learned parts of the D kernels of a layer (kernel - delta) and the mean effective rank of the dynamic kernels
+kappa over positions. Exit with 1 if "delta" is worse than "fresh" by more than one standard deviation, or if
+its cosine is not below 0.9.
 """
 
 import argparse
 import json
+import logging
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 
 from structvit_jax import convert, data, ops
 from structvit_jax.config import model_arguments
@@ -33,7 +34,7 @@ from structvit_jax.training.step import normalize
 
 ROOT = Path(__file__).parent.parent.parent
 MODEL = "--config.model.name=structvit_tiny_4_1_video"
-WAYS = {
+STARTS = {
     "delta": [MODEL],
     "delta, no noise": [MODEL, "--config.init.noise=0"],
     "fresh": [MODEL, "--config.init.kernels=fresh"],
@@ -41,7 +42,7 @@ WAYS = {
 
 
 def train(workdir, *arguments):
-    """Runs the main command; returns the accuracy."""
+    """Train moving digits in a workdir and return the top-1 accuracy."""
     command = [sys.executable, "-m", "structvit_jax.main", "--config=configs/moving_digits.py"]
     done = subprocess.run(
         [*command, *arguments, f"--workdir={workdir}"], cwd=ROOT, capture_output=True, text=True
@@ -52,38 +53,37 @@ def train(workdir, *arguments):
 
 
 def cosine(arrays):
-    """Mean cosine between the D differences from delta of each head, over pairs, heads, layers and kernels;
-    NaN where nothing was learned."""
-    found = []
+    """Return the mean cosine between the D kernels of a head minus delta, over pairs, heads and layers.
+
+    It is NaN if nothing was learned.
+    """
+    means = []
     for name, array in arrays.items():
         if name.endswith("_kernels"):
             centre = tuple((k - 1) // 2 for k in array.shape[:-3])
             apart = np.array(array)
             apart[centre] -= 1
-            *_, heads, _, patterns = apart.shape
-            rows = np.moveaxis(apart.reshape(-1, *apart.shape[-3:]), 1, 0).reshape(heads, -1, patterns)
+            *_, heads, _, dim = apart.shape
+            rows = np.moveaxis(apart.reshape(-1, *apart.shape[-3:]), 1, 0).reshape(heads, -1, dim)
             with np.errstate(invalid="ignore"):
                 unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
             products = np.einsum("hmd,hme->hde", unit, unit)
-            found.append(products[:, ~np.eye(patterns, dtype=bool)].mean())
-    return float(np.mean(found))
+            means.append(products[:, ~np.eye(dim, dtype=bool)].mean())
+    return float(np.mean(means))
 
 
-def rank(model, clips, queries=8):
-    """Mean effective rank of kappa over positions, at a few queries of every layer."""
-    seen, call = [], StructAttention.__call__
+def mean_rank(model, clips, queries=8):
+    """Return the mean effective rank of kappa over positions, at a few queries of every layer."""
+    inputs, call = [], StructAttention.__call__
 
-    def recording(layer, x):
-        seen.append((layer, x))
+    def record(layer, x):
+        inputs.append((layer, x))
         return call(layer, x)
 
-    StructAttention.__call__ = recording
-    try:
+    with mock.patch.object(StructAttention, "__call__", record):
         model(clips)
-    finally:
-        StructAttention.__call__ = call
     ranks = []
-    for layer, x in seen:
+    for layer, x in inputs:
         positions = int(np.prod(x.shape[1:-1]))
         kappa = layer.maps(x, np.linspace(0, positions - 1, queries).astype(int)).kappa
         axes = model.variant.grid_axes
@@ -93,8 +93,8 @@ def rank(model, clips, queries=8):
     return float(np.mean(ranks))
 
 
-def look(workdir, fitted_from=None):
-    """(cosine, effective rank) of a run's model; of the one that it started as, fitted from another run."""
+def measure(workdir, initial=None):
+    """Return the cosine and the effective rank of a run's model, or of the model that `initial` gives it."""
     mesh = make_mesh(1, 1, jax.devices()[:1])
     with open_checkpoint(str(workdir)) as (checkpoints, step):
         card = checkpoints.card(step)
@@ -103,14 +103,14 @@ def look(workdir, fitted_from=None):
     seed, classes = config.train.seed, len(card["class_names"])
     model = create_model(**model_arguments(config), num_classes=classes, seed=seed)
     own = weights.split(model)[1]
-    if fitted_from:
+    if initial:
         rules = convert.Rules(**config.init, seed=seed)
-        source = find_weights(str(fitted_from), mesh)
+        source = find_weights(str(initial), mesh)
         fresh = own.params | own.batch_stats
         arrays = convert.adapt(source, fresh, model.variant, tuple(card["class_names"]), rules).arrays
     weights.update(model, weights.cast_like(own, arrays))
     clips = next(data.load(config.data, config.augment).test_batches(8))["inputs"][:, 0]
-    return cosine(arrays), rank(model, normalize(jnp.asarray(clips), config))
+    return cosine(arrays), mean_rank(model, normalize(jnp.asarray(clips), config))
 
 
 def main():
@@ -121,25 +121,25 @@ def main():
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--folder", type=Path)
     options = parser.parse_args()
-    logging.set_verbosity(logging.FATAL)  # Orbax's words
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # messages of Orbax
     folder = options.folder or Path(tempfile.mkdtemp(prefix="warm_start"))
-    top1 = {way: [] for way in WAYS}
-    after = {way: [] for way in WAYS}
+    top1 = {start: [] for start in STARTS}
+    after = {start: [] for start in STARTS}
     print(f"{'seed':4s}  {'start':16s} {'top1':>7s} {'cosine':>15s} {'rank of kappa':>15s}")
     for seed in range(options.seeds):
         common = [f"--config.train.seed={seed}", "--config.checkpoint.every="]
         source = folder / f"uniformer{seed}"
-        found = train(source, "--config.model.name=uniformer_tiny_video", *common)
-        print(f"{seed:4d}  {'the UniFormer':16s} {found:7.4f}")
-        for way, arguments in WAYS.items():
-            workdir = folder / f"{way.replace(', ', '_').replace(' ', '_')}{seed}"
+        accuracy = train(source, "--config.model.name=uniformer_tiny_video", *common)
+        print(f"{seed:4d}  {'the UniFormer':16s} {accuracy:7.4f}")
+        for start, arguments in STARTS.items():
+            workdir = folder / f"{start.replace(', ', '_').replace(' ', '_')}{seed}"
             tuned = [*arguments, *common, f"--config.init_from={source}", "--config.optimizer.warmup=0 steps"]
             tuned += [f"--config.train.duration={options.steps} steps", "--config.optimizer.lr=1e-3"]
-            top1[way].append(train(workdir, *tuned))
-            (c0, r0), (c1, r1) = look(workdir, source), look(workdir)
-            after[way].append(c1)
+            top1[start].append(train(workdir, *tuned))
+            (c0, r0), (c1, r1) = measure(workdir, source), measure(workdir)
+            after[start].append(c1)
             print(
-                f"{seed:4d}  {way:16s} {top1[way][-1]:7.4f} {c0:7.3f} {c1:7.3f} {r0:7.3f} {r1:7.3f}",
+                f"{seed:4d}  {start:16s} {top1[start][-1]:7.4f} {c0:7.3f} {c1:7.3f} {r0:7.3f} {r1:7.3f}",
                 flush=True,
             )
     worse = np.mean(top1["fresh"]) - np.mean(top1["delta"])

@@ -142,7 +142,7 @@ def test_token_labelling_from_teacher_to_student(digits, command, tmp_path):
         f"--workdir={tmp_path / 'student'}",
     ]
     process = command(*student, *labelled)
-    assert process.returncode == 2 and "set --config.model.token_labels as well" in process.stderr
+    assert process.returncode == 2 and "set --config.model.token_labels=true as well" in process.stderr
     labelled.append("--config.model.token_labels=True")
     process = command(*student, *labelled, "--config.augment.mixup=0.8")
     assert process.returncode == 2 and "mixup and cutmix do not mix maps" in process.stderr
@@ -249,4 +249,4 @@ def test_a_recipe_asks_for_its_initial_weights(command, tmp_path):
         f"--workdir={tmp_path / 'run'}",
     )
     assert process.returncode == 2
-    assert "this recipe starts from ImageNet weights; name a run" in process.stderr
+    assert "this recipe starts from trained weights: name a run" in process.stderr

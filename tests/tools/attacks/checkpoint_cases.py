@@ -123,7 +123,7 @@ _CARDS: tuple[tuple[str, Any, tuple[int, ...]], ...] = (
     ("config.mesh.heartbeat", -1, (0, 2)),
     ("config.mesh.compilation_cache", 5, (0, 2)),
     ("config.init_from", "/etc/passwd", (0, 2)),
-    ("config.model.scan_blocks", True, (0, 2)),
+    ("config.model.nonsense", True, (0, 2)),
     ("config.bench", {"only": ""}, (0, 2)),
     ("config.profile", "0:1", (0, 2)),
     ("config.topologies", ["v5e:2x4"], (0, 2)),

@@ -23,7 +23,8 @@ _APPENDED = {
     "option of Python": "-x",
 }
 _IGNORED = {"unfinished flag": (0, 2)}
-_NO_ARGUMENTS = ("motion", "bench input")  # run without arguments, too
+_NO_ARGUMENTS = ("motion", "bench input", "check")  # run without arguments, too
+_SLOW = ("check",)  # compiles every kernel
 
 # Values of options that are refused; those with other exit codes are in the second table.
 _BAD_VALUES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
@@ -47,8 +48,6 @@ _BAD_VALUES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "--config..": ("1",),
         "--config.train.": ("1",),
         "--config.__class__": ("1",),
-        "--noconfig.train.seed": ("1",),
-        "--noconfig": ("", "x"),
         "--config": ("", "x.py", LONG, "<here>", "nonsense", "moving-digits", "configs/digits.txt"),
         "--data": ("1",),
     },
@@ -70,6 +69,7 @@ _BAD_VALUES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "--animate": ("", "png", "MP4"),
         "--smooth": ("1", "false"),
     },
+    "check": {"--device": ("", "nonsense", "CPU", "gpu", "tpu")},
     "evaluate": {"--config": ("digits",), "--config.eval.batch_size": ("0", "x")},
     "export": {"--platforms": ("nonsense", "cpu,nonsense", ",")},
     "report": {"--hardest": ("-1", "x", "1.5")},
@@ -153,15 +153,15 @@ _STRUCTVIT: dict[str, tuple[tuple[str, ...], tuple[int, ...], str]] = {
     "short help": (("-h",), (0,), "Commands:"),
     "version": (("--version",), (0,), "structvit_jax "),
     "nothing": ((), (0,), "Commands:"),
-    "empty word": (("",), (2,), "error: unknown command ''"),
-    "not UTF-8": (("\udcff",), (2,), "error: unknown command"),
-    "long word": ((LONG,), (2,), "error: unknown command"),
-    "escapes": (("\x1b[31mtrain",), (2,), "error: unknown command"),
+    "empty word": (("",), (2,), "error: No such command ''"),
+    "not UTF-8": (("\udcff",), (2,), "error: No such command"),
+    "long word": ((LONG,), (2,), "error: No such command"),
+    "escapes": (("\x1b[31mtrain",), (2,), "error: No such command"),
     "misspelt command": (("trian",), (2,), "Did you mean 'train'?"),
     "command in capitals": (("Train",), (2,), "Did you mean 'train'?"),
-    "old module": (("structvit_jax.predict",), (2,), "error: unknown command"),
-    "module path": (("../train",), (2,), "error: unknown command"),
-    "private module": (("configuration",), (2,), "error: unknown command"),
+    "old module": (("structvit_jax.predict",), (2,), "error: No such command"),
+    "module path": (("../train",), (2,), "error: No such command"),
+    "private module": (("configuration",), (2,), "error: No such command"),
     "option first": (("--config=digits", "train"), (2,), "error: "),
     "unknown option": (("--nonsense",), (2,), "error: "),
     "unfinished": (("--",), (0, 2), ""),
@@ -170,7 +170,7 @@ _STRUCTVIT: dict[str, tuple[tuple[str, ...], tuple[int, ...], str]] = {
     "prepare, nothing": (("prepare",), (0,), "kinetics400"),
     "bench, nothing": (("bench",), (0,), "model"),
     "bench, misspelt": (("bench", "imput"), (2,), "Did you mean 'input'?"),
-    "prepare, empty word": (("prepare", ""), (2,), "error: unknown command ''"),
+    "prepare, empty word": (("prepare", ""), (2,), "error: No such command ''"),
     "option with dashes": (
         ("prepare", "folder", "<images>", "--check", "--train-split=nonsense"),
         (2,),
@@ -215,29 +215,35 @@ _COMPLETIONS = (
 
 def cases() -> Iterator[Case]:
     for command, right in COMMANDS.items():
-        yield case("as documented", command, command, *right, codes=(0,))
+        seconds = 600 if command in _SLOW else 60
+        yield case("as documented", command, command, *right, codes=(0,), seconds=seconds)
         yield _case(f"{command}: help", command, "--help", codes=(0,))
         if command not in _NO_ARGUMENTS:
             yield _case(f"{command}: nothing", command)
-        for name, word in _APPENDED.items():
-            codes = _IGNORED.get(name, (2,))
-            yield _case(f"{command}: {name}", command, *right, word, codes=codes)
+        for name, argument in _APPENDED.items():
+            if not (command in _SLOW and name in _IGNORED):
+                yield _case(f"{command}: {name}", command, *right, argument, codes=_IGNORED.get(name, (2,)))
     for command, flags in _BAD_VALUES.items():
         for flag, values in flags.items():
             yield from (_value(command, flag, value, (2,)) for value in values)
     for command, flag, values, codes in _OTHER_VALUES:
         yield from (_value(command, flag, value, codes) for value in values)
     yield from _videos()
-    for name, (words, codes, text) in _STRUCTVIT.items():
+    for name, (arguments, codes, text) in _STRUCTVIT.items():
         yield Case(
-            "flags", f"structvit: {name}", "structvit_jax", words, codes, check=functools.partial(_has, text)
+            "flags",
+            f"structvit: {name}",
+            "structvit_jax",
+            arguments,
+            codes,
+            check=functools.partial(_has, text),
         )
     yield from _completions()
 
 
 def _value(command: str, flag: str, value: str, codes: tuple[int, ...]) -> Case:
     """Return a case with a value of an option in the place of the valid one."""
-    others = (word for word in COMMANDS[command] if not word.startswith(f"{flag}="))
+    others = (argument for argument in COMMANDS[command] if not argument.startswith(f"{flag}="))
     name = f"{command}: {flag}={short(value)}"
     return _case(name, command, *others, f"{flag}={value}", codes=codes)
 
@@ -250,18 +256,18 @@ def _videos() -> Iterator[Case]:
         yield _case(name, "predict", run, CLIP, f"--every={value}", codes=codes)
     for number in ("99", "-1", "x", "", NINES, "\u00b2", "1e3"):
         for command in ("predict", "explain"):
-            words = (run, f"test:{number}", *(["--out=<here>/out"] * (command == "explain")))
-            yield _case(f"{command}: test:{short(number)}", command, *words)
+            arguments = (run, f"test:{number}", *(["--out=<here>/out"] * (command == "explain")))
+            yield _case(f"{command}: test:{short(number)}", command, *arguments)
 
 
 def _completions() -> Iterator[Case]:
-    for kind, words, position, codes, text in _COMPLETIONS:
+    for kind, arguments, position, codes, text in _COMPLETIONS:
         yield Case(
             "flags",
-            f"structvit: completion {kind} of {words} at {position}",
+            f"structvit: completion {kind} of {arguments} at {position}",
             "structvit_jax",
             codes=codes,
-            environment={"_STRUCTVIT_COMPLETE": kind, "COMP_WORDS": words, "COMP_CWORD": position},
+            environment={"_STRUCTVIT_COMPLETE": kind, "COMP_WORDS": arguments, "COMP_CWORD": position},
             check=functools.partial(_has, text),
         )
 

@@ -33,6 +33,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "ablate": (DIGITS, *ARMS, "--seeds=1", "--workdir=<here>/out"),
     "bench input": (f"--video={CLIP}", f"--image={IMAGE}", "--clips=2"),
     "plan --program": ("--program=<root>/tests/fixtures/programs/scanned.txt",),
+    "check": ("--device=cpu",),
     "motion": ("<here>/out.png", "--clips=8"),
 }
 _MODULES = {"main": "structvit_jax.main", "motion": "motion"}  # all others are subcommands of structvit

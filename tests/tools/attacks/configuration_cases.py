@@ -97,16 +97,16 @@ def cases() -> Iterator[Case]:
                 prepare=_odd_files,
                 seconds=20,
             )
-        for words in (("--config=",), ("--config",), ("--config=:x",), ("--config=<here>/c.py:x",), ()):
-            yield _case(f"{command}: {' '.join(words) or 'none'}", command, *words, *more)
+        for arguments in (("--config=",), ("--config",), ("--config=:x",), ("--config=<here>/c.py:x",), ()):
+            yield _case(f"{command}: {' '.join(arguments) or 'none'}", command, *arguments, *more)
     yield from _studies()
 
 
 def _studies() -> Iterator[Case]:
     for name, study in _STUDIES.items():
         content = f"{_BEGIN}return default_config()\n\nSTUDY = {study}\n"
-        words = ("--config=<here>/c.py", "--workdir=<here>/run")
-        yield _case(f"ablate: STUDY is {name}", "ablate", *words, prepare=text("c.py", content))
+        arguments = ("--config=<here>/c.py", "--workdir=<here>/run")
+        yield _case(f"ablate: STUDY is {name}", "ablate", *arguments, prepare=text("c.py", content))
 
 
 def _odd_files(here: Path, chance: random.Random) -> None:

@@ -132,8 +132,8 @@ def _users() -> Iterator[Case]:
         "features": ("predict", *_PREDICT, "--features={}/x"),
         "evaluate": ("evaluate", "<image_run>", "--out={}/x"),
     }
-    for name, (command, *words) in places.items():
-        filled = [word.replace("{}", "<here>/closed") for word in words]
+    for name, (command, *arguments) in places.items():
+        filled = [argument.replace("{}", "<here>/closed") for argument in arguments]
         yield _case(
             f"{name} into a folder that is closed",
             command,

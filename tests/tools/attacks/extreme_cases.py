@@ -144,13 +144,13 @@ def cases() -> Iterator[Case]:
     for changes, codes in _EXTREMES:
         name = short(" ".join(changes))
         yield _train(name, *(f"--config.{change}" for change in changes), codes=codes)
-    for command, words, codes in _OPTIONS:
+    for command, arguments, codes in _OPTIONS:
         yield _case(
-            f"{command} {short(' '.join(words))}",
+            f"{command} {short(' '.join(arguments))}",
             command,
             DIGITS,
             "--workdir=<here>/run",
-            *words,
+            *arguments,
             codes=codes,
         )
     twice = [f"--config.data.mean=({n},{n},{n})" for n in (0.1, 0.2)]

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Iterator
-from typing import Any
-
-import ml_collections
 
 from attacks.case import Case
 from attacks.commands import DIGITS, case, short
 
-# Values by the type of the default; each key gets the next one of both tables. The first are refused, the
-# second may be accepted.
+# Values by the type of the default. Each key is tested with the next value of both tables: one that must be
+# refused, and one that may be accepted.
 _REFUSED = {
     int: ("x", "", "1.5", "nan", "1e39", "None", "(1,)"),
     float: ("x", "", "None", "(1,)"),
@@ -27,28 +25,14 @@ _ODD = {
     tuple: ("()", "(nan,)", "('x',)", "(1e39,1e39)", "(None,)"),
     type(None): ("x", "-1", "nan", "(1,)"),
 }
-_TABLES = (("refused", _REFUSED), ("odd", _ODD))
 
 
 def cases() -> Iterator[Case]:
-    from structvit_jax.config import default_config
+    from structvit_jax.config import default_config, keys_of
 
-    turns = {(name, kind): itertools.cycle(words) for name, table in _TABLES for kind, words in table.items()}
-    for key, value in _leaves(default_config()):
-        for name, _ in _TABLES:
-            if words := turns.get((name, type(value))):
-                word = next(words)
-                # The second row may be accepted, and so may a single word for an empty tuple.
-                codes = (0, 2) if name == "odd" or value == () else (2,)
-                name = short(f"{key}={word}")
-                yield case("keys", name, "show", DIGITS, f"--config.{key}={word}", codes=codes)
-
-
-def _leaves(section: ml_collections.ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield every key, as "data.size", with its default."""
-    for key in sorted(section.keys()):
-        value = section[key]
-        if isinstance(value, ml_collections.ConfigDict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+    tables = [{kind: itertools.cycle(texts) for kind, texts in table.items()} for table in (_REFUSED, _ODD)]
+    for key, default in sorted(keys_of(default_config()), key=operator.itemgetter(0)):
+        for table, codes in zip(tables, ((2,), (0, 2)), strict=True):
+            if texts := table.get(type(default)):
+                change = f"{key}={next(texts)}"
+                yield case("keys", short(change), "show", DIGITS, f"--config.{change}", codes=codes)

@@ -69,36 +69,35 @@ _FILES = ("export", "report", "motion", "convert to a file")  # whose output is 
 
 
 def cases() -> Iterator[Case]:
-    for command, words in _TAKE_CHECKPOINT.items():
+    for command, arguments in _TAKE_CHECKPOINT.items():
         for place in _NO_CHECKPOINT:
             if place or command != "train":  # whose config.init_from="" is valid
-                filled = [word.replace("{}", place) for word in words]
+                filled = [argument.replace("{}", place) for argument in arguments]
                 yield _case(f"{command} of {short(place)}", command, *filled)
         for place in _REMOTE:
-            filled = [word.replace("{}", place) for word in words]
+            filled = [argument.replace("{}", place) for argument in arguments]
             name = f"{command} of {place}"
             yield _case(name, command, *filled, codes=(2, 75), first=_impatient)
-    for name, (command, *words) in _WRITE.items():
+    for name, (command, *arguments) in _WRITE.items():
         codes = (0, 2) if name in _WRITES_NOTHING else (2,)
         remote = (0, 2, 75) if name in _WRITES_NOTHING else (2, 75)
         places = [*_UNWRITABLE, *(["<here>/folder"] * (name in _FILES))]
         for place in places:
-            filled = [word.replace("{}", place) for word in words]
+            filled = [argument.replace("{}", place) for argument in arguments]
             yield _case(f"{name} to {short(place)}", command, *filled, codes=codes, prepare=_file)
         for place in _REMOTE:
-            filled = [word.replace("{}", place) for word in words]
+            filled = [argument.replace("{}", place) for argument in arguments]
             yield _case(f"{name} to {place}", command, *filled, codes=remote, first=_impatient)
-        if name in _FILES and hasattr(os, "geteuid") and os.geteuid() == 0:
-            filled = [word.replace("{}", "<here>/null").removesuffix(".safetensors") for word in words]
-            if name != "convert to a file":
-                yield _case(
-                    f"{name} to a device",
-                    command,
-                    *filled,
-                    codes=(0, 2),
-                    prepare=_device,
-                    check=_still_a_device,
-                )
+        if name in ("export", "report", "motion") and os.geteuid() == 0:
+            filled = [argument.replace("{}", "<here>/null") for argument in arguments]
+            yield _case(
+                f"{name} to a device",
+                command,
+                *filled,
+                codes=(0, 2),
+                prepare=_device,
+                check=_still_a_device,
+            )
 
 
 def _file(here: Path, chance: random.Random) -> None:

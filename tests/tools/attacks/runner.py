@@ -85,7 +85,7 @@ class Runner:
             shutil.copytree(self._sandbox.path(part), here / part, symlinks=True)
         if case.prepare:
             case.prepare(here, random.Random(f"{self._seed}:{case}"))
-        arguments = tuple(self._sandbox.fill(word, here) for word in case.arguments)
+        arguments = tuple(self._sandbox.fill(argument, here) for argument in case.arguments)
         environment = self._sandbox.environment(here)
         for key, value in case.environment.items():
             environment.pop(key, None)

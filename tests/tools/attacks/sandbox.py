@@ -155,9 +155,9 @@ def needed(texts: list[str]) -> list[str]:
     def visit(text: str) -> None:
         for name in re.findall("<([a-z_]+)>", text):
             if name in PARTS and name not in found:
-                for word in PARTS[name].arguments:
-                    if word != f"<{name}>" and not word.endswith(f"=<{name}>"):
-                        visit(word)
+                for argument in PARTS[name].arguments:
+                    if argument != f"<{name}>" and not argument.endswith(f"=<{name}>"):
+                        visit(argument)
                 found.append(name)
 
     for text in texts:

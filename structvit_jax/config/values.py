@@ -1,8 +1,10 @@
-"""Durations of a configuration, as "90 epochs", in training steps."""
+"""Text values of a configuration: durations, as "90 epochs", and lists of patterns."""
 
 from __future__ import annotations
 
+import fnmatch
 import re
+from collections.abc import Collection
 from typing import NamedTuple
 
 import ml_collections
@@ -28,10 +30,10 @@ def durations(config: ml_collections.ConfigDict, rows_per_epoch: int) -> Duratio
 
     Args:
       config: see `structvit_jax.config.KEYS`.
-      rows_per_epoch: rows of all batches of an epoch; copies of an example are rows, too.
+      rows_per_epoch: rows of all batches of an epoch; repeated examples count.
 
     Raises:
-      UserError: a malformed duration, a run of no steps, or a warm-up or cool-down longer than the run.
+      UserError: a malformed duration, a run without steps, or a warm-up or cool-down longer than the run.
     """
 
     def steps(key: str) -> int:
@@ -60,9 +62,9 @@ def durations(config: ml_collections.ConfigDict, rows_per_epoch: int) -> Duratio
 
 
 def steps_in(duration: str, key: str, batch_size: int, rows_per_epoch: int) -> int:
-    """Return the steps in "N steps", "N epochs" or "N examples", rounded; "" is 0.
+    """Return the number of steps in "N steps", "N epochs" or "N examples", rounded; "" is 0.
 
-    A duration above zero has at least one step. An example is a row of a batch, so copies
+    A duration above zero has at least one step. Examples are rows of batches, so repeated ones
     (config.augment.repeated_augmentation) count.
 
     Raises:
@@ -78,3 +80,25 @@ def steps_in(duration: str, key: str, batch_size: int, rows_per_epoch: int) -> i
     if not number * per_unit < 2**31:
         raise UserError(f"{key} is {short(duration)}; it takes fewer than 2**31 steps")
     return max(round(number * per_unit), 1 if number else 0)
+
+
+def matching(patterns: str, names: Collection[str], complaint: str) -> set[str]:
+    """Return the names that comma-separated shell patterns select, as in config.optimizer.freeze.
+
+    Later patterns win. A pattern that starts with "!" deselects.
+
+    Args:
+      patterns: as "blocks1.*,!*.bias".
+      names: to select from.
+      complaint: error message for a pattern that matches nothing; "{}" in it stands for the pattern.
+
+    Raises:
+      UserError: a pattern that matches nothing.
+    """
+    chosen: set[str] = set()
+    for pattern in filter(None, map(str.strip, patterns.split(","))):
+        matched = set(fnmatch.filter(names, pattern.removeprefix("!")))
+        if not matched:
+            raise UserError(complaint.format(repr(pattern)))
+        chosen = chosen - matched if pattern.startswith("!") else chosen | matched
+    return chosen
