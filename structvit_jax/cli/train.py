@@ -43,9 +43,9 @@ def train(words: Words, workdir: str | None, profile: str = "") -> None:
 def evaluate(words: Words, workdir: str | None) -> None:
     """Evaluate the newest checkpoint of a workdir with the configuration of a command line."""
     with _experiment(words, workdir, stoppable=False) as opened:
-        from structvit_jax.training import loop
+        from structvit_jax.training import evaluation
 
-        loop.evaluate(opened.config, opened.workdir, opened.workdir, opened.dataset)
+        evaluation.evaluate_checkpoint(opened.config, opened.workdir, opened.workdir, opened.dataset)
 
 
 @contextlib.contextmanager

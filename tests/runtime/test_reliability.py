@@ -263,7 +263,7 @@ def test_events_that_cannot_be_written_raise(tmp_path):
     try:
         with pytest.raises(OSError, match="File too large"):
             for number in range(100):
-                board.add("train", {"step": number, "loss": 1.0})
+                board.add("train", number, {"loss": 1.0})
                 board.write()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -35,7 +35,7 @@ import numpy as np
 from conftest import CONFIG, ROOT, Command, devices, processes, records, slowly
 
 from structvit_jax.data.dataset import ConfiguredDataset
-from structvit_jax.training import commit
+from structvit_jax.training import checkpoint
 from structvit_jax.training.learner import Learner
 
 # BatchNorm, stochastic depth, and a save every few steps.
@@ -132,7 +132,7 @@ def grouped(slow):
     """In a command: it leads a process group, and everything but imports takes its time."""
     os.setpgid(0, 0)
     slowly(slow)
-    batches, run, digests = ConfiguredDataset.test_batches, Learner.create, commit.write_digests
+    batches, run, digests = ConfiguredDataset.test_batches, Learner.create, checkpoint.write_digests
 
     def prepare(*arguments, **options):
         prepared = run(*arguments, **options)
@@ -151,7 +151,7 @@ def grouped(slow):
         digests(folder)
 
     ConfiguredDataset.test_batches, Learner.create = test_batches, prepare
-    commit.write_digests = write_digests
+    checkpoint.write_digests = write_digests
 
 
 class Imports:

@@ -7,7 +7,7 @@ import pytest
 
 from structvit_jax import create_model
 from structvit_jax.data import augment
-from structvit_jax.training import token_labels
+from structvit_jax.training import losses, mixing
 
 SMALL = {"depths": (1, 1, 1, 1), "widths": (8, 8, 16, 16), "head_width": 8}
 
@@ -38,7 +38,7 @@ def test_loss():
         return -(targets * (logits - np.log(np.exp(logits).sum(-1, keepdims=True)))).sum(-1)
 
     expected = (entropy(logits, whole) + 0.5 * entropy(dense, targets).mean((1, 2)))[mask].mean()
-    found = token_labels.loss(*map(jnp.asarray, (logits, dense, whole, targets, mask)), 0.5)
+    found = losses.token_labelling(*map(jnp.asarray, (logits, dense, whole, targets, mask)), 0.5)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
@@ -46,7 +46,7 @@ def test_loss():
 def test_mix_token(seed):
     """A box of the fine grid comes from the batch read backwards; targets follow on the coarse grid."""
     x = jnp.broadcast_to(jnp.arange(4.0)[:, None, None, None], (4, 16, 24, 1))
-    mix = token_labels.MixToken(jax.random.key(seed), 1.0)
+    mix = mixing.MixToken(jax.random.key(seed), 1.0)
     mixed = np.asarray(mix(x))[..., 0]
     swapped = mixed[0] == 3
     assert (mixed == np.where(swapped, np.arange(4)[::-1, None, None], np.arange(4)[:, None, None])).all()
@@ -68,7 +68,7 @@ def test_mix_token(seed):
 def test_mix_token_draws_boxes_of_all_sizes():
     """The box is none, all, and between."""
     shares = {
-        float(np.mean(np.asarray(token_labels.MixToken(jax.random.key(s), 1.0)(x))[0] == 1))
+        float(np.mean(np.asarray(mixing.MixToken(jax.random.key(s), 1.0)(x))[0] == 1))
         for s in range(60)
         for x in [jnp.arange(2.0)[:, None, None, None] * jnp.ones((2, 8, 8, 1))]
     }
@@ -83,7 +83,7 @@ def one_class_a_cell(side):
 
 def targets(pose, grid=(2, 2), side=4):
     batch = {**one_class_a_cell(side), "pose": pose[None, :2].astype(np.float32)}
-    return np.asarray(token_labels.dense_targets(jax.tree.map(jnp.asarray, batch), grid, side * side))[0]
+    return np.asarray(mixing.dense_targets(jax.tree.map(jnp.asarray, batch), grid, side * side))[0]
 
 
 def test_targets_follow_the_crop():
@@ -108,5 +108,5 @@ def test_probability_missing_in_a_map_is_spread_evenly():
     batch = {"map_classes": [[[[0, 1]]]], "map_scores": [[[[0.5, 0.3]]]], "pose": [np.eye(3)[:2]]}
     batch = {key: jnp.asarray(value, jnp.float32) for key, value in batch.items()}
     batch["map_classes"] = batch["map_classes"].astype(jnp.uint16)
-    found = token_labels.dense_targets(batch, (1, 1), 4)[0, 0, 0]
+    found = mixing.dense_targets(batch, (1, 1), 4)[0, 0, 0]
     np.testing.assert_allclose(found, [0.55, 0.35, 0.05, 0.05], atol=1e-3)

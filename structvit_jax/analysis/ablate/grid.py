@@ -21,8 +21,8 @@ from structvit_jax.runtime.goodput import wall_seconds
 from structvit_jax.runtime.storage import CONFIG, read_json, write_json
 from structvit_jax.training import loop
 from structvit_jax.training.card import as_json, differences
+from structvit_jax.training.evaluation import Result, read_result
 from structvit_jax.training.learner import Learner
-from structvit_jax.training.result import Result, read_result
 from structvit_jax.utils.errors import UserError, check_choice
 
 _TIMES = "times.json"
