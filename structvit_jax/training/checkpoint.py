@@ -107,7 +107,7 @@ class Checkpoints:
         return self._folder / str(step)
 
     def save(
-        self, state: TrainState, card: Mapping[str, Any], scores: Mapping[str, float] | None = None
+        self, state: TrainState, card: Mapping[str, Any], scores: Mapping[str, object] | None = None
     ) -> None:
         """Save a state in the background, as its step.
 
@@ -159,14 +159,6 @@ class Checkpoints:
             average = self.weights(step, like.average, mesh, advice, averaged=True)
         step_ = jax.device_put(jax.numpy.int32(step), like.step.sharding)
         return TrainState(step_, weights, optimizer, average)
-
-    def check_resumable(self, step: int) -> None:
-        """Raise UserError if a step holds weights only, like converted checkpoints."""
-        if not self.has(step, _OPTIMIZER):
-            raise UserError(
-                f"{self.path(step)} holds weights only, without the optimizer state that resuming needs;"
-                f" start from them with --config.init_from={self.path(step)} and another --workdir"
-            )
 
     def whole(self, step: int, mesh: Mesh) -> tuple[dict[str, np.ndarray], bool]:
         """Return all arrays of the weights of a step as they were saved, in every process.
@@ -220,7 +212,7 @@ class Checkpoints:
 
     @functools.cached_property
     def _newest_undamaged(self) -> int | None:
-        """The newest undamaged step. Sets damaged ones aside if the checkpoints are open for writing."""
+        """The newest undamaged step. Damaged steps are set aside if the checkpoints are open for writing."""
         damaged: dict[int, str] = {}
         newest = None
         for step in broadcast_from_primary(self.steps):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, TypedDict, cast
 
 import jax
@@ -94,7 +94,7 @@ def eval_runner(learner: Learner) -> StepRunner:
     return StepRunner(make_eval_step(structure, learner.config, learner.mesh, weights), learner.mesh)
 
 
-class Scores(NamedTuple):
+class Scores(TypedDict):
     """Aggregate metrics over readable examples."""
 
     top1: float  # fraction of examples whose label has the highest score
@@ -102,6 +102,13 @@ class Scores(NamedTuple):
     mean_class: float  # top1 of each class that has examples, averaged over these classes
     examples: int  # number of readable examples
     missing: int  # number of unreadable examples, which count nowhere
+
+
+class Result(Scores):
+    """The content of result.json."""
+
+    step: int
+    params_sha256: str  # see `structvit_jax.models.weights.sha256`
 
 
 class Evaluation(NamedTuple):
@@ -132,15 +139,13 @@ class Evaluation(NamedTuple):
             )
         top1, labels = self.hits["top1"][seen], self.labels[seen]
         per_class = [top1[labels == label].mean() for label in np.unique(labels)]
-        top5 = self.hits["top5"][seen].mean()
-        return Scores(float(top1.mean()), float(top5), float(np.mean(per_class)), count, missing)
-
-    def save(self, path: epath.Path, class_names: Sequence[str]) -> None:
-        """Write ids, labels, scores and class names as a NumPy .npz file."""
-        buffer = io.BytesIO()
-        names, ids = np.array(class_names), np.array(self.ids)
-        np.savez_compressed(buffer, ids=ids, labels=self.labels, scores=self.scores, class_names=names)
-        write(path, buffer.getvalue())
+        return Scores(
+            top1=float(top1.mean()),
+            top5=float(self.hits["top5"][seen].mean()),
+            mean_class=float(np.mean(per_class)),
+            examples=count,
+            missing=missing,
+        )
 
 
 def evaluate(
@@ -201,30 +206,24 @@ def probabilities(scores: np.ndarray, average: str) -> np.ndarray:
     return exponentials / exponentials.sum(axis=-1, keepdims=True)
 
 
-class Result(TypedDict):
-    """The content of result.json."""
-
-    top1: float
-    top5: float
-    mean_class: float
-    examples: int
-    missing: int
-    step: int
-    params_sha256: str
-
-
 def make_result(mesh: Mesh, scores: Scores, step: int, weights: Weights) -> Result:
     """Return the content of result.json; all processes must call it."""
     whole = jax.jit(lambda x: x, out_shardings=replicated(mesh))(weights)
-    return cast(Result, scores._asdict() | {"step": step, "params_sha256": sha256(whole)})
+    return Result(**scores, step=step, params_sha256=sha256(whole))
 
 
 def write_result(
     workdir: epath.Path, result: Result, evaluation: Evaluation, data: Dataset, suffix: str = ""
 ) -> None:
-    """Write result.json and predictions.npz in the primary process, with a suffix to their names."""
+    """Write result.json and predictions.npz in the primary process, with a suffix to their names.
+
+    The predictions are the ids, labels and scores of the examples, and the class names.
+    """
     if processes.is_primary():
-        evaluation.save(workdir / PREDICTIONS.replace(".", f"{suffix}."), data.class_names)
+        buffer, ids, names = io.BytesIO(), np.array(evaluation.ids), np.array(data.class_names)
+        labels, scores = evaluation.labels, evaluation.scores
+        np.savez_compressed(buffer, ids=ids, labels=labels, scores=scores, class_names=names)
+        write(workdir / PREDICTIONS.replace(".", f"{suffix}."), buffer.getvalue())
         write_json(workdir / RESULT.replace(".", f"{suffix}."), result)
 
 
@@ -234,7 +233,7 @@ def read_result(workdir: epath.Path, step: int) -> Result | None:
         result = read_json(workdir / RESULT)
     except OSError:
         return None
-    if not result or not result.keys() >= Result.__annotations__.keys() or result["step"] != step:
+    if not result or not result.keys() >= Result.__required_keys__ or result["step"] != step:
         return None
     return cast(Result, result)
 
@@ -272,43 +271,35 @@ def evaluate_checkpoint(
     """
     with io_errors_as_user_error(out or path), oom_as_user_error(config):
         learner = Learner.create(config, data)
-        checkpoint = _restore(learner, data, path)
-        log(f"evaluating step {checkpoint.step} of {checkpoint.run} on {describe_test(data)}")
-        for difference in differences(checkpoint.card["config"], as_json(config)):
+        checkpoint, card, weights = _restore(learner, data, path)
+        run, step = checkpoint.parent.parent, int(checkpoint.name)
+        log(f"evaluating step {step} of {run} on {describe_test(data)}")
+        for difference in differences(card["config"], as_json(config)):
             log(f"note: {difference.describe()}")
-        evaluation = evaluate(eval_runner(learner), checkpoint.weights, data, config.eval)
-        result = make_result(learner.mesh, evaluation.summary(), checkpoint.step, checkpoint.weights)
+        evaluation = evaluate(eval_runner(learner), weights, data, config.eval)
+        result = make_result(learner.mesh, evaluation.summary(), step, weights)
         log(describe_result(result))
         if out:
             out.mkdir(parents=True, exist_ok=True)
             unreadable = Unreadable(out, data.train_examples, config.data.max_unreadable_fraction)
             unreadable.note("test", evaluation.problems)
             unreadable.exchange()
-            other = out == checkpoint.run and not _is_comparable(checkpoint.card, config, data)
+            other = out == run and not _is_comparable(card, config, data)
             if other:
                 log(f"these are not the data of the run: {out / RESULT} is kept; see result_other.json")
             write_result(out, result, evaluation, data, "_other" * other)
 
 
-class _Checkpoint(NamedTuple):
-    """A checkpoint to evaluate."""
-
-    run: epath.Path
-    step: int
-    card: dict[str, Any]
-    weights: Weights
-
-
 @rereading
-def _restore(learner: Learner, data: Dataset, path: epath.Path) -> _Checkpoint:
-    """Restore a checkpoint, and number the labels of the data as its classes."""
+def _restore(learner: Learner, data: Dataset, path: epath.Path) -> tuple[epath.Path, dict[str, Any], Weights]:
+    """Return the folder of a checkpoint, its card and its weights; number the labels as its classes."""
     with open_checkpoint(str(path)) as (checkpoints, step):
         card = checkpoints.card(step)
         adopt_classes(data, card)
         like, averaged = split(learner.model)[1], learner.config.eval.ema
         advice = "configure the model that was saved"
         weights = checkpoints.weights(step, like, learner.mesh, advice, averaged=averaged)
-        return _Checkpoint(checkpoints.path(step).parent.parent, step, card, weights)
+        return checkpoints.path(step), card, weights
 
 
 def _is_comparable(card: Mapping[str, Any], config: ml_collections.ConfigDict, data: Dataset) -> bool:

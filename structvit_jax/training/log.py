@@ -129,7 +129,7 @@ class RunLog:
         now = time.monotonic()
         self._next_write = now + (now - started) / _WRITING_FRACTION
 
-    def evaluation(self, step: int, scores: Mapping[str, float]) -> None:
+    def evaluation(self, step: int, scores: Mapping[str, Any]) -> None:
         """Record the scores of an evaluation after a step, unless an earlier session did."""
         self.flush()
         record = {"step": step} | {f"eval_{key}": value for key, value in scores.items()}

@@ -109,8 +109,7 @@ def train(
             goodput.switch("save")
             goodput.saved(int(state.step))
             run_log.write()
-            metrics = scores._asdict() if scores else None
-            checkpoints.save(state, make_card(data.class_names, config, metrics, data.fingerprint), metrics)
+            checkpoints.save(state, make_card(data.class_names, config, scores, data.fingerprint), scores)
             run_log.restart_clock()
 
         # Train. The order makes resuming exact: step, log, evaluate, write, save. A checkpoint of step n
@@ -158,9 +157,9 @@ def train(
 
         log(f"evaluating {describe_test(data)}")
         evaluation = evaluate_state(state, stop_evaluation)
-        final = evaluation.summary()
-        run_log.evaluation(int(state.step), final._asdict())
-        result = make_result(learner.mesh, final, int(state.step), state.scored(config.eval.ema))
+        step, scores = int(state.step), evaluation.summary()
+        run_log.evaluation(step, scores)
+        result = make_result(learner.mesh, scores, step, state.scored(config.eval.ema))
         lock.check()
         write_result(workdir, result, evaluation, data)
     log(describe_result(result))
@@ -202,6 +201,6 @@ def _log_evaluation(step: int, evaluation: Evaluation, run_log: RunLog) -> Score
         log(f"step {step}  evaluation: {error}")
         run_log.restart_clock()
         return None
-    run_log.evaluation(step, scores._asdict())
-    log(f"step {step}  evaluation: top1 {scores.top1:.4f}  top5 {scores.top5:.4f}")
+    run_log.evaluation(step, scores)
+    log(f"step {step}  evaluation: top1 {scores['top1']:.4f}  top5 {scores['top5']:.4f}")
     return scores

@@ -113,7 +113,11 @@ def _resume(
         log(f"{where}: the checkpoint is already past the last step")
     else:
         log(f"resuming from {where}")
-    checkpoints.check_resumable(step)
+    if not checkpoints.has(step, "optimizer"):  # a converted checkpoint
+        raise UserError(
+            f"{path} holds weights only, without the optimizer state that resuming needs; start from them"
+            f" with --config.init_from={path} and another --workdir"
+        )
     card = checkpoints.card(step)
     adopt_classes(data, card)
     check_data(data, card, path, is_complete=step >= total_steps)
