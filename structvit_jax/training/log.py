@@ -8,7 +8,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import ml_collections
@@ -271,15 +271,6 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}"
 
 
-class _Unreadable(NamedTuple):
-    """A problem of an example, which processes can exchange."""
-
-    split: str  # "train" or "test"
-    name: str
-    reason: str
-    kind: str  # see `structvit_jax.data.Problem`
-
-
 class Unreadable:
     """The list WORKDIR/unreadable.tsv of unreadable examples: split, example and reason, one line each.
 
@@ -293,7 +284,7 @@ class Unreadable:
         self._limit, self._examples = max_fraction * train_examples, train_examples
         self._text = processes.broadcast_from_primary(self._read)
         self._listed = {tuple(line.split("\t")[:2]) for line in self._text.splitlines()}
-        self._pending: list[_Unreadable] = []  # of this process, unknown to the others
+        self._pending: list[tuple[str, Problem]] = []  # by split; of this process, unknown to the others
         self._short: dict[str, dict[str, str]] = {}  # reasons by split and clip, of clips with few frames
         self._reported: set[str] = set()  # splits whose short clips have been reported
         self._unreadable: dict[str, str] = {}  # reasons by training example
@@ -304,9 +295,7 @@ class Unreadable:
         Raises:
           UserError: more than config.data.max_unreadable_fraction of the training examples are unreadable.
         """
-        entries = [_Unreadable(split, p.id, " ".join(p.reason.split()), p.kind) for p in problems]
-        if split in self._reported:
-            entries = [entry for entry in entries if entry.kind != "short"]
+        entries = [(split, p) for p in problems if p.kind != "short" or split not in self._reported]
         if not entries:
             return
         self._pending += entries
@@ -335,24 +324,22 @@ class Unreadable:
         self._pending.clear()
         self._count(entries)
         grown = False
-        for split, name, reason, kind in entries:
-            if kind == "short":
+        for split, problem in entries:
+            name, reason = problem.id, " ".join(problem.reason.split())
+            if problem.kind == "short":
                 if split not in self._reported:
                     self._short.setdefault(split, {})[name] = reason
             elif (split, name) not in self._listed:
                 self._listed.add((split, name))
                 self._text += f"{split}\t{name}\t{reason}\n"
                 grown = True
-                left_out = kind == "unreadable"
-                what = f"warning: {split} example left out" if left_out else f"note: {split} example"
+                what = f"warning: {split} example left out" if problem.left_out else f"note: {split} example"
                 log(f"{what}, {name}: {reason}")
         if grown and is_primary():
             write(self._path, self._text)
 
-    def _count(self, entries: Iterable[_Unreadable]) -> None:
-        self._unreadable |= {
-            name: reason for split, name, reason, kind in entries if (split, kind) == ("train", "unreadable")
-        }
+    def _count(self, entries: Iterable[tuple[str, Problem]]) -> None:
+        self._unreadable |= {p.id: p.reason for split, p in entries if split == "train" and p.left_out}
 
     def _read(self) -> str:
         return self._path.read_bytes().decode(errors="replace") if self._path.exists() else ""

@@ -79,7 +79,10 @@ def make_train_step(
     def loss_fn(
         trained: Params, params: Params, stats: Params, batch: Arrays, key: jax.Array
     ) -> tuple[jax.Array, tuple[Params, jax.Array]]:
-        """Return the loss, the new batch statistics and top1; of a part, its contribution to the batch's."""
+        """Return the loss, and the new batch statistics and top1.
+
+        Of one of several parts, loss and top1 are weighted by its fraction of the examples.
+        """
         network = cast(Network, model_def.model(Weights(params | trained, stats)))
         mix = mixing.MixToken(jax.random.fold_in(key, 1), mix_token) if mix_token else None
 
@@ -107,7 +110,7 @@ def make_train_step(
     def accumulate(
         trained: Params, params: Params, stats: Params, batch: Arrays, key: jax.Array
     ) -> Gradients:
-        """Return the results of `loss_and_grads` for a batch that is processed in parts."""
+        """Return the results of `loss_and_grads` for a batch, part by part."""
 
         def add(carry: tuple, part_and_key: tuple[Arrays, jax.Array]) -> tuple[tuple, None]:
             stats, *sums = carry
@@ -142,8 +145,8 @@ def make_train_step(
         # Update the weights and their moving average, unless the loss or a gradient is not finite.
         with jax.named_scope("optimizer"), use_abstract_mesh(mesh.abstract_mesh):
             updates, moments = optimizer.transform.update(grads, state.optimizer, trained, finite=finite)
-        trained = jax.tree.map(lambda param, update: param - lr * update, trained, updates)
-        weights, average = Weights(params | trained, stats), state.average
+        updated = jax.tree.map(lambda param, update: param - lr * update, trained, updates)
+        weights, average = Weights(params | updated, stats), state.average
         if average is not None:
             decay = config.optimizer.ema
             average = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, average, weights)
