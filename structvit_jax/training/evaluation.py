@@ -36,16 +36,8 @@ from structvit_jax.utils.errors import UserError
 
 _ARRAYS = ("index", "mask", "labels", "scores", "top1", "top5")  # of an evaluation step
 # Keys besides the test data that scores depend on.
-_SCORED = {
-    "data.mean",
-    "data.std",
-    "data.channels",
-    "data.frames",
-    "data.stride",
-    "data.sampling",
-    "data.size",
-}
-_SCORED |= {"data.short_side", "data.crop_fraction", "data.test_clips", "data.test_crops"}
+_SCORED = {"data.mean", "data.std", "data.channels", "data.frames", "data.stride", "data.sampling"}
+_SCORED |= {"data.size", "data.short_side", "data.crop_fraction", "data.test_clips", "data.test_crops"}
 _SCORED |= {"data.max_replaced_frames", "eval.average"}
 
 

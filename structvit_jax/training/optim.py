@@ -87,14 +87,12 @@ def make_optimizer(
     def decay_mask(params: Mapping[str, jax.Array]) -> dict[str, bool]:
         return {name: decays(name, array) for name, array in params.items()}
 
-    def scale(updates: optax.Updates, _: optax.Params | None) -> dict[str, jax.Array]:
-        rates = layer_rates(names, depths, config.layer_decay)
-        return {name: rates[name] * update for name, update in updates.items()}
-
     transforms = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
     transforms += [_adam(config.b1, config.b2, config.eps)]
     transforms += [optax.add_decayed_weights(config.weight_decay, mask=decay_mask)]
-    transforms += [optax.stateless(scale)] if config.layer_decay != 1 else []
+    if config.layer_decay != 1:
+        rates = layer_rates(names, depths, config.layer_decay)
+        transforms += [optax.stateless(lambda updates, _: {n: rates[n] * u for n, u in updates.items()})]
     return Optimizer(optax.chain(*transforms), frozen)
 
 
