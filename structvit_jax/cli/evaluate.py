@@ -23,8 +23,8 @@ def command(checkpoint: str, arguments: ConfigArguments, out: str | None) -> Non
     """
     config = open_checkpoint_config(checkpoint, arguments)
     from structvit_jax import data
-    from structvit_jax.training import loop
+    from structvit_jax.training import evaluation
     from structvit_jax.utils.paths import parse_path
 
     dataset = data.load(config.data, config.augment, config.train.seed)
-    loop.evaluate(config, parse_path(checkpoint), parse_path(out) if out else None, dataset)
+    evaluation.evaluate_checkpoint(config, parse_path(checkpoint), parse_path(out) if out else None, dataset)

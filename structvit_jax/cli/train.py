@@ -45,9 +45,9 @@ def train(arguments: ConfigArguments, profile: str | None) -> None:
 def evaluate(arguments: ConfigArguments) -> None:
     """Evaluate the newest checkpoint of a workdir with the configuration of a command line."""
     with _experiment(arguments, training=False) as opened:
-        from structvit_jax.training import loop
+        from structvit_jax.training import evaluation
 
-        loop.evaluate(opened.config, opened.workdir, opened.workdir, opened.dataset)
+        evaluation.evaluate_checkpoint(opened.config, opened.workdir, opened.workdir, opened.dataset)
 
 
 @contextlib.contextmanager

@@ -29,8 +29,7 @@ from structvit_jax.runtime.mesh import make_mesh
 from structvit_jax.runtime.storage import CONFIG, io_errors_as_user_error, write_json
 from structvit_jax.training import start
 from structvit_jax.training.card import as_json, make_card
-from structvit_jax.training.checkpoint import Checkpoints, RetentionPolicy
-from structvit_jax.training.commit import FOLDER
+from structvit_jax.training.checkpoint import FOLDER, Checkpoints, RetentionPolicy
 from structvit_jax.training.step import TrainState
 from structvit_jax.utils.errors import UserError
 from structvit_jax.utils.paths import is_bucket, parse_path

@@ -27,8 +27,7 @@ from structvit_jax.performance.hardware import Chip, Devices, devices_of
 from structvit_jax.runtime.mesh import check_batch, make_mesh
 from structvit_jax.runtime.processes import log
 from structvit_jax.runtime.storage import write
-from structvit_jax.training.compilation import memory_of, trace_train_step
-from structvit_jax.training.learner import Learner
+from structvit_jax.training.learner import Learner, memory_of, trace_train_step
 from structvit_jax.utils.errors import UserError
 
 

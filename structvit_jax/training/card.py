@@ -1,8 +1,8 @@
-"""The card of a checkpoint: what a configuration in it may set, and how it is checked and compared.
+"""The card of a checkpoint: its class names and configuration, how they are checked and compared.
 
 A checkpoint may come from a stranger. Its card describes an experiment: the model, its inputs, its training
-and its evaluation. It never sets how this machine runs it: devices, caches of compiled code, processes, and
-files that are fetched or written keep their defaults, which only options change.
+and its evaluation. It cannot set how this machine runs the experiment: devices, caches of compiled code,
+processes, and files that are fetched or written keep their defaults, which only options change.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import ml_collections
 from etils import epath
 
 import structvit_jax
-from structvit_jax.config import check_config, default_config, keys_of, model_arguments, short
+from structvit_jax.config import check_config, default_config, keys_of, model_arguments, set_value, short
 from structvit_jax.models.variants import get_variant
 from structvit_jax.runtime.storage import read_json
 from structvit_jax.utils.errors import UserError
 
-# Every key of a configuration is in one of these two, as a section or as section.key.
+# Every key of a configuration is in one of these two lists, as a section or as section.key.
 PORTABLE = (
     *("init", "model", "augment", "train", "optimizer", "eval"),
     *("data.name", "data.root", "data.train_split", "data.test_split", "data.val_fraction"),
@@ -31,7 +31,6 @@ PORTABLE = (
 )
 MACHINE = ("init_from", "data.workers", "data.max_pixels", "data.max_frames", "checkpoint", "mesh")
 _LOCAL = ("data.root", "data.label_maps")  # folders to read; a card may not name remote ones
-
 _TYPES: dict[type, tuple[type, ...]] = {  # types in JSON by the type of the default
     bool: (bool,),
     int: (int,),
@@ -55,7 +54,7 @@ def as_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
 def make_card(
     class_names: Sequence[str] | None,
     config: ml_collections.ConfigDict,
-    scores: Mapping[str, float] | None,
+    scores: Mapping[str, object] | None,
     fingerprint: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return the card of a checkpoint.
@@ -106,16 +105,14 @@ def from_card(
     Raises:
       UserError: a value of another type or out of range, or an unknown model.
     """
-    config, values = default_config(), dict(keys_of(saved))
-    for key, default in keys_of(default_config()):
-        value = values.get(key, default)
-        if key not in values or not is_portable(key) or (key in _LOCAL and "://" in str(value)):
+    config, defaults = default_config(), dict(keys_of(default_config()))
+    for key, value in keys_of(saved):
+        if key not in defaults or not is_portable(key) or (key in _LOCAL and "://" in str(value)):
             continue
-        section, _, name = key.rpartition(".")
         try:
-            if type(value) not in _TYPES[type(default)]:
-                raise TypeError(f"{type(value).__name__} for {type(default).__name__}")
-            config[section][name] = tuple(value) if isinstance(value, list) else value
+            if type(value) not in _TYPES[type(defaults[key])]:
+                raise TypeError
+            set_value(config, key, tuple(value) if isinstance(value, list) else value)
         except (TypeError, ValueError, OverflowError) as error:
             raise UserError(f"{where} is not valid: config.{key} cannot be {short(value)}") from error
     try:
@@ -137,34 +134,25 @@ def check_card(card: object, where: object) -> dict[str, Any]:
     Raises:
       UserError: other types.
     """
-    problem, parts = "", card if isinstance(card, dict) else {}
-    names, config = parts.get("class_names", 0), parts.get("config")
-    if not (names is None or _is_names(names)):
+    parts = card if isinstance(card, dict) else {}
+    names, config = parts.get("class_names", ""), parts.get("config")
+    is_list = isinstance(names, list) and names and all(isinstance(name, str) for name in names)
+    if not (names is None or is_list):
         problem = "class_names should be null or a list of names"
-    elif not isinstance(config, dict) or not all(map(_is_section, config.values())):
+    elif not isinstance(config, dict) or not _is_plain(config, sections=2):
         problem = "config should hold sections of plain values"
     elif not isinstance(config.get("model"), dict) or not isinstance(config["model"].get("name"), str):
         problem = "config.model.name is missing"
-    if problem:
-        raise UserError(f"{where} is not a valid card of a checkpoint: {problem}")
-    return parts
+    else:
+        return parts
+    raise UserError(f"{where} is not a valid card of a checkpoint: {problem}")
 
 
-def _is_names(names: object) -> bool:
-    return isinstance(names, list) and bool(names) and all(isinstance(name, str) for name in names)
-
-
-def _is_section(value: object) -> bool:
-    """Return whether it is a plain value, a list of plain values, or a section of these."""
+def _is_plain(value: object, sections: int) -> bool:
+    """Return whether a value is plain, a list of plain values, or nested in at most `sections` dicts."""
     if isinstance(value, dict):
-        return all(_is_value(inner) for inner in value.values())
-    return _is_value(value)
-
-
-def _is_value(value: object) -> bool:
-    if isinstance(value, list):
-        return all(not isinstance(inner, list | dict) for inner in value)
-    return not isinstance(value, dict)
+        return sections > 0 and all(_is_plain(inner, sections - 1) for inner in value.values())
+    return not (isinstance(value, list) and any(isinstance(inner, list | dict) for inner in value))
 
 
 class Difference(NamedTuple):

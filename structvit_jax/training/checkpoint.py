@@ -1,12 +1,14 @@
 """Checkpoints of a run: Orbax directories `checkpoints/STEP/` with weights, optimizer state and a card.
 
-The card is JSON and describes the weights: class names, configuration, code version. Every file has a digest,
-which is written before the save is committed and compared before anything is restored. A checkpoint without
-digests is unfinished, one whose files differ from them is damaged, and the newest undamaged one is used.
+The card is JSON and describes the weights: class names, configuration, code version. Every file has a digest.
+Digests are written before the save is committed, and compared before anything is restored. A checkpoint
+without digests is unfinished; one whose files differ from them is damaged. The newest undamaged checkpoint is
+used.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 import logging
@@ -20,35 +22,32 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import Mesh
 from orbax.checkpoint import checkpoint_managers
+from orbax.checkpoint.path import atomicity
 
 from structvit_jax.models.weights import Weights, mismatches
-from structvit_jax.runtime import processes
-from structvit_jax.runtime.digests import find_damage
+from structvit_jax.runtime.digests import FILE, find_damage, write_digests
 from structvit_jax.runtime.lock import live_owner
-from structvit_jax.runtime.processes import log
+from structvit_jax.runtime.processes import broadcast_from_primary, log
 from structvit_jax.runtime.sharding import abstract, replicated
-from structvit_jax.runtime.storage import unusable_error, write
+from structvit_jax.runtime.storage import read_json, unusable_error, write, write_json
 from structvit_jax.training.card import read_card
-from structvit_jax.training.commit import FOLDER, InBucket, OnDisk, entries, is_unfinished, steps_in
 from structvit_jax.training.step import TrainState
 from structvit_jax.utils.errors import Stopped, UserError
 from structvit_jax.utils.paths import absolute, is_bucket
 
-DAMAGED = "damaged"  # folder for damaged checkpoints
+FOLDER, DAMAGED = "checkpoints", "damaged"  # folders in a workdir
 _WEIGHTS, _OPTIMIZER, _AVERAGE = "weights", "optimizer", "average"  # items, as in TrainState
-_METRIC = "top1"  # ranks the best checkpoints
-# Of a replicated array, every device writes a part if parts have at least so many bytes. Each part needs
-# its own program, and compiling some hundred of them delayed the first save of a run. (Orbax then stores no
-# shapes of the parts, which are not needed to restore them.)
+# Every device writes a part of a replicated array if the parts have at least this many bytes. Each part needs
+# a program of its own, and compiling some hundred of them would delay the first save of a run.
 _LEAST_PART = 2**20
 
 
 class RetentionPolicy(NamedTuple):
     """Which checkpoints are kept."""
 
-    latest: int  # how many of the latest
-    best: int = 0  # how many of those with the highest top1, of the evaluated ones
-    every: int = 0  # all at multiples of so many steps; 0 is none
+    latest: int  # number of latest checkpoints
+    best: int = 0  # number of evaluated checkpoints with the highest top1
+    every: int = 0  # keep all multiples of this many steps; 0 is none
 
 
 class Checkpoints:
@@ -61,8 +60,8 @@ class Checkpoints:
         """Open the checkpoints of a workdir.
 
         Args:
-          workdir: of the run.
-          keep: opens them for writing, too.
+          workdir: the folder of the run.
+          keep: the policy of a run that writes; None opens the checkpoints for reading.
 
         Raises:
           UserError: there are checkpoints, and all are damaged.
@@ -73,12 +72,12 @@ class Checkpoints:
             settings.enter_context(_orbax_settings(writes=self._writes))
             options = ocp.CheckpointManagerOptions(create=False, read_only=True)
             if keep:
-                processes.broadcast_from_primary(self._remove_unfinished)
+                broadcast_from_primary(self._remove_unfinished)
                 self.latest()  # sets damaged checkpoints aside before Orbax reads the folder
                 options = ocp.CheckpointManagerOptions(
                     preservation_policy=_policy(keep),
                     best_fn=_rank,
-                    temporary_path_class=InBucket if is_bucket(self._folder) else OnDisk,
+                    temporary_path_class=_InBucket if is_bucket(self._folder) else _OnDisk,
                 )
             self._manager = ocp.CheckpointManager(absolute(self._folder), options=options)
             self._settings = settings.pop_all()
@@ -97,7 +96,7 @@ class Checkpoints:
         Raises:
           UserError: there are checkpoints, and all are damaged.
         """
-        return self._newest_whole
+        return self._newest_undamaged
 
     def steps(self) -> list[int]:
         """Return all finished steps, newest first; they may be damaged."""
@@ -108,7 +107,7 @@ class Checkpoints:
         return self._folder / str(step)
 
     def save(
-        self, state: TrainState, card: Mapping[str, Any], scores: Mapping[str, float] | None = None
+        self, state: TrainState, card: Mapping[str, Any], scores: Mapping[str, object] | None = None
     ) -> None:
         """Save a state in the background, as its step.
 
@@ -137,10 +136,10 @@ class Checkpoints:
         """Restore the weights of a step onto a mesh, whatever mesh they were saved from.
 
         Args:
-          step: of the checkpoint.
+          step: the checkpoint.
           like: weights of the model, for names, shapes and dtypes.
-          mesh: on which the weights are placed.
-          advice: end of the error message for another model.
+          mesh: the devices to place the weights on.
+          advice: end of the error message if the checkpoint holds another model.
           averaged: restore the moving average instead, if there is one.
 
         Raises:
@@ -160,14 +159,6 @@ class Checkpoints:
             average = self.weights(step, like.average, mesh, advice, averaged=True)
         step_ = jax.device_put(jax.numpy.int32(step), like.step.sharding)
         return TrainState(step_, weights, optimizer, average)
-
-    def check_resumable(self, step: int) -> None:
-        """Raise UserError if a step holds weights only, like converted checkpoints."""
-        if not self.has(step, _OPTIMIZER):
-            raise UserError(
-                f"{self.path(step)} holds weights only, without the optimizer state that resuming needs;"
-                f" start from them with --config.init_from={self.path(step)} and another --workdir"
-            )
 
     def whole(self, step: int, mesh: Mesh) -> tuple[dict[str, np.ndarray], bool]:
         """Return all arrays of the weights of a step as they were saved, in every process.
@@ -192,6 +183,14 @@ class Checkpoints:
         """Return whether a checkpoint has an item: "optimizer" or "average"."""
         return (self.path(step) / item).exists()
 
+    def check(self, step: int) -> None:
+        """Raise UserError if the files of a step are damaged."""
+        if reason := self._damage(step):
+            raise UserError(f"{self.path(step)} is damaged: {reason}")
+
+    def _damage(self, step: int, part: str = "") -> str:
+        return broadcast_from_primary(lambda: find_damage(self.path(step), part))
+
     @contextlib.contextmanager
     def _saving(self) -> Iterator[None]:
         """Turn whatever Orbax and its stores raise when they cannot write into one line."""
@@ -201,58 +200,51 @@ class Checkpoints:
             raise
         except Exception as error:
             text = str(error)
-            if known := re.findall(r"[^:]+: ([^:\[]+) \[os_error_code=", text):
-                text = known[-1]
+            if reasons := re.findall(r"[^:]+: ([^:\[]+) \[os_error_code=", text):
+                text = reasons[-1]
             raise unusable_error(self._folder, text, self._folder.parent, error) from error
-
-    def check(self, step: int) -> None:
-        """Raise UserError if the files of a step are damaged."""
-        if reason := processes.broadcast_from_primary(functools.partial(find_damage, self.path(step))):
-            raise UserError(f"{self.path(step)} is damaged: {reason}")
 
     def _remove_unfinished(self) -> None:
         """Remove saves that a kill interrupted."""
-        for path in entries(self._folder):
-            if is_unfinished(path):
+        for path in _entries(self._folder):
+            if _is_unfinished(path):
                 path.rmtree()
 
     @functools.cached_property
-    def _newest_whole(self) -> int | None:
-        """The newest undamaged step. Sets damaged ones aside if the checkpoints are open for writing."""
+    def _newest_undamaged(self) -> int | None:
+        """The newest undamaged step. Damaged steps are set aside if the checkpoints are open for writing."""
         damaged: dict[int, str] = {}
         newest = None
-        for step in processes.broadcast_from_primary(self.steps):
+        for step in broadcast_from_primary(self.steps):
             if newest is not None and not self._writes:
                 break
-            # Orbax reads the scores of older steps, to rank them.
-            part = "" if newest is None else "metrics/"
-            if reason := processes.broadcast_from_primary(
-                functools.partial(find_damage, self.path(step), part)
-            ):
+            # Of older steps, Orbax reads the scores alone, to rank them.
+            if reason := self._damage(step, "" if newest is None else "metrics/"):
                 damaged[step] = reason
             elif newest is None:
                 newest = step
-        if newest is not None:
-            for step, reason in damaged.items():
-                moved = functools.partial(self._set_aside, step, reason)
-                where = processes.broadcast_from_primary(moved) if self._writes else ""
-                log(f"warning: {self.path(step)} is damaged ({reason}); step {newest} is used{where}")
-            return newest
-        if damaged:
+        if newest is None and damaged:
             step = max(damaged)
             raise UserError(
                 f"{self.path(step)} is damaged ({damaged[step]}), and so are all other checkpoints in"
                 f" {self._folder}; {self._advice('move them away to start again')}"
             )
-        return None
+        for step, reason in damaged.items():
+            where = ""
+            if self._writes:
+                where = broadcast_from_primary(functools.partial(self._set_aside, step, reason))
+                where = f", it is set aside as {where}"
+            log(f"warning: {self.path(step)} is damaged ({reason}); step {newest} is used{where}")
+        return newest
 
     def _set_aside(self, step: int, reason: str) -> str:
+        """Move a damaged step into another folder, and return its new path."""
         folder = self._folder.parent / DAMAGED
         folder.mkdir(exist_ok=True)
         path = next(p for i in range(10**6) if not (p := folder / f"{step}{f'.{i}' * bool(i)}").exists())
         write(folder / f"{path.name}.txt", reason + "\n")  # creates the folder in a bucket
         self.path(step).rename(path)
-        return f", it is set aside as {path}"
+        return str(path)
 
     def _restore(self, step: int, **items: ocp.args.CheckpointArgs) -> Any:
         try:
@@ -268,12 +260,9 @@ class Checkpoints:
     def _advice(self, otherwise: str) -> str:
         """Return advice on a checkpoint that cannot be used: to wait if a run is writing there."""
         run = self._folder.parent
-        owner = "" if self._writes else live_owner(run)
-        return (
-            f"{run} is being written by a run ({owner}); try again after its next save"
-            if owner
-            else otherwise
-        )
+        if not self._writes and (owner := live_owner(run)):
+            return f"{run} is being written by a run ({owner}); try again after its next save"
+        return otherwise
 
     def _saved(self, step: int, item: str) -> dict[str, dict[str, Any]]:
         """Return metadata with the shapes and dtypes of saved weights."""
@@ -287,11 +276,10 @@ class Checkpoints:
         saved = self._saved(step, _WEIGHTS)
         problems = mismatches(like.params | like.batch_stats, saved["params"] | saved["batch_stats"])
         if problems:
-            card = self.card(step)
             more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
             raise UserError(
                 f"checkpoint {self.path(step)} holds another model than the configured one:"
-                f" {card['config']['model']['name']} with {self.classes(step)} classes"
+                f" {self.card(step)['config']['model']['name']} with {self.classes(step)} classes"
                 f" ({', '.join(problems[:3])}{more}); {advice}"
             )
 
@@ -300,7 +288,7 @@ class Checkpoints:
 def _orbax_settings(*, writes: bool) -> Iterator[None]:
     """Hide Orbax's log, since failures are raised as well, and set how it writes arrays."""
 
-    def is_wanted(record: logging.LogRecord) -> bool:  # each context adds and removes a filter of its own
+    def is_wanted(record: logging.LogRecord) -> bool:  # a new function in each context, which removes its own
         return "/orbax/" not in record.pathname
 
     handlers = ocp.type_handlers
@@ -318,7 +306,7 @@ def _orbax_settings(*, writes: bool) -> Iterator[None]:
 
 
 def _rank(metrics: dict[str, float]) -> float:
-    return metrics[_METRIC]
+    return metrics["top1"]
 
 
 def _policy(keep: RetentionPolicy) -> checkpoint_managers.PreservationPolicy:
@@ -326,9 +314,76 @@ def _policy(keep: RetentionPolicy) -> checkpoint_managers.PreservationPolicy:
     if keep.every:
         policies.append(checkpoint_managers.EveryNSteps(keep.every))
     if keep.best:
-        policies.append(
-            checkpoint_managers.BestN(
-                get_metric_fn=_rank, n=keep.best, keep_checkpoints_without_metrics=False
-            )
-        )
+        best = {"get_metric_fn": _rank, "n": keep.best, "keep_checkpoints_without_metrics": False}
+        policies.append(checkpoint_managers.BestN(**best))
     return checkpoint_managers.AnyPreservationPolicy(policies)
+
+
+class _OnDisk(atomicity.AtomicRenameTemporaryPath):
+    """A save on a disk: writes the digests between Orbax's last write and the rename that commits it."""
+
+    async def finalize(self) -> None:
+        final = self.get_final()
+        if not _is_checkpoint(final):
+            await super().finalize()
+            return
+        # Still a temporary name, which is removed after a kill.
+        self._final_path = self._tmp_path.with_name(self._tmp_path.name + "-written")
+        await super().finalize()
+        await asyncio.to_thread(write_digests, self._final_path)
+        await asyncio.to_thread(self._final_path.rename, final)
+        self._final_path = final
+
+
+class _InBucket(atomicity.CommitFileTemporaryPath):
+    """A save in a bucket, which cannot rename: the digest file is empty until the save is finished."""
+
+    async def create(self) -> epath.Path:
+        path = await super().create()
+        if _is_checkpoint(path):
+            await asyncio.to_thread(write_json, path / FILE, {})
+        return path
+
+    async def finalize(self) -> None:
+        await super().finalize()
+        if _is_checkpoint(self.get_final()):
+            await asyncio.to_thread(write_digests, self.get_final())
+
+
+def _is_checkpoint(path: epath.Path) -> bool:
+    """Return whether this is the folder of a step, and not of one of its items."""
+    return path.parent.name == FOLDER
+
+
+def _is_unfinished(path: epath.Path) -> bool:
+    """Return whether a save was not finished: on a disk its name is temporary, in a bucket it has no digests.
+
+    A committed save in a bucket without a valid digest file is damaged instead.
+    """
+    if not is_bucket(path):
+        return atomicity.TMP_DIR_SUFFIX in path.name
+    if (path / FILE).exists():
+        return read_json(path / FILE) == {}
+    return is_step(path) and not (path / atomicity.COMMIT_SUCCESS_FILE).exists()
+
+
+def is_step(path: epath.Path) -> bool:
+    """Return whether the name of a folder is a step, as written by `str`."""
+    name = path.name
+    return name.isascii() and name.isdecimal() and len(name) <= 18 and str(int(name)) == name
+
+
+def _entries(folder: epath.Path) -> list[epath.Path]:
+    """Return the content of a folder of checkpoints; [] if it does not exist."""
+    try:
+        return list(folder.iterdir()) if folder.exists() else []
+    except NotADirectoryError as error:
+        raise UserError(
+            f"{folder} is a file, but a run stores its checkpoints there; move it away"
+        ) from error
+
+
+def steps_in(folder: epath.Path) -> list[int]:
+    """Return the finished steps in a folder, newest first."""
+    paths = [path for path in _entries(folder) if is_step(path) and not _is_unfinished(path)]
+    return sorted((int(path.name) for path in paths), reverse=True)

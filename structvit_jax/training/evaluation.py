@@ -1,11 +1,11 @@
-"""Evaluate weights: run a jitted step over batches and score every example once, on any devices."""
+"""Evaluation: score weights or a checkpoint on the test split, and write result.json and predictions.npz."""
 
 from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, TypedDict, cast
 
 import jax
 import ml_collections
@@ -14,13 +14,31 @@ from etils import epath
 from jax.sharding import Mesh
 
 from structvit_jax.data.types import Batch, Dataset, Problem
-from structvit_jax.models.weights import Weights
+from structvit_jax.models.weights import Weights, sha256, split
 from structvit_jax.runtime import processes
 from structvit_jax.runtime.mesh import fitting_batch, put_batch
-from structvit_jax.runtime.storage import write
+from structvit_jax.runtime.processes import log
+from structvit_jax.runtime.sharding import replicated
+from structvit_jax.runtime.storage import (
+    PREDICTIONS,
+    RESULT,
+    io_errors_as_user_error,
+    read_json,
+    write,
+    write_json,
+)
+from structvit_jax.training.card import as_json, differences
+from structvit_jax.training.learner import Learner, oom_as_user_error
+from structvit_jax.training.log import Unreadable
+from structvit_jax.training.restore import adopt_classes, open_checkpoint, rereading, same_test_data
+from structvit_jax.training.step import make_eval_step
 from structvit_jax.utils.errors import UserError
 
 _ARRAYS = ("index", "mask", "labels", "scores", "top1", "top5")  # of an evaluation step
+# Keys besides the test data that scores depend on.
+_SCORED = {"data.mean", "data.std", "data.channels", "data.frames", "data.stride", "data.sampling"}
+_SCORED |= {"data.size", "data.short_side", "data.crop_fraction", "data.test_clips", "data.test_crops"}
+_SCORED |= {"data.max_replaced_frames", "eval.average"}
 
 
 class StepRunner:
@@ -62,7 +80,13 @@ class StepRunner:
         return self._compiled[shapes](weights, arrays)
 
 
-class Scores(NamedTuple):
+def eval_runner(learner: Learner) -> StepRunner:
+    """Return the evaluation step of a model, which is compiled on its first call."""
+    structure, weights = split(learner.model)
+    return StepRunner(make_eval_step(structure, learner.config, learner.mesh, weights), learner.mesh)
+
+
+class Scores(TypedDict):
     """Aggregate metrics over readable examples."""
 
     top1: float  # fraction of examples whose label has the highest score
@@ -70,6 +94,13 @@ class Scores(NamedTuple):
     mean_class: float  # top1 of each class that has examples, averaged over these classes
     examples: int  # number of readable examples
     missing: int  # number of unreadable examples, which count nowhere
+
+
+class Result(Scores):
+    """The content of result.json."""
+
+    step: int
+    params_sha256: str  # see `structvit_jax.models.weights.sha256`
 
 
 class Evaluation(NamedTuple):
@@ -100,20 +131,13 @@ class Evaluation(NamedTuple):
             )
         top1, labels = self.hits["top1"][seen], self.labels[seen]
         per_class = [top1[labels == label].mean() for label in np.unique(labels)]
-        top5 = self.hits["top5"][seen].mean()
-        return Scores(float(top1.mean()), float(top5), float(np.mean(per_class)), count, missing)
-
-    def save(self, path: epath.Path, class_names: Sequence[str]) -> None:
-        """Write ids, labels, scores and class names as a NumPy .npz file."""
-        buffer = io.BytesIO()
-        np.savez_compressed(
-            buffer,
-            ids=np.array(self.ids),
-            labels=self.labels,
-            scores=self.scores,
-            class_names=np.array(class_names),
+        return Scores(
+            top1=float(top1.mean()),
+            top5=float(self.hits["top5"][seen].mean()),
+            mean_class=float(np.mean(per_class)),
+            examples=count,
+            missing=missing,
         )
-        write(path, buffer.getvalue())
 
 
 def evaluate(
@@ -172,3 +196,105 @@ def probabilities(scores: np.ndarray, average: str) -> np.ndarray:
         return scores
     exponentials = np.exp(scores - scores.max(axis=-1, keepdims=True))
     return exponentials / exponentials.sum(axis=-1, keepdims=True)
+
+
+def make_result(mesh: Mesh, scores: Scores, step: int, weights: Weights) -> Result:
+    """Return the content of result.json; all processes must call it."""
+    whole = jax.jit(lambda x: x, out_shardings=replicated(mesh))(weights)
+    return Result(**scores, step=step, params_sha256=sha256(whole))
+
+
+def write_result(
+    workdir: epath.Path, result: Result, evaluation: Evaluation, data: Dataset, suffix: str = ""
+) -> None:
+    """Write result.json and predictions.npz in the primary process, with a suffix to their names.
+
+    The predictions are the ids, labels and scores of the examples, and the class names.
+    """
+    if processes.is_primary():
+        buffer, ids, names = io.BytesIO(), np.array(evaluation.ids), np.array(data.class_names)
+        labels, scores = evaluation.labels, evaluation.scores
+        np.savez_compressed(buffer, ids=ids, labels=labels, scores=scores, class_names=names)
+        write(workdir / PREDICTIONS.replace(".", f"{suffix}."), buffer.getvalue())
+        write_json(workdir / RESULT.replace(".", f"{suffix}."), result)
+
+
+def read_result(workdir: epath.Path, step: int) -> Result | None:
+    """Return the result of a run; None if it is missing, damaged, or of another step."""
+    try:
+        result = read_json(workdir / RESULT)
+    except OSError:
+        return None
+    if not result or not result.keys() >= Result.__required_keys__ or result["step"] != step:
+        return None
+    return cast(Result, result)
+
+
+def describe_result(result: Result) -> str:
+    """Return a result in one line."""
+    missing = f", {result['missing']} missing" if result["missing"] else ""
+    return (
+        f"result: top1 {result['top1']:.4f}  top5 {result['top5']:.4f}  mean_class {result['mean_class']:.4f}"
+        f"  on {result['examples']} examples{missing}  step {result['step']}"
+        f"  params_sha256 {result['params_sha256'][:12]}"
+    )
+
+
+def describe_test(data: Dataset) -> str:
+    """Return the size of the test split for a log line."""
+    views = f", {data.views} views each" if data.views > 1 else ""
+    return f"{data.test_examples} {data.unit}{views}"
+
+
+def evaluate_checkpoint(
+    config: ml_collections.ConfigDict, path: epath.Path, out: epath.Path | None, data: Dataset
+) -> None:
+    """Evaluate a checkpoint, log the result and write its files.
+
+    Args:
+      config: of the model and the data.
+      path: RUN/checkpoints/STEP, or RUN for its latest.
+      out: folder for the files; None writes none. If it is RUN and the data are not those of the run, its
+        result.json is kept, and result_other.json is written.
+      data: see `structvit_jax.data.load`.
+
+    Raises:
+      UserError: no checkpoint, or one of another model.
+    """
+    with io_errors_as_user_error(out or path), oom_as_user_error(config):
+        learner = Learner.create(config, data)
+        checkpoint, card, weights = _restore(learner, data, path)
+        run, step = checkpoint.parent.parent, int(checkpoint.name)
+        log(f"evaluating step {step} of {run} on {describe_test(data)}")
+        for difference in differences(card["config"], as_json(config)):
+            log(f"note: {difference.describe()}")
+        evaluation = evaluate(eval_runner(learner), weights, data, config.eval)
+        result = make_result(learner.mesh, evaluation.summary(), step, weights)
+        log(describe_result(result))
+        if out:
+            out.mkdir(parents=True, exist_ok=True)
+            unreadable = Unreadable(out, data.train_examples, config.data.max_unreadable_fraction)
+            unreadable.note("test", evaluation.problems)
+            unreadable.exchange()
+            other = out == run and not _is_comparable(card, config, data)
+            if other:
+                log(f"these are not the data of the run: {out / RESULT} is kept; see result_other.json")
+            write_result(out, result, evaluation, data, "_other" * other)
+
+
+@rereading
+def _restore(learner: Learner, data: Dataset, path: epath.Path) -> tuple[epath.Path, dict[str, Any], Weights]:
+    """Return the folder of a checkpoint, its card and its weights; number the labels as its classes."""
+    with open_checkpoint(str(path)) as (checkpoints, step):
+        card = checkpoints.card(step)
+        adopt_classes(data, card)
+        like, averaged = split(learner.model)[1], learner.config.eval.ema
+        advice = "configure the model that was saved"
+        weights = checkpoints.weights(step, like, learner.mesh, advice, averaged=averaged)
+        return checkpoints.path(step), card, weights
+
+
+def _is_comparable(card: Mapping[str, Any], config: ml_collections.ConfigDict, data: Dataset) -> bool:
+    """Return whether scores on these data, read in this way, are comparable with those of the run."""
+    keys = {difference.key for difference in differences(card["config"], as_json(config))}
+    return keys.isdisjoint(_SCORED) and same_test_data(data, card)

@@ -1,9 +1,13 @@
-"""What the train step is compiled from: a model, its optimizer, their mesh, and the shape of a batch."""
+"""A model with its optimizer, mesh and batch shape, and the train step that is compiled for them."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import re
+import time
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +20,13 @@ from structvit_jax.data.types import Arrays, Dataset
 from structvit_jax.models import Network, create_model
 from structvit_jax.models.weights import Weights, split
 from structvit_jax.ops.kernels import native
+from structvit_jax.runtime import processes
 from structvit_jax.runtime.devices import describe_devices
 from structvit_jax.runtime.mesh import check_batch, make_mesh
 from structvit_jax.runtime.processes import log
-from structvit_jax.runtime.sharding import abstract
+from structvit_jax.runtime.sharding import abstract, batch_sharding
 from structvit_jax.training import optim
-from structvit_jax.training.step import TrainState, fresh_state, init_state, normalize
+from structvit_jax.training.step import TrainState, fresh_state, init_state, make_train_step, normalize
 from structvit_jax.utils.errors import UserError
 
 
@@ -38,11 +43,11 @@ class Learner:
 
     @classmethod
     def create(cls, config: ml_collections.ConfigDict, data: Dataset, mesh: Mesh | None = None) -> Learner:
-        """Build all parts and check that they fit together, before anything is compiled or written.
+        """Build all parts and check that they fit together. This compiles and writes nothing.
 
         Args:
           config: see `structvit_jax.config`.
-          data: determines the input shape, the classes and the length of an epoch.
+          data: sets the input shape, the classes and the length of an epoch.
           mesh: of devices of another machine, to compile for them; by default of all devices of this run.
 
         Raises:
@@ -54,11 +59,11 @@ class Learner:
             log(f"devices: {describe_devices()}; mesh {dict(mesh.shape)}")
             if jax.default_backend() == "cpu" and not native.available():
                 log("note: no C++ compiler found (c++, or the one that CXX names); operations run slower")
+        _check_token_labels(config)
         classes = len(data.class_names)
         model = create_model(**model_arguments(config), num_classes=classes, seed=config.train.seed)
         example = jax.ShapeDtypeStruct((1, *data.shape), jnp.uint8)
-        jax.eval_shape(lambda x: model(normalize(x, config)), example)
-        _check_token_labels(config)
+        jax.eval_shape(lambda x: model(normalize(x, config)), example)  # checks the input shape
         params = split(model)[1].params
         optimizer = optim.make_optimizer(config.optimizer, params, model.variant.depths)
         frozen = sum(params[name].size for name in optimizer.frozen)
@@ -79,13 +84,13 @@ class Learner:
         return init_state(weights, self.optimizer, self.mesh, averaged=self.averages)
 
     def abstract_state(self) -> TrainState:
-        """Return shapes, dtypes and shardings of the state; nothing is computed."""
+        """Return the shapes, dtypes and shardings of the state, without computing it."""
         fresh = functools.partial(fresh_state, self.optimizer, self.averages)
         return abstract(jax.eval_shape(fresh, split(self.model)[1]), self.mesh)
 
 
 def _check_token_labels(config: ml_collections.ConfigDict) -> None:
-    """Raise UserError if token labelling is configured in part."""
+    """Raise UserError for options of token labelling that do not fit together."""
     for key in ("data.label_maps", "augment.mix_token"):
         section, name = key.split(".")
         if config[section][name] and not config.model.token_labels:
@@ -100,9 +105,9 @@ def _check_token_labels(config: ml_collections.ConfigDict) -> None:
 
 
 def check_train_batch(learner: Learner) -> None:
-    """Check that the training batch can be divided, and warn about steps on single examples.
+    """Check that the training batch can be divided, and warn if BatchNorm sees single examples.
 
-    BatchNorm over one example subtracts from its features the very mean that the head would read.
+    BatchNorm over one example subtracts the very mean that the head reads, so the logits are constant.
 
     Raises:
       UserError: the batch is not divisible by the devices and the accumulation steps.
@@ -116,3 +121,82 @@ def check_train_batch(learner: Learner) -> None:
             " config.train.grad_accum_steps is 1), so in training mode this model's logits are the same for"
             " every input. Use at least two examples"
         )
+
+
+def compile_train_step(learner: Learner, state: TrainState) -> jax.stages.Compiled:
+    """Compile the train step before its first call, and log how long this takes."""
+    log("compiling the train step ...")
+    started = time.monotonic()
+    compiled = trace_train_step(learner, state).lower().compile()
+    log(f"compiled in {time.monotonic() - started:.1f} s")
+    processes.barrier()  # some processes may have found it in the compilation cache
+    return compiled
+
+
+def trace_train_step(learner: Learner, state: TrainState) -> jax.stages.Traced:
+    """Trace the train step, for its jaxpr or to lower and compile it.
+
+    Args:
+      learner: the model, its optimizer and their configuration.
+      state: arrays, or shapes as from `Learner.abstract_state`.
+    """
+    config, mesh = learner.config, learner.mesh
+    train_step = make_train_step(learner.model, learner.optimizer, learner.schedule, config, mesh, state)
+    row = learner.row | {"mask": ((), jnp.bool_), "index": ((), jnp.int32)}
+    batch = {
+        key: jax.ShapeDtypeStruct((config.data.batch_size, *shape), dtype, sharding=batch_sharding(mesh))
+        for key, (shape, dtype) in row.items()
+    }
+    return train_step.trace(abstract(state, mesh), batch)
+
+
+def memory_of(compiled: jax.stages.Compiled) -> float:
+    """Return the bytes that a program needs on one device: arguments, results, temporaries and code."""
+    sizes = compiled.memory_analysis()
+    assert sizes is not None
+    return (
+        sizes.argument_size_in_bytes
+        + sizes.output_size_in_bytes
+        - sizes.alias_size_in_bytes
+        + sizes.temp_size_in_bytes
+        + sizes.generated_code_size_in_bytes
+    )
+
+
+@contextlib.contextmanager
+def oom_as_user_error(config: ml_collections.ConfigDict) -> Iterator[None]:
+    """Turn out-of-memory errors into one line that names the keys to change.
+
+    Raises:
+      UserError: states the requested and the available memory.
+    """
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        text = " ".join(str(error).split())
+        if not (isinstance(error, MemoryError) or re.search(r"RESOURCE_EXHAUSTED|[Oo]ut of memory", text)):
+            raise
+        device = jax.local_devices()[0]
+        limit = (device.memory_stats() or {}).get("bytes_limit")
+        available = f"{limit / 2**30:.1f} GiB for it" if limit else "no more"
+        parts, remat = config.train.grad_accum_steps, config.model.remat or "none"
+        raise UserError(
+            f"out of memory: {_requested_memory(text)}; a {device.device_kind} has {available}. Lower"
+            f" config.data.batch_size (now {config.data.batch_size}), raise config.train.grad_accum_steps"
+            f" (now {parts}) or set config.model.remat (now {remat}) to 'dots' or 'full'; in evaluation lower"
+            f" config.eval.batch_size (now {config.eval.batch_size}); `structvit plan --device_memory=SIZE`"
+            " finds the largest batch"
+        ) from error
+
+
+def _requested_memory(text: str) -> str:
+    """Return the requested memory in a message of XLA, or the beginning of another message."""
+    amount = r"([\d.]+) ?([KMGT]i?B?|bytes)\b"
+    verb = r"(?:allocat\w+|requires?|[Uu]sed|needs?) (?:a buffer of )?"
+    match = re.search(verb + amount, text) or re.search(amount, text)
+    if not match:
+        return text[:200]
+    number, unit = match.groups()
+    if unit == "bytes":
+        number, unit = f"{float(number) / 2**30:.1f}", " GiB"
+    return f"the program asked for {number}{unit}"

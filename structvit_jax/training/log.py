@@ -1,4 +1,4 @@
-"""Log a run: progress lines, metrics.jsonl, skipped.jsonl and TensorBoard events."""
+"""Log a run: progress lines, metrics.jsonl, skipped.jsonl, unreadable.tsv and TensorBoard events."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,8 +15,8 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from structvit_jax.data.types import Dataset
-from structvit_jax.runtime import process
+from structvit_jax.data.types import Dataset, Problem
+from structvit_jax.runtime import process, processes
 from structvit_jax.runtime.goodput import Goodput, Progress
 from structvit_jax.runtime.processes import available_cores, is_primary, log
 from structvit_jax.runtime.storage import METRICS, write
@@ -32,9 +32,9 @@ class RunLog:
     """Collects the metrics of a run, prints them and writes them to files.
 
     metrics.jsonl has one line per step and one per evaluation. It holds nothing that depends on the clock, so
-    that a resumed run ends with the same file as an uninterrupted one; rates go to the progress lines and to
+    a resumed run ends with the same file as an uninterrupted one. Rates go to the progress lines and to
     TensorBoard. skipped.jsonl lists the examples of every step that was skipped because its loss or gradient
-    was not finite. The primary process writes.
+    was not finite. Only the primary process writes.
     """
 
     def __init__(
@@ -50,9 +50,9 @@ class RunLog:
         """Open the logs of a run.
 
         Args:
-          workdir: of the run.
-          start_step, total_steps: completed steps, and the last step.
-          config: of the run.
+          workdir: the folder of the run.
+          start_step, total_steps: number of completed steps, and of all steps.
+          config: the configuration of the run.
           data: for the names of its examples.
           goodput: written together with the metrics.
           check_lock: raises an exception if this run may not write into the workdir any more.
@@ -60,11 +60,11 @@ class RunLog:
         self._check_lock = check_lock
         self._total, self._batch, self._unit = total_steps, config.data.batch_size, data.unit
         self._max_skipped, self._name_of = config.train.max_skipped, data.train_id
-        self.goodput = goodput
+        self._goodput = goodput
         self._pending: list[tuple[int, dict[str, jax.Array]]] = []
         self._metrics = _Lines(workdir / METRICS, start_step)
         self._skipped = _Lines(workdir / "skipped.jsonl", start_step)
-        self._resumed_after = self._metrics.last()  # perhaps the final evaluation
+        self._last_line = self._metrics.last()  # may be the final evaluation
         self._consecutive = self._metrics.skipped_at_the_end()
         self._board = _Board(workdir / "tensorboard", start_step) if is_primary() else None
         self._progress = Progress(config.data.workers, available_cores())
@@ -76,7 +76,7 @@ class RunLog:
 
         Args:
           step: its number.
-          metrics: of the train step; may still be in computation.
+          metrics: of the train step; the devices may still compute them.
           waited: seconds that the step waited for its batch.
         """
         self._pending.append((step, metrics))
@@ -101,16 +101,15 @@ class RunLog:
             return
         records = [self._record(step, jax.device_get(metrics)) for step, metrics in self._pending]
         seconds = time.monotonic() - self._since
-        rate = len(records) * self._batch / seconds
-        speed = {f"{self._unit}_per_second": rate, "data_wait": self._waited / seconds}
+        rate, data_wait = len(records) * self._batch / seconds, self._waited / seconds
         last = records[-1]
-        self._scalars("speed", {"step": last["step"], **speed})
+        self._scalars("speed", last["step"], {f"{self._unit}_per_second": rate, "data_wait": data_wait})
         self._progress.add(len(records), seconds, self._waited)
         eta = self._progress.remaining(self._total - last["step"])
         log(
             f"step {last['step']}/{self._total}  loss {_mean(records, 'loss'):.4f}"
             f"  top1 {_mean(records, 'top1'):.3f}  lr {last['lr']:.2e}  {rate:.1f} {self._unit}/s"
-            f"  data-wait {speed['data_wait']:.0%}  ETA {_clock(eta)}"
+            f"  data-wait {data_wait:.0%}  ETA {_clock(eta)}"
         )
         if advice := self._progress.advice():
             log(advice)
@@ -125,18 +124,18 @@ class RunLog:
         started = time.monotonic()
         self._metrics.write()
         self._skipped.write()
-        self.goodput.write()
+        self._goodput.write()
         self._board.write()
         now = time.monotonic()
         self._next_write = now + (now - started) / _WRITING_FRACTION
 
-    def evaluation(self, step: int, scores: Mapping[str, float]) -> None:
+    def evaluation(self, step: int, scores: Mapping[str, Any]) -> None:
         """Record the scores of an evaluation after a step, unless an earlier session did."""
         self.flush()
         record = {"step": step} | {f"eval_{key}": value for key, value in scores.items()}
-        if json.dumps(record) != self._resumed_after:
+        if json.dumps(record) != self._last_line:
             self._metrics.append(record)
-            self._scalars("eval", {"step": step, **scores})
+            self._scalars("eval", step, scores)
         self.write()
         self.restart_clock()
 
@@ -158,10 +157,11 @@ class RunLog:
         """Record a step, and the examples of a skipped one; raise UserError after too many of these."""
         index, skipped = metrics.pop("index"), bool(metrics.pop("skipped"))
         values = {key: float(value) for key, value in metrics.items()}
-        record = {"step": step} | {k: v if math.isfinite(v) else None for k, v in values.items()}
-        record |= {"skipped": 1} if skipped else {}
+        scalars = {key: value if math.isfinite(value) else None for key, value in values.items()}
+        scalars |= {"skipped": 1} if skipped else {}
+        record = {"step": step} | scalars
         self._metrics.append(record)
-        self._scalars("train", record)
+        self._scalars("train", step, scalars)
         self._consecutive = self._consecutive + 1 if skipped else 0
         if not skipped:
             return record
@@ -179,16 +179,16 @@ class RunLog:
             )
         return record
 
-    def _scalars(self, group: str, record: Mapping[str, Any]) -> None:
+    def _scalars(self, group: str, step: int, values: Mapping[str, float | None]) -> None:
         if self._board is not None:
-            self._board.add(group, record)
+            self._board.add(group, step, values)
 
 
 class _Lines:
     """A file of JSON lines in the order of their steps, kept in memory and written whole."""
 
     def __init__(self, path: epath.Path, step: int):
-        """Read the lines up to `step`; drop later ones of a killed run, and damaged ones."""
+        """Read the lines up to `step`; drop damaged lines and the later ones of a killed run."""
         self.path, self._lines = path, list[str]()
         content = path.read_bytes() if is_primary() and path.exists() else b""
         for line in content.splitlines():
@@ -223,10 +223,11 @@ class _Lines:
 
 
 class _Board:
-    """Writes TensorBoard events; for a bucket into a local folder first, from which they are copied."""
+    """Writes TensorBoard events; those of a bucket are written to a local folder and copied."""
 
     def __init__(self, folder: epath.Path, start_step: int):
-        # tensorboardX imports these if they are installed, which takes seconds, and does not need them here.
+        # tensorboardX imports these modules if they are installed. It does not need them here, and importing
+        # them takes seconds.
         with process.hidden_modules("torch", "google.cloud.storage"):
             from tensorboardX.event_file_writer import EventsWriter
             from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -242,10 +243,10 @@ class _Board:
         restart = SessionLog(status=SessionLog.START)  # hides earlier events of later steps
         self._events.write_event(Event(step=start_step + 1, session_log=restart))
 
-    def add(self, group: str, record: Mapping[str, Any]) -> None:
-        for key, value in record.items():
-            if key != "step" and value is not None:
-                event = self._event(step=record["step"], wall_time=time.time())
+    def add(self, group: str, step: int, values: Mapping[str, float | None]) -> None:
+        for key, value in values.items():
+            if value is not None:
+                event = self._event(step=step, wall_time=time.time())
                 event.summary.value.add(tag=f"{group}/{key}", simple_value=value)
                 self._events.write_event(event)
 
@@ -268,3 +269,86 @@ def _clock(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}"
+
+
+class Unreadable:
+    """The list WORKDIR/unreadable.tsv of unreadable examples: split, example and reason, one line each.
+
+    Examples with replaced frames are listed, too, but do not count against the limit. The list survives a
+    restart. The limit applies to this session alone, since files may have been fixed.
+    """
+
+    def __init__(self, workdir: epath.Path, train_examples: int, max_fraction: float):
+        """Args: `workdir`, for the file; `train_examples`, of which `max_fraction` may be unreadable."""
+        self._path = workdir / "unreadable.tsv"
+        self._limit, self._examples = max_fraction * train_examples, train_examples
+        self._text = processes.broadcast_from_primary(self._read)
+        self._listed = {tuple(line.split("\t")[:2]) for line in self._text.splitlines()}
+        self._pending: list[tuple[str, Problem]] = []  # by split; of this process, unknown to the others
+        self._short: dict[str, dict[str, str]] = {}  # reasons by split and clip, of clips with few frames
+        self._reported: set[str] = set()  # splits whose short clips have been reported
+        self._unreadable: dict[str, str] = {}  # reasons by training example
+
+    def note(self, split: str, problems: Iterable[Problem]) -> None:
+        """Add the problems of a batch. With several processes they are logged at the next `exchange`.
+
+        Raises:
+          UserError: more than config.data.max_unreadable_fraction of the training examples are unreadable.
+        """
+        entries = [(split, p) for p in problems if p.kind != "short" or split not in self._reported]
+        if not entries:
+            return
+        self._pending += entries
+        self._count(entries)
+        if not processes.is_multiprocess():
+            self._merge()
+        self._check_limit()
+
+    def exchange(self) -> None:
+        """Merge the problems of all processes, which must all call this; log the number of short clips once.
+
+        Raises:
+          UserError: as for `note`.
+        """
+        self._merge()
+        for split in sorted(self._short.keys() - self._reported):
+            names = self._short[split]
+            clips = "1 clip has" if len(names) == 1 else f"{len(names)} clips have"
+            log(f"note: {split}: {clips} {next(iter(names.values()))}; frames are repeated")
+            self._reported.add(split)
+        self._short.clear()
+        self._check_limit()
+
+    def _merge(self) -> None:
+        entries = [entry for own in processes.allgather_object(self._pending) for entry in own]
+        self._pending.clear()
+        self._count(entries)
+        grown = False
+        for split, problem in entries:
+            name, reason = problem.id, " ".join(problem.reason.split())
+            if problem.kind == "short":
+                if split not in self._reported:
+                    self._short.setdefault(split, {})[name] = reason
+            elif (split, name) not in self._listed:
+                self._listed.add((split, name))
+                self._text += f"{split}\t{name}\t{reason}\n"
+                grown = True
+                what = f"warning: {split} example left out" if problem.left_out else f"note: {split} example"
+                log(f"{what}, {name}: {reason}")
+        if grown and is_primary():
+            write(self._path, self._text)
+
+    def _count(self, entries: Iterable[tuple[str, Problem]]) -> None:
+        self._unreadable |= {p.id: p.reason for split, p in entries if split == "train" and p.left_out}
+
+    def _read(self) -> str:
+        return self._path.read_bytes().decode(errors="replace") if self._path.exists() else ""
+
+    def _check_limit(self) -> None:
+        if len(self._unreadable) > self._limit:
+            some = "; ".join(f"{name}: {reason}" for name, reason in list(self._unreadable.items())[:3])
+            raise UserError(
+                f"{len(self._unreadable)} of {self._examples} training examples cannot be read, more than"
+                f" config.data.max_unreadable_fraction allows ({some}); fix or remove those in {self._path},"
+                " or raise it"
+            )

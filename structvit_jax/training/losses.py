@@ -17,6 +17,27 @@ def cross_entropy(logits: jax.Array, targets: jax.Array, mask: jax.Array) -> jax
     return masked_mean(optax.softmax_cross_entropy(logits, targets), mask)
 
 
+def token_labelling(
+    logits: jax.Array,
+    dense_logits: jax.Array,
+    targets: jax.Array,
+    dense_targets: jax.Array,
+    mask: jax.Array,
+    weight: float,
+) -> jax.Array:
+    """Return the cross-entropy of the head plus `weight` times that of the dense head, a mean over positions.
+
+    Args:
+      logits, targets: of the head, [batch, classes].
+      dense_logits, dense_targets: of the dense head, [batch, ..., classes].
+      mask: bool [batch].
+      weight: config.train.dense_weight.
+    """
+    positions = optax.softmax_cross_entropy(dense_logits, dense_targets)
+    per_image = positions.mean(axis=tuple(range(1, positions.ndim)))
+    return cross_entropy(logits, targets, mask) + weight * masked_mean(per_image, mask)
+
+
 def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
     """Return the mean over unmasked examples, 0 if there are none: both [batch] -> []."""
     return jnp.sum(values * mask) / jnp.maximum(jnp.sum(mask), 1)

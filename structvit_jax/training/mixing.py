@@ -1,12 +1,14 @@
-"""Augmentation of batches on the device: random erasing, mixup and CutMix, as in timm.
+"""Augmentation of batches on the device: random erasing, mixup, CutMix and MixToken.
 
-Inputs are normalised, float [batch, [time,] height, width, channels]. Targets are distributions over classes,
-[batch, classes]. All random numbers come from the key, so a batch is a function of (seed, step).
+The first three are as in timm. MixToken and targets for every position belong to token labelling: they come
+from LV-ViT, and UniFormer uses them. Inputs are normalised, float [batch, [time,] height, width, channels].
+Targets are distributions over classes, [batch, classes]. All random numbers come from the key, so a batch is
+a function of the seed and the step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -15,25 +17,32 @@ import ml_collections
 _ERASED_AREA = (0.02, 1 / 3)  # fraction of the image
 _ERASED_ASPECT = (0.3, 1 / 0.3)
 _ATTEMPTS = 10
+_SAMPLES = 2  # points of a label map that are read along each side of a position
+
+Edges = Sequence[tuple[jax.Array, jax.Array]]  # (first, last + 1) along height and along width
 
 
 def augment(
     key: jax.Array, inputs: jax.Array, targets: jax.Array, options: ml_collections.ConfigDict
 ) -> tuple[jax.Array, jax.Array]:
-    """Apply the section `augment` of a configuration; return inputs and targets."""
-    erasing, mixing = jax.random.split(key)
+    """Apply erasing, mixup and CutMix as the section `augment` configures; return inputs and targets."""
+    erase_key, mix_key = jax.random.split(key)
     if options.erase:
-        inputs = erase(erasing, inputs, options.erase)
+        inputs = erase(erase_key, inputs, options.erase)
     if options.mixup or options.cutmix:
-        inputs, targets = mix(mixing, inputs, targets, options.mixup, options.cutmix)
+        inputs, targets = mix(mix_key, inputs, targets, options.mixup, options.cutmix)
     return inputs, targets
 
 
 def erase(key: jax.Array, inputs: jax.Array, probability: float) -> jax.Array:
-    """Apply random erasing in timm's "pixel" mode: a box of normal noise, the same box in all frames.
+    """Fill a box with normal noise in some examples, the same box in all frames (timm's "pixel" mode).
 
-    The area of the box is 2 % to 33 % of the image, its aspect ratio log-uniform from 0.3 to 3.3. The first
-    of ten draws that fits is used; if none does, nothing is erased.
+    The area of the box is uniform from 2 % to 33 % of the image, its aspect ratio log-uniform from 0.3 to
+    3.3. Ten boxes are drawn, and the first that fits into the image is used; if none does, nothing is erased.
+
+    Args:
+      key, inputs: see the module.
+      probability: that an example is erased.
     """
     batch, height, width = inputs.shape[0], *inputs.shape[-3:-1]
     whether, area, aspect, position, noise = jax.random.split(key, 5)
@@ -58,10 +67,10 @@ def erase(key: jax.Array, inputs: jax.Array, probability: float) -> jax.Array:
 def mix(
     key: jax.Array, inputs: jax.Array, targets: jax.Array, mixup: float, cutmix: float
 ) -> tuple[jax.Array, jax.Array]:
-    """Apply mixup or CutMix to rows i and batch - 1 - i, with one lambda for all rows, as timm's batch mode.
+    """Mix row i with row batch - 1 - i by mixup or CutMix, with one lambda for all rows (timm's batch mode).
 
-    If both are on, each batch uses one of them with probability 1/2. Lambda is drawn from Beta(alpha, alpha);
-    for CutMix it is corrected for boxes that are cut off at the edge.
+    If both are on, each batch uses one of them with probability 1/2. Lambda is drawn from Beta(alpha, alpha).
+    For CutMix it is then set to the area outside the box, which is clipped at the edges of the image.
 
     Args:
       key, inputs, targets: see the module.
@@ -81,11 +90,8 @@ def mix(
     )
 
 
-Edges = Sequence[tuple[jax.Array, jax.Array]]  # (first, last + 1) along height and along width
-
-
 def box_edges(key: jax.Array, lam: jax.Array, height: int, width: int) -> Edges:
-    """Return the edges of a box of 1 - lam of the image around a uniform centre, clipped to the image."""
+    """Return the edges of a box around a random centre: 1 - lam of the image, then clipped to it."""
     edges = []
     for axis_key, side in zip(jax.random.split(key), (height, width), strict=True):
         half = (jnp.floor(side * jnp.sqrt(1 - lam)) // 2).astype(jnp.int32)
@@ -95,9 +101,79 @@ def box_edges(key: jax.Array, lam: jax.Array, height: int, width: int) -> Edges:
 
 
 def box(edges: Edges, height: int, width: int) -> jax.Array:
-    """Return which positions are inside a box: bool [height, width]."""
+    """Return the mask of a box, bool [height, width]."""
     inside = [
         (jnp.arange(side) >= low) & (jnp.arange(side) < high)
         for side, (low, high) in zip((height, width), edges, strict=True)
     ]
     return inside[0][:, None] & inside[1][None, :]
+
+
+class MixToken:
+    """Replace a box of the first embedding by that of the reversed batch, as in LV-ViT.
+
+    As in UniFormer's code, the whole batch has one box, with lambda drawn from Beta(alpha, alpha). The
+    targets of positions lie on a coarser grid, on which the edges of the box are rounded down.
+    """
+
+    def __init__(self, key: jax.Array, alpha: float):
+        self._key, self._alpha = key, alpha
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Mix an embedding [batch, [time,] height, width, channels]."""
+        lam_key, position = jax.random.split(self._key)
+        lam = jax.random.beta(lam_key, self._alpha, self._alpha)
+        self._sides = x.shape[-3:-1]
+        self._edges = box_edges(position, lam, *self._sides)
+        return jnp.where(box(self._edges, *self._sides)[:, :, None], x[::-1], x)
+
+    def targets(self, whole: jax.Array, dense: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Mix targets like the embedding, which must have been mixed before.
+
+        Args:
+          whole: targets of the images, [batch, classes].
+          dense: targets of the positions, [batch, ..., height, width, classes].
+        """
+        sides = dense.shape[-3:-1]
+        ratios = [fine // coarse for fine, coarse in zip(self._sides, sides, strict=True)]
+        edges = [(low // n, high // n) for (low, high), n in zip(self._edges, ratios, strict=True)]
+        inside = box(edges, *sides)
+        kept = 1 - inside.mean()
+        dense = jnp.where(inside[:, :, None], dense[::-1], dense)
+        return kept * whole + (1 - kept) * whole[::-1], dense
+
+
+def dense_targets(batch: Mapping[str, jax.Array], grid: tuple[int, ...], classes: int) -> jax.Array:
+    """Return the targets of all positions from a teacher's label maps, float32 [batch, *grid, classes].
+
+    A map covers the whole image. It is interpolated bilinearly where the crop lies, and is zero outside the
+    image. What a position's probabilities lack to a sum of one is spread over all classes.
+
+    Args:
+      batch: with `map_classes` and `map_scores` [batch, height, width, k], and `pose` [batch, 2, 3], which
+        maps a point (x, y, 1) of the crop to the image, with x and y from 0 to 1 in both.
+      grid: positions along height and width.
+      classes: number of classes.
+    """
+    scores, chosen = jnp.nan_to_num(batch["map_scores"].astype(jnp.float32)), batch["map_classes"]
+    dense = jnp.einsum("bhwk,bhwkc->bhwc", scores, jax.nn.one_hot(chosen, classes))
+    ys, xs = ((jnp.arange(n * _SAMPLES) + 0.5) / (n * _SAMPLES) for n in grid)
+    points = jnp.stack([*jnp.meshgrid(xs, ys), jnp.ones((len(ys), len(xs)))], axis=-1)
+    positions = jnp.einsum("bij,yxj->byxi", batch["pose"], points, precision="highest")
+    inside = jnp.all((positions >= 0) & (positions <= 1), axis=-1).astype(jnp.float32)
+    rows, columns = (_interpolation(positions[..., axis], dense.shape[2 - axis]) for axis in (1, 0))
+    weights = jnp.einsum("byx,byxh,byxw->byxhw", inside, rows, columns)
+    weights = weights.reshape(-1, grid[0], _SAMPLES, grid[1], _SAMPLES, *dense.shape[1:3]).mean(axis=(2, 4))
+    read = jnp.einsum("byxhw,bhwc->byxc", weights, dense)
+    return read + (1 - read.sum(axis=-1, keepdims=True)) / classes
+
+
+def _interpolation(positions: jax.Array, cells: int) -> jax.Array:
+    """Return the weights of cells for linear interpolation at positions 0..1: [...] -> [..., cells]."""
+    centres = jnp.clip(positions * cells - 0.5, 0, cells - 1)
+    return jnp.maximum(0, 1 - jnp.abs(centres[..., None] - jnp.arange(cells)))
+
+
+def spread(targets: jax.Array, shape: Sequence[int]) -> jax.Array:
+    """Return targets that give every position the label of its image: [batch, classes] -> `shape`."""
+    return jnp.broadcast_to(targets.reshape(len(targets), *[1] * (len(shape) - 2), -1), shape)

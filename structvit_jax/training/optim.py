@@ -35,34 +35,34 @@ def learning_rate(
 ) -> Callable[[jax.Array | int], jax.Array]:
     """Return the learning rate as a function of the step.
 
-    It rises linearly from `warmup_lr` to `lr`, then follows half a cosine that reaches `end_lr` after the
-    last step or before the cool-down. With `lr_update_every` it is piecewise constant, and `lr_update_delay`
-    delays it by so many pieces.
+    The rate rises linearly from `warmup_lr` to `lr`. Then it follows half a cosine, which reaches `end_lr`
+    after the last step, or where the cool-down starts. With `lr_update_every` the rate is constant within
+    intervals of this many steps; `lr_update_delay` delays it by a number of intervals.
 
     Args:
       config: the section `optimizer`.
       durations: in steps.
     """
-    warmup, stair = durations.warmup, durations.lr_update_every or 1
-    first = warmup if config.schedule_origin == "warmup" else 0
-    length = max(durations.total - durations.cooldown - first, 1)
+    warmup, interval = durations.warmup, durations.lr_update_every or 1
+    origin = warmup if config.schedule_origin == "warmup" else 0
+    length = max(durations.total - durations.cooldown - origin, 1)
 
-    def rate(step: jax.Array | int) -> jax.Array:
-        position = jnp.maximum(step // stair - config.lr_update_delay, 0) * stair
-        ramp = config.warmup_lr + (config.lr - config.warmup_lr) * position / max(warmup, 1)
-        wave = jnp.cos(jnp.pi * jnp.clip((position - first) / length, 0, 1))
+    def schedule(step: jax.Array | int) -> jax.Array:
+        position = jnp.maximum(step // interval - config.lr_update_delay, 0) * interval
+        linear = config.warmup_lr + (config.lr - config.warmup_lr) * position / max(warmup, 1)
+        wave = jnp.cos(jnp.pi * jnp.clip((position - origin) / length, 0, 1))
         cosine = config.end_lr + (config.lr - config.end_lr) * (1 + wave) / 2
-        return jnp.where(position < warmup, ramp, cosine)
+        return jnp.where(position < warmup, linear, cosine)
 
-    return rate
+    return schedule
 
 
 def decays(name: str, array: jax.Array) -> bool:
     """Return whether weight decay applies to a parameter.
 
-    It skips vectors (biases, norms, layer scales) and DeiT's position embedding. It applies to all depthwise
-    kernels, also of the position encoding, as in the released UniFormer; and to the structure kernels, which
-    the paper leaves open.
+    It does not apply to vectors (biases, norms, layer scales) and to DeiT's position embedding. It applies to
+    all depthwise kernels, those of the position encoding included, as in the released UniFormer. The paper
+    does not say whether it applies to the structure kernels; here it does.
     """
     return array.ndim > 1 and name != "pos_embed"
 
@@ -72,27 +72,28 @@ def make_optimizer(
 ) -> Optimizer:
     """Return AdamW without the learning rate, after clipping by global norm if `clip_norm` is set.
 
-    The train step multiplies its updates by the negative learning rate.
+    The train step multiplies its updates by the learning rate and subtracts them.
 
     Args:
       config: the section `optimizer`.
-      names: of all parameters, needed for frozen weights and layer-wise rates.
-      depths: blocks per stage.
+      names: names of all parameters, for frozen weights and layer-wise rates.
+      depths: number of blocks per stage, for layer-wise rates.
 
     Raises:
       UserError: patterns of frozen weights that match none, or all.
     """
     frozen = frozen_names(config.freeze, list(names))
-    adamw = [
-        _adam(config.b1, config.b2, config.eps),
-        optax.add_decayed_weights(
-            config.weight_decay,
-            mask=lambda params: {name: decays(name, array) for name, array in params.items()},
-        ),
-    ]
-    clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
-    rates = [] if config.layer_decay == 1 else [_scaled(layer_rates(names, depths, config.layer_decay))]
-    return Optimizer(optax.chain(*clip, *adamw, *rates), frozen)
+
+    def decay_mask(params: Mapping[str, jax.Array]) -> dict[str, bool]:
+        return {name: decays(name, array) for name, array in params.items()}
+
+    transforms = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
+    transforms += [_adam(config.b1, config.b2, config.eps)]
+    transforms += [optax.add_decayed_weights(config.weight_decay, mask=decay_mask)]
+    if config.layer_decay != 1:
+        rates = layer_rates(names, depths, config.layer_decay)
+        transforms += [optax.stateless(lambda updates, _: {n: rates[n] * u for n, u in updates.items()})]
+    return Optimizer(optax.chain(*transforms), frozen)
 
 
 def frozen_names(patterns: str, names: Sequence[str]) -> frozenset[str]:
@@ -105,14 +106,14 @@ def frozen_names(patterns: str, names: Sequence[str]) -> frozenset[str]:
 
 
 def layer_rates(names: Iterable[str], depths: Sequence[int], decay: float) -> dict[str, float]:
-    """Return factors on the learning rate by parameter, for layer-wise decay.
+    """Return the factor on the learning rate of each parameter, for layer-wise decay.
 
-    The final norm and the heads have the factor 1, and every block below multiplies it by `decay`. Patch
-    embeddings belong to the block that follows, but the first one and `pos_embed` are below all blocks.
+    The final norm and the heads have the factor 1, and each block below multiplies it by `decay`. A patch
+    embedding counts with the block after it, but the first one and `pos_embed` come below all blocks.
 
     Args:
-      names: of the parameters.
-      depths: blocks per stage.
+      names: names of the parameters.
+      depths: number of blocks per stage.
       decay: factor per block.
     """
     first = [sum(depths[:stage]) + 1 for stage in range(len(depths))]  # index of each stage's first block
@@ -129,10 +130,10 @@ def layer_rates(names: Iterable[str], depths: Sequence[int], decay: float) -> di
 
 
 def _adam(b1: float, b2: float, eps: float) -> optax.GradientTransformationExtraArgs:
-    """Return optax's Adam with an argument `finite`; if it is false, the moments do not change.
+    """Return optax's Adam, whose update takes `finite` as well; if it is false, the moments do not change.
 
-    The updates are computed from the new moments behind a barrier, because XLA on CPUs would otherwise
-    compute the moments twice, from copies of the old ones.
+    On CPUs a barrier separates the updates from the new moments. Without it, XLA would compute the moments
+    twice, from copies of the old ones.
     """
     adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
 
@@ -151,7 +152,3 @@ def _adam(b1: float, b2: float, eps: float) -> optax.GradientTransformationExtra
         return jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mean, square), new
 
     return optax.GradientTransformationExtraArgs(adam.init, update)
-
-
-def _scaled(rates: Mapping[str, float]) -> optax.GradientTransformation:
-    return optax.stateless(lambda updates, _: {name: rates[name] * u for name, u in updates.items()})

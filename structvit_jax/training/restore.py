@@ -1,20 +1,22 @@
-"""Open a checkpoint by its path, even while its run is training and replaces it."""
+"""Open a checkpoint by its path, even while its run replaces it, and check that data fit it."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ParamSpec, TypeVar
 
 from etils import epath
 
+from structvit_jax.data.types import Dataset
+from structvit_jax.runtime import processes
 from structvit_jax.runtime.digests import find_damage
+from structvit_jax.runtime.processes import log
 from structvit_jax.runtime.storage import io_errors_as_user_error
 from structvit_jax.training.card import read_card
-from structvit_jax.training.checkpoint import Checkpoints
-from structvit_jax.training.commit import FOLDER, is_step, steps_in
+from structvit_jax.training.checkpoint import FOLDER, Checkpoints, is_step, steps_in
 from structvit_jax.utils.errors import EXIT_RESUMABLE, UserError
 from structvit_jax.utils.paths import parse_path
 
@@ -22,14 +24,6 @@ P = ParamSpec("P")
 T = TypeVar("T")
 _ATTEMPTS = 30  # at reading a checkpoint before its run replaces it
 _REMOVAL = 5.0  # seconds that the removal of a checkpoint may take
-
-
-def _locate(path: str) -> tuple[epath.Path, int | None]:
-    """Split "RUN/checkpoints/STEP" into (RUN, STEP); for "RUN" alone the step is None, the latest."""
-    folder = parse_path(path)
-    if is_step(folder) and folder.parent.name == FOLDER:
-        return folder.parent.parent, int(folder.name)
-    return folder, None
 
 
 class _ReplacedError(UserError):
@@ -66,14 +60,29 @@ def open_checkpoint(path: str) -> Iterator[tuple[Checkpoints, int]]:
     Raises:
       UserError: no checkpoint, or an unfinished or damaged one.
     """
-    run, named = _locate(path)
+    run, named = parse_path(path), None
+    if is_step(run) and run.parent.name == FOLDER:
+        run, named = run.parent.parent, int(run.name)
+    folder = run / FOLDER
     with io_errors_as_user_error(run):
-        before = steps_in(run / FOLDER)
+        if not folder.exists():
+            raise UserError(
+                f"no checkpoint at {path}: it should be RUN/checkpoints/STEP, or RUN for its latest. Files of"
+                " PyTorch weights (.pth, .safetensors) are for config.init_from; `structvit convert` turns"
+                " them into a checkpoint"
+            )
+        before = steps_in(folder)
     try:
-        with _open(path, run, named) as opened:
-            yield opened
+        with Checkpoints(run) as checkpoints:
+            step = checkpoints.latest() if named is None else named
+            if step is None or not checkpoints.path(step).exists():
+                kept = ", ".join(map(str, checkpoints.steps())) or "none"
+                raise UserError(f"no finished checkpoint at {path}; {run} has these steps: {kept}")
+            if named is not None:
+                checkpoints.check(step)
+            yield checkpoints, step
     except Exception as error:
-        if not _is_removed(run / FOLDER, before, named):
+        if not _is_removed(folder, before, named):
             raise
         raise _ReplacedError(
             f"the run in {run} replaces its checkpoints faster than they can be read; raise its"
@@ -82,7 +91,7 @@ def open_checkpoint(path: str) -> Iterator[tuple[Checkpoints, int]]:
 
 
 def _is_removed(folder: epath.Path, before: list[int], named: int | None) -> bool:
-    """Return whether a run removed the named step, or the newest of the earlier ones."""
+    """Return whether a run has removed the named step, or the newest of the steps that existed before."""
     step = named if named is not None else max(before, default=-1)
     deadline = time.monotonic() + _REMOVAL
     while (steps := steps_in(folder)) != before and step in steps and time.monotonic() < deadline:
@@ -90,24 +99,11 @@ def _is_removed(folder: epath.Path, before: list[int], named: int | None) -> boo
     return step in before and step not in steps
 
 
-@contextlib.contextmanager
-def _open(path: str, run: epath.Path, named: int | None) -> Iterator[tuple[Checkpoints, int]]:
-    with io_errors_as_user_error(run):
-        exists = (run / FOLDER).exists()
-    if not exists:
-        raise UserError(
-            f"no checkpoint at {path}: it should be RUN/checkpoints/STEP, or RUN for its latest. Files of"
-            " PyTorch weights (.pth, .safetensors) are for config.init_from; `structvit convert` turns them"
-            " into a checkpoint"
-        )
-    with Checkpoints(run) as checkpoints:
-        step = checkpoints.latest() if named is None else named
-        if step is None or not checkpoints.path(step).exists():
-            kept = ", ".join(map(str, checkpoints.steps())) or "none"
-            raise UserError(f"no finished checkpoint at {path}; {run} has these steps: {kept}")
-        if named is not None:
-            checkpoints.check(step)
-        yield checkpoints, step
+@rereading
+def open_card(path: str) -> dict[str, Any]:
+    """Return the card of a checkpoint; see `open_checkpoint` for the path."""
+    with open_checkpoint(path) as (checkpoints, step):
+        return checkpoints.card(step)
 
 
 def newest_card(workdir: epath.Path) -> dict[str, Any] | None:
@@ -118,13 +114,58 @@ def newest_card(workdir: epath.Path) -> dict[str, Any] | None:
             if not find_damage(folder, "card/"):
                 return read_card(folder)
         except (UserError, FileNotFoundError):
-            if folder.exists():  # or a run in training has removed it
+            if folder.exists():  # otherwise a run in training has removed it
                 raise
     return None
 
 
-@rereading
-def open_card(path: str) -> dict[str, Any]:
-    """Return the card of a checkpoint; see `open_checkpoint` for the path."""
-    with open_checkpoint(path) as (checkpoints, step):
-        return checkpoints.card(step)
+def adopt_classes(data: Dataset, card: Mapping[str, Any]) -> None:
+    """Number the labels of the data like the classes of a checkpoint, by name.
+
+    Raises:
+      UserError: the data have other classes, or the checkpoint does not name its classes.
+    """
+    if card["class_names"] is None:
+        raise UserError(
+            "the checkpoint does not name its classes, so its outputs cannot be matched to the data's labels;"
+            " name them with structvit convert CHECKPOINT DESTINATION --labels=FILE, one a line"
+        )
+    if data.adopt_classes(card["class_names"]):
+        log("note: the classes of the data are in another order than the checkpoint's; matched by name")
+
+
+def check_data(data: Dataset, card: Mapping[str, Any], path: epath.Path, *, is_complete: bool) -> None:
+    """Compare the data of a run with those that its checkpoint was trained on.
+
+    An incomplete run may continue if at least half of the sampled examples are the same, for example after
+    damaged files were replaced.
+
+    Args:
+      data: the data of the run.
+      card: the card of the checkpoint.
+      path: the checkpoint, for error messages.
+      is_complete: whether the checkpoint is the last of its run.
+
+    Raises:
+      UserError: the run is complete and the data differ, or most of the data differ.
+    """
+    if not card.get("data"):  # converted weights
+        return
+    changes = processes.broadcast_from_primary(lambda: data.changes_since(card["data"]))
+    if changes.same:
+        return
+    if is_complete or 2 * changes.alike < changes.sampled:
+        kind = "the complete run of" if is_complete else "a run on"
+        raise UserError(
+            f"{path} is {kind} other data ({changes.described}); choose another --workdir for these, or"
+            " evaluate the checkpoint on them with --mode=eval"
+        )
+    log(f"note: the data have changed ({changes.described})")
+
+
+def same_test_data(data: Dataset, card: Mapping[str, Any]) -> bool:
+    """Return whether the test data have the fingerprint of those in a card; True if it has none."""
+    if not card.get("data"):  # converted weights
+        return True
+    changes = processes.broadcast_from_primary(lambda: data.changes_since(card["data"], test_only=True))
+    return changes.same

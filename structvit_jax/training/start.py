@@ -1,6 +1,7 @@
 """The state in which a run starts: its latest checkpoint, other weights, or fresh weights.
 
-Weights come with the normalisation that they expect; a configuration that leaves it open adopts it.
+Weights expect inputs that are normalised as in their training. A configuration that leaves the normalisation
+open adopts theirs.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from structvit_jax import convert
-from structvit_jax.config import INPUTS, automatic, keys_of, model_arguments
+from structvit_jax.config import INPUTS, automatic, keys_of, model_arguments, set_value
 from structvit_jax.data.types import Dataset
 from structvit_jax.models.variants import get_variant
 from structvit_jax.models.weights import Weights, cast_like, split
@@ -21,9 +22,15 @@ from structvit_jax.runtime.processes import log
 from structvit_jax.runtime.storage import io_errors_as_user_error
 from structvit_jax.training.card import as_json, differences, from_card, is_portable
 from structvit_jax.training.checkpoint import Checkpoints
-from structvit_jax.training.compatibility import adopt_classes, check_data
 from structvit_jax.training.learner import Learner
-from structvit_jax.training.restore import newest_card, open_card, open_checkpoint, rereading
+from structvit_jax.training.restore import (
+    adopt_classes,
+    check_data,
+    newest_card,
+    open_card,
+    open_checkpoint,
+    rereading,
+)
 from structvit_jax.training.step import TrainState
 from structvit_jax.utils.errors import UserError
 
@@ -32,33 +39,43 @@ def resolve_open_keys(config: ml_collections.ConfigDict, workdir: epath.Path) ->
     """Return the configuration with its open keys (None) filled in from the weights that the run starts with.
 
     Open keys are those of INPUTS and of `structvit_jax.config.automatic`. The newest checkpoint in the
-    workdir sets them all. Without one, the weights of config.init_from or the defaults set those of INPUTS,
-    and the others stay open until the data are known. This opens no device and waits for no process.
+    workdir sets all of them. Without a checkpoint, the weights of config.init_from or the defaults set those
+    of INPUTS, and the others stay open until the data are known. This opens no device and waits for no
+    process.
 
     Raises:
       UserError: no weights at config.init_from, or weights that cannot be identified.
     """
     inputs = [f"data.{key}" for key in INPUTS if config.data[key] is None]
-    wanted = inputs + automatic.missing(config)
-    if not wanted:
+    open_keys = inputs + automatic.missing(config)
+    if not open_keys:
         return config
     with io_errors_as_user_error(workdir):
         card = newest_card(workdir)
     found: dict[str, Any] = {}
     if card:
-        saved = from_card(card["config"], workdir)
-        found = {key: value for key, value in keys_of(saved) if is_portable(key)}
+        found = {key: v for key, v in keys_of(from_card(card["config"], workdir)) if is_portable(key)}
     elif inputs and config.init_from:
-        found = {f"data.{key}": value for key, value in _inputs_of(config.init_from).items()}
+        found = {f"data.{key}": value for key, value in _read_inputs(config.init_from).items()}
+    values = {f"data.{key}": value for key, value in INPUTS.items()}
+    values |= {key: value for key, value in found.items() if value is not None}
     config = config.copy_and_resolve_references()
-    for key in wanted:
-        section, name = key.split(".")
-        value = found.get(key)
-        if value is None and key in inputs:
-            value = INPUTS[name]
-        if value is not None:
-            config[section][name] = tuple(value) if isinstance(value, list) else value
+    for key in open_keys:
+        if key in values:
+            set_value(config, key, values[key])
     return config
+
+
+def _read_inputs(path: str) -> dict[str, Any]:
+    """Return the normalisation that the weights at a path expect, by the keys of INPUTS; None if unknown."""
+    if convert.is_weights_file(path):
+        return _inputs_of(_read_released(path))
+    config = from_card(open_card(path)["config"], path)
+    return {key: config.data[key] for key in INPUTS}
+
+
+def _inputs_of(source: convert.Source) -> dict[str, Any]:
+    return {key: getattr(source.inputs, key, None) for key in INPUTS}
 
 
 def starting_state(learner: Learner, data: Dataset, checkpoints: Checkpoints, total_steps: int) -> TrainState:
@@ -91,7 +108,11 @@ def _resume(
         log(f"{where}: the checkpoint is already past the last step")
     else:
         log(f"resuming from {where}")
-    checkpoints.check_resumable(step)
+    if not checkpoints.has(step, "optimizer"):  # a converted checkpoint
+        raise UserError(
+            f"{path} holds weights only, without the optimizer state that resuming needs; start from them"
+            f" with --config.init_from={path} and another --workdir"
+        )
     card = checkpoints.card(step)
     adopt_classes(data, card)
     check_data(data, card, path, is_complete=step >= total_steps)
@@ -118,10 +139,12 @@ def _fine_tune(learner: Learner, fresh: Weights, class_names: tuple[str, ...]) -
     log(f"fine-tuning: starting at step 0 from the {source.model['name']} in {source.where}")
     for line in (*source.notes, *adapted.lines()):
         log(f"  {line}")
-    for key, value in _inputs_of_source(source).items():
-        if value is not None and list(value) != list(config.data[key]):
-            now, theirs = (v if isinstance(v, str) else tuple(v) for v in (config.data[key], value))
-            log(f"  note: config.data.{key} is {now!r}; the weights were trained with {theirs!r}")
+    for key, trained_with in _inputs_of(source).items():
+        if trained_with is not None and config.data[key] != trained_with:
+            log(
+                f"  note: config.data.{key} is {config.data[key]!r}; the weights were trained with"
+                f" {trained_with!r}"
+            )
     return cast_like(fresh, adapted.arrays)
 
 
@@ -150,17 +173,6 @@ def find_weights(path: str, mesh: Mesh) -> convert.Source:
     )
 
 
-@functools.lru_cache(maxsize=1)  # read once for its inputs and its arrays
+@functools.lru_cache(maxsize=1)  # read once, for its inputs and later for its arrays
 def _read_released(path: str) -> convert.Source:
     return convert.read_released(path)
-
-
-def _inputs_of(path: str) -> dict[str, Any]:
-    if convert.is_weights_file(path):
-        return _inputs_of_source(_read_released(path))
-    config = from_card(open_card(path)["config"], path)
-    return {key: config.data[key] for key in INPUTS}
-
-
-def _inputs_of_source(source: convert.Source) -> dict[str, Any]:
-    return {key: getattr(source.inputs, key, None) for key in INPUTS}

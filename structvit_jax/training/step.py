@@ -1,4 +1,4 @@
-"""The train step and the evaluation steps: one jitted function each, with explicit shardings."""
+"""The train step, and the steps that return scores or features: jitted, with explicit shardings."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
 
 from structvit_jax.config import INPUTS
 from structvit_jax.models import Network
-from structvit_jax.models.networks import ActivationHook
 from structvit_jax.models.weights import ModelDef, Weights, batch_stats, training_structure
 from structvit_jax.runtime.mesh import put_whole
 from structvit_jax.runtime.sharding import batch_sharding, replicated, state_sharding
-from structvit_jax.training import losses, mixing, token_labels
+from structvit_jax.training import losses, mixing
 from structvit_jax.training.optim import Optimizer
 
 Arrays = Mapping[str, jax.Array]
+Params = dict[str, jax.Array]
+# (loss, (batch statistics, top1)), gradients
+Gradients = tuple[tuple[jax.Array, tuple[Params, jax.Array]], Params]
 
 
 class TrainState(NamedTuple):
@@ -46,7 +48,7 @@ def init_state(weights: Weights, optimizer: Optimizer, mesh: Mesh, *, averaged: 
 
 
 def fresh_state(optimizer: Optimizer, averaged: bool, weights: Weights) -> TrainState:
-    """Return the state before the first step, without placing it."""
+    """Return the state before the first step, not placed on devices."""
     moments = optimizer.transform.init(optimizer.trained(weights.params))
     return TrainState(jnp.zeros((), jnp.int32), weights, moments, weights if averaged else None)
 
@@ -59,170 +61,107 @@ def make_train_step(
     mesh: Mesh,
     state: TrainState,
 ) -> jax.stages.Wrapped:
-    """Return one jitted optimizer step: (state, batch) -> (state, metrics). It donates the old state.
+    """Return the jitted train step: (state, batch) -> (state, metrics). It donates the old state.
 
-    Every random number derives from config.train.seed and the step, so a resumed run draws the same numbers
-    as an uninterrupted one. A step with a non-finite loss or gradient only increments the step count, and
-    its metrics mark it as skipped.
+    All random numbers derive from config.train.seed and the step, so a resumed run draws the same numbers as
+    an uninterrupted one. If the loss or a gradient is not finite, the step changes nothing but the step
+    count, and its metrics mark it as skipped.
 
     Args:
       model, optimizer, schedule, config, mesh: see `structvit_jax.training.learner.Learner`.
       state: arrays or shapes, for the shardings.
     """
-    gradients = _gradients(model, optimizer, config, mesh)
-    shardings = state_sharding(mesh, state)
+    model_def = training_structure(model, optimizer.frozen)
+    grid = model.grid(config.data.size) if config.data.label_maps else None
+    parts, mix_token = config.train.grad_accum_steps, config.augment.mix_token
+    shardings, examples = state_sharding(mesh, state), batch_sharding(mesh)
 
-    def step_fn(state: TrainState, batch: Arrays) -> tuple[TrainState, dict[str, jax.Array]]:
-        loss, top1, stats, grads = gradients(state.weights, batch, state.step)
+    def loss_fn(
+        trained: Params, params: Params, stats: Params, batch: Arrays, key: jax.Array
+    ) -> tuple[jax.Array, tuple[Params, jax.Array]]:
+        """Return the loss, and the new batch statistics and top1.
+
+        Of one of several parts, loss and top1 are weighted by its fraction of the examples.
+        """
+        network = cast(Network, model_def.model(Weights(params | trained, stats)))
+        mix = mixing.MixToken(jax.random.fold_in(key, 1), mix_token) if mix_token else None
+
+        def hook(name: str, x: jax.Array) -> jax.Array:
+            x = mix(x) if mix and name == "patch_embed1" else x
+            return jax.lax.with_sharding_constraint(x, examples)
+
+        with use_abstract_mesh(mesh.abstract_mesh):
+            logits, dense_logits = network.scores(batch["inputs"], key=key, hook=hook)
+            targets, mask = batch["targets"], batch["mask"]
+            if dense_logits is None:
+                loss = losses.cross_entropy(logits, targets, mask)
+            else:
+                dense = batch["dense"] if "dense" in batch else mixing.spread(targets, dense_logits.shape)
+                targets, dense = mix.targets(targets, dense) if mix else (targets, dense)
+                loss = losses.token_labelling(
+                    logits, dense_logits, targets, dense, mask, config.train.dense_weight
+                )
+        top1 = losses.masked_mean(losses.in_top(logits, batch["labels"], 1), mask)
+        fraction = batch.get("fraction", 1.0)
+        return loss * fraction, (batch_stats(network), top1 * fraction)
+
+    loss_and_grads = jax.value_and_grad(loss_fn, has_aux=True)
+
+    def accumulate(
+        trained: Params, params: Params, stats: Params, batch: Arrays, key: jax.Array
+    ) -> Gradients:
+        """Return the results of `loss_and_grads` for a batch, part by part."""
+
+        def add(carry: tuple, part_and_key: tuple[Arrays, jax.Array]) -> tuple[tuple, None]:
+            stats, *sums = carry
+            (loss, (stats, top1)), grads = loss_and_grads(trained, params, stats, *part_and_key)
+            return (stats, *jax.tree.map(jnp.add, tuple(sums), (loss, top1, grads))), None
+
+        split = split_batch(batch, parts, mesh)
+        zeros = jax.tree.map(jnp.zeros_like, trained)
+        start = (stats, jnp.float32(0), jnp.float32(0), zeros)
+        keys = jax.random.split(key, parts)
+        with jax.named_scope(f"times{parts}"):
+            (stats, loss, top1, grads), _ = jax.lax.scan(add, start, (split, keys))
+        return (loss, (stats, top1)), grads
+
+    def train_step(state: TrainState, batch: Arrays) -> tuple[TrainState, dict[str, jax.Array]]:
+        params, stats = state.weights
+        drop_key, augment_key = step_keys(config, state.step)
+
+        # Normalise, augment and mix the batch.
+        with jax.named_scope("augment"):
+            prepared = prepare_batch(augment_key, batch, params["head.bias"].size, config, grid)
+        prepared |= {"labels": batch["labels"], "mask": batch["mask"]}
+
+        # Compute the loss and its gradients.
+        trained = optimizer.trained(params)
+        gradients = loss_and_grads if parts == 1 else accumulate
+        (loss, (stats, top1)), grads = gradients(trained, params, stats, prepared, drop_key)
         grads = jax.lax.with_sharding_constraint(grads, optimizer.trained(shardings.weights.params))
         lr, grad_norm = schedule(state.step), optax.tree.norm(grads)
-        trained = optimizer.trained(state.weights.params)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+
+        # Update the weights and their moving average, unless the loss or a gradient is not finite.
         with jax.named_scope("optimizer"), use_abstract_mesh(mesh.abstract_mesh):
             updates, moments = optimizer.transform.update(grads, state.optimizer, trained, finite=finite)
-        trained = jax.tree.map(lambda param, update: param - lr * update, trained, updates)
-        weights, average = Weights(state.weights.params | trained, stats), state.average
+        updated = jax.tree.map(lambda param, update: param - lr * update, trained, updates)
+        weights, average = Weights(params | updated, stats), state.average
         if average is not None:
             decay = config.optimizer.ema
             average = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, average, weights)
         changed = (weights, average), (state.weights, state.average)
         weights, average = jax.tree.map(functools.partial(jnp.where, finite), *changed)
-        new = TrainState(state.step + 1, weights, moments, average)
+        new_state = TrainState(state.step + 1, weights, moments, average)
         metrics = {"loss": loss, "top1": top1, "grad_norm": grad_norm, "lr": lr, "skipped": ~finite}
-        return new, metrics | {"index": batch["index"]}
+        return new_state, metrics | {"index": batch["index"]}
 
     return jax.jit(
-        step_fn,
-        in_shardings=(shardings, batch_sharding(mesh)),
+        train_step,
+        in_shardings=(shardings, examples),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
     )
-
-
-Gradients = tuple[jax.Array, jax.Array, dict[str, jax.Array], dict[str, jax.Array]]  # see `_gradients`
-Carry = tuple[dict[str, jax.Array], jax.Array, jax.Array, dict[str, jax.Array]]
-
-
-def _gradients(
-    model: Network, optimizer: Optimizer, config: ml_collections.ConfigDict, mesh: Mesh
-) -> Callable[[Weights, Arrays, jax.Array], Gradients]:
-    """Return a function: (weights, batch, step) -> loss, top1, new batch statistics and gradients.
-
-    It processes the batch in config.train.grad_accum_steps parts.
-    """
-    structure = training_structure(model, optimizer.frozen)
-    grid = model.grid(config.data.size) if config.data.label_maps else None
-    examples = batch_sharding(mesh)
-
-    def shard(name: str, x: jax.Array) -> jax.Array:
-        return jax.lax.with_sharding_constraint(x, examples)
-
-    def loss_fn(
-        trained: dict[str, jax.Array],
-        frozen: dict[str, jax.Array],
-        stats: dict[str, jax.Array],
-        part: Arrays,
-        key: jax.Array,
-    ) -> tuple[jax.Array, tuple[dict[str, jax.Array], jax.Array]]:
-        """Return the contribution of a part to the loss and accuracy of the whole batch."""
-        network = cast(Network, structure.model(Weights(frozen | trained, stats)))
-        with use_abstract_mesh(mesh.abstract_mesh):
-            logits, loss = forward(network, part, key, shard, config)
-        top1 = losses.masked_mean(losses.in_top(logits, part["labels"], 1), part["mask"])
-        return loss * part["fraction"], (batch_stats(network), top1 * part["fraction"])
-
-    def gradients(weights: Weights, batch: Arrays, step: jax.Array) -> Gradients:
-        drop_key, augment_key = step_keys(config, step)
-        with jax.named_scope("augment"):
-            prepared = prepare_batch(augment_key, batch, weights.params["head.bias"].size, config, grid)
-        whole = {**prepared, "labels": batch["labels"], "mask": batch["mask"]}
-        value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
-        trained = optimizer.trained(weights.params)
-        frozen = {name: weights.params[name] for name in optimizer.frozen}
-        if config.train.grad_accum_steps == 1:
-            part = whole | {"fraction": jnp.float32(1)}
-            (loss, (stats, top1)), grads = value_and_grad(
-                trained, frozen, weights.batch_stats, part, drop_key
-            )
-            return loss, top1, stats, grads
-
-        def add(carry: Carry, part_and_key: tuple[dict[str, jax.Array], jax.Array]) -> tuple[Carry, None]:
-            stats, *sums = carry
-            (loss, (stats, top1)), grads = value_and_grad(trained, frozen, stats, *part_and_key)
-            return (stats, *jax.tree.map(jnp.add, tuple(sums), (loss, top1, grads))), None
-
-        parts = split_batch(whole, config.train.grad_accum_steps, mesh)
-        zeros = jax.tree.map(jnp.zeros_like, trained)
-        start = (weights.batch_stats, jnp.float32(0), jnp.float32(0), zeros)
-        keys = jax.random.split(drop_key, config.train.grad_accum_steps)
-        with jax.named_scope(f"times{config.train.grad_accum_steps}"):
-            (stats, loss, top1, grads), _ = jax.lax.scan(add, start, (parts, keys))
-        return loss, top1, stats, grads
-
-    return gradients
-
-
-def split_batch(batch: Arrays, parts: int, mesh: Mesh) -> dict[str, jax.Array]:
-    """Reshape [examples, ...] to [parts, examples / parts, ...] without moving examples between devices.
-
-    Also return `fraction`, each part's fraction of the unmasked examples: float32 [parts].
-    """
-    sharding = NamedSharding(mesh, PartitionSpec(None, *batch_sharding(mesh).spec))
-
-    def cut(rows: jax.Array) -> jax.Array:
-        rows = jnp.swapaxes(rows.reshape(-1, parts, *rows.shape[1:]), 0, 1)
-        return jax.lax.with_sharding_constraint(rows, sharding)
-
-    cuts = {key: cut(rows) for key, rows in batch.items()}
-    counts = cuts["mask"].sum(axis=1)
-    return cuts | {"fraction": counts / jnp.maximum(counts.sum(), 1)}
-
-
-def make_eval_step(
-    structure: ModelDef, config: ml_collections.ConfigDict, mesh: Mesh, weights: Weights
-) -> jax.stages.Wrapped:
-    """Return the jitted evaluation step: (weights, batch) -> arrays that are whole on every process.
-
-    These are `scores`, float32 [rows, classes], the mean over views of logits or probabilities (see
-    config.eval.average); `top1` and `top5`, bool [rows], whether the label is among the highest scores; and
-    the `labels`, `mask` and `index` of the batch. Its inputs are uint8 [rows, views, ...].
-    """
-
-    def step_fn(weights: Weights, batch: Arrays) -> dict[str, jax.Array]:
-        network = cast(Network, structure.model(weights))
-
-        def scores(view: jax.Array) -> jax.Array:
-            logits = network(normalize(view, config)).astype(jnp.float32)
-            return jax.nn.softmax(logits) if config.eval.average == "softmax" else logits
-
-        views = jnp.moveaxis(batch["inputs"], 1, 0)
-        with use_abstract_mesh(mesh.abstract_mesh):
-            mean = jnp.mean(jax.lax.map(scores, views), axis=0) if len(views) > 1 else scores(views[0])
-        hits = {f"top{k}": losses.in_top(mean, batch["labels"], k) for k in (1, 5)}
-        return {"scores": mean, **hits, **{key: batch[key] for key in ("labels", "mask", "index")}}
-
-    shardings = state_sharding(mesh, weights)
-    return jax.jit(step_fn, in_shardings=(shardings, batch_sharding(mesh)), out_shardings=replicated(mesh))
-
-
-def make_features_step(
-    structure: ModelDef, config: ml_collections.ConfigDict, mesh: Mesh, weights: Weights
-) -> jax.stages.Wrapped:
-    """Return a step like `make_eval_step` for `features` before the head: float32 [rows, views, width]."""
-
-    def step_fn(weights: Weights, batch: Arrays) -> dict[str, jax.Array]:
-        network = cast(Network, structure.model(weights))
-
-        def pooled(view: jax.Array) -> jax.Array:
-            return network.pooled(normalize(view, config)).astype(jnp.float32)
-
-        views = jnp.moveaxis(batch["inputs"], 1, 0)
-        with use_abstract_mesh(mesh.abstract_mesh):
-            features = jax.lax.map(pooled, views)
-        return {"features": jnp.moveaxis(features, 0, 1)}
-
-    shardings = state_sharding(mesh, weights)
-    return jax.jit(step_fn, in_shardings=(shardings, batch_sharding(mesh)), out_shardings=replicated(mesh))
 
 
 def step_keys(config: ml_collections.ConfigDict, step: jax.Array | int) -> tuple[jax.Array, jax.Array]:
@@ -230,34 +169,6 @@ def step_keys(config: ml_collections.ConfigDict, step: jax.Array | int) -> tuple
     key = jax.random.fold_in(jax.random.key(config.train.seed), step)
     drop_key, augment_key = jax.random.split(key)
     return drop_key, augment_key
-
-
-def forward(
-    network: Network,
-    part: Arrays,
-    key: jax.Array,
-    shard: ActivationHook,
-    config: ml_collections.ConfigDict,
-) -> tuple[jax.Array, jax.Array]:
-    """Return the logits of a part of a training batch, and their loss."""
-    if not network.variant.token_labels:
-        logits = network(part["inputs"], key=key, hook=shard)
-        return logits, losses.cross_entropy(logits, part["targets"], part["mask"])
-    mix = token_labels.MixToken(jax.random.fold_in(key, 1), config.augment.mix_token)
-    mixes = bool(config.augment.mix_token)
-
-    def hook(name: str, x: jax.Array) -> jax.Array:
-        return shard(name, mix(x) if mixes and name == "patch_embed1" else x)
-
-    logits, dense_logits = network.scores(part["inputs"], key=key, hook=hook)
-    assert dense_logits is not None
-    whole, shape = part["targets"], dense_logits.shape
-    positions = whole.reshape(len(whole), *[1] * (len(shape) - 2), -1)
-    dense = part["dense"] if "dense" in part else jnp.broadcast_to(positions, shape)
-    if mixes:
-        whole, dense = mix.targets(whole, dense)
-    weight = config.train.dense_weight
-    return logits, token_labels.loss(logits, dense_logits, whole, dense, part["mask"], weight)
 
 
 def prepare_batch(
@@ -272,10 +183,10 @@ def prepare_batch(
     Args:
       key: for augmentation.
       batch: uint8 inputs, labels and mask, and the arrays of label maps.
-      classes: their number.
+      classes: number of classes.
       config: its sections data, augment and train.
-      grid: positions of the label maps along height and width. The result then also has `dense`, the targets
-        of the positions, and `targets` is their mean.
+      grid: with label maps, the height and width of the model's last map. The result then also has `dense`,
+        the targets of its positions, and `targets` is their mean.
     """
     batch = fill_masked_rows(batch)
     smoothing = config.train.label_smoothing
@@ -283,9 +194,8 @@ def prepare_batch(
     targets = losses.smooth_targets(batch["labels"], classes, smoothing)
     prepared: dict[str, jax.Array] = {}
     if grid:
-        dense = token_labels.dense_targets(batch, grid, classes)
-        prepared["dense"] = optax.smooth_labels(dense, smoothing)
-        targets = prepared["dense"].mean(axis=(1, 2))
+        dense = optax.smooth_labels(mixing.dense_targets(batch, grid, classes), smoothing)
+        prepared, targets = {"dense": dense}, dense.mean(axis=(1, 2))
     inputs, targets = mixing.augment(key, inputs, targets, config.augment)
     return {"inputs": inputs, "targets": targets, **prepared}
 
@@ -307,7 +217,74 @@ def fill_masked_rows(batch: Arrays) -> dict[str, jax.Array]:
     return {key: rows if key in ("mask", "index") else fill(rows) for key, rows in batch.items()}
 
 
+def split_batch(batch: Arrays, parts: int, mesh: Mesh) -> dict[str, jax.Array]:
+    """Reshape [examples, ...] to [parts, examples / parts, ...] without moving examples between devices.
+
+    The result also has `fraction`, float32 [parts]: each part's fraction of the unmasked examples.
+    """
+    sharding = NamedSharding(mesh, PartitionSpec(None, *batch_sharding(mesh).spec))
+
+    def split(rows: jax.Array) -> jax.Array:
+        rows = jnp.swapaxes(rows.reshape(-1, parts, *rows.shape[1:]), 0, 1)
+        return jax.lax.with_sharding_constraint(rows, sharding)
+
+    split_rows = {key: split(rows) for key, rows in batch.items()}
+    counts = split_rows["mask"].sum(axis=1)
+    return split_rows | {"fraction": counts / jnp.maximum(counts.sum(), 1)}
+
+
 def normalize(inputs: jax.Array, config: ml_collections.ConfigDict) -> jax.Array:
-    """Scale uint8 pixels to 0..1 and normalise them with the channels' configured mean and std: float32."""
+    """Scale uint8 pixels to 0..1 and normalise them with the configured mean and std of channels: float32."""
     mean, std = (jnp.array(config.data[key] or INPUTS[key], jnp.float32) for key in ("mean", "std"))
     return (inputs.astype(jnp.float32) / 255.0 - mean) / std
+
+
+def make_eval_step(
+    structure: ModelDef, config: ml_collections.ConfigDict, mesh: Mesh, weights: Weights
+) -> jax.stages.Wrapped:
+    """Return the jitted evaluation step: (weights, batch) -> arrays that are whole on every process.
+
+    These are `scores`, float32 [rows, classes], the mean over views of logits or probabilities (see
+    config.eval.average); `top1` and `top5`, bool [rows], whether the label is among the highest scores; and
+    the `labels`, `mask` and `index` of the batch. Its inputs are uint8 [rows, views, ...].
+    """
+
+    def eval_step(weights: Weights, batch: Arrays) -> dict[str, jax.Array]:
+        network = cast(Network, structure.model(weights))
+
+        def scores(view: jax.Array) -> jax.Array:
+            logits = network(normalize(view, config)).astype(jnp.float32)
+            return jax.nn.softmax(logits) if config.eval.average == "softmax" else logits
+
+        views = jnp.moveaxis(batch["inputs"], 1, 0)
+        with use_abstract_mesh(mesh.abstract_mesh):
+            mean = jnp.mean(jax.lax.map(scores, views), axis=0) if len(views) > 1 else scores(views[0])
+        hits = {f"top{k}": losses.in_top(mean, batch["labels"], k) for k in (1, 5)}
+        return {"scores": mean, **hits, **{key: batch[key] for key in ("labels", "mask", "index")}}
+
+    return _jit(eval_step, mesh, weights)
+
+
+def make_features_step(
+    structure: ModelDef, config: ml_collections.ConfigDict, mesh: Mesh, weights: Weights
+) -> jax.stages.Wrapped:
+    """Return a step like `make_eval_step` for `features` before the head: float32 [rows, views, width]."""
+
+    def features_step(weights: Weights, batch: Arrays) -> dict[str, jax.Array]:
+        network = cast(Network, structure.model(weights))
+
+        def pooled(view: jax.Array) -> jax.Array:
+            return network.pooled(normalize(view, config)).astype(jnp.float32)
+
+        with use_abstract_mesh(mesh.abstract_mesh):
+            features = jax.lax.map(pooled, jnp.moveaxis(batch["inputs"], 1, 0))
+        return {"features": jnp.moveaxis(features, 0, 1)}
+
+    return _jit(features_step, mesh, weights)
+
+
+def _jit(
+    step: Callable[[Weights, Arrays], dict[str, jax.Array]], mesh: Mesh, weights: Weights
+) -> jax.stages.Wrapped:
+    shardings = state_sharding(mesh, weights), batch_sharding(mesh)
+    return jax.jit(step, in_shardings=shardings, out_shardings=replicated(mesh))

@@ -11,10 +11,9 @@ from PIL import Image
 
 from structvit_jax import convert, create_model, data
 from structvit_jax.models import weights
-from structvit_jax.training import loop
+from structvit_jax.training import evaluation
 from structvit_jax.training.card import from_card
-from structvit_jax.training.compatibility import adopt_classes
-from structvit_jax.training.restore import open_checkpoint
+from structvit_jax.training.restore import adopt_classes, open_checkpoint
 from structvit_jax.utils.errors import UserError
 
 
@@ -78,7 +77,7 @@ def test_a_released_head_scores_on_prepared_data(tmp_path, capsys):
         config = from_card(checkpoints.card(step)["config"], "card")
     config.data.update(root=out, size=32, short_side=0, frames=2, test_clips=1, test_crops=1, workers=0)
     config.eval.batch_size = 88
-    loop.evaluate(config, folder, tmp_path / "out", data.load(config.data, config.augment))
+    evaluation.evaluate_checkpoint(config, folder, tmp_path / "out", data.load(config.data, config.augment))
     assert json.loads((tmp_path / "out" / "result.json").read_text())["top1"] == 1
     card = checkpoints.card(step) | {"class_names": None}
     with pytest.raises(UserError, match="the checkpoint does not name its classes"):

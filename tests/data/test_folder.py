@@ -18,7 +18,7 @@ from PIL import Image
 
 from structvit_jax.data import Problem
 from structvit_jax.data.media import open_media
-from structvit_jax.training.unreadable import Unreadable
+from structvit_jax.training.log import Unreadable
 from structvit_jax.utils.errors import UserError
 
 AUGMENT = {

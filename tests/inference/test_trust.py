@@ -37,7 +37,7 @@ from structvit_jax.training.card import (
     is_portable,
     keys_of,
 )
-from structvit_jax.training.unreadable import Unreadable
+from structvit_jax.training.log import Unreadable
 from structvit_jax.utils import paths
 from structvit_jax.utils.errors import UserError, printable
 

@@ -17,8 +17,7 @@ from structvit_jax.performance import estimate, hardware, traffic
 from structvit_jax.performance.cost import count_flops
 from structvit_jax.performance.estimate import count_step_flops
 from structvit_jax.runtime.mesh import make_mesh
-from structvit_jax.training.compilation import trace_train_step
-from structvit_jax.training.learner import Learner
+from structvit_jax.training.learner import Learner, trace_train_step
 from structvit_jax.utils.errors import UserError
 
 QUICK = [

@@ -16,7 +16,7 @@ from structvit_jax import data
 from structvit_jax.config import default_config
 from structvit_jax.runtime import goodput, mesh
 from structvit_jax.runtime.goodput import Goodput
-from structvit_jax.training import compilation, log
+from structvit_jax.training import learner, log
 from structvit_jax.training.loop import evaluation_due
 from structvit_jax.utils.errors import UserError
 
@@ -206,7 +206,7 @@ MESSAGES = [  # of XLA on a GPU, on a TPU and on a CPU, and what was asked for
 
 @pytest.mark.parametrize(("message", "asked"), MESSAGES)
 def test_out_of_memory_names_the_keys_to_change(message, asked):
-    with pytest.raises(UserError) as raised, compilation.oom_as_user_error(default_config()):
+    with pytest.raises(UserError) as raised, learner.oom_as_user_error(default_config()):
         raise jax.errors.JaxRuntimeError(message)
     text = str(raised.value)
     assert text.startswith(f"out of memory: the program asked for {asked};") and "\n" not in text
@@ -221,7 +221,7 @@ def test_out_of_memory_names_the_keys_to_change(message, asked):
 def test_a_real_out_of_memory_error():
     """And what is none stays what it is."""
     with pytest.raises(UserError, match="out of memory: the program asked for"):  # noqa: SIM117
-        with compilation.oom_as_user_error(default_config()):
+        with learner.oom_as_user_error(default_config()):
             jax.jit(lambda: jnp.zeros((2**40,), jnp.float32) + 1)().block_until_ready()
-    with pytest.raises(jax.errors.JaxRuntimeError), compilation.oom_as_user_error(default_config()):
+    with pytest.raises(jax.errors.JaxRuntimeError), learner.oom_as_user_error(default_config()):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")

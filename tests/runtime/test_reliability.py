@@ -35,14 +35,14 @@ SLOWLY = functools.partial(slowly, 0.15)
 
 
 def settled(slow=None):
-    """In a command: no rival's write takes long to arrive in the bucket; and see `slowly`."""
+    """In the subprocess: shorten the wait for writes of other runs in a bucket; `slow` is for `slowly`."""
     lock._SETTLE = dict.fromkeys((True, False), 0.1)
     if slow:
         slowly(slow)
 
 
 def poisoned(steps):
-    """In a command: the normalised inputs of these steps are not numbers."""
+    """In the subprocess: make the normalised inputs of these steps NaN."""
     batches, normalize = ConfiguredDataset.train_batches, step.normalize
 
     def marked(self, *arguments, start_step, **options):
@@ -76,14 +76,14 @@ def test_a_signal_saves_and_the_same_command_resumes(finished, command, tmp_path
     assert same_as(finished, tmp_path / "run")
 
 
-# Two workers whose batches take ten times as long as a step: the run waits for them nearly all the time.
+# A batch takes its worker ten times as long as a step, so the run waits for data nearly all the time.
 WORKERS = [*QUICK, "--config.data.workers=1", "--config.augment.randaugment=rand-m9-n8-mstd0.5-inc1"]
 WORKERS += ["--config.data.size=32", "--config.train.duration=300 steps", "--config.eval.every="]
 WORKERS += ["--config.checkpoint.every="]
 
 
 def on_terminal(name):
-    """In a command: it leads a session, of which `name` is the terminal."""
+    """In the subprocess: start a session with the terminal `name`."""
     os.setsid()
     terminal = os.open(name, os.O_RDWR)
     for stream in (1, 2):
@@ -92,7 +92,7 @@ def on_terminal(name):
 
 
 def test_a_signal_to_the_group_spares_the_workers(tmp_path):
-    """The run saves. Two Ctrl-C at once are one, from the terminal and from what started the run."""
+    """The run saves. Two SIGINT at once, from the terminal and from the parent process, count as one."""
     arguments = [*WORKERS, "--config.data.workers=2", f"--workdir={tmp_path / 'run'}"]
     process = Command(tmp_path / "output", *arguments, first=os.setsid)
     process.when(lambda: "compiled in" in process.stdout)
@@ -109,7 +109,7 @@ def test_a_signal_to_the_group_spares_the_workers(tmp_path):
 
 
 def test_a_terminal_that_hangs_up(tmp_path):
-    """SIGHUP comes, and nothing can be printed any more."""
+    """SIGHUP stops the run, which cannot print any more."""
     ours, theirs = os.openpty()
     first = functools.partial(on_terminal, os.ttyname(theirs))
     process = Command(tmp_path / "output", *WORKERS, f"--workdir={tmp_path / 'run'}", first=first)
@@ -140,7 +140,7 @@ def test_a_killed_run_leaves_nothing(tmp_path):
 
 
 def children(parent):
-    """Process ids of the children of a process."""
+    """Return the ids of the children of a process."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
@@ -154,7 +154,7 @@ def exists(pid):
 
 
 def slow_test():
-    """In a command: a test batch takes its time."""
+    """In the subprocess: make test batches slow."""
     batches = ConfiguredDataset.test_batches
 
     def slow(self, *arguments, **options):
@@ -167,7 +167,7 @@ def slow_test():
 
 
 def test_a_signal_in_the_last_evaluation_ends_it(finished, copy, command, tmp_path):
-    """All is saved by then: nothing is waited for, and the same command evaluates again."""
+    """The state is saved already, so the run ends at once, and the same command evaluates again."""
     result = (copy / "result.json").read_bytes()
     (copy / "result.json").unlink()
     arguments = [*QUICK, f"--workdir={copy}", "--config.eval.batch_size=4"]
@@ -197,9 +197,9 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path):
 
 @pytest.mark.parametrize("missed", [0, 1])
 def test_signals_raise_in_other_programs(monkeypatch, missed):
-    """Nothing ends it: the first is noted, a second Ctrl-C raises, once, and handlers are given back.
+    """The first SIGINT is recorded, the second raises once, and the handlers are restored at the end.
 
-    A signal that comes just before a call that waits does not end the wait, as one that is never sent.
+    With `missed`, the signal that interrupts the main thread is lost once and has to be sent again.
     """
     before, sent, send = signal.getsignal(signal.SIGINT), [], signal.pthread_kill
     monkeypatch.setattr(
@@ -220,7 +220,7 @@ def test_signals_raise_in_other_programs(monkeypatch, missed):
         assert not stop.before(1)
 
 
-# Disks that refuse
+# Disks and buckets that fail
 
 
 @pytest.mark.parametrize(
@@ -244,7 +244,7 @@ def test_transient_errors_are_resumable(error, code):
 def test_a_full_disk_ends_in_one_line_and_loses_nothing(finished, copy, command, refused):
     shutil.rmtree(copy / "checkpoints" / "12")
     before = contents(copy / "checkpoints")
-    # Of the arrays' own files there are sometimes more, smaller ones.
+    # The sizes of the arrays' files vary, so the limit derives from the metadata.
     size = (copy / "checkpoints" / "9" / "optimizer" / "_METADATA").stat().st_size // 2
     limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size, size))
     line = refused(*QUICK, f"--workdir={copy}", first=limit)
@@ -256,14 +256,14 @@ def test_a_full_disk_ends_in_one_line_and_loses_nothing(finished, copy, command,
 
 
 def test_events_that_cannot_be_written_raise(tmp_path):
-    """They do not make the run wait for ever."""
+    """A full disk raises an error, instead of blocking the run."""
     board = log._Board(epath.Path(tmp_path), 0)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     try:
         with pytest.raises(OSError, match="File too large"):
             for number in range(100):
-                board.add("train", {"step": number, "loss": 1.0})
+                board.add("train", number, {"loss": 1.0})
                 board.write()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -281,15 +281,18 @@ def test_a_workdir_that_vanishes(finished, command, tmp_path):
     assert same_as(finished, tmp_path / "run")
 
 
-# Numbers that are none
+# Losses that are not finite
 
 
 def test_a_step_that_is_not_finite_changes_nothing(refused, tmp_path):
-    """It is marked, its examples are named, the run goes on; too many in a row end it, restarts included."""
+    """The step is logged with its examples, and the run continues; too many in a row end it.
+
+    Steps in a row are counted over restarts.
+    """
     options = [*QUICK, f"--workdir={tmp_path}", "--config.checkpoint.every=1 steps"]
     options += ["--config.train.max_skipped=3", "--config.checkpoint.keep=20", "--config.model.depths=(1,)"]
     poison = functools.partial(poisoned, {3, 5, 6, 7})
-    for _ in range(2):  # by itself, step 7 would not end the second
+    for _ in range(2):  # the second run resumes after step 6, and step 7 alone would not end it
         line = refused(*options, first=poison)
         assert "step 7: " in line and "in 3 steps in a row" in line
         assert "config.optimizer.lr" in line and f"{tmp_path}/skipped.jsonl" in line
@@ -317,7 +320,7 @@ def test_a_step_that_is_not_finite_changes_nothing(refused, tmp_path):
 
 
 def test_a_run_in_a_bucket(finished, tmp_path):
-    """Killed in its first save and in another, broken, mended: it ends as on a disk."""
+    """Kills during two saves and a failure of the bucket do not change the result."""
     with Bucket() as bucket:
 
         def start(slow=None):

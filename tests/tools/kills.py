@@ -37,7 +37,7 @@ import numpy as np
 from conftest import CONFIG, ROOT, Command, devices, processes, records, slowly
 
 from structvit_jax.data.dataset import ConfiguredDataset
-from structvit_jax.training import commit
+from structvit_jax.training import checkpoint
 from structvit_jax.training.learner import Learner
 
 # BatchNorm, stochastic depth, and a save every few steps.
@@ -138,7 +138,7 @@ def grouped(slow):
     """For `first` of a command: lead a process group, and slow down everything but imports."""
     os.setpgid(0, 0)
     slowly(slow)
-    batches, create, digests = ConfiguredDataset.test_batches, Learner.create, commit.write_digests
+    batches, create, digests = ConfiguredDataset.test_batches, Learner.create, checkpoint.write_digests
 
     def slow_create(*arguments, **options):
         learner = create(*arguments, **options)
@@ -157,7 +157,7 @@ def grouped(slow):
         digests(folder)
 
     ConfiguredDataset.test_batches, Learner.create = test_batches, slow_create
-    commit.write_digests = write_digests
+    checkpoint.write_digests = write_digests
 
 
 class Imports:

@@ -54,7 +54,7 @@ def test_every_damage_to_every_file_is_found(copy):
     [("weights/*/d/*", "flipped"), ("optimizer/_METADATA", "truncated"), ("sha256.json", "removed")],
 )
 def test_the_checkpoint_before_a_damaged_one_is_used(finished, copy, command, name, kind):
-    """Said in a line; the damaged one is set aside, and the run ends as if nothing had happened."""
+    """One line reports the damaged checkpoint, which is set aside; the run ends with the same result."""
     folder = copy / "checkpoints" / "12"
     path = max(folder.glob(name), key=lambda path: path.stat().st_size)
     DAMAGES[kind](path)
@@ -69,7 +69,7 @@ def test_the_checkpoint_before_a_damaged_one_is_used(finished, copy, command, na
 
 
 def test_commands_on_damaged_checkpoints(finished, copy, command, refused):
-    """Evaluation moves nothing; a damaged step that is named is refused; without a whole one nothing goes."""
+    """Evaluation moves nothing, and refuses a damaged step by name; if all are damaged, commands fail."""
     flip(copy / "checkpoints" / "12" / "card" / "metadata")
     before = contents(copy / "checkpoints")
     process = command(*QUICK, f"--workdir={copy}", "--mode=eval")
@@ -89,11 +89,11 @@ def test_commands_on_damaged_checkpoints(finished, copy, command, refused):
     assert contents(copy / "checkpoints") == before
 
 
-# What is kept, and where it can be restored
+# Retention, and other devices
 
 
 def tiny_state(number, grid=None):
-    """A state of a few arrays, of which one is large enough to be split."""
+    """Return a state of a few arrays; one is large enough to be split."""
     grid = grid or mesh.make_mesh(1, 1, jax.devices()[:1])
     random = np.random.default_rng(number)
     shapes = {"fc.kernel": (256, 128), "fc.bias": (128,), "odd.kernel": (129, 131)}
@@ -116,10 +116,10 @@ def tiny_state(number, grid=None):
     ],
 )
 def test_which_checkpoints_are_kept(tmp_path, keep, kept):
-    """The last, the best of those evaluated (odd steps here, 3 before 7), and every so many."""
+    """The latest, the best evaluated ones (odd steps here, 3 before 7), and multiples of `every`."""
     top1 = {1: 0.1, 3: 0.9, 5: 0.2, 7: 0.8, 9: 0.3}
     state = tiny_state(0)
-    for steps in (range(1, 6), range(6, 11)):  # as a run that is resumed
+    for steps in (range(1, 6), range(6, 11)):  # as in a run that is resumed
         with Checkpoints(tmp_path, keep) as checkpoints:
             for number in steps:
                 scores = {"top1": top1[number]} if number in top1 else None
@@ -128,7 +128,7 @@ def test_which_checkpoints_are_kept(tmp_path, keep, kept):
 
 
 def test_a_run_keeps_the_best_of_its_evaluations(finished, command, tmp_path):
-    """What is saved for being evaluated changes no number of the run."""
+    """Saving after evaluations does not change the result of the run."""
     options = ["--config.eval.every=2 steps", "--config.checkpoint.keep=1"]
     options += ["--config.checkpoint.keep_best=1", "--config.checkpoint.keep_every=5 steps"]
     process = command(*QUICK, *options, f"--workdir={tmp_path}")
@@ -136,14 +136,14 @@ def test_a_run_keeps_the_best_of_its_evaluations(finished, command, tmp_path):
     top1 = {r["step"]: r["eval_top1"] for r in records(tmp_path) if "eval_top1" in r and r["step"] < 12}
     assert list(top1) == [2, 4, 6, 8, 10]
     steps = {int(path.name) for path in (tmp_path / "checkpoints").iterdir()}
-    (best,) = steps - {5, 10, 12}  # though 3 steps, the interval of saves, divides none of the multiples
+    (best,) = steps - {5, 10, 12}  # multiples of 5 are kept although the run saves every 3 steps
     assert top1[best] == max(top1.values())
     assert (tmp_path / "result.json").read_bytes() == (finished[0] / "result.json").read_bytes()
 
 
 @pytest.mark.parametrize("parts", [True, False])
 def test_eight_devices_save_and_others_restore(tmp_path, monkeypatch, caplog, parts):
-    """Bit for bit, on 1, 2 and 4 devices; without a program to compile if none of them writes a part."""
+    """Restored arrays are identical on 1, 2 and 4 devices; saving small arrays compiles no program."""
     if parts:
         monkeypatch.setattr(checkpoint, "_LEAST_PART", 1)
     state = tiny_state(3, mesh.make_mesh(2, 4))
@@ -169,7 +169,7 @@ def test_a_failing_save_is_reported_when_a_signal_stops_the_run(tmp_path, monkey
 
 
 def test_damage_is_set_aside_in_a_bucket_and_on_a_disk(place):
-    """Also that of an older checkpoint's scores, which Orbax reads."""
+    """Damage to the scores of an older checkpoint counts, too, because Orbax reads them."""
     with Checkpoints(place, RetentionPolicy(3, best=1)) as checkpoints:
         for number in (1, 2, 3):
             checkpoints.save(tiny_state(number), {}, {"top1": 0.5})
@@ -183,7 +183,7 @@ def test_damage_is_set_aside_in_a_bucket_and_on_a_disk(place):
 
 
 def test_leftovers_of_killed_saves_are_removed(tmp_path):
-    """Whatever name they have got as far as."""
+    """Both temporary names of an unfinished save are removed."""
     folder = tmp_path / "checkpoints"
     for name in ("2.orbax-checkpoint-tmp", "2.orbax-checkpoint-tmp-written"):
         (folder / name / "weights").mkdir(parents=True)
@@ -195,7 +195,7 @@ def test_leftovers_of_killed_saves_are_removed(tmp_path):
 
 
 def test_folders_that_are_no_steps(tmp_path):
-    """Digits that int() does not read, or that it reads as another name."""
+    """Names of digits that int() rejects, or that differ from str(int(name))."""
     for name in ("\u00b2", "\u0663", "007", "9" * 200):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
         with Checkpoints(tmp_path, RetentionPolicy(2)) as checkpoints:
@@ -214,7 +214,7 @@ def test_folders_that_are_no_steps(tmp_path):
     ],
 )
 def test_a_save_in_a_bucket_is_finished_by_its_digests(place, files, unfinished):
-    """What a kill left is removed; what only damage can have done stays, and is said."""
+    """What a kill left is removed; states that only damage can explain are reported and kept."""
     folder = place / "checkpoints" / "3"
     for name, text in files.items():
         (folder / name).write_text(text)
@@ -226,7 +226,7 @@ def test_a_save_in_a_bucket_is_finished_by_its_digests(place, files, unfinished)
     assert folder.exists() != unfinished
 
 
-# Beside a run that is training
+# Reading while a run is training
 
 
 def save(place, number, keep):
@@ -239,7 +239,7 @@ def card_of(number):
 
 
 def test_the_next_checkpoint_is_read_when_a_run_replaces_one(tmp_path, monkeypatch):
-    """After its files are compared, and half-way through that; a step that is named is not replaced."""
+    """The run may replace it after its files are compared, or during that. A named step is not replaced."""
     save(tmp_path, 1, RetentionPolicy(1))
     read_card, damage = checkpoint.read_card, checkpoint.find_damage
     pending = [2]
@@ -252,7 +252,7 @@ def test_the_next_checkpoint_is_read_when_a_run_replaces_one(tmp_path, monkeypat
     def compare_late(folder, part=""):
         while pending:
             save(tmp_path, pending.pop(), RetentionPolicy(2))
-            (folder / "card" / "metadata").unlink()  # its removal begins, and takes its time
+            (folder / "card" / "metadata").unlink()  # its removal begins, and takes a while
             threading.Timer(0.2, shutil.rmtree, [folder]).start()
         return damage(folder, part)
 
@@ -267,7 +267,7 @@ def test_the_next_checkpoint_is_read_when_a_run_replaces_one(tmp_path, monkeypat
         restore.open_card(f"{tmp_path}/checkpoints/1")
 
 
-def test_no_advice_to_move_what_a_run_is_writing(tmp_path):
+def test_advice_on_damage_while_a_run_is_writing(tmp_path):
     save(tmp_path, 1, RetentionPolicy(1))
     flip(tmp_path / "checkpoints" / "1" / "card" / "metadata")
     with WorkdirLock(epath.Path(tmp_path)):
@@ -279,7 +279,10 @@ def test_no_advice_to_move_what_a_run_is_writing(tmp_path):
 
 
 def test_files_without_permission_are_not_damaged(tmp_path, monkeypatch):
-    """The older checkpoint is not used in silence. (As root nothing lacks permission.)"""
+    """They are an error, instead of a silent use of the older checkpoint.
+
+    The test replaces `open`, because root may read every file.
+    """
     for number in (1, 2):
         save(tmp_path, number, RetentionPolicy(2))
     closed = tmp_path / "checkpoints" / "2" / "card" / "metadata"
@@ -295,7 +298,7 @@ def test_files_without_permission_are_not_damaged(tmp_path, monkeypatch):
         restore.open_card(str(tmp_path))
 
 
-def test_a_file_in_the_place_of_checkpoints(tmp_path, refused):
+def test_a_file_named_checkpoints(tmp_path, refused):
     (tmp_path / "checkpoints").write_text("")
     with pytest.raises(UserError, match="checkpoints is a file"):
         restore.open_card(str(tmp_path))

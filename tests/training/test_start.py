@@ -27,7 +27,7 @@ OWN = "--config=configs/folder.py"
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
-    """A DeiT with plain attention, of ten classes, at 24 pixels."""
+    """Return the workdir of a DeiT with plain attention, trained on ten classes at 24 pixels."""
     folder = tmp_path_factory.mktemp("digits")
     arguments = [
         "--config=configs/digits.py",
@@ -41,14 +41,14 @@ def digits(tmp_path_factory):
 
 
 def test_fine_tuning(digits, command, tmp_path):
-    """To other classes with D from none to 4, then D to 8 and 24 to 32 pixels; and from images to video."""
+    """Plain attention to D = 4 with other classes, then to D = 8 at 32 pixels; and images to video."""
 
     def tune(name, *arguments):
         process = command(*arguments, *SHORT, f"--workdir={tmp_path / name}")
         assert process.returncode == 0, process.stderr
         return process.stdout
 
-    said = tune(
+    output = tune(
         "classes",
         f"{OWN}:deit_tiny_struct_4,finetune",
         NOISE,
@@ -61,13 +61,14 @@ def test_fine_tuning(digits, command, tmp_path):
         "structure kernels that start as plain attention: 4 arrays",
         "re-initialised, for 4 classes instead of 10: 2 arrays, 132 values: head.bias, head.kernel",
     ):
-        assert phrase in said, said
+        assert phrase in output, output
     data = json.loads((tmp_path / "classes" / "config.json").read_text())["data"]
     assert data["mean"] == [0.3] * 3 and data["std"] == [0.32] * 3 and data["channels"] == "rgb"
 
     moved = [NOISE, "--config.data.size=24", f"--config.init_from={tmp_path / 'gone'}"]
-    said = tune("classes", f"{OWN}:deit_tiny_struct_4,finetune", *moved)
-    assert "the run is complete" in said and "config.data.mean" not in said  # its own checkpoint says it
+    output = tune("classes", f"{OWN}:deit_tiny_struct_4,finetune", *moved)
+    # The normalisation comes from the run's own checkpoint.
+    assert "the run is complete" in output and "config.data.mean" not in output
 
     larger = [
         NOISE,
@@ -75,27 +76,27 @@ def test_fine_tuning(digits, command, tmp_path):
         "--config.model.image_size=32",
         f"--config.init_from={tmp_path / 'classes'}",
     ]
-    said = tune("larger", f"{OWN}:deit_tiny_struct_8,finetune", *larger)
-    assert "structure kernels repeated, 4 to 8: 4 arrays" in said
-    assert "positions resized: 1 array, 512 values: pos_embed" in said
-    assert "re-initialised" not in said
+    output = tune("larger", f"{OWN}:deit_tiny_struct_8,finetune", *larger)
+    assert "structure kernels repeated, 4 to 8: 4 arrays" in output
+    assert "positions resized: 1 array, 512 values: pos_embed" in output
+    assert "re-initialised" not in output
 
     video = ["--config=configs/moving_digits.py", "--config.model.name=deit_tiny_struct_2_video"]
-    said = tune("video", *video, f"--config.init_from={digits}")
+    output = tune("video", *video, f"--config.init_from={digits}")
     for phrase in (
         "inflated in time, by average: 1 array",
         "start as plain attention: 4 arrays",
         "re-initialised, for 8 classes instead of 10",
         "note: config.data.mean is (0.08, 0.08, 0.08); the weights were trained with (0.3, 0.3, 0.3)",
     ):
-        assert phrase in said, said
+        assert phrase in output, output
 
     assert "the run is complete: step 2 of 2" in tune("video", *video, f"--config.init_from={digits}")
     shorter = command(*video, *SHORT, "--config.train.duration=1 steps", f"--workdir={tmp_path / 'video'}")
     assert "already past the last step" in shorter.stdout
 
 
-def test_a_checkpoint_is_evaluated_by_itself(digits, refused, tmp_path):
+def test_evaluating_a_checkpoint_without_its_run(digits, refused, tmp_path):
     moved = shutil.copytree(digits / "checkpoints" / "2", tmp_path / "moved" / "checkpoints" / "2")
     changed = ["--config.data.test_crops=1", "--config.data.workers=1"]
     words = [sys.executable, "-m", "structvit_jax", "evaluate", moved, f"--out={tmp_path / 'out'}", *changed]
@@ -109,7 +110,7 @@ def test_a_checkpoint_is_evaluated_by_itself(digits, refused, tmp_path):
 
 
 def test_token_labelling_from_teacher_to_student(digits, command, tmp_path):
-    """A teacher's maps of digits are written, interrupted in between, read, and a student trains on them."""
+    """A teacher writes label maps of digits, is interrupted and resumed, and a student trains on them."""
     maps = tmp_path / "maps"
     images = 1437
     smaller = ["--config.eval.batch_size=64", "--top=3"]
@@ -160,7 +161,7 @@ def test_token_labelling_from_teacher_to_student(digits, command, tmp_path):
 
 
 def test_the_convert_command(tmp_path, command, capsys):
-    """A released file becomes a checkpoint of ours, a StructViT's even, and PyTorch's keys again."""
+    """A released file becomes a checkpoint of a StructViT; both are exported to PyTorch again."""
     model = create_model("uniformer_tiny_video", num_classes=174, seed=1)
     params, stats = weights.split(model)[1]
     released = convert.to_torch({name: np.asarray(array) for name, array in (params | stats).items()})
@@ -210,7 +211,7 @@ def test_the_convert_command(tmp_path, command, capsys):
 
 
 def test_a_run_with_averaged_weights_resumes_exactly(command, tmp_path):
-    """They are saved, evaluated, and what others start from."""
+    """The average is saved and evaluated, and other runs start from it."""
     averaged = [*QUICK, "--config.model.depths=(1,)", "--config.optimizer.ema=0.9"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert command(*averaged, f"--workdir={whole}").returncode == 0

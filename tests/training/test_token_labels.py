@@ -7,13 +7,13 @@ import pytest
 
 from structvit_jax import create_model
 from structvit_jax.data import augment
-from structvit_jax.training import token_labels
+from structvit_jax.training import losses, mixing
 
 SMALL = {"depths": (1, 1, 1, 1), "widths": (8, 8, 16, 16), "head_width": 8}
 
 
 def test_scores():
-    """Half of the highest position's logit is added; the rest of the model is that without a dense head."""
+    """The score adds half of the highest dense logit; all else equals the model without a dense head."""
     plain, dense = (
         create_model("uniformer_s", num_classes=3, token_labels=on, **SMALL) for on in (False, True)
     )
@@ -22,13 +22,13 @@ def test_scores():
     np.testing.assert_allclose(logits, plain(x), rtol=1e-6)
     assert positions.shape == (2, 2, 3, 3)
     tokens = dense.norm(dense.features(x)[-1]).reshape(2, 6, 16)
-    by_hand = tokens @ dense.aux_head.kernel[...] + dense.aux_head.bias[...]
-    np.testing.assert_allclose(dense(x), logits + 0.5 * by_hand.max(axis=1), rtol=1e-5, atol=1e-5)
+    expected = tokens @ dense.aux_head.kernel[...] + dense.aux_head.bias[...]
+    np.testing.assert_allclose(dense(x), logits + 0.5 * expected.max(axis=1), rtol=1e-5, atol=1e-5)
     assert plain.scores(x)[1] is None
 
 
 def test_loss():
-    """The mean over examples that count of both cross-entropies, the dense one averaged over positions."""
+    """Both cross-entropies are means over unmasked examples, the dense one also over positions."""
     rng = np.random.default_rng(1)
     logits, dense = rng.standard_normal((3, 4)), rng.standard_normal((3, 2, 2, 4))
     whole, targets = rng.dirichlet(np.ones(4), 3), rng.dirichlet(np.ones(4), (3, 2, 2))
@@ -38,15 +38,15 @@ def test_loss():
         return -(targets * (logits - np.log(np.exp(logits).sum(-1, keepdims=True)))).sum(-1)
 
     expected = (entropy(logits, whole) + 0.5 * entropy(dense, targets).mean((1, 2)))[mask].mean()
-    found = token_labels.loss(*map(jnp.asarray, (logits, dense, whole, targets, mask)), 0.5)
+    found = losses.token_labelling(*map(jnp.asarray, (logits, dense, whole, targets, mask)), 0.5)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_mix_token(seed):
-    """A box of the fine grid comes from the batch read backwards; targets follow on the coarse grid."""
+    """A box of the fine grid comes from the reversed batch; targets are mixed on the coarse grid."""
     x = jnp.broadcast_to(jnp.arange(4.0)[:, None, None, None], (4, 16, 24, 1))
-    mix = token_labels.MixToken(jax.random.key(seed), 1.0)
+    mix = mixing.MixToken(jax.random.key(seed), 1.0)
     mixed = np.asarray(mix(x))[..., 0]
     swapped = mixed[0] == 3
     assert (mixed == np.where(swapped, np.arange(4)[::-1, None, None], np.arange(4)[:, None, None])).all()
@@ -62,32 +62,26 @@ def test_mix_token(seed):
     np.testing.assert_allclose(
         whole_mixed[0], (1 - coarse.mean()) * whole[0] + coarse.mean() * whole[3], atol=1e-6
     )
-    np.testing.assert_allclose(whole_mixed, dense_mixed.mean((1, 2)), atol=1e-6)  # as each is of one class
+    np.testing.assert_allclose(whole_mixed, dense_mixed.mean((1, 2)), atol=1e-6)  # each image has one class
 
 
 def test_mix_token_draws_boxes_of_all_sizes():
-    """The box is none, all, and between."""
-    shares = {
-        float(np.mean(np.asarray(token_labels.MixToken(jax.random.key(s), 1.0)(x))[0] == 1))
-        for s in range(60)
-        for x in [jnp.arange(2.0)[:, None, None, None] * jnp.ones((2, 8, 8, 1))]
-    }
-    assert min(shares) < 0.1 and max(shares) > 0.4 and len(shares) > 10
-
-
-def one_class_a_cell(side):
-    """A map whose cells have a class each."""
-    classes = np.arange(side * side).reshape(1, side, side, 1)
-    return {"map_classes": classes, "map_scores": np.ones((1, side, side, 1), np.float16)}
+    x = jnp.arange(2.0)[:, None, None, None] * jnp.ones((2, 8, 8, 1))
+    mixed = [mixing.MixToken(jax.random.key(seed), 1.0)(x) for seed in range(60)]
+    fractions = {float(np.mean(np.asarray(one)[0] == 1)) for one in mixed}
+    assert min(fractions) < 0.1 and max(fractions) > 0.4 and len(fractions) > 10
 
 
 def targets(pose, grid=(2, 2), side=4):
-    batch = {**one_class_a_cell(side), "pose": pose[None, :2].astype(np.float32)}
-    return np.asarray(token_labels.dense_targets(jax.tree.map(jnp.asarray, batch), grid, side * side))[0]
+    """Return the targets from a label map in which each cell has a class of its own."""
+    classes = np.arange(side * side).reshape(1, side, side, 1)
+    batch = {"map_classes": classes, "map_scores": np.ones((1, side, side, 1), np.float16)}
+    batch["pose"] = pose[None, :2].astype(np.float32)
+    return np.asarray(mixing.dense_targets(jax.tree.map(jnp.asarray, batch), grid, side * side))[0]
 
 
 def test_targets_follow_the_crop():
-    """Positions whose samples meet the centres of a map's cells have just these cells' classes."""
+    """A position whose sampling points are the centres of cells has the classes of these cells."""
     whole = targets(np.eye(3))
     np.testing.assert_allclose(whole.sum(-1), 1, rtol=1e-5)
     cells = np.arange(16).reshape(4, 4)
@@ -100,7 +94,7 @@ def test_targets_follow_the_crop():
     np.testing.assert_allclose(targets(corner, (1, 1))[0, 0, [2, 3, 6, 7]], 0.25, atol=0.11)
     mirrored = targets(augment._MIRRORED)
     np.testing.assert_allclose(mirrored, whole[:, ::-1], atol=1e-6)
-    away = np.array([[1, 0, 1.0], [0, 1, 0], [0, 0, 1]])  # all of it outside: nothing is known
+    away = np.array([[1, 0, 1.0], [0, 1, 0], [0, 0, 1]])  # the crop lies outside the image
     np.testing.assert_allclose(targets(away), 1 / 16, atol=1e-6)
 
 
@@ -108,5 +102,5 @@ def test_probability_missing_in_a_map_is_spread_evenly():
     batch = {"map_classes": [[[[0, 1]]]], "map_scores": [[[[0.5, 0.3]]]], "pose": [np.eye(3)[:2]]}
     batch = {key: jnp.asarray(value, jnp.float32) for key, value in batch.items()}
     batch["map_classes"] = batch["map_classes"].astype(jnp.uint16)
-    found = token_labels.dense_targets(batch, (1, 1), 4)[0, 0, 0]
+    found = mixing.dense_targets(batch, (1, 1), 4)[0, 0, 0]
     np.testing.assert_allclose(found, [0.55, 0.35, 0.05, 0.05], atol=1e-3)

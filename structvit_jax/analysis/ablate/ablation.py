@@ -27,8 +27,8 @@ from structvit_jax.runtime.goodput import wall_seconds
 from structvit_jax.runtime.storage import CONFIG, io_errors_as_user_error, read_json, write, write_json
 from structvit_jax.training import loop
 from structvit_jax.training.card import as_json, differences
+from structvit_jax.training.evaluation import Result, read_result
 from structvit_jax.training.learner import Learner
-from structvit_jax.training.result import Result, read_result
 from structvit_jax.utils.errors import UserError
 
 _TIMES = "times.json"

@@ -14,7 +14,7 @@ from structvit_jax.analysis.explain.page import ModelView
 from structvit_jax.analysis.explain.picture import Drawing, Line
 from structvit_jax.inference.trained import TrainedModel, load_trained
 from structvit_jax.runtime.storage import write
-from structvit_jax.training.commit import FOLDER
+from structvit_jax.training.checkpoint import FOLDER
 from structvit_jax.utils.errors import DecodeError, UserError, check_choice, printable
 from structvit_jax.utils.paths import parse_path, write_errors_as_user_error
 

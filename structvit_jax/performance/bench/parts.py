@@ -24,8 +24,7 @@ from structvit_jax.performance import traffic
 from structvit_jax.performance.bench.timing import Call
 from structvit_jax.performance.cost import count_flops
 from structvit_jax.runtime.mesh import put_batch
-from structvit_jax.training.compilation import memory_of, trace_train_step
-from structvit_jax.training.learner import Learner
+from structvit_jax.training.learner import Learner, memory_of, trace_train_step
 from structvit_jax.utils.errors import UserError
 
 _Shape = tuple[int, ...]
