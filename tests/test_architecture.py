@@ -112,16 +112,14 @@ def test_the_package_has_few_entries():
     assert len(entries) <= 13, sorted(entries)
 
 
-@pytest.mark.xfail(strict=True, reason="modules are being renamed")
 def test_module_names_are_unique():
     paths = collections.defaultdict(list)
     for path in FILES:
-        if path.stem not in ("__init__", "__main__") and path.parent.name != "kernels":  # named as in ops/
+        if path.stem not in ("__init__", "__main__"):
             paths[path.stem].append(str(path.relative_to(PACKAGE)))
     assert not [same for same in paths.values() if len(same) > 1]
 
 
-@pytest.mark.skipif(not (PACKAGE / "ops" / "kernels").exists(), reason="kernels are being moved")
 def test_models_load_definitions_without_kernels():
     loaded = {name for name in _loaded("import structvit_jax.models") if name.startswith("structvit_jax")}
     assert not [name for name in loaded if name.startswith("structvit_jax.ops.kernels")]

@@ -32,7 +32,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from structvit_jax.ops.attention import attention
-from structvit_jax.ops.depthwise import depthwise_conv, grid_strides, same_padding
+from structvit_jax.ops.convolution import depthwise_conv, grid_strides, same_padding
 from structvit_jax.ops.dispatch import operation
 
 
@@ -60,22 +60,19 @@ def check_arguments(
     types = query.dtype, key.dtype, value.dtype
     require(len(set(types)) == 1, f"query, key and value have types {', '.join(map(str, types))}; use one")
     require(isinstance(stride, int) and stride >= 1, f"stride {stride} is not a positive integer")
-    if key_kernels is None and value_kernels is None:
+    if key_kernels is None or value_kernels is None:
+        given = "key" if value_kernels is None else "value"
+        require(key_kernels is value_kernels, f"only {given}_kernels are given; give both or neither")
         require(stride == 1, f"stride {stride} without kernels; plain self-attention has no window to stride")
         return
-    if key_kernels is None or value_kernels is None:
-        given, missing = ("value", "key") if key_kernels is None else ("key", "value")
-        raise ValueError(f"struct_attention: {given}_kernels without {missing}_kernels; give both or neither")
     heads, channels = query.shape[-2:]
     for name, kernels in (("key_kernels", key_kernels), ("value_kernels", value_kernels)):
+        shape, window = kernels.shape, kernels.shape[:-3]
         require(
-            kernels.ndim == query.ndim
-            and kernels.shape[-3] in (1, heads)
-            and kernels.shape[-2] in (1, channels),
-            f"{name} {kernels.shape} should be [*window, {heads} or 1, {channels} or 1, D]"
+            kernels.ndim == query.ndim and shape[-3] in (1, heads) and shape[-2] in (1, channels),
+            f"{name} {shape} should be [*window, {heads} or 1, {channels} or 1, D]"
             f" with a window of {query.ndim - 3} axes",
         )
-        window = kernels.shape[:-3]
         require(all(k % 2 for k in window), f"{name} has an even window {window}; use odd sides")
     dims = key_kernels.shape[-1], value_kernels.shape[-1]
     require(
@@ -131,15 +128,18 @@ def convolve_structure(
     Returns:
       [batch, D, *grid', heads, channels].
     """
-    heads, channels = x.shape[-2:]
+    out = depthwise_conv(x.reshape(*x.shape[:-2], -1), per_channel(kernels, *x.shape[-2:]), stride=stride)
+    return out.reshape(*out.shape[:-1], *x.shape[-2:])
+
+
+def per_channel(kernels: jax.Array, heads: int, channels: int) -> jax.Array:
+    """Return the kernels of a depthwise convolution, [*window, heads·channels, D]."""
     kernels = jnp.broadcast_to(kernels, (*kernels.shape[:-3], heads, channels, kernels.shape[-1]))
-    kernels = kernels.reshape(*kernels.shape[:-3], heads * channels, -1)
-    out = depthwise_conv(x.reshape(*x.shape[:-2], -1), kernels, stride=stride)
-    return out.reshape(*out.shape[:-1], heads, channels)
+    return kernels.reshape(*kernels.shape[:-3], heads * channels, -1)
 
 
 class StructAttentionMaps(NamedTuple):
-    """What StructSA computes for Q chosen queries. `channels or 1`: one where kernels are shared."""
+    """Attention and dynamic kernels of Q chosen queries. With shared kernels `channels or 1` is one."""
 
     output: jax.Array  # [batch, Q, heads, channels]
     attention: jax.Array  # [batch, Q, heads, D, *grid']: sums to one over D and grid' together
@@ -155,7 +155,7 @@ def struct_attention_maps(
     value_kernels: ArrayLike | None = None,
     *,
     stride: int = 1,
-    queries: ArrayLike | Sequence[int] | Sequence[int],
+    queries: ArrayLike | Sequence[int],
 ) -> StructAttentionMaps:
     """Return the maps behind `struct_attention` for the queries at flat, row-major grid positions [Q].
 
@@ -231,8 +231,8 @@ def _correlate(queries: jax.Array, key: jax.Array, kernels: jax.Array, stride: i
     """
     (batch, count), grid = queries.shape[:2], key.shape[1:-1]
     if kernels.shape[-2] == 1:
-        # One product, not a sum of products: of a sum before a convolution XLA on CPUs (jax 0.10.2) makes a
-        # program with wrong results.
+        # One product, not a sum of products: XLA for CPUs (jax 0.10.2) compiles a sum before a convolution
+        # to a program with wrong results.
         volume = jnp.einsum("bqc,b...c->bq...", queries, key)[..., None]
     else:
         volume = queries.reshape(batch, count, *[1] * len(grid), -1) * key[:, None]
@@ -242,7 +242,7 @@ def _correlate(queries: jax.Array, key: jax.Array, kernels: jax.Array, stride: i
         kernels,
         grid_strides(grid, stride),
         same_padding(kernels.shape[:-2]),
-        dimension_numbers=(f"N{axes}C", f"{axes}IO", f"NC{axes}"),
+        dimension_numbers=(f"N{axes}C", f"{axes}IO", f"NC{axes}"),  # D before the grid
     )
     return out.reshape(batch, count, *out.shape[1:])
 
@@ -267,7 +267,7 @@ def _merge_windows(kappa: jax.Array, window: Sequence[int], grid: Sequence[int],
 
 
 def _window_slices(window: Sequence[int], grid: Sequence[int], stride: int) -> list[tuple[slice, ...]]:
-    """Return, for each offset in the window, the slices of the padded grid that all centres see."""
+    """Return, for each offset in the window, the slices of the padded grid that the window centres read."""
     strides = grid_strides(grid, stride)
     return [
         tuple(slice(o, o + n, s) for o, n, s in zip(offset, grid, strides, strict=True))

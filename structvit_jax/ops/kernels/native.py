@@ -21,8 +21,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from structvit_jax.ops.kernels import depthwise as depthwise_kernels
-from structvit_jax.ops.kernels.attention import Gradients, with_gradients
+from structvit_jax.ops.kernels import attention_xla, depthwise_xla
 from structvit_jax.runtime import cache
 
 _FOLDER = Path(__file__).with_name("cpu")
@@ -66,23 +65,17 @@ def attention_forward(
 
 
 def attention_backward(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    output: jax.Array,
-    cotangent: jax.Array,
-    lse: jax.Array,
-    *,
-    heads: int,
-) -> Gradients:
-    """Return the gradients of query, key and value, from the results of `attention` and its cotangent."""
+    residuals: attention_xla.Residuals, cotangent: jax.Array, *, heads: int
+) -> attention_xla.Gradients:
+    """Return the gradients of query, key and value."""
+    query, key, value, output, lse = residuals
     shapes = query.shape, key.shape, value.shape
     args = query, key, value, output, cotangent, lse
     d_query, d_key, d_value = _call("attention_backward", shapes, *args, heads=heads)
     return d_query, d_key, d_value
 
 
-attention = with_gradients(attention_forward, attention_backward)
+attention = attention_xla.with_gradients(attention_forward, attention_backward)
 
 
 def depthwise_forward(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, stride: int) -> jax.Array:
@@ -106,8 +99,10 @@ def depthwise_kernel_gradient(
     return _call("depthwise_of_kernel", [kernel.shape], x, cotangent, stride=stride)[0]
 
 
-depthwise = depthwise_kernels.with_gradients(
-    depthwise_forward, depthwise_input_gradient, depthwise_kernel_gradient
+depthwise = depthwise_xla.with_gradients(
+    depthwise_forward,
+    depthwise_xla.separate(depthwise_input_gradient, depthwise_kernel_gradient),
+    adds_bias=True,
 )
 
 

@@ -1,4 +1,4 @@
-"""Two layers around GELU for TPUs, in Pallas.
+"""The MLP, two layers around GELU, for TPUs in Pallas.
 
 The hidden array, four times as wide as all others, never leaves vector memory. The backward pass recomputes
 it from the input.
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from structvit_jax.ops.kernels.pallas import Ref, call_kernel, interpreted_elsewhere
+from structvit_jax.ops.kernels.pallas import Ref, call_kernel, dot, interpreted_elsewhere
 
 _HIDDEN = 2**21  # bytes of hidden rows, in float32; a step holds a few such arrays
 _WORK = 8 * _HIDDEN  # bytes of a step's intermediate results
@@ -81,7 +81,7 @@ def backward(
 def _make(interpret: bool) -> Callable[..., jax.Array]:
     @jax.custom_vjp
     def mlp(x: jax.Array, *weights: jax.Array) -> jax.Array:
-        """The weights may have a wider type than x, which their gradients then have, too."""
+        # The weights may have a wider type than x, which their gradients then have, too.
         rows, weights = x.reshape(-1, x.shape[-1]), tuple(w.astype(x.dtype) for w in weights)
         return forward(rows, *weights, interpret=interpret).reshape(*x.shape[:-1], -1)
 
@@ -116,19 +116,12 @@ def _whole(array: jax.Array | jax.ShapeDtypeStruct) -> pl.BlockSpec:
     return pl.BlockSpec(array.shape, lambda i: (0, 0))
 
 
-def _dot(a: jax.Array, b: jax.Array, axes: tuple[int, int]) -> jax.Array:
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return lax.dot_general(
-        a, b, ((axes[:1], axes[1:]), ((), ())), precision=precision, preferred_element_type=jnp.float32
-    )
-
-
 def _forward(
     x_ref: Ref, kernel1_ref: Ref, bias1_ref: Ref, kernel2_ref: Ref, bias2_ref: Ref, y_ref: Ref
 ) -> None:
-    hidden = _dot(x_ref[...], kernel1_ref[...], (1, 0)) + bias1_ref[...].astype(jnp.float32)
+    hidden = dot(x_ref[...], kernel1_ref[...], (1, 0)) + bias1_ref[...].astype(jnp.float32)
     active = 0.5 * hidden * (1 + lax.erf(hidden * math.sqrt(0.5)))
-    y = _dot(active.astype(x_ref.dtype), kernel2_ref[...], (1, 0)) + bias2_ref[...].astype(jnp.float32)
+    y = dot(active.astype(x_ref.dtype), kernel2_ref[...], (1, 0)) + bias2_ref[...].astype(jnp.float32)
     y_ref[...] = y.astype(y_ref.dtype)
 
 
@@ -146,13 +139,13 @@ def _backward(
     if rows % tile:  # the last step's tile ends beyond the arrays, with undefined values
         inside = lax.broadcasted_iota(jnp.int32, (tile, 1), 0) < rows - pl.program_id(0) * tile
         x, dy = jnp.where(inside, x, 0), jnp.where(inside, dy, 0)
-    hidden = _dot(x, kernel1_ref[...], (1, 0)) + bias1_ref[...].astype(jnp.float32)
+    hidden = dot(x, kernel1_ref[...], (1, 0)) + bias1_ref[...].astype(jnp.float32)
     cumulative = 0.5 * (1 + lax.erf(hidden * math.sqrt(0.5)))
     slope = cumulative + hidden * jnp.exp(-0.5 * hidden * hidden) / math.sqrt(2 * math.pi)
-    d_kernel2_ref[...] += _dot((hidden * cumulative).astype(x.dtype), dy, (0, 0))
+    d_kernel2_ref[...] += dot((hidden * cumulative).astype(x.dtype), dy, (0, 0))
     d_bias2_ref[...] += dy.astype(jnp.float32).sum(axis=0, keepdims=True)
-    d_hidden = _dot(dy, kernel2_ref[...], (1, 1)) * slope
+    d_hidden = dot(dy, kernel2_ref[...], (1, 1)) * slope
     d_bias1_ref[...] += d_hidden.sum(axis=0, keepdims=True)
     d_hidden = d_hidden.astype(x.dtype)
-    d_kernel1_ref[...] += _dot(x, d_hidden, (0, 0))
-    dx_ref[...] = _dot(d_hidden, kernel1_ref[...], (1, 1)).astype(dx_ref.dtype)
+    d_kernel1_ref[...] += dot(x, d_hidden, (0, 0))
+    dx_ref[...] = dot(d_hidden, kernel1_ref[...], (1, 1)).astype(dx_ref.dtype)
