@@ -1,6 +1,6 @@
 """Tests run on the CPU, as eight fake devices of which most use one.
 
-Those of operations also run on a GPU: JAX_PLATFORMS=cuda,cpu python -m pytest -n 4 tests/test_ops_*.py
+Those of operations also run on a GPU: JAX_PLATFORMS=cuda,cpu python -m pytest -n 4 tests/ops
 """
 
 import contextlib

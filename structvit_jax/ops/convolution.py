@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from structvit_jax.ops.dispatch import operation
+from structvit_jax.ops.dispatch import operation, require
 
 
 def grid_strides(grid: Sequence[int], stride: int) -> tuple[int, ...]:
@@ -52,26 +52,19 @@ def convolve(
 
 
 def _check(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, *, stride: int) -> None:
-    if x.ndim not in (4, 5) or kernel.ndim != x.ndim:
-        raise ValueError(
-            f"depthwise_conv: x {x.shape} and kernel {kernel.shape} should be [batch, *grid, channels]"
-            " and [*window, channels, D] with a grid of two or three axes"
-        )
-    *window, channels, _ = kernel.shape
-    if channels != x.shape[-1]:
-        raise ValueError(
-            f"depthwise_conv: kernel {kernel.shape} does not fit {x.shape[-1]} channels;"
-            " it should be [*window, channels, D]"
-        )
-    if bias is not None and bias.shape != kernel.shape[-2:]:
-        raise ValueError(
-            f"depthwise_conv: bias {bias.shape} does not fit kernel {kernel.shape};"
-            " it should be [channels, D]"
-        )
-    if any(k % 2 == 0 for k in window):
-        raise ValueError(f"depthwise_conv: window {tuple(window)} has an even side; use odd ones")
-    if stride < 1:
-        raise ValueError(f"depthwise_conv: stride {stride} is below one")
+    layout = "should be [batch, *grid, channels] and [*window, channels, D] with a grid of two or three axes"
+    fits = x.ndim in (4, 5) and kernel.ndim == x.ndim
+    require(fits, f"depthwise_conv: x {x.shape} and kernel {kernel.shape} {layout}")
+    *window, channels, planes = kernel.shape
+    layout = "it should be [*window, channels, D]"
+    fits = channels == x.shape[-1]
+    require(fits, f"depthwise_conv: kernel {kernel.shape} does not fit {x.shape[-1]} channels; {layout}")
+    if bias is not None:
+        layout = f"does not fit kernel {kernel.shape}; it should be [channels, D]"
+        require(bias.shape == (channels, planes), f"depthwise_conv: bias {bias.shape} {layout}")
+    odd = all(k % 2 for k in window)
+    require(odd, f"depthwise_conv: window {tuple(window)} has an even side; use odd ones")
+    require(stride >= 1, f"depthwise_conv: stride {stride} is below one")
 
 
 @operation(check=_check)

@@ -74,3 +74,9 @@ def operation(check: Callable[..., None] | None = None) -> Callable[[Callable[P,
       check: called with the same arguments; raises ValueError, in one line, for arguments that do not fit.
     """
     return lambda definition: Operation(definition, check)
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ValueError with this message unless the condition holds."""
+    if not condition:
+        raise ValueError(message)

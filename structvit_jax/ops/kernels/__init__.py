@@ -17,23 +17,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from structvit_jax.ops.dispatch import Operation
-from structvit_jax.ops.kernels import (
-    attention_tpu,
-    depthwise_tpu,
-    im2col,
-    mlp_tpu,
-    native,
-    row_layers,
-)
+from structvit_jax.ops.kernels import attention_tpu, attention_xla, depthwise_tpu, im2col, mlp_tpu, native
 from structvit_jax.ops.kernels import depthwise_bands as bands
 from structvit_jax.ops.kernels import depthwise_shifts as shifts
 from structvit_jax.ops.kernels import depthwise_xla as xla
-from structvit_jax.ops.kernels.attention_xla import (
-    attention_by_cudnn,
-    attention_in_blocks,
-    cudnn_supports,
-    recompute_convolved,
-)
+from structvit_jax.ops.kernels import row_layers as rows
+from structvit_jax.ops.kernels.attention_xla import attention_in_blocks, cudnn_supports, recompute_convolved
 from structvit_jax.ops.kernels.depthwise_xla import separate, with_gradients
 from structvit_jax.ops.kernels.selfcheck import trusted
 from structvit_jax.ops.kernels.target import current_device, on_own_examples
@@ -75,41 +64,16 @@ def named(name: str) -> Kernel:
     return next(kernel for kernel in TABLE if kernel.name == name)
 
 
-def _has_kernels(query: Any, key: Any, value: Any, key_kernels: Any, *_: Any, stride: int) -> bool:
+def _is_structural(query: Any, key: Any, value: Any, key_kernels: Any, *_: Any, stride: int) -> bool:
     return key_kernels is not None
-
-
-def _has_kernels_without_cudnn(query: Any, *others: Any, stride: int) -> bool:
-    return _has_kernels(query, *others, stride=stride) and not cudnn_supports(query)
-
-
-def _is_image(x: jax.Array, *_: Any, **options: Any) -> bool:
-    return x.ndim == 4
-
-
-def _is_video(x: jax.Array, *_: Any, **options: Any) -> bool:
-    return x.ndim == 5
-
-
-def _is_not_double(x: jax.Array, *_: Any, **options: Any) -> bool:
-    return x.dtype != jnp.float64
-
-
-def _has_few_channels(x: jax.Array, *_: Any, **options: Any) -> bool:
-    return x.shape[-1] <= 8
-
-
-def _is_image_with_one_plane(x: jax.Array, kernel: jax.Array, *_: Any, stride: int) -> bool:
-    return x.ndim == 4 and kernel.shape[-1] == 1
 
 
 def _is_half_video_with_one_plane(x: jax.Array, kernel: jax.Array, *_: Any, stride: int) -> bool:
     return x.ndim == 5 and kernel.shape[-1] == 1 and x.dtype.itemsize == 2
 
 
-def _has_long_windows(x: jax.Array, kernel: jax.Array, *_: Any, stride: int) -> bool:
-    long = math.prod(kernel.shape[:-2]) > shifts.MAX_FUSED_TERMS
-    return _is_half_video_with_one_plane(x, kernel, stride=stride) and long
+def _is_not_float64(x: jax.Array, *_: Any, **options: Any) -> bool:
+    return x.dtype != jnp.float64
 
 
 def _by_platform(
@@ -141,16 +105,16 @@ TABLE: tuple[Kernel, ...] = (
     # StructSA
     Kernel(
         "recompute_convolved", "struct_attention", "cpu", recompute_convolved, _CPU,
-        "convolved keys and values are D times larger than their inputs", _has_kernels,
+        "convolved keys and values are D times larger than their inputs", _is_structural,
     ),
     Kernel(
         "recompute_convolved", "struct_attention", "gpu", recompute_convolved, _NOWHERE,
         "as on CPUs; cuDNN's attention keeps keys and values for its own gradients",
-        _has_kernels_without_cudnn,
+        lambda query, key, value, kernels, *_, stride: kernels is not None and not cudnn_supports(query),
     ),
     Kernel(
         "recompute_convolved", "struct_attention", "tpu", recompute_convolved, _TPU,
-        "as on CPUs: 0.220 GB a step, 0.225 without (S-4-1, batch 32, compiled for a v5e)", _has_kernels,
+        "as on CPUs: 0.220 GB a step, 0.225 without (S-4-1, batch 32, compiled for a v5e)", _is_structural,
     ),
     # attention
     Kernel(
@@ -163,7 +127,7 @@ TABLE: tuple[Kernel, ...] = (
         "no C++ compiler, or half precision; 8 MB of products at a time stay in the cache", batched=3,
     ),
     Kernel(
-        "attention_cudnn", "attention", "gpu", attention_by_cudnn, _H100,
+        "attention_cudnn", "attention", "gpu", attention_xla.attention_by_cudnn, _H100,
         "8x1568 queries, 6272 keys, 5 heads: 0.24 and 0.90 ms, in blocks 2.65 and 6.79", cudnn_supports,
     ),
     Kernel(
@@ -173,7 +137,7 @@ TABLE: tuple[Kernel, ...] = (
     Kernel(
         "attention_pallas", "attention", "tpu", attention_tpu.attention, _TPU,
         "products stay in vector memory: 0.325 GB a step, 0.682 without (S-4-1, batch 32, compiled)",
-        _is_not_double, batched=3,
+        _is_not_float64, batched=3,
     ),
     Kernel(
         "attention_blocks", "attention", "tpu", attention_in_blocks(_AT_ONCE), _NOWHERE, "float64", batched=3
@@ -197,17 +161,22 @@ TABLE: tuple[Kernel, ...] = (
     Kernel(
         "depthwise_library", "depthwise_conv", "gpu",
         with_gradients(xla.grouped, separate(xla.grouped_input_gradient, xla.library_kernel_gradient)),
-        _H100, "128x56x56x64, 5x5: 0.098 ms by cuDNN, 0.44 as sums", _is_image_with_one_plane,
+        _H100, "128x56x56x64, 5x5: 0.098 ms by cuDNN, 0.44 as sums",
+        lambda x, kernel, *_, stride: x.ndim == 4 and kernel.shape[-1] == 1,
     ),
     Kernel(
         "depthwise_sums_library", "depthwise_conv", "gpu",
         with_gradients(shifts.padded, separate(xla.grouped_input_gradient, shifts.padded_kernel_gradient)),
-        _H100, "128x14x14x320, 3x3, D = 4: forward 0.079 ms, 0.30 by cuDNN", _is_image, batched=1,
+        _H100, "128x14x14x320, 3x3, D = 4: forward 0.079 ms, 0.30 by cuDNN",
+        lambda x, *_, stride: x.ndim == 4, batched=1,
     ),
     Kernel(
         "depthwise_bands", "depthwise_conv", "gpu",
         with_gradients(bands.banded, separate(bands.banded_input_gradient, bands.banded_kernel_gradient)),
-        _H100, "8x8x56x56x64, 5x5x5: 0.165 ms, 1.14 as sums, by tensor cores", _has_long_windows, batched=1,
+        _H100, "8x8x56x56x64, 5x5x5: 0.165 ms, 1.14 as sums, by tensor cores",
+        lambda x, kernel, *_, stride: _is_half_video_with_one_plane(x, kernel, stride=stride)
+        and math.prod(kernel.shape[:-2]) > shifts.MAX_FUSED_TERMS,
+        batched=1,
     ),
     Kernel(
         "depthwise_sums_bands", "depthwise_conv", "gpu",
@@ -246,10 +215,10 @@ TABLE: tuple[Kernel, ...] = (
     Kernel(
         "mlp_pallas", "mlp", "tpu", mlp_tpu.mlp, _TPU,
         "hidden arrays stay in vector memory: 0.253 GB a step, 0.258 without (S-4-1, batch 32, compiled)",
-        _is_not_double, batched=1,
+        _is_not_float64, batched=1,
     ),
     *(
-        Kernel("mlp_recomputing_gelu", "mlp", platform, row_layers.mlp_recomputing_gelu, executed, why)
+        Kernel("mlp_recomputing_gelu", "mlp", platform, rows.mlp_recomputing_gelu, executed, why)
         for platform, executed, why in (
             ("cpu", _CPU, "keeps one hidden array for the backward pass where JAX keeps several"),
             ("gpu", _H100, "as on CPUs"),
@@ -259,7 +228,10 @@ TABLE: tuple[Kernel, ...] = (
     ),
     # dense convolution
     *(
-        Kernel("convolve_multiply", "convolve", platform, im2col.multiply, executed, why, _is_video)
+        Kernel(
+            "convolve_multiply", "convolve", platform, im2col.multiply, executed, why,
+            lambda x, *_, **options: x.ndim == 5,
+        )
         for platform, executed, why in (
             ("cpu", _CPU, "the embeddings of clips with gradients: 49 ms, 397 by XLA's convolution"),
             ("gpu", _H100, "XLA's convolution puts channels before time, and so does all that follows"),
@@ -273,17 +245,18 @@ TABLE: tuple[Kernel, ...] = (
     *(
         Kernel(
             "convolve_fold", "convolve", platform, im2col.fold, executed,
-            "three channels would take the memory of 128", _has_few_channels,
+            "three channels would take the memory of 128",
+            lambda x, *_, **options: x.shape[-1] <= 8,
         )
         for platform, executed in (("gpu", _H100), ("tpu", _COMPILED), ("portable", _CPU))
     ),
     # linear layer and layer normalisation
     Kernel(
-        "linear_of_rows", "linear", "cpu", row_layers.linear_of_rows, _CPU,
+        "linear_of_rows", "linear", "cpu", rows.linear_of_rows, _CPU,
         "the transpose of its gradient is a plain one: part of a factor of 1.06 in a train step",
     ),
     Kernel(
-        "layer_norm_of_rows", "layer_norm", "gpu", row_layers.layer_norm_of_rows, _H100,
+        "layer_norm_of_rows", "layer_norm", "gpu", rows.layer_norm_of_rows, _H100,
         "the compiler tries thousands of tiles for a grid, few for rows",
     ),
 )  # fmt: skip

@@ -25,8 +25,7 @@ _WORK = 8 * _PRODUCTS  # bytes of a step's intermediate results
 def forward(
     query: jax.Array, key: jax.Array, value: jax.Array, *, heads: int, interpret: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """query [batch, N, heads·channels]; key, value [batch, M, heads·channels] -> output like query, and the
-    logarithm of the sum of exponentials, float32 [batch, heads, N]."""
+    """Return the output, like query, and lse, float32; see `attention_xla.with_gradients`."""
     batch, count, width = query.shape
     key, value = (_cut(x, count) for x in (key, value))
     row, plane, stats = _blocks(query, key, heads)

@@ -82,16 +82,16 @@ def recompute_convolved(
     heads, channels = query.shape[-2:]
 
     @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(_SAVED))
-    def run(operands: list[jax.Array], kernels: list[jax.Array]) -> jax.Array:
-        query, *others = operands
+    def run(query: jax.Array, key: jax.Array, value: jax.Array, *kernels: jax.Array) -> jax.Array:
         with jax.named_scope("patterns"):
-            taps = (per_channel(x, heads, channels) for x in kernels)
-            key, value = (depthwise_conv(x, k, stride=stride) for x, k in zip(others, taps, strict=True))
+            key_taps, value_taps = (per_channel(x, heads, channels) for x in kernels)
+            key = depthwise_conv(key, key_taps, stride=stride)
+            value = depthwise_conv(value, value_taps, stride=stride)
         with jax.named_scope("attend"):
             return attention(*(x.reshape(len(x), -1, heads, channels) for x in (query, key, value)))
 
-    merged = [x.reshape(*x.shape[:-2], -1) for x in (query, key, value)]
-    return run(merged, [key_kernels, value_kernels]).reshape(query.shape)
+    merged = (x.reshape(*x.shape[:-2], -1) for x in (query, key, value))
+    return run(*merged, key_kernels, value_kernels).reshape(query.shape)
 
 
 def attention_by_cudnn(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:

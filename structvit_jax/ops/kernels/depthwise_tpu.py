@@ -86,7 +86,7 @@ def gradients(
         cost_estimate=pl.CostEstimate(
             flops=4 * cotangent.size * math.prod(window),
             transcendentals=0,
-            bytes_accessed=_bytes(x, cotangent, x),
+            bytes_accessed=sum(array.size * array.dtype.itemsize for array in (x, cotangent, x)),
         ),
         interpret=interpret,
         name="depthwise_gradients",
@@ -105,10 +105,6 @@ def _make(interpret: bool) -> Depthwise:
 
 
 depthwise = interpreted_elsewhere(_make)
-
-
-def _bytes(*arrays: jax.Array) -> int:
-    return sum(array.size * array.dtype.itemsize for array in arrays)
 
 
 def _frames(window: Sequence[int], grid: Sequence[int]) -> tuple[int, int, int]:

@@ -56,8 +56,7 @@ def supports(x: jax.Array, *_: jax.Array | None, **options: int) -> bool:
 def attention_forward(
     query: jax.Array, key: jax.Array, value: jax.Array, *, heads: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Return the output, like query [batch, N, heads·channels], and the logarithm of the sum of exponentials
-    [batch, heads, N]; key and value are [batch, M, heads·channels]."""
+    """Return the output and lse, see `attention_xla.with_gradients`."""
     batch, count, _ = query.shape
     shapes = query.shape, (batch, heads, count)
     output, lse = _call("attention_forward", shapes, query, key, value, heads=heads)
@@ -79,8 +78,7 @@ attention = attention_xla.with_gradients(attention_forward, attention_backward)
 
 
 def depthwise_forward(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, stride: int) -> jax.Array:
-    """x [batch, *grid, channels], kernel [*window, channels, D], bias [channels, D]
-    -> [batch, D, *grid', channels]."""
+    """Return the convolution [batch, D, *grid', channels], with the bias added."""
     batch, *frames, height, width, channels = x.shape
     shape = batch, kernel.shape[-1], *frames, -(-height // stride), -(-width // stride), channels
     start = jnp.zeros(kernel.shape[-2:], jnp.float32) if bias is None else bias
@@ -88,14 +86,14 @@ def depthwise_forward(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, s
 
 
 def depthwise_input_gradient(x: jax.Array, kernel: jax.Array, cotangent: jax.Array, stride: int) -> jax.Array:
-    """Return the gradient of x, of which only the shape is used."""
+    """Return the gradient of x; only the shape of x is used."""
     return _call("depthwise_of_input", [x.shape], cotangent, kernel, stride=stride)[0]
 
 
 def depthwise_kernel_gradient(
     x: jax.Array, kernel: jax.Array, cotangent: jax.Array, stride: int
 ) -> jax.Array:
-    """Return the gradient of the kernel, of which only the shape is used."""
+    """Return the gradient of the kernel; only the shape of the kernel is used."""
     return _call("depthwise_of_kernel", [kernel.shape], x, cotangent, stride=stride)[0]
 
 

@@ -42,8 +42,8 @@ def call_kernel(
     operands: Sequence[jax.Array],
     *,
     in_specs: Sequence[pl.BlockSpec],
-    out_specs: Any,
-    out_shape: Any,
+    out_specs: Sequence[pl.BlockSpec],
+    out_shape: Sequence[jax.ShapeDtypeStruct],
     scratch_shapes: Sequence[Any] = (),
     semantics: Sequence[Any],
     work: int,
@@ -59,11 +59,10 @@ def call_kernel(
       work: bytes of a step's intermediate results.
       kernel, operands, **options: as for `pl.pallas_call`, like the arguments not listed here.
     """
-    outs = out_shape if isinstance(out_shape, (list, tuple)) else [out_shape]
-    specs = out_specs if isinstance(out_specs, (list, tuple)) else [out_specs]
-    blocks = [*zip(in_specs, operands, strict=True), *zip(specs, outs, strict=True)]
-    # A block is in memory twice: one is computed with while the other is copied.
-    memory = sum(2 * _bytes(spec.block_shape, array.dtype) for spec, array in blocks)
+    dtypes = [*(array.dtype for array in operands), *(array.dtype for array in out_shape)]
+    blocks = zip((*in_specs, *out_specs), dtypes, strict=True)
+    # Every block is in memory twice: one copy is in use while the other is read or written.
+    memory = sum(2 * _bytes(spec.block_shape, dtype) for spec, dtype in blocks)
     memory += sum(_bytes(scratch.shape, scratch.dtype) for scratch in scratch_shapes)
     return pl.pallas_call(
         kernel,

@@ -27,19 +27,15 @@ def layer_norm_of_rows(x: jax.Array, scale: jax.Array, bias: jax.Array, *, epsil
     return layer_norm.definition(rows, scale, bias, epsilon=epsilon).reshape(x.shape)
 
 
-def mlp_recomputing_gelu(
-    x: jax.Array, kernel1: jax.Array, bias1: jax.Array, kernel2: jax.Array, bias2: jax.Array
-) -> jax.Array:
+def mlp_recomputing_gelu(x: jax.Array, *weights: jax.Array) -> jax.Array:
     """Compute the MLP on a matrix, and keep one hidden array for the backward pass."""
     rows = x.reshape(-1, x.shape[-1])
-    return _mlp(rows, kernel1, bias1, kernel2, bias2).reshape(*x.shape[:-1], -1)
+    return _mlp(rows, *weights).reshape(*x.shape[:-1], -1)
 
 
 @jax.custom_vjp
-def _mlp(
-    x: jax.Array, kernel1: jax.Array, bias1: jax.Array, kernel2: jax.Array, bias2: jax.Array
-) -> jax.Array:
-    return _forward(x, kernel1, bias1, kernel2, bias2)[0]
+def _mlp(x: jax.Array, *weights: jax.Array) -> jax.Array:
+    return _forward(x, *weights)[0]
 
 
 def _forward(
