@@ -133,11 +133,12 @@ def test_without_a_cache_folder_every_process_checks(checked, monkeypatch):
     assert len(set(runs)) > 1
 
 
-def test_a_verdict_that_was_cut_off_is_made_again(checked, tmp_path):
+@pytest.mark.parametrize("content", [b"", b"\xff"])
+def test_a_damaged_verdict_is_made_again(checked, tmp_path, content):
     checked(exact)
     call(arrays())
     (path,) = tmp_path.rglob("exact-float32-*")
-    path.write_text("")
+    path.write_bytes(content)
     forget()
     call(arrays())
     assert path.read_text() == "ok"

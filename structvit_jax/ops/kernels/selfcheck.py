@@ -153,7 +153,7 @@ def _problem(kernel: Kernel, dtype: str, device: Device) -> str:
     except RuntimeError:  # no such device
         return ""
     verdict, path = "", _verdict_path(kernel, dtype, device)
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, UnicodeDecodeError):
         verdict = path.read_text() if path else ""
     if not verdict:
         examples = examples_of(kernel, SMALL[kernel.operation], dtype)
