@@ -32,11 +32,8 @@ from bucket import Bucket
 from etils import epath
 
 # Check the shapes in annotations of models and operations at every call.
-_CHECKED = [f"structvit_jax.models.{name}" for name in ("attention", "blocks", "layers", "networks")]
-_CHECKED += [
-    f"structvit_jax.ops.{name}"
-    for name in ("attention", "convolution", "depthwise", "feed_forward", "normalization", "structsa")
-]
+_CHECKED = [f"structvit_jax.models.{name}" for name in ("blocks", "layers", "networks", "struct_attention")]
+_CHECKED += [f"structvit_jax.ops.{name}" for name in ("attention", "convolution", "pointwise", "structsa")]
 jaxtyping.install_import_hook(_CHECKED, "beartype.beartype")
 
 from structvit_jax import cli, main  # noqa: E402

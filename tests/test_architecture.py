@@ -115,7 +115,7 @@ def test_the_package_has_few_entries():
 def test_module_names_are_unique():
     paths = collections.defaultdict(list)
     for path in FILES:
-        if path.stem not in ("__init__", "__main__") and path.parent.name != "kernels":  # named as in ops/
+        if path.stem not in ("__init__", "__main__"):
             paths[path.stem].append(str(path.relative_to(PACKAGE)))
     assert not [same for same in paths.values() if len(same) > 1]
 
@@ -125,7 +125,7 @@ def test_models_load_definitions_without_kernels():
     assert not [name for name in loaded if name.startswith("structvit_jax.ops.kernels")]
     files = [PACKAGE.joinpath(*name.split(".")[1:]) for name in loaded]
     files = [path / "__init__.py" if path.is_dir() else path.with_suffix(".py") for path in files]
-    assert sum(len(path.read_text().splitlines()) for path in files) <= 2000
+    assert sum(len(path.read_text().splitlines()) for path in files) <= 1750
 
 
 def test_reading_data_loads_neither_jax_nor_models():

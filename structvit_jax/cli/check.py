@@ -25,8 +25,8 @@ def command(device: str) -> int:
     Example:
       structvit check
     """
-    from structvit_jax.ops.dispatch import current_device
     from structvit_jax.ops.kernels import selfcheck
+    from structvit_jax.ops.kernels.target import current_device
     from structvit_jax.runtime import devices
 
     devices.select_devices(device)

@@ -4,24 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from structvit_jax.models.layers import (
-    BatchNorm,
-    DepthwiseConv,
-    DropPath,
-    Dtype,
-    LayerNorm,
-    Linear,
-    Mlp,
-    Pointwise,
-    Rngs,
-)
+from structvit_jax.models import layers
+from structvit_jax.models.layers import BatchNorm, DepthwiseConv, Dtype, LayerNorm, Pointwise, Rngs, Sides
 from structvit_jax.models.struct_attention import StructAttention
 from structvit_jax.models.variants import Variant
 
@@ -36,7 +26,7 @@ REMAT_POLICIES: dict[str, Callable[..., bool]] = {
 class ConvMixer(nnx.Module):
     """Local mixing without an activation: 1x1, depthwise, 1x1 (UniFormer's local relation aggregator)."""
 
-    def __init__(self, width: int, *, window: Sequence[int], dtype: Dtype, rngs: Rngs):
+    def __init__(self, width: int, *, window: Sides, dtype: Dtype, rngs: Rngs):
         self.conv1 = Pointwise(width, width, dtype=dtype, rngs=rngs)
         self.depthwise = DepthwiseConv(width, window=window, dtype=dtype, rngs=rngs)
         self.conv2 = Pointwise(width, width, dtype=dtype, rngs=rngs)
@@ -52,21 +42,23 @@ class Block(nnx.Module):
     under LayerNorm (eps 1e-6). DeiT's blocks have no position term.
     """
 
+    norm1: BatchNorm | LayerNorm
+    norm2: BatchNorm | LayerNorm
+
     def __init__(self, v: Variant, stage: int, *, conv: bool, rngs: Rngs):
-        width = v.widths[stage]
-        common: dict[str, Any] = {"dtype": v.compute_dtype, "rngs": rngs}
-        norm: Callable[..., BatchNorm | LayerNorm] = (
-            BatchNorm if conv else functools.partial(LayerNorm, epsilon=1e-6)
-        )
+        width, dtype = v.widths[stage], v.compute_dtype
+        norm = BatchNorm if conv else functools.partial(LayerNorm, epsilon=1e-6)
         has_position = v.network == "uniformer"
-        self.pos_embed = DepthwiseConv(width, window=(3,) * v.grid_axes, **common) if has_position else None
-        self.norm1 = norm(width, **common)
+        window = (3,) * v.grid_axes
+        self.pos_embed = DepthwiseConv(width, window=window, dtype=dtype, rngs=rngs) if has_position else None
+        self.norm1 = norm(width, dtype=dtype, rngs=rngs)
         self.attn = _conv_mixer(v, width, rngs) if conv else _attention(v, width, rngs)
-        self.norm2 = norm(width, **common)
-        self.mlp = Mlp(width, layer=Pointwise if conv else Linear, **common)
-        self.gamma_1 = _layer_scale(v, width, conv)
-        self.gamma_2 = _layer_scale(v, width, conv)
-        self.drop_path = DropPath()
+        self.norm2 = norm(width, dtype=dtype, rngs=rngs)
+        self.mlp = layers.Mlp(width, layer=Pointwise if conv else layers.Linear, dtype=dtype, rngs=rngs)
+        scale = jnp.full(width, v.layer_scale or 0, jnp.float32)
+        scaled = v.layer_scale and (v.conv_layer_scale or not conv)
+        self.gamma_1, self.gamma_2 = (nnx.Param(scale) if scaled else None for _ in range(2))
+        self.drop_path = layers.DropPath()
 
     def __call__(
         self, x: Float[Array, "b *grid c"], rate: float, key: jax.Array | None
@@ -111,12 +103,6 @@ def _attention(v: Variant, width: int, rngs: Rngs) -> StructAttention:
     )
 
 
-def _layer_scale(v: Variant, width: int, conv: bool) -> nnx.Param | None:
-    if not v.layer_scale or (conv and not v.conv_layer_scale):
-        return None
-    return nnx.Param(jnp.full(width, v.layer_scale, jnp.float32))
-
-
 def _scale(gamma: nnx.Param | None, x: jax.Array) -> jax.Array:
     return x if gamma is None else gamma[...].astype(x.dtype) * x
 
@@ -127,7 +113,11 @@ def split_key(key: jax.Array | None, count: int) -> Sequence[jax.Array | None] |
 
 
 def run_block(remat: str) -> Callable[[Block, jax.Array, float, jax.Array | None], jax.Array]:
-    """Return what applies a block to an input, with its rate and key: "none", "dots" or "full"."""
+    """Return a function that applies a block, see `Block.__call__`; it recomputes what `remat` does not keep.
+
+    Args:
+      remat: "none", "dots" or "full", see `REMAT_POLICIES`.
+    """
     if remat == "none":
         return Block.__call__
     recomputing = nnx.remat(Block.__call__, policy=REMAT_POLICIES[remat], static_argnums=(2,))

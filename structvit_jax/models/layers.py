@@ -14,13 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.nn import initializers
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from structvit_jax.ops import convolve, depthwise_conv, layer_norm, linear, mlp
 
-Initializer = Callable[..., jax.Array]
-Dtype = Any  # of the computation; None follows the input
+Dtype = DTypeLike | None
+Initializer = Callable[..., jax.Array]  # (key, shape, dtype) -> array, for a `Key`
+Key = jax.Array | np.random.Generator | None  # of nnx.Rngs or NumpyRngs; None draws zeros
 Rngs = Any  # nnx.Rngs or NumpyRngs
+Sides = Sequence[int]  # one per axis of the grid
 
 
 class NumpyRngs:
@@ -31,42 +34,36 @@ class NumpyRngs:
     """
 
     def __init__(self, seed: int | None):
-        self._rng = _ZeroInit(np.random.PCG64(0)) if seed is None else np.random.default_rng(seed)
+        self._rng = None if seed is None else np.random.default_rng(seed)
 
-    def params(self) -> np.random.Generator:
-        return self._rng.spawn(1)[0]
-
-
-class _ZeroInit(np.random.Generator):
-    """Draw zeros, for weights that are replaced."""
-
-    def standard_normal(  # type: ignore[override]
-        self, size: Any = None, dtype: Any = np.float64, out: None = None
-    ) -> np.ndarray:
-        return np.zeros(size, dtype)
-
-    random = standard_normal  # type: ignore[assignment]
+    def params(self) -> np.random.Generator | None:
+        return None if self._rng is None else self._rng.spawn(1)[0]
 
 
 def normal_init(std: float) -> Initializer:
-    """Return a normal initialiser with deviation `std`, for a JAX key or a NumPy generator."""
-
-    def init(key: Any, shape: Sequence[int], dtype: Any = jnp.float32, out_sharding: Any = None) -> jax.Array:
-        if isinstance(key, np.random.Generator):
-            return jnp.asarray(std * key.standard_normal(shape, np.float32), dtype)
-        return std * jax.random.normal(key, shape, dtype)
-
-    return init
+    """Return a normal initialiser with deviation `std`."""
+    return _initializer(
+        lambda rng, shape: std * rng.standard_normal(shape, np.float32),
+        lambda key, shape, dtype: std * jax.random.normal(key, shape, dtype),
+    )
 
 
 def uniform_init(fan_in: int) -> Initializer:
     """Return torch's default for kernels and biases of convolutions: uniform within 1 / sqrt(fan_in)."""
     bound = 1.0 / math.sqrt(fan_in)
+    return _initializer(
+        lambda rng, shape: bound * (2 * rng.random(shape, np.float32) - 1),
+        lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound),
+    )
 
-    def init(key: Any, shape: Sequence[int], dtype: Any = jnp.float32, out_sharding: Any = None) -> jax.Array:
+
+def _initializer(by_numpy: Callable[..., np.ndarray], by_jax: Callable[..., jax.Array]) -> Initializer:
+    def init(key: Key, shape: Sequence[int], dtype: DTypeLike = jnp.float32) -> jax.Array:
+        if key is None:
+            return jnp.zeros(shape, dtype)
         if isinstance(key, np.random.Generator):
-            return jnp.asarray(bound * (2 * key.random(shape, np.float32) - 1), dtype)
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
+            return jnp.asarray(by_numpy(key, shape), dtype)
+        return by_jax(key, shape, dtype)
 
     return init
 
@@ -74,15 +71,13 @@ def uniform_init(fan_in: int) -> Initializer:
 linear_init = normal_init(0.02)  # timm's trunc_normal_(std=0.02) cuts at 100 sigma: a normal
 
 
-def _promoted(dtype: Any, x: jax.Array, *params: nnx.Param) -> tuple[jax.Array, ...]:
+def _promoted(dtype: Dtype, x: jax.Array, *params: nnx.Param) -> tuple[jax.Array, ...]:
     """Cast an input and parameters to the type of the computation."""
     return nnx.nn.dtypes.promote_dtype((x, *(param[...] for param in params)), dtype=dtype)
 
 
-class Linear(nnx.Linear):
+class Linear(nnx.Module):
     """A linear layer along the last axis."""
-
-    bias: nnx.Param
 
     def __init__(
         self,
@@ -94,12 +89,12 @@ class Linear(nnx.Linear):
         dtype: Dtype,
         rngs: Rngs,
     ):
-        super().__init__(inputs, outputs, kernel_init=init, bias_init=bias_init, dtype=dtype, rngs=rngs)
+        self.kernel = nnx.Param(init(rngs.params(), (inputs, outputs), jnp.float32))
+        self.bias = nnx.Param(bias_init(rngs.params(), (outputs,), jnp.float32))
+        self.dtype = dtype
 
-    def __call__(  # type: ignore[override]
-        self, inputs: Float[Array, "b *_ i"]
-    ) -> Float[Array, "b *_ o"]:
-        return linear(*_promoted(self.dtype, inputs, self.kernel, self.bias))
+    def __call__(self, x: Float[Array, "b *_ i"]) -> Float[Array, "b *_ o"]:
+        return linear(*_promoted(self.dtype, x, self.kernel, self.bias))
 
 
 class Pointwise(Linear):
@@ -110,48 +105,25 @@ class Pointwise(Linear):
         super().__init__(inputs, outputs, init=init, bias_init=init, dtype=dtype, rngs=rngs)
 
 
-class Conv(nnx.Conv):
-    """A dense convolution with explicit zero padding on both sides."""
+class Conv(nnx.Module):
+    """A dense convolution with a bias. Zeros on both sides centre windows that are larger than the stride."""
 
-    bias: nnx.Param
-    strides: tuple[int, ...]
-    padding: tuple[tuple[int, int], ...]
-
-    def __init__(
-        self,
-        inputs: int,
-        outputs: int,
-        *,
-        window: Sequence[int],
-        strides: Sequence[int],
-        padding: Sequence[int],
-        dtype: Dtype,
-        rngs: Rngs,
-    ):
+    def __init__(self, inputs: int, outputs: int, *, window: Sides, strides: Sides, dtype: Dtype, rngs: Rngs):
         init = uniform_init(inputs * math.prod(window))
-        super().__init__(
-            inputs,
-            outputs,
-            tuple(window),
-            tuple(strides),
-            padding=tuple((p, p) for p in padding),
-            kernel_init=init,
-            bias_init=init,
-            dtype=dtype,
-            rngs=rngs,
-        )
+        self.kernel = nnx.Param(init(rngs.params(), (*window, inputs, outputs)))
+        self.bias = nnx.Param(init(rngs.params(), (outputs,)))
+        self.strides, self.dtype = tuple(strides), dtype
+        self.padding = tuple((k - s + 1) // 2 for k, s in zip(window, strides, strict=True))
 
-    def __call__(  # type: ignore[override]
-        self, inputs: Float[Array, "b *grid i"]
-    ) -> Float[Array, "b *_ o"]:
-        x, kernel, bias = _promoted(self.dtype, inputs, self.kernel, self.bias)
-        return convolve(x, kernel, strides=self.strides, padding=[zeros for zeros, _ in self.padding]) + bias
+    def __call__(self, x: Float[Array, "b *grid i"]) -> Float[Array, "b *_ o"]:
+        x, kernel, bias = _promoted(self.dtype, x, self.kernel, self.bias)
+        return convolve(x, kernel, strides=self.strides, padding=self.padding) + bias
 
 
 class DepthwiseConv(nnx.Module):
     """A convolution of each channel with an odd window of its own, and a bias; stride 1."""
 
-    def __init__(self, channels: int, *, window: Sequence[int], dtype: Dtype, rngs: Rngs):
+    def __init__(self, channels: int, *, window: Sides, dtype: Dtype, rngs: Rngs):
         init = uniform_init(math.prod(window))
         self.kernel = nnx.Param(init(rngs.params(), (*window, 1, channels)))
         self.bias = nnx.Param(init(rngs.params(), (channels,)))
@@ -169,26 +141,14 @@ class BatchNorm(nnx.BatchNorm):
     """
 
     def __init__(self, channels: int, *, dtype: Dtype, rngs: Rngs):
-        super().__init__(
-            channels,
-            use_running_average=True,
-            momentum=0.9,
-            epsilon=1e-5,
-            use_fast_variance=False,
-            dtype=dtype,
-            rngs=rngs,
-        )
+        options: dict[str, Any] = {"use_running_average": True, "use_fast_variance": False}
+        super().__init__(channels, momentum=0.9, epsilon=1e-5, dtype=dtype, rngs=rngs, **options)
 
-    def __call__(  # type: ignore[override]
-        self, x: Float[Array, "b *_ c"], use_running_average: bool | None = None
-    ) -> Float[Array, "b *_ c"]:
-        if use_running_average is None:
-            use_running_average = self.use_running_average
-        old = self.var[...]
-        y = super().__call__(x, use_running_average)
-        if not use_running_average:
+    def __call__(self, x: Float[Array, "b *_ c"]) -> Float[Array, "b *_ c"]:  # type: ignore[override]
+        kept = self.momentum * self.var[...]
+        y = super().__call__(x)
+        if not self.use_running_average:
             count = x.size // x.shape[-1]
-            kept = self.momentum * old
             self.var[...] = kept + (self.var[...] - kept) * (count / max(count - 1, 1))
         return y
 
@@ -196,15 +156,11 @@ class BatchNorm(nnx.BatchNorm):
 class LayerNorm(nnx.LayerNorm):
     """Layer normalisation over the channels."""
 
-    scale: nnx.Param
-    bias: nnx.Param
-
     def __init__(self, channels: int, *, epsilon: float, dtype: Dtype, rngs: Rngs):
         super().__init__(channels, epsilon=epsilon, dtype=dtype, rngs=rngs)
 
-    def __call__(  # type: ignore[override]
-        self, x: Float[Array, "b *_ c"]
-    ) -> Float[Array, "b *_ c"]:
+    def __call__(self, x: Float[Array, "b *_ c"]) -> Float[Array, "b *_ c"]:  # type: ignore[override]
+        assert self.scale is not None and self.bias is not None
         return layer_norm(*_promoted(self.dtype, x, self.scale, self.bias), epsilon=self.epsilon)
 
 

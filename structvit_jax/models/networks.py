@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -28,6 +28,7 @@ from structvit_jax.models.layers import (
     Linear,
     NumpyRngs,
     Rngs,
+    Sides,
     linear_init,
 )
 from structvit_jax.models.positions import resize_positions
@@ -39,27 +40,18 @@ Inputs = Float[jax.Array | np.ndarray, "b *grid rgb"]  # images or video
 # Called with the name of an embedding or a block, as "patch_embed1" or "blocks1.0", and its output [batch,
 # *grid, width]; returns what the next layer sees.
 ActivationHook = Callable[[str, jax.Array], jax.Array]
+Layer = Callable[..., jax.Array]  # an embedding, or a Block
 
 
 class PatchEmbed(nnx.Module):
-    """A strided convolution, then LayerNorm (eps 1e-5). Sides that do not divide are floored."""
+    """A strided convolution, then LayerNorm (eps 1e-5) if `norm`. Sides that do not divide are floored."""
 
     def __init__(
-        self,
-        inputs: int,
-        width: int,
-        *,
-        window: Sequence[int],
-        strides: Sequence[int],
-        padding: Sequence[int],
-        norm: bool = True,
-        dtype: Dtype,
-        rngs: Rngs,
+        self, inputs: int, width: int, *, window: Sides, strides: Sides, norm: bool, dtype: Dtype, rngs: Rngs
     ):
+        # The norm comes first: this order decides which weights a seed draws.
         self.norm = LayerNorm(width, epsilon=1e-5, dtype=dtype, rngs=rngs) if norm else None
-        self.proj = Conv(
-            inputs, width, window=window, strides=strides, padding=padding, dtype=dtype, rngs=rngs
-        )
+        self.proj = Conv(inputs, width, window=window, strides=strides, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b *grid i"]) -> Float[Array, "b *_ c"]:
         x = self.proj(x)
@@ -71,7 +63,7 @@ class ConvStem(nnx.Module):
 
     def __init__(self, widths: Sequence[int], *, dtype: Dtype, rngs: Rngs):
         self.convs = nnx.List(
-            Conv(*step, window=(3, 3), strides=(2, 2), padding=(1, 1), dtype=dtype, rngs=rngs)
+            Conv(*step, window=(3, 3), strides=(2, 2), dtype=dtype, rngs=rngs)
             for step in itertools.pairwise(widths)
         )
         self.norms = nnx.List(BatchNorm(width, dtype=dtype, rngs=rngs) for width in widths[1:])
@@ -92,7 +84,7 @@ def _mean(x: jax.Array) -> jax.Array:
 
 
 class Network(nnx.Module):
-    """What both networks share: the input's check, pooling and heads.
+    """What both networks share: the input's check, the loop over blocks, pooling and heads.
 
     Built in evaluation mode; `train()` and `eval()` switch BatchNorm and stochastic depth.
     """
@@ -103,11 +95,7 @@ class Network(nnx.Module):
     aux_head: Linear | None
 
     def __call__(
-        self,
-        x: Inputs,
-        *,
-        key: jax.Array | None = None,
-        hook: ActivationHook = _identity,
+        self, x: Inputs, *, key: jax.Array | None = None, hook: ActivationHook = _identity
     ) -> Float[Array, "b classes"]:
         """Return logits [batch, num_classes], or pooled features [batch, width] if num_classes is 0.
 
@@ -121,26 +109,24 @@ class Network(nnx.Module):
         Raises:
           UserError: an input of another shape, or one that leaves an empty grid.
         """
-        logits, dense = self.scores(x, key=key, hook=hook)
+        logits, dense = self._heads(self.features(x, key=key, hook=hook)[-1])
         return logits if dense is None else logits + 0.5 * dense.max(axis=tuple(range(1, dense.ndim - 1)))
 
     def scores(
-        self,
-        x: Inputs,
-        *,
-        key: jax.Array | None = None,
-        hook: ActivationHook = _identity,
+        self, x: Inputs, *, key: jax.Array | None = None, hook: ActivationHook = _identity
     ) -> tuple[Float[Array, "b classes"], Float[Array, "b *_ classes"] | None]:
         """Return logits of the head [batch, num_classes] and of the dense head [batch, *grid, num_classes].
 
         The arguments are those of a call.
         """
+        return self._heads(self.features(x, key=key, hook=hook)[-1])
+
+    def dense_scores(self, x: Inputs) -> Float[Array, "b *_ classes"]:
+        """Return logits of all positions, [batch, *grid, num_classes], by the dense head or else the head."""
+        head = self.head if self.aux_head is None else self.aux_head
+        assert head is not None, "the model has no head: num_classes is 0"
         with self._kernels():
-            x = self.norm(self.features(x, key=key, hook=hook)[-1])
-            pooled = _mean(x)
-            if self.head is None:
-                return pooled, None
-            return self.head(pooled), None if self.aux_head is None else self.aux_head(x)
+            return head(self.norm(self.features(x)[-1]))
 
     def pooled(self, x: Inputs) -> Float[Array, "b c"]:
         """Return the input of the head, [batch, width]: the normalised last map, averaged over positions."""
@@ -148,60 +134,65 @@ class Network(nnx.Module):
             return _mean(self.norm(self.features(x)[-1]))
 
     def features(
-        self,
-        x: Inputs,
-        *,
-        key: jax.Array | None = None,
-        hook: ActivationHook = _identity,
+        self, x: Inputs, *, key: jax.Array | None = None, hook: ActivationHook = _identity
     ) -> tuple[jax.Array, ...]:
-        """Return the maps [batch, *grid, width] after the four stages, or DeiT's quarters."""
-        raise NotImplementedError
+        """Return the maps [batch, *grid, width] after the four stages, or DeiT's quarters.
+
+        The arguments are those of a call.
+        """
+        rates, maps = self.drop_rates, []
+        draws = zip(rates, split_key(key, len(rates)), strict=True)
+        run, y = run_block(self.variant.remat), self._checked(x)
+        with self._kernels():
+            for scope, layers in self._stages().items():
+                with jax.named_scope(scope):
+                    for name, layer in layers.items():
+                        y = run(layer, y, *next(draws)) if isinstance(layer, Block) else layer(y)
+                        y = hook(name, y)
+                maps.append(y)
+        return tuple(maps)
 
     def grid(self, size: int) -> tuple[int, ...]:
         """Return the height and width of the last map of square images."""
         image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
         return jax.eval_shape(self.features, image)[-1].shape[1:-1]
 
-    def dense_scores(self, x: Inputs) -> Float[Array, "b *_ classes"]:
-        """Return logits of all positions, [batch, *grid, num_classes], by the dense head or else the head."""
-        head: Any = self.head if self.aux_head is None else self.aux_head
-        with self._kernels():
-            return head(self.norm(self.features(x)[-1]))
-
     @property
     def drop_rates(self) -> list[float]:
         """Rates of stochastic depth of all blocks in order: from 0 up to the variant's drop_path."""
         return np.linspace(0.0, self.variant.drop_path, sum(self.variant.depths)).tolist()
 
-    def _rates_and_keys(self, key: jax.Array | None) -> Iterator[tuple[float, jax.Array | None]]:
-        """Return the rate of stochastic depth of each block and its key."""
-        rates = self.drop_rates
-        return zip(rates, split_key(key, len(rates)), strict=True)
+    def _stages(self) -> dict[str, dict[str, Layer]]:
+        """Return the embeddings and blocks of every stage by name, in the order of the forward pass."""
+        raise NotImplementedError
+
+    def _heads(self, x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        """Return logits, or pooled features without a head, and the dense logits of the last map."""
+        with self._kernels():
+            x = self.norm(x)
+            pooled = _mean(x)
+            if self.head is None:
+                return pooled, None
+            return self.head(pooled), None if self.aux_head is None else self.aux_head(x)
 
     def _kernels(self) -> contextlib.AbstractContextManager[None]:
         """Apply the variant's `kernels`; "auto" leaves what the caller has set."""
         chosen = self.variant.kernels
         return contextlib.nullcontext() if chosen == "auto" else use_kernels(chosen)
 
-    def _finish(self, norm: BatchNorm | LayerNorm, num_classes: int, rngs: Rngs) -> None:
-        """Add the final norm, and the heads, whose logits are float32 at least."""
-        self.norm = norm
-
-        def head() -> Linear:
-            return Linear(self.variant.widths[-1], num_classes, dtype=None, rngs=rngs)
-
-        self.head = head() if num_classes else None
-        self.aux_head = head() if num_classes and self.variant.token_labels else None
+    def _add_heads(self, num_classes: int, rngs: Rngs) -> None:
+        """Add the heads, whose logits are float32 at least."""
+        width, dense = self.variant.widths[-1], self.variant.token_labels
+        self.head = Linear(width, num_classes, dtype=None, rngs=rngs) if num_classes else None
+        self.aux_head = Linear(width, num_classes, dtype=None, rngs=rngs) if num_classes and dense else None
 
     def _checked(self, x: jax.Array | np.ndarray) -> jax.Array:
         v = self.variant
-        layout = "[batch, time, height, width, 3]" if v.video else "[batch, height, width, 3]"
         if x.ndim != v.grid_axes + 2 or x.shape[-1] != 3:
-            kind = "a video" if v.video else "an image"
-            raise UserError(f"{kind} model takes {layout}; the input has shape {list(x.shape)}")
-        smallest = v.smallest_input
-        if any(n < least for n, least in zip(x.shape[1:-1], smallest, strict=True)):
-            least, got = ("x".join(map(str, s)) for s in (smallest, x.shape[1:-1]))
+            takes = "a video model takes [batch, time," if v.video else "an image model takes [batch,"
+            raise UserError(f"{takes} height, width, 3]; the input has shape {list(x.shape)}")
+        if any(n < least for n, least in zip(x.shape[1:-1], v.smallest_input, strict=True)):
+            least, got = ("x".join(map(str, sides)) for sides in (v.smallest_input, x.shape[1:-1]))
             raise UserError(f"input {got} leaves an empty grid; this model needs {least} at least")
         return jnp.asarray(x)
 
@@ -215,41 +206,28 @@ class UniFormer(Network):
             blocks = [Block(v, stage, conv=stage < 2, rngs=rngs) for _ in range(depth)]
             setattr(self, f"patch_embed{stage + 1}", _uniformer_embed(v, stage, rngs))
             setattr(self, f"blocks{stage + 1}", nnx.List(blocks))
-        self._finish(BatchNorm(v.widths[-1], dtype=v.compute_dtype, rngs=rngs), num_classes, rngs)
+        self.norm = BatchNorm(v.widths[-1], dtype=v.compute_dtype, rngs=rngs)
+        self._add_heads(num_classes, rngs)
 
-    def features(
-        self,
-        x: Inputs,
-        *,
-        key: jax.Array | None = None,
-        hook: ActivationHook = _identity,
-    ) -> tuple[jax.Array, ...]:
-        run, draws, maps = run_block(self.variant.remat), self._rates_and_keys(key), []
-        y = self._checked(x)
-        with self._kernels():
-            for stage in range(1, 5):
-                with jax.named_scope(f"stage{stage}"):
-                    y = hook(f"patch_embed{stage}", getattr(self, f"patch_embed{stage}")(y))
-                    for i, block in enumerate(getattr(self, f"blocks{stage}")):
-                        y = hook(f"blocks{stage}.{i}", run(block, y, *next(draws)))
-                maps.append(y)
-        return tuple(maps)
+    def _stages(self) -> dict[str, dict[str, Layer]]:
+        stages = {}
+        for stage in range(1, 5):
+            embed, blocks = f"patch_embed{stage}", f"blocks{stage}"
+            layers = {f"{blocks}.{i}": block for i, block in enumerate(getattr(self, blocks))}
+            stages[f"stage{stage}"] = {embed: getattr(self, embed)} | layers
+        return stages
 
 
-def _uniformer_embed(v: Variant, stage: int, rngs: Rngs) -> nnx.Module:
+def _uniformer_embed(v: Variant, stage: int, rngs: Rngs) -> PatchEmbed | ConvStem:
     inputs, width = (3, *v.widths)[stage : stage + 2]
     if v.stem == "conv":
-        return ConvStem(
-            [3, width // 2, width] if stage == 0 else [inputs, width], dtype=v.compute_dtype, rngs=rngs
-        )
-    side = v.patch if stage == 0 else 2
-    window, strides, padding = [side, side], [side, side], [0, 0]
-    if v.video:  # time is halved once, by an overlapping stem
-        window = [3 if stage == 0 else 1, *window]
-        strides = [2 if stage == 0 else 1, *strides]
-        padding = [1 if stage == 0 else 0, *padding]
+        widths = [3, width // 2, width] if stage == 0 else [inputs, width]
+        return ConvStem(widths, dtype=v.compute_dtype, rngs=rngs)
+    sides, times = (v.patch if stage == 0 else 2,) * 2, (3, 2) if stage == 0 else (1, 1)
+    # Windows do not overlap in space. In time the first ones do; they halve it once.
+    window, strides = ((time,) * v.video + sides for time in times)
     return PatchEmbed(
-        inputs, width, window=window, strides=strides, padding=padding, dtype=v.compute_dtype, rngs=rngs
+        inputs, width, window=window, strides=strides, norm=True, dtype=v.compute_dtype, rngs=rngs
     )
 
 
@@ -262,42 +240,30 @@ class DeiT(Network):
 
     def __init__(self, v: Variant, *, num_classes: int, rngs: Rngs):
         self.variant = v
-        (width,), (depth,) = v.widths, v.depths
+        (width,), (depth,), dtype = v.widths, v.depths, v.compute_dtype
         tubelet = v.smallest_input  # tubelets do not overlap
         self.patch_embed = PatchEmbed(
-            3,
-            width,
-            window=tubelet,
-            strides=tubelet,
-            padding=[0] * v.grid_axes,
-            norm=False,
-            dtype=v.compute_dtype,
-            rngs=rngs,
+            3, width, window=tubelet, strides=tubelet, norm=False, dtype=dtype, rngs=rngs
         )
         size = (v.num_frames,) * v.video + (v.image_size,) * 2
         grid = [max(1, n // side) for n, side in zip(size, tubelet, strict=True)]
         self.pos_embed = nnx.Param(linear_init(rngs.params(), (*grid, width), jnp.float32))
         self.blocks = nnx.List([Block(v, 0, conv=False, rngs=rngs) for _ in range(depth)])
-        self._finish(LayerNorm(width, epsilon=1e-6, dtype=v.compute_dtype, rngs=rngs), num_classes, rngs)
+        self.norm = LayerNorm(width, epsilon=1e-6, dtype=dtype, rngs=rngs)
+        self._add_heads(num_classes, rngs)
 
-    def features(
-        self,
-        x: Inputs,
-        *,
-        key: jax.Array | None = None,
-        hook: ActivationHook = _identity,
-    ) -> tuple[jax.Array, ...]:
-        run, draws, maps = run_block(self.variant.remat), self._rates_and_keys(key), []
-        with self._kernels():
-            y = self.patch_embed(self._checked(x))
-            y = hook("patch_embed", y + resize_positions(self.pos_embed[...], y.shape[1:-1]).astype(y.dtype))
-            ends = [math.ceil(len(self.blocks) * quarter / 4) for quarter in range(5)]
-            for quarter, (start, end) in enumerate(itertools.pairwise(ends), start=1):
-                with jax.named_scope(f"quarter{quarter}"):
-                    for i in range(start, end):
-                        y = hook(f"blocks.{i}", run(self.blocks[i], y, *next(draws)))
-                maps.append(y)
-        return tuple(maps)
+    def _stages(self) -> dict[str, dict[str, Layer]]:
+        blocks = {f"blocks.{i}": block for i, block in enumerate(self.blocks)}
+        ends = [math.ceil(len(blocks) * quarter / 4) for quarter in range(5)]
+        stages: dict[str, dict[str, Layer]] = {}
+        for quarter, (start, end) in enumerate(itertools.pairwise(ends), start=1):
+            stages[f"quarter{quarter}"] = dict(itertools.islice(blocks.items(), start, end))
+        stages["quarter1"] = {"patch_embed": self._embed} | stages["quarter1"]
+        return stages
+
+    def _embed(self, x: jax.Array) -> jax.Array:
+        y = self.patch_embed(x)
+        return y + resize_positions(self.pos_embed[...], y.shape[1:-1]).astype(y.dtype)
 
 
 def create_model(name: str, *, num_classes: int, seed: int | None = 0, **overrides: Any) -> Network:

@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float
 
-from structvit_jax.models.layers import Dtype, Initializer, Linear, Rngs, normal_init
+from structvit_jax.models.layers import Dtype, Initializer, Key, Linear, Rngs, normal_init
 from structvit_jax.ops import StructAttentionMaps, struct_attention, struct_attention_maps
 from structvit_jax.utils.errors import UserError, check_choice
 
 
-def normal_kernels(key: Any, shape: Sequence[int], dtype: Any = jnp.float32) -> jax.Array:
+def normal_kernels(key: Key, shape: Sequence[int], dtype: DTypeLike = jnp.float32) -> jax.Array:
     """Draw from a normal with deviation 1 / sqrt(window): uncorrelated features keep their variance."""
     return normal_init(1 / math.sqrt(math.prod(shape[:-3])))(key, shape, dtype)
 
 
-def delta_kernels(key: Any, shape: Sequence[int], dtype: Any = jnp.float32) -> jax.Array:
+def delta_kernels(key: Key, shape: Sequence[int], dtype: DTypeLike = jnp.float32) -> jax.Array:
     """Return one at the window's centre, zero elsewhere: D equal copies, together plain attention."""
     centre = tuple((k - 1) // 2 for k in shape[:-3])
     return jnp.zeros(shape, dtype).at[centre].set(1.0)
 
 
+Operands = tuple[jax.Array, jax.Array, jax.Array, jax.Array | None, jax.Array | None]
 KERNEL_INITS: dict[str, Initializer] = {"normal": normal_kernels, "delta": delta_kernels}
 
 
@@ -71,7 +71,7 @@ class StructAttention(nnx.Module):
         key_kernels: str = "channel",
         value_kernels: str = "channel",
         stride: int = 1,
-        kernel_init: str | Callable[..., jax.Array] = "normal",
+        kernel_init: str | Initializer = "normal",
         dtype: Dtype = None,
         rngs: Rngs,
     ):
@@ -81,9 +81,8 @@ class StructAttention(nnx.Module):
             raise UserError(
                 "StructAttention: a stride needs structure_dim >= 1; plain self-attention has no window"
             )
-        self.heads, self.stride = heads, stride
-        self.qkv = Linear(width, 3 * width, dtype=dtype, rngs=rngs)
-        self.proj = Linear(width, width, dtype=dtype, rngs=rngs)
+        for kind in (key_kernels, value_kernels):
+            check_choice("StructAttention kernels", kind, ("channel", "shared"))
         init = kernel_init
         if isinstance(init, str):
             init = KERNEL_INITS[check_choice("kernel_init", init, KERNEL_INITS)]
@@ -91,20 +90,20 @@ class StructAttention(nnx.Module):
         def kernels(window: int | Sequence[int], kind: str) -> nnx.Param | None:
             if not structure_dim:
                 return None
-            if kind not in ("channel", "shared"):
-                raise UserError(f"StructAttention: kernels are 'channel' or 'shared', not {kind!r}")
             window = (window,) * grid_axes if isinstance(window, int) else tuple(window)
             if len(window) != grid_axes or any(k < 1 or k % 2 == 0 for k in window):
                 raise UserError(f"StructAttention: window {window} should be {grid_axes} odd sides")
             channels = width // heads if kind == "channel" else 1
             return nnx.Param(init(rngs.params(), (*window, heads, channels, structure_dim), jnp.float32))
 
+        self.heads, self.stride = heads, stride
+        self.qkv = Linear(width, 3 * width, dtype=dtype, rngs=rngs)
+        self.proj = Linear(width, width, dtype=dtype, rngs=rngs)
         self.key_kernels = kernels(key_window, key_kernels)
         self.value_kernels = kernels(value_window, value_kernels)
 
     def __call__(self, x: Float[Array, "b *grid c"]) -> Float[Array, "b *grid c"]:
-        operands = self.operands(x)
-        y = struct_attention(*operands, stride=self.stride)
+        y = struct_attention(*self.operands(x), stride=self.stride)
         return self.proj(y.reshape(x.shape))
 
     def key_grid(self, grid: Sequence[int]) -> tuple[int, ...]:
@@ -115,13 +114,14 @@ class StructAttention(nnx.Module):
         """Return the attention maps, dynamic kernels and final maps of queries at flat positions [Q]."""
         return struct_attention_maps(*self.operands(x), stride=self.stride, queries=queries)
 
-    def operands(self, x: Float[Array, "b *grid c"]) -> tuple[Any, ...]:
-        """Return the arguments of `structvit_jax.ops.struct_attention`: queries, keys and values
-        [batch, *grid, heads, channels], and the kernels of keys and values, or None."""
+    def operands(self, x: Float[Array, "b *grid c"]) -> Operands:
+        """Return the arguments of `structvit_jax.ops.struct_attention`.
+
+        These are queries, keys and values [batch, *grid, heads, channels], and their kernels or None.
+        """
         qkv = self.qkv(x)
         parts = jnp.split(qkv, 3, axis=-1)
-        query, key, value = (x.reshape(*x.shape[:-1], self.heads, -1) for x in parts)
-        kernels = [
-            None if k is None else k[...].astype(qkv.dtype) for k in (self.key_kernels, self.value_kernels)
-        ]
-        return (query, key, value, *kernels)
+        query, key, value = (part.reshape(*x.shape[:-1], self.heads, -1) for part in parts)
+        params = self.key_kernels, self.value_kernels
+        key_kernels, value_kernels = (None if p is None else p[...].astype(qkv.dtype) for p in params)
+        return query, key, value, key_kernels, value_kernels

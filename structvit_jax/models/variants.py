@@ -171,27 +171,27 @@ def _by_name(name: str) -> Variant:
 
 def _problems(v: Variant) -> Iterator[str]:
     """Yield each problem of a variant, as one line."""
+    values = dataclasses.asdict(v)
     for key, choices in _CHOICES.items():
-        if getattr(v, key) not in choices:
-            yield f"{key} is {getattr(v, key)!r}; it takes one of {', '.join(map(repr, choices))}"
+        if values[key] not in choices:
+            yield f"{key} is {values[key]!r}; it takes one of {', '.join(map(repr, choices))}"
     stages = {"uniformer": 4, "deit": 1}[v.network]
     for key in ("depths", "widths"):
-        sides = getattr(v, key)
-        if not isinstance(sides, tuple) or len(sides) != stages or not all(map(_is_positive, sides)):
-            yield f"{key} is {sides!r}; a {v.network} takes {stages} positive integers up to {_LARGEST}"
+        sizes = values[key]
+        if not isinstance(sizes, tuple) or len(sizes) != stages or not all(map(_is_positive, sizes)):
+            yield f"{key} is {sizes!r}; a {v.network} takes {stages} positive integers up to {_LARGEST}"
             return  # the other checks need them
     if sum(v.depths) > _MOST_BLOCKS:
         yield f"depths is {v.depths!r}, more than {_MOST_BLOCKS} blocks"
     for key in ("head_width", "patch", "stride", "image_size", "num_frames", "tubelet"):
-        if not _is_positive(getattr(v, key)):
-            yield f"{key} is {getattr(v, key)!r}; it takes a positive integer up to {_LARGEST}"
+        if not _is_positive(values[key]):
+            yield f"{key} is {values[key]!r}; it takes a positive integer up to {_LARGEST}"
     if not _is_positive(v.mixer_window) or v.mixer_window % 2 == 0:
         yield f"mixer_window is {v.mixer_window!r}; it takes an odd side"
     for key in ("key_window", "value_window"):
-        sides = getattr(v, key)
-        sides = sides if isinstance(sides, tuple) else (sides,) * v.grid_axes
+        sides = values[key] if isinstance(values[key], tuple) else (values[key],) * v.grid_axes
         if len(sides) != v.grid_axes or not all(_is_positive(k) and k % 2 for k in sides):
-            yield f"{key} is {getattr(v, key)!r}; it takes an odd side, or {v.grid_axes} of them"
+            yield f"{key} is {values[key]!r}; it takes an odd side, or {v.grid_axes} of them"
     if v.structure_dim != 0 and not _is_positive(v.structure_dim):
         yield f"structure_dim is {v.structure_dim!r}; it takes 0 (plain self-attention) or a positive integer"
     if v.structure_dim == 0 and v.stride != 1:
@@ -199,7 +199,7 @@ def _problems(v: Variant) -> Iterator[str]:
     for width in v.widths[-2:]:
         if width % v.head_width:
             yield f"width {width} is not a multiple of head_width {v.head_width}"
-    if not (v.layer_scale is None or (isinstance(v.layer_scale, (int, float)) and v.layer_scale >= 0)):
+    if v.layer_scale is not None and not (isinstance(v.layer_scale, (int, float)) and v.layer_scale >= 0):
         yield f"layer_scale is {v.layer_scale!r}; it takes None, 0 (off) or a positive number"
     if not (isinstance(v.drop_path, (int, float)) and 0 <= v.drop_path < 1):
         yield f"drop_path is {v.drop_path!r}; it takes a rate from 0 to below 1"

@@ -1,13 +1,11 @@
-"""The operations of StructViT as pure functions on arrays: definitions in plain JAX, one module each.
+"""The operations of StructViT as pure functions on arrays, defined in plain JAX.
 
 On CPUs, GPUs and TPUs faster kernels replace the definitions, see `structvit_jax.ops.kernels`.
 """
 
-from structvit_jax.ops.convolution import convolve
-from structvit_jax.ops.depthwise import depthwise_conv
+from structvit_jax.ops.convolution import convolve, depthwise_conv
 from structvit_jax.ops.dispatch import use_kernels
-from structvit_jax.ops.feed_forward import gelu, linear, mlp
-from structvit_jax.ops.normalization import layer_norm
+from structvit_jax.ops.pointwise import gelu, layer_norm, linear, mlp
 from structvit_jax.ops.structsa import (
     StructAttentionMaps,
     convolve_structure,

@@ -6,16 +6,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from structvit_jax.ops.dispatch import operation
+from structvit_jax.ops.dispatch import operation, require
 
 
 def _check(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
     fits = query.ndim == 4 and key.shape == (query.shape[0], *key.shape[1:2], *query.shape[2:])
-    if not fits or value.shape != key.shape:
-        raise ValueError(
-            f"attention: query {query.shape}, key {key.shape} and value {value.shape} should be"
-            " [batch, length, heads, channels], with one length for keys and values"
-        )
+    require(
+        fits and value.shape == key.shape,
+        f"attention: query {query.shape}, key {key.shape} and value {value.shape} should be"
+        " [batch, length, heads, channels], with one length for keys and values",
+    )
 
 
 @operation(check=_check)

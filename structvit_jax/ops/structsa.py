@@ -22,6 +22,7 @@ volume and the dynamic kernels in memory; it is the oracle that tests compare wi
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -32,8 +33,8 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from structvit_jax.ops.attention import attention
-from structvit_jax.ops.depthwise import depthwise_conv, grid_strides, same_padding
-from structvit_jax.ops.dispatch import operation
+from structvit_jax.ops.convolution import depthwise_conv, grid_strides, same_padding
+from structvit_jax.ops.dispatch import operation, require
 
 
 def check_arguments(
@@ -46,42 +47,32 @@ def check_arguments(
     stride: int | float,
 ) -> None:
     """Raise ValueError, in one line, for arguments that do not make a StructSA."""
-
-    def require(condition: bool, message: str) -> None:
-        if not condition:
-            raise ValueError(f"struct_attention: {message}")
-
-    require(
-        query.ndim in (5, 6),
-        f"query {query.shape} is not [batch, *grid, heads, channels] on a 2-D or 3-D grid",
-    )
+    name = "struct_attention"
+    grid = query.ndim in (5, 6)
+    require(grid, f"{name}: query {query.shape} is not [batch, *grid, heads, channels] on a 2-D or 3-D grid")
     shapes = f"query {query.shape}, key {key.shape} and value {value.shape}"
-    require(query.shape == key.shape == value.shape, f"{shapes} should be equal")
-    types = query.dtype, key.dtype, value.dtype
-    require(len(set(types)) == 1, f"query, key and value have types {', '.join(map(str, types))}; use one")
-    require(isinstance(stride, int) and stride >= 1, f"stride {stride} is not a positive integer")
-    if key_kernels is None and value_kernels is None:
-        require(stride == 1, f"stride {stride} without kernels; plain self-attention has no window to stride")
-        return
+    require(query.shape == key.shape == value.shape, f"{name}: {shapes} should be equal")
+    types = [str(x.dtype) for x in (query, key, value)]
+    require(len(set(types)) == 1, f"{name}: query, key and value have types {', '.join(types)}; use one")
+    require(isinstance(stride, int) and stride >= 1, f"{name}: stride {stride} is not a positive integer")
     if key_kernels is None or value_kernels is None:
-        given, missing = ("value", "key") if key_kernels is None else ("key", "value")
-        raise ValueError(f"struct_attention: {given}_kernels without {missing}_kernels; give both or neither")
+        given = "key" if value_kernels is None else "value"
+        require(key_kernels is value_kernels, f"{name}: {given}_kernels alone; give both or neither")
+        require(stride == 1, f"{name}: stride {stride} without kernels; plain self-attention has no window")
+        return
     heads, channels = query.shape[-2:]
-    for name, kernels in (("key_kernels", key_kernels), ("value_kernels", value_kernels)):
+    for kind, kernels in (("key", key_kernels), ("value", value_kernels)):
+        shape, window = kernels.shape, kernels.shape[:-3]
         require(
-            kernels.ndim == query.ndim
-            and kernels.shape[-3] in (1, heads)
-            and kernels.shape[-2] in (1, channels),
-            f"{name} {kernels.shape} should be [*window, {heads} or 1, {channels} or 1, D]"
+            kernels.ndim == query.ndim and shape[-3] in (1, heads) and shape[-2] in (1, channels),
+            f"{name}: {kind}_kernels {shape} should be [*window, {heads} or 1, {channels} or 1, D]"
             f" with a window of {query.ndim - 3} axes",
         )
-        window = kernels.shape[:-3]
-        require(all(k % 2 for k in window), f"{name} has an even window {window}; use odd sides")
+        odd = all(k % 2 for k in window)
+        require(odd, f"{name}: {kind}_kernels has an even window {window}; use odd sides")
     dims = key_kernels.shape[-1], value_kernels.shape[-1]
-    require(
-        dims[0] == dims[1] >= 1,
-        f"key_kernels have D={dims[0]} and value_kernels D={dims[1]}; they should be equal, at least 1",
-    )
+    values = f"key_kernels have D={dims[0]} and value_kernels D={dims[1]}"
+    require(dims[0] == dims[1] >= 1, f"{name}: {values}; they should be equal, at least 1")
 
 
 @operation(check=check_arguments)
@@ -131,15 +122,18 @@ def convolve_structure(
     Returns:
       [batch, D, *grid', heads, channels].
     """
-    heads, channels = x.shape[-2:]
+    out = depthwise_conv(x.reshape(*x.shape[:-2], -1), per_channel(kernels, *x.shape[-2:]), stride=stride)
+    return out.reshape(*out.shape[:-1], *x.shape[-2:])
+
+
+def per_channel(kernels: jax.Array, heads: int, channels: int) -> jax.Array:
+    """Return the kernels of a depthwise convolution, [*window, heads·channels, D]."""
     kernels = jnp.broadcast_to(kernels, (*kernels.shape[:-3], heads, channels, kernels.shape[-1]))
-    kernels = kernels.reshape(*kernels.shape[:-3], heads * channels, -1)
-    out = depthwise_conv(x.reshape(*x.shape[:-2], -1), kernels, stride=stride)
-    return out.reshape(*out.shape[:-1], heads, channels)
+    return kernels.reshape(*kernels.shape[:-3], heads * channels, -1)
 
 
 class StructAttentionMaps(NamedTuple):
-    """What StructSA computes for Q chosen queries. `channels or 1`: one where kernels are shared."""
+    """Attention and dynamic kernels of Q chosen queries. With shared kernels `channels or 1` is one."""
 
     output: jax.Array  # [batch, Q, heads, channels]
     attention: jax.Array  # [batch, Q, heads, D, *grid']: sums to one over D and grid' together
@@ -155,7 +149,7 @@ def struct_attention_maps(
     value_kernels: ArrayLike | None = None,
     *,
     stride: int = 1,
-    queries: ArrayLike | Sequence[int] | Sequence[int],
+    queries: ArrayLike | Sequence[int],
 ) -> StructAttentionMaps:
     """Return the maps behind `struct_attention` for the queries at flat, row-major grid positions [Q].
 
@@ -174,65 +168,46 @@ def struct_attention_maps(
         None if x is None else jnp.asarray(x, key.dtype) for x in (key_kernels, value_kernels)
     )
     check_arguments(query, key, value, key_kernels, value_kernels, stride=stride)
-    rows = query.reshape(query.shape[0], -1, *query.shape[-2:])
-    queries, positions = jnp.asarray(queries), rows.shape[1]
-    if queries.ndim != 1:
-        raise ValueError(f"struct_attention_maps: queries {queries.shape} should be [Q]")
-    if not isinstance(queries, jax.core.Tracer) and not bool(((queries >= 0) & (queries < positions)).all()):
-        raise ValueError(f"struct_attention_maps: queries {queries} should lie from 0 to {positions - 1}")
-    with jax.default_matmul_precision("highest"):
-        return _maps(rows[:, queries], key, value, key_kernels, value_kernels, stride)
-
-
-def _maps(
-    queries: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    key_kernels: jax.Array | None,
-    value_kernels: jax.Array | None,
-    stride: int,
-) -> StructAttentionMaps:
-    """Compute the equations of the module's docstring for queries [batch, Q, heads, channels]."""
-    grid, (heads, channels) = key.shape[1:-2], key.shape[-2:]
+    queries, grid, (heads, channels) = jnp.asarray(queries), key.shape[1:-2], key.shape[-2:]
+    require(queries.ndim == 1, f"struct_attention_maps: queries {queries.shape} should be [Q]")
+    if not isinstance(queries, jax.core.Tracer):
+        inside = bool(((queries >= 0) & (queries < math.prod(grid))).all())
+        limit = f"should lie from 0 to {math.prod(grid) - 1}"
+        require(inside, f"struct_attention_maps: queries {queries} {limit}")
     if key_kernels is None or value_kernels is None:  # plain: D = 1, a window of one, weight one
         key_kernels = value_kernels = jnp.ones((*[1] * len(grid), 1, 1, 1), key.dtype)
-    logits = jnp.stack(
-        [
-            _correlate(queries[:, :, h], key[..., h, :], _of_head(key_kernels, h), stride)
-            for h in range(heads)
-        ],
-        axis=2,
-    )  # [batch, Q, heads, D, *grid']
-    exact = jnp.promote_types(logits.dtype, jnp.float32)
-    positions = tuple(range(3, logits.ndim))
-    weights = jax.nn.softmax(logits.astype(exact) * channels**-0.5, axis=positions).astype(value.dtype)
+    key_taps, value_taps = (  # [*window, heads, channels or 1, D]
+        jnp.broadcast_to(x, (*x.shape[:-3], heads, *x.shape[-2:])) for x in (key_kernels, value_kernels)
+    )
+    rows, window = query.reshape(len(query), -1, heads, channels)[:, queries], value_taps.shape[:-3]
+    with jax.default_matmul_precision("highest"):
+        of_heads = [
+            _correlate(rows[:, :, h], key[..., h, :], key_taps[..., h, :, :], stride) for h in range(heads)
+        ]
+        logits = jnp.stack(of_heads, axis=2)  # [batch, Q, heads, D, *grid']
+        exact = jnp.promote_types(logits.dtype, jnp.float32)
+        positions = tuple(range(3, logits.ndim))
+        weights = jax.nn.softmax(logits.astype(exact) * channels**-0.5, axis=positions).astype(value.dtype)
 
-    window, grid_out = value_kernels.shape[:-3], weights.shape[4:]
-    taps = jnp.broadcast_to(value_kernels, (*window, heads, *value_kernels.shape[-2:]))
-    taps = taps.reshape(-1, *taps.shape[-3:])  # [window, heads, channels or 1, D]
-    kappa = jnp.einsum("bqhdj,mhcd->bqhjmc", weights.reshape(*weights.shape[:4], -1), taps)
-
-    windows = _windows(value, window, stride)  # [batch, grid', window, heads, channels]
-    output = jnp.sum(kappa * jnp.moveaxis(windows, 3, 1)[:, None], axis=(3, 4))
-    final = _merge_windows(kappa, window, grid, stride)
-    kappa = kappa.reshape(*kappa.shape[:3], *grid_out, *window, kappa.shape[-1])
+        flat_taps = value_taps.reshape(-1, *value_taps.shape[-3:])
+        flat_weights = weights.reshape(*weights.shape[:4], -1)
+        kappa = jnp.einsum("bqhdj,mhcd->bqhjmc", flat_weights, flat_taps)
+        windows = _windows(value, window, stride)  # [batch, grid', window, heads, channels]
+        output = jnp.sum(kappa * jnp.moveaxis(windows, 3, 1)[:, None], axis=(3, 4))
+        final = _merge_windows(kappa, window, grid, stride)
+    kappa = kappa.reshape(*kappa.shape[:3], *weights.shape[4:], *window, kappa.shape[-1])
     return StructAttentionMaps(output, weights, kappa, final)
 
 
-def _of_head(kernels: jax.Array, head: int) -> jax.Array:
-    return kernels[..., min(head, kernels.shape[-3] - 1), :, :]
-
-
 def _correlate(queries: jax.Array, key: jax.Array, kernels: jax.Array, stride: int) -> jax.Array:
-    """Convolve the correlation volume of one head: queries [batch, Q, C], key [batch, *grid, C],
-    kernels [*window, C or 1, D] -> [batch, Q, D, *grid'].
+    """Convolve the correlation volume of one head: q_i K^T with shared kernels (eq. 2), else diag(q_i) K^T.
 
-    The volume is q_i K^T with shared kernels (eq. 2) and diag(q_i) K^T with kernels per channel.
+    queries [batch, Q, C], key [batch, *grid, C], kernels [*window, C or 1, D] -> [batch, Q, D, *grid'].
     """
     (batch, count), grid = queries.shape[:2], key.shape[1:-1]
     if kernels.shape[-2] == 1:
-        # One product, not a sum of products: of a sum before a convolution XLA on CPUs (jax 0.10.2) makes a
-        # program with wrong results.
+        # One product, not a sum of products: XLA for CPUs (jax 0.10.2) compiles a sum before a convolution
+        # to a program with wrong results.
         volume = jnp.einsum("bqc,b...c->bq...", queries, key)[..., None]
     else:
         volume = queries.reshape(batch, count, *[1] * len(grid), -1) * key[:, None]
@@ -242,7 +217,7 @@ def _correlate(queries: jax.Array, key: jax.Array, kernels: jax.Array, stride: i
         kernels,
         grid_strides(grid, stride),
         same_padding(kernels.shape[:-2]),
-        dimension_numbers=(f"N{axes}C", f"{axes}IO", f"NC{axes}"),
+        dimension_numbers=(f"N{axes}C", f"{axes}IO", f"NC{axes}"),  # D before the grid
     )
     return out.reshape(batch, count, *out.shape[1:])
 
@@ -255,8 +230,10 @@ def _windows(x: jax.Array, window: Sequence[int], stride: int) -> jax.Array:
 
 
 def _merge_windows(kappa: jax.Array, window: Sequence[int], grid: Sequence[int], stride: int) -> jax.Array:
-    """Sum over the windows that cover a position, the transpose of `_windows`:
-    kappa [batch, Q, heads, N', M, C] -> [batch, Q, heads, *grid, C]."""
+    """Sum over the windows that cover a position, the transpose of `_windows`.
+
+    kappa [batch, Q, heads, N', M, C] -> [batch, Q, heads, *grid, C].
+    """
     padding = same_padding(window)
     padded = [n + low + high for n, (low, high) in zip(grid, padding, strict=True)]
     merged = jnp.zeros((*kappa.shape[:3], *padded, kappa.shape[-1]), kappa.dtype)
@@ -267,7 +244,7 @@ def _merge_windows(kappa: jax.Array, window: Sequence[int], grid: Sequence[int],
 
 
 def _window_slices(window: Sequence[int], grid: Sequence[int], stride: int) -> list[tuple[slice, ...]]:
-    """Return, for each offset in the window, the slices of the padded grid that all centres see."""
+    """Return, for each offset in the window, the slices of the padded grid that the window centres read."""
     strides = grid_strides(grid, stride)
     return [
         tuple(slice(o, o + n, s) for o, n, s in zip(offset, grid, strides, strict=True))
@@ -276,9 +253,9 @@ def _window_slices(window: Sequence[int], grid: Sequence[int], stride: int) -> l
 
 
 def effective_rank(matrices: Float[Array, "*batch r c"]) -> Float[Array, " *batch"]:
-    """Return the effective rank of matrices [..., rows, columns], as [...]: the exponential of the entropy of
-    their singular values (Roy and Vetterli, 2007).
+    """Return the effective rank of matrices [..., rows, columns]: [...].
 
+    It is the exponential of the entropy of their singular values (Roy and Vetterli, 2007).
     For kappa, with a row for each position, it is one for ConvSA and at most D for StructSA.
     """
     values = jnp.linalg.svd(matrices, compute_uv=False)

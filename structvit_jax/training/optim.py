@@ -13,7 +13,7 @@ import ml_collections
 import optax
 
 from structvit_jax.config import Durations, matching
-from structvit_jax.ops.dispatch import current_device
+from structvit_jax.ops.kernels.target import current_device
 from structvit_jax.utils.errors import UserError
 
 T = TypeVar("T")

@@ -1,6 +1,7 @@
 """The model family: names, overrides, shapes, modes, and implementations of attention in a whole model."""
 
 import dataclasses
+import re
 from functools import partial
 
 import chex
@@ -277,18 +278,19 @@ def test_drop_path_drops_whole_branches_per_example():
 
 
 def test_batch_norm_is_torch_s():
-    """Two-pass statistics, unbiased running variance, and an argument that overrules the mode."""
+    """Two-pass statistics, and an unbiased running variance that evaluation leaves alone."""
     norm = BatchNorm(4, dtype=None, rngs=nnx.Rngs(0))
     x = jnp.array(1000 + 0.1 * pixels(6, 4))
     reference = np.asarray(x, np.float64)
-    y = norm(x, use_running_average=False)
+    norm.train()
+    y = norm(x)
     np.testing.assert_allclose(
         y, (reference - reference.mean(0)) / np.sqrt(reference.var(0) + 1e-5), atol=2e-2
     )
     np.testing.assert_allclose(norm.var[...], 0.9 + 0.1 * reference.var(0, ddof=1), rtol=1e-5)
     before = np.asarray(norm.var[...])
-    norm.train()
-    norm(x, use_running_average=True)
+    norm.eval()
+    norm(x)
     assert (norm.var[...] == before).all()
 
 
@@ -389,6 +391,19 @@ def test_kernels_of_a_model_and_of_the_context(choice, monkeypatch):
     with use_kernels("reference"):
         model(x)
     assert not seen
+
+
+def test_a_program_can_be_traced_with_the_definitions_alone():
+    """As for the operation counts of `structvit plan`; also after it was traced with kernels."""
+    structure, arrays = weights.split(create_model("structvit_tiny_2_1", num_classes=2, **SMALL))
+    x = jnp.zeros((2, 32, 32, 3))
+    gradients = jax.jit(jax.grad(lambda params: structure.model(arrays._replace(params=params))(x).sum()))
+    traces = [str(gradients.trace(arrays.params).jaxpr)]
+    with use_kernels("reference"):
+        traces.append(str(gradients.trace(arrays.params).jaxpr))
+    assert "custom_vjp" in traces[0] or "ffi_call" in traces[0]
+    assert "conv_general_dilated" in traces[1]
+    assert not re.search("custom_vjp|ffi_call|pallas_call|optimization_barrier", traces[1])
 
 
 class Transformer(nnx.Module):

@@ -15,7 +15,7 @@ import pytest
 from structvit_jax.ops import kernels, use_kernels
 from structvit_jax.ops.attention import attention
 from structvit_jax.ops.kernels import attention_tpu, native
-from structvit_jax.ops.kernels.attention_blocks import attention_in_blocks
+from structvit_jax.ops.kernels.attention_xla import attention_in_blocks
 from structvit_jax.runtime.mesh import make_mesh
 
 # batch, queries, keys, heads, channels: odd sizes, and the smallest grid of the networks; and the bytes of

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from structvit_jax.ops import convolve, dispatch
-from structvit_jax.ops.dispatch import Device
+from structvit_jax.ops import convolve, kernels
+from structvit_jax.ops.kernels.target import Device
 
 
 @pytest.mark.parametrize(
@@ -23,7 +23,7 @@ from structvit_jax.ops.dispatch import Device
 )
 @pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
 def test_convolve_equals_the_convolution_of_xla(x64, monkeypatch, platform, shape, window, strides, padding):
-    monkeypatch.setattr(dispatch, "current_device", lambda: Device(platform, "absent"))
+    monkeypatch.setattr(kernels, "current_device", lambda: Device(platform, "absent"))
     rng = np.random.default_rng(0)
     x, kernel = (jnp.asarray(rng.standard_normal(s)) for s in (shape, (*window, shape[-1], 5)))
     axes = "THW"[-len(window) :]

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from structvit_jax.ops import depthwise_conv, kernels, mlp, use_kernels
 from structvit_jax.ops.attention import attention
-from structvit_jax.ops.dispatch import current_device
+from structvit_jax.ops.kernels.target import current_device
 from structvit_jax.utils.errors import UserError
 
 

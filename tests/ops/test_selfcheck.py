@@ -1,7 +1,5 @@
 """Kernels are compared with definitions before their first use; here on CPUs, too."""
 
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,8 +7,9 @@ import pytest
 
 from structvit_jax.ops import kernels
 from structvit_jax.ops.attention import attention
-from structvit_jax.ops.dispatch import DEFINITIONS, current_device
+from structvit_jax.ops.dispatch import OPERATIONS
 from structvit_jax.ops.kernels import selfcheck
+from structvit_jax.ops.kernels.target import current_device
 
 
 def exact(query, key, value):
@@ -62,8 +61,7 @@ def checked(monkeypatch, tmp_path, only):
 
 def forget():
     """Forget verdicts, as a new process does."""
-    selfcheck._verdicts.cache_clear()
-    selfcheck._warn_once.cache_clear()
+    selfcheck._problem.cache_clear()
 
 
 def arrays(dtype=jnp.float32):
@@ -82,8 +80,8 @@ def test_a_kernel_that_agrees_is_used(checked, capfd, tmp_path):
     np.testing.assert_allclose(loss, attention.definition(*args).sum(), rtol=1e-5)
     assert args[0].shape in runs and len(set(runs)) > 1  # it was used here, and at the shapes of the check
     assert capfd.readouterr().err == ""
-    (path,) = tmp_path.rglob("*.json")
-    assert json.loads(path.read_text()) == {"exact float32": ""}
+    (path,) = tmp_path.rglob("exact-float32-*")
+    assert path.read_text() == "ok"
 
     forget()  # another process
     runs.clear()
@@ -122,7 +120,7 @@ def test_other_versions_check_again(checked, monkeypatch):
     runs, args = checked(exact), arrays()
     call(args)
     forget()
-    monkeypatch.setattr(selfcheck, "_digest", lambda: "others")
+    monkeypatch.setattr(selfcheck, "_versions", lambda: "others")
     runs.clear()
     call(args)
     assert len(set(runs)) > 1
@@ -135,14 +133,15 @@ def test_without_a_cache_folder_every_process_checks(checked, monkeypatch):
     assert len(set(runs)) > 1
 
 
-def test_a_damaged_cache_is_made_again(checked, tmp_path):
+@pytest.mark.parametrize("content", [b"", b"\xff"])
+def test_a_damaged_verdict_is_made_again(checked, tmp_path, content):
     checked(exact)
     call(arrays())
-    (path,) = tmp_path.rglob("*.json")
-    path.write_text("{")
+    (path,) = tmp_path.rglob("exact-float32-*")
+    path.write_bytes(content)
     forget()
     call(arrays())
-    assert json.loads(path.read_text()) == {"exact float32": ""}
+    assert path.read_text() == "ok"
 
 
 def test_the_check_does_not_see_the_contexts_of_the_caller(checked):
@@ -175,7 +174,7 @@ def test_every_kernel_passes_its_check(kernel):
 
 
 def test_every_operation_has_examples_at_full_shapes():
-    assert all(set(full) == set(selfcheck.SMALL) == set(DEFINITIONS) for full in selfcheck.FULL.values())
+    assert all(set(full) == set(selfcheck.SMALL) == set(OPERATIONS) for full in selfcheck.FULL.values())
     for kernel in RUNNABLE:  # cuDNN's wants a GPU
         dtypes = ("float32", "bfloat16", "float64")
         assert any(
@@ -185,8 +184,8 @@ def test_every_operation_has_examples_at_full_shapes():
 
 def test_compare_all_yields_every_kernel_with_times(checked, monkeypatch):
     checked(exact)
-    examples = {"attention": (selfcheck._attention(2, 5, 7, 2, 4),)}
-    monkeypatch.setitem(selfcheck.FULL, "cpu", examples)
+    example = selfcheck.Example(((2, 5, 2, 4), (2, 7, 2, 4), (2, 7, 2, 4)), {})
+    monkeypatch.setitem(selfcheck.FULL, "cpu", {"attention": [example]})
     (found,) = selfcheck.compare_all(current_device())
     assert found.kernel.name == "exact" and not found.problem
     assert found.seconds > 0 and found.definition_seconds > 0 and found.output_error < 1e-6

@@ -244,7 +244,7 @@ def test_convolved_keys_and_values_are_recomputed():
     kept = sum(x.size for x in jax.tree.leaves(pull) if isinstance(x, jax.Array))
     rows = arrays[0].size
     assert kept <= 4 * rows + 2 * arrays[3].size + 2 * 2 * 30  # convolved keys alone are 4 times their inputs
-    recomputed = output_and_grads(kernels.structsa.recompute_convolved, arrays, 1)
+    recomputed = output_and_grads(kernels.recompute_convolved, arrays, 1)
     for a, b in zip(recomputed, output_and_grads(struct_attention.definition, arrays, 1), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6 * np.abs(b).max(), rtol=1e-6)
 

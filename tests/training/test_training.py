@@ -16,7 +16,7 @@ from small import setup, small_config
 from structvit_jax import create_model, data
 from structvit_jax.config import Durations, default_config, durations, steps_in
 from structvit_jax.models import weights
-from structvit_jax.ops.dispatch import Device
+from structvit_jax.ops.kernels.target import Device
 from structvit_jax.runtime import mesh, sharding
 from structvit_jax.training import losses, optim, step
 from structvit_jax.training.evaluation import StepRunner, evaluate

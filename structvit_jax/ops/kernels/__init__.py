@@ -7,32 +7,25 @@ the definition before its first use, see `selfcheck`. Figures are from docs/spee
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from structvit_jax.ops.kernels import (
-    attention_gpu,
-    attention_tpu,
-    convolution,
-    depthwise,
-    depthwise_bands,
-    depthwise_sums,
-    depthwise_tpu,
-    feed_forward,
-    feed_forward_tpu,
-    layout,
-    native,
-    structsa,
-)
-from structvit_jax.ops.kernels.attention_blocks import attention_in_blocks
+from structvit_jax.ops.dispatch import Operation
+from structvit_jax.ops.kernels import attention_tpu, attention_xla, depthwise_tpu, im2col, mlp_tpu, native
+from structvit_jax.ops.kernels import depthwise_bands as bands
+from structvit_jax.ops.kernels import depthwise_shifts as shifts
+from structvit_jax.ops.kernels import depthwise_xla as xla
+from structvit_jax.ops.kernels import row_layers as rows
+from structvit_jax.ops.kernels.attention_xla import attention_in_blocks, cudnn_supports, recompute_convolved
+from structvit_jax.ops.kernels.depthwise_xla import separate, with_gradients
 from structvit_jax.ops.kernels.selfcheck import trusted
-
-__all__ = ["TABLE", "Kernel", "find", "named", "trusted"]
+from structvit_jax.ops.kernels.target import current_device, on_own_examples
 
 
 class Kernel(NamedTuple):
@@ -48,6 +41,19 @@ class Kernel(NamedTuple):
     batched: int = 0  # arguments, the first, that devices split by examples; 0 if the compiler can split it
 
 
+def choose(
+    operation: Operation, arrays: Sequence[Any], options: dict[str, Any], *, portable: bool
+) -> Callable[[], Any]:
+    """Return the call of the first kernel of the table that fits, or of the definition."""
+    device = current_device()
+    for kernel in find(operation.__name__, "portable" if portable else device.platform):
+        if kernel.supports(*arrays, **options):
+            call = on_own_examples(kernel.run, arrays, options, kernel.batched)
+            if call is not None and trusted(kernel, arrays[0].dtype, device):
+                return call
+    return functools.partial(operation.definition, *arrays, **options)
+
+
 def find(operation: str, platform: str) -> Iterator[Kernel]:
     """Return the kernels of an operation on a platform, in order of preference."""
     return (kernel for kernel in TABLE if (kernel.operation, kernel.platform) == (operation, platform))
@@ -58,49 +64,16 @@ def named(name: str) -> Kernel:
     return next(kernel for kernel in TABLE if kernel.name == name)
 
 
-def _is_convolved(query: Any, key: Any, value: Any, key_kernels: Any, *_: Any, stride: int) -> bool:
+def _is_structural(query: Any, key: Any, value: Any, key_kernels: Any, *_: Any, stride: int) -> bool:
     return key_kernels is not None
-
-
-def _is_convolved_without_cudnn(query: Any, *others: Any, stride: int) -> bool:
-    return _is_convolved(query, *others, stride=stride) and not attention_gpu.supports(query)
-
-
-def _has_few_channels(x: jax.Array, kernel: jax.Array, **_: Any) -> bool:
-    return x.shape[-1] <= convolution.FEW
-
-
-def _is_video(x: jax.Array, *_: Any, **options: Any) -> bool:
-    return x.ndim == 5
-
-
-def _is_single(x: jax.Array, *_: Any, **options: Any) -> bool:
-    return x.dtype != jnp.float64
-
-
-def _is_image(x: jax.Array, *_: Any, **options: Any) -> bool:
-    return x.ndim == 4
-
-
-def _is_image_with_one_plane(x: jax.Array, kernel: jax.Array, *_: Any, stride: int) -> bool:
-    return x.ndim == 4 and kernel.shape[-1] == 1
 
 
 def _is_half_video_with_one_plane(x: jax.Array, kernel: jax.Array, *_: Any, stride: int) -> bool:
     return x.ndim == 5 and kernel.shape[-1] == 1 and x.dtype.itemsize == 2
 
 
-def _fits_bands(x: jax.Array, kernel: jax.Array, *_: Any, stride: int) -> bool:
-    long = math.prod(kernel.shape[:-2]) > depthwise_sums.MAX_FUSED_TERMS
-    return _is_half_video_with_one_plane(x, kernel, stride=stride) and long
-
-
-_pinned = depthwise.pinned
-_sums_forward = depthwise.then_bias(_pinned(depthwise_sums.padded))
-_sums_input_gradient = _pinned(depthwise_sums.padded_input_gradient)
-_sums_kernel_gradient = _pinned(depthwise_sums.padded_kernel_gradient)
-_bands_kernel_gradient = _pinned(depthwise_bands.banded_kernel_gradient)
-_grouped = depthwise.then_bias(depthwise.grouped)
+def _is_not_float64(x: jax.Array, *_: Any, **options: Any) -> bool:
+    return x.dtype != jnp.float64
 
 
 def _by_platform(
@@ -121,25 +94,27 @@ def _by_platform(
 
 _IN_CACHE = 2**23  # bytes of attention's products that stay in the cache of a CPU
 _AT_ONCE = 2**28  # bytes that fill other devices
+_CPU = "run on a CPU"
 # The kernels for GPUs ran on an H100 before they moved into this package, and not since.
 _H100 = "run on an H100, before it moved here"
 _TPU = "interpreted on a CPU and compiled for a v5e; not run on a TPU"
-_CPU = "run on a CPU"
+_COMPILED = "compiled for a v5e; not run on a TPU"
+_NOWHERE = "not run on this platform"
 
 TABLE: tuple[Kernel, ...] = (
     # StructSA
     Kernel(
-        "recompute_convolved", "struct_attention", "cpu", structsa.recompute_convolved, _CPU,
-        "convolved keys and values are D times larger than their inputs", _is_convolved,
+        "recompute_convolved", "struct_attention", "cpu", recompute_convolved, _CPU,
+        "convolved keys and values are D times larger than their inputs", _is_structural,
     ),
     Kernel(
-        "recompute_convolved", "struct_attention", "gpu", structsa.recompute_convolved, "not run on a GPU",
+        "recompute_convolved", "struct_attention", "gpu", recompute_convolved, _NOWHERE,
         "as on CPUs; cuDNN's attention keeps keys and values for its own gradients",
-        _is_convolved_without_cudnn,
+        lambda query, key, value, kernels, *_, stride: kernels is not None and not cudnn_supports(query),
     ),
     Kernel(
-        "recompute_convolved", "struct_attention", "tpu", structsa.recompute_convolved, _TPU,
-        "as on CPUs: 0.220 GB a step, 0.225 without (S-4-1, batch 32, compiled for a v5e)", _is_convolved,
+        "recompute_convolved", "struct_attention", "tpu", recompute_convolved, _TPU,
+        "as on CPUs: 0.220 GB a step, 0.225 without (S-4-1, batch 32, compiled for a v5e)", _is_structural,
     ),
     # attention
     Kernel(
@@ -152,9 +127,8 @@ TABLE: tuple[Kernel, ...] = (
         "no C++ compiler, or half precision; 8 MB of products at a time stay in the cache", batched=3,
     ),
     Kernel(
-        "attention_cudnn", "attention", "gpu", attention_gpu.attention, _H100,
-        "8x1568 queries, 6272 keys, 5 heads: 0.24 and 0.90 ms, in blocks 2.65 and 6.79",
-        attention_gpu.supports,
+        "attention_cudnn", "attention", "gpu", attention_xla.attention_by_cudnn, _H100,
+        "8x1568 queries, 6272 keys, 5 heads: 0.24 and 0.90 ms, in blocks 2.65 and 6.79", cudnn_supports,
     ),
     Kernel(
         "attention_blocks", "attention", "gpu", attention_in_blocks(_AT_ONCE), _H100,
@@ -163,60 +137,56 @@ TABLE: tuple[Kernel, ...] = (
     Kernel(
         "attention_pallas", "attention", "tpu", attention_tpu.attention, _TPU,
         "products stay in vector memory: 0.325 GB a step, 0.682 without (S-4-1, batch 32, compiled)",
-        _is_single, batched=3,
+        _is_not_float64, batched=3,
     ),
     Kernel(
-        "attention_blocks", "attention", "tpu", attention_in_blocks(_AT_ONCE), "not run on a TPU",
-        "float64", batched=3,
+        "attention_blocks", "attention", "tpu", attention_in_blocks(_AT_ONCE), _NOWHERE, "float64", batched=3
     ),
     Kernel(
         "attention_blocks", "attention", "portable", attention_in_blocks(_AT_ONCE), _CPU,
         "in JAX alone; never a whole matrix of products in memory",
     ),
-    # depthwise convolution
+    # depthwise convolution: a forward pass, and the gradients of input and kernel
     Kernel(
         "depthwise_cpp", "depthwise_conv", "cpu", native.depthwise, _CPU,
         "8x56x56x64, 5x5, with gradients: 5.07 ms, PyTorch 20.6", native.supports, batched=1,
     ),
     Kernel(
         "depthwise_shifts", "depthwise_conv", "cpu",
-        depthwise.with_gradients(
-            depthwise.then_bias(depthwise_sums.shifted),
-            depthwise_sums.shifted_input_gradient,
-            depthwise_sums.shifted_kernel_gradient,
+        with_gradients(
+            shifts.shifted, separate(shifts.shifted_input_gradient, shifts.shifted_kernel_gradient)
         ),
         _CPU, "no C++ compiler, or half precision; XLA's grouped convolution is up to 100 times slower",
     ),
     Kernel(
         "depthwise_library", "depthwise_conv", "gpu",
-        depthwise.with_gradients(
-            _grouped, depthwise.grouped_input_gradient, depthwise.library_kernel_gradient
-        ),
-        _H100, "128x56x56x64, 5x5: 0.098 ms by cuDNN, 0.44 as sums", _is_image_with_one_plane,
+        with_gradients(xla.grouped, separate(xla.grouped_input_gradient, xla.library_kernel_gradient)),
+        _H100, "128x56x56x64, 5x5: 0.098 ms by cuDNN, 0.44 as sums",
+        lambda x, kernel, *_, stride: x.ndim == 4 and kernel.shape[-1] == 1,
     ),
     Kernel(
         "depthwise_sums_library", "depthwise_conv", "gpu",
-        depthwise.with_gradients(_sums_forward, depthwise.grouped_input_gradient, _sums_kernel_gradient),
-        _H100, "128x14x14x320, 3x3, D = 4: forward 0.079 ms, 0.30 by cuDNN", _is_image, batched=1,
+        with_gradients(shifts.padded, separate(xla.grouped_input_gradient, shifts.padded_kernel_gradient)),
+        _H100, "128x14x14x320, 3x3, D = 4: forward 0.079 ms, 0.30 by cuDNN",
+        lambda x, *_, stride: x.ndim == 4, batched=1,
     ),
     Kernel(
         "depthwise_bands", "depthwise_conv", "gpu",
-        depthwise.with_gradients(
-            depthwise.then_bias(_pinned(depthwise_bands.banded)),
-            _pinned(depthwise_bands.banded_input_gradient),
-            _bands_kernel_gradient,
-        ),
-        _H100, "8x8x56x56x64, 5x5x5: 0.165 ms, 1.14 as sums, by tensor cores", _fits_bands, batched=1,
+        with_gradients(bands.banded, separate(bands.banded_input_gradient, bands.banded_kernel_gradient)),
+        _H100, "8x8x56x56x64, 5x5x5: 0.165 ms, 1.14 as sums, by tensor cores",
+        lambda x, kernel, *_, stride: _is_half_video_with_one_plane(x, kernel, stride=stride)
+        and math.prod(kernel.shape[:-2]) > shifts.MAX_FUSED_TERMS,
+        batched=1,
     ),
     Kernel(
         "depthwise_sums_bands", "depthwise_conv", "gpu",
-        depthwise.with_gradients(_sums_forward, _sums_input_gradient, _bands_kernel_gradient),
+        with_gradients(shifts.padded, separate(shifts.padded_input_gradient, bands.banded_kernel_gradient)),
         _H100, "8x8x14x14x320, 3x3x3: kernel gradient 0.084 ms, 0.162 as sums; forward 0.063 and 0.049",
         _is_half_video_with_one_plane, batched=1,
     ),
     Kernel(
         "depthwise_sums", "depthwise_conv", "gpu",
-        depthwise.with_gradients(_sums_forward, _sums_input_gradient, _sums_kernel_gradient),
+        with_gradients(shifts.padded, separate(shifts.padded_input_gradient, shifts.padded_kernel_gradient)),
         _H100, "8x8x14x14x320, 3x3x3, D = 4: forward 0.094 ms, 0.26 by cuDNN", batched=1,
     ),
     Kernel(
@@ -226,42 +196,41 @@ TABLE: tuple[Kernel, ...] = (
     ),
     Kernel(
         "depthwise_planes", "depthwise_conv", "tpu",
-        depthwise.with_gradients(
-            _grouped, depthwise.grouped_input_gradient, depthwise.grouped_kernel_gradient
-        ),
-        "compiled for a v5e; not run on a TPU",
+        with_gradients(xla.grouped, separate(xla.grouped_input_gradient, xla.grouped_kernel_gradient)),
+        _COMPILED,
         "with a stride, or large frames; XLA's gradients move a thousand times the bytes (video, D = 4)",
     ),
     Kernel(
         "depthwise_portable", "depthwise_conv", "portable",
-        depthwise.with_gradients(
-            depthwise.then_bias(_by_platform(depthwise_sums.shifted, depthwise.grouped)),
-            _by_platform(depthwise_sums.shifted_input_gradient, depthwise.grouped_input_gradient),
-            _by_platform(depthwise_sums.shifted_kernel_gradient, depthwise.grouped_kernel_gradient),
+        with_gradients(
+            _by_platform(shifts.shifted, xla.grouped),
+            separate(
+                _by_platform(shifts.shifted_input_gradient, xla.grouped_input_gradient),
+                _by_platform(shifts.shifted_kernel_gradient, xla.grouped_kernel_gradient),
+            ),
         ),
         _CPU, "shifts on CPUs, XLA's convolution elsewhere",
     ),
     # MLP
-    *(
-        Kernel(
-            "mlp_recomputing_gelu", "mlp", platform, feed_forward.mlp_recomputing_gelu, executed,
-            "keeps one hidden array for the backward pass where JAX keeps several",
-        )
-        for platform, executed in (("cpu", _CPU), ("gpu", _H100), ("portable", _CPU))
-    ),
     Kernel(
-        "mlp_pallas", "mlp", "tpu", feed_forward_tpu.mlp, _TPU,
+        "mlp_pallas", "mlp", "tpu", mlp_tpu.mlp, _TPU,
         "hidden arrays stay in vector memory: 0.253 GB a step, 0.258 without (S-4-1, batch 32, compiled)",
-        _is_single, batched=1,
+        _is_not_float64, batched=1,
     ),
-    Kernel(
-        "mlp_recomputing_gelu", "mlp", "tpu", feed_forward.mlp_recomputing_gelu, "not run on a TPU",
-        "float64",
+    *(
+        Kernel("mlp_recomputing_gelu", "mlp", platform, rows.mlp_recomputing_gelu, executed, why)
+        for platform, executed, why in (
+            ("cpu", _CPU, "keeps one hidden array for the backward pass where JAX keeps several"),
+            ("gpu", _H100, "as on CPUs"),
+            ("tpu", _NOWHERE, "float64"),
+            ("portable", _CPU, "as on CPUs"),
+        )
     ),
     # dense convolution
     *(
         Kernel(
-            "convolve_multiply", "convolve", platform, convolution.multiply, executed, why, _is_video,
+            "convolve_multiply", "convolve", platform, im2col.multiply, executed, why,
+            lambda x, *_, **options: x.ndim == 5,
         )
         for platform, executed, why in (
             ("cpu", _CPU, "the embeddings of clips with gradients: 49 ms, 397 by XLA's convolution"),
@@ -270,25 +239,24 @@ TABLE: tuple[Kernel, ...] = (
         )
     ),
     Kernel(
-        "convolve_fold", "convolve", "cpu", convolution.fold, _CPU,
+        "convolve_fold", "convolve", "cpu", im2col.fold, _CPU,
         "the gradients of XLA's convolution take eight times as long",
     ),
     *(
         Kernel(
-            "convolve_fold", "convolve", platform, convolution.fold, executed,
-            "three channels would take the memory of 128", _has_few_channels,
+            "convolve_fold", "convolve", platform, im2col.fold, executed,
+            "three channels would take the memory of 128",
+            lambda x, *_, **options: x.shape[-1] <= 8,
         )
-        for platform, executed in (
-            ("gpu", _H100), ("tpu", "compiled for a v5e; not run on a TPU"), ("portable", _CPU),
-        )
+        for platform, executed in (("gpu", _H100), ("tpu", _COMPILED), ("portable", _CPU))
     ),
-    # layouts
+    # linear layer and layer normalisation
     Kernel(
-        "linear_of_rows", "linear", "cpu", layout.linear_of_rows, _CPU,
-        "the gradient's transpose is a plain one: part of 1.06 in a train step",
+        "linear_of_rows", "linear", "cpu", rows.linear_of_rows, _CPU,
+        "the transpose of its gradient is a plain one: part of a factor of 1.06 in a train step",
     ),
     Kernel(
-        "layer_norm_of_rows", "layer_norm", "gpu", layout.layer_norm_of_rows, _H100,
+        "layer_norm_of_rows", "layer_norm", "gpu", rows.layer_norm_of_rows, _H100,
         "the compiler tries thousands of tiles for a grid, few for rows",
     ),
 )  # fmt: skip

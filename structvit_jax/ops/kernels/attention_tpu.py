@@ -1,8 +1,8 @@
-"""Attention for TPUs, in Pallas: queries of an example stay in vector memory, blocks of keys stream through.
+"""Attention for TPUs, in Pallas: the queries of an example stay in vector memory, its keys stream through.
 
-Queries, keys and values are read once and outputs written once, forward and backward; the products of queries
-and keys never leave vector memory. Products have keys along sublanes and queries along lanes, so that maxima
-and sums over keys are sums of whole registers and the statistics of queries are rows.
+Forward and backward, queries, keys and values are read once and outputs are written once. The products of
+queries and keys never leave vector memory. They have keys along sublanes and queries along lanes: maxima and
+sums over keys then combine whole registers, and the statistics of queries are rows.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from structvit_jax.ops.kernels.attention import Attention, Gradients, with_gradients
-from structvit_jax.ops.kernels.pallas import Ref, call_kernel, interpreted_elsewhere
+from structvit_jax.ops.kernels.attention_xla import Attention, Gradients, Residuals, with_gradients
+from structvit_jax.ops.kernels.pallas import Ref, call_kernel, dot, interpreted_elsewhere
 
 _PRODUCTS = 2 * 2**20  # bytes of queries x keys, in float32; a step holds a few such arrays
 _SEMANTICS = ("parallel", "arbitrary")
@@ -25,8 +25,7 @@ _WORK = 8 * _PRODUCTS  # bytes of a step's intermediate results
 def forward(
     query: jax.Array, key: jax.Array, value: jax.Array, *, heads: int, interpret: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """query [batch, N, heads·channels]; key, value [batch, M, heads·channels] -> output like query, and the
-    logarithm of the sum of exponentials, float32 [batch, heads, N]."""
+    """Return the output, like query, and lse, float32; see `attention_xla.with_gradients`."""
     batch, count, width = query.shape
     key, value = (_cut(x, count) for x in (key, value))
     row, plane, stats = _blocks(query, key, heads)
@@ -52,18 +51,9 @@ def forward(
     )
 
 
-def backward(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    output: jax.Array,
-    cotangent: jax.Array,
-    lse: jax.Array,
-    *,
-    heads: int,
-    interpret: bool,
-) -> Gradients:
+def backward(residuals: Residuals, cotangent: jax.Array, *, heads: int, interpret: bool) -> Gradients:
     """Return the gradients of query, key and value, in their types."""
+    query, key, value, output, lse = residuals
     shape = key.shape
     batch, count, width = query.shape
     key, value = (_cut(x, count) for x in (key, value))
@@ -111,13 +101,6 @@ def _blocks(query: jax.Array, key: jax.Array, heads: int) -> tuple[pl.BlockSpec,
     return row, plane, pl.BlockSpec((1, heads, count), lambda b, _: (b, 0, 0))
 
 
-def _dot(a: jax.Array, b: jax.Array, axes: tuple[int, int]) -> jax.Array:
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return jax.lax.dot_general(
-        a, b, ((axes[:1], axes[1:]), ((), ())), precision=precision, preferred_element_type=jnp.float32
-    )
-
-
 def _forward(
     q_ref: Ref,
     k_ref: Ref,
@@ -140,7 +123,7 @@ def _forward(
 
     for h in range(heads):
         part, row = slice(h * channels, (h + 1) * channels), slice(h, h + 1)
-        logits = _dot(k_ref[0, 0, :, part], q_ref[0, :, part], (1, 1)) * channels**-0.5  # [keys, N]
+        logits = dot(k_ref[0, 0, :, part], q_ref[0, :, part], (1, 1)) * channels**-0.5  # [keys, N]
         old = top[row]
         new = jnp.maximum(old, logits.max(axis=0, keepdims=True))
         weights = jnp.exp(logits - new)
@@ -148,7 +131,7 @@ def _forward(
         top[row] = new
         total[row] = total[row] * kept + weights.sum(axis=0, keepdims=True)
         v = v_ref[0, 0, :, part]
-        sums[part] = sums[part] * kept + _dot(v, weights.astype(v.dtype), (0, 0))  # [channels, N]
+        sums[part] = sums[part] * kept + dot(v, weights.astype(v.dtype), (0, 0))  # [channels, N]
 
     @pl.when(pl.program_id(1) == pl.num_programs(1) - 1)
     def _() -> None:
@@ -171,18 +154,18 @@ def _backward(
         for h in range(heads):
             part = slice(h * channels, (h + 1) * channels)
             products = o_ref[0, :, part].astype(jnp.float32) * do_ref[0, :, part].astype(jnp.float32)
-            delta[h : h + 1] = _dot(jnp.ones((8, channels), jnp.float32), products, (1, 1))[:1]  # [1, N]
+            delta[h : h + 1] = dot(jnp.ones((8, channels), jnp.float32), products, (1, 1))[:1]  # [1, N]
 
     for h in range(heads):
         part, row = slice(h * channels, (h + 1) * channels), slice(h, h + 1)
         q, do = q_ref[0, :, part], do_ref[0, :, part]
         k, v = k_ref[0, 0, :, part], v_ref[0, 0, :, part]
-        weights = jnp.exp(_dot(k, q, (1, 1)) * scale - lse_ref[0, row])  # [keys, N]
-        dv_ref[0, 0, :, part] = _dot(weights.astype(do.dtype), do, (1, 0)).astype(dv_ref.dtype)
-        slopes = weights * (_dot(v, do, (1, 1)) - delta[row]) * scale
+        weights = jnp.exp(dot(k, q, (1, 1)) * scale - lse_ref[0, row])  # [keys, N]
+        dv_ref[0, 0, :, part] = dot(weights.astype(do.dtype), do, (1, 0)).astype(dv_ref.dtype)
+        slopes = weights * (dot(v, do, (1, 1)) - delta[row]) * scale
         slopes = slopes.astype(q.dtype)
-        dk_ref[0, 0, :, part] = _dot(slopes, q, (1, 0)).astype(dk_ref.dtype)
-        sums[part] = sums[part] + _dot(k, slopes, (0, 0))  # [channels, N]
+        dk_ref[0, 0, :, part] = dot(slopes, q, (1, 0)).astype(dk_ref.dtype)
+        sums[part] = sums[part] + dot(k, slopes, (0, 0))  # [channels, N]
 
     @pl.when(pl.program_id(1) == pl.num_programs(1) - 1)
     def _() -> None:

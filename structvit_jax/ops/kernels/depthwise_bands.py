@@ -1,8 +1,8 @@
 """Depthwise convolution as banded matrices, for the tensor cores of GPUs.
 
-Along a row a window is a banded matrix, from the positions read to those that are computed. Rows are cut into
-stretches, so that little of the matrix is zeros, and become features of a dense grouped convolution over the
-other axes, with a group for every channel and stretch.
+Along a row, a window is a banded matrix from the positions that are read to those that are computed. Rows are
+cut into stretches, so that few entries of the matrix are zero. The stretches become features of a dense
+grouped convolution over the other axes, with a group for every channel and stretch.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from structvit_jax.ops.depthwise import grid_strides, same_padding
-from structvit_jax.ops.kernels.depthwise import accumulator
-from structvit_jax.ops.kernels.depthwise_sums import convolve_by_taps, input_gradient_by_taps, pad
+from structvit_jax.ops.convolution import channels_last, grid_strides, same_padding
+from structvit_jax.ops.kernels.depthwise_shifts import convolve_by_taps, input_gradient_by_taps, pad, pinned
+from structvit_jax.ops.kernels.depthwise_xla import accumulator
 
 # cuDNN is fast at groups of 16 or 32 features; at 56 it took eight times as long.
 _STRETCH = 32  # positions that a stretch of a row reads
@@ -57,7 +57,7 @@ class _Stretches:
 def _sum_of_bands(
     padded: jax.Array, taps: jax.Array, grid: Sequence[int], strides: Sequence[int]
 ) -> jax.Array:
-    """Return what `sum_of_shifts` does, rounded to the type of `padded`."""
+    """Compute the result of `sum_of_shifts`, rounded to the type of `padded`."""
     cut, channels = _Stretches.of(padded.shape[-2], taps.shape[-2], grid[-1], strides[-1]), taps.shape[-1]
     band = jnp.asarray(cut.band, taps.dtype)
     matrices = jnp.einsum("...kc,ijk->...icj", taps, band, precision=lax.Precision.HIGHEST)
@@ -68,7 +68,7 @@ def _sum_of_bands(
     return jnp.swapaxes(out, -1, -2).reshape(*out.shape[:-3], -1, channels)[..., : grid[-1], :]
 
 
-def banded_kernel_gradient(x: jax.Array, kernel: jax.Array, cotangent: jax.Array, stride: int) -> jax.Array:
+def _kernel_gradient(x: jax.Array, kernel: jax.Array, cotangent: jax.Array, stride: int) -> jax.Array:
     """Return the gradient of the matrices, summed along their bands."""
     *window, taps, channels, planes = kernel.shape
     padded = jnp.pad(x, [(0, 0), *same_padding(kernel.shape[:-2]), (0, 0)])
@@ -95,17 +95,17 @@ def banded_kernel_gradient(x: jax.Array, kernel: jax.Array, cotangent: jax.Array
 
 def _convolve_rows(rows: jax.Array, matrices: jax.Array, strides: Sequence[int], groups: int) -> jax.Array:
     """[batch, *grid, groups · seen], [*window, seen, groups · given] -> [batch, *grid', groups · given]."""
-    axes = "TH"[-len(strides) :]
     return lax.conv_general_dilated(
         rows,
         matrices,
         strides,
         "VALID",
-        dimension_numbers=(f"N{axes}C", f"{axes}IO", f"N{axes}C"),
+        dimension_numbers=channels_last(len(strides)),
         feature_group_count=groups,
         precision=lax.Precision.HIGHEST,
     )
 
 
-banded = functools.partial(convolve_by_taps, pad=pad, total=_sum_of_bands)
-banded_input_gradient = functools.partial(input_gradient_by_taps, pad=pad, total=_sum_of_bands)
+banded = pinned(functools.partial(convolve_by_taps, pad=pad, total=_sum_of_bands))
+banded_input_gradient = pinned(functools.partial(input_gradient_by_taps, pad=pad, total=_sum_of_bands))
+banded_kernel_gradient = pinned(_kernel_gradient)

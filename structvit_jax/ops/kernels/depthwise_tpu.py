@@ -1,7 +1,7 @@
-"""Both gradients of a depthwise convolution as one kernel for TPUs, in Pallas, which reads its arrays once.
+"""Both gradients of a depthwise convolution for TPUs: one Pallas kernel that reads its arrays once.
 
-Frames pass through vector memory, where as many stay, padded with zeros, as the window has in time. An image
-is one frame.
+Frames pass through vector memory, which holds as many of them, padded with zeros, as the window has in time.
+An image is one frame.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from structvit_jax.ops.kernels.depthwise import Depthwise, grouped, then_bias, with_joint_gradients
+from structvit_jax.ops.kernels.depthwise_xla import Depthwise, grouped, with_gradients
 from structvit_jax.ops.kernels.pallas import Ref, call_kernel, interpreted_elsewhere
 
 _MARGIN = 8  # zeros beside a row, at most half a window: rows start on a register
@@ -29,10 +29,10 @@ def supports(x: jax.Array, kernel: jax.Array, *_: jax.Array | None, stride: int)
     """Return whether the frames of one step fit into vector memory, for stride 1 and at most float32."""
     if stride > 1 or x.dtype == jnp.float64:
         return False
-    *window, channels, patterns = kernel.shape
+    *window, channels, planes = kernel.shape
     time, height, width = _frames(window, x.shape[1:-1])
     lanes = -(-channels // 128) * 128
-    return max(window) // 2 <= _MARGIN and 4 * time * height * width * lanes * (1 + patterns) <= _LIMIT
+    return max(window) // 2 <= _MARGIN and 4 * time * height * width * lanes * (1 + planes) <= _LIMIT
 
 
 def gradients(
@@ -52,7 +52,7 @@ def gradients(
         d_x, d_kernel = gradients(x[:, None], kernel[None], cotangent[:, :, None], interpret=interpret)
         return d_x[:, 0], d_kernel[0]
     batch, frames, height, width, channels = x.shape
-    *window, _, patterns = kernel.shape
+    *window, _, planes = kernel.shape
     taps = jnp.swapaxes(kernel, -1, -2).astype(jnp.float32).reshape(-1, channels)
     reach, ring = window[0] // 2, _frames(window, x.shape[1:-1])
 
@@ -66,7 +66,7 @@ def gradients(
         grid=(batch, frames + reach),
         in_specs=[
             pl.BlockSpec(frame, lambda b, t: (b, entering(t), 0, 0, 0)),
-            pl.BlockSpec((1, patterns, *frame[1:]), lambda b, t: (b, 0, entering(t), 0, 0, 0)),
+            pl.BlockSpec((1, planes, *frame[1:]), lambda b, t: (b, 0, entering(t), 0, 0, 0)),
             pl.BlockSpec(taps.shape, lambda b, t: (0, 0)),
         ],
         out_specs=[
@@ -79,19 +79,19 @@ def gradients(
         ],
         scratch_shapes=[
             pltpu.VMEM((*ring, channels), jnp.float32),
-            pltpu.VMEM((patterns, *ring, channels), jnp.float32),
+            pltpu.VMEM((planes, *ring, channels), jnp.float32),
         ],
         semantics=["arbitrary", "arbitrary"],
         work=_WORK,
         cost_estimate=pl.CostEstimate(
             flops=4 * cotangent.size * math.prod(window),
             transcendentals=0,
-            bytes_accessed=_bytes(x, cotangent, x),
+            bytes_accessed=sum(array.size * array.dtype.itemsize for array in (x, cotangent, x)),
         ),
         interpret=interpret,
         name="depthwise_gradients",
     )
-    return d_x, jnp.swapaxes(sums.sum(axis=1).reshape(*window, patterns, channels), -1, -2)
+    return d_x, jnp.swapaxes(sums.sum(axis=1).reshape(*window, planes, channels), -1, -2)
 
 
 def _make(interpret: bool) -> Depthwise:
@@ -101,14 +101,10 @@ def _make(interpret: bool) -> Depthwise:
         d_x, d_kernel = gradients(x, kernel, cotangent, interpret=interpret)
         return d_x, d_kernel.astype(kernel.dtype)
 
-    return with_joint_gradients(then_bias(grouped), both)
+    return with_gradients(grouped, both)
 
 
 depthwise = interpreted_elsewhere(_make)
-
-
-def _bytes(*arrays: jax.Array) -> int:
-    return sum(array.size * array.dtype.itemsize for array in arrays)
 
 
 def _frames(window: Sequence[int], grid: Sequence[int]) -> tuple[int, int, int]:
@@ -123,7 +119,7 @@ def _kernel(
     window: Sequence[int], frames: int,
 ) -> None:  # fmt: skip
     """Load frame t at step t, and compute the frame in the middle of those in memory."""
-    (time, *_), patterns = window, dy_ref.shape[1]
+    (time, *_), planes = window, dy_ref.shape[1]
     _, _, height, width, channels = x_ref.shape
     above, reach = window[1] // 2, time // 2
     b, t = pl.program_id(0), pl.program_id(1)
@@ -143,7 +139,7 @@ def _kernel(
     def enter(row: jax.Array, _: int) -> int:
         position = (entering, above + row, pl.ds(_MARGIN, width))
         x_ring[position] = x_ref[0, 0, row].astype(jnp.float32) * inside
-        for d in range(patterns):
+        for d in range(planes):
             dy_ring[d, *position] = dy_ref[0, d, 0, row].astype(jnp.float32) * inside
         return 0
 
@@ -152,14 +148,14 @@ def _kernel(
     def compute(row: jax.Array, _: int) -> int:
         middle = lax.rem(t - reach, time)
         centre = (middle, above + row, pl.ds(_MARGIN, width))
-        dy = [dy_ring[d, *centre] for d in range(patterns)]
+        dy = [dy_ring[d, *centre] for d in range(planes)]
         total = jnp.zeros((width, channels), jnp.float32)
         for tap, (a, i, j) in enumerate(itertools.product(*map(range, window))):
             shift = j - window[2] // 2
             before, after = lax.rem(t - 2 * reach + a + time, time), lax.rem(t - a + time, time)
             x = x_ring[before, row + i, pl.ds(_MARGIN + shift, width)]
-            for d in range(patterns):
-                n = tap * patterns + d
+            for d in range(planes):
+                n = tap * planes + d
                 sums_ref[n] += x * dy[d]
                 reflected = dy_ring[d, after, row + 2 * above - i, pl.ds(_MARGIN - shift, width)]
                 total += reflected * taps_ref[pl.ds(n, 1)]

@@ -21,8 +21,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from structvit_jax.ops.kernels import depthwise as depthwise_kernels
-from structvit_jax.ops.kernels.attention import Gradients, with_gradients
+from structvit_jax.ops.kernels import attention_xla, depthwise_xla
 from structvit_jax.runtime import cache
 
 _FOLDER = Path(__file__).with_name("cpu")
@@ -57,8 +56,7 @@ def supports(x: jax.Array, *_: jax.Array | None, **options: int) -> bool:
 def attention_forward(
     query: jax.Array, key: jax.Array, value: jax.Array, *, heads: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Return the output, like query [batch, N, heads·channels], and the logarithm of the sum of exponentials
-    [batch, heads, N]; key and value are [batch, M, heads·channels]."""
+    """Return the output and lse, see `attention_xla.with_gradients`."""
     batch, count, _ = query.shape
     shapes = query.shape, (batch, heads, count)
     output, lse = _call("attention_forward", shapes, query, key, value, heads=heads)
@@ -66,28 +64,21 @@ def attention_forward(
 
 
 def attention_backward(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    output: jax.Array,
-    cotangent: jax.Array,
-    lse: jax.Array,
-    *,
-    heads: int,
-) -> Gradients:
-    """Return the gradients of query, key and value, from the results of `attention` and its cotangent."""
+    residuals: attention_xla.Residuals, cotangent: jax.Array, *, heads: int
+) -> attention_xla.Gradients:
+    """Return the gradients of query, key and value."""
+    query, key, value, output, lse = residuals
     shapes = query.shape, key.shape, value.shape
     args = query, key, value, output, cotangent, lse
     d_query, d_key, d_value = _call("attention_backward", shapes, *args, heads=heads)
     return d_query, d_key, d_value
 
 
-attention = with_gradients(attention_forward, attention_backward)
+attention = attention_xla.with_gradients(attention_forward, attention_backward)
 
 
 def depthwise_forward(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, stride: int) -> jax.Array:
-    """x [batch, *grid, channels], kernel [*window, channels, D], bias [channels, D]
-    -> [batch, D, *grid', channels]."""
+    """Return the convolution [batch, D, *grid', channels], with the bias added."""
     batch, *frames, height, width, channels = x.shape
     shape = batch, kernel.shape[-1], *frames, -(-height // stride), -(-width // stride), channels
     start = jnp.zeros(kernel.shape[-2:], jnp.float32) if bias is None else bias
@@ -95,19 +86,21 @@ def depthwise_forward(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, s
 
 
 def depthwise_input_gradient(x: jax.Array, kernel: jax.Array, cotangent: jax.Array, stride: int) -> jax.Array:
-    """Return the gradient of x, of which only the shape is used."""
+    """Return the gradient of x; only the shape of x is used."""
     return _call("depthwise_of_input", [x.shape], cotangent, kernel, stride=stride)[0]
 
 
 def depthwise_kernel_gradient(
     x: jax.Array, kernel: jax.Array, cotangent: jax.Array, stride: int
 ) -> jax.Array:
-    """Return the gradient of the kernel, of which only the shape is used."""
+    """Return the gradient of the kernel; only the shape of the kernel is used."""
     return _call("depthwise_of_kernel", [kernel.shape], x, cotangent, stride=stride)[0]
 
 
-depthwise = depthwise_kernels.with_gradients(
-    depthwise_forward, depthwise_input_gradient, depthwise_kernel_gradient
+depthwise = depthwise_xla.with_gradients(
+    depthwise_forward,
+    depthwise_xla.separate(depthwise_input_gradient, depthwise_kernel_gradient),
+    adds_bias=True,
 )
 
 

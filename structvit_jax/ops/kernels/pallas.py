@@ -1,4 +1,4 @@
-"""Call Pallas kernels for TPUs with as much vector memory as they need and no more."""
+"""Helpers of the Pallas kernels for TPUs: calls that reserve as much vector memory as needed, no more."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from structvit_jax.ops.dispatch import current_device
+from structvit_jax.ops.kernels.target import current_device
 
 Ref = Any  # a reference to a block in memory, inside a kernel
 F = TypeVar("F", bound=Callable[..., Any])
@@ -41,8 +42,8 @@ def call_kernel(
     operands: Sequence[jax.Array],
     *,
     in_specs: Sequence[pl.BlockSpec],
-    out_specs: Any,
-    out_shape: Any,
+    out_specs: Sequence[pl.BlockSpec],
+    out_shape: Sequence[jax.ShapeDtypeStruct],
     scratch_shapes: Sequence[Any] = (),
     semantics: Sequence[Any],
     work: int,
@@ -56,13 +57,12 @@ def call_kernel(
     Args:
       semantics: of the grid's axes, "parallel" or "arbitrary".
       work: bytes of a step's intermediate results.
-      others: as for `pl.pallas_call`.
+      kernel, operands, **options: as for `pl.pallas_call`, like the arguments not listed here.
     """
-    outs = out_shape if isinstance(out_shape, (list, tuple)) else [out_shape]
-    specs = out_specs if isinstance(out_specs, (list, tuple)) else [out_specs]
-    blocks = [*zip(in_specs, operands, strict=True), *zip(specs, outs, strict=True)]
-    # A block is in memory twice: one is computed with while the other is copied.
-    memory = sum(2 * _bytes(spec.block_shape, array.dtype) for spec, array in blocks)
+    dtypes = [*(array.dtype for array in operands), *(array.dtype for array in out_shape)]
+    blocks = zip((*in_specs, *out_specs), dtypes, strict=True)
+    # Every block is in memory twice: one copy is in use while the other is read or written.
+    memory = sum(2 * _bytes(spec.block_shape, dtype) for spec, dtype in blocks)
     memory += sum(_bytes(scratch.shape, scratch.dtype) for scratch in scratch_shapes)
     return pl.pallas_call(
         kernel,
@@ -75,6 +75,14 @@ def call_kernel(
         ),
         **options,
     )(*operands)
+
+
+def dot(a: jax.Array, b: jax.Array, axes: tuple[int, int]) -> jax.Array:
+    """Multiply matrices inside a kernel, contracting these axes, in float32."""
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jax.lax.dot_general(
+        a, b, ((axes[:1], axes[1:]), ((), ())), precision=precision, preferred_element_type=jnp.float32
+    )
 
 
 def _bytes(shape: Any, dtype: Any) -> int:

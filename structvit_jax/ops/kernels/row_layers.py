@@ -1,7 +1,7 @@
-"""Two layers around GELU that keep one hidden array for the backward pass.
+"""Linear layers, MLP and layer normalisation on matrices [rows, channels], and an MLP that keeps less.
 
-JAX's gradients of GELU keep several arrays of the hidden width, which is four times that of all others; here
-its output and its slope are recomputed from its input.
+Some compilers are slow at arrays with more axes. JAX's gradients of GELU keep several arrays of the hidden
+width, which is four times that of all others; here its output and slope are recomputed from its input.
 """
 
 from __future__ import annotations
@@ -12,22 +12,30 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from structvit_jax.ops.feed_forward import gelu
+from structvit_jax.ops.pointwise import gelu, layer_norm, linear
 
 
-def mlp_recomputing_gelu(
-    x: jax.Array, kernel1: jax.Array, bias1: jax.Array, kernel2: jax.Array, bias2: jax.Array
-) -> jax.Array:
-    """Compute `structvit_jax.ops.mlp` on a matrix: CPUs multiply other arrays slowly."""
+def linear_of_rows(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+    """Apply a linear layer to a matrix: the CPU compiler then transposes its gradients fast."""
     rows = x.reshape(-1, x.shape[-1])
-    return _mlp(rows, kernel1, bias1, kernel2, bias2).reshape(*x.shape[:-1], -1)
+    return linear.definition(rows, kernel, bias).reshape(*x.shape[:-1], -1)
+
+
+def layer_norm_of_rows(x: jax.Array, scale: jax.Array, bias: jax.Array, *, epsilon: float) -> jax.Array:
+    """Normalise [batch, N, channels]: the GPU compiler tries few tiles for rows, thousands for a grid."""
+    rows = x.reshape(len(x), -1, x.shape[-1])
+    return layer_norm.definition(rows, scale, bias, epsilon=epsilon).reshape(x.shape)
+
+
+def mlp_recomputing_gelu(x: jax.Array, *weights: jax.Array) -> jax.Array:
+    """Compute the MLP on a matrix, and keep one hidden array for the backward pass."""
+    rows = x.reshape(-1, x.shape[-1])
+    return _mlp(rows, *weights).reshape(*x.shape[:-1], -1)
 
 
 @jax.custom_vjp
-def _mlp(
-    x: jax.Array, kernel1: jax.Array, bias1: jax.Array, kernel2: jax.Array, bias2: jax.Array
-) -> jax.Array:
-    return _forward(x, kernel1, bias1, kernel2, bias2)[0]
+def _mlp(x: jax.Array, *weights: jax.Array) -> jax.Array:
+    return _forward(x, *weights)[0]
 
 
 def _forward(
@@ -51,7 +59,7 @@ _mlp.defvjp(_forward, _backward)
 def _linear_gradients(x: jax.Array, cotangent: jax.Array, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return the gradients of a linear layer's kernel and bias.
 
-    CPUs transpose the left factor, or as written here the result: whichever is smallest.
+    CPUs transpose either the left factor or, as written here, the result. The smaller one is transposed.
     """
     rows, outputs = cotangent.shape
     if x.shape[-1] < outputs or rows < outputs:

@@ -1,4 +1,4 @@
-"""Linear layers, the exact GELU, and the two layers around it."""
+"""Operations on the channels of single positions: linear layer, GELU, MLP and layer normalisation."""
 
 from __future__ import annotations
 
@@ -33,14 +33,19 @@ def mlp(
     kernel2: Float[Array, "k o"],
     bias2: Float[Array, " o"],
 ) -> Float[Array, "b *_ o"]:
-    """gelu(x kernel1 + bias1) kernel2 + bias2.
-
-    Args:
-      x: [batch, ..., inputs].
-      kernel1, bias1: [inputs, hidden] and [hidden].
-      kernel2, bias2: [hidden, outputs] and [outputs].
-
-    Returns:
-      [batch, ..., outputs].
-    """
+    """gelu(x kernel1 + bias1) kernel2 + bias2: [batch, ..., inputs] -> [batch, ..., outputs]."""
     return gelu(x @ kernel1 + bias1) @ kernel2 + bias2
+
+
+@operation()
+def layer_norm(
+    x: Float[Array, "b *_ c"], scale: Float[Array, " c"], bias: Float[Array, " c"], *, epsilon: float
+) -> Float[Array, "b *_ c"]:
+    """(x - mean) / sqrt(variance + epsilon) scale + bias, over the channels of [batch, ..., channels].
+
+    Computed in float32 at least, in two passes; returned in x's type.
+    """
+    exact = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    mean = exact.mean(axis=-1, keepdims=True)
+    variance = jnp.square(exact - mean).mean(axis=-1, keepdims=True)
+    return ((x - mean) * (lax.rsqrt(variance + epsilon) * scale) + bias).astype(x.dtype)

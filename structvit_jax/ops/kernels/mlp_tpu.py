@@ -1,4 +1,4 @@
-"""Two layers around GELU for TPUs, in Pallas.
+"""The MLP, two layers around GELU, for TPUs in Pallas.
 
 The hidden array, four times as wide as all others, never leaves vector memory. The backward pass recomputes
 it from the input.
@@ -8,66 +8,56 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from structvit_jax.ops.kernels.pallas import Ref, call_kernel, interpreted_elsewhere
+from structvit_jax.ops.kernels.pallas import Ref, call_kernel, dot, interpreted_elsewhere
 
 _HIDDEN = 2**21  # bytes of hidden rows, in float32; a step holds a few such arrays
 _WORK = 8 * _HIDDEN  # bytes of a step's intermediate results
 
 
-def forward(
-    x: jax.Array,
-    kernel1: jax.Array,
-    bias1: jax.Array,
-    kernel2: jax.Array,
-    bias2: jax.Array,
-    *,
-    interpret: bool,
-) -> jax.Array:
-    """Return gelu(x kernel1 + bias1) kernel2 + bias2 for x [rows, inputs]."""
-    weights = kernel1, bias1[None], kernel2, bias2[None]
-    tile = _tile(x, kernel1)
-    return call_kernel(
+def forward(x: jax.Array, weights: Sequence[jax.Array], *, interpret: bool) -> jax.Array:
+    """Return the MLP of x [rows, inputs]; the weights are (kernel1, bias1, kernel2, bias2)."""
+    kernel1, bias1, kernel2, bias2 = weights
+    wholes = kernel1, bias1[None], kernel2, bias2[None]
+    tile, outputs = _tile(x, kernel1), kernel2.shape[1]
+    (y,) = call_kernel(
         _forward,
-        (x, *weights),
+        (x, *wholes),
         grid=(pl.cdiv(len(x), tile),),
-        in_specs=[_rows(tile, x.shape[1]), *map(_whole, weights)],
-        out_specs=_rows(tile, kernel2.shape[1]),
-        out_shape=jax.ShapeDtypeStruct((len(x), kernel2.shape[1]), x.dtype),
+        in_specs=[_rows(tile, x.shape[1]), *map(_whole, wholes)],
+        out_specs=[_rows(tile, outputs)],
+        out_shape=[jax.ShapeDtypeStruct((len(x), outputs), x.dtype)],
         semantics=["parallel"],
         work=_WORK,
         interpret=interpret,
         name="mlp",
     )
+    return y
 
 
 def backward(
-    x: jax.Array,
-    cotangent: jax.Array,
-    kernel1: jax.Array,
-    bias1: jax.Array,
-    kernel2: jax.Array,
-    *,
-    interpret: bool,
+    x: jax.Array, cotangent: jax.Array, weights: Sequence[jax.Array], *, interpret: bool
 ) -> tuple[jax.Array, ...]:
-    """Return the gradients of x, in its type, and of kernels and biases, in float32."""
-    weights = kernel1, bias1[None], kernel2
-    tile = _tile(x, kernel1)
-    sums = [
-        jax.ShapeDtypeStruct(shape, jnp.float32)
-        for shape in (kernel1.shape, weights[1].shape, kernel2.shape, (1, kernel2.shape[1]))
-    ]
+    """Return the gradients of x, in its type, and of kernels and biases, in float32.
+
+    The weights are (kernel1, bias1, kernel2).
+    """
+    kernel1, bias1, kernel2 = weights
+    wholes = kernel1, bias1[None], kernel2
+    tile, outputs = _tile(x, kernel1), kernel2.shape[1]
+    shapes = kernel1.shape, (1, *bias1.shape), kernel2.shape, (1, outputs)
+    sums = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     d_x, d_kernel1, d_bias1, d_kernel2, d_bias2 = call_kernel(
         functools.partial(_backward, rows=len(x)),
-        (x, cotangent, *weights),
+        (x, cotangent, *wholes),
         grid=(pl.cdiv(len(x), tile),),
-        in_specs=[_rows(tile, x.shape[1]), _rows(tile, cotangent.shape[1]), *map(_whole, weights)],
+        in_specs=[_rows(tile, x.shape[1]), _rows(tile, outputs), *map(_whole, wholes)],
         out_specs=[_rows(tile, x.shape[1]), *map(_whole, sums)],
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype), *sums],
         semantics=["arbitrary"],
@@ -81,18 +71,18 @@ def backward(
 def _make(interpret: bool) -> Callable[..., jax.Array]:
     @jax.custom_vjp
     def mlp(x: jax.Array, *weights: jax.Array) -> jax.Array:
-        """The weights may have a wider type than x, which their gradients then have, too."""
+        # The weights may have a wider type than x, which their gradients then have, too.
         rows, weights = x.reshape(-1, x.shape[-1]), tuple(w.astype(x.dtype) for w in weights)
-        return forward(rows, *weights, interpret=interpret).reshape(*x.shape[:-1], -1)
+        return forward(rows, weights, interpret=interpret).reshape(*x.shape[:-1], -1)
 
     def mlp_fwd(x: jax.Array, *weights: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         return mlp(x, *weights), (x, *weights)
 
     def mlp_bwd(residuals: tuple[jax.Array, ...], cotangent: jax.Array) -> tuple[jax.Array, ...]:
         x, *weights = residuals
-        rows = (array.reshape(-1, array.shape[-1]) for array in (x, cotangent))
-        kernels = (w.astype(x.dtype) for w in weights[:3])
-        d_x, *sums = backward(*rows, *kernels, interpret=interpret)
+        rows, d_rows = (array.reshape(-1, array.shape[-1]) for array in (x, cotangent))
+        narrow = [w.astype(x.dtype) for w in weights[:3]]
+        d_x, *sums = backward(rows, d_rows, narrow, interpret=interpret)
         return d_x.reshape(x.shape), *(d.astype(w.dtype) for d, w in zip(sums, weights, strict=True))
 
     mlp.defvjp(mlp_fwd, mlp_bwd)
@@ -116,19 +106,12 @@ def _whole(array: jax.Array | jax.ShapeDtypeStruct) -> pl.BlockSpec:
     return pl.BlockSpec(array.shape, lambda i: (0, 0))
 
 
-def _dot(a: jax.Array, b: jax.Array, axes: tuple[int, int]) -> jax.Array:
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return lax.dot_general(
-        a, b, ((axes[:1], axes[1:]), ((), ())), precision=precision, preferred_element_type=jnp.float32
-    )
-
-
 def _forward(
     x_ref: Ref, kernel1_ref: Ref, bias1_ref: Ref, kernel2_ref: Ref, bias2_ref: Ref, y_ref: Ref
 ) -> None:
-    hidden = _dot(x_ref[...], kernel1_ref[...], (1, 0)) + bias1_ref[...].astype(jnp.float32)
+    hidden = dot(x_ref[...], kernel1_ref[...], (1, 0)) + bias1_ref[...].astype(jnp.float32)
     active = 0.5 * hidden * (1 + lax.erf(hidden * math.sqrt(0.5)))
-    y = _dot(active.astype(x_ref.dtype), kernel2_ref[...], (1, 0)) + bias2_ref[...].astype(jnp.float32)
+    y = dot(active.astype(x_ref.dtype), kernel2_ref[...], (1, 0)) + bias2_ref[...].astype(jnp.float32)
     y_ref[...] = y.astype(y_ref.dtype)
 
 
@@ -146,13 +129,13 @@ def _backward(
     if rows % tile:  # the last step's tile ends beyond the arrays, with undefined values
         inside = lax.broadcasted_iota(jnp.int32, (tile, 1), 0) < rows - pl.program_id(0) * tile
         x, dy = jnp.where(inside, x, 0), jnp.where(inside, dy, 0)
-    hidden = _dot(x, kernel1_ref[...], (1, 0)) + bias1_ref[...].astype(jnp.float32)
+    hidden = dot(x, kernel1_ref[...], (1, 0)) + bias1_ref[...].astype(jnp.float32)
     cumulative = 0.5 * (1 + lax.erf(hidden * math.sqrt(0.5)))
     slope = cumulative + hidden * jnp.exp(-0.5 * hidden * hidden) / math.sqrt(2 * math.pi)
-    d_kernel2_ref[...] += _dot((hidden * cumulative).astype(x.dtype), dy, (0, 0))
+    d_kernel2_ref[...] += dot((hidden * cumulative).astype(x.dtype), dy, (0, 0))
     d_bias2_ref[...] += dy.astype(jnp.float32).sum(axis=0, keepdims=True)
-    d_hidden = _dot(dy, kernel2_ref[...], (1, 1)) * slope
+    d_hidden = dot(dy, kernel2_ref[...], (1, 1)) * slope
     d_bias1_ref[...] += d_hidden.sum(axis=0, keepdims=True)
     d_hidden = d_hidden.astype(x.dtype)
-    d_kernel1_ref[...] += _dot(x, d_hidden, (0, 0))
-    dx_ref[...] = _dot(d_hidden, kernel1_ref[...], (1, 1)).astype(dx_ref.dtype)
+    d_kernel1_ref[...] += dot(x, d_hidden, (0, 0))
+    dx_ref[...] = dot(d_hidden, kernel1_ref[...], (1, 1)).astype(dx_ref.dtype)

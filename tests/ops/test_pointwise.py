@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from structvit_jax.ops import gelu, kernels, linear, mlp
-from structvit_jax.ops.kernels import feed_forward_tpu
+from structvit_jax.ops.kernels import mlp_tpu
 from structvit_jax.runtime.mesh import make_mesh
 
 PALLAS = kernels.named("mlp_pallas").run
@@ -70,7 +70,7 @@ def test_mlp_in_bfloat16(function):
     ],
 )
 def test_the_kernels_equal_the_definition(monkeypatch, shape, hidden, outputs, rows):
-    monkeypatch.setattr(feed_forward_tpu, "_HIDDEN", 4 * hidden * rows)
+    monkeypatch.setattr(mlp_tpu, "_HIDDEN", 4 * hidden * rows)
     args = arrays(shape, hidden, outputs, jnp.float32)
     assert_close(value_and_grads(PALLAS, *args), value_and_grads(definition, *args), 1e-5)
 

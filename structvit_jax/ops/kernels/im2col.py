@@ -1,7 +1,7 @@
-"""Dense convolution with the positions of windows as channels.
+"""Dense convolution of windows whose positions have become channels.
 
-Few input channels leave most of a register empty wherever channels lie along it, and some compilers are slow
-at windows that do not overlap or at video.
+With few input channels, most of a register is empty where channels lie along it. Some compilers are also slow
+at windows that do not overlap, and at video.
 """
 
 from __future__ import annotations
@@ -14,11 +14,9 @@ from jax import lax
 
 from structvit_jax.ops.convolution import convolve
 
-FEW = 8  # input channels that leave most of a register empty
-
 
 def fold(x: jax.Array, kernel: jax.Array, *, strides: Sequence[int], padding: Sequence[int]) -> jax.Array:
-    """Make channels of windows that do not overlap along an axis, then convolve."""
+    """Move windows to the channels along the axes where they do not overlap, then convolve."""
     apart = [k == s and not p for k, s, p in zip(kernel.shape, strides, padding, strict=False)]
     x, kernel = _windows_to_channels(x, kernel, apart)
     strides = [1 if folded else s for folded, s in zip(apart, strides, strict=True)]
@@ -28,7 +26,7 @@ def fold(x: jax.Array, kernel: jax.Array, *, strides: Sequence[int], padding: Se
 
 
 def multiply(x: jax.Array, kernel: jax.Array, *, strides: Sequence[int], padding: Sequence[int]) -> jax.Array:
-    """Make channels of all windows, then multiply matrices."""
+    """Move windows to the channels along all axes, then multiply matrices."""
     apart = [k == s and not p for k, s, p in zip(kernel.shape, strides, padding, strict=False)]
     x, kernel = _windows_to_channels(x, kernel, apart)
     for axis, (folded, stride, zeros) in enumerate(zip(apart, strides, padding, strict=True)):

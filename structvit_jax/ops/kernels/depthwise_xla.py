@@ -1,8 +1,10 @@
-"""What depthwise kernels share: how they are put together, and forms by XLA's convolution.
+"""Depthwise convolution by XLA's grouped convolution, and the gradient rule of all depthwise kernels.
 
-Every kernel has a forward pass (x, kernel, stride), or with a bias (x, kernel, bias, stride), and two
-gradients (x, kernel, cotangent, stride), for x [batch, *grid, channels], kernel [*window, channels, D] and
-cotangent [batch, D, *grid', channels].
+XLA's own gradients of the grouped convolution take layouts on TPUs that are mostly padding (in 3-D with D = 4
+a thousand times the bytes that the gradients here move), and minutes to compile.
+
+Arrays are x [batch, *grid, channels], kernel [*window, channels, D] and cotangent [batch, D, *grid',
+channels].
 """
 
 from __future__ import annotations
@@ -10,54 +12,44 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.layout import Layout, with_layout_constraint
 
-from structvit_jax.ops.depthwise import add_bias, depthwise_conv, grid_strides, same_padding
+from structvit_jax.ops.convolution import (
+    add_bias,
+    channels_last,
+    depthwise_conv,
+    grid_strides,
+    same_padding,
+)
 
-Gradient = Callable[[jax.Array, jax.Array, jax.Array, int], jax.Array]
-
-
-class Depthwise(Protocol):
-    """A replacement for `structvit_jax.ops.depthwise_conv`."""
-
-    def __call__(
-        self, x: jax.Array, kernel: jax.Array, bias: jax.Array | None, *, stride: int
-    ) -> jax.Array: ...
+Depthwise = Callable[..., jax.Array]  # (x, kernel, bias, stride=) -> [batch, D, *grid', channels]
+Gradient = Callable[[jax.Array, jax.Array, jax.Array, int], jax.Array]  # of (x, kernel, cotangent, stride)
+Gradients = Callable[[jax.Array, jax.Array, jax.Array, int], tuple[jax.Array, jax.Array]]
 
 
 def with_gradients(
-    forward: Callable[[jax.Array, jax.Array, jax.Array | None, int], jax.Array],
-    input_gradient: Gradient,
-    kernel_gradient: Gradient,
+    forward: Callable[..., jax.Array], gradients: Gradients, *, adds_bias: bool = False
 ) -> Depthwise:
-    """Return a depthwise convolution with this forward pass and these gradients."""
-
-    def gradients(
-        x: jax.Array, kernel: jax.Array, cotangent: jax.Array, stride: int
-    ) -> tuple[jax.Array, jax.Array]:
-        d_x = input_gradient(x, kernel.astype(x.dtype), cotangent, stride)
-        return d_x, kernel_gradient(x, kernel, cotangent, stride)
-
-    return with_joint_gradients(forward, gradients)
-
-
-def with_joint_gradients(
-    forward: Callable[[jax.Array, jax.Array, jax.Array | None, int], jax.Array],
-    gradients: Callable[[jax.Array, jax.Array, jax.Array, int], tuple[jax.Array, jax.Array]],
-) -> Depthwise:
-    """Return a depthwise convolution with this forward pass and this function for both gradients.
+    """Return a depthwise convolution with this forward pass and these gradients.
 
     The kernel and the bias may have a wider type than x, which their gradients then have, too.
+
+    Args:
+      forward: of (x, kernel, stride), or of (x, kernel, bias, stride) if it adds the bias itself.
+      gradients: of (x, kernel, cotangent, stride), those of x and kernel.
+      adds_bias: whether `forward` adds the bias.
     """
 
     @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
     def convolve(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, stride: int) -> jax.Array:
-        return forward(x, kernel.astype(x.dtype), None if bias is None else bias.astype(x.dtype), stride)
+        kernel, bias = kernel.astype(x.dtype), None if bias is None else bias.astype(x.dtype)
+        if adds_bias:
+            return forward(x, kernel, bias, stride)
+        return add_bias(forward(x, kernel, stride), bias)
 
     def convolve_fwd(
         x: jax.Array, kernel: jax.Array, bias: jax.Array | None, stride: int
@@ -83,34 +75,16 @@ def with_joint_gradients(
     return depthwise
 
 
-def then_bias(
-    forward: Callable[[jax.Array, jax.Array, int], jax.Array],
-) -> Callable[[jax.Array, jax.Array, jax.Array | None, int], jax.Array]:
-    """Add a bias to a forward pass that takes none."""
-    return lambda x, kernel, bias, stride: add_bias(forward(x, kernel, stride), bias)
+def separate(input_gradient: Gradient, kernel_gradient: Gradient) -> Gradients:
+    """Return both gradients, computed one after the other."""
 
+    def gradients(
+        x: jax.Array, kernel: jax.Array, cotangent: jax.Array, stride: int
+    ) -> tuple[jax.Array, jax.Array]:
+        d_x = input_gradient(x, kernel.astype(x.dtype), cotangent, stride)
+        return d_x, kernel_gradient(x, kernel, cotangent, stride)
 
-def pinned(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """Keep a function of arrays and a stride as it is written on GPUs.
-
-    Channels stay last in memory: where the compiler may choose layouts, transpositions are free, and the
-    layout that suits one convolution spreads through the network. Nothing is fused with its result: the
-    compiler would search for tiles of all taps at once, for minutes.
-    """
-
-    def as_written(x: jax.Array) -> jax.Array:
-        return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
-
-    def run(x: jax.Array, kernel: jax.Array, *others: Any) -> jax.Array:
-        *cotangent, stride = others
-        out = function(as_written(x), kernel, *map(as_written, cotangent), stride)
-        return as_written(lax.optimization_barrier(out))
-
-    return run
-
-
-# XLA's grouped convolution. XLA's own gradients of it take layouts on TPUs that are mostly padding (3-D with
-# D = 4: a thousand times the bytes that these move), and minutes to compile.
+    return gradients
 
 
 def grouped(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
@@ -121,12 +95,19 @@ def grouped(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
 def grouped_input_gradient(x: jax.Array, kernel: jax.Array, cotangent: jax.Array, stride: int) -> jax.Array:
     """Convolve every plane with the window reversed."""
     strides = grid_strides(x.shape[1:-1], stride)
-    ones = (1,) * len(strides)
     padding = padding_of_gradient(x, kernel, cotangent, strides)
     taps = jnp.flip(kernel, axis=tuple(range(len(strides))))
     total: jax.Array | float = 0.0
     for d in range(kernel.shape[-1]):
-        part = _convolve(cotangent[:, d], taps[..., d : d + 1], ones, padding, dilation=strides)
+        part = lax.conv_general_dilated(
+            cotangent[:, d],
+            taps[..., None, :, d],
+            (1,) * len(strides),
+            padding,
+            lhs_dilation=strides,
+            dimension_numbers=channels_last(len(strides)),
+            feature_group_count=x.shape[-1],
+        )
         total += part.astype(accumulator(x))
     return jnp.asarray(total, x.dtype)
 
@@ -144,26 +125,6 @@ def grouped_kernel_gradient(x: jax.Array, kernel: jax.Array, cotangent: jax.Arra
     ]
     stacked = jnp.stack(taps).reshape(*window, kernel.shape[-1], -1)
     return jnp.swapaxes(stacked, -1, -2).astype(kernel.dtype)
-
-
-def _convolve(
-    x: jax.Array,
-    kernel: jax.Array,
-    strides: Sequence[int],
-    padding: Sequence[tuple[int, int]],
-    dilation: Sequence[int],
-) -> jax.Array:
-    """[batch, *grid, channels], [*window, channels, D] -> [batch, *grid', channels * D]."""
-    axes = "THW"[-(x.ndim - 2) :]
-    return lax.conv_general_dilated(
-        x,
-        kernel.reshape(*kernel.shape[:-2], 1, -1),
-        strides,
-        padding,
-        lhs_dilation=dilation,
-        dimension_numbers=(f"N{axes}C", f"{axes}IO", f"N{axes}C"),
-        feature_group_count=x.shape[-1],
-    )
 
 
 def library_kernel_gradient(x: jax.Array, kernel: jax.Array, cotangent: jax.Array, stride: int) -> jax.Array:

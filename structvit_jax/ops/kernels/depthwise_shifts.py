@@ -1,8 +1,8 @@
 """Depthwise convolution as a sum of shifted products, one for each tap of the window.
 
-XLA's grouped convolution is up to 100 times slower than its arithmetic on CPUs, and fast on GPUs only in two
-dimensions with one kernel a channel. CPUs ("shifted") and GPUs ("padded") differ in how zeros are added, and
-in the gradient of the kernel. Channels stay the contiguous axis; sums are kept in float32 at least.
+XLA's grouped convolution takes up to 100 times as long on CPUs, and on GPUs it is fast only in two dimensions
+with one kernel per channel. CPUs ("shifted") and GPUs ("padded") differ in how zeros are added and in the
+gradient of the kernel. Channels stay the contiguous axis; sums are kept in float32 at least.
 """
 
 from __future__ import annotations
@@ -11,17 +11,19 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 
-from structvit_jax.ops.depthwise import grid_strides, same_padding
-from structvit_jax.ops.kernels.depthwise import accumulator, padding_of_gradient, shift
+from structvit_jax.ops.convolution import grid_strides, same_padding
+from structvit_jax.ops.kernels.depthwise_xla import accumulator, padding_of_gradient, shift
 
-# A sum of this many products is still fused into one fast loop by XLA's CPU compiler; longer ones
-# are scanned (measured: 5x5 and 3x3x3 windows fuse, 5x5x5 unrolled is ten times slower than scanned).
+# XLA's CPU compiler still fuses a sum of this many products into one fast loop; longer sums are scanned
+# (measured: 5x5 and 3x3x3 windows fuse, 5x5x5 unrolled is ten times slower than scanned).
 MAX_FUSED_TERMS = 36
 _ROWS_PER_STEP = 4  # rows of the image that one step of the kernel gradient's scan accumulates
 
@@ -31,7 +33,7 @@ Total = Callable[[jax.Array, jax.Array, Sequence[int], Sequence[int]], jax.Array
 
 
 def convolve_by_taps(x: jax.Array, kernel: jax.Array, stride: int, *, pad: Pad, total: Total) -> jax.Array:
-    """Return a plane for each of D kernels: `total` of the padded array and the kernel's taps."""
+    """Return a plane for each of D kernels: `total` of the padded array and the taps of the kernel."""
     window = kernel.shape[:-2]
     padded = pad(x, [(low, high, 0) for low, high in same_padding(window)])
     strides = grid_strides(x.shape[1:-1], stride)
@@ -84,8 +86,27 @@ def pad(x: jax.Array, padding: Padding) -> jax.Array:
 
 
 def pad_for_gpu(x: jax.Array, padding: Padding) -> jax.Array:
-    """Pad in memory: bounds that every tap checks cost twice its instructions."""
+    """Pad, and write the result to memory: otherwise every tap checks bounds, at twice the instructions."""
     return lax.optimization_barrier(pad(x, padding))
+
+
+def pinned(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """Fix the layout of arguments and result on GPUs, for a function of arrays and a stride.
+
+    Channels stay last in memory: where the compiler may choose layouts, transpositions are free, and the
+    layout that suits one convolution spreads through the network. Nothing is fused with the result: the
+    compiler would search for tiles of all taps at once, for minutes.
+    """
+
+    def as_written(x: jax.Array) -> jax.Array:
+        return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+
+    def run(x: jax.Array, kernel: jax.Array, *others: Any) -> jax.Array:
+        *cotangent, stride = others
+        out = function(as_written(x), kernel, *map(as_written, cotangent), stride)
+        return as_written(lax.optimization_barrier(out))
+
+    return run
 
 
 def sum_of_shifts(
@@ -118,7 +139,7 @@ def _fused_sum(padded: jax.Array, taps: jax.Array, grid: Sequence[int], strides:
     return functools.reduce(jnp.add, parts)
 
 
-def _kernel_gradient_by_rows(x: jax.Array, kernel: jax.Array, cotangent: jax.Array, stride: int) -> jax.Array:
+def shifted_kernel_gradient(x: jax.Array, kernel: jax.Array, cotangent: jax.Array, stride: int) -> jax.Array:
     """Sum x * cotangent per tap: rows are scanned, [*window, D, width, channels] accumulates.
 
     Reducing over rows first keeps width x channels as one long contiguous axis; a plain reduction
@@ -157,10 +178,10 @@ def _kernel_gradient_by_rows(x: jax.Array, kernel: jax.Array, cotangent: jax.Arr
 def _kernel_gradient_by_products(
     x: jax.Array, kernel: jax.Array, cotangent: jax.Array, stride: int
 ) -> jax.Array:
-    """Multiply matrices for every channel: what the window's rows read, by all rows of the cotangent,
-    [rows of the window · width, D · width].
+    """Multiply, for every channel, the rows that the window reads by all rows of the cotangent.
 
-    A tap is the sum of one diagonal. On tensor cores it costs little that the other diagonals are unused.
+    In the product [rows of the window · width, D · width] a tap is the sum of one diagonal. Tensor cores make
+    it cheap to compute the other diagonals, which are not used.
     """
     *depth, height, taps, channels, planes = kernel.shape
     *grid, width = cotangent.shape[2:-1]
@@ -170,9 +191,8 @@ def _kernel_gradient_by_products(
     given, across = lax.optimization_barrier(given), x.shape[-2]
     diagonals = np.arange(across)[:, None] == np.arange(taps)[:, None, None] + stride * np.arange(width)
 
-    def of_frame(
-        x: jax.Array,
-    ) -> jax.Array:  # [batch, *grid, channels] under one frame of the window -> [height, taps, channels, D]
+    def of_frame(x: jax.Array) -> jax.Array:
+        """[batch, *grid, channels] under one frame of the window -> [height, taps, channels, D]."""
         offsets = [(0,) * len(depth) + (row, 0) for row in range(height)]
         rows = [shift(x, offset, (*grid, across), (*strides[:-1], 1)) for offset in offsets]
         seen = jnp.moveaxis(jnp.stack(rows, axis=-3), -1, 0).reshape(channels, -1, height * across)
@@ -194,7 +214,8 @@ def _kernel_gradient_by_products(
 
 shifted = functools.partial(convolve_by_taps, pad=pad_for_cpu, total=sum_of_shifts)
 shifted_input_gradient = functools.partial(input_gradient_by_taps, pad=pad_for_cpu, total=sum_of_shifts)
-shifted_kernel_gradient = _kernel_gradient_by_rows
-padded = functools.partial(convolve_by_taps, pad=pad_for_gpu, total=sum_of_shifts)
-padded_input_gradient = functools.partial(input_gradient_by_taps, pad=pad_for_gpu, total=sum_of_shifts)
-padded_kernel_gradient = _kernel_gradient_by_products
+padded = pinned(functools.partial(convolve_by_taps, pad=pad_for_gpu, total=sum_of_shifts))
+padded_input_gradient = pinned(
+    functools.partial(input_gradient_by_taps, pad=pad_for_gpu, total=sum_of_shifts)
+)
+padded_kernel_gradient = pinned(_kernel_gradient_by_products)
