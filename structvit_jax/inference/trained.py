@@ -31,8 +31,7 @@ from structvit_jax.data.types import AugmentOptions, Batch, DataOptions
 from structvit_jax.models import Network, create_model
 from structvit_jax.models.variants import counterpart
 from structvit_jax.models.weights import Weights, split, update
-from structvit_jax.runtime.mesh import fitting_batch, make_mesh, single_device_mesh
-from structvit_jax.runtime.sharding import state_sharding
+from structvit_jax.runtime.mesh import fitting_batch, make_mesh, single_device_mesh, state_sharding
 from structvit_jax.training.card import from_card
 from structvit_jax.training.evaluation import StepRunner, probabilities
 from structvit_jax.training.restore import open_checkpoint, rereading

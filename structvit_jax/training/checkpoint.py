@@ -25,8 +25,8 @@ from structvit_jax.models.weights import Weights, mismatches
 from structvit_jax.runtime import processes
 from structvit_jax.runtime.digests import find_damage
 from structvit_jax.runtime.lock import live_owner
+from structvit_jax.runtime.mesh import abstract, replicated
 from structvit_jax.runtime.processes import log
-from structvit_jax.runtime.sharding import abstract, replicated
 from structvit_jax.runtime.storage import unusable_error, write
 from structvit_jax.training.card import read_card
 from structvit_jax.training.commit import FOLDER, InBucket, OnDisk, entries, is_unfinished, steps_in

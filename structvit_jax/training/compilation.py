@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import ml_collections
 
 from structvit_jax.runtime import processes
+from structvit_jax.runtime.mesh import abstract, batch_sharding
 from structvit_jax.runtime.processes import log
-from structvit_jax.runtime.sharding import abstract, batch_sharding
 from structvit_jax.training.learner import Learner
 from structvit_jax.training.step import TrainState, make_train_step
 from structvit_jax.utils.errors import UserError

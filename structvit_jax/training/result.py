@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from structvit_jax.data.types import Dataset
 from structvit_jax.models.weights import Weights, sha256
 from structvit_jax.runtime import processes
-from structvit_jax.runtime.sharding import replicated
+from structvit_jax.runtime.mesh import replicated
 from structvit_jax.runtime.storage import PREDICTIONS, RESULT, read_json, write_json
 from structvit_jax.training.evaluation import Evaluation, Scores
 
