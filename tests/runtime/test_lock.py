@@ -84,7 +84,7 @@ def test_slow_disks_let_no_second_owner_in(tmp_path, monkeypatch):
 def elsewhere(place, monkeypatch, **options):
     """A lock taken by another machine."""
     with monkeypatch.context() as patch:
-        patch.setattr(lock, "_boot", lambda: "another")
+        patch.setattr(lock.socket, "gethostname", lambda: "another")
         return WorkdirLock(place, **options)
 
 

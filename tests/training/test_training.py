@@ -58,9 +58,7 @@ def test_large_arrays_are_split_over_fsdp():
         "blocks1.0.attn.depthwise.kernel": (5, 5, 5, 1, 256),
         "pos_embed": (8, 14, 14, 384),
     }
-    places = mesh.state_sharding(
-        grid, {k: jax.ShapeDtypeStruct(s, jnp.float32) for k, s in shapes.items()}
-    )
+    places = mesh.state_sharding(grid, {k: jax.ShapeDtypeStruct(s, jnp.float32) for k, s in shapes.items()})
     window = (None,) * 4
     expected = [
         (None, "fsdp"),
