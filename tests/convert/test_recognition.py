@@ -13,7 +13,7 @@ def read(monkeypatch):
     """Recognise a state dict as if it had been read from a file."""
 
     def read(state_dict, **arguments):
-        read_file = lambda path, which: StateDict(state_dict, "", "", None)  # noqa: E731
+        read_file = lambda path, which: StateDict(state_dict)  # noqa: E731
         monkeypatch.setattr(convert.weight_files, "read", read_file)
         return convert.read_released("released.pth", **arguments)
 
