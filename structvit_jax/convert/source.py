@@ -160,34 +160,33 @@ def _depth(arrays: Arrays, stage: int) -> int:
 def _recognise(arrays: Arrays, facts: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of `get_variant` for the model of these arrays.
 
+    Models of one size differ in their layer scales. If none has the same as the arrays, the first is taken,
+    and `adapt` folds the scales into other layers or sets them to one.
+
     Raises:
       UserError: no model here has such arrays.
     """
     depths, widths, stem = facts["depths"], facts["widths"], facts["stem"]
-    bases = {
-        name: variant
-        for name, variant in VARIANTS.items()
-        if (variant.network, variant.depths, variant.widths, variant.stem)
-        == ("uniformer", depths, widths, stem)
-    }
+    bases = [
+        name
+        for name, v in VARIANTS.items()
+        if (v.network, v.depths, v.widths, v.stem) == ("uniformer", depths, widths, stem)
+    ]
     if not bases:
         raise UserError(f"no model here has blocks {depths} of widths {widths} with a {stem} stem")
     scaled = [f"blocks{stage}.0.gamma_1" in arrays for stage in (1, 3)]
-    base = next((name for name, variant in bases.items() if _scales(variant) == scaled), next(iter(bases)))
+    base = next((name for name in bases if _scaled_blocks(VARIANTS[name]) == scaled), bases[0])
     dim = facts["structure_dim"]
     name = f"{base.replace('uniformer', 'structvit')}_{dim}_1" if dim else base
     arguments: dict[str, Any] = {"name": name + "_video" * facts["video"]}
-    if _scales(bases[base]) != scaled:
-        arguments |= {"layer_scale": 1e-6 if scaled[1] else 0.0, "conv_layer_scale": scaled[0]}
     if facts["token_labels"]:
         arguments["token_labels"] = True
     return arguments
 
 
-def _scales(variant: Variant) -> list[bool]:
+def _scaled_blocks(variant: Variant) -> list[bool]:
     """Return whether convolution blocks and attention blocks have layer scales."""
-    has = bool(variant.layer_scale)
-    return [has and variant.conv_layer_scale, has]
+    return [bool(variant.layer_scale) and variant.conv_layer_scale, bool(variant.layer_scale)]
 
 
 def _head_width(path: str, arguments: dict[str, Any], given: int | None) -> dict[str, int]:
