@@ -4,20 +4,17 @@
 them.
 """
 
-from structvit_jax.convert.adapt import NOISE, Action, Adapted, Outcome, Rules, adapt, load_uniformer
+from structvit_jax.convert.adapt import Action, Rules, adapt, load_uniformer
 from structvit_jax.convert.array_names import from_torch, to_torch
 from structvit_jax.convert.description import Description, Inputs
 from structvit_jax.convert.source import RELEASED, Source, read_released
 from structvit_jax.convert.weight_files import is_weights_file
 
 __all__ = [
-    "NOISE",
     "RELEASED",
     "Action",
-    "Adapted",
     "Description",
     "Inputs",
-    "Outcome",
     "Rules",
     "Source",
     "adapt",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from importlib.metadata import entry_points
@@ -41,11 +40,8 @@ def select_devices(device: str) -> None:
 
 
 def _has_nvidia_gpu() -> bool:
-    command = shutil.which("nvidia-smi")
-    if command is None:
-        return False
     try:
-        listing = subprocess.run([command, "-L"], capture_output=True, text=True, timeout=20)
+        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
         return False
     return listing.returncode == 0 and "GPU" in listing.stdout
