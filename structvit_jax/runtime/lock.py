@@ -1,11 +1,10 @@
 """The lock of a workdir: two runs never write into it at once.
 
 The lock is a small file that its owner rewrites every few seconds. An owner that has died stops rewriting it;
-an owner that reads another name in it stops its run. Two runs that start at the same time are told apart in
-two ways:
+an owner that reads another name in it stops its run. If two runs start at the same time, one of them wins:
 
-- On one machine, by `flock` on the workdir. A run looks for an owner and writes the file while it holds
-  `flock`, so exactly one run wins, however slow the disk is. The kernel releases it when the process ends.
+- On one machine, a run holds `flock` on the workdir while it looks for an owner and writes the file. So
+  exactly one run wins, however slow the disk is. The kernel releases `flock` when the process ends.
 - Between machines there may be no `flock` (in a bucket, and on network file systems where it is local) and no
   common clock. A run writes its name, waits until the write of a rival would have arrived, and owns the lock
   if its name is still there. It waits longer if its own write took long.
