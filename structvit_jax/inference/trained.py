@@ -60,7 +60,7 @@ class Example(NamedTuple):
 
     views: np.ndarray  # uint8 [views, *input shape], as in an evaluation
     frames: np.ndarray  # uint8 [time, height, width, 3], RGB; uncropped frames of the middle view
-    crop: Crop  # from the frames to the middle view
+    crop: Crop  # the region of the frames that the middle view shows
     true_class: str  # "" if unknown
 
 
@@ -142,7 +142,7 @@ class TrainedModel:
     def predict(
         self, paths: Sequence[str], *, every: float = 0, features: bool = False
     ) -> Iterator[Prediction]:
-        """Yield predictions for files and for all files in folders.
+        """Yield predictions for files and for all files in folders, in the order in which they are read.
 
         A batch has config.eval.batch_size examples with config.data.test_clips x test_crops views each.
 

@@ -28,7 +28,7 @@ def find_damage(folder: epath.Path, part: str = "") -> str:
       part: compare only files whose names start with this, for example "card/".
 
     Raises:
-      UserError: a file may not be read; that is not damage.
+      UserError: permissions forbid reading a file, which is not damage.
     """
     try:
         written = read_json(folder / FILE)
