@@ -44,7 +44,7 @@ class Rules:
     """How to fit weights: the section `init` of a configuration."""
 
     inflate: str = "average"  # image kernels over time: "average" or "centre", see `inflate`
-    kernels: str = "delta"  # structure kernels from plain attention: "delta" keeps the function, "fresh" not
+    kernels: str = "delta"  # if the weights have none: "delta" is plain attention, "fresh" is random
     noise: float = NOISE  # standard deviation of the noise in equal value kernels
     seed: int = 0  # of the noise
 
