@@ -46,6 +46,6 @@ def command(**arguments: Any) -> None:
       structvit convert uniformer_small_k400_16x8.pth structvit --model=structvit_s_4_1_video
       structvit convert runs/moving_digits weights.safetensors
     """
-    from structvit_jax.convert.conversion import Request, convert
+    from structvit_jax.convert.conversion import convert
 
-    convert(Request(**arguments))
+    convert(**arguments)

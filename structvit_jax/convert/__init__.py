@@ -1,23 +1,20 @@
-"""Convert weights: read the released PyTorch files, recognise their model, and fit them to another.
+"""Convert weights: read the released PyTorch files, recognise their model, and fit them to another model.
 
-`structvit convert SOURCE DESTINATION` does this for files, and `config.init_from` for a run.
+`structvit convert SOURCE DESTINATION` converts files and checkpoints; `config.init_from` starts a run from
+them.
 """
 
-from structvit_jax.convert.adapt import NOISE, Action, Adapted, Outcome, Rules, adapt
+from structvit_jax.convert.adapt import Action, Rules, adapt, load_uniformer
 from structvit_jax.convert.array_names import from_torch, to_torch
 from structvit_jax.convert.description import Description, Inputs
-from structvit_jax.convert.source import RELEASED, Source, read_released, recognise
-from structvit_jax.convert.uniformer import load_uniformer
+from structvit_jax.convert.source import RELEASED, Source, read_released
 from structvit_jax.convert.weight_files import is_weights_file
 
 __all__ = [
-    "NOISE",
     "RELEASED",
     "Action",
-    "Adapted",
     "Description",
     "Inputs",
-    "Outcome",
     "Rules",
     "Source",
     "adapt",
@@ -25,6 +22,5 @@ __all__ = [
     "is_weights_file",
     "load_uniformer",
     "read_released",
-    "recognise",
     "to_torch",
 ]

@@ -1,9 +1,11 @@
 """Fit the weights of one model to another.
 
-The function is kept where that is possible. Plain attention becomes D equal structure kernels that are one at
-the centre of the window: their joint softmax and sum are plain attention again. Structure kernels are
-repeated, and windows padded with zeros. Equal kernels would always get equal gradients, so noise that sums to
-zero over them sets the value kernels apart and leaves the output as it is.
+The function that the weights compute is kept where possible. Plain attention becomes structural attention
+with D equal kernels that are one at the centre of the window: their joint softmax and sum are plain attention
+again. Structure kernels are repeated, and their windows are padded with zeros.
+
+Equal kernels would always get equal gradients. So the value kernels get noise. It sums to zero over equal
+kernels, which leaves the output as it is.
 """
 
 from __future__ import annotations
@@ -11,22 +13,27 @@ from __future__ import annotations
 import dataclasses
 import enum
 import re
+import warnings
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import numpy as np
 
-from structvit_jax.convert.array_names import Arrays
+from structvit_jax.convert.array_names import Arrays, from_torch
 from structvit_jax.convert.source import Source
+from structvit_jax.models import Network
 from structvit_jax.models.positions import resize_positions
 from structvit_jax.models.variants import Variant
+from structvit_jax.models.weights import cast_like, split, update
 from structvit_jax.utils import class_names
 from structvit_jax.utils.errors import UserError
 
+Model = TypeVar("Model", bound=Network)
 NOISE = 0.1
-_SAME = ("network", "depths", "widths", "head_width", "patch", "stem", "mixer_window")  # fields that stay
+# Fields of the variant that fitting does not change.
+_SAME = ("network", "depths", "widths", "head_width", "patch", "stem", "mixer_window")
 _HEAD = r"(aux_)?head\.(kernel|bias)"
 _STRUCTURE = r".*\.attn\.(key|value)_kernels"
 _SCALE = r".*\.gamma_[12]"
@@ -36,12 +43,10 @@ _SCALE = r".*\.gamma_[12]"
 class Rules:
     """How to fit weights: the section `init` of a configuration."""
 
-    inflate: str = (
-        "average"  # image kernels over time: "average" spreads them evenly, "centre" uses one frame
-    )
-    kernels: str = "delta"  # of StructSA, from plain attention: "delta" keeps the function, "fresh" is new
-    noise: float = NOISE  # deviation that sets equal value kernels apart
-    seed: int = 0
+    inflate: str = "average"  # image kernels over time: "average" or "centre", see `inflate`
+    kernels: str = "delta"  # if the weights have none: "delta" is plain attention, "fresh" is random
+    noise: float = NOISE  # standard deviation of the noise in equal value kernels
+    seed: int = 0  # of the noise
 
 
 class Action(enum.Enum):
@@ -75,7 +80,7 @@ class Outcome(NamedTuple):
 class Adapted:
     """Weights that fit a model."""
 
-    arrays: Arrays  # all of the model's, by name
+    arrays: Arrays  # all arrays of the model, by name
     outcomes: dict[str, Outcome]  # of these, and of the source's other arrays
     notes: list[str]  # notes and warnings to print, one line each
 
@@ -110,19 +115,19 @@ def adapt(
 ) -> Adapted:
     """Fit weights to a model.
 
-    The head is kept if both name the same classes, in whatever order, see
+    The head is kept if both name the same classes, in any order; see
     `structvit_jax.utils.class_names.match`. Otherwise it is re-initialised, and a note says why.
 
     Args:
       source: the weights.
-      fresh: the model's parameters and batch statistics, for arrays that are re-initialised.
+      fresh: the model's parameters and batch statistics, which re-initialised arrays keep.
       variant: of the model.
       names: the model's class names, in order; None if its classes are those of the weights, in their order.
       rules: how to fit.
       strict: raise an error instead of re-initialising or dropping an array.
 
     Raises:
-      UserError: weights of another network, or arrays that do not fit, all at once.
+      UserError: weights of another network; or arrays that do not fit, all at once.
     """
     _check_same(source, variant)
     given, outcomes = _fold_scales(source, fresh)
@@ -151,10 +156,68 @@ def adapt(
             misfits.append(f"extra {name}")
     if misfits:
         raise UserError(f"{source.where}: arrays that do not fit ({len(misfits)}): {'; '.join(misfits)}")
-    return Adapted(arrays, outcomes, head.notes + _notes(source.variant, variant, rules))
+    return Adapted(arrays, outcomes, [*head.notes, *_notes(source.variant, variant, rules)])
+
+
+def load_uniformer(
+    model: Model,
+    state_dict: Mapping[str, np.ndarray],
+    *,
+    inflate: str = "average",
+    noise: float = NOISE,
+    seed: int = 0,
+) -> Model:
+    """Copy the weights of a PyTorch UniFormer into `model` and return it.
+
+    A StructViT with stride 1 then computes what the UniFormer does, up to rounding: its structure kernels
+    start as plain attention. Image weights are inflated for a video model, which changes the logits.
+
+    Args:
+      model: a UniFormer or StructViT of the same size.
+      state_dict: PyTorch's keys to NumPy arrays in PyTorch's layout; the arrays are copied.
+      inflate: "average" or "centre", see `structvit_jax.convert.adapt.inflate`.
+      noise: standard deviation of the noise in the value kernels; with 0 all structure kernels stay equal.
+      seed: of the noise.
+
+    Raises:
+      UserError: names every missing, extra and misshapen array; the model is unchanged then.
+    """
+    arrays = from_torch(state_dict)
+    position = arrays.get("blocks1.0.pos_embed.kernel")
+    video = position is not None and position.ndim == 5
+    source = Source(
+        arrays,
+        variant=dataclasses.replace(model.variant, structure_dim=0, stride=1, video=video),
+        model={"name": "UniFormer"},
+        num_classes=arrays["head.bias"].size if "head.bias" in arrays else 0,
+        class_names=None,
+        inputs=None,
+        where="the state dict",
+    )
+    own = split(model)[1]
+    rules = Rules(inflate=inflate, noise=noise, seed=seed)
+    adapted = adapt(source, own.params | own.batch_stats, model.variant, None, rules, strict=True)
+    for note in adapted.notes:
+        warnings.warn(note, stacklevel=2)
+    update(model, cast_like(own, adapted.arrays))
+    return model
+
+
+def inflate(kernel: np.ndarray, frames: int, how: str) -> np.ndarray:
+    """Return an image kernel with a window in time, [frames, *kernel.shape].
+
+    "average" spreads it evenly, as the released UniFormer does. "centre" puts it on the middle frame, so that
+    a clip of one repeated image gives the logits of that image.
+    """
+    if how == "average":
+        return np.repeat(kernel[None], frames, axis=0) / np.asarray(frames, kernel.dtype)
+    inflated = np.zeros((frames, *kernel.shape), kernel.dtype)
+    inflated[(frames - 1) // 2] = kernel
+    return inflated
 
 
 def _check_same(source: Source, variant: Variant) -> None:
+    """Raise UserError unless fitting can turn the model of the weights into this variant."""
     theirs = source.variant
     same = (*_SAME, "tubelet") if theirs.video and variant.video else _SAME
     if differ := [key for key in same if getattr(theirs, key) != getattr(variant, key)]:
@@ -174,38 +237,25 @@ def _fit(name: str, given: np.ndarray | None, own: np.ndarray, rules: Rules) -> 
         raise _MisfitError(f"missing {name}")
     if name == "pos_embed" and given.shape != own.shape:
         return Outcome(Action.RESIZED), _positions(given, own.shape)
-    if given.ndim + 1 == own.ndim and given.shape == own.shape[1:]:
+    if given.shape == own.shape[1:]:
         return Outcome(Action.INFLATED, f"by {rules.inflate}"), inflate(given, own.shape[0], rules.inflate)
-    _check_shape(name, given, own)
+    if given.shape != own.shape:
+        raise _misshapen(name, given, own)
     return Outcome(Action.KEPT), given
 
 
-def _check_shape(name: str, given: np.ndarray, own: np.ndarray) -> None:
-    if given.shape != own.shape:
-        raise _MisfitError(f"misshapen {name}: {given.shape} for {own.shape}")
-
-
-def inflate(kernel: np.ndarray, frames: int, how: str) -> np.ndarray:
-    """Return an image kernel with a window in time, [frames, *kernel.shape].
-
-    "average" spreads it evenly, as the released UniFormer does; "centre" puts it on the middle frame, so that
-    a still clip gives the logits of its image.
-    """
-    if how == "average":
-        return np.repeat(kernel[None], frames, axis=0) / np.asarray(frames, kernel.dtype)
-    inflated = np.zeros((frames, *kernel.shape), kernel.dtype)
-    inflated[(frames - 1) // 2] = kernel
-    return inflated
+def _misshapen(name: str, given: np.ndarray, own: np.ndarray) -> _MisfitError:
+    return _MisfitError(f"misshapen {name}: {given.shape} for {own.shape}")
 
 
 def _positions(given: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Return positions for another grid, resized as in the model; those of an image for every frame."""
+    """Return positions for another grid, resized as in the model; those of an image serve every frame."""
     inner = shape[len(shape) - given.ndim :]
     return np.broadcast_to(np.asarray(resize_positions(given, inner[:-1])), shape).copy()
 
 
 def _fit_structure(name: str, given: np.ndarray | None, own: np.ndarray, rules: Rules) -> _Fitted:
-    """Fit kernels of StructSA, [*window, heads, channels or 1, D]."""
+    """Fit structure kernels [*window, heads, channels or 1, D]."""
     outcome = None
     if given is None:
         if rules.kernels == "fresh":
@@ -218,7 +268,7 @@ def _fit_structure(name: str, given: np.ndarray | None, own: np.ndarray, rules: 
         outcome = Outcome(Action.INFLATED, f"by {rules.inflate}")
         given = inflate(given, own.shape[0], rules.inflate)
     elif given.ndim != own.ndim:
-        raise _MisfitError(f"misshapen {name}: {given.shape} for {own.shape}")
+        raise _misshapen(name, given, own)
     copies, rest = divmod(own.shape[-1], given.shape[-1])
     margins = [(n - k) / 2 for k, n in zip(given.shape[:-3], own.shape[:-3], strict=True)]
     grows = all(margin >= 0 and margin.is_integer() for margin in margins)
@@ -248,8 +298,9 @@ def _fold_scales(source: Source, fresh: Mapping[str, jax.Array]) -> tuple[Arrays
     arrays, outcomes = dict(source.arrays), dict[str, Outcome]()
     for name in [name for name in arrays if re.fullmatch(_SCALE, name) and name not in fresh]:
         block, _, which = name.rpartition(".")
-        last = {"gamma_1": "attn.proj" if f"{block}.attn.proj.kernel" in arrays else "attn.conv2"}
-        layer = f"{block}.{last.get(which, 'mlp.fc2')}"
+        layer = f"{block}.mlp.fc2"
+        if which == "gamma_1":
+            layer = f"{block}.attn.{'proj' if f'{block}.attn.proj.kernel' in arrays else 'conv2'}"
         scale = arrays.pop(name)
         bias = arrays.get(f"{layer}.bias")
         if bias is None or bias.shape != scale.shape or f"{layer}.kernel" not in arrays:
@@ -261,39 +312,40 @@ def _fold_scales(source: Source, fresh: Mapping[str, jax.Array]) -> tuple[Arrays
 
 
 class _Head(NamedTuple):
-    """The classes of the weights' head for those of the model."""
+    """How the classes of the weights become those of the model."""
 
     order: list[int] | None  # the weights' number of each of the model's classes; None to re-initialise
-    reason: str  # for re-initialising
-    notes: list[str]
+    reason: str = ""  # for re-initialising
+    notes: tuple[str, ...] = ()
 
 
 def _match_classes(source: Source, names: Sequence[str] | None, classes: int) -> _Head:
     if classes != source.num_classes:
-        return _Head(None, f"for {classes} classes instead of {source.num_classes}", [])
+        return _Head(None, f"for {classes} classes instead of {source.num_classes}")
     if names is None:
-        return _Head(list(range(classes)), "", [])
+        return _Head(list(range(classes)))
     if source.class_names is None:
         note = (
             f"warning: the head is not kept: {source.where} does not name its {classes} classes. To keep it,"
             " name them with structvit convert SOURCE DESTINATION --labels=FILE"
         )
-        return _Head(None, "as the weights do not name their classes", [note])
+        return _Head(None, "as the weights do not name their classes", (note,))
     if (order := class_names.match(names, source.class_names)) is not None:
-        return _Head(order, "", [])
+        return _Head(order)
     lacking, added = class_names.difference(names, source.class_names)
     note = (
         f"warning: the head is not kept: the weights have {classes} classes of other names than the data"
         f" (only the weights have {lacking}; only the data have {added})"
     )
-    return _Head(None, "for classes of other names", [note])
+    return _Head(None, "for classes of other names", (note,))
 
 
 def _fit_head(name: str, given: np.ndarray | None, own: np.ndarray, head: _Head) -> _Fitted:
     """Fit a head or dense head to the model's order of classes."""
     if head.order is None or given is None:
         return Outcome(Action.REINITIALISED, head.reason or "as the weights have none"), own
-    _check_shape(name, given, own)
+    if given.shape != own.shape:
+        raise _misshapen(name, given, own)
     is_same = head.order == list(range(len(head.order)))
     return Outcome(Action.KEPT if is_same else Action.REORDERED), given[..., head.order]
 

@@ -1,14 +1,13 @@
-"""The body of `structvit convert`: PyTorch weights to a checkpoint, one model's to another's, and back.
+"""The conversion behind `structvit convert`: between PyTorch files, checkpoints and models.
 
 It builds on checkpoints and recipes, so `structvit_jax.convert` does not import it.
 """
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import math
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 import ml_collections
@@ -16,11 +15,11 @@ import numpy as np
 from etils import epath
 
 import structvit_jax
-from structvit_jax.config import INPUTS, recipes
+from structvit_jax.config import recipes
 from structvit_jax.convert import weight_files
-from structvit_jax.convert.adapt import Rules, adapt
+from structvit_jax.convert.adapt import NOISE, Rules, adapt
 from structvit_jax.convert.array_names import to_torch
-from structvit_jax.convert.description import Description
+from structvit_jax.convert.description import Description, check_class_names
 from structvit_jax.convert.source import Source, read_released
 from structvit_jax.convert.weight_files import is_weights_file
 from structvit_jax.models import create_model
@@ -32,89 +31,67 @@ from structvit_jax.training.card import as_json, make_card
 from structvit_jax.training.checkpoint import FOLDER, Checkpoints, RetentionPolicy
 from structvit_jax.training.step import TrainState
 from structvit_jax.utils.errors import UserError
-from structvit_jax.utils.paths import is_bucket, parse_path
+from structvit_jax.utils.paths import check_local
 
 
-class Request(NamedTuple):
-    """The arguments of `structvit convert`."""
-
-    source: str
-    destination: str
-    model: str | None = None  # to fit the weights to; None keeps their own
-    data: str | None = None  # that released weights were trained on, see `structvit_jax.convert.RELEASED`
-    head_width: int | None = None  # 32 or 64, if both were released
-    weights: str | None = None  # "raw" or "ema", for files that hold both
-    labels: str | None = None  # a file with the class names
-    inflate: str = "average"  # image weights over time: "average" or "centre"
-    noise: float = Rules.noise  # deviation that sets equal structure kernels apart
-
-
-def convert(request: Request) -> None:
+def convert(
+    source: str,
+    destination: str,
+    *,
+    model: str | None = None,
+    data: str | None = None,
+    head_width: int | None = None,
+    weights: str | None = None,
+    labels: str | None = None,
+    inflate: str = "average",
+    noise: float = NOISE,
+) -> None:
     """Convert weights and print a summary.
+
+    Args:
+      source: a file of PyTorch weights, a run or a checkpoint.
+      destination: a new folder for a checkpoint, or a new file of PyTorch weights, on a local disk.
+      model: the model to fit the weights to; None keeps their own.
+      data: the data set of released weights, a name in `structvit_jax.convert.RELEASED`.
+      head_width: 32 or 64, if both were released.
+      weights: "raw" or "ema", for files that hold both.
+      labels: a file with the class names, one per line, in the order of the head.
+      inflate: how image weights are spread over time, see `structvit_jax.convert.adapt.inflate`.
+      noise: standard deviation of the noise in equal value kernels.
 
     Raises:
       UserError: a source that cannot be read or fitted, or a destination that cannot be written.
     """
-    if not 0 <= request.noise < math.inf:
-        raise UserError(f"--noise is {request.noise:g}; it needs to be finite and not negative")
-    with _create(request.destination) as path:
-        source = _read(request)
-        print(f"{source.where}: {source.model['name']}, {source.num_classes} classes")
-        if source.inputs:
-            print(f"  expects mean {source.inputs.mean}, std {source.inputs.std}, {source.inputs.channels}")
-        for note in source.notes:
+    if not 0 <= noise < math.inf:
+        raise UserError(f"--noise is {noise:g}; it needs to be finite and not negative")
+    check_local(destination)
+    with weight_files.create(destination) as path:
+        if is_weights_file(source):
+            given = read_released(source, model=model, data=data, head_width=head_width, which=weights)
+        elif data or head_width or weights:
+            raise UserError(
+                f"{source} is not a file of PyTorch weights (.pth, .safetensors); omit --data, --head_width"
+                " and --weights, which are for those"
+            )
+        else:
+            given = start.find_weights(source, make_mesh(-1, 1))
+        if labels:
+            given = _with_labels(given, labels)
+        print(f"{given.where}: {given.model['name']}, {given.num_classes} classes")
+        if given.inputs:
+            print(f"  expects mean {given.inputs.mean}, std {given.inputs.std}, {given.inputs.channels}")
+        for note in given.notes:
             print(f"  {note}")
-        if source.class_names is None:
+        if given.class_names is None:
             print("  note: its classes have no names, so training will not keep its head; give --labels=FILE")
-        model, weights = _fit(source, request)
-        write = _write_torch if is_weights_file(request.destination) else _write_checkpoint
-        write(path, source, model, weights)
-    print(f"written: {request.destination}")
+        arguments, fitted = _fit(given, model, Rules(inflate=inflate, noise=noise))
+        write = _write_torch if is_weights_file(destination) else _write_checkpoint
+        write(path, given, arguments, fitted)
+    print(f"written: {destination}")
 
 
-@contextlib.contextmanager
-def _create(destination: str) -> Iterator[str]:
-    """Yield the path to write to, after checking that it can be written; see `weight_files.create`.
-
-    A bucket cannot rename: there, a conversion is complete when its checkpoint is.
-    """
-    folder = parse_path(destination)
-    if not is_bucket(folder):
-        with weight_files.create(destination) as path:
-            yield path
-        return
-    if is_weights_file(destination):
-        raise UserError(f"{destination}: files of PyTorch weights are written to a disk; choose a local path")
-    with io_errors_as_user_error(folder):
-        if (folder / FOLDER).exists():
-            with Checkpoints(folder) as checkpoints:
-                if checkpoints.steps():
-                    raise UserError(f"{destination} already exists; choose another name")
-    yield destination
-
-
-def _read(request: Request) -> Source:
-    if is_weights_file(request.source):
-        source = read_released(
-            request.source,
-            model=request.model,
-            data=request.data,
-            head_width=request.head_width,
-            which=request.weights,
-        )
-    elif request.data or request.head_width or request.weights:
-        raise UserError(
-            f"{request.source} is not a file of PyTorch weights (.pth, .safetensors); omit --data,"
-            " --head_width and --weights, which are for those"
-        )
-    else:
-        source = start.find_weights(request.source, make_mesh(-1, 1))
-    if request.labels:
-        return source.with_class_names(_read_labels(request.labels), request.labels)
-    return source
-
-
-def _read_labels(path: str) -> list[str]:
+def _with_labels(source: Source, path: str) -> Source:
+    """Return the weights with the class names that a file lists, one per line."""
     try:
         text = epath.Path(path).expanduser().read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -123,18 +100,23 @@ def _read_labels(path: str) -> list[str]:
         ) from error
     except OSError as error:
         raise UserError(f"cannot read --labels={path}: {error.strerror or error}") from error
-    return [line.strip() for line in text.replace("\r", "\n").split("\n") if line.strip()]
+    lines = text.replace("\r", "\n").split("\n")
+    names = tuple(line.strip() for line in lines if line.strip())
+    try:
+        check_class_names(names, source.num_classes)
+    except UserError as error:
+        raise UserError(f"{path} does not fit {source.where}: {error}") from error
+    return dataclasses.replace(source, class_names=names, notes=(*source.notes, f"class names: {path}"))
 
 
-def _fit(source: Source, request: Request) -> tuple[dict[str, Any], Weights]:
+def _fit(source: Source, name: str | None, rules: Rules) -> tuple[dict[str, Any], Weights]:
     """Return the arguments of the model to write, and its weights."""
     arguments = source.model
-    if request.model:
+    if name:
         kept = {key: value for key, value in arguments.items() if key in ("head_width", "token_labels")}
-        arguments = kept | {"name": request.model}
+        arguments = {**kept, "name": name}
     model = create_model(**arguments, num_classes=source.num_classes)
     fresh = split(model)[1]
-    rules = Rules(inflate=request.inflate, noise=request.noise)
     adapted = adapt(source, fresh.params | fresh.batch_stats, model.variant, None, rules)
     for line in adapted.lines():
         print(f"  {line}")
@@ -170,5 +152,5 @@ def _recipe(source: Source, model: dict[str, Any]) -> ml_collections.ConfigDict:
     config.model.update(model)
     config.init_from = ""
     if source.inputs:
-        config.data.update({key: getattr(source.inputs, key) for key in INPUTS})
+        config.data.update(source.inputs._asdict())
     return config

@@ -1,29 +1,31 @@
 """The description beside exported weights: model, class names and inputs, so that reading needs no options.
 
-It is plain data, JSON in a .safetensors file and a dict in a .pth. A description that is read is validated
-against the arrays of its file.
+It is plain data: JSON in a .safetensors file, a dict in a .pth. Since a file may hold anything, a description
+that is read is validated against the arrays of its file.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from structvit_jax.models.variants import OVERRIDES, get_variant
 from structvit_jax.utils.errors import UserError
 
 # Fields that describe how a program runs, not the weights.
 _NOT_OF_WEIGHTS = ("dtype", "kernels", "remat")
+_FIELDS = ("name", *(field for field in OVERRIDES if field not in _NOT_OF_WEIGHTS))
 _LONGEST_NAME = 1000  # characters of a class name
-_LONGEST_ARGUMENT = 100
+_LONGEST_WORD = 100  # characters of an argument of a model
+_Triple = tuple[float, float, float]
 
 
 class Inputs(NamedTuple):
     """The inputs that weights expect."""
 
-    mean: tuple[float, float, float]  # subtracted from channels scaled to 0..1
-    std: tuple[float, float, float]  # then divided by
+    mean: _Triple  # subtracted from channels scaled to 0..1
+    std: _Triple  # then divided by
     channels: str = "rgb"  # or "bgr"
 
 
@@ -36,14 +38,11 @@ class Description(NamedTuple):
 
     def as_plain(self, version: str) -> dict[str, Any]:
         """Return the description in plain types, with the version of the package that writes it."""
-        model = {key: value for key, value in self.model.items() if key not in _NOT_OF_WEIGHTS}
         return {
             "version": version,
-            "model": {
-                key: list(value) if isinstance(value, tuple) else value for key, value in model.items()
-            },
-            "class_names": None if self.class_names is None else list(self.class_names),
-            "inputs": None if self.inputs is None else _plain_inputs(self.inputs),
+            "model": {key: value for key, value in self.model.items() if key in _FIELDS},
+            "class_names": self.class_names,
+            "inputs": self.inputs and self.inputs._asdict(),
         }
 
 
@@ -53,7 +52,7 @@ def parse(plain: Any, facts: Mapping[str, Any], classes: int) -> Description:
     Args:
       plain: see `Description.as_plain`; may be anything.
       facts: fields of the variant that the shapes of the file's arrays determine.
-      classes: outputs of the file's head.
+      classes: number of outputs of the file's head.
 
     Raises:
       UserError: a description that is malformed, or does not fit the arrays.
@@ -68,14 +67,11 @@ def parse(plain: Any, facts: Mapping[str, Any], classes: int) -> Description:
 
 
 def _parse_model(model: Any, facts: Mapping[str, Any]) -> dict[str, Any]:
-    fields = ("name", *OVERRIDES)
     if not isinstance(model, Mapping) or "name" not in model:
         raise UserError("its description does not name a model")
     if not isinstance(model["name"], str):
         raise UserError("its description has a name of the model that is not a string")
-    arguments = {
-        key: _parse_field(model[key]) for key in fields if key in model and key not in _NOT_OF_WEIGHTS
-    }
+    arguments = {key: _parse_field(model[key]) for key in _FIELDS if key in model}
     variant = get_variant(**arguments)
     for key, value in facts.items():
         described = getattr(variant, key)
@@ -92,7 +88,7 @@ def _parse_field(value: Any) -> Any:
     """Return a number, string or tuple of integers; lists of a few integers become tuples."""
     if isinstance(value, list | tuple) and len(value) <= 8 and all(type(item) is int for item in value):
         return tuple(value)
-    if isinstance(value, bool | int | float) or (isinstance(value, str) and len(value) <= _LONGEST_ARGUMENT):
+    if isinstance(value, bool | int | float) or (isinstance(value, str) and len(value) <= _LONGEST_WORD):
         return value
     raise UserError("its description has an argument of the model that is not a number, word or short list")
 
@@ -123,14 +119,9 @@ def _parse_inputs(inputs: Any) -> Inputs | None:
     try:
         mean, std = (tuple(map(float, inputs[key])) for key in ("mean", "std"))
         channels = inputs["channels"]
-        if len(mean) != 3 or len(std) != 3 or not all(map(math.isfinite, mean + std)) or min(std) <= 0:
-            raise ValueError
-        if channels not in ("rgb", "bgr"):
+        are_numbers = len(mean) == len(std) == 3 and all(map(math.isfinite, mean + std)) and min(std) > 0
+        if not are_numbers or channels not in ("rgb", "bgr"):
             raise ValueError
     except (TypeError, ValueError, KeyError, OverflowError) as error:
         raise UserError("its description of the inputs needs mean, std (above 0) and channels") from error
-    return Inputs(mean, std, channels)  # type: ignore[arg-type]
-
-
-def _plain_inputs(inputs: Inputs) -> dict[str, Any]:
-    return {"mean": list(inputs.mean), "std": list(inputs.std), "channels": inputs.channels}
+    return Inputs(cast(_Triple, mean), cast(_Triple, std), channels)

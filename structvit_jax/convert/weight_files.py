@@ -1,6 +1,6 @@
 """Files of PyTorch weights: .pth (and .pt, .bin, .tar) through torch, .safetensors without it.
 
-A file is untrusted: its code is never run, and sizes are checked before memory is allocated.
+Files are untrusted: code in them is never run, and sizes are checked before memory is allocated.
 """
 
 from __future__ import annotations
@@ -22,39 +22,37 @@ from structvit_jax.utils.errors import UserError, parse_json
 from structvit_jax.utils.paths import write_errors_as_user_error
 
 SAFETENSORS = ".safetensors"
-TORCH = (".pth", ".pt", ".bin", ".tar")
-SUFFIXES = (SAFETENSORS, *TORCH)
+SUFFIXES = (SAFETENSORS, ".pth", ".pt", ".bin", ".tar")
 DESCRIPTION = "structvit_jax"  # key beside the weights, see structvit_jax.convert.description
-RAW, AVERAGED = "raw", "ema"  # the trained weights, and their moving average
-# Names under which the authors' programs save weights. Their evaluation scripts load the raw ones.
-_PLACES = {RAW: ("model", "model_state", "state_dict"), AVERAGED: ("model_ema", "state_dict_ema")}
-_FLOATS = ("F16", "BF16", "F32", "F64")  # dtypes of safetensors
-_INTEGERS = ("I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64", "BOOL")  # for counters
+# Names under which the authors' programs save the trained weights and their moving average. Their evaluation
+# scripts load the former.
+_PLACES = {"raw": ("model", "model_state", "state_dict"), "ema": ("model_ema", "state_dict_ema")}
+_MEANING = {"raw": "raw", "ema": "averaged"}
+_DTYPES = {"F16", "BF16", "F32", "F64"}  # of safetensors; the others are for counters
+_DTYPES |= {"I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64", "BOOL"}
 _LONGEST_DESCRIPTION = 2**24  # characters
-_INSTALL = "pip install 'structvit_jax[torch]'"
 
 
 class StateDict(NamedTuple):
     """The weights in a file."""
 
-    arrays: dict[str, np.ndarray]  # PyTorch's keys to arrays in PyTorch's layout
-    place: str  # the name under which the file holds them; "" at the top level
-    other: str  # the name of the raw or averaged weights that were not taken; "" if there are none
-    description: Any  # plain data beside them, not validated; None if there are none
-    kind: str = RAW  # or AVERAGED
+    arrays: dict[str, np.ndarray]  # PyTorch's keys to arrays in PyTorch's layout; floating point is float32
+    place: str = ""  # the name under which the file holds them; "" at the top level
+    note: str = ""  # which weights these are, if the file holds raw and averaged ones
+    description: Any = None  # plain data beside them, not validated; None if there are none
 
 
 def is_weights_file(path: str) -> bool:
-    """Return whether a path names a file of PyTorch weights, not a run or checkpoint."""
+    """Return whether a path names a file of PyTorch weights, rather than a run or checkpoint."""
     return str(path).endswith(SUFFIXES)
 
 
 def read(path: str, which: str | None = None) -> StateDict:
-    """Read the weights in a file. No code in it is run: only tensors and plain containers are loaded.
+    """Read the weights in a file. Only tensors and plain containers are loaded.
 
     Args:
       path: the file.
-      which: RAW or AVERAGED, for files that hold both; None prefers the raw weights.
+      which: "raw" or "ema", for files that hold both; None prefers the raw weights.
 
     Raises:
       UserError: no such file, a file that is damaged or holds something else, or torch is missing.
@@ -62,18 +60,18 @@ def read(path: str, which: str | None = None) -> StateDict:
     path = os.path.expanduser(path)
     if not os.path.isfile(path):
         raise UserError(f"no file {path}")
+    place = note = ""
     if path.endswith(SAFETENSORS):
-        arrays, description = _read_safetensors(path)
-        place, other, kind = "", "", RAW
-        if which == AVERAGED:
+        if which == "ema":
             raise UserError(f"{path} holds one set of weights; omit --weights")
+        arrays, description = _read_safetensors(path)
     else:
         content = _load_torch(path)
-        place, other, kind = _choose(path, content, which)
+        place, note = _choose(path, content, which)
         arrays = _to_numpy(path, content[place] if place else content)
         description = content.get(DESCRIPTION) if place else None
     arrays = {key.removeprefix("module."): array for key, array in arrays.items()}
-    return StateDict(arrays, place, other, description, kind)
+    return StateDict(arrays, place, note, description)
 
 
 def write(
@@ -84,7 +82,7 @@ def write(
     Args:
       path: the file, which is overwritten; see `create`.
       state_dict: PyTorch's keys to arrays in PyTorch's layout.
-      description: plain data that is saved beside them.
+      description: plain data to save beside them.
 
     Raises:
       UserError: torch is missing, or the file cannot be written.
@@ -98,20 +96,16 @@ def write(
                 metadata[DESCRIPTION] = json.dumps(description)
             arrays = {key: np.asarray(array) for key, array in state_dict.items()}
             Path(path).write_bytes(safetensors.numpy.save(arrays, metadata))
-        else:
-            torch = _torch()
-            content: dict[str, Any] = {
-                "model": {k: torch.from_numpy(np.array(a)) for k, a in state_dict.items()}
-            }
-            if description is not None:
-                content[DESCRIPTION] = description
-            try:
-                with open(path, "wb") as file:
-                    torch.save(content, file)
-            except RuntimeError as error:  # torch's, for a full disk
-                raise UserError(
-                    f"{path} cannot be written: {_one_line(error)}; choose another place"
-                ) from error
+            return
+        torch = _torch()
+        content: dict[str, Any] = {"model": {k: torch.from_numpy(np.array(a)) for k, a in state_dict.items()}}
+        if description is not None:
+            content[DESCRIPTION] = description
+        try:
+            with open(path, "wb") as file:
+                torch.save(content, file)
+        except RuntimeError as error:  # how torch reports a full disk
+            raise UserError(f"{path} cannot be written: {_one_line(error)}; choose another place") from error
 
 
 @contextlib.contextmanager
@@ -121,12 +115,11 @@ def create(path: str) -> Iterator[str]:
     Remains of an earlier process that was killed are removed first. If the body raises, nothing is left.
 
     Raises:
-      UserError: `path` exists, or cannot be written; at once, before the body runs.
+      UserError: `path` exists, or cannot be written; before the body runs.
     """
     final = Path(os.path.expanduser(path))
     part = final.with_name(f".part-{final.name}")
-    if os.path.lexists(final):
-        raise UserError(f"{path} already exists; choose another name")
+    _check_absent(final)
     with write_errors_as_user_error(path):
         final.parent.mkdir(parents=True, exist_ok=True)
         _remove(part)
@@ -134,13 +127,17 @@ def create(path: str) -> Iterator[str]:
         part.unlink()
     try:
         yield str(part)
-        if os.path.lexists(final):
-            raise UserError(f"{path} already exists; choose another name")
+        _check_absent(final)
         with write_errors_as_user_error(path):
             part.rename(final)
     finally:
         with contextlib.suppress(OSError):
             _remove(part)
+
+
+def _check_absent(path: Path) -> None:
+    if os.path.lexists(path):
+        raise UserError(f"{path} already exists; choose another name")
 
 
 def _remove(path: Path) -> None:
@@ -151,7 +148,7 @@ def _remove(path: Path) -> None:
 
 
 def _read_safetensors(path: str) -> tuple[dict[str, np.ndarray], Any]:
-    """Return the arrays and the description; the library checks the header against the file size."""
+    """Return the arrays and the description. The library checks the header against the size of the file."""
     import safetensors
 
     try:
@@ -160,58 +157,64 @@ def _read_safetensors(path: str) -> tuple[dict[str, np.ndarray], Any]:
             if not dtypes:
                 raise UserError(f"{path} holds no weights: it is empty")
             for key, dtype in dtypes.items():
-                if dtype not in (*_FLOATS, *_INTEGERS):
+                if dtype not in _DTYPES:
                     raise _unsuitable(path, key, f"{dtype} numbers")
-            metadata = file.metadata() or {}
-            arrays = {key: _single(file.get_tensor(key)) for key in dtypes}
+            text = (file.metadata() or {}).get(DESCRIPTION)
+            arrays = {key: _as_float32(file.get_tensor(key)) for key in dtypes}
+    except UserError:
+        raise
     except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(f"{path} cannot be read: {_one_line(error)}") from error
-    return arrays, _parse(path, metadata[DESCRIPTION]) if DESCRIPTION in metadata else None
-
-
-def _parse(path: str, text: str) -> Any:
+    if text is None:
+        return arrays, None
     try:
         if len(text) > _LONGEST_DESCRIPTION:
             raise ValueError("it is too long")
-        return parse_json(text)
+        return arrays, parse_json(text)
     except ValueError as error:
         raise UserError(
             f"{path}: its metadata {DESCRIPTION!r} is not valid JSON: {_one_line(error)}"
         ) from error
 
 
-def _choose(path: str, content: Any, which: str | None) -> tuple[str, str, str]:
-    """Return the name of the state dict in a .pth, the name of the other one, and the kind of the former."""
+def _choose(path: str, content: Any, which: str | None) -> tuple[str, str]:
+    """Return the name of the state dict in a .pth, "" for the top level, and a note if there is another."""
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds no weights: a {type(content).__name__}")
     places = {
         kind: next((name for name in names if isinstance(content.get(name), Mapping)), "")
         for kind, names in _PLACES.items()
     }
-    kind = which or (RAW if places[RAW] or not places[AVERAGED] else AVERAGED)
-    place, other = places[kind], places[AVERAGED if kind == RAW else RAW]
-    if not place and (which == AVERAGED or other):
+    kind = which or ("raw" if places["raw"] or not places["ema"] else "ema")
+    other_kind = "ema" if kind == "raw" else "raw"
+    place, other = places[kind], places[other_kind]
+    if not place and (which == "ema" or other):
         held = f"it has {other!r}" if other else "it holds one set of weights"
         raise UserError(f"{path} has no {which} weights ({held}); omit --weights")
     if not (content[place] if place else content):
-        raise UserError(f"{path} holds no weights: {_what(content)}")
-    return place, other, kind
+        keys = ", ".join(map(str, list(content)[:5])) or "nothing in it"
+        raise UserError(f"{path} holds no weights: a mapping with {keys}")
+    note = (
+        f"weights: {place!r}, the {_MEANING[kind]} ones; the file also holds {other!r}, the"
+        f" {_MEANING[other_kind]} ones, which structvit convert takes with --weights={other_kind}"
+    )
+    return place, note if other else ""
 
 
 def _torch() -> Any:
     try:
         import torch
     except ImportError as error:
-        raise UserError(f"reading and writing .pth needs torch: {_INSTALL}; or use .safetensors") from error
+        raise UserError(
+            "reading and writing .pth needs torch: pip install 'structvit_jax[torch]'; or use .safetensors"
+        ) from error
     return torch
 
 
 def _load_torch(path: str) -> Any:
     """Load tensors and plain containers.
 
-    torch's own error messages are not repeated: they suggest running the code in the file.
+    torch's own error messages are not repeated, because they suggest running the code in the file.
     """
     torch = _torch()
     try:
@@ -221,8 +224,13 @@ def _load_torch(path: str) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
-    except Exception as error:  # of whatever type: the file may hold anything
-        raise UserError(f"{path} cannot be read: {_why(error)}") from error
+    except Exception as error:  # damaged files raise errors of any type
+        reason = "it is damaged, or holds something other than PyTorch weights"
+        if isinstance(error, OSError) and error.strerror:
+            reason = error.strerror
+        elif named := re.search(r"GLOBAL ([\w.]{1,100})", str(error)):
+            reason = f"it holds objects other than weights, which are not loaded: {named[1]}"
+        raise UserError(f"{path} cannot be read: {reason}") from error
 
 
 def _check_archive(path: str) -> None:
@@ -233,14 +241,6 @@ def _check_archive(path: str) -> None:
                 f"{path} cannot be read: it is a compressed archive or a TorchScript program; save a"
                 " state_dict() with torch.save"
             )
-
-
-def _why(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    if named := re.search(r"GLOBAL ([\w.]{1,100})", str(error)):
-        return f"it holds objects other than weights, which are not loaded: {named[1]}"
-    return "it is damaged, or holds something other than PyTorch weights"
 
 
 def _to_numpy(path: str, state_dict: Mapping[Any, Any]) -> dict[str, np.ndarray]:
@@ -258,7 +258,7 @@ def _to_numpy(path: str, state_dict: Mapping[Any, Any]) -> dict[str, np.ndarray]
         raise UserError(f"{path} cannot be read: its tensors have {size:,} bytes, more than the file")
     for key, value in state_dict.items():
         value = value.detach()
-        arrays[key] = _single((value.float() if value.is_floating_point() else value).numpy())
+        arrays[key] = _as_float32((value.float() if value.is_floating_point() else value).numpy())
     return arrays
 
 
@@ -281,13 +281,9 @@ def _unsuitable(path: str, key: str, what: str) -> UserError:
     )
 
 
-def _single(array: np.ndarray) -> np.ndarray:
-    """Return floating-point numbers as float32, all others as they are."""
+def _as_float32(array: np.ndarray) -> np.ndarray:
+    """Return floating-point numbers (V is bfloat16) as float32, all others as they are."""
     return array.astype(np.float32, copy=False) if array.dtype.kind in "fV" else array
-
-
-def _what(content: Mapping[Any, Any]) -> str:
-    return f"a mapping with {', '.join(map(str, list(content)[:5])) or 'nothing in it'}"
 
 
 def _one_line(error: Exception) -> str:

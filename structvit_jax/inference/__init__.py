@@ -1,1 +1,1 @@
-"""Use a trained model: load it, predict, export, write label maps, convert its weights."""
+"""Use trained models: load them, predict, write label maps and export."""

@@ -13,8 +13,7 @@ from tqdm import tqdm
 from structvit_jax import data
 from structvit_jax.data.label_maps import LabelMapWriter, check_destination, digest
 from structvit_jax.models.weights import Weights, sha256, split
-from structvit_jax.runtime.mesh import check_batch
-from structvit_jax.runtime.sharding import batch_sharding
+from structvit_jax.runtime.mesh import batch_sharding, check_batch
 from structvit_jax.training.evaluation import StepRunner
 from structvit_jax.training.learner import Learner
 from structvit_jax.training.restore import open_checkpoint, rereading

@@ -14,7 +14,6 @@ from structvit_jax.config import INPUTS
 from structvit_jax.inference.trained import TrainedModel
 from structvit_jax.ops import use_kernels
 from structvit_jax.runtime import storage
-from structvit_jax.runtime.storage import check_replaceable
 from structvit_jax.utils.errors import check_choice
 from structvit_jax.utils.paths import parse_path, write_errors_as_user_error
 
@@ -25,10 +24,10 @@ _SAMPLING = ("frames", "stride", "sampling", "size", "crop_fraction", "test_clip
 
 
 def export(trained: TrainedModel, platforms: Sequence[str] = _USUAL) -> jax.export.Exported:
-    """Export the program: uint8 [batch, [time,] height, width, 3] -> logits, float32 [batch, classes].
+    """Return a program that maps uint8 [batch, [time,] height, width, 3] to logits, float32 [batch, classes].
 
-    It normalises the pixels. Its operations are plain JAX and slower than here, because the package's kernels
-    in C++ and for TPUs are not available where the program is loaded.
+    It normalises the pixels. It is slower than the model in this package, because it consists of plain JAX
+    operations: the kernels of this package are not available where it is loaded.
 
     Raises:
       UserError: an unknown platform.
@@ -46,7 +45,7 @@ def export(trained: TrainedModel, platforms: Sequence[str] = _USUAL) -> jax.expo
 
 
 def card(trained: TrainedModel, program: jax.export.Exported, content: bytes) -> dict[str, Any]:
-    """Return the card of a program: how to run it, its inputs and outputs, and its origin."""
+    """Return the card of a program, which describes how to run it, its inputs and outputs, and its origin."""
     data = trained.config.data
     axes = ["batch", *["time"] * (data.frames > 0), "height", "width", "channels"]
     return {
@@ -72,11 +71,11 @@ def card(trained: TrainedModel, program: jax.export.Exported, content: bytes) ->
 
 def check_output(path: str) -> None:
     """Raise UserError if the path of a program exists and is not a regular file."""
-    check_replaceable(parse_path(path))
+    storage.check_replaceable(parse_path(path))
 
 
 def write(trained: TrainedModel, path: str, platforms: Sequence[str] = _USUAL) -> str:
-    """Write a program and its card; return one line about them.
+    """Write a program and its card; return a line that describes them.
 
     Raises:
       UserError: an unknown platform, or a path that cannot be written.

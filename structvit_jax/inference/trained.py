@@ -31,8 +31,7 @@ from structvit_jax.data.types import AugmentOptions, Batch, DataOptions
 from structvit_jax.models import Network, create_model
 from structvit_jax.models.variants import counterpart
 from structvit_jax.models.weights import Weights, split, update
-from structvit_jax.runtime.mesh import fitting_batch, make_mesh, single_device_mesh
-from structvit_jax.runtime.sharding import state_sharding
+from structvit_jax.runtime.mesh import fitting_batch, make_mesh, single_device_mesh, state_sharding
 from structvit_jax.training.card import from_card
 from structvit_jax.training.evaluation import StepRunner, probabilities
 from structvit_jax.training.restore import open_checkpoint, rereading
@@ -42,12 +41,12 @@ from structvit_jax.training.step import make_eval_step, make_features_step, norm
 class Prediction(NamedTuple):
     """The outputs of a model for one example."""
 
-    id: str  # its path; for a part of a file with the seconds, "clip.mp4#0-10"
-    problem: str  # why it could not be read; "" if it could
+    id: str  # its path; a part of a file has its seconds, as "clip.mp4#0-10"
+    problem: str  # why it could not be read; "" if it was
     class_names: tuple[str, ...]
-    scores: np.ndarray  # float32 [classes], the mean over views of logits or probabilities
-    probabilities: np.ndarray  # float32 [classes], the softmax of the scores if they are logits
-    features: np.ndarray | None  # float32 [views, width], before the head, if requested
+    scores: np.ndarray  # float32 [classes], logits or probabilities, averaged over views
+    probabilities: np.ndarray  # float32 [classes], the softmax of the scores if these are logits
+    features: np.ndarray | None  # float32 [views, width], the inputs of the head, if requested
     notes: tuple[data.Problem, ...] = ()  # frames that were replaced or repeated
 
     def best(self, count: int = 5) -> list[tuple[str, float]]:
@@ -57,17 +56,17 @@ class Prediction(NamedTuple):
 
 
 class Example(NamedTuple):
-    """A file or test example, as model inputs and as recorded."""
+    """A file or test example: the inputs of the model, and the frames from which they were cut."""
 
     views: np.ndarray  # uint8 [views, *input shape], as in an evaluation
-    frames: np.ndarray  # uint8 [time, height, width, 3], RGB; frames of the middle view, uncropped
-    crop: Crop  # the part of the frames in the middle view
+    frames: np.ndarray  # uint8 [time, height, width, 3], RGB; uncropped frames of the middle view
+    crop: Crop  # the region of the frames that the middle view shows
     true_class: str  # "" if unknown
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TrainedModel:
-    """A network with trained weights, its configuration and its classes."""
+    """A network with trained weights, its configuration and its class names."""
 
     network: Network  # in evaluation mode
     config: ml_collections.ConfigDict
@@ -102,7 +101,7 @@ class TrainedModel:
         return data.load(self.config.data, self.config.augment, self.config.train.seed).test.source
 
     def read(self, path: str) -> np.ndarray:
-        """Read the views of a file or of test:N, as in an evaluation: uint8 [views, *input shape].
+        """Return the views of a file or of test:N, as in an evaluation: uint8 [views, *input shape].
 
         Raises:
           DecodeError: it cannot be read.
@@ -120,7 +119,7 @@ class TrainedModel:
         return Example(reader.test(0)["inputs"], *reader.uncropped(0), source.true_class(0))
 
     def normalized(self, pixels: np.ndarray | jax.Array) -> jax.Array:
-        """Normalise uint8 pixels for the network: float32."""
+        """Return uint8 pixels as inputs of the network: normalised, float32."""
         return normalize(jnp.asarray(pixels), self.config)
 
     def scores(self, views: np.ndarray) -> np.ndarray:
@@ -145,12 +144,12 @@ class TrainedModel:
     ) -> Iterator[Prediction]:
         """Yield predictions for files and for all files in folders, in the order in which they are read.
 
-        A batch has config.eval.batch_size examples of config.data.test_clips x test_crops views each.
+        A batch has config.eval.batch_size examples with config.data.test_clips x test_crops views each.
 
         Args:
           paths: files and folders.
-          every: cut longer videos into parts of so many seconds; 0 cuts none.
-          features: also return the features before the head.
+          every: predict for each part of so many seconds of a longer video; 0 does not cut videos.
+          features: also return the inputs of the head.
 
         Raises:
           UserError: a folder without files that the model takes.
@@ -187,7 +186,7 @@ class TrainedModel:
         return jax.device_put(weights, state_sharding(mesh, weights))
 
     def _runner(self, kind: str, mesh: Mesh) -> StepRunner:
-        """Return the step for "scores" or "features"; it keeps its compiled programs."""
+        """Return the step for "scores" or "features", which keeps its compiled programs."""
         if (kind, mesh) not in self._runners:
             make = {"scores": make_eval_step, "features": make_features_step}[kind]
             structure, weights = split(self.network)
@@ -197,13 +196,13 @@ class TrainedModel:
 
 @rereading
 def load_trained(checkpoint: str, config: ml_collections.ConfigDict | None = None) -> TrainedModel:
-    """Load the model of a checkpoint of this package.
+    """Load the model of a checkpoint.
 
-    It has the moving average of the weights if there is one and config.eval.ema is set.
+    Its weights are their moving average if the checkpoint has one and config.eval.ema is set.
 
     Args:
-      checkpoint: RUN/checkpoints/STEP, or RUN for its latest.
-      config: replaces the configuration of the card, for example with other views or another size.
+      checkpoint: RUN/checkpoints/STEP, or RUN for its latest checkpoint.
+      config: replaces the configuration of the checkpoint, for example with other views or another size.
 
     Raises:
       UserError: no checkpoint, a damaged one, or a configured model that differs from the saved one.

@@ -1,1 +1,1 @@
-"""Devices, processes, signals, locks and files: what a run needs besides its model."""
+"""What a run needs besides its model: devices, processes, signals, locks and files."""

@@ -1,4 +1,4 @@
-"""Folders for compiled machine code that only this user can write."""
+"""Private cache folders for compiled code."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from pathlib import Path
 
 
 def user_folder(name: str) -> tuple[Path | None, str]:
-    """Create and return a private folder in the user's cache; without one, return None and the reason.
+    """Create a private folder in the user's cache; return it, or None and the reason why there is none.
 
     Code is loaded from these folders, so nobody else may write there: the folder belongs to this user, has
     mode 0700, and no folder above it is writable by everybody.
 
     Args:
-      name: of the folder, below `structvit_jax` in XDG_CACHE_HOME, by default ~/.cache.
+      name: the folder is XDG_CACHE_HOME/structvit_jax/`name`; XDG_CACHE_HOME is ~/.cache by default.
     """
     root = os.environ.get("XDG_CACHE_HOME", "")
     if not os.path.isabs(root):
         root = os.path.expanduser("~/.cache")
-    if not os.path.isabs(root):  # HOME is unset, and this user is unknown
+    if not os.path.isabs(root):  # HOME is not set, and the user has no entry in the password database
         return None, "there is no home folder; set XDG_CACHE_HOME"
     folder = Path(root, "structvit_jax", name)
     try:

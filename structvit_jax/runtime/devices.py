@@ -1,9 +1,8 @@
-"""Select devices before JAX opens them, and decide where compiled programs are cached."""
+"""Select the devices of a run and the cache of compiled programs, before JAX opens a device."""
 
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from importlib.metadata import entry_points
@@ -16,15 +15,15 @@ from structvit_jax.utils.errors import UserError
 
 
 def select_devices(device: str) -> None:
-    """Apply config.mesh.device, before JAX opens any device.
+    """Apply config.mesh.device. Call it before JAX opens a device.
 
     Raises:
-      UserError: the device is not available, or JAX does not see an NVIDIA GPU of this machine although the
-        CPU was not asked for.
+      UserError: the device is not available; or this machine has an NVIDIA GPU that JAX does not see, and the
+        CPU was not requested.
     """
     wants_cpu = device == "cpu" or os.environ.get("JAX_PLATFORMS") == "cpu"
     if wants_cpu or not (entry_points(group="jax_plugins") or find_spec("libtpu")):
-        process.keep_freed_memory()  # before JAX starts threads, which keep the allocator that they find
+        process.keep_freed_memory()
     if device != "auto":
         jax.config.update("jax_platforms", {"gpu": "cuda"}.get(device, device))
     try:
@@ -41,21 +40,18 @@ def select_devices(device: str) -> None:
 
 
 def _has_nvidia_gpu() -> bool:
-    command = shutil.which("nvidia-smi")
-    if command is None:
-        return False
     try:
-        listing = subprocess.run([command, "-L"], capture_output=True, text=True, timeout=20)
+        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
         return False
     return listing.returncode == 0 and "GPU" in listing.stdout
 
 
 def use_compilation_cache(folder: str) -> None:
-    """Apply config.mesh.compilation_cache: later runs load from this folder what was compiled before.
+    """Apply config.mesh.compilation_cache, the folder in which later runs find compiled programs.
 
-    JAX runs the programs in it unchecked. So "auto" is a folder that only this user can write, or the one
-    that JAX_COMPILATION_CACHE_DIR names; if there is neither, nothing is cached.
+    JAX runs these programs unchecked. So "auto" is the folder that JAX_COMPILATION_CACHE_DIR names, or else
+    one that only this user can write. If there is neither, nothing is cached.
     """
     if folder == "auto" and not (folder := os.environ.get("JAX_COMPILATION_CACHE_DIR", "")):
         private, problem = cache.user_folder("compiled")
@@ -66,7 +62,7 @@ def use_compilation_cache(folder: str) -> None:
 
 
 def describe_devices() -> str:
-    """Return the number and kind of devices, the number of processes and JAX's version, for a log line."""
+    """Describe the devices, the number of processes and JAX's version in one line."""
     devices, processes = jax.devices(), jax.process_count()
     several = f" in {processes} processes" if processes > 1 else ""
     return (

@@ -1,4 +1,4 @@
-"""SHA-256 digests of all files in a folder, stored in it. Orbax itself does not detect flipped bytes."""
+"""SHA-256 digests of the files of a checkpoint, stored in its folder. Orbax does not detect flipped bytes."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def find_damage(folder: epath.Path, part: str = "") -> str:
     """Compare the files of a folder with its digests; return the first problem, "" if there is none.
 
     Args:
-      folder: with digests.
-      part: beginning of the names to compare, as "card/"; "" compares all.
+      folder: the folder, in which `write_digests` has stored the digests.
+      part: compare only files whose names start with this, for example "card/".
 
     Raises:
-      UserError: a file cannot be read for lack of permission, which is no damage.
+      UserError: permissions forbid reading a file, which is not damage.
     """
     try:
         written = read_json(folder / FILE)
@@ -69,5 +69,5 @@ def _digests(folder: epath.Path, names: list[str]) -> dict[str, str]:
                 value.update(chunk)
         return value.hexdigest()
 
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:  # requests to a bucket have a high latency
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:  # to hide the latency of a bucket
         return dict(zip(names, pool.map(digest, names), strict=True))

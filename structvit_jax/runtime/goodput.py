@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import re
 import time
-from typing import Any, NamedTuple
 
 from etils import epath
 
@@ -15,39 +13,32 @@ FILE = "goodput.json"
 # "lost" is the time of steps that a kill undid and that are repeated.
 ACTIVITIES = ("start", "restore", "compile", "input", "step", "evaluate", "save", "lost")
 _REMEMBERED = 20  # latest saves; the next session starts at one of them
+_LONGEST = 1e15  # seconds; a file with more is damaged
 _HALF_LIFE = 60.0  # seconds of training after which the weight of a measurement halves
 _SETTLED_STEPS, _SETTLED_SECONDS = 50, 60.0  # either is enough to judge the time spent waiting for data
 _HIGH_DATA_WAIT = 0.3  # fraction of the time in steps
 
 
-class _Saved(NamedTuple):
-    """The content of a goodput file."""
+def _read(workdir: epath.Path) -> tuple[dict[str, float], dict[int, float], int]:
+    """Return the seconds by activity, the useful seconds before each save by step, and the session count.
 
-    seconds: dict[str, float]  # by activity
-    sessions: int
-    at_save: dict[str, float]  # useful seconds before each save, by step
-
-
-def _read(workdir: epath.Path) -> _Saved:
-    """Read the file of a workdir; missing or invalid values are dropped."""
+    A missing or damaged file counts as empty.
+    """
     try:
-        found = read_json(workdir / FILE) or {}
-    except OSError:
-        found = {}
-    sessions = found.get("sessions")
-    seconds = {name: s for name, s in _times(found.get("seconds")).items() if name in ACTIVITIES}
-    saved = {step: s for step, s in _times(found.get("at_save")).items() if re.fullmatch("[0-9]{1,15}", step)}
-    return _Saved(seconds, sessions if isinstance(sessions, int) else 0, saved)
-
-
-def _times(value: Any) -> dict[str, float]:
-    items = value.items() if isinstance(value, dict) else ()
-    return {k: float(s) for k, s in items if isinstance(s, int | float) and 0 <= s < 1e15}
+        content = read_json(workdir / FILE) or {}
+        seconds = {name: float(content["seconds"].get(name, 0)) for name in ACTIVITIES}
+        at_save = {int(step): float(useful) for step, useful in content["at_save"].items()}
+        sessions = int(content["sessions"])
+    except (OSError, KeyError, TypeError, ValueError, AttributeError, OverflowError):
+        return {}, {}, 0
+    if not all(0 <= value < _LONGEST for value in (*seconds.values(), *at_save.values(), sessions)):
+        return {}, {}, 0
+    return seconds, at_save, sessions
 
 
 def seconds_of(workdir: epath.Path) -> dict[str, float]:
     """Return the seconds that a run has spent in each activity, over all restarts; {} if unknown."""
-    return _read(workdir).seconds
+    return _read(workdir)[0]
 
 
 def wall_seconds(workdir: epath.Path) -> float:
@@ -56,26 +47,29 @@ def wall_seconds(workdir: epath.Path) -> float:
 
 
 class Goodput:
-    """Counts the seconds per activity. Exactly one activity runs at a time; `switch` starts the next."""
+    """Count the seconds of each activity. One activity runs at a time; `switch` starts the next."""
 
     def __init__(self, workdir: epath.Path, started: float | None = None):
-        """Args: `workdir`; `started`, the time.monotonic of the start of this session, by default now."""
-        old = _read(workdir)
-        self._path = workdir / FILE
-        self._seconds = dict.fromkeys(ACTIVITIES, 0.0) | old.seconds
-        self._at_save = old.at_save
-        self._sessions = old.sessions + 1
+        """Continue the count of a workdir.
+
+        Args:
+          workdir: of the run.
+          started: when this session started, by time.monotonic; by default now.
+        """
+        seconds, self._at_save, sessions = _read(workdir)
+        self._path, self._sessions = workdir / FILE, sessions + 1
+        self._seconds = dict.fromkeys(ACTIVITIES, 0.0) | seconds
         self._activity, self._since = "start", time.monotonic() if started is None else started
 
     def resume(self, step: int) -> None:
         """Count the steps of earlier sessions after `step` as lost."""
         useful = self._useful()
-        kept = min(useful, self._at_save.get(str(step), 0.0 if step == 0 else useful))
+        kept = min(useful, self._at_save.get(step, useful if step else 0.0))
         for activity in ("step", "input"):
             fraction = self._seconds[activity] / useful if useful else 0.0
             self._seconds["lost"] += fraction * (useful - kept)
             self._seconds[activity] -= fraction * (useful - kept)
-        self._at_save = {key: seconds for key, seconds in self._at_save.items() if int(key) <= step}
+        self._at_save = {key: seconds for key, seconds in self._at_save.items() if key <= step}
 
     def switch(self, activity: str) -> None:
         """End the current activity and start another."""
@@ -85,7 +79,7 @@ class Goodput:
 
     def saved(self, step: int) -> None:
         """Record that the steps up to `step` are saved."""
-        self._at_save[str(step)] = self._useful()
+        self._at_save[step] = self._useful()
         self._at_save = dict(list(self._at_save.items())[-_REMEMBERED:])
 
     def write(self) -> None:
@@ -108,10 +102,18 @@ class Goodput:
 
 
 class Progress:
-    """A moving average of the step rate, weighted by time. It excludes compilation, evaluations and saves."""
+    """The recent speed of training steps, without compilation, evaluations and saves.
+
+    Averages are weighted by time: the weight of a measurement halves every minute of training.
+    """
 
     def __init__(self, workers: int, cores: int):
-        """Args: `workers`, config.data.workers; `cores`, the CPU cores available to this process."""
+        """Start to measure.
+
+        Args:
+          workers: config.data.workers.
+          cores: CPU cores available to this process.
+        """
         self._workers, self._cores = workers, cores
         self._steps = self._seconds = self._waited = 0.0
         self._all_steps, self._all_seconds = 0, 0.0
@@ -136,9 +138,9 @@ class Progress:
         if self._advised or not settled or fraction <= _HIGH_DATA_WAIT:
             return None
         self._advised = True
-        # As many workers as keep up with the steps, if reading scales with them.
+        # As many workers as keep up with the steps, if the speed of reading scales with them.
         wanted = math.ceil(max(self._workers, 1) / max(1 - fraction, 1e-6))
-        workers, cores = min(wanted, self._cores), _cores(self._cores)
+        workers, cores = min(wanted, self._cores), f"{self._cores} CPU core{'s' * (self._cores > 1)}"
         problem = f"note: {fraction:.0%} of the time in steps is spent waiting for data"
         if workers > max(self._workers, 1):
             return f"{problem}; try --config.data.workers={workers} (now {self._workers}, {cores} available)"
@@ -146,7 +148,3 @@ class Progress:
             f"{problem}, and config.data.workers={self._workers} already uses the {cores} available; store"
             " smaller images or clips, augment less, or use a machine with more cores"
         )
-
-
-def _cores(count: int) -> str:
-    return f"{count} CPU core{'s' * (count > 1)}"

@@ -21,11 +21,12 @@ from typing import Any, NoReturn
 import jax
 
 from structvit_jax.runtime import processes
-from structvit_jax.utils.errors import EXIT_RESUMABLE, Stopped, UserError
+from structvit_jax.utils.errors import EXIT_INTERRUPTED, EXIT_RESUMABLE, Stopped, UserError
 
+# Keys in JAX's key-value store, each followed by the number of a process.
 _NAME, _FAILED, _ALIVE = (f"structvit_jax/{what}/" for what in ("name", "failed", "alive"))
-_DONE = "done"
-_GRACE = 3.0  # seconds that the others have to read why a process fails
+_DONE = "done"  # the last heartbeat of a process that has finished
+_GRACE = 3.0  # seconds in which the other processes read why one has failed
 
 
 @contextlib.contextmanager
@@ -62,7 +63,7 @@ class _Watch:
     def __init__(self, heartbeat: int):
         state = processes.distributed()
         self._store: Any = state.client  # JAX's key-value store, which process 0 holds
-        self._patience, self._pause = heartbeat, min(1.0, heartbeat / 10)
+        self._timeout, self._pause = heartbeat, min(1.0, heartbeat / 10)
         self._me, self._count = state.process_id, state.num_processes
         name = f"process {self._me} of {self._count} (host {socket.gethostname()}, pid {os.getpid()})"
         self._store.key_value_set(f"{_NAME}{self._me}", name)
@@ -72,8 +73,9 @@ class _Watch:
             self._names = [self._store.blocking_key_value_get(key, wait) for key in keys]
         except jax.errors.JaxRuntimeError:
             processes.give_up(f"{processes.JOIN_TIMEOUT} s")
-        # The last heartbeat by key, and when it arrived. The first counts from now.
-        self._seen = {f"{_ALIVE}{i}": ("", time.monotonic()) for i in range(self._count)}
+        others = set(range(self._count)) - {self._me}
+        # The last heartbeat of each other process, and when it arrived. The first counts from now.
+        self._seen = {f"{_ALIVE}{i}": ("", time.monotonic()) for i in others}
         self._answers = 0  # replies of the store
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -81,26 +83,29 @@ class _Watch:
         if self._me:
             threading.Thread(target=self._watch_store, daemon=True).start()
             self._address = state.coordinator_address
-            # JAX aborts when process 0 is gone, and offers no other hook. Python's handlers come too late.
+            # JAX aborts when process 0 is gone, and offers no other hook. Python's handlers run too late.
             self._on_abort = ctypes.CFUNCTYPE(None, ctypes.c_int)(self._aborted)
             ctypes.CDLL(None).signal(signal.SIGABRT, self._on_abort)
 
     def close(self) -> None:
-        """Stop watching, after this process and all others have finished."""
+        """Stop to watch, after all processes have finished."""
         self._closing.set()
         self._thread.join()
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             self._store.key_value_set(f"{_ALIVE}{self._me}", _DONE, allow_overwrite=True)
 
     def end(self, error: BaseException) -> NoReturn:
-        """End this process because of its own error, or of the failure of another that caused it."""
+        """End this process because of its own error, or of the failure of another that caused the error."""
         if isinstance(error, jax.errors.JaxRuntimeError):
             print("checking whether another process has failed", file=sys.stderr)
-            self._thread.join(timeout=self._patience + _GRACE)
+            self._thread.join(timeout=self._timeout + _GRACE)
         self._closing.set()
-        code = error.exit_code if isinstance(error, UserError) else 1
-        text = " ".join(str(error).split())
-        if code == 1:
+        code, text = 1, " ".join(str(error).split())
+        if isinstance(error, KeyboardInterrupt):
+            code, text = EXIT_INTERRUPTED, "interrupted"
+        elif isinstance(error, UserError):
+            code = error.exit_code
+        else:
             sys.excepthook(type(error), error, error.__traceback__)
             text = f"{type(error).__name__}: {text[:300]}"
         with contextlib.suppress(jax.errors.JaxRuntimeError):
@@ -123,21 +128,32 @@ class _Watch:
                 if key != f"{_FAILED}{self._me}":
                     text, code = json.loads(value)
                     self._leave(f"{self._names[int(key.removeprefix(_FAILED))]} failed: {text}", code)
-            for name in self._lost(heartbeats):
-                self._leave_lost(name)
+            self._check(heartbeats)
+
+    def _check(self, heartbeats: list[tuple[str, str]]) -> None:
+        """End this process if the last heartbeat of another is too old."""
+        now = time.monotonic()
+        for key, beat in heartbeats:
+            if beat == _DONE:
+                self._seen.pop(key, None)
+            elif key in self._seen and self._seen[key][0] != beat:
+                self._seen[key] = beat, now
+        for key, (_, since) in self._seen.items():
+            if now - since > self._timeout:
+                self._leave_lost(int(key.removeprefix(_ALIVE)))
 
     def _watch_store(self) -> None:
-        """End this process when process 0, which holds the store, is suspended and does not reply.
+        """End this process if process 0, which holds the store, is suspended.
 
         Calls to the store then hang, and JAX would abort later with a stack trace.
         """
-        pause, silent, answers = self._pause, 0.0, 0
-        while not self._closing.wait(pause):
+        silent, answers = 0.0, 0
+        while not self._closing.wait(self._pause):
             # Count pauses instead of reading a clock: this process may have been suspended, too.
-            silent = silent + pause if answers == self._answers else 0.0
+            silent = silent + self._pause if answers == self._answers else 0.0
             answers = self._answers
-            if silent > self._patience:
-                self._leave_lost(self._names[0])
+            if silent > self._timeout:
+                self._leave_lost(0)
 
     def _aborted(self, number: int) -> None:
         """Handle SIGABRT: name process 0 if it cannot be reached."""
@@ -146,22 +162,11 @@ class _Watch:
             socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
         except OSError:
             self._leave(f"{self._names[0]} is gone", EXIT_RESUMABLE)
-        faulthandler.dump_traceback()  # another reason; the process ends when this returns
+        faulthandler.dump_traceback()  # for another reason; the process ends when this returns
 
-    def _lost(self, heartbeats: list[tuple[str, str]]) -> list[str]:
-        """Return the names of processes whose last heartbeat is too old."""
-        now = time.monotonic()
-        for key, beat in heartbeats:
-            if beat == _DONE:
-                self._seen.pop(key, None)
-            elif self._seen.get(key, ("", 0.0))[0] != beat:
-                self._seen[key] = beat, now
-        own = f"{_ALIVE}{self._me}"
-        silent = [k for k, (_, since) in self._seen.items() if now - since > self._patience and k != own]
-        return [self._names[int(key.removeprefix(_ALIVE))] for key in silent]
-
-    def _leave_lost(self, name: str) -> NoReturn:
-        self._leave(f"no heartbeat from {name} for {self._patience} s; assuming it is dead", EXIT_RESUMABLE)
+    def _leave_lost(self, number: int) -> NoReturn:
+        name = self._names[number]
+        self._leave(f"no heartbeat from {name} for {self._timeout} s; assuming it is dead", EXIT_RESUMABLE)
 
     def _leave(self, reason: str, code: int) -> NoReturn:
         advice = "; re-run the command to resume" if code == EXIT_RESUMABLE else ""

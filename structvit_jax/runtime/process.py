@@ -1,7 +1,7 @@
-"""Process-wide settings of commands: signals, hooks, output, the allocator; and exit codes.
+"""Process-wide settings of commands: signals, hooks, output, the memory allocator; and exit codes.
 
-Nothing is set at import. Only the standard library is imported, since a command prepares its process before
-the imports that take seconds.
+Nothing is set at import. This module imports the standard library only, because a command prepares its
+process before slow imports.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import os
 import sys
 from collections.abc import Iterator
 from platform import libc_ver
-from typing import Any
+from types import TracebackType
+from typing import Any, NoReturn
 
 from structvit_jax.runtime import signals
 from structvit_jax.utils.errors import (
@@ -30,33 +31,39 @@ from structvit_jax.utils.errors import (
 
 
 def prepare(*, trains: bool) -> None:
-    """Apply the settings of a command that last until its process ends, before its imports.
-
-    Ctrl-C prints one line instead of a traceback, reads and writes that were given up end silently, and a
-    command that trains listens to signals, see `structvit_jax.runtime.signals`. `exit_in_one_line` protects
-    the output.
+    """Apply the settings of a command that last until its process ends. Call it before slow imports.
 
     Args:
-      trains: whether a signal should save the run of this command.
+      trains: whether signals save the run of this command, see `structvit_jax.runtime.signals`.
     """
-    sys.excepthook = signals.excepthook
+    sys.excepthook = _exit_on_interrupt
     sys.unraisablehook = _ignore_closed_loops
     if trains:
         signals.LISTENER.start(ends_process=True)
 
 
+def _exit_on_interrupt(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """End the process on Ctrl-C, also within a C extension that would print the exception and go on."""
+    if not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
+        return
+    with contextlib.suppress(OSError):
+        os.write(2, b"interrupted\n")
+    os._exit(EXIT_INTERRUPTED)
+
+
 def _ignore_closed_loops(unraisable: sys.UnraisableHookArgs) -> None:
-    """Drop what TensorStore's and Orbax's coroutines raise that end after one of them has failed."""
+    """Hide exceptions of Orbax's and TensorStore's coroutines that are cancelled after another has failed."""
     if "Event loop is closed" not in str(unraisable.exc_value):
         sys.__unraisablehook__(unraisable)
 
 
 def keep_freed_memory() -> None:
-    """Make glibc's allocator keep freed memory and take it in large pages, for computations on the CPU.
+    """Make glibc's allocator keep freed memory and use huge pages, which is faster for training on the CPU.
 
-    By default it returns large blocks at once, and every training step asks for them again, page by small
-    page. Call this before JAX starts its threads, which keep the allocator that they find. It cannot be
-    undone.
+    By default glibc returns large blocks to the system at once, and every training step requests them again,
+    one small page at a time. Call this before JAX starts its threads, which keep the allocator's settings. It
+    cannot be undone.
     """
     if libc_ver()[0] != "glibc":
         return
@@ -68,7 +75,7 @@ def keep_freed_memory() -> None:
     for option, value in ((m_arena_max, 1), (m_mmap_max, 0), (m_trim_threshold, -1)):
         libc.mallopt(option, value)
     size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    block = libc.malloc(size)  # of addresses: untouched, it takes no memory
+    block = libc.malloc(size)  # reserves addresses; untouched pages take no memory
     if block:
         first = -(-block // page) * page
         libc.madvise(first, (block + size - first) // page * page, madv_hugepage)
@@ -78,7 +85,7 @@ def keep_freed_memory() -> None:
 @contextlib.contextmanager
 def hidden_modules(*names: str) -> Iterator[None]:
     """Make imports of these modules fail within the context, unless they are loaded already."""
-    hidden: dict[str, Any] = {name: None for name in names if name not in sys.modules}
+    hidden: dict[str, Any] = dict.fromkeys(set(names) - sys.modules.keys())
     sys.modules.update(hidden)
     try:
         yield
@@ -91,8 +98,8 @@ def hidden_modules(*names: str) -> Iterator[None]:
 def exit_in_one_line() -> Iterator[None]:
     """Run the body of a command; an expected failure becomes one line on stderr and an exit code.
 
-    Expected are `UserError`, `Stopped`, Ctrl-C, a standard output that cannot be written, and errors of the
-    operating system or a bucket. Any other exception is a bug and keeps its traceback.
+    Expected failures are `UserError`, `Stopped`, Ctrl-C, a standard output that cannot be written, and errors
+    of the operating system or a bucket. Any other exception is a bug and keeps its traceback.
     """
     _protect_output()
     try:
@@ -103,38 +110,36 @@ def exit_in_one_line() -> Iterator[None]:
     except BrokenPipeError:  # the reader of the output has ended and expects no more
         os._exit(1)
     except Stopped as stop:
-        _print_error(str(stop))
-        raise SystemExit(EXIT_RESUMABLE) from stop
+        _exit(str(stop), EXIT_RESUMABLE, stop)
     except KeyboardInterrupt as interrupt:
-        _print_error("interrupted")
-        raise SystemExit(EXIT_INTERRUPTED) from interrupt
+        _exit("interrupted", EXIT_INTERRUPTED, interrupt)
     except UserError as error:
-        _print_error(f"error: {error}")
-        raise SystemExit(error.exit_code) from error
+        _exit(f"error: {error}", error.exit_code, error)
     except Exception as error:
         if not (reason := system_failure(error)):
             raise
         where = getattr(error, "filename", None)
         kind = UnreachableError if is_transient(error) else UserError
         failure = kind(f"{where} cannot be used: {reason}" if where else reason)
-        _print_error(f"error: {failure}")
-        raise SystemExit(failure.exit_code) from failure
+        _exit(f"error: {failure}", failure.exit_code, failure)
 
 
-def _print_error(line: str) -> None:
+def _exit(line: str, code: int, cause: BaseException) -> NoReturn:
     with contextlib.suppress(OSError):  # nowhere to print it; the exit code remains
         print(printable(line), file=sys.stderr, flush=True)
+    raise SystemExit(code) from cause
 
 
 class _Output(io.FileIO):
     """Standard output that reports its first failure as a `UserError` and then drops all output.
 
-    A terminal that was closed is no failure: SIGHUP comes with it, and a run saves before it ends.
+    A closed terminal is not a failure: it sends SIGHUP, and a run then saves before it ends.
     """
 
     def __init__(self, stream: io.TextIOWrapper):
         super().__init__(stream.fileno(), "w", closefd=False)
-        self._stream, self._failed = stream, False  # a collected stream would close the file
+        self._stream = stream  # keep it: the file is closed when the stream is garbage-collected
+        self._failed = False
 
     def write(self, data: Any) -> int:
         if self._failed:
@@ -152,22 +157,22 @@ class _Output(io.FileIO):
             ) from error
 
 
-class _OutputBuffer(io.BufferedWriter):
-    """The buffer before an `_Output`."""
-
-
 def _protect_output() -> None:
     """Make sys.stdout report failures as `_Output` does, and escape characters that it cannot encode."""
     stream = sys.stdout
     if stream is None:  # closed
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for the rest of the process
-    elif type(stream) is io.TextIOWrapper and not isinstance(stream.buffer, _OutputBuffer | _Output):
-        output = _Output(stream)
-        buffered = isinstance(stream.buffer, io.BufferedWriter)  # not with python -u
-        sys.stdout = io.TextIOWrapper(
-            _OutputBuffer(output) if buffered else output,
-            stream.encoding,
-            "backslashreplace",
-            line_buffering=stream.line_buffering,
-            write_through=stream.write_through,
-        )
+        return
+    if type(stream) is not io.TextIOWrapper:  # replaced, as in a test or a notebook
+        return
+    raw = getattr(stream.buffer, "raw", stream.buffer)
+    if isinstance(raw, _Output):
+        return
+    output = _Output(stream)
+    sys.stdout = io.TextIOWrapper(
+        output if raw is stream.buffer else io.BufferedWriter(output),  # python -u does not buffer
+        stream.encoding,
+        "backslashreplace",
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )

@@ -29,8 +29,8 @@ _barriers = itertools.count()
 def join(heartbeat: int, stoppable: bool) -> None:
     """Connect the processes of this run, if there are several. Call it before JAX opens a device.
 
-    On SLURM and TPU pods JAX finds them by itself. Elsewhere the environment variables
-    JAX_COORDINATOR_ADDRESS (HOST:PORT of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID are needed.
+    On SLURM and TPU pods, JAX finds the processes. Elsewhere, each process needs the environment variables
+    JAX_COORDINATOR_ADDRESS (HOST:PORT of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
 
     Args:
       heartbeat: seconds without a heartbeat after which a process counts as dead.
@@ -44,7 +44,7 @@ def join(heartbeat: int, stoppable: bool) -> None:
     given = [name for name in names if os.environ.get(name)]
     if given and len(given) < len(names):
         raise UserError(f"{' and '.join(given)} given without {' and '.join(set(names) - set(given))}")
-    options: dict[str, Any] = {  # later than our own limits: JAX aborts with a stack trace
+    options: dict[str, Any] = {  # longer than our own limits, since JAX aborts with a stack trace
         "heartbeat_timeout_seconds": 2 * heartbeat + 20,
         "initialization_timeout": 2 * JOIN_TIMEOUT,
     }
@@ -69,17 +69,12 @@ def join(heartbeat: int, stoppable: bool) -> None:
 
 
 def give_up(waited: str) -> NoReturn:
-    """End a process that waits for others which do not connect.
-
-    Args:
-      waited: for how long, and where.
-    """
-    print(
+    """End a process that has waited in vain for others to connect; `waited` is the time and the address."""
+    line = (
         f"error: not all processes of the run have connected within {waited}: each must be started and must"
-        " reach process 0 there; re-run the command to try again",
-        file=sys.stderr,
-        flush=True,
+        " reach process 0 there; re-run the command to try again"
     )
+    print(line, file=sys.stderr, flush=True)
     os._exit(EXIT_RESUMABLE)
 
 
@@ -95,7 +90,7 @@ def log(line: str) -> None:
 
 
 def process_shard() -> tuple[int, int]:
-    """Return this process's index and the process count: which part of every batch it reads."""
+    """Return the index of this process and the process count, which select its part of every batch."""
     return jax.process_index(), jax.process_count()
 
 
@@ -112,7 +107,7 @@ def is_multiprocess() -> bool:
 
 
 def barrier() -> None:
-    """Wait until all processes are here. (In a collective operation, CPUs give up after 30 s.)"""
+    """Wait until all processes arrive. (A collective operation would give up after 30 s on CPUs.)"""
     if is_multiprocess():
         name = f"structvit_jax/barrier/{next(_barriers)}"
         distributed().client.wait_at_barrier(name, timeout_in_ms=1000 * _LONG)
@@ -131,15 +126,14 @@ def allgather_object(value: T) -> list[T]:
 
 def broadcast_from_primary(function: Callable[[], T]) -> T:
     """Return in all processes what `function` returns in the primary one; each must call this."""
-    value = allgather_object(function() if is_primary() else None)[0]
-    return cast(T, value)
+    return cast(T, allgather_object(function() if is_primary() else None)[0])
 
 
 class StopSignal:
-    """Asks whether SIGTERM (preemption, a time limit), Ctrl-C or SIGHUP has requested the run to stop.
+    """Whether a signal has asked the run to stop: SIGTERM (preemption, a time limit), Ctrl-C or SIGHUP.
 
-    A signal to one of several processes is enough: JAX receives SIGTERM and passes it on. See
-    `structvit_jax.runtime.signals` for the effect of a signal before the first call of `before`.
+    With several processes, a signal to one of them is enough: JAX receives SIGTERM and passes it on. Before
+    the first call of `before`, see `structvit_jax.runtime.signals`.
     """
 
     def __init__(self) -> None:
@@ -158,11 +152,11 @@ class StopSignal:
             signals.LISTENER.stop()
 
     def before(self, step: int) -> bool:
-        """Return whether to stop before a step.
+        """Return whether to stop before a step, the same in all processes.
 
-        All processes get the same answer; they must ask for the same steps in the same order. JAX answers yes
-        for one step alone, the first that no process had asked for when the signal came, so a resumed run
-        asks for all earlier steps, too.
+        All processes must ask for the same steps in the same order. After a signal, JAX answers yes for a
+        single step, the first that no process had asked for yet. A resumed run therefore asks for all earlier
+        steps, too.
         """
         signals.LISTENER.defer()
         if not is_multiprocess():

@@ -8,7 +8,7 @@ import tempfile
 import jax
 from etils import epath
 
-from structvit_jax.runtime.processes import is_primary, log, process_shard
+from structvit_jax.runtime.processes import log, process_shard
 from structvit_jax.runtime.storage import write
 from structvit_jax.utils.errors import UserError
 from structvit_jax.utils.paths import is_bucket
@@ -17,10 +17,10 @@ FOLDER = "profile"
 
 
 def steps_to_profile(text: str) -> range:
-    """Parse "START:STOP", the steps START to STOP - 1; "" is an empty range.
+    """Parse "START:STOP", which names the steps START to STOP - 1; "" names none.
 
     Raises:
-      UserError: another format, or no step.
+      UserError: another format, or an empty range.
     """
     if not text:
         return range(0)
@@ -31,7 +31,7 @@ def steps_to_profile(text: str) -> range:
 
 
 class Profile:
-    """Profiles steps into WORKDIR/profile, or WORKDIR/profile/process-N of several processes."""
+    """Profile steps into WORKDIR/profile, or with several processes into WORKDIR/profile/process-N each."""
 
     def __init__(self, steps: range, workdir: epath.Path, start: int):
         self._steps = range(max(steps.start, start + 1), steps.stop)
@@ -47,20 +47,20 @@ class Profile:
             self._stop()
 
     def before(self, step: int, state: object) -> None:
-        """Start or stop the profile before a step.
+        """Start or stop the profile before a step, if it is the first or follows the last.
 
         Args:
           step: the number of the step, from 1.
-          state: the result of the previous step, which must be complete first.
+          state: the result of the previous step, which is waited for.
         """
-        starts = not self._running and step in self._steps
-        stops = self._running and step not in self._steps
-        if starts or stops:
-            jax.block_until_ready(state)
-        if stops:
+        if self._running == (step in self._steps):
+            return
+        jax.block_until_ready(state)
+        if self._running:
             self._stop()
-        if starts:
+        else:
             self._running = True
+            # The profiler cannot write to a bucket, so its files are copied at the end.
             self._local = tempfile.TemporaryDirectory() if is_bucket(self._folder) else None
             jax.profiler.start_trace(self._local.name if self._local else str(self._folder))
 
@@ -72,5 +72,4 @@ class Profile:
             for path in root.rglob("*"):
                 if not path.is_dir():
                     write(self._folder / path.relative_to(root), path.read_bytes())
-        if is_primary():
-            log(f"profile of steps {self._steps[0]} to {self._steps[-1]}: {self._folder}, for xprof")
+        log(f"profile of steps {self._steps[0]} to {self._steps[-1]}: {self._folder}, for xprof")

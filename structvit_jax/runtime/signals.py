@@ -1,32 +1,30 @@
 """Handle SIGTERM, SIGINT and SIGHUP during training.
 
-Until a run has something to save, a signal ends the process at once with exit code 75; files are written
-atomically, so nothing is lost. From the first step on, the signal is noted, and the run saves and stops after
+As long as a command has nothing to save, a signal ends it at once with exit code 75; files are written
+atomically, so nothing is lost. From the first step on, a signal is only noted: the run saves and stops after
 the current step. A second Ctrl-C ends it at once with exit code 130.
 
-A thread acts on the signals, because Python calls handlers in the main thread, which may be busy compiling
-for minutes. Only the standard library is imported: commands listen before the imports that take seconds.
+In a command a thread acts on the signals, because Python calls handlers in the main thread, which may be busy
+compiling for minutes. This module imports the standard library only: commands start to listen before slow
+imports.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, NoReturn
 
 from structvit_jax.utils.errors import EXIT_INTERRUPTED, EXIT_RESUMABLE
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-# Seconds in which a second SIGINT is the same Ctrl-C: from the terminal, and passed on by a launcher.
+# Seconds in which a second SIGINT is the same Ctrl-C: the terminal sends it, and a launcher passes it on.
 _SAME = 0.2
-_INTERRUPTS = 10  # attempts to interrupt the main thread
 
 
 class SignalListener:
@@ -34,9 +32,8 @@ class SignalListener:
 
     def __init__(self) -> None:
         self._old: dict[int, Any] = {}  # handlers to restore
-        self._ends_process = self._deferring = self._forwarding = self._interrupting = False
+        self._ends_process = self._deferring = self._forwarding = False
         self._first: float | None = None  # when the first signal came
-        self._sent = -math.inf  # when this object last sent SIGINT
         self._cleanups: list[Callable[[], None]] = []
 
     @property
@@ -50,33 +47,35 @@ class SignalListener:
         return self._first is not None
 
     def start(self, *, ends_process: bool) -> None:
-        """Start to receive the signals; call it in the main thread.
+        """Start to receive the signals. Call it in the main thread.
 
         Args:
-          ends_process: whether the process is a command, which a signal may end. Otherwise a signal is only
-            noted, and a second Ctrl-C raises KeyboardInterrupt in the main thread.
+          ends_process: whether a signal may end the process, as in a command. Otherwise the first signal is
+            only noted, and a second Ctrl-C raises KeyboardInterrupt.
         """
         if self.running:
             return
         self._ends_process, self._deferring = ends_process, not ends_process
         self._first, self._forwarding = None, False
-        reader, self._writer = os.pipe()
-        os.set_blocking(self._writer, False)
-        threading.Thread(target=self._listen, args=(reader,), daemon=True).start()
-        self._old_writer = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        if ends_process:
+            reader, self._writer = os.pipe()
+            os.set_blocking(self._writer, False)
+            threading.Thread(target=self._listen, args=(reader,), daemon=True).start()
+            self._old_writer = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         for number in _SIGNALS:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it
                 self._old[number] = signal.signal(number, self._handle)
 
     def stop(self) -> None:
-        """Restore the previous handlers; call it in the main thread."""
+        """Restore the previous handlers. Call it in the main thread."""
         if not self.running:
             return
         for number, handler in self._old.items():
             signal.signal(number, handler)
         self._old.clear()
-        signal.set_wakeup_fd(self._old_writer)
-        os.close(self._writer)  # this ends the thread
+        if self._ends_process:
+            signal.set_wakeup_fd(self._old_writer)
+            os.close(self._writer)  # this ends the thread
 
     def defer(self, *, forward: bool = False) -> None:
         """Only note signals from now on, because there is something to save.
@@ -97,10 +96,9 @@ class SignalListener:
             self._cleanups.remove(function)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        """Raise KeyboardInterrupt if `_interrupt` asked for it. Python calls this in the main thread."""
-        if self._interrupting:
-            self._interrupting = False
-            raise KeyboardInterrupt
+        """Handle a signal in the main thread, unless the listening thread does."""
+        if not self._ends_process:
+            self._receive(number)
 
     def _listen(self, reader: int) -> None:
         with open(reader, "rb", buffering=0) as numbers:
@@ -113,33 +111,15 @@ class SignalListener:
         if self._first is None:
             self._first = now
             if not self._deferring:
-                self._exit(
-                    EXIT_RESUMABLE, "stopped by a signal with nothing to save; re-run the command to resume"
-                )
+                line = "stopped by a signal with nothing to save; re-run the command to resume"
+                self._exit(EXIT_RESUMABLE, line)
             if self._forwarding and number != signal.SIGTERM:
                 os.kill(os.getpid(), signal.SIGTERM)
-        elif number == signal.SIGINT and now - max(self._first, self._sent) > _SAME:
-            if self._ends_process:
-                self._exit(
-                    EXIT_INTERRUPTED, "interrupted; re-run the command to resume from the last checkpoint"
-                )
-            self._interrupt()
-
-    def _interrupt(self) -> None:
-        """Raise KeyboardInterrupt in the main thread, also while it waits in a system call.
-
-        A signal that arrives just before such a call does not end it, so the signal is sent again. A main
-        thread that computes raises when it returns to Python.
-        """
-        main = threading.main_thread().ident
-        assert main is not None
-        self._interrupting = True
-        for _ in range(_INTERRUPTS):
-            self._sent = time.monotonic()
-            signal.pthread_kill(main, signal.SIGINT)
-            time.sleep(_SAME / 2)
-            if not self._interrupting:
-                return
+        elif number == signal.SIGINT and now - self._first > _SAME:
+            if not self._ends_process:
+                raise KeyboardInterrupt
+            line = "interrupted; re-run the command to resume from the last checkpoint"
+            self._exit(EXIT_INTERRUPTED, line)
 
     def _exit(self, code: int, line: str) -> NoReturn:
         for function in self._cleanups:
@@ -151,13 +131,3 @@ class SignalListener:
 
 
 LISTENER = SignalListener()
-
-
-def excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """End the process with one line on Ctrl-C, for sys.excepthook; other exceptions keep their traceback."""
-    if not issubclass(kind, KeyboardInterrupt):
-        sys.__excepthook__(kind, error, trace)
-        return
-    with contextlib.suppress(OSError):
-        os.write(2, b"interrupted\n")
-    os._exit(EXIT_INTERRUPTED)

@@ -1,4 +1,4 @@
-"""Files of a run, on a disk or in a bucket, always written atomically."""
+"""Read and write the files of a run, on a disk or in a bucket. Writes are atomic."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ CONFIG, METRICS, RESULT, PREDICTIONS = "config.json", "metrics.jsonl", "result.j
 
 
 def write(path: epath.Path, content: str | bytes) -> None:
-    """Write a file atomically: a bucket's objects are, and on a disk a temporary file is renamed.
+    """Write a file atomically. On a disk, a temporary file is renamed; in a bucket, all writes are atomic.
 
     Raises:
-      UserError: `path` exists and is not a regular file, but a device or a link.
+      UserError: `path` exists and is not a regular file, see `check_replaceable`.
     """
     content = content.encode() if isinstance(content, str) else content
     check_replaceable(path)
@@ -36,7 +36,7 @@ def write(path: epath.Path, content: str | bytes) -> None:
         with open(partial, "xb") as file:
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())  # or a power failure could keep the name and lose the content
+            os.fsync(file.fileno())  # otherwise a power failure could keep the name and lose the content
         partial.replace(path)
     except OSError:
         with contextlib.suppress(OSError):
@@ -45,7 +45,7 @@ def write(path: epath.Path, content: str | bytes) -> None:
 
 
 def check_replaceable(path: epath.Path) -> None:
-    """Raise UserError if `path` exists and is not a regular file: those are never replaced."""
+    """Raise UserError if `path` is a folder, link or device, which are never replaced."""
     if is_bucket(path):
         return
     try:
@@ -58,12 +58,12 @@ def check_replaceable(path: epath.Path) -> None:
 
 
 def write_json(path: epath.Path, value: Mapping[str, Any]) -> None:
-    """Write a value as indented JSON, see `write`."""
+    """Write a value as indented JSON; see `write`."""
     write(path, json.dumps(value, indent=2) + "\n")
 
 
 def read_json(path: epath.Path) -> dict[str, Any] | None:
-    """Return the JSON object in a file; None if its content is anything else.
+    """Return the JSON object in a file; None if the file holds anything else.
 
     Raises:
       OSError: the file does not exist or cannot be read.
@@ -76,23 +76,23 @@ def read_json(path: epath.Path) -> dict[str, Any] | None:
 
 
 def io_errors_as_user_error(workdir: epath.Path) -> AbstractContextManager[None]:
-    """Turn errors of a disk or a bucket into one line.
+    """Translate errors of a disk or a bucket, for the files of a run.
 
     Raises:
       UserError: names the file and the reason.
       UnreachableError: a bucket does not answer.
     """
-    return os_errors_as(
-        lambda error, reason: unusable_error(
-            getattr(error, "filename", None) or workdir, reason, workdir, error
-        )
-    )
+
+    def to_error(error: Exception, reason: str) -> UserError:
+        return unusable_error(getattr(error, "filename", None) or workdir, reason, workdir, error)
+
+    return os_errors_as(to_error)
 
 
 def unusable_error(path: object, reason: str, workdir: epath.Path, error: Exception) -> UserError:
-    """Return the error for a file that cannot be read or written; resumable if it may pass by itself."""
-    existed = str(path).startswith(f"{workdir}/")  # the workdir, when this file was used
-    if existed and not is_bucket(workdir) and not workdir.exists():
+    """Return the error for a file of a run that cannot be used; it is resumable if a retry may succeed."""
+    is_inside = str(path).startswith(f"{workdir}/")  # so the workdir existed
+    if is_inside and not is_bucket(workdir) and not workdir.exists():
         return UserError(
             f"{workdir} is gone: it was removed or renamed while the run was using it; put it back and"
             " re-run the command to resume, or start again"

@@ -27,8 +27,8 @@ from orbax.checkpoint.path import atomicity
 from structvit_jax.models.weights import Weights, mismatches
 from structvit_jax.runtime.digests import FILE, find_damage, write_digests
 from structvit_jax.runtime.lock import live_owner
+from structvit_jax.runtime.mesh import abstract, replicated
 from structvit_jax.runtime.processes import broadcast_from_primary, log
-from structvit_jax.runtime.sharding import abstract, replicated
 from structvit_jax.runtime.storage import read_json, unusable_error, write, write_json
 from structvit_jax.training.card import read_card
 from structvit_jax.training.step import TrainState

@@ -16,9 +16,8 @@ from jax.sharding import Mesh
 from structvit_jax.data.types import Batch, Dataset, Problem
 from structvit_jax.models.weights import Weights, sha256, split
 from structvit_jax.runtime import processes
-from structvit_jax.runtime.mesh import fitting_batch, put_batch
+from structvit_jax.runtime.mesh import fitting_batch, put_batch, replicated
 from structvit_jax.runtime.processes import log
-from structvit_jax.runtime.sharding import replicated
 from structvit_jax.runtime.storage import (
     PREDICTIONS,
     RESULT,

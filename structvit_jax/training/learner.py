@@ -22,9 +22,8 @@ from structvit_jax.models.weights import Weights, split
 from structvit_jax.ops.kernels import native
 from structvit_jax.runtime import processes
 from structvit_jax.runtime.devices import describe_devices
-from structvit_jax.runtime.mesh import check_batch, make_mesh
+from structvit_jax.runtime.mesh import abstract, batch_sharding, check_batch, make_mesh
 from structvit_jax.runtime.processes import log
-from structvit_jax.runtime.sharding import abstract, batch_sharding
 from structvit_jax.training import optim
 from structvit_jax.training.step import TrainState, fresh_state, init_state, make_train_step, normalize
 from structvit_jax.utils.errors import UserError

@@ -15,8 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
 from structvit_jax.config import INPUTS
 from structvit_jax.models import Network
 from structvit_jax.models.weights import ModelDef, Weights, batch_stats, training_structure
-from structvit_jax.runtime.mesh import put_whole
-from structvit_jax.runtime.sharding import batch_sharding, replicated, state_sharding
+from structvit_jax.runtime.mesh import batch_sharding, put_whole, replicated, state_sharding
 from structvit_jax.training import losses, mixing
 from structvit_jax.training.optim import Optimizer
 

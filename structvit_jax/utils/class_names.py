@@ -1,19 +1,19 @@
-"""Match the class names of two sources, ignoring insignificant differences in spelling."""
+"""Match the class names of two sources, which may differ in spelling."""
 
 from __future__ import annotations
 
 import unicodedata
 from collections.abc import Sequence
 
-# Copies of a name differ in CSV quoting, brackets around placeholders, and underscores for blanks.
+# Published lists differ in quotes, in brackets around placeholders, and in underscores for blanks.
 _IGNORED = str.maketrans("", "", " \t\ufeff_,\"'`’[](){}")
 
 
 def match(names: Sequence[str], others: Sequence[str]) -> list[int] | None:
     """Return the position in `others` of each of `names`, or None if they do not name the same classes.
 
-    Either all names are equal, or all are equal apart from case, blanks, underscores, commas, quotes and
-    brackets, and still distinct within each side.
+    Names match if all are equal, or if all are equal and still distinct after case, blanks, underscores,
+    commas, quotes and brackets are dropped.
     """
     for key in (str, _spelling):
         own, theirs = ([key(name) for name in side] for side in (names, others))
@@ -24,7 +24,7 @@ def match(names: Sequence[str], others: Sequence[str]) -> list[int] | None:
 
 
 def difference(names: Sequence[str], others: Sequence[str], limit: int = 3) -> tuple[str, str]:
-    """Return what `names` lack of `others`, and what they add, as text of at most `limit` names each."""
+    """Describe which of `others` are missing in `names`, and which of `names` are new: up to `limit` each."""
     lacking, added = set(others) - set(names), set(names) - set(others)
     known = {_spelling(name) for name in lacking} & {_spelling(name) for name in added}
     if len(known) < max(len(lacking), len(added)):  # leave out those that differ in spelling alone

@@ -13,7 +13,7 @@ EXIT_USER_ERROR = 2  # the command line, a file or the environment has to be cha
 EXIT_RESUMABLE = 75  # EX_TEMPFAIL: re-running the same command resumes
 EXIT_INTERRUPTED = 130  # Ctrl-C, as shells report it
 _BUCKET_CLIENTS = ("gcsfs", "aiohttp", "google")  # packages whose exceptions report failures of a bucket
-# Statuses of services that do not answer or are overloaded.
+# Status codes of services that do not answer or are overloaded.
 _TRANSIENT = r"\b(?:UNAVAILABLE|DEADLINE_EXCEEDED)\b|\b(?:429|50[0-4])\b"
 
 
@@ -30,7 +30,7 @@ class UnreachableError(UserError):
 
 
 class Stopped(Exception):  # noqa: N818 - not an error
-    """The run was asked to stop and has saved its state; the message is one line."""
+    """A signal stopped the run, and its state is saved; the message is one line."""
 
 
 class DecodeError(Exception):
@@ -39,7 +39,7 @@ class DecodeError(Exception):
 
 @contextlib.contextmanager
 def decoding() -> Iterator[None]:
-    """Raise `DecodeError` for every exception but MemoryError: on damaged files decoders raise any type."""
+    """Turn every exception except MemoryError into `DecodeError`: damaged files make decoders raise any."""
     try:
         yield
     except (DecodeError, MemoryError):
@@ -52,7 +52,7 @@ def parse_json(text: str | bytes) -> Any:
     """Parse a JSON document.
 
     Raises:
-      ValueError: it is invalid, or nested too deeply.
+      ValueError: the document is invalid or nested too deeply.
     """
     try:
         return json.loads(text)
@@ -61,7 +61,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def system_failure(error: BaseException) -> str:
-    """Return the reason of an error of the operating system or of a bucket's client; "" for other errors."""
+    """Return the reason of an error of the operating system or of a bucket's client; "" for any other."""
     is_system = isinstance(error, OSError) or type(error).__module__.split(".")[0] in _BUCKET_CLIENTS
     return _reason(error)[:300] if is_system else ""
 
@@ -76,7 +76,7 @@ def _reason(error: BaseException) -> str:
 def os_errors_as(to_error: Callable[[Exception, str], UserError]) -> Iterator[None]:
     """Raise `to_error(error, reason)` for an error of the operating system or of a bucket's client.
 
-    A closed standard output (BrokenPipeError) and other exceptions pass unchanged.
+    Other exceptions pass, and BrokenPipeError, which means that standard output was closed.
     """
     try:
         yield
@@ -97,12 +97,12 @@ def is_transient(error: BaseException, reason: str = "") -> bool:
 def printable(text: str) -> str:
     """Return text as one line that is safe to print, with unprintable characters escaped.
 
-    This covers escape sequences of terminals, line breaks, marks that reverse the direction of text, and
-    bytes of a path that are not UTF-8.
+    Escaped are control characters, line breaks, marks that reverse the direction of text, and the bytes of
+    paths that are not UTF-8.
     """
 
     def escape(char: str) -> str:
-        if "\udc80" <= char <= "\udcff":  # a byte that is not UTF-8, as Python keeps it
+        if "\udc80" <= char <= "\udcff":  # Python's representation of a byte that is not UTF-8
             return f"\\x{ord(char) - 0xDC00:02x}"
         return char.encode("unicode_escape").decode()
 
@@ -110,7 +110,7 @@ def printable(text: str) -> str:
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
-    """Return ' Did you mean ...?' with the most similar choices, or ' Known: ...' with all if none is."""
+    """Return ' Did you mean ...?' with the most similar choices, or ' Known: ...' if none is similar."""
     choices = sorted(choices)
     if near := difflib.get_close_matches(name, choices, n=3, cutoff=0.6):
         return f" Did you mean {' or '.join(map(repr, near))}?"
@@ -118,16 +118,12 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
 
 
 def unknown_choice(kind: str, name: str, choices: Iterable[str]) -> UserError:
-    """Return the error for a name that is not one of `choices`; `kind` says what they name."""
+    """Return the error for a name that is not one of `choices`; `kind` is what they name, as "model"."""
     return UserError(f"unknown {kind} {name!r}.{did_you_mean(name, choices)}")
 
 
 def check_choice(kind: str, name: str, choices: Collection[str]) -> str:
-    """Return `name`.
-
-    Raises:
-      UserError: it is not one of `choices`, see `unknown_choice`.
-    """
+    """Return `name`; raise the error of `unknown_choice` if it is not one of `choices`."""
     if name not in choices:
         raise unknown_choice(kind, name, choices)
     return name

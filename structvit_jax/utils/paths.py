@@ -26,7 +26,7 @@ def parse_path(text: str) -> epath.Path:
     """Return the path of a file or folder on a local disk or in a bucket.
 
     Raises:
-      UserError: another kind of URL, as s3:// or http://, or a bucket without its client.
+      UserError: another URL, such as s3:// or http://, or a bucket although gcsfs is not installed.
     """
     if is_bucket(text):
         if not text.startswith("gs://"):
@@ -34,7 +34,7 @@ def parse_path(text: str) -> epath.Path:
         if find_spec("gcsfs") is None:
             raise UserError(f"{text!r} needs gcsfs: pip install 'structvit_jax[gcs]'")
         for name in ("gcsfs", "google.auth"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)  # its failures are raised as well
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # they also raise the errors that they log
     return epath.Path(text)
 
 
@@ -58,10 +58,6 @@ def write_errors_as_user_error(path: str | os.PathLike[str]) -> AbstractContextM
 
 
 def check_local(path: str) -> None:
-    """Check that an output is written to a local disk.
-
-    Raises:
-      UserError: the path is a URL, as gs://BUCKET/PATH.
-    """
+    """Raise UserError for an output that is not on a local disk."""
     if is_bucket(path):
         raise UserError(f"{path} cannot be written: choose a path on a local disk")

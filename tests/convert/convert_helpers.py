@@ -1,4 +1,4 @@
-"""Weights that the tests of conversion share."""
+"""Weights for the tests of conversion."""
 
 import functools
 import json
@@ -19,7 +19,7 @@ SMALL = {"depths": (1, 1, 2, 1), "widths": (8, 8, 32, 64), "head_width": 32}
 
 @functools.cache
 def state_dict(kind):
-    """Return the deterministic weights that the vectors were computed with."""
+    """Return the deterministic weights with which the parity vectors were computed."""
     shapes = json.loads((PARITY / f"uniformer_s_{kind}_keys.json").read_text())
     return {key: _weight(key, shape) for key, shape in shapes.items()}
 
@@ -52,7 +52,7 @@ def call(model, x):
 
 
 def random_model(name, seed=0, **overrides):
-    """Return a small model with random numbers in all arrays, statistics included, and these."""
+    """Return a small model with random parameters and statistics, and these arrays."""
     model = create_model(name, num_classes=5, seed=None, **(SMALL | overrides))
     rng = np.random.default_rng(seed)
     params, stats = weights.split(model)[1]
@@ -63,14 +63,14 @@ def random_model(name, seed=0, **overrides):
 
 
 def zeros(name, classes, **overrides):
-    """Return a state dict of a released size, all zeros."""
+    """Return a state dict of zeros for a model."""
     model = create_model(name, num_classes=classes, seed=None, **overrides)
     params, stats = weights.split(model)[1]
     return convert.to_torch({n: np.zeros(a.shape, np.float32) for n, a in (params | stats).items()})
 
 
 def tiny(name, classes=1000, seed=0):
-    """Return a state dict of a tiny model, with random numbers."""
+    """Return a state dict of random numbers for a tiny model."""
     rng = np.random.default_rng(seed)
     return {
         key: rng.standard_normal(array.shape).astype(array.dtype) if array.ndim else array
@@ -88,13 +88,13 @@ def write_pth(path, content):
 
 
 def as_source(name, arrays, class_names=None, **overrides):
-    """Return the arrays of a small model as weights to fit to another."""
+    """Return the arrays of a small model as a source of weights."""
     model = {"name": name, **SMALL, **overrides}
     return convert.Source(arrays, get_variant(**model), model, 5, class_names, None, "there")
 
 
 def fit(source, name, class_names=None, rules=None, num_classes=5, **overrides):
-    """Return a small model with fitted weights, and the result of fitting."""
+    """Fit weights to a small model; return it and the result."""
     model = create_model(name, num_classes=num_classes, **(SMALL | overrides))
     own = weights.split(model)[1]
     fitted = convert.adapt(

@@ -1,4 +1,4 @@
-"""Fitting the weights of one model to another."""
+"""Fit the weights of one model to another."""
 
 import dataclasses
 
@@ -24,7 +24,7 @@ def test_a_still_clip_gives_the_image_s_logits_when_centre_inflated(name, frames
 
 
 def test_rules_that_keep_the_function():
-    """Structure kernels repeated, padded or unshared, layer scales folded or set to one: the same logits."""
+    """The logits stay when structure kernels are repeated, padded or copied, and layer scales are folded."""
     x = np.random.default_rng(2).standard_normal((1, 64, 64, 3)).astype(np.float32)
     cases = [
         ("structvit_s_2_1", {}, "structvit_s_4_1", {}, Action.REPEATED),
@@ -77,7 +77,7 @@ def test_a_released_head_takes_the_order_of_the_data(tmp_path):
     model = create_model("uniformer_tiny_video", num_classes=400)
     fresh = weights.split(model)[1]
     own = fresh.params | fresh.batch_stats
-    names = sorted(source.class_names)  # as structvit_jax.data.preparation has them
+    names = sorted(source.class_names)  # the order of structvit_jax.data.preparation
     adapted = convert.adapt(source, own, model.variant, names, convert.Rules())
     bias = dict(zip(source.class_names, source.arrays["head.bias"], strict=True))
     assert adapted.arrays["head.bias"].tolist() == [bias[name] for name in names]
@@ -112,7 +112,7 @@ def test_other_networks_are_refused():
 
 
 def test_positions_of_deit_are_resized():
-    """As the model does for inputs of other sizes, so the logits stay."""
+    """In the same way as the model resizes them for other inputs, so the logits stay."""
     small = {"depths": (1,), "widths": (32,), "head_width": 32, "patch": 8}
     model, arrays = random_model("deit_s", image_size=32, **small)
     fitted, adapted = fit(

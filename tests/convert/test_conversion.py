@@ -42,7 +42,7 @@ def test_labels_name_the_classes(tmp_path):
 
 
 def test_a_released_head_scores_on_prepared_data(tmp_path, capsys):
-    """Each class is one colour, which the head recognises; its outputs have the released order."""
+    """Each class is one colour that the head recognises; the outputs are in the released order."""
     names = list(convert.RELEASED["something"].class_names())
     colours = np.random.default_rng(0).permutation(np.stack(np.mgrid[:6, :6, :6], -1).reshape(-1, 3) * 51)
     labels = [f'"{name}"' if "," in name else name for name in reversed(names)]

@@ -38,7 +38,7 @@ def test_round_trip_of_the_released_keys_is_exact(kind):
 
 
 def test_keys_of_stem_scales_and_dense_head():
-    """Keys of variants without vectors, against the released code."""
+    """Keys of variants without parity vectors, taken from the released code."""
     plus, scaled, large = (
         convert.to_torch(random_model(name, **KINDS[name])[1])
         for name in ("uniformer_s_plus", "uniformer_b_ls", "uniformer_l")
@@ -94,7 +94,7 @@ def test_matching_class_names():
     for names, others in [
         (("a", "b"), ("a", "c")),
         (("a", "b"), ("a", "b", "c")),
-        (("a", "A"), ("a", "(a)")),  # not distinct but for spelling
+        (("a", "A"), ("a", "(a)")),  # equal apart from spelling
         (("-1", "1"), ("(1)", "1")),
     ]:
         assert class_names.match(names, others) is None

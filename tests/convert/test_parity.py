@@ -1,4 +1,4 @@
-"""Parity with the released PyTorch UniFormer, through vectors computed by it."""
+"""Parity with the released PyTorch UniFormer, by vectors that it has computed."""
 
 import functools
 import re
@@ -16,7 +16,7 @@ from structvit_jax.utils.errors import UserError
 
 
 def inputs(*shape):
-    """Return PyTorch's [B, 3, ...] noise, channels last."""
+    """Return noise of the shape [B, 3, ...] with channels last."""
     return np.moveaxis(np.random.default_rng(0).standard_normal(shape).astype(np.float32), 1, -1)
 
 

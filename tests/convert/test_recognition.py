@@ -1,10 +1,13 @@
 """Recognition of released weights."""
 
+import numpy as np
 import pytest
-from convert_helpers import zeros
+from convert_helpers import call, relative, zeros
 
-from structvit_jax import convert
+from structvit_jax import convert, create_model
+from structvit_jax.convert import Action
 from structvit_jax.convert.weight_files import StateDict
+from structvit_jax.models import weights
 from structvit_jax.utils.errors import UserError
 
 
@@ -13,7 +16,7 @@ def read(monkeypatch):
     """Recognise a state dict as if it had been read from a file."""
 
     def read(state_dict, **arguments):
-        read_file = lambda path, which: StateDict(state_dict, "", "", None)  # noqa: E731
+        read_file = lambda path, which: StateDict(state_dict)  # noqa: E731
         monkeypatch.setattr(convert.weight_files, "read", read_file)
         return convert.read_released("released.pth", **arguments)
 
@@ -60,3 +63,17 @@ def test_errors_ask_for_what_shapes_do_not_determine(name, classes, overrides, g
     with pytest.raises(UserError) as error:
         read(zeros(name, classes, **overrides), **given)
     assert message in str(error.value)
+
+
+def test_layer_scales_that_no_model_has_are_folded(read):
+    scaled = create_model("uniformer_tiny", num_classes=1000, layer_scale=0.5)
+    params, stats = weights.split(scaled)[1]
+    source = read(convert.to_torch({name: np.asarray(array) for name, array in (params | stats).items()}))
+    assert source.model == {"name": "uniformer_tiny"}
+    plain = create_model("uniformer_tiny", num_classes=1000)
+    own = weights.split(plain)[1]
+    adapted = convert.adapt(source, own.params | own.batch_stats, plain.variant, None, convert.Rules())
+    assert Action.FOLDED in {outcome.action for outcome in adapted.outcomes.values()}
+    weights.update(plain, weights.cast_like(own, adapted.arrays))
+    x = np.random.default_rng(0).standard_normal((1, 32, 32, 3)).astype(np.float32)
+    assert relative(call(plain, x), call(scaled, x)) <= 1e-5

@@ -1,4 +1,4 @@
-"""Files of PyTorch weights: what is read from them, what is refused, and how they are created."""
+"""Read, refuse and create files of PyTorch weights."""
 
 import io
 import json
@@ -40,7 +40,7 @@ def test_weights_in_every_published_layout_of_a_file(kind, place, tmp_path):
 
 
 def test_the_weights_that_the_release_evaluates_are_taken(tmp_path):
-    """The image program evaluates "model", the token-labelling scripts "state_dict": never the average."""
+    """The image program evaluates "model", the token-labelling scripts "state_dict"; neither the average."""
     state_dict = tiny("uniformer_tiny")
     tensors = as_tensors(state_dict)
     averaged = {key: value + 1 if value.is_floating_point() else value for key, value in tensors.items()}
@@ -189,6 +189,9 @@ def test_bad_files(tmp_path):
         write_pth(tmp_path / "list.pth", [1, 2]): "holds no weights: a list",
         write_pth(tmp_path / "deit.pth", deit): "keys that no UniFormer has (2): cls_token",
         write_pth(tmp_path / "part.pth", {"model": {"head.weight": torch.zeros(2, 2)}}): "not a UniFormer",
+        write_pth(tmp_path / "stem.pth", {"model": tensors | {"patch_embed1.proj.weight": one}}): (
+            "not a UniFormer"
+        ),
     } | {write_pth(tmp_path / f"{name}.pth", content): message for name, (content, message) in odd.items()}
     for path, phrase in cases.items():
         with pytest.raises(UserError) as error:

@@ -1,4 +1,4 @@
-"""Predictions for files equal those of the evaluation, also those of exported programs."""
+"""Predictions for files, and exported programs; both agree with the evaluation."""
 
 import csv
 import io
@@ -35,7 +35,7 @@ PREDICT, EXPORT = {"program": "predict"}, {"program": "export"}
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """12 files for training and 9 for testing, three classes."""
+    """Write 12 files for training and 9 for testing, in three classes."""
     root = tmp_path_factory.mktemp("clips")
     clips.write_folder(root, {"train": 4, "val": 3})
     return root
@@ -43,7 +43,7 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(root, tmp_path_factory):
-    """A short training on them, evaluated on three views of each clip."""
+    """Train on them for three steps and evaluate on three views of each clip."""
     workdir = tmp_path_factory.mktemp("run")
     config = default_config()
     config.model.name, config.model.widths = "deit_tiny_struct_2_video", (16,)
@@ -55,7 +55,7 @@ def run(root, tmp_path_factory):
 
 
 def test_predictions_equal_those_of_the_evaluation(root, run):
-    """Whether files are given one by one or in folders; all views of each."""
+    """Whether files or folders are given."""
     trained = structvit_jax.load_trained(str(run))
     with np.load(run / "predictions.npz") as saved:
         names, scores = saved["ids"].tolist(), saved["scores"]
@@ -93,7 +93,7 @@ def test_nothing_compiles_twice_for_the_same_shapes(root, run):
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
         first = list(trained.predict([str(root / "val")], features=True)), trained.scores(views)
-        assert compiled  # the events arrive
+        assert compiled  # the listener works
         compiled.clear()
         again = list(trained.predict([str(root / "val")], features=True)), trained.scores(views)
         list(trained.predict([str(root / "val")]))
@@ -149,7 +149,7 @@ def test_the_command_reports_good_and_bad_files(command, root, run, tmp_path):
 
 
 def test_formats(root, run):
-    """CSV and text of a prediction and of a problem."""
+    """One prediction and one problem, as CSV and as text."""
     trained = structvit_jax.load_trained(str(run))
     path = str(sorted((root / "val").rglob("*.mp4"))[0])
     predictions = list(trained.predict([path, "no, such.mp4"]))
@@ -168,7 +168,7 @@ def test_formats(root, run):
 
 
 def test_long_videos_in_parts(run, tmp_path):
-    """Parts of a second each see their own frames: a part is what a file of these frames alone is."""
+    """The prediction for a part equals that for a file with its frames alone."""
     halves = [clips.pictures(label, 0) for label in ("left", "up")]
     clips.write_video(tmp_path / "long.mp4", np.concatenate(halves), crf="0")
     trained = structvit_jax.load_trained(str(run))
@@ -199,7 +199,7 @@ def test_parts_are_not_shorter_than_a_frame(tmp_path):
 
 
 def test_notes_on_files_that_are_read_with_a_defect(run, tmp_path, capsys):
-    """Frames that repeat are counted; frames that are replaced are reported by file."""
+    """Clips with repeated frames are counted; replaced frames are reported by file."""
     clips.write_video(tmp_path / "short.mp4", clips.pictures("left", 0)[:5])
     clips.write_video(tmp_path / "bad.avi", clips.pictures("up", 0), "mjpeg")
     content = (tmp_path / "bad.avi").read_bytes()
@@ -243,7 +243,7 @@ def test_files_of_the_other_kind_name_a_model_that_takes_them(run, tmp_path):
 
 
 def test_a_long_video_takes_no_more_memory_than_its_first_minute(run, tmp_path):
-    """Ten minutes in parts of two seconds; each is decoded by itself."""
+    """Ten minutes in parts of two seconds, each decoded separately."""
     pictures = np.random.default_rng(0).integers(0, 256, (60, 32, 32, 3), np.uint8)
     clips.write_video(tmp_path / "long.mp4", np.tile(pictures, (40, 1, 1, 1)), rate=4, g="8")
     trained, resident = structvit_jax.load_trained(str(run)), []
@@ -292,7 +292,7 @@ assert not any(name.startswith("structvit_jax") for name in sys.modules)
 
 
 def not_installed_by(*names):
-    """Modules of this environment that another one lacks, in which only these packages were installed."""
+    """Return the modules of this environment that are missing where only these packages are installed."""
     found, wanted = set(), list(names)
     while wanted:
         if (name := wanted.pop()) not in found:
@@ -304,8 +304,8 @@ def not_installed_by(*names):
 
 
 @pytest.mark.parametrize("model", ["deit_tiny_struct_2_video", "structvit_tiny_2_2"])
-def test_a_program_gives_the_models_numbers_without_the_package(command, model, tmp_path):
-    """In an environment with what its card asks for alone, for two numbers of examples."""
+def test_a_program_gives_the_logits_of_the_model_without_the_package(command, model, tmp_path):
+    """With two batch sizes, in an environment with the packages that its card names."""
     config = default_config()
     config.model.name, config.data.batch_size, config.eval.batch_size = model, 8, 16
     config.data.train_examples = config.data.test_examples = 16

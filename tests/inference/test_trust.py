@@ -49,7 +49,7 @@ KEYS = [key for key, _ in keys_of(default_config())]
 
 
 def test_every_key_is_portable_or_of_the_machine():
-    """A new key has to be put into one of the two, in `structvit_jax.training.card`."""
+    """Add a new key to one of the two in `structvit_jax.training.card`."""
     for key in KEYS:
         names = {key, key.partition(".")[0]}
         assert bool(names & {*PORTABLE}) != bool(names & {*MACHINE}), key
@@ -57,7 +57,7 @@ def test_every_key_is_portable_or_of_the_machine():
 
 
 def card_of(**changes):
-    """The configuration of a card with other values, by "section__key"."""
+    """Return the configuration of a card with other values, given as section__key."""
     saved = as_json(default_config())
     for key, value in changes.items():
         section, _, name = key.rpartition("__")
@@ -128,7 +128,7 @@ def test_a_card_of_another_shape_is_refused(card):
 
 
 def test_a_checkpoint_with_a_hostile_card(copy):
-    """Its digests are right: whoever made the card made them."""
+    """Its digests are correct, since the author of the card can compute them."""
     folder = epath.Path(copy) / "checkpoints" / "12"
     path = folder / "card" / "metadata"
     card = json.loads(path.read_text())
@@ -205,7 +205,7 @@ def test_an_ablation_checks_all_rates_before_it_trains(tmp_path):
 
 @pytest.mark.parametrize("name", ["deit_tiny", "deit_tiny_struct_1_video"])
 def test_remat_of_fewer_blocks_than_quarters(name):
-    """DeiTs of two blocks: two of their quarters are empty."""
+    """In DeiTs of two blocks, two of the quarters are empty."""
     x = jnp.ones((1, 8, 24, 24, 3) if "video" in name else (1, 24, 24, 3))
     structure, arrays = weights.split(create_model(name, num_classes=3, remat="full"))
     assert jax.eval_shape(lambda a: structure.model(a)(x), arrays).shape == (1, 3)
@@ -233,7 +233,7 @@ def test_a_private_folder(tmp_path, monkeypatch):
 
 
 def test_no_home_folder(tmp_path, monkeypatch):
-    """HOME is unset, and the user has no entry: no folder named "~" appears."""
+    """No folder named "~" is created if HOME is not set and the user is unknown."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cache.os.path, "expanduser", lambda path: path)
     for root in (None, "~", "relative"):
@@ -403,7 +403,7 @@ def test_a_list_of_unreadable_files_that_is_not_text(tmp_path):
 
 
 def test_a_report_of_many_classes_takes_little_memory():
-    """A dense matrix of these would take 320 GB."""
+    """A dense confusion matrix would take 320 GB."""
     classes = 200_000
     scores = np.zeros((4, classes), np.float32)
     scores[[0, 1, 2, 3], [5, 7, 7, 9]] = 1

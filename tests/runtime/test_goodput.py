@@ -1,4 +1,4 @@
-"""Time and memory of a run: goodput, progress lines, accumulation, profiles, out-of-memory errors."""
+"""Goodput, progress lines, gradient accumulation, profiles and out-of-memory errors of a run."""
 
 import json
 import types
@@ -31,7 +31,7 @@ class Clock:
 
 
 def test_goodput_counts_every_second_once(tmp_path, monkeypatch):
-    """Over a kill and a resume, with what the kill undid as lost."""
+    """Over a kill and a resume; steps that the kill undid count as lost."""
     clock = Clock(monkeypatch)
     workdir = epath.Path(tmp_path)
     first = Goodput(workdir, clock.now - 5)  # imports
@@ -80,8 +80,7 @@ def test_a_run_logs_its_goodput(finished):
 
 @pytest.fixture
 def run_log(tmp_path, monkeypatch, capsys):
-    """Logs intervals of (steps, seconds per step, seconds of these spent waiting), each ended by a flush;
-    returns the lines printed."""
+    """Log intervals of (steps, seconds per step, seconds of waiting per step); return the lines printed."""
     clock = Clock(monkeypatch)
     monkeypatch.setattr(log, "available_cores", lambda: 8)
     array = dict.fromkeys(("loss", "top1", "lr", "grad_norm"), np.float32(1))
@@ -111,7 +110,7 @@ def remaining(line):
 
 
 def test_the_remaining_time_does_not_jump(run_log):
-    """Slow first and last steps of an interval weigh as little as they last."""
+    """A few slow steps change the average only in proportion to their duration."""
     quiet, slow = (100, 0.1, 0.0), (2, 1.0, 0.0)
     printed = run_log(1000, quiet, quiet, slow, quiet, quiet, slow, quiet)
     found = [(int(line.split()[1].partition("/")[0]), remaining(line)) for line in printed]
@@ -138,14 +137,14 @@ def test_waiting_for_data_is_advised_on_once(run_log, tmp_path, workers, waited,
 
 
 def test_a_short_wait_for_data_needs_no_advice(run_log):
-    """Workers take seconds to start, which the first batch waits for."""
+    """The first batch waits for workers to start, which takes seconds."""
     printed = run_log(100, (1, 6.0, 5.0), (99, 0.1, 0.02))
     assert not [line for line in printed if line.startswith("note: ")]
     assert "data-wait 20%" in printed[-1]
 
 
 def test_no_evaluation_right_before_the_final_one():
-    """configs/digits.py: 449 steps, an evaluation every 112."""
+    """As in configs/digits.py: 449 steps, an evaluation every 112."""
     due = [step for step in range(1, 450) if evaluation_due(step, 112, 449)]
     assert due == [112, 224, 336]
     assert [step for step in range(1, 13) if evaluation_due(step, 6, 12)] == [6]
@@ -156,8 +155,8 @@ def test_no_evaluation_right_before_the_final_one():
 # Accumulation, profile, memory
 
 
-def test_accumulated_parts_are_the_whole_batch():
-    """Rows that do not count lie unevenly among the parts; no example leaves its device."""
+def test_accumulated_parts_equal_the_whole_batch():
+    """Masked rows lie unevenly among the parts, and no example leaves its device."""
     config = small_config(name="deit_tiny_struct_1", widths=(16,), head_width=8, depths=(1,))
     config.model.drop_path, config.data.batch_size = 0.0, 32
     digits = data.load(config.data, config.augment)
@@ -186,7 +185,7 @@ def test_a_profile_of_some_steps(command, tmp_path):
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 
-MESSAGES = [  # of XLA on a GPU, on a TPU and on a CPU, and what was asked for
+MESSAGES = [  # of XLA on a GPU, a TPU and a CPU, and the requested size
     ("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 21474836480 bytes.", "20.0 GiB"),
     ("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1.50GiB. [type='xla']", "1.50GiB"),
     (
@@ -219,7 +218,7 @@ def test_out_of_memory_names_the_keys_to_change(message, asked):
 
 
 def test_a_real_out_of_memory_error():
-    """And what is none stays what it is."""
+    """Other errors pass unchanged."""
     with pytest.raises(UserError, match="out of memory: the program asked for"):  # noqa: SIM117
         with learner.oom_as_user_error(default_config()):
             jax.jit(lambda: jnp.zeros((2**40,), jnp.float32) + 1)().block_until_ready()

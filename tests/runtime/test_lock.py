@@ -32,7 +32,7 @@ HELD += "WorkdirLock(epath.Path(sys.argv[1])).__enter__(); print('held', flush=T
 
 
 def test_a_killed_owner_is_not_waited_for(place):
-    """Though nobody has asked for its exit code: it is a zombie then."""
+    """Although it is a zombie, since nobody has asked for its exit code."""
     owner = subprocess.Popen([sys.executable, "-c", HELD, str(place)], stdout=subprocess.PIPE, text=True)
     assert owner.stdout.readline() == "held\n"
     with pytest.raises(UserError, match=f"another run .*pid {owner.pid}"):
@@ -49,7 +49,7 @@ def test_a_killed_owner_is_not_waited_for(place):
 
 
 def test_slow_disks_let_no_second_owner_in(tmp_path, monkeypatch):
-    """Though both find the workdir free before one of them has written its name."""
+    """Although both find the workdir free before one of them has written its name."""
     fsync, slow = os.fsync, threading.Event()
 
     def slower(descriptor):
@@ -81,19 +81,23 @@ def test_slow_disks_let_no_second_owner_in(tmp_path, monkeypatch):
     assert held == ["late"] and "is being written by another run" in refused[0]
 
 
-def elsewhere(place, monkeypatch, **options):
-    """A lock taken by another machine."""
+def elsewhere(place, monkeypatch, proc=True, **options):
+    """Return a lock of another machine, or of one without /proc."""
     with monkeypatch.context() as patch:
-        patch.setattr(lock, "_boot", lambda: "another")
+        if proc:
+            patch.setattr(lock.socket, "gethostname", lambda: "another")
+        else:
+            patch.setattr(lock, "_started", lambda pid: "")
         return WorkdirLock(place, **options)
 
 
-def test_an_owner_on_another_machine_is_waited_for(place, monkeypatch):
-    """As long as it may take to renew: refused if it does, taken over if it does not."""
-    owner = elsewhere(place, monkeypatch, renew=0.2)
+@pytest.mark.parametrize("proc", [True, False])
+def test_an_owner_on_another_machine_is_waited_for(place, monkeypatch, proc):
+    """If it renews the lock, the second run is refused; if it does not, the second run takes over."""
+    owner = elsewhere(place, monkeypatch, proc, renew=0.2)
     with owner, pytest.raises(UserError, match="another run"):
         WorkdirLock(place, expiry=30).__enter__()
-    silent = elsewhere(place, monkeypatch, renew=1000)
+    silent = elsewhere(place, monkeypatch, proc, renew=1000)
     with silent:
         started = time.monotonic()
         with WorkdirLock(place, expiry=1, renew=0.2) as mine:
@@ -104,7 +108,7 @@ def test_an_owner_on_another_machine_is_waited_for(place, monkeypatch):
 
 
 def test_an_owner_that_lost_the_lock_stops(place, monkeypatch):
-    """And leaves the lock to the one that has it."""
+    """It leaves the lock to its new owner."""
     with WorkdirLock(place, renew=0.1) as mine:
         mine.check()
         theirs = elsewhere(place, monkeypatch)
@@ -115,7 +119,7 @@ def test_an_owner_that_lost_the_lock_stops(place, monkeypatch):
     assert (place / lock.FILE).exists()
 
 
-def test_an_outage_that_passes_costs_no_lock(tmp_path, monkeypatch):
+def test_an_outage_that_passes_does_not_lose_the_lock(tmp_path, monkeypatch):
     with WorkdirLock(epath.Path(tmp_path), renew=0.05) as mine:
         write = mine._write
         monkeypatch.setattr(mine, "_write", lambda: os.write(-1, b"x"))
@@ -125,7 +129,7 @@ def test_an_outage_that_passes_costs_no_lock(tmp_path, monkeypatch):
         before = lock.read_json(tmp_path / lock.FILE)["beat"]
         time.sleep(0.3)
         assert lock.read_json(tmp_path / lock.FILE)["beat"] > before
-        for _ in range(1000):  # a renewal that is under way brings it back
+        for _ in range(1000):  # a renewal in progress may write it again
             (tmp_path / lock.FILE).unlink(missing_ok=True)
             mine._thread.join(0.01)
             if not mine._thread.is_alive():

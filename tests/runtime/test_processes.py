@@ -26,7 +26,7 @@ SLOWLY = functools.partial(slowly, 0.3)
 
 
 def unreadable():
-    """In a command: it meets an example that cannot be read."""
+    """In a command: make an example unreadable."""
     batches = ConfiguredDataset.train_batches
 
     def torn(self, *arguments, **options):
@@ -41,7 +41,7 @@ def named(process, number):
 
 
 def test_two_processes_are_stopped_and_end_like_one(tmp_path):
-    """A signal to one saves in both, at any time; resumed, they end where one process does."""
+    """A signal to one of them saves in both. After a resume, the result equals that of one process."""
     arguments = [*WIDE, *LAYOUT, f"--workdir={tmp_path / 'two'}"]
     steps = tmp_path / "two" / "checkpoints"
     both = processes(tmp_path / "a", *arguments, first=(SLOWLY, SLOWLY))
@@ -51,7 +51,7 @@ def test_two_processes_are_stopped_and_end_like_one(tmp_path):
     lines = [re.findall(r"stopped by a signal after step (\d+)", process.stderr) for process in both]
     ((stopped,), other) = lines
     assert other == [stopped] and (steps / stopped).exists()
-    assert set(both[1].stdout.splitlines()) <= {"a slow batch"}  # only the first process tells of its steps
+    assert set(both[1].stdout.splitlines()) <= {"a slow batch"}  # only the primary process logs its steps
 
     both = processes(tmp_path / "b", *arguments, first=(SLOWLY, SLOWLY))
     both[0].when(lambda: "compiling" in both[0].stdout)  # a signal before the first step of a resumed run
@@ -78,7 +78,7 @@ def test_two_processes_are_stopped_and_end_like_one(tmp_path):
     assert f"params_sha256 {result['params_sha256'][:12]}" in one.stdout
 
     warm = [*WIDE, *LAYOUT, f"--config.init_from={tmp_path / 'one'}"]
-    warm += ["--config.checkpoint.every=", "--config.eval.every="]  # the first step is looked at
+    warm += ["--config.checkpoint.every=", "--config.eval.every="]  # the first step is compared
     both = processes(tmp_path / "f", *warm, f"--workdir={tmp_path / 'warm'}")
     one = Command(tmp_path / "g", *warm, f"--workdir={tmp_path / 'alone'}", **devices(8))
     assert [process.wait().returncode for process in (*both, one)] == [0, 0, 0], both[0].stderr
@@ -91,7 +91,7 @@ def test_two_processes_are_stopped_and_end_like_one(tmp_path):
     ("victim", "number"), [(0, signal.SIGKILL), (1, signal.SIGKILL), (0, signal.SIGSTOP)]
 )
 def test_a_lost_process_is_named(tmp_path, victim, number):
-    """For process 0, killed or stopped, JAX alone would abort the others with a stack trace."""
+    """Without the heartbeat, JAX would abort the other process with a stack trace if process 0 is lost."""
     both = processes(tmp_path / "a", *WIDE, f"--workdir={tmp_path / 'run'}")
     both[0].when(lambda: "compiling" in both[0].stdout)
     both[victim].signal(number)
@@ -111,7 +111,7 @@ def test_a_lost_process_is_named(tmp_path, victim, number):
 
 
 def test_a_user_error_of_one_process_ends_both(tmp_path):
-    """In a line each, with the exit code of a mistake."""
+    """Each prints one line and has the exit code of a user error."""
     wrong = "--config.eval.batch_size=12"
     both = processes(tmp_path / "a", *WIDE, f"--workdir={tmp_path / 'run'}", more=((), (wrong,)))
     lines = [refusal(process.wait()) for process in both]
@@ -128,7 +128,7 @@ def absent():
 
 
 def test_a_process_that_waits_for_one_that_never_comes(tmp_path):
-    """It gives up in a line, instead of JAX's stack trace."""
+    """It gives up with one line instead of JAX's stack trace."""
     for first in ((impatient, absent), (absent, impatient)):
         waiting = processes(tmp_path / "a", *QUICK, f"--workdir={tmp_path / 'run'}", first=first)
         process = waiting[first.index(impatient)].wait()
