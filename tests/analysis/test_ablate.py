@@ -66,7 +66,9 @@ def fake_train(config, workdir, dataset):
     total = durations(config, dataset.rows_per_epoch).total
     workdir.mkdir(parents=True)
     write_json(workdir / "config.json", as_json(config))
-    write_json(workdir / "goodput.json", {"seconds": {"step": 1800.0, "input": 180.0}})
+    write_json(
+        workdir / "goodput.json", {"seconds": {"step": 1800.0, "input": 180.0}, "at_save": {}, "sessions": 1}
+    )
     write_json(workdir / "result.json", result | {"step": total, "params_sha256": "0" * 64})
     return result
 

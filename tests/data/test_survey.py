@@ -50,7 +50,7 @@ def test_examples_and_ignored_files_are_counted(tmp_path):
     train, val = found.splits
     assert (len(train.source), len(val.source), found.unit) == (7, 2, "images")
     assert train.classes == {"a": 4, "b": 3}
-    assert train.spread("width") == "20" and train.spread("height") == "10" and not found.errors
+    assert train.range_text("width") == "20" and train.range_text("height") == "10" and not found.errors
     assert "\x1b" not in found.table() + "".join(found.lines())
     assert found.lines() == [
         "data: 7 train + 2 val images, 2 classes of 3 to 4 (median 4); 20 x 10 pixels",
