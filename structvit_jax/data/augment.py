@@ -19,8 +19,8 @@ from structvit_jax.utils.errors import UserError
 
 Box = tuple[int, int, int, int]  # top, left, height, width
 Fill = tuple[int, int, int]  # RGB
-# float64 [3, 3]: maps a point (x, y, 1) of the output to the point of the input that its pixel comes from, in
-# fractions of the width and height.
+# float64 [3, 3]: maps a point (x, y, 1) of the output to the point of the input that is shown there. Both are
+# in fractions of the width and height.
 CropAffine = np.ndarray
 _MIRRORED: CropAffine = np.array([[-1.0, 0, 1], [0, 1, 0], [0, 0, 1]])
 
@@ -35,10 +35,11 @@ def resize(clip: np.ndarray, box: Box, size: tuple[int, int], *, image: bool) ->
     clip = clip[:, top : top + height, left : left + width]
     if (height, width) == size:
         return np.ascontiguousarray(clip)
+    width_height = size[::-1]
     if image:
-        wide = size[::-1]
-        return np.stack([np.asarray(Image.fromarray(f).resize(wide, Image.Resampling.BICUBIC)) for f in clip])
-    return np.stack([cv2.resize(frame, size[::-1], interpolation=cv2.INTER_LINEAR) for frame in clip])
+        frames = [Image.fromarray(frame).resize(width_height, Image.Resampling.BICUBIC) for frame in clip]
+        return np.stack([np.asarray(frame) for frame in frames])
+    return np.stack([cv2.resize(frame, width_height, interpolation=cv2.INTER_LINEAR) for frame in clip])
 
 
 def random_box(
@@ -50,7 +51,8 @@ def random_box(
 ) -> Box:
     """Draw a box with a uniform fraction of the area and a log-uniform aspect ratio (width / height).
 
-    If ten boxes do not fit, return the largest centred box whose aspect ratio is in range, as in torchvision.
+    If ten drawn boxes do not fit, return the largest centred box whose aspect ratio is in range, as in
+    torchvision.
     """
     for _ in range(10):
         target = height * width * rng.uniform(*area)
@@ -74,7 +76,7 @@ def random_crop(
     *,
     image: bool,
 ) -> tuple[np.ndarray, CropAffine]:
-    """Resize the same random box of every frame to size x size and mirror it with probability `flip`.
+    """Crop one random box out of all frames, resize it to size x size, and mirror it with probability `flip`.
 
     Returns:
       The crop, uint8 [time, size, size, 3], and the affine map from it to the clip.
@@ -101,8 +103,8 @@ def test_boxes(
 ) -> tuple[tuple[int, int], list[tuple[int, int]]]:
     """Return the (height, width) that frames are scaled to for testing, and the (top, left) of each crop.
 
-    The short side is scaled to size / fraction, and crops are size x size. One crop is the centre; three are
-    left, centre and right, or top, centre and bottom of portrait frames.
+    The short side is scaled to size / fraction, and crops are size x size. A single crop is the centre. Three
+    crops are left, centre and right; of portrait frames, top, centre and bottom.
     """
     short = int(size / fraction)
     # The long side is rounded down, as in UniFormer and torchvision.
@@ -128,7 +130,8 @@ class RandAugment(NamedTuple):
         """Parse a policy in timm's notation; return None for an empty one.
 
         Raises:
-          UserError: the policy is invalid, or lacks "inc1": only increasing operations are implemented.
+          UserError: the policy is invalid, or lacks "inc1", which is required: only increasing operations are
+            implemented.
         """
         if not text:
             return None
@@ -139,7 +142,7 @@ class RandAugment(NamedTuple):
             if "inc" in values and policy.magnitude <= 10:
                 return policy
         raise UserError(
-            f"config.augment.randaugment is {text!r}; write it as 'rand-m7-n4-mstd0.5-inc1', m up to 10"
+            f"config.augment.randaugment is {text!r}; write it as 'rand-m7-n4-mstd0.5-inc1', with m up to 10"
         )
 
     def __call__(
@@ -245,12 +248,12 @@ def _rotation(strength: float, aspect: float) -> CropAffine:
     angle = math.radians(-30 * strength)
     cos, sin = math.cos(angle), math.sin(angle)
     turn = np.array([[cos, sin, 0], [-sin, cos, 0], [0, 0, 1]])
-    # From fractions to units of the height, with the origin at the centre.
+    # Converts fractions of the sides to units of the height, and moves the origin to the centre.
     to_centre = np.array([[aspect, 0, -aspect / 2], [0, 1, -0.5], [0, 0, 1]])
     return np.linalg.inv(to_centre) @ turn @ to_centre
 
 
-# Operations that move pixels, and their affine maps: (sign * level, width / height) -> map.
+# Affine maps of the operations that move pixels: (sign * level, width / height) -> map.
 _GEOMETRIC: dict[Operation, Callable[[float, float], CropAffine]] = {
     _rotate: _rotation,
     _shear_x: lambda strength, aspect: np.array([[1, 0.3 * strength / aspect, 0], [0, 1, 0], [0, 0, 1]]),

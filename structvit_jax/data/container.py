@@ -28,18 +28,19 @@ CONTAINERS = {
     "flv": (".flv",),
 }
 _SUPPORTED = tuple(extension for extensions in CONTAINERS.values() for extension in extensions)
-VIDEOS = (*_SUPPORTED, ".mpg", ".mpeg")  # program streams count as videos, but are rejected with a reason
+# .mpg and .mpeg files count as videos, but most are MPEG program streams, which are rejected with a reason.
+VIDEOS = (*_SUPPORTED, ".mpg", ".mpeg")
 _OPTIONS = {"format_whitelist": ",".join(CONTAINERS), "protocol_whitelist": "file"}
 
-# First bytes of the containers that have no boxes. MP4 and QuickTime files start with a box.
+# First bytes of the containers that do not consist of boxes, as MP4 and QuickTime files do.
 _WITHOUT_BOXES = (b"RIFF", b"\x1a\x45\xdf\xa3", b"FLV", b"\x30\x26\xb2\x75", b"\x47")
-_PER_SAMPLE = 0xF00  # flags of a fragment that stores values for each sample
+_PER_SAMPLE = 0xF00  # flags of a fragment ("trun") that stores values for each sample
 _CHUNK = 2**20  # bytes of a header to search at a time
-_FIELDS = 16  # maximum number of bytes from the tag of a box to the end of its count
+_FIELDS = 16  # maximum number of bytes from the start of a box's tag to the end of its sample count
 
 
 def open_container(file: str | bytes, limits: Limits) -> InputContainer:
-    """Open a video, given as a path or as bytes, to be decoded on one thread: data workers run in parallel.
+    """Open a video, given as a path or as bytes. Decoding uses one thread, because data workers are parallel.
 
     Raises:
       DecodeError: the file does not exist, has no video or an unsupported container, or exceeds the limits.
@@ -58,7 +59,9 @@ def open_container(file: str | bytes, limits: Limits) -> InputContainer:
             raise DecodeError(
                 "an MPEG program stream does not keep the times of its frames; convert it to mp4"
             )
-        if head.startswith(b"FLV"):  # to find its streams, FFmpeg would decode pictures of any size
+        if head.startswith(b"FLV"):
+            # To find the streams of FLV, FFmpeg decodes pictures of any size. Check the size first, without
+            # decoders.
             with _open(file, options | {"codec_whitelist": "none"}) as container:
                 _check_size(container, limits)
         container = _open(file, options)
@@ -77,7 +80,7 @@ def _open(file: str | bytes, options: dict[str, str]) -> InputContainer:
     source = io.BytesIO(file) if isinstance(file, bytes) else f"file:{file}"
     try:
         return av.open(source, "r", options=options, metadata_errors="replace")
-    except av.ArgumentError as error:  # the format is not in the whitelist
+    except av.ArgumentError as error:  # raised if the format is not in the whitelist
         known = ", ".join(sorted(extension[1:] for extension in _SUPPORTED))
         raise DecodeError(f"not a supported container ({known})") from error
 
@@ -89,7 +92,7 @@ def _check_size(container: InputContainer, limits: Limits) -> None:
 
 
 def _check_codec(container: InputContainer) -> None:
-    """Raise a DecodeError if the video of a container cannot be decoded frame by frame."""
+    """Raise a DecodeError if a container has no video, no decoder for it, or no times of its frames."""
     if not container.streams.video:
         raise DecodeError("no video stream")
     if (codec := container.streams.video[0].codec_context) is None:
@@ -104,13 +107,13 @@ def _check_codec(container: InputContainer) -> None:
 def _check_boxes(file: BinaryIO, limits: Limits) -> None:
     """Check the number of samples that an MP4 or QuickTime file announces, before FFmpeg opens it.
 
-    FFmpeg allocates about 40 bytes per sample. Most tables have an entry per sample, so the file itself is as
-    large. But a table of samples of equal size, or a fragment of samples with default values, stores only a
-    count: a file of 1 kB can announce billions.
+    FFmpeg allocates about 40 bytes per sample. Most tables have an entry per sample, so only a large file can
+    announce many. But a table of samples of equal size, or a fragment of samples with default values, stores
+    only their number: a file of 1 kB can announce billions of samples.
 
     Raises:
-      DecodeError: the file announces more samples than `Limits.frames` and than it has bytes, or its header
-        is compressed.
+      DecodeError: the number of samples exceeds both `Limits.frames` and the size of the file in bytes, or
+        the header is compressed.
     """
     samples, length = 0, file.seek(0, os.SEEK_END)
     for chunk in _headers(file, length):
@@ -140,7 +143,7 @@ def _headers(file: BinaryIO, length: int) -> Iterator[bytes]:
 
 
 def _fields(chunk: bytes, tag: bytes, offset: int) -> Iterator[tuple[int, int]]:
-    """Yield the two numbers `offset` bytes after each occurrence of a tag that starts before the overlap."""
+    """Yield the two numbers at `offset` from each occurrence of a tag that starts before the overlap."""
     at = chunk.find(tag)
     while 0 <= at < len(chunk) - _FIELDS:
         yield struct.unpack_from(">II", chunk, at + offset)

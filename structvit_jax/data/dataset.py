@@ -30,7 +30,7 @@ SOURCES = (*BUILT_IN, "folder", "tfds:NAME", "noise:CLASSES")
 
 
 class ConfiguredDataset(Dataset):
-    """The training and the test split of a configuration, each with its reader."""
+    """The data set of a configuration: a training and a test split, each with a reader."""
 
     def __init__(self, train: Source, test: Source, data: DataOptions, augment: AugmentOptions, seed: int):
         self.train = Reader(train, data, augment, seed, _label_maps(train, data))
@@ -70,9 +70,9 @@ class ConfiguredDataset(Dataset):
         if order is None:
             missing, added = class_names.difference(own, names)
             raise UserError(
-                f"the {len(own)} classes of the data are not the {len(names)} of the checkpoint: the data"
-                f" lack {missing} and add {added}; point config.data at the data of the run, or choose"
-                " another --workdir for these"
+                f"the data have {len(own)} classes, which differ from the {len(names)} classes of the"
+                f" checkpoint: the data lack {missing} and add {added}; set config.data to the data of the"
+                " run, or choose another --workdir for these data"
             )
         for reader in (self.train, self.test):
             reader.adopt_classes(names, order)
@@ -93,15 +93,20 @@ def _label_maps(train: Source, data: DataOptions) -> LabelMaps | None:
     if not data.label_maps:
         return None
     if data.frames:
-        raise UserError("config.data.label_maps are for images, but config.data.frames asks for clips")
+        raise UserError(
+            f"config.data.label_maps are for images, but config.data.frames={data.frames} makes clips"
+        )
     return LabelMaps(data.label_maps, [train.id(i) for i in range(len(train))], train.class_names)
 
 
 def is_video(section: Any) -> bool:
-    """Return whether most of the data that a configuration's section `data` describes are videos.
+    """Return whether most examples of a data set are videos.
+
+    Args:
+      section: section `data` of a configuration, which describes the data set.
 
     Raises:
-      UserError: the data are missing, empty or not understood.
+      UserError: the data are missing, empty or in an unknown layout.
     """
     options = DataOptions.from_config(section)
     if options.name != "folder":
@@ -125,20 +130,20 @@ def find_shards(root: str) -> str | None:
 
 
 def _open_shards(root: str, layout: folder.Layout) -> tuple[Shards, Shards]:
-    from structvit_jax.data import tfds_reader  # imported here: TFDS takes seconds
+    from structvit_jax.data import tfds_reader  # imported here: importing TFDS takes seconds
 
     return tfds_reader.open_shards(root, layout.train, layout.test, layout.limits)
 
 
 def sources(section: Any, seed: int = 0) -> tuple[Source, Source]:
-    """Return the training and the test split that a configuration's section `data` describes.
+    """Open the training and the test split of a data set.
 
     Args:
-      section: section `data` of a configuration.
+      section: section `data` of a configuration, which describes the data set.
       seed: seed of generated training data; generated test data are the same for every seed.
 
     Raises:
-      UserError: the name is unknown, or the data are missing, empty or not understood.
+      UserError: the name is unknown, or the data are missing, empty or in an unknown layout.
     """
     options = DataOptions.from_config(section)
     if options.frames is None:
@@ -146,8 +151,8 @@ def sources(section: Any, seed: int = 0) -> tuple[Source, Source]:
     name = options.name
     if name in BUILT_IN:
         make = BUILT_IN[name]
-        tested = "tune" if options.test_split == "tune" else "test"
-        return make("train", options.train_examples, seed), make(tested, options.test_examples, seed)
+        test = "tune" if options.test_split == "tune" else "test"
+        return make("train", options.train_examples, seed), make(test, options.test_examples, seed)
     if name.startswith("noise:"):
         return Noise(options, "train", seed), Noise(options, "test", seed)
     layout = _layout(options)
@@ -156,7 +161,7 @@ def sources(section: Any, seed: int = 0) -> tuple[Source, Source]:
             return _open_shards(shards, layout)
         return folder.read_splits(layout, video=options.frames > 0)
     if name.startswith("tfds:"):
-        from structvit_jax.data import tfds_reader  # imported here: TFDS takes seconds
+        from structvit_jax.data import tfds_reader  # imported here: importing TFDS takes seconds
 
         name = name.removeprefix("tfds:")
         return tfds_reader.open_images(name, layout.root, layout.train, layout.test, layout.limits)
@@ -169,13 +174,13 @@ def load(
     """Return the data set that a configuration describes.
 
     Args:
-      data, augment: these sections of the configuration.
+      data, augment: the sections of these names of a configuration.
       seed: seed of the order, the augmentation, and generated training data; generated test data are the same
         for every seed.
-      splits: the result of `sources`, if it was called before.
+      splits: the result of `sources`, if you have called it already.
 
     Raises:
-      UserError: the name is unknown, or the data are missing, empty or not understood.
+      UserError: the name is unknown, or the data are missing, empty or in an unknown layout.
     """
     options, policy = DataOptions.from_config(data), AugmentOptions.from_config(augment)
     return ConfiguredDataset(*(splits or sources(data, seed)), options, policy, seed)

@@ -1,4 +1,4 @@
-"""The built-in data: 1797 real scans of handwritten digits, still or in synthetic motion; and noise.
+"""Built-in data: 1797 real scans of handwritten digits, as images or in synthetic motion; and random noise.
 
 The scans are the UCI optical digits of scikit-learn (`load_digits`, 8x8 grey). The first 1437 are for
 training and the last 360 for testing. Motion, contrast and noise are synthetic.
@@ -117,9 +117,15 @@ class MovingDigits(_Generated):
         return step * np.arange(self._frames)[:, None]
 
     def _placed(self, pictures: np.ndarray, corners: np.ndarray) -> np.ndarray:
-        """Draw pictures ([frames,] side, side) at corners [frames, 2], wrapped: [frames, side, side]."""
+        """Draw pictures ([frames,] side, side) into frames, wrapped around: [frames, side, side].
+
+        Args:
+          pictures: one picture, or one per frame.
+          corners: row and column of the top left corner in each frame, [frames, 2].
+        """
         side = self._side
-        # Distances of the rows (columns) of the frame from those of the picture, which repeats every `side`.
+        # Distances between the rows (columns) of the frame and those of the picture. The picture repeats
+        # every `side` pixels.
         corners = corners[:, :, None, None] % side
         distance = np.arange(side)[:, None] - corners - np.arange(pictures.shape[-1])
         rows, columns = np.moveaxis(_hat(distance) + _hat(distance + side), 1, 0)
@@ -130,8 +136,9 @@ class DigitMotions(MovingDigits):
     """Harder clips: a rotated digit drifts or turns in place beside a static one, with more noise.
 
     The label is the direction of the drift or of the turn. Fast clips are easy and slow ones are hard, so
-    accuracy rises early and leaves room to improve. The first angle and position are uniform, so single
-    frames have the same distribution in all classes, and classes come in time-reversed pairs.
+    accuracy rises early in training and can improve for a long time. The first angle and position are
+    uniform, so single frames have the same distribution in all classes, and classes come in time-reversed
+    pairs.
     """
 
     name = "digit_motions"
@@ -165,7 +172,7 @@ class DigitMotions(MovingDigits):
         return rng.uniform(0.6, 1.0) * self._placed(pictures, corners)
 
     def _turned(self, square: np.ndarray, degrees: float) -> np.ndarray:
-        """Turn a scan, centred in its square, counterclockwise."""
+        """Rotate a scan, which is centred in a square, counterclockwise."""
         middle = (self._square - 1) / 2
         turn = cv2.getRotationMatrix2D((middle, middle), degrees, 1.0)
         return cv2.warpAffine(square, turn, square.shape)
@@ -205,10 +212,10 @@ class Digits:
 
 
 class Noise(_Generated):
-    """Clips or images of random pixels with cyclic labels, to plan runs and to time steps without reading.
+    """Clips or images of random pixels with cyclic labels, to plan runs and to time steps without files.
 
-    config.data.name is "noise:CLASSES". Every example has exactly the frames and pixels that the
-    configuration takes, or 64 x 64 pixels if the size is not set.
+    config.data.name is "noise:CLASSES". The frames of an example are as many and as large as the
+    configuration needs; if the size is not set, they have 64 x 64 pixels.
     """
 
     name = "noise"
@@ -216,7 +223,7 @@ class Noise(_Generated):
     def __init__(self, data: DataOptions, split: str, seed: int):
         classes = data.name.removeprefix("noise:")
         if not re.fullmatch("[1-9][0-9]{0,5}", classes):
-            raise UserError(f"config.data.name is {data.name!r}; write noise:CLASSES, as noise:400")
+            raise UserError(f"config.data.name is {data.name!r}; write noise:CLASSES, such as noise:400")
         super().__init__(split, data.test_examples if split == "test" else data.train_examples, seed)
         self.class_names = tuple(f"class {number}" for number in range(int(classes)))
         side = max(data.size or 64, data.short_side or 0)

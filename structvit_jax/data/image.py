@@ -2,13 +2,14 @@
 
     colour          converted to RGB; of 16 bits per channel the upper 8 are kept
     16-bit grey     the upper 8 bits are kept; the upper 8 of 12 in a 12-bit TIFF
-    32-bit, float   scaled by 255 if all values are floats from 0 to 1; otherwise the range from the minimum
-                    to the maximum becomes 0 to 255. NaN and -inf become 0, inf becomes 255
+    32-bit integer  the range from the minimum to the maximum is scaled to 0 to 255
+    float           scaled by 255 if all values are from 0 to 1, otherwise like 32-bit integers. NaN and -inf
+                    become 0, inf becomes 255
     transparency    composited onto white, unlike in torchvision and timm, which drop alpha
     EXIF            the orientation is applied
     animations      the first frame is read
 
-Only the formats in `FORMATS` are opened. The content of a file decides, not its name.
+Only the formats in `FORMATS` are opened. They are recognised by content, not by file name.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ FORMATS = {
 IMAGES = tuple(extension for extensions in FORMATS.values() for extension in extensions)
 
 _PHOTOMETRIC, _BITS_PER_SAMPLE = 262, 258  # TIFF tags
-_BYTES_PER_PIXEL = 16  # upper bound for encoded files; some decoders read the whole file into memory
+_BYTES_PER_PIXEL = 16  # limit on the size of encoded files, because some decoders read them into memory
 
 
 def read_image(file: str | bytes, limits: Limits) -> np.ndarray:
@@ -52,7 +53,8 @@ def read_image(file: str | bytes, limits: Limits) -> np.ndarray:
         if not size:
             raise DecodeError("empty file")
         if size > _BYTES_PER_PIXEL * limits.pixels + 2**20:
-            raise DecodeError(f"{size} bytes, more than a picture of --config.data.max_pixels needs")
+            limit = f"--config.data.max_pixels={limits.pixels}"
+            raise DecodeError(f"{size} bytes, more than a picture within {limit} can need")
         with io.BytesIO(file) if isinstance(file, bytes) else open(file, "rb") as opened:
             image = _open(opened)
             limits.check_picture(*image.size)
@@ -62,7 +64,7 @@ def read_image(file: str | bytes, limits: Limits) -> np.ndarray:
 
 def _open(file: BinaryIO) -> Image.Image:
     head = file.read(64)
-    # Pillow reads AVIF itself; other files of this container need a plugin.
+    # Pillow itself reads AVIF; other images in ISO media files ("ftyp") need the HEIF plugin.
     is_heif = head[4:8] == b"ftyp" and b"avif" not in head and b"avis" not in head
     if is_heif:
         _register_heif()
@@ -86,9 +88,9 @@ def _rgb(image: Image.Image) -> np.ndarray:
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         return np.repeat(_grey(image)[..., None], 3, axis=-1)
     if image.has_transparency_data:
-        key = image.info.get("transparency")
-        if isinstance(key, tuple) and max(key) > 255:  # the transparent colour of a 16-bit image
-            image.info["transparency"] = tuple(value >> 8 for value in key)
+        colour = image.info.get("transparency")
+        if isinstance(colour, tuple) and max(colour) > 255:  # the transparent colour of a 16-bit image
+            image.info["transparency"] = tuple(value >> 8 for value in colour)
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
@@ -98,6 +100,7 @@ def _grey(image: Image.Image) -> np.ndarray:
     """Convert an image with one channel of more than 8 bits to uint8 [height, width]."""
     values = np.asarray(image)
     tags = getattr(image, "tag_v2", {})  # TIFF only
+    # 16 bits; Pillow opens 16-bit PGM files in mode "I".
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
         bits = tags.get(_BITS_PER_SAMPLE, (16,))[0]
         grey = (values >> (bits - 8)).astype(np.uint8)
@@ -105,8 +108,8 @@ def _grey(image: Image.Image) -> np.ndarray:
         grey = _stretched(values)
     if tags.get(_PHOTOMETRIC) == 0:  # white is zero
         grey = 255 - grey
-    clear = image.info.get("transparency")
-    return grey if clear is None else np.where(values == clear, np.uint8(255), grey)
+    transparent = image.info.get("transparency")  # the grey value that is transparent
+    return grey if transparent is None else np.where(values == transparent, np.uint8(255), grey)
 
 
 def _stretched(values: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ class Limits(NamedTuple):
     """Limits on one example: config.data.max_pixels, max_frames and max_replaced_frames."""
 
     pixels: int = 2**26  # width x height of a picture
-    frames: int = 2**20  # of a video file or of a folder of frames
+    frames: int = 2**20  # number of frames of a video file or of a folder of frames
     bad_frames: float = 0.0  # fraction of the frames of a clip that may be replaced by their neighbours
 
     @classmethod
@@ -39,7 +39,8 @@ def file_size(path: str) -> int:
     """Return the size of a regular file in bytes.
 
     Raises:
-      DecodeError: the file does not exist or is empty, or is a folder, pipe or device, which may have no end.
+      DecodeError: the file does not exist, is empty, or is not a regular file: pipes and devices may never
+        end.
     """
     try:
         status = os.stat(path)

@@ -22,7 +22,7 @@ from structvit_jax.utils.errors import DecodeError
 
 @functools.cache
 def configure_decoding() -> None:
-    """Decode on one thread per process, and let `Limits.pixels` replace Pillow's limit on the size of images.
+    """Set OpenCV to one thread, and replace Pillow's limit on the size of images by `Limits.pixels`.
 
     Entry points and data workers call this once. Decoded pixels do not depend on it.
     """
@@ -36,7 +36,7 @@ def open_media(
     end: float | None = None,
     limits: Limits = Limits(),  # noqa: B008 - immutable
 ) -> Media:
-    """Open an image, a folder of frames, or a video, or the part of a video from `start` to `end` seconds.
+    """Open an image, a folder of frames, or a video: all of it, or the part from `start` to `end` seconds.
 
     Raises:
       DecodeError: the path cannot be read, or exceeds the limits.
@@ -51,7 +51,7 @@ def open_media(
 
 
 def frame_names(names: Sequence[str]) -> list[str]:
-    """Return the names of images in natural order: 2.jpg before 10.jpg."""
+    """Return the names of visible images, sorted in natural order: 2.jpg before 10.jpg."""
 
     def key(name: str) -> list[str | int]:
         parts = re.split(r"(\d+)", PurePath(name).stem)
@@ -70,7 +70,7 @@ class Pictures(Media):
     """Encoded images, as paths or bytes, one per frame.
 
     Raises:
-      DecodeError: there are more than `Limits.frames`.
+      DecodeError: there are more images than `Limits.frames`.
     """
 
     def __init__(self, files: Sequence[str | bytes], limits: Limits = Limits()):  # noqa: B008 - immutable
@@ -85,7 +85,7 @@ class Pictures(Media):
 
 
 def _scaled(picture: np.ndarray, short_side: int) -> np.ndarray:
-    """Scale a picture down if its short side is longer than `short_side`, unless that is 0."""
+    """Scale a picture down if its short side is longer than `short_side`; 0 never scales."""
     scale = short_side / min(picture.shape[:2]) if short_side else 1
     if scale >= 1:
         return picture
@@ -94,7 +94,7 @@ def _scaled(picture: np.ndarray, short_side: int) -> np.ndarray:
 
 
 class FrameRange(Media):
-    """`count` frames of other media from frame `first` on, of which the last `missing` do not exist."""
+    """`count` frames of other media, starting at frame `first`. The last `missing` of them do not exist."""
 
     def __init__(self, media: Media, first: int, count: int, missing: int):
         self._media, self._first, self.count, self.missing = media, first, count, missing
@@ -110,7 +110,7 @@ class FrameRange(Media):
 
 
 class InMemoryFrames(Media):
-    """Frames in an array, uint8 [count, height, width, 3], which are never scaled."""
+    """Frames in an array, uint8 [count, height, width, 3]. They are never scaled: `short_side` is ignored."""
 
     def __init__(self, pictures: np.ndarray):
         self._pictures, self.count = pictures, len(pictures)

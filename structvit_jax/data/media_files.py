@@ -1,4 +1,4 @@
-"""Files and folders as examples without labels for a trained model, in the given order."""
+"""Find and open the files and folders that a trained model is applied to. They have no labels."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Files:
       entries: the examples, see `find`.
       class_names: classes of the model.
       video: whether the model takes videos rather than images.
-      other: name of a model that takes the other kind, for messages.
-      test: opens the test split, for entries test:N.
+      other: name of a model that takes images instead of videos or vice versa, for messages.
+      test: function that returns the test split, for entries test:N.
       limits: limits on the files.
     """
 
@@ -70,10 +70,11 @@ class Files:
         return next((folder for folder in folders if folder in self.class_names), "")
 
     def open(self, index: int) -> tuple[Media, int]:
-        """Return the frames of an example, and 0.
+        """Return the frames of an example, and 0 as its label.
 
         Raises:
-          DecodeError: the example cannot be read, or is not of the kind that the model takes.
+          DecodeError: the example cannot be read, or is an image although the model takes videos, or vice
+            versa.
         """
         entry = self._entries[index]
         if entry.path.startswith(TEST):
@@ -98,17 +99,18 @@ class Files:
 
 
 def find(paths: Sequence[str], *, video: bool, other: str, every: float = 0, limits: Limits) -> list[Entry]:
-    """Return the examples at some paths: files, and all files of the model's kind in folders.
+    """Return the examples at some paths, in order: files, and all videos (or images) in folders.
 
     Args:
       paths: files, folders, and test:N. For videos, a folder of images is one clip.
       video: whether examples are videos rather than images.
-      other: name of a model that takes the other kind, for messages.
-      every: cut longer videos into parts of this many seconds, one example each; 0 cuts none.
+      other: name of a model that takes images instead of videos or vice versa, for messages.
+      every: cut longer videos into parts of about this many seconds, one example each; 0 cuts none. The last
+        part takes the rest, from half to one and a half times as long.
       limits: limits on the files.
 
     Raises:
-      UserError: a folder has no examples of the kind, or parts would be shorter than a frame.
+      UserError: a folder has no videos (or images), or parts would be shorter than a frame.
     """
     if not 0 <= every < math.inf:
         raise UserError(
@@ -134,7 +136,7 @@ def _below(path: str, video: bool, other: str) -> list[Entry]:
 
 
 def _parts(entry: Entry, every: float, limits: Limits) -> Iterator[Entry]:
-    """Yield the parts of a video, or the entry itself if it is short or cannot be read (reported later)."""
+    """Yield the parts of a video, or the entry itself if it is short or unreadable; `open` reports that."""
     seconds, frames = 0.0, 0
     with contextlib.suppress(DecodeError):
         if os.path.isfile(entry.path) and not entry.path.lower().endswith(IMAGES):

@@ -1,6 +1,6 @@
 """Batches as a pure function of (seed, step), read ahead in threads or processes.
 
-See `structvit_jax.data.types` for the contents of a batch, and for the shards that processes read of it.
+`structvit_jax.data.types` defines `Batch`, and `Shard`: the rows of a batch that one process reads.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from structvit_jax.data.types import WHOLE, Arrays, Batch, Problem, Shard
 from structvit_jax.data.workers import DeadWorker, Note, in_processes
 from structvit_jax.utils.errors import DecodeError, UserError
 
-_AHEAD = 2  # batches that are read ahead, by each worker if there are any
+_AHEAD = 2  # number of batches to read ahead: per worker process, or in total without workers
 # Rows of a batch, the number of the example that fills them, and the function that reads it.
 _Job = tuple[slice, int, Callable[[], dict[str, Any]]]
 
@@ -31,7 +31,8 @@ def train_batches(
 ) -> Generator[Batch]:
     """Yield shuffled batches forever, from step `start_step` on.
 
-    Every epoch has each example once, in an order of its own; copies of repeated augmentation are adjacent.
+    Every epoch visits each example once, in a new random order. The copies of an example in repeated
+    augmentation are adjacent.
     """
     read = functools.partial(_train_batch, reader, batch_size, shard)
     return _prefetched(read, range(start_step, sys.maxsize), reader.data.workers)
@@ -108,24 +109,24 @@ def _fill(reader: Reader, arrays: Arrays, rows: int, jobs: Iterable[_Job], note:
     batch = {key: np.zeros((rows, *shape), dtype) for key, (shape, dtype) in arrays.items()}
     batch |= {"mask": np.zeros(rows, bool), "index": np.full(rows, -1, np.int32)}
     problems: list[Problem] = []
-    for place, index, read in jobs:
-        batch["index"][place] = index
-        identity = reader.source.id(index)
-        note(identity)
+    for target, index, read in jobs:
+        batch["index"][target] = index
+        example_id = reader.source.id(index)
+        note(example_id)
         try:
             example = read()
         except DecodeError as error:
-            problems.append(Problem(identity, str(error)))
+            problems.append(Problem(example_id, str(error)))
             continue
-        problems += [Problem(identity, reason, kind) for kind, reason in example.pop("notes").items()]
+        problems += [Problem(example_id, reason, kind) for kind, reason in example.pop("notes").items()]
         for key, value in example.items():
-            batch[key][place] = value
-        batch["mask"][place] = True
+            batch[key][target] = value
+        batch["mask"][target] = True
     return cast(Batch, {**batch, "problems": tuple(problems)})
 
 
 def _prefetched(read: Callable[[int, Note], Batch], numbers: range, workers: int) -> Generator[Batch]:
-    """Yield the batches of these numbers, read ahead by worker processes, or by two threads without any.
+    """Yield batches by number, read ahead in worker processes, or in two threads if `workers` is 0.
 
     Raises:
       UserError: a worker died; the message names the example that it was reading.
@@ -142,7 +143,7 @@ def _in_threads(read: Callable[[int, Note], Batch], numbers: range) -> Generator
     pending: collections.deque[Future[Batch]] = collections.deque()
     try:
         for number in numbers:
-            pending.append(pool.submit(read, number, lambda identity: None))
+            pending.append(pool.submit(read, number, lambda example_id: None))
             if len(pending) > _AHEAD:
                 yield pending.popleft().result()
         while pending:

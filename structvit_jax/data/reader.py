@@ -22,11 +22,11 @@ from structvit_jax.data.label_maps import LabelMaps
 from structvit_jax.data.types import Arrays, AugmentOptions, DataOptions, Media, Source
 from structvit_jax.utils.errors import DecodeError
 
-UNCROPPED_SIDE = 720  # pixels: longer short sides of uncropped frames are scaled to this
+UNCROPPED_SIDE = 720  # pixels; larger uncropped frames are scaled down to this short side
 
 
 class Crop(NamedTuple):
-    """A box in a frame, in fractions of the frame's sides."""
+    """A box in a frame, in fractions of the height and width of the frame."""
 
     top: float
     left: float
@@ -35,17 +35,17 @@ class Crop(NamedTuple):
 
 
 class Reader:
-    """Reads the examples of a source as the sections `data` and `augment` of a configuration describe.
+    """Read the examples of a source according to the sections `data` and `augment` of a configuration.
 
-    Random draws depend on (seed, epoch, example) alone. Copies of an example in repeated augmentation share
-    their frames, and each copy has its own crop and augmentation.
+    Random draws depend only on (seed, epoch, example, copy). Copies of an example in repeated augmentation
+    share their frames, and each copy has its own crop and augmentation.
 
     Attributes:
       class_names: classes in the order of the labels.
       is_image: whether examples are images rather than clips.
       shape: shape of one view of an example: [frames,] size, size, 3.
-      views: number of views of an example that are averaged in testing.
-      middle: position of the middle crop of the middle clip among the views.
+      views: number of views of a test example, whose scores are averaged.
+      middle: index of the middle view: the middle crop of the middle clip.
       arrays: shapes and dtypes of one training example.
 
     Raises:
@@ -64,7 +64,7 @@ class Reader:
         self._rule = sampling.rule(data.sampling)
         self._policy = RandAugment.parse(augment.randaugment)
         self.class_names = source.class_names
-        self._label = list(range(len(self.class_names)))  # by class of the source
+        self._label = list(range(len(self.class_names)))  # label of each class of the source
         self.is_image = data.frames == 0
         size = (data.size, data.size, 3)
         self.shape: tuple[int, ...] = size if self.is_image else (data.frames, *size)
@@ -84,8 +84,8 @@ class Reader:
         """Read copies of an example for training.
 
         Returns:
-          The keys of `arrays`, stacked over copies or once for all of them, and "notes": the reasons of
-          `Problem` by its kind.
+          A value for each key of `arrays`: a list with one entry per copy, or one value that all copies
+          share. And "notes", which maps `Problem.kind` to `Problem.reason`.
 
         Raises:
           DecodeError: the example cannot be read.
@@ -110,7 +110,7 @@ class Reader:
         """Read all views of an example for testing, clip by clip.
 
         Returns:
-          "inputs", uint8 [views, *shape], and "labels" and "notes" as in `train`.
+          "inputs", uint8 [views, *shape]; "labels" and "notes" as in `train`.
 
         Raises:
           DecodeError: the example cannot be read.
@@ -132,7 +132,7 @@ class Reader:
         """Read an image without cropping it, resized to the size that the model sees.
 
         Returns:
-          "inputs", uint8 [size, size, 3], "labels" and "notes".
+          "inputs", uint8 [1, size, size, 3]; "labels" as in `train`; and empty "notes".
 
         Raises:
           DecodeError: the example cannot be read.
@@ -145,10 +145,11 @@ class Reader:
         return {"inputs": inputs, "labels": self._label[label], "notes": {}}
 
     def uncropped(self, index: int) -> tuple[np.ndarray, Crop]:
-        """Return the frames of the middle clip as recorded, and the crop of the middle view.
+        """Return the uncropped frames of the middle clip, and the box of the middle view in them.
 
         Returns:
-          uint8 [time, height, width, 3], RGB, with short sides up to `UNCROPPED_SIDE`, and the crop.
+          The frames, uint8 [time, height, width, 3], always RGB, with short sides up to `UNCROPPED_SIDE`; and
+          the box.
 
         Raises:
           DecodeError: the example cannot be read.
@@ -168,10 +169,10 @@ class Reader:
 
     def generator(self, *path: int) -> np.random.Generator:
         """Return the random generator for a purpose (1: frames, 2: pixels), epoch, example and copy."""
-        return np.random.default_rng((self.seed, *path, 1))  # NumPy ignores trailing zeros
+        return np.random.default_rng((self.seed, *path, 1))  # ends in 1: NumPy ignores trailing zeros
 
     def frames(self, count: int, draw: sampling.Draw) -> np.ndarray:
-        """Choose the frames of one clip out of `count` frames: int64 [frames]."""
+        """Choose frames for one clip of a video with `count` frames: int64 [frames]."""
         return self._rule(count, max(self.data.frames, 1), self.data.stride, draw)
 
     def decode(
@@ -182,10 +183,11 @@ class Reader:
         Args:
           media: the frames of an example.
           clips: frame numbers of each clip; all clips have the same length.
-          short_side: see `Media.frames`; None takes config.data.short_side.
+          short_side: see `Media.frames`; None means config.data.short_side.
 
         Raises:
-          DecodeError: a frame cannot be read, or is too elongated to be scaled to the model's size.
+          DecodeError: a frame cannot be read, or is so elongated that resizing its short side for the model
+            would exceed config.data.max_pixels.
         """
         distinct, positions = np.unique(np.concatenate(clips), return_inverse=True)
         pictures = media.frames(distinct.tolist(), self.data.short_side if short_side is None else short_side)
@@ -193,15 +195,15 @@ class Reader:
         scaled = int(self.data.size / self.data.crop_fraction) ** 2 * max(height, width) // min(height, width)
         if scaled > self.data.max_pixels:
             raise DecodeError(
-                f"{width} x {height} pixels: scaled to the model's {self.data.size} the long side would take"
-                f" {scaled} pixels, more than --config.data.max_pixels={self.data.max_pixels} allows"
+                f"{width} x {height} pixels: resized for the model's input of size {self.data.size}, it would"
+                f" have {scaled} pixels, more than --config.data.max_pixels={self.data.max_pixels} allows"
             )
         if self.data.channels == "bgr":
             pictures = pictures[..., ::-1]
         return [pictures[clip] for clip in positions.reshape(len(clips), -1)]
 
     def _notes(self, media: Media) -> dict[str, str]:
-        """Return the reasons of `Problem` by its kind for an example that was read."""
+        """Return notes on an example that was read: `Problem.reason` by `Problem.kind`."""
         notes = {}
         if media.repaired:
             frames = "1 frame" if media.repaired == 1 else f"{media.repaired} frames"

@@ -1,9 +1,9 @@
-"""Rules that choose the frames of a clip from a video, by frame number and independent of the frame rate.
+"""Rules that choose the frames of a clip from a video. They use frame numbers and ignore the frame rate.
 
 `count` is the number of frames of the video, at least one. The chosen indices start at 0 and never decrease;
-videos shorter than the clip repeat frames. In training a rule draws from a random generator; in testing it
-takes view `view` of `views`. `dense` and `segment` are the rules of UniFormer's released code, in exact
-arithmetic instead of float32.
+videos shorter than the clip repeat frames. In training, a rule draws from a random generator. In testing, it
+returns clip number `view` of `views` clips. `dense` and `segment` are the rules of UniFormer's released code,
+in exact arithmetic instead of float32.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ def dense(count: int, frames: int, stride: int, draw: Draw) -> np.ndarray:
     """Spread frames evenly over a window of frames * stride frames, from its first to its last.
 
     This is how SlowFast and UniFormer sample Kinetics: 16 frames with stride 4 span 64 frames, 4.2 apart.
-    A random window may start between two frames. With slack = count - frames * stride, test window `view`
-    starts at view * floor(slack / (views - 1)), and a single one at floor(slack / 2).
+    A random window may start between two frames. With slack = count - frames * stride, the window of test
+    view `view` starts at view * floor(slack / (views - 1)), or at floor(slack / 2) if there is only one view.
     """
     span, gaps = frames * stride, max(frames - 1, 1)
     slack = max(count - span, 0)
-    # Starts are multiples of 1 / gaps frames: finer ones give the same indices.
+    # `start` is in units of 1 / gaps frames: finer starts would give the same indices.
     if isinstance(draw, np.random.Generator):
         start = _random(draw, slack * gaps)
     else:
@@ -37,7 +37,7 @@ def dense(count: int, frames: int, stride: int, draw: Draw) -> np.ndarray:
 
 
 def strided(count: int, frames: int, stride: int, draw: Draw) -> np.ndarray:
-    """Take every stride-th frame from a random start, or from one of the evenly spaced starts of `dense`."""
+    """Take every stride-th frame from a random start; in testing, from evenly spaced starts as in `dense`."""
     slack = max(count - ((frames - 1) * stride + 1), 0)
     start = _random(draw, slack + 1) if isinstance(draw, np.random.Generator) else _start(slack, draw)
     return np.minimum(start + np.arange(frames) * stride, count - 1)

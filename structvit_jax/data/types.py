@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from structvit_jax.data.fingerprint import Changes, Fingerprint
     from structvit_jax.data.survey import Survey
 
-Arrays = dict[str, tuple[tuple[int, ...], DTypeLike]]  # shape and dtype of one row, by key of a batch
+Arrays = dict[str, tuple[tuple[int, ...], DTypeLike]]  # by key of a batch: shape and dtype of one row
 
 
 class Problem(NamedTuple):
@@ -37,7 +37,7 @@ class Batch(TypedDict):
 
     inputs: np.ndarray  # uint8 [rows, [time,] height, width, 3] in training, [rows, views, ...] in testing
     labels: np.ndarray  # int32 [rows]
-    mask: np.ndarray  # bool [rows]; False for padding and unreadable examples, which count nowhere
+    mask: np.ndarray  # bool [rows]; False for padding and unreadable examples, which do not count
     index: np.ndarray  # int32 [rows]; position of the example in its split, -1 for padding
     problems: tuple[Problem, ...]  # unreadable examples, and notes on readable ones
     # In training with label maps:
@@ -46,7 +46,7 @@ class Batch(TypedDict):
     pose: NotRequired[np.ndarray]  # float32 [rows, 2, 3]; maps points of the crop to points of the image
 
 
-# (host, hosts): the rows of a batch that a process reads, which is block `host` of `hosts` equal blocks.
+# (host, hosts): the rows of every batch are cut into `hosts` equal blocks, and a process reads block `host`.
 Shard = tuple[int, int]
 WHOLE: Shard = (0, 1)
 
@@ -80,7 +80,7 @@ class Media(abc.ABC):
         """Raise a DecodeError if one of the wanted frames is missing."""
         if (last := max(wanted)) >= self.count - self.missing:
             raise DecodeError(
-                f"cut off: {self.missing} of {self.count} frames are missing, frame {last} among them"
+                f"cut off: {self.missing} of {self.count} frames are missing, including frame {last}"
             )
 
 
@@ -93,7 +93,7 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def id(self, index: int) -> str:
-        """Return the name of an example in reports and predictions."""
+        """Return the name that reports and predictions print for an example."""
         ...
 
     def open(self, index: int) -> tuple[Media, int]:
@@ -110,12 +110,12 @@ class Dataset(Protocol):
 
     class_names: tuple[str, ...]
     shape: tuple[int, ...]  # of one view of an example: [frames,] size, size, 3
-    arrays: Arrays  # one row of a training batch, without `mask` and `index`
-    views: int  # per test example: clips times crops
+    arrays: Arrays  # of a training batch, without `mask` and `index`
+    views: int  # number of views of a test example: test clips times test crops
     unit: str  # name of the examples in messages: "images" or "clips"
-    in_files: bool  # whether the examples are files of the user, whose quality is unknown
+    in_files: bool  # whether the examples are the user's files, which may be damaged or mislabelled
     train_examples: int
-    rows_per_epoch: int  # training examples times the copies of repeated augmentation
+    rows_per_epoch: int  # training examples times their copies by repeated augmentation
     test_examples: int
 
     @property
@@ -133,11 +133,11 @@ class Dataset(Protocol):
         ...
 
     def changes_since(self, old: Mapping[str, Fingerprint], *, test_only: bool = False) -> Changes:
-        """Compare the data with a fingerprint, on both splits or on the test split alone."""
+        """Compare both splits, or only the test split, with the fingerprints in `old`."""
         ...
 
     def survey(self) -> Survey:
-        """Sample both splits for a few seconds and report what is in them."""
+        """Read some examples of both splits for a few seconds and report what they contain."""
         ...
 
     def adopt_classes(self, names: Sequence[str]) -> bool:
@@ -151,12 +151,12 @@ class Dataset(Protocol):
     def train_batches(self, batch_size: int, *, start_step: int, shard: Shard = WHOLE) -> Generator[Batch]:
         """Yield shuffled batches forever, from step `start_step` on.
 
-        A batch depends on the seed and its step alone, so a resumed run sees the same batches.
+        A batch depends only on the seed and the step, so a resumed run sees the same batches.
 
         Args:
           batch_size: number of rows over all processes.
           start_step: first step.
-          shard: the part of each batch to read.
+          shard: the rows of each batch to read.
         """
         ...
 

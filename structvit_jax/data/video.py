@@ -1,4 +1,4 @@
-"""Read chosen frames of a video file: demultiplex all of it, decode only the frames needed.
+"""Read chosen frames of a video file: demultiplex the whole file, but decode only the frames that are needed.
 
 Frame i is the i-th picture by presentation time. The frame count that the container announces is never used:
 it is wrong or missing in webm, mkv and damaged files.
@@ -30,17 +30,18 @@ from structvit_jax.utils.errors import DecodeError, decoding
 _SKIPPING = ("h264", "hevc", "mpeg4", "vp8", "vp9")  # decoders that can skip single pictures
 _UNINDEXED = ("avi", "mpegts")  # containers whose times are right only when read from the beginning
 _MAX_SEEK = 2**62  # fits FFmpeg's int64
-_REACHES = (1, 4, 16, 64)  # frames on either side to search for the replacement of a damaged frame
+# Numbers of frames on either side to search for a replacement of a damaged frame, tried in this order.
+_REACHES = (1, 4, 16, 64)
 
 
 class VideoFile(Media):
     """A video, or the part of it from `start` to `end` seconds.
 
-    In a truncated file, `count` includes the missing frames, so that sampling does not drift. Reading one of
-    them is an error.
+    In a truncated file, `count` includes the missing frames, so that sampling chooses the same frames as in
+    the complete file. Reading a missing frame raises a DecodeError.
 
     Attributes:
-      seconds: duration, from the first frame to the last, plus the mean distance between frames.
+      seconds: duration from the first frame to the last, plus the mean time between frames.
 
     Raises:
       DecodeError: there is no video, the container is unsupported or damaged, or a limit is exceeded.
@@ -71,7 +72,7 @@ class VideoFile(Media):
         self.seconds = span * self.count / max(self.count - 1, 1)
 
     def close(self) -> None:
-        """Release the file and the decoder; garbage collection would keep many of them open."""
+        """Release the file and the decoder at once, so that few are open at the same time."""
         self._container.close()
 
     def frames(self, wanted: Sequence[int], short_side: int = 0) -> np.ndarray:
@@ -93,11 +94,12 @@ class VideoFile(Media):
         return stack([pictures[time] for time in times])
 
     def cut(self) -> tuple[bytes, int]:
-        """Copy these frames into a Matroska file without decoding them.
+        """Copy the frames of this video, or of this part of one, into a Matroska file without decoding them.
+
+        The file has to start with a key frame, so it may start with frames from before the part.
 
         Returns:
-          The file, and the number of frames in it before the first wanted one: the file has to start with a
-          key frame.
+          The file, and the number of frames in it before the first frame of the part.
 
         Raises:
           DecodeError: there is no key frame to start at.
@@ -109,7 +111,7 @@ class VideoFile(Media):
         with decoding(), av.open(target, "w", format="matroska") as out:
             copy = out.add_stream_from_template(self._stream)
             for packet in self._packets_from(key):
-                pts = _stamps(packet)[0]
+                pts = _pts_dts(packet)[0]
                 if not wanted or not packet.size:
                     break
                 before += pts < self._times[0]
@@ -125,7 +127,7 @@ class VideoFile(Media):
           The times of its pictures, ascending, in units of the stream's time base. If the file is truncated,
           the last ones are the estimated times of missing pictures.
           The number of missing pictures.
-          The pictures that decoding can start from, whether they are shown or not.
+          The key frames, from which decoding can start, whether they are shown or not.
         """
         container, stream = self._container, self._stream
         base, origin = float(_time_base(stream)), stream.start_time or 0
@@ -135,17 +137,18 @@ class VideoFile(Media):
         is_indexed = container.format.name not in _UNINDEXED
         if start and is_indexed:
             container.seek(int(min(max(lower, -_MAX_SEEK), _MAX_SEEK)), stream=stream)
-        # If the stream does not state its duration, the container does, for all streams together.
+        # If the video stream does not state its duration, `_lost` uses that of the container, which covers
+        # all streams; so read the audio streams too.
         streams = [s for s in container.streams if s.type in ("video", "audio")]
         streams = [stream] if stream.duration else streams
         bases = {s.index: float(_time_base(s)) for s in streams}
         times: list[int] = []
         keys: list[_Packet] = []
         last = ended = 0.0
-        stopped = False  # at the requested end
-        with contextlib.suppress(av.FFmpegError):  # truncated in the middle of a packet
+        stopped = False  # whether reading stopped at the requested end
+        with contextlib.suppress(av.FFmpegError):  # the file is truncated in the middle of a packet
             for packet in container.demux(*streams):
-                pts, dts = _stamps(packet)
+                pts, dts = _pts_dts(packet)
                 if pts is None:
                     continue
                 last = max(last, pts * bases[packet.stream_index])
@@ -160,7 +163,8 @@ class VideoFile(Media):
                     times.append(pts)
                     self._limits.check_frames(len(times))
         times.sort()
-        if times and container.format.name == "avi":  # times count from the first packet decoded, not shown
+        if times and container.format.name == "avi":
+            # start_time is that of the first packet to decode; count from the first picture that is shown.
             lower, upper = lower + times[0] - origin, upper + times[0] - origin
         present = len(times)
         lost, spacing = self._lost(times, last, ended) if times and not stopped else (0, 0.0)
@@ -172,8 +176,13 @@ class VideoFile(Media):
     def _lost(self, times: list[int], last: float, ended: float) -> tuple[int, float]:
         """Estimate how many pictures are missing at the end, and the time between them.
 
-        Pictures are missing if the last packet of all streams comes more than two frames before the announced
-        end. `last` and `ended` are the start and the end of that packet in seconds.
+        Pictures are missing if the latest packet starts more than two frames before the announced end of the
+        file, and ends more than one frame before it.
+
+        Args:
+          times: times of the pictures that exist, ascending.
+          last: start of the latest packet of all streams that were read, in seconds.
+          ended: end of the latest packet, in seconds.
         """
         stream = self._stream
         base = float(_time_base(stream))
@@ -183,16 +192,17 @@ class VideoFile(Media):
             announced = (self._container.duration or 0) / av.time_base
         gaps = np.diff(times) if len(times) > 1 else [1 / (base * float(stream.average_rate or 25))]
         usual, mean = float(np.median(gaps)), float(np.mean(gaps))
-        spacing = base * max(usual, mean)  # rates vary, and the last picture may be shown for long
+        # The larger one, because rates vary, and the last picture may be shown for long.
+        spacing = base * max(usual, mean)
         if announced - last <= 2 * spacing or announced - ended <= spacing:
             return 0, 0.0
         usual = max(usual, 1.0)
         return max(round((announced / base - times[-1]) / usual) - 1, 0), usual
 
     def _neighbour(self, time: int, short_side: int) -> np.ndarray:
-        """Return the nearest frame that can be decoded, the earlier of two.
+        """Return the nearest frame that can be decoded, or the earlier of two that are equally near.
 
-        It does not depend on which other frames are read.
+        The result does not depend on which other frames are read.
         """
         here = bisect.bisect_left(self._times, time)
         for reach in _REACHES:
@@ -204,7 +214,7 @@ class VideoFile(Media):
     def _decoded(self, times: set[int], short_side: int) -> dict[int, np.ndarray]:
         """Return the frames at these times; damaged ones are left out if damage is tolerated."""
         pictures: dict[Any, np.ndarray] = {}
-        convert = VideoReformatter()  # one for all frames: setting it up costs more than using it
+        convert = VideoReformatter()  # one for all frames, because creating it takes longer than using it
         try:
             with decoding():
                 for key, group in self._groups(times):
@@ -218,7 +228,7 @@ class VideoFile(Media):
         return pictures
 
     def _groups(self, times: set[int]) -> Iterator[tuple[_Packet, set[int]]]:
-        """Yield key frames, each with the wanted times from it up to the next key frame."""
+        """Group wanted times by the key frame that their decoding starts from; yield (key frame, times)."""
         starts = [key.pts for key in self._keys]
         groups = collections.defaultdict(set)
         for time in times:
@@ -234,16 +244,16 @@ class VideoFile(Media):
         Other frames are decoded only if frames are predicted from them. If damage is tolerated, packets that
         cannot be decoded are skipped.
         """
-        codec, ahead = self._stream.codec_context, set(wanted)
+        codec, remaining = self._stream.codec_context, set(wanted)
         skipped: tuple[type[Exception], ...] = (av.FFmpegError,) if self._limits.bad_frames > 0 else ()
         for packet in self._packets_from(key):
-            pts = _stamps(packet)[0]
+            pts = _pts_dts(packet)[0]
             if codec.name in _SKIPPING:
                 codec.skip_frame = "DEFAULT" if pts is None or pts in wanted else "NONREF"
             with contextlib.suppress(*skipped):
                 yield from (frame for frame in packet.decode() if frame.pts in wanted)
-            ahead.discard(pts)
-            if not ahead:  # the decoder has received all of them, and may hold some back to reorder them
+            remaining.discard(pts)
+            if not remaining:  # the decoder has all wanted packets, but may hold frames to reorder them
                 with contextlib.suppress(*skipped):
                     yield from (frame for frame in codec.decode(None) if frame.pts in wanted)
                 break
@@ -254,10 +264,10 @@ class VideoFile(Media):
             self._container.seek(target, stream=self._stream)
             packets = self._container.demux(self._stream)
             first = next(packets)
-            if first.size and _stamps(first)[1] <= key.dts:
+            if first.size and _pts_dts(first)[1] <= key.dts:
                 break
         for packet in itertools.chain([first], packets):
-            if not packet.size or _stamps(packet)[1] >= key.dts:
+            if not packet.size or _pts_dts(packet)[1] >= key.dts:
                 yield packet
 
 
@@ -267,20 +277,20 @@ class _Packet(NamedTuple):
 
 
 def _time_base(stream: Stream) -> Fraction:
-    """Return the unit of the times of a stream in seconds."""
+    """Return the time base of a stream: the unit of its times, in seconds."""
     if stream.time_base is None:
-        raise DecodeError("a stream without a time base")
+        raise DecodeError("a stream has no time base")
     return stream.time_base
 
 
-def _stamps(packet: Packet) -> tuple[Any, Any]:
-    """Return the presentation and the decoding time; some containers store only one of them."""
+def _pts_dts(packet: Packet) -> tuple[Any, Any]:
+    """Return the presentation and the decoding time of a packet; if one is missing, the other replaces it."""
     pts, dts = packet.pts, packet.dts
     return (dts if pts is None else pts), (pts if dts is None else dts)
 
 
 def _is_shown(packet: Packet, stream: VideoStream) -> bool:
-    """Return whether a packet is shown. VP8 also has hidden pictures, from which others are predicted."""
+    """Return whether a packet is shown. VP8 has hidden pictures, which only serve to predict others."""
     is_hidden = stream.codec_context.name == "vp8" and not bytes(packet)[0] >> 4 & 1
     return not packet.is_discard and not is_hidden
 

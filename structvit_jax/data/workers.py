@@ -32,19 +32,20 @@ from multiprocessing.reduction import recv_handle, send_handle
 from typing import Any, NamedTuple, TypeVar
 
 T = TypeVar("T")
-Note = Callable[[str], None]  # records what a function is working on, in case it kills its process
+# Records what a function is working on, so that it can be reported if the worker dies.
+Note = Callable[[str], None]
 
 _BLOCKED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-_NOTE = 512  # bytes
-_ALIGNMENT = 64  # bytes; JAX on a CPU uses such arrays without a copy
+_NOTE_BYTES = 512  # maximum length of a note
+_ALIGNMENT = 64  # bytes; JAX uses arrays with this alignment on a CPU without copying them
 
 
 class DeadWorker(NamedTuple):
     """A worker that died."""
 
     pid: int
-    code: int  # exit code; the negative number of the signal that killed it
-    note: str  # the last note of its function, or ""
+    code: int  # exit code, or the negative number of the signal that killed it
+    note: str  # the last note that its function made, or ""
 
 
 def in_processes(
@@ -63,24 +64,25 @@ def in_processes(
       numbers: its arguments.
       count: number of processes.
       ahead: how many numbers are queued for each process, including the one that it works on.
-      on_death: returns the result for the number that killed a process, or raises. A new process takes over.
+      on_death: called if a process dies; returns the result for the number that it was working on, or raises.
+        A new process replaces the dead one.
       setup: called once in every process.
     """
     import cloudpickle  # imported here: workers run this file and do not need it
 
     pickled = cloudpickle.dumps((function, setup))
     pool: list[_Worker] = []
-    pending: collections.deque[tuple[int, int]] = collections.deque()  # numbers in order, and their worker
-    asked, source = 0, iter(numbers)
+    pending: collections.deque[tuple[int, int]] = collections.deque()  # (number, worker) in order
+    queued, source = 0, iter(numbers)
     try:
         while True:
             while len(pending) < ahead * count and (number := next(source, None)) is not None:
-                worker = asked % count
+                worker = queued % count
                 if worker == len(pool):
                     pool.append(_Worker(pickled))
                 pool[worker].ask(number)
                 pending.append((number, worker))
-                asked += 1
+                queued += 1
             if not pending:
                 return
             _, worker = pending.popleft()
@@ -108,7 +110,7 @@ class _Worker:
         self._connection, theirs = Pipe()
         self._note = _anonymous_file()
         descriptors = (theirs.fileno(), self._note)
-        # The child inherits the blocked signals. Those that arrive meanwhile are delivered afterwards.
+        # The child inherits the blocked signals. Signals that arrive here meanwhile are delivered afterwards.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _BLOCKED)
         try:
             self._process = subprocess.Popen(
@@ -119,7 +121,7 @@ class _Worker:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             theirs.close()
-        with contextlib.suppress(ConnectionError):  # it died; reading its first answer reports it
+        with contextlib.suppress(ConnectionError):  # the worker is dead; `answer` will report that
             self._connection.send(sys.path)
             self._connection.send_bytes(pickled)
 
@@ -149,11 +151,11 @@ class _Worker:
     def wait(self) -> DeadWorker:
         """Wait for the worker to die and return how it died."""
         code = self._process.wait()
-        note = os.pread(self._note, _NOTE, 0).rstrip(b"\0 ")
+        note = os.pread(self._note, _NOTE_BYTES, 0).rstrip(b"\0 ")
         return DeadWorker(self._process.pid, code, os.fsdecode(note))
 
     def close(self) -> None:
-        """Kill the process, which has nothing to save."""
+        """Kill the process; it has nothing to save."""
         self._connection.close()
         self._process.kill()
         self._process.wait()
@@ -169,7 +171,7 @@ def _anonymous_file() -> int:
 
 
 def _offsets(sizes: list[int]) -> list[int]:
-    """Return where buffers of these sizes start in a file."""
+    """Return the aligned offset of each buffer in a file, given their sizes."""
     offsets, end = [], 0
     for size in sizes:
         offsets.append(end)
@@ -181,11 +183,12 @@ def _offsets(sizes: list[int]) -> list[int]:
 
 
 def _serve(descriptor: int, note_descriptor: int) -> None:
-    """Answer numbers until the parent is gone."""
+    """Answer queued numbers until the parent is gone."""
     threading.Thread(target=_exit_with_parent, args=(descriptor,), daemon=True).start()
 
     def note(text: str) -> None:
-        os.pwrite(note_descriptor, os.fsencode(text).ljust(_NOTE)[:_NOTE], 0)  # one call, so never torn
+        padded = os.fsencode(text).ljust(_NOTE_BYTES)[:_NOTE_BYTES]
+        os.pwrite(note_descriptor, padded, 0)  # one call, so that the parent never reads half a note
 
     with contextlib.suppress(EOFError, ConnectionError):  # the parent is gone
         connection = Connection(descriptor)

@@ -129,7 +129,7 @@ def test_too_elongated_images_are_rejected():
     reader = load(**DIGITS, max_pixels=10_000).test
     (fitting,) = reader.decode(InMemoryFrames(np.zeros((1, 9, 1, 3), np.uint8)), [np.array([0])])
     assert fitting.shape == (1, 9, 1, 3)
-    with pytest.raises(DecodeError, match="1 x 10 pixels: scaled to the model's 32 the long side would take"):
+    with pytest.raises(DecodeError, match="1 x 10 pixels: resized for the model's input of size 32"):
         reader.decode(InMemoryFrames(np.zeros((1, 10, 1, 3), np.uint8)), [np.array([0])])
 
 
