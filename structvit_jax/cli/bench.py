@@ -1,4 +1,4 @@
-"""`structvit bench`: speed of a model, and of reading data."""
+"""`structvit bench`: measure the speed of a model, or of reading data."""
 
 from __future__ import annotations
 
@@ -25,21 +25,25 @@ def command() -> None:
     default="",
     show_default=False,
     metavar="PATTERNS",
-    help="What to time, as model or 'blocks1.*,*.attend'. Default: everything.",
+    help="Parts to time, such as model or 'blocks1.*,*.attend'. Default: all.",
 )
 @click.option(
     "--rounds",
     type=click.IntRange(min=1),
     default=5,
     metavar="N",
-    help="Measurements of each part; their median is reported.",
+    help="Number of measurements of each part; their median is reported.",
 )
-@click.option("--peer", type=click.Choice(["torch"]), help="Compare with extras/structvit_torch.py.")
+@click.option(
+    "--peer",
+    type=click.Choice(["torch"]),
+    help="Also time extras/structvit_torch.py.",
+)
 def model(arguments: ConfigArguments, only: str, rounds: int, peer: str | None) -> None:
     """Time the forward pass, the train step and the parts of a model.
 
-    Times are compared with the peak rates of this machine and, with --peer=torch, with PyTorch. The results
-    are written to bench.md, bench.json and bench.png in the workdir.
+    Times are compared with the peak rates of this machine. With --peer=torch they are also compared with
+    PyTorch. The results are written to bench.md, bench.json and bench.png in the workdir.
 
     \b
     Example:
@@ -55,19 +59,34 @@ def model(arguments: ConfigArguments, only: str, rounds: int, peer: str | None) 
 
 @command.command("input")
 @click.option(
-    "--video", metavar="FILE", default="", show_default=False, help="A video. Default: generated ones."
+    "--video",
+    metavar="FILE",
+    default="",
+    show_default=False,
+    help="Video to read. Default: generated videos.",
 )
 @click.option(
-    "--image", metavar="FILE", default="", show_default=False, help="An image. Default: a generated one."
+    "--image",
+    metavar="FILE",
+    default="",
+    show_default=False,
+    help="Image to read. Default: a generated one.",
 )
-@click.option("--clips", type=click.IntRange(min=1), default=40, metavar="N", help="How many clips to read.")
+@click.option(
+    "--clips",
+    type=click.IntRange(min=1),
+    default=40,
+    metavar="N",
+    help="Clips to read for each result.",
+)
 def input_(video: str, image: str, clips: int) -> None:
     """Time reading clips and images on one core, stage by stage.
 
-    Generated videos have 300 frames of 340x256 pixels (h264, a drifting texture with noise, a key frame every
-    30, 60 or 250 frames); the generated image has 500x375 pixels. A clip is 16 frames from a fifth of the
-    video, augmented as for Kinetics, 224x224. The plain loop decodes and converts every frame with PyAV and
-    then selects. All figures are medians.
+    Generated videos have 300 frames of 340x256 pixels, encoded as h264 with a key frame every 30, 60 or 250
+    frames; they show a drifting texture with noise. The generated image has 500x375 pixels. A clip has 16
+    frames of 224x224, spread over a fifth of the video, with the augmentation of Kinetics-400. For
+    comparison, the plain loop decodes and converts every frame with PyAV, then selects the frames of the
+    clip. All times are medians.
 
     \b
     Example:

@@ -1,4 +1,7 @@
-"""`structvit plan`: cost of a train step, from its compiled program, also for chips that are not attached."""
+"""`structvit plan`: estimate the cost of a train step from its compiled program.
+
+The program may be compiled for chips that are not attached.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from structvit_jax.cli.options import ConfigArguments
 from structvit_jax.utils.errors import UserError
 from structvit_jax.utils.tables import align_columns
 
-_FOR_PROGRAMS = ("parts", "depth")  # options that need --program
+_PROGRAM_OPTIONS = ("parts", "depth")  # these need --program
 
 
 @click.command(cls=options.ConfigCommand)
@@ -20,35 +23,39 @@ _FOR_PROGRAMS = ("parts", "depth")  # options that need --program
     "topologies",
     multiple=True,
     metavar="NAME",
-    help="Chips to compile for, as v5e:2x4 or h100:8; repeatable. Default: the devices of this machine.",
+    help="Chips to compile for, such as v5e:2x4 or h100:8; repeatable. Default: the devices of this machine.",
 )
 @click.option(
     "--device_batch",
     type=click.IntRange(1, 2**24),
     metavar="N",
-    help="Examples per device, instead of data.batch_size over all devices.",
+    help="Examples per device. Default: data.batch_size split over all devices.",
 )
 @click.option(
     "--device_memory",
     metavar="SIZE",
     default="",
     show_default=False,
-    help="Memory of a device, as 24GB: find the largest batch that fits.",
+    help="Find the largest batch that fits into this memory per device, such as 24GB.",
 )
-@click.option("--program", metavar="FILE", help="Only count the memory traffic of a compiled program's text.")
+@click.option(
+    "--program",
+    metavar="FILE",
+    help="Print the memory traffic of a program in WORKDIR/plan; compile nothing.",
+)
 @click.option(
     "--parts",
     type=click.IntRange(min=0),
     default=20,
     metavar="N",
-    help="With --program: how many parts to print, the largest first.",
+    help="With --program: number of parts to print, largest first.",
 )
 @click.option(
     "--depth",
     type=click.IntRange(min=1),
     default=1,
     metavar="N",
-    help="With --program: how many name scopes make a part.",
+    help="With --program: number of name scopes in the name of a part.",
 )
 @click.pass_context
 def command(
@@ -70,10 +77,10 @@ def command(
     """
     if program:
         if arguments.file or arguments.overrides:
-            raise UserError("--program counts the text of a program; it takes no --config")
+            raise UserError("--program reads a compiled program; it cannot be combined with --config")
         print(_describe_program(program, parts, depth))
         return
-    for name in _FOR_PROGRAMS:
+    for name in _PROGRAM_OPTIONS:
         if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
             raise UserError(f"--{name} needs --program=FILE")
     from structvit_jax.cli.configuration import load_config
@@ -95,17 +102,17 @@ def command(
 
 
 def _describe_program(path: str, parts: int, depth: int) -> str:
-    """Return a table of the largest parts of a program and their traffic, in MB (10^6 bytes).
+    """Return a table with the traffic of the largest parts of a program, in MB (10^6 bytes).
 
     Raises:
-      UserError: a file that is not a program.
+      UserError: the file cannot be read, or is not a compiled program.
     """
     from structvit_jax.performance import traffic
 
     try:
         text = Path(path).read_text()
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not a text"
+        reason = getattr(error, "strerror", None) or "it is not a text file"
         raise UserError(f"cannot read {path}: {reason}") from error
     moved = traffic.count(text, depth=depth)
     rows = [("part", "read MB", "written MB", "sent MB")]

@@ -1,10 +1,10 @@
 """Count the parameters of a model, and the arithmetic of models and traced programs.
 
-Matrix products and convolutions are counted, in the jaxpr of a program. Normalisation, softmax, GELU and
-biases are not; they would add less than 0.5 %.
+Only the matrix products and convolutions in the jaxpr of a program are counted. Normalisation, softmax, GELU
+and biases are not counted; they would add less than 0.5 %.
 
-Programs are traced with `use_kernels("reference")`. Kernels replace convolutions by sums or custom calls,
-which cannot be recognised, and recompute some products.
+Programs must be traced with `use_kernels("reference")`: kernels replace convolutions by sums or custom calls
+that cannot be recognised, and recompute some products.
 """
 
 from __future__ import annotations
@@ -50,22 +50,22 @@ class Cost(Part):
 
 
 def cost(name: str, input_shape: Sequence[int], num_classes: int, **overrides: Any) -> Cost:
-    """Count the parameters and the multiply-accumulates of a model for one example.
+    """Count the parameters of a model, and its multiply-accumulates for one example.
 
-    As in papers, products with the zero padding of convolutions count. Resizing the position embeddings of a
-    DeiT does not.
+    As is usual in papers, products with the zero padding of convolutions are counted. Resizing the position
+    embeddings of a DeiT is not counted.
 
     Args:
       name: name of the model, as for `create_model`.
       input_shape: [height, width, 3] or [time, height, width, 3].
       num_classes: number of classes.
-      **overrides: as for `create_model`.
+      **overrides: settings of the model, as for `create_model`.
 
     Raises:
       UserError: an unknown name or override, or an input shape that the model does not accept.
     """
     depths = get_variant(name, **overrides).depths
-    # All blocks of a stage cost the same, so trace one of each.
+    # All blocks of a stage cost the same, so trace one block per stage.
     overrides |= {"depths": tuple(min(depth, 1) for depth in depths), "remat": "none"}
     model = create_model(name, num_classes=num_classes, seed=None, **overrides)
     stages = ["blocks"] if len(depths) == 1 else [f"blocks{stage}" for stage in range(1, len(depths) + 1)]
@@ -92,7 +92,8 @@ def cost(name: str, input_shape: Sequence[int], num_classes: int, **overrides: A
 
 
 def _kind(layer: nnx.Module, is_convolution: bool) -> str:
-    if isinstance(layer, StructAttention):  # its linear layers count on their own
+    """Return the kind of a product in a layer, a key of `Cost.kinds`."""
+    if isinstance(layer, StructAttention):  # without its linear layers, which are in `_LAYERS` themselves
         return "structure" if is_convolution else "attention"
     if isinstance(layer, DepthwiseConv):
         return "depthwise"
@@ -102,7 +103,7 @@ def _kind(layer: nnx.Module, is_convolution: bool) -> str:
 
 @contextlib.contextmanager
 def _named(layers: Mapping[str, nnx.Module]) -> Iterator[None]:
-    """Use the names of layers as name scopes in the programs that are traced inside the block."""
+    """Inside this context, trace each layer in a name scope with its name."""
     names = {id(layer): name for name, layer in layers.items()}
 
     def add_scope(call: Callable) -> Callable:
@@ -123,11 +124,12 @@ def _named(layers: Mapping[str, nnx.Module]) -> Iterator[None]:
 def count_flops(program: ClosedJaxpr) -> int:
     """Count the floating-point operations of a program, two per multiply-accumulate.
 
-    Products with zeros from padding or dilation do not count. The body of a scan counts once per step, and
-    products that `jax.checkpoint` recomputes count again. Of the branches of a `lax.cond` the largest counts.
+    Products with zeros from padding or dilation are not counted. The body of a scan is counted once per step,
+    and products that `jax.checkpoint` recomputes are counted again. For `lax.cond`, only the branch with the
+    most operations is counted.
 
     Args:
-      program: from `jax.make_jaxpr` or `.trace`, traced with `use_kernels("reference")`.
+      program: the jaxpr from `jax.make_jaxpr` or `.trace`, traced with `use_kernels("reference")`.
 
     Raises:
       NotImplementedError: a loop of unknown length contains products.
@@ -136,15 +138,15 @@ def count_flops(program: ClosedJaxpr) -> int:
 
 
 class _Product(NamedTuple):
-    scope: str  # name stack, as "stage1/mixer"
-    is_convolution: bool  # or a matrix product
+    scope: str  # name stack, such as "stage1/mixer"
+    is_convolution: bool  # otherwise it is a matrix product
     flops: int
 
 
 def _products(
     jaxpr: Jaxpr, *, count_padding: bool, outer_scope: str = "", repeats: int = 1
 ) -> Iterator[_Product]:
-    """Yield the matrix products and convolutions of a jaxpr; `repeats` is how often it runs."""
+    """Yield the matrix products and convolutions of a jaxpr that runs `repeats` times."""
     for equation in jaxpr.eqns:
         name, params = equation.primitive.name, equation.params
         scope = f"{outer_scope}/{equation.source_info.name_stack}"
@@ -161,7 +163,7 @@ def _products(
                 raise NotImplementedError(f"a loop of unknown length contains products, at {scope!r}")
         elif name == "scan":
             yield from within(params["jaxpr"].jaxpr, repeats=repeats * params["length"])
-        else:  # a call, as of jit or custom_vjp
+        else:  # perhaps a call, such as jit or custom_vjp
             inner = next((params[key] for key in ("jaxpr", "call_jaxpr", "fun_jaxpr") if key in params), None)
             if inner is not None:
                 yield from within(getattr(inner, "jaxpr", inner))
@@ -182,11 +184,11 @@ def _convolution_flops(equation: JaxprEqn, count_padding: bool) -> int:
     inputs, kernel, output = _shapes(equation)
     params = equation.params
     layout = params["dimension_numbers"]
-    pairs = 1  # of output positions and window taps
+    pairs = 1  # number of pairs of an output position and a window tap
     for axis, (input_axis, kernel_axis, output_axis) in enumerate(
         zip(layout.lhs_spec[2:], layout.rhs_spec[2:], layout.out_spec[2:], strict=True)
     ):
-        positions = (  # in the dilated and padded input, [outputs, taps]
+        positions = (  # in the dilated input without padding, [outputs, taps]
             np.arange(output[output_axis])[:, None] * params["window_strides"][axis]
             + np.arange(kernel[kernel_axis]) * params["rhs_dilation"][axis]
             - params["padding"][axis][0]

@@ -1,9 +1,9 @@
 """Estimate memory and step time before renting hardware: `structvit plan`.
 
 The train step is compiled for the devices of this machine, or ahead of time for chips that are not attached.
-Memory and traffic are read from the compiled program, operations from the traced one. Step times follow from
-data sheets: the largest of the times for arithmetic, memory traffic and traffic between chips, each at its
-peak rate and overlapping with the others. They are lower bounds, not measurements.
+Memory and traffic are read from the compiled program, operations from the traced program. Step times follow
+from data sheets. Arithmetic, memory traffic and traffic between chips are assumed to run in parallel, each at
+its peak rate, so the slowest of the three is the step time. It is a lower bound, not a measurement.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from structvit_jax.utils.errors import UserError
 class StepCost:
     """Cost of one train step on one device."""
 
-    batch: int  # examples on all devices
+    batch: int  # examples, summed over all devices
     memory: float  # bytes of weights, optimizer state, batch and temporaries
-    operations: float  # in matrix products and convolutions
-    useful: float  # operations without those that `config.model.remat` recomputes
+    operations: float  # floating-point operations in matrix products and convolutions
+    useful: float  # operations, without those that are repeated because of `config.model.remat`
     moved: traffic.Traffic | None  # None if the compiler ran out of memory
 
 
@@ -51,13 +51,15 @@ def describe(
     device_batch: int | None = None,
     device_memory: str = "",
 ) -> str:
-    """Return the cost of the train step as text; write the compiled program to WORKDIR/plan.
+    """Return the cost of the train step as text, and write the compiled program to WORKDIR/plan.
 
     Args:
-      config, data, workdir: of the run; of the data, only shapes and counts are used.
-      topology: chips to compile for, as "v5e:2x4" or "h100:8"; by default the devices of this machine.
+      config: configuration of the run.
+      data: data set of the run; only its shapes and counts are used.
+      workdir: folder for the compiled program.
+      topology: chips to compile for, such as "v5e:2x4" or "h100:8"; "" compiles for this machine's devices.
       device_batch: examples per device; by default `data.batch_size` is split over all devices.
-      device_memory: as "24GB": find the largest batch that fits into this memory of each device.
+      device_memory: memory of each device, such as "24GB"; if set, find the largest batch that fits.
 
     Raises:
       UserError: an unknown topology, an invalid size, or a configuration that does not fit.
@@ -69,7 +71,7 @@ def describe(
     measure = functools.cache(functools.partial(_measure, config, data, target, path))
     title = f"{name}: {count} x {target.devices[0].device_kind}"
     if target.missing:
-        title += f" in place of {topology.partition(':')[0]}: {target.missing.value} is not installed"
+        title += f" (fake devices: {target.missing.value} is not installed)"
     lines, batch = [title], device_batch * count if device_batch else config.data.batch_size
     if memory is not None:
         multiple = count * config.train.grad_accum_steps
@@ -77,7 +79,7 @@ def describe(
         lr = config.optimizer.lr * batch / config.data.batch_size
         lines.append(
             f"largest batch in {_si(memory, 'B')} per device: --config.data.batch_size={batch}"
-            f" --config.optimizer.lr={lr:.3g} (linear scaling rule: in proportion to the batch)"
+            f" --config.optimizer.lr={lr:.3g} (linear scaling: proportional to the batch)"
         )
     return "\n  ".join([*lines, *_describe_step(measure(batch), count, target.chip)])
 
@@ -85,7 +87,7 @@ def describe(
 def _measure(
     config: ml_collections.ConfigDict, data: Dataset, target: Devices, path: epath.Path, batch: int
 ) -> StepCost:
-    """Compile the train step and return its cost; write the text of the program to `path`."""
+    """Compile the train step, write the text of the program to `path`, and return the cost of the step."""
     count = len(target.devices)
     config = config.copy_and_resolve_references()
     config.data.batch_size = batch
@@ -112,7 +114,7 @@ def _measure(
             raise UserError(f"{batch} examples do not fit: {text[:300]}") from error
         return dataclasses.replace(step, memory=read_size(f"{used[1]}iB"))
     text = compiled.as_text()
-    log(f"compiled in {time.monotonic() - started:.0f} s, a program of {text.count(chr(10)):,} lines")
+    log(f"compiled in {time.monotonic() - started:.0f} s; the program has {text.count(chr(10)):,} lines")
     path.parent.mkdir(parents=True, exist_ok=True)
     write(path, text)
     return dataclasses.replace(step, memory=memory_of(compiled), moved=traffic.count(text))
@@ -121,21 +123,21 @@ def _measure(
 def count_step_flops(learner: Learner) -> int:
     """Count the operations of a train step on all devices, see `count_flops`.
 
-    Counting its definition leaves out what kernels recompute.
+    The step is traced without kernels, so operations that kernels recompute are not counted.
     """
     with use_kernels("reference"):
         return count_flops(trace_train_step(learner, learner.abstract_state()).jaxpr)
 
 
 def _describe_step(step: StepCost, devices: int, chip: Chip | None) -> list[str]:
-    """Return the cost of a step as lines; with a data sheet, also the step times that it implies."""
+    """Return lines with the cost of a step; if the chip is known, also with bounds of its step time."""
     per_device = step.batch / devices
     capacity = f" of {_si(chip.memory, 'B')}" if chip else ""
     fits = " DOES NOT FIT" if chip and step.memory > chip.memory else ""
     lines = [
         f"batch {step.batch}, {per_device:g} per device",
         f"memory {_si(step.memory, 'B')}{capacity}{fits}",
-        f"operations {_si(step.operations)} ({_si(step.useful)} without recomputation),"
+        f"operations {_si(step.operations)} ({_si(step.useful)} without rematerialisation),"
         f" {_si(step.operations / per_device)} per example",
     ]
     moved = step.moved
@@ -145,7 +147,8 @@ def _describe_step(step: StepCost, devices: int, chip: Chip | None) -> list[str]
         f"memory traffic {_si(moved.hbm, 'B')}, {_si(moved.hbm / per_device, 'B')} per example",
         f"sent to other devices {_si(moved.sent, 'B')}",
     ]
-    unknown = (loop for loop in moved.unknown_loops if "augment" not in loop)  # mixup draws a few scalars
+    # Loops of the augmentation only draw a few random scalars for mixup; no note about them.
+    unknown = (loop for loop in moved.unknown_loops if "augment" not in loop)
     lines += [f"NOTE: a loop of unknown length counts as one step: {loop}" for loop in unknown]
     if chip:
         times = {
@@ -157,45 +160,47 @@ def _describe_step(step: StepCost, devices: int, chip: Chip | None) -> list[str]
         by_resource = ", ".join(f"{name} {1e3 * seconds:.2f} ms" for name, seconds in times.items())
         efficiency = step.useful / chip.flops / times[bound]
         lines += [
-            f"time by data sheet: {by_resource}: bound by {bound}",
-            f"at most {step.batch / times[bound]:.0f} examples/s on all, {efficiency:.1%} of peak arithmetic",
+            f"time at the rates of the data sheet: {by_resource}; bound by {bound}",
+            f"at most {step.batch / times[bound]:.0f} examples/s on all devices,"
+            f" {efficiency:.1%} of peak arithmetic",
         ]
     return lines
 
 
 def _si(value: float, unit: str = "") -> str:
+    """Return a number with an SI prefix, such as "24.5 GB"."""
     power = sum(value >= 1000.0**n for n in (1, 2, 3, 4))
     return f"{value / 1000**power:.4g} {('', 'k', 'M', 'G', 'T')[power]}{unit}".rstrip()
 
 
 def read_size(text: str) -> float:
-    """Return the bytes in "24GB" or "16GiB".
+    """Parse a size such as "24GB" or "16GiB", and return it in bytes.
 
     Raises:
-      UserError: any other text.
+      UserError: the text is not a size.
     """
     match = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{0,9})?)\s*([KMGT])(i?)B?\s*", text)
     if not match:
-        raise UserError(f"--device_memory={text}: write 24GB, or 16GiB")
+        raise UserError(f"--device_memory={text} is not a size such as 24GB or 16GiB")
     return float(match[1]) * (1024 if match[3] else 1000) ** (1 + "KMGT".index(match[2]))
 
 
 def largest_batch(needs: Callable[[int], float], memory: float, multiple: int, *, first: int) -> int:
     """Return the largest batch that fits into memory.
 
-    Each evaluation of `needs` compiles a program, so few batches are tried. Memory grows about linearly: the
-    two batches nearest to the limit predict the next one.
+    Each call of `needs` compiles a program, so only a few batches are tried. Memory grows about linearly with
+    the batch, so the next batch to try is extrapolated from the two whose memory is nearest to the limit.
 
     Args:
-      needs: returns the bytes that a batch needs.
-      memory: bytes that are available.
+      needs: function that returns the bytes that a batch needs.
+      memory: available memory in bytes.
       multiple: the result is a multiple of this.
       first: the batch to try first.
 
     Raises:
-      UserError: not even `multiple` examples fit.
+      UserError: a batch of `multiple` examples does not fit.
     """
-    known: dict[int, float] = {}  # bytes, by batch / multiple
+    known: dict[int, float] = {}  # bytes that were measured, by batch / multiple
     fits, too_large, guess = 0, math.inf, max(1, first // multiple)
     while too_large - fits > 1:
         known[guess] = needs(guess * multiple)
@@ -206,7 +211,7 @@ def largest_batch(needs: Callable[[int], float], memory: float, multiple: int, *
         else:
             raise UserError(
                 f"not even {multiple} examples fit into {_si(memory, 'B')}: they need {_si(known[1], 'B')};"
-                " set config.model.remat"
+                " to reduce memory, set config.model.remat"
             )
         if len(known) == 1:
             guess = 2 * guess if fits else guess // 2

@@ -1,4 +1,4 @@
-"""Data sheets of accelerators, and their devices to compile for when none is attached."""
+"""Data sheets of accelerators, and device descriptions to compile for accelerators that are not attached."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from structvit_jax.utils.errors import UserError, did_you_mean, unknown_choice
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Data sheet of one chip (cloud.google.com/tpu/docs and NVIDIA's data sheets, November 2026)."""
+    """Data sheet of one chip, from cloud.google.com/tpu/docs or from NVIDIA, as of November 2026."""
 
     flops: float  # bfloat16 operations per second, in dense matrix products
     memory: float  # bytes
     bandwidth: float  # bytes per second from and to memory
-    links: float  # bytes per second sent to other chips of its pod or node, over all links
+    links: float  # bytes per second that all links together send to other chips of the pod or node
 
 
 TPUS = {
@@ -38,17 +38,17 @@ GPUS = {
     "h200": Chip(989e12, 141e9, 4800e9, 450e9),
 }
 CHIPS = TPUS | GPUS
-# Shown in error messages; other shapes work, too. GPUs are counted per node, or as nodes x GPUs per node.
+# Examples for error messages; other shapes work, too. "h100:8" is one node of 8 GPUs, "h100:4x8" four nodes.
 EXAMPLES = (
     *("v5e:1x1", "v5e:2x4", "v5e:8x8", "v5e:16x16", "v5p:1x1x1", "v5p:2x2x2", "v5p:4x4x4", "v5p:4x8x8"),
     *("a100:1", "h100:1", "h100:8", "h100:4x8", "h200:8"),
 )
 
-_MAX_CHIPS = 4096  # of a topology; without a compiler they become as many fake CPU devices
+_MAX_CHIPS = 4096  # per topology: without a compiler, each chip needs a fake CPU device
 
 
 class Compiler(enum.Enum):
-    """A compiler for chips that are not attached; the value is its package."""
+    """A compiler for chips that are not attached. The value names the package that contains it."""
 
     TPU = "libtpu ('jax[tpu]')"
     GPU = "JAX's CUDA plugin ('jax[cuda13]')"
@@ -66,39 +66,43 @@ class Devices(NamedTuple):
     """Devices to compile for."""
 
     devices: list[jax.Device]
-    chip: Chip | None = None  # data sheet; None for devices of this machine
-    missing: Compiler | None = None  # not installed, so `devices` are fake CPU devices in place of the chips
-    options: dict[str, bool] | None = None  # for XLA
+    chip: Chip | None = None  # data sheet; None for devices of this machine and for fake devices
+    missing: Compiler | None = None  # compiler that is not installed; `devices` are then fake CPU devices
+    options: dict[str, bool] | None = None  # compiler options of XLA
 
 
 def devices_of(topology: str) -> Devices:
     """Return the devices of a topology, such as "v5e:2x4" or "h100:8".
 
-    Without a compiler for these chips they are fake CPU devices, see `add_fake_devices`.
+    If no compiler for these chips is installed, return fake CPU devices instead. `add_fake_devices` must have
+    created them.
 
     Raises:
-      UserError: an unknown topology, or too few fake devices.
+      UserError: the topology is unknown, or there are too few fake devices.
     """
     generation, _, shape = topology.partition(":")
     compiler, count = _compiler(topology), _count(topology)
     if not compiler.is_installed:
         fake = jax.devices("cpu")[:count]
         if len(fake) < count:
-            raise UserError(f"{topology}: needs {compiler.value}")
+            raise UserError(f"compiling for {topology} needs {compiler.value}")
         return Devices(fake, missing=compiler)
     try:
         described = _tpus(topology, count) if generation in TPUS else _gpus(generation, shape)
     except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
         hint = did_you_mean(topology, EXAMPLES)
         raise UserError(f"there is no topology {topology!r} ({error}).{hint}") from error
-    # XLA times its own matrix products on a GPU to choose their tiles. Use those of cuBLAS instead.
+    # XLA chooses tile sizes for its own matrix products by timing them on a GPU. Use cuBLAS instead.
     options = {"xla_gpu_enable_triton_gemm": False} if generation in GPUS else None
     return Devices(list(described.devices), CHIPS[generation], options=options)
 
 
-def add_fake_devices(wanted: Sequence[str]) -> None:
-    """Give the CPU enough fake devices for all topologies without a compiler, before JAX opens a device."""
-    fake = [_count(topology) for topology in wanted if not _compiler(topology).is_installed]
+def add_fake_devices(topology_names: Sequence[str]) -> None:
+    """Create enough fake CPU devices for all topologies that have no compiler here.
+
+    Call this before JAX opens a device.
+    """
+    fake = [_count(topology) for topology in topology_names if not _compiler(topology).is_installed]
     if fake:
         jax.config.update("jax_num_cpu_devices", max(fake))
 
@@ -111,12 +115,12 @@ def _count(topology: str) -> int:
     """Return the number of chips of a topology.
 
     Raises:
-      UserError: an unknown topology, or too many chips.
+      UserError: the topology is unknown, or has too many chips.
     """
     generation, _, shape = topology.partition(":")
     n = r"[1-9]\d{0,3}"
-    form = rf"{n}x{n}(x{n})?" if generation in TPUS else rf"({n}x)?{n}"
-    if generation not in CHIPS or not re.fullmatch(form, shape):
+    pattern = rf"{n}x{n}(x{n})?" if generation in TPUS else rf"({n}x)?{n}"
+    if generation not in CHIPS or not re.fullmatch(pattern, shape):
         raise unknown_choice("topology", topology, EXAMPLES)
     if (chips := math.prod(map(int, shape.split("x")))) > _MAX_CHIPS:
         raise UserError(f"{topology} has {chips:,} chips; the limit is {_MAX_CHIPS:,}")
@@ -130,7 +134,7 @@ def _tpus(topology: str, count: int) -> topologies.TopologyDescription:
     return topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
 
 
-_WITHOUT_TPU = {  # lets libtpu compile on a machine without a TPU
+_WITHOUT_TPU = {  # environment variables with which libtpu compiles on a machine without a TPU
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
@@ -153,7 +157,7 @@ def _gpus(generation: str, shape: str) -> topologies.TopologyDescription:
     )
 
 
-# Device properties that XLA reads, as a driver reports them.
+# Properties of a GPU that XLA needs to compile for it, with the values that its driver reports.
 _EVERY_GPU = {
     "threads_per_block_limit": 1024,
     "threads_per_warp": 32,

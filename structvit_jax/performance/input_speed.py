@@ -20,13 +20,13 @@ from structvit_jax.data.reader import Reader
 from structvit_jax.data.types import AugmentOptions, DataOptions
 from structvit_jax.utils.errors import DecodeError, UserError
 
-_FRAMES, _SIZE = 16, 224
-_LENGTH, _HEIGHT, _WIDTH = 300, 256, 340  # of generated videos
-_KEY_INTERVALS = (30, 60, 250)
+_FRAMES, _SIZE = 16, 224  # of the clips that are read
+_LENGTH, _HEIGHT, _WIDTH = 300, 256, 340  # frames and pixels of generated videos
+_KEY_INTERVALS = (30, 60, 250)  # frames between key frames of generated videos
 
 
 def write_video(path: str, key_interval: int = 250) -> None:
-    """Write a video of a drifting texture with noise, of about 300 kbit/s."""
+    """Write a video of a drifting texture with noise. Its bit rate is about 300 kbit/s."""
     rng = np.random.default_rng(0)
     texture = np.kron(rng.integers(0, 255, (64, 128), np.uint8), np.ones((8, 8), np.uint8))
     with av.open(path, "w") as container:
@@ -47,7 +47,10 @@ def _write_image(path: str) -> None:
 
 
 def _make_reader(path: str, frames: int, randaugment: str = "") -> Reader:
-    """Return a reader of many copies of one file, augmented as in the recipes of the paper."""
+    """Return a reader for a data set that lists one file 1000 times, with the augmentation of the paper.
+
+    A clip has `frames` frames, spread over a fifth of the video.
+    """
     config = default_config()
     data = dataclasses.replace(
         DataOptions.from_config(config.data),
@@ -68,7 +71,7 @@ def _make_reader(path: str, frames: int, randaugment: str = "") -> Reader:
 
 
 def _report_stages(name: str, reader: Reader, examples: int) -> None:
-    """Time opening, decoding and augmentation, and print their medians."""
+    """Time opening, decoding and augmenting, and print the median of each stage."""
     stages: dict[str, list[float]] = {"open and index": [], "decode": [], "augment and crop": []}
     for number in range(examples):
         times = [time.perf_counter()]
@@ -89,7 +92,7 @@ def _report_stages(name: str, reader: Reader, examples: int) -> None:
 
 
 def _decode_all(path: str, reader: Reader, number: int) -> np.ndarray:
-    """Decode and convert every frame, then select: the plain loop."""
+    """Decode and convert every frame of a video with PyAV, then select those of a clip (the plain loop)."""
     with av.open(path) as container:
         pictures = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     picked = reader.frames(len(pictures), reader.generator(1, 0, number))
@@ -97,10 +100,10 @@ def _decode_all(path: str, reader: Reader, number: int) -> np.ndarray:
 
 
 def compare_decoding(path: str, clips: int) -> tuple[float, float]:
-    """Return the median seconds per clip of `Reader` and of the plain loop, in alternation.
+    """Time `Reader` and the plain loop alternately, and return their median seconds per clip.
 
     Raises:
-      RuntimeError: their frames are not equal.
+      RuntimeError: the two decode different frames.
     """
     reader = _make_reader(path, _FRAMES)
     reader_seconds, plain_seconds = [], []
@@ -113,7 +116,7 @@ def compare_decoding(path: str, clips: int) -> tuple[float, float]:
         reader_seconds.append(middle - begin)
         plain_seconds.append(time.perf_counter() - middle)
         if not np.array_equal(clip, other):
-            raise RuntimeError(f"clip {number} of {path} differs from the plain loop's")
+            raise RuntimeError(f"clip {number} of {path} differs between Reader and the plain loop")
     return statistics.median(reader_seconds), statistics.median(plain_seconds)
 
 
@@ -133,11 +136,12 @@ def run(video: str, image: str, clips: int) -> None:
     """Print the speed of reading a video and an image.
 
     Args:
-      video, image: files; "" generates them.
-      clips: how many clips to read for each figure.
+      video: path of a video; "" generates three videos.
+      image: path of an image; "" generates one.
+      clips: number of clips to read for each result; images are read five times as often.
 
     Raises:
-      UserError: a file that cannot be read.
+      UserError: a file cannot be read.
     """
     configure_decoding()
     with tempfile.TemporaryDirectory() as folder:

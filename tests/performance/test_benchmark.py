@@ -57,7 +57,7 @@ def test_medians_and_ratios():
     assert ours.median == 2.0 and ours.spread == "-50% +100%"
     assert theirs.ratio_to(ours) == 2.5  # of 3, 1 and 2.5
     row = summary.Row("x", "forward", ours, 10.0, 8.0, {"slow": timing.Times((9.0,) * 3), "fast": theirs})
-    assert (row.peer, row.speedup) == ("fast", 2.5)
+    assert (row.fastest_peer, row.speedup) == ("fast", 2.5)
     rates = timing.Rates(operations=10.0, bytes=16.0)
     assert row.floors(rates) == (1.0, 0.5) and row.efficiency(rates) == 0.5
 
@@ -71,15 +71,15 @@ def test_parts_make_up_the_model(name, shape):
     found = list(parts.parts_of(model, shape))
     counted = cost(name, shape[1:], 5)
     blocks = shape[0] * (counted.macs - counted.parts["head"].macs)
-    whole = sum(part.times * part.lower_bounds()["forward"][0] for part in found if not part.inner)
+    whole = sum(part.calls_per_step * part.lower_bounds()["forward"][0] for part in found if not part.inner)
     assert 0.9 * 2 * blocks < whole <= 2 * blocks  # zeros around convolutions are not multiplied
     by_name = {part.name: part for part in found}
     for part in found:
         if part.inner:
             outer = by_name[part.name.rpartition(".")[0]]
             assert (
-                part.times * part.lower_bounds()["forward"][0]
-                <= outer.times * outer.lower_bounds()["forward"][0]
+                part.calls_per_step * part.lower_bounds()["forward"][0]
+                <= outer.calls_per_step * outer.lower_bounds()["forward"][0]
             )
 
 
@@ -140,7 +140,7 @@ def test_the_command(command, tmp_path):
     chosen = "--only=model, blocks3.mixer", "--config.model.depths=(1,1,1,1)", f"--workdir={tmp_path}"
     done = command(*TINY, *chosen, "--peer=torch", program="bench model", **eager)
     assert done.returncode == 0, done.stderr
-    assert "logits differ from PyTorch's (channels last) by " in done.stdout
+    assert "logits differ from PyTorch (channels last) by " in done.stdout
     assert "structvit_tiny_4_1 train: " in done.stdout and "times as fast" in done.stdout
     assert "channels last" in done.stdout and "ms, compiled" not in done.stdout  # it was switched off
     found = json.loads((tmp_path / "bench.json").read_text())
@@ -163,9 +163,12 @@ def test_the_command(command, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--only=block3.*"], "--only: nothing is named 'block3.*'; there are model, "),
+        (["--only=block3.*"], "--only: no part is named 'block3.*'; the parts are model, "),
         (["--config.model.name=deit_tiny", "--peer=torch"], "only UniFormers and StructViTs"),
-        (["--config.model.aggregation=element", "--peer=torch"], "structvit_torch.py has no such model"),
+        (
+            ["--config.model.aggregation=element", "--peer=torch"],
+            "torch.py does not implement this model",
+        ),
         (["--rounds=0"], "0 is not in the range x>=1"),
         (["--peer=torhc"], "'torhc' is not 'torch'"),
         (["--onyl=model"], "No such option '--onyl'. Did you mean '--only'?"),
@@ -180,7 +183,7 @@ def test_user_errors_are_one_line(command, tmp_path, arguments, message):
 
 def test_logits_that_differ_are_an_error():
     ours, theirs = (timing.Call(lambda x=x: x) for x in (jnp.ones((2, 5)), torch.full((2, 5), 1.01)))
-    with pytest.raises(UserError, match=r"differ from PyTorch's \(eager\) by 0.0099 of the largest"):
+    with pytest.raises(UserError, match=r"differ from PyTorch \(eager\) by 0.0099 of the largest logit"):
         bench._check_logits(ours, {"eager": theirs}, "float32")
 
 

@@ -102,7 +102,7 @@ def test_operations_depend_neither_on_devices_nor_on_kernels(monkeypatch):
 
 def test_read_size():
     assert estimate.read_size("24GB") == 24e9 and estimate.read_size(" 1.5 GiB ") == 1.5 * 2**30
-    with pytest.raises(UserError, match="--device_memory=24: write 24GB, or 16GiB"):
+    with pytest.raises(UserError, match="--device_memory=24 is not a size such as 24GB or 16GiB"):
         estimate.read_size("24")
 
 
@@ -144,8 +144,7 @@ def test_topologies(command, tmp_path, topology, near):
     process = command(*QUICK, f"--topology={topology}", f"--workdir={tmp_path}", program="plan")
     assert process.returncode == 0, process.stderr
     assert f"{topology}: 8 x" in process.stdout and "batch 16, 2 per device" in process.stdout
-    generation = topology.partition(":")[0]
-    installed = f" in place of {generation}: " not in process.stdout
+    installed = "(fake devices: " not in process.stdout
     assert ("at most" in process.stdout) is installed is (hardware.devices_of(topology).chip is not None)
     with pytest.raises(UserError, match=f"unknown topology {near!r}. Did you mean"):
         hardware.devices_of(near)

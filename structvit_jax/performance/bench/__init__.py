@@ -1,9 +1,11 @@
 """Time a model against this machine's peak rates and against PyTorch: `structvit bench model`.
 
-The forward pass and the train step are timed, then the parts of the model, each forward alone and with its
-gradients. All are compared with two lower bounds: operations at the measured rate of matrix products, and
-bytes at the measured rate of copies. Machines are noisy, so calls that are compared alternate within one run,
-and medians are reported.
+First the forward pass and the train step are timed; then each part of the model, once for the forward pass
+and once with gradients. Every time is compared with two others: the time that its operations take at the
+measured rate of matrix products, and the time that its bytes take at the measured rate of reading and writing
+memory. For a part, both are lower bounds. For a whole model, the bytes are those that its program moves.
+
+Because machines are noisy, calls that are compared alternate within one run, and medians are reported.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from structvit_jax.runtime.processes import log
 from structvit_jax.training.learner import Learner
 from structvit_jax.utils.errors import UserError
 
-_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}  # between logits, relative to the largest
+_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}  # difference of logits, relative to the largest logit
 
 
 def run(
@@ -45,31 +47,33 @@ def run(
     """Time a model, print the results and write WORKDIR/bench.md, bench.json and bench.png.
 
     Args:
-      config, data, workdir: of the model, its inputs and the results.
-      only: patterns of names to time, as "model" or "blocks1.*,*.attend"; by default all.
-      rounds: measurements of each part.
-      peer: "torch" compares with extras/structvit_torch.py.
+      config: configuration of the model.
+      data: data set with the inputs of the model.
+      workdir: folder for the results.
+      only: patterns for the names of parts to time, such as "model" or "blocks1.*,*.attend"; "" selects all.
+      rounds: number of measurements of the model and of each part.
+      peer: "torch" also times extras/structvit_torch.py.
 
     Raises:
-      UserError: several devices, a pattern that matches nothing, a model that the PyTorch file does not
-        implement, or logits that differ from PyTorch's.
+      UserError: there are several devices, a pattern matches nothing, the PyTorch file does not implement the
+        model, or its logits differ.
     """
     if jax.device_count() > 1:
-        raise UserError(f"structvit bench measures one device; there are {jax.device_count()} here")
+        raise UserError(f"structvit bench measures one device; JAX found {jax.device_count()}")
     learner = Learner.create(config, data)
     shape = (config.data.batch_size, *data.shape)
     parts = parts_of(learner.model, shape)
     names = ["model", *(part.name for part in parts)]
-    complaint = f"--only: nothing is named {{}}; there are {', '.join(names)}"
+    complaint = f"--only: no part is named {{}}; the parts are {', '.join(names)}"
     wanted = matching(only or "*", names, complaint)
     torch_peer = TorchPeer(learner.model) if peer else None
     dtype = learner.model.variant.dtype
     rates = measure_rates(dtype, rounds)
     header = (
         f"{config.model.name}, batch {'x'.join(map(str, shape))}, {dtype};"
-        f" {summary.machine(with_torch=bool(peer))}; {datetime.date.today()}. Peak rates, measured here:"
-        f" {rates.operations / 1e9:.4g} G operations/s in matrix products, {rates.bytes / 1e9:.4g} GB/s in"
-        f" copies. Medians of {rounds} rounds."
+        f" {summary.machine(with_torch=bool(peer))}; {datetime.date.today()}. Peak rates of this machine:"
+        f" {rates.operations / 1e9:.4g} G operations/s in matrix products, {rates.bytes / 1e9:.4g} GB/s of"
+        f" memory (reads and writes). Medians of {rounds} rounds."
     )
     log(header)
     rows = []
@@ -86,7 +90,8 @@ def run(
             for phase in PHASES:
                 add(_time_part(part, phase, torch_peer, rounds))
     summary.write(rows, rates, header, workdir)
-    log(f"{workdir / 'bench.md'}, bench.json" + ", bench.png" * any(not row.samples for row in rows))
+    plots = ", bench.png" * any(not row.samples for row in rows)
+    log(f"wrote {workdir / 'bench.md'}, bench.json{plots}")
 
 
 def _time_model(
@@ -113,11 +118,12 @@ def _time_model(
             samples=samples,
             memory=program.memory,
             compiling=program.compiling,
-            first=program.first,
+            first_call=program.first_call,
         )
 
 
 def _time_part(part: Part, phase: str, peer: TorchPeer | None, rounds: int) -> Row:
+    """Time a part of the model: its forward pass, or its forward pass with gradients."""
     is_train = phase == "train"
     arguments = [part.weights, part.inputs()]
     if is_train:
@@ -126,16 +132,16 @@ def _time_part(part: Part, phase: str, peer: TorchPeer | None, rounds: int) -> R
     peers = peer.part(part, backward=is_train) if peer else {}
     times = alternate({"": Call(functools.partial(compiled, *arguments)), **peers}, rounds)
     operations, moved = part.lower_bounds()[phase]
-    return Row(part.name, phase, times.pop(""), operations, moved, times, part.times)
+    return Row(part.name, phase, times.pop(""), operations, moved, times, part.calls_per_step)
 
 
 def _check_logits(call: Call, peers: Mapping[str, Call], dtype: str) -> None:
-    """Raise UserError if a variant of the peer gives other logits."""
+    """Raise UserError if the logits of a variant of PyTorch differ by more than `_TOLERANCE`."""
     logits = np.asarray(call.run(), np.float32)
     for variant, peer in peers.items():
         others = peer.run().float().cpu().numpy()
         error = np.abs(logits - others).max() / np.abs(others).max()
-        difference = f"logits differ from PyTorch's ({variant}) by {error:.2g} of the largest"
+        difference = f"logits differ from PyTorch ({variant}) by {error:.2g} of the largest logit"
         if not error < _TOLERANCE[dtype]:
             raise UserError(difference)
         log(difference)

@@ -1,4 +1,4 @@
-"""What is timed: the compiled forward pass and train step, and the parts of a model as single functions."""
+"""Functions to time: the compiled forward pass and train step of a model, and each of its parts alone."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ class Program:
 
     call: Call
     compiling: float  # seconds
-    first: float  # seconds of the first call; on a GPU it can take as long as compilation
+    first_call: float  # seconds; on a GPU the first call can take as long as compilation
     memory: float  # bytes of arguments, results and temporaries
-    moved: float  # bytes from and to memory; 0 if the program cannot be counted
+    moved: float  # bytes read from and written to memory; 0 if `traffic.count` cannot read the program
 
 
 def forward_program(learner: Learner, inputs: jax.Array) -> Program:
@@ -49,7 +49,7 @@ def forward_program(learner: Learner, inputs: jax.Array) -> Program:
 
 
 def train_program(learner: Learner, data: Dataset) -> Program:
-    """Compile the train step of `structvit train`; its calls repeat one batch."""
+    """Compile the train step of `structvit train`. All its calls use the same batch."""
 
     def make_run(compiled: jax.stages.Compiled) -> Callable[[], Any]:
         rows = learner.config.data.batch_size
@@ -79,22 +79,24 @@ def _compile(
     call = Call(make_run(compiled))
     begin = time.perf_counter()
     call.wait(call.run())
-    return Program(call, compiling, time.perf_counter() - begin, memory_of(compiled), moved)
+    first_call = time.perf_counter() - begin
+    return Program(call, compiling, first_call, memory_of(compiled), moved)
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A function that a model in training calls `times` times, on inputs of the same shapes."""
+    """A part of a model in training mode, as a function."""
 
-    name: str  # as "blocks3.mixer"
-    times: int
+    name: str  # such as "blocks3.mixer"
+    calls_per_step: int  # how often the model calls it, with inputs of the same shapes, in one step
     function: Callable[..., jax.Array]  # (weights, *inputs) -> output
     weights: Any  # a pytree of arrays
     shapes: Sequence[_Shape]  # of the inputs
     dtype: str
-    inner: bool = False  # whether another part contains it
+    inner: bool = False  # whether it is contained in another part
 
     def inputs(self) -> list[jax.Array]:
+        """Return random inputs."""
         rng = np.random.default_rng(0)
         return [jnp.asarray(rng.standard_normal(shape, np.float32), self.dtype) for shape in self.shapes]
 
@@ -102,7 +104,7 @@ class Part:
         return self.function(weights, *inputs)
 
     def gradients(self, weights: Any, inputs: list[jax.Array], cotangent: jax.Array) -> Any:
-        """Return the output, and the gradients of weights and inputs."""
+        """Return the output, and the gradients with respect to weights and inputs."""
         output, pullback = jax.vjp(self.forward, weights, inputs)
         return output, pullback(cotangent)
 
@@ -111,17 +113,18 @@ class Part:
         return jax.eval_shape(self.forward, self.weights, self._abstract_inputs())
 
     def lower_bounds(self) -> dict[str, tuple[float, float]]:
-        """Return the least operations and bytes of "forward" and "train" (forward and backward).
+        """Return lower bounds of the operations and bytes of "forward" and "train" (forward and backward).
 
-        The backward pass takes twice the operations of the forward pass. Inputs, weights and outputs are read
-        or written once, intermediate arrays never.
+        The backward pass is assumed to take twice the operations of the forward pass. Inputs, weights and
+        outputs are assumed to be read or written once per pass, and intermediate arrays never.
         """
         inputs = self._abstract_inputs()
         with use_kernels("reference"):
             operations = count_flops(jax.make_jaxpr(self.forward)(self.weights, inputs))
         read = sum(map(_nbytes, (*jax.tree.leaves(self.weights), *inputs)))
         written = _nbytes(self.output)
-        # The backward pass reads weights, inputs and the output's gradient, and writes the other gradients.
+        # The backward pass reads weights, inputs and the gradient of the output. It writes the gradients of
+        # weights and inputs.
         return {
             "forward": (operations, read + written),
             "train": (3 * operations, 3 * read + 2 * written),
@@ -138,8 +141,10 @@ def _nbytes(x: jax.Array | jax.ShapeDtypeStruct) -> int:
 def parts_of(model: Network, shape: _Shape) -> list[Part]:
     """Return the parts of a model for inputs [batch, *grid, 3].
 
-    These are the embeddings, and position, mixer and MLP of one block of each stage. The depthwise
-    convolution, the convolution of keys (that of values is equal) and attention are inner parts of the mixer.
+    The parts are the patch embeddings, and one block per stage, split into position embedding ("position"),
+    mixer and MLP. Inner parts are the depthwise convolutions ("depthwise"), the convolution of keys with the
+    structure kernels ("patterns") and attention ("attend"). The convolution of values costs the same as that
+    of keys, so "patterns" counts as two calls per block.
     """
     dtype = model.variant.dtype
     maps = jax.eval_shape(model.features, jax.ShapeDtypeStruct(shape, jnp.float32))
@@ -148,7 +153,7 @@ def parts_of(model: Network, shape: _Shape) -> list[Part]:
     parts = []
     for stage, (before, after) in zip(stages, itertools.pairwise(shapes), strict=False):
         name = f"patch_embed{stage}"
-        parts.append(Part(name, 1, *_in_training(getattr(model, name)), [before], dtype))
+        parts.append(Part(name, 1, *_training_function(getattr(model, name)), [before], dtype))
         parts += _block_parts(f"blocks{stage}", getattr(model, f"blocks{stage}"), after, dtype)
     return parts
 
@@ -157,7 +162,7 @@ def _block_parts(name: str, blocks: Sequence[Block], shape: _Shape, dtype: str) 
     block, times = blocks[0], len(blocks)
 
     def part(suffix: str, module: nnx.Module, method: str = "__call__", inner: bool = False) -> Part:
-        return Part(f"{name}.{suffix}", times, *_in_training(module, method), [shape], dtype, inner)
+        return Part(f"{name}.{suffix}", times, *_training_function(module, method), [shape], dtype, inner)
 
     if block.pos_embed is not None:
         yield part("position", block, "add_position")
@@ -189,8 +194,13 @@ def _attention_parts(
     yield Part(f"{name}.attend", times, lambda _, *qkv: attention(*qkv), (), shapes, dtype, inner=True)
 
 
-def _in_training(module: nnx.Module, method: str = "__call__") -> tuple[Callable[..., jax.Array], nnx.State]:
-    """Return a method of a module in training mode as a function of its weights, and the weights."""
+def _training_function(
+    module: nnx.Module, method: str = "__call__"
+) -> tuple[Callable[..., jax.Array], nnx.State]:
+    """Return a function of weights and input that calls a method of a module, and the weights.
+
+    The module is in training mode.
+    """
     module.train()
     graphdef, *(weights, stats) = nnx.split(module, nnx.Param, nnx.BatchStat)
     module.eval()

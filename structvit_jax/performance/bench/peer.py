@@ -1,4 +1,4 @@
-"""The same network in PyTorch, from extras/structvit_torch.py, to compare with."""
+"""The same network in PyTorch (extras/structvit_torch.py), to compare its speed."""
 
 from __future__ import annotations
 
@@ -26,10 +26,11 @@ _FILE = Path(__file__).parents[3] / "extras" / "structvit_torch.py"
 
 
 class TorchPeer:
-    """A PyTorch model with the same weights on the same device, in several variants.
+    """A PyTorch model with the same weights on the same device, in up to three variants.
 
-    The variants are the memory formats contiguous and channels last, and the faster of these compiled, unless
-    torch.compile fails or TORCHDYNAMO_DISABLE=1 is set. bfloat16 runs under autocast.
+    The first two variants have the memory formats contiguous and channels last. The third is the faster of
+    these, compiled with `torch.compile`. It is left out if compiling fails, or if TORCHDYNAMO_DISABLE=1 is
+    set. bfloat16 models run under autocast.
 
     Raises:
       UserError: PyTorch or the file is missing, or the file does not implement this model.
@@ -42,29 +43,30 @@ class TorchPeer:
             raise UserError("--peer=torch needs PyTorch: pip install torch") from error
         on_gpu = jax.default_backend() == "gpu"
         if on_gpu and not torch.cuda.is_available():
-            raise UserError("--peer=torch: PyTorch sees no GPU; --config.mesh.device=cpu compares on the CPU")
-        v, weights = model.variant, split(model)[1]
+            raise UserError("--peer=torch: PyTorch finds no GPU; set --config.mesh.device=cpu to use the CPU")
+        variant, weights = model.variant, split(model)[1]
         arrays = convert.to_torch({k: np.asarray(x) for part in weights for k, x in part.items()})
         network = _load_module().StructViT(
-            v.depths, v.widths, patterns=v.structure_dim, stride=v.stride, video=v.video,
-            classes=weights.params["head.bias"].size, head_width=v.head_width, patch=v.patch,
-            mixer_window=v.mixer_window, drop_path=v.drop_path, layer_scale=v.layer_scale,
+            variant.depths, variant.widths, patterns=variant.structure_dim, stride=variant.stride,
+            video=variant.video, classes=weights.params["head.bias"].size, head_width=variant.head_width,
+            patch=variant.patch, mixer_window=variant.mixer_window, drop_path=variant.drop_path,
+            layer_scale=variant.layer_scale,
         )  # fmt: skip
         try:
             network.load_state_dict({k: torch.from_numpy(np.array(x)) for k, x in arrays.items()})
         except RuntimeError as error:
             reason = " ".join(str(error).split())
-            raise UserError(f"--peer=torch: {_FILE.name} has no such model: {reason}") from error
-        torch.backends.cudnn.benchmark = True  # cuDNN searches for its fastest algorithms
-        self._torch, self._bfloat16 = torch, v.dtype == "bfloat16"
+            raise UserError(f"--peer=torch: {_FILE.name} does not implement this model: {reason}") from error
+        torch.backends.cudnn.benchmark = True  # let cuDNN choose its fastest algorithms by timing them
+        self._torch, self._bfloat16 = torch, variant.dtype == "bfloat16"
         self._device = torch.device("cuda" if on_gpu else "cpu")
         network = network.to(self._device)
         self._networks = {"contiguous": network, "channels last": copy.deepcopy(network).channels_last()}
-        channels_last = torch.channels_last_3d if v.video else torch.channels_last
+        channels_last = torch.channels_last_3d if variant.video else torch.channels_last
         self._formats = {"contiguous": torch.contiguous_format, "channels last": channels_last}
 
     def forward(self, inputs: jax.Array) -> dict[str, Call]:
-        """Return calls that compute logits in evaluation mode, by variant."""
+        """Return a call for each variant that computes logits in evaluation mode."""
 
         def make_run(network: Any, apply: Callable, x: Any) -> Callable[[], Any]:
             network.eval()
@@ -73,7 +75,10 @@ class TorchPeer:
         return self._variants(make_run, inputs, self._torch.inference_mode)
 
     def train(self, inputs: jax.Array) -> dict[str, Call]:
-        """Return calls that take a step of fused AdamW on normalised inputs of class 0, by variant."""
+        """Return a call for each variant that takes a train step.
+
+        The inputs are normalised, all labels are class 0, and the optimizer is the fused AdamW.
+        """
         torch = self._torch
         labels = torch.zeros(len(inputs), dtype=torch.long, device=self._device)
 
@@ -91,7 +96,7 @@ class TorchPeer:
         return self._variants(make_run, inputs, torch.enable_grad)
 
     def part(self, part: Part, *, backward: bool) -> dict[str, Call]:
-        """Return calls of one part of the model, by variant; with `backward` also of its gradients."""
+        """Return a call for each variant that computes a part, and with `backward` also its gradients."""
         torch, calls = self._torch, {}
         for variant, network in self._networks.items():
             function, arrange = self._function(network.train(), part)
@@ -112,7 +117,7 @@ class TorchPeer:
         return self._torch.autograd.grad(output, wanted, self._torch.ones_like(output), allow_unused=True)
 
     def _function(self, network: Any, part: Part) -> tuple[Callable, Callable]:
-        """Return the function of a part, and one that brings its inputs into PyTorch's order of axes."""
+        """Return the function of a part, and a function that arranges the axes of its inputs for PyTorch."""
         stage, _, name = part.name.partition(".")
         if not name:
             return getattr(network, stage), _channels_first
@@ -139,7 +144,7 @@ class TorchPeer:
             variant: self._call(make_run(network, network, tensors[variant]), mode)
             for variant, network in self._networks.items()
         }
-        if os.environ.get("TORCHDYNAMO_DISABLE") == "1":  # torch.compile would do nothing
+        if os.environ.get("TORCHDYNAMO_DISABLE") == "1":  # torch.compile would not compile
             return calls
         faster = min(calls, key=lambda variant: calls[variant].seconds(1))
         network = copy.deepcopy(self._networks[faster])
@@ -148,8 +153,8 @@ class TorchPeer:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 compiled.run()
-        except Exception as error:  # of any type
-            log(f"note: torch.compile fails here ({type(error).__name__}) and is skipped")
+        except Exception as error:  # torch.compile may raise any type
+            log(f"note: torch.compile failed ({type(error).__name__}); the compiled variant is skipped")
             return calls
         return {**calls, "compiled": compiled}
 
@@ -177,7 +182,7 @@ def _channels_first(x: Any) -> Any:
 
 def _load_module() -> Any:
     if not _FILE.exists():
-        raise UserError(f"--peer=torch needs {_FILE}: run it in a clone of the repository")
+        raise UserError(f"--peer=torch needs {_FILE}, which is only in a clone of the repository")
     spec: Any = importlib.util.spec_from_file_location(_FILE.stem, _FILE)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -1,4 +1,4 @@
-"""Results of a benchmark as lines, tables, JSON and a plot."""
+"""Write the results of a benchmark as lines, tables, JSON and a plot."""
 
 from __future__ import annotations
 
@@ -23,42 +23,45 @@ PHASES = ("forward", "train")
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """Times of a model or of a part, in one phase and on one device."""
+    """Times of a model or of a part of it, in one phase and on one device."""
 
-    name: str  # of the model, or of the part, as "blocks1.mlp"
-    phase: str  # "forward", or "train": with gradients; the step of a model also updates the weights
-    ours: Times
+    name: str  # name of the model, or of a part, such as "blocks1.mlp"
+    phase: str  # "forward", or "train" (forward and gradients; for a model also the update of the weights)
+    ours: Times  # of structvit_jax
     operations: float  # lower bound
-    bytes: float  # lower bound for a part; what the program of a model moves, 0 if it cannot be counted
+    bytes: float  # for a part a lower bound; for a model the traffic of its program, 0 if it is unknown
     peers: dict[str, Times]  # of PyTorch, by variant
-    times: int = 1  # how often the model contains the part
+    calls_per_step: int = 1  # how often a step of the model calls the part
     # Only for models:
-    samples: int = 0  # per batch
+    samples: int = 0  # batch size
     memory: float = 0.0  # bytes
     compiling: float = 0.0  # seconds
-    first: float = 0.0  # seconds of the first call
+    first_call: float = 0.0  # seconds
 
     @property
-    def peer(self) -> str | None:
-        """The fastest variant of PyTorch."""
+    def fastest_peer(self) -> str | None:
+        """Name of the fastest variant of PyTorch; None without PyTorch."""
         return min(self.peers, key=lambda variant: self.peers[variant].median, default=None)
 
     @property
     def speedup(self) -> float | None:
-        """Speed relative to the fastest variant of PyTorch."""
-        return self.peers[self.peer].ratio_to(self.ours) if self.peer else None
+        """Speed relative to the fastest variant of PyTorch; None without PyTorch."""
+        return self.peers[self.fastest_peer].ratio_to(self.ours) if self.fastest_peer else None
 
     def floors(self, rates: Rates) -> tuple[float, float]:
-        """Return the seconds that operations, and bytes, take at peak rates."""
+        """Return the seconds that the operations take at peak rates, and the seconds that the bytes take."""
         return self.operations / rates.operations, self.bytes / rates.bytes
 
     def efficiency(self, rates: Rates) -> float:
-        """Return the higher floor as a fraction of the measured time; for a model that of operations."""
+        """Return a floor as a fraction of the measured time.
+
+        For a part it is the higher of its two floors, for a model always the floor of its operations.
+        """
         return max(self.floors(rates)[: 1 if self.samples else 2]) / self.ours.median
 
 
 def machine(*, with_torch: bool) -> str:
-    """Return the device and the versions of packages, as one line."""
+    """Return one line with the device and the versions of packages."""
     device = jax.devices()[0]
     kind = f"{len(jax.devices())} x {device.device_kind}"
     if device.platform == "cpu":
@@ -70,7 +73,7 @@ def machine(*, with_torch: bool) -> str:
 
 
 def line(row: Row, rates: Rates) -> str:
-    """Return the main results of a row as one line."""
+    """Return one line with the main results of a row."""
     rate = f"{row.samples / row.ours.median:.4g} samples/s" if row.samples else _ms(row.ours)
     text = f"{row.name} {row.phase}: {rate} ({row.ours.spread}), {row.efficiency(rates):.0%} of peak"
     if row.peers:
@@ -89,32 +92,32 @@ def _model_cells(row: Row, rates: Rates) -> dict[str, str]:
         "G operations/s, of peak": f"{operations:.4g}, {row.efficiency(rates):.0%}",
         "GB moved per sample, of peak": f"{moved:.3g}, {by_bytes:.0%}" if row.bytes else "not counted",
         "memory": f"{row.memory / 1e9:.2f} GB",
-        "compiled in, first call": f"{row.compiling:.0f} s, {row.first:.1f} s",
+        "compile time, first call": f"{row.compiling:.0f} s, {row.first_call:.1f} s",
     }
-    if row.peer:
-        cells["PyTorch samples/s"] = f"{row.samples / row.peers[row.peer].median:.4g} ({row.peer})"
-        cells["times as fast"] = f"{row.speedup:.2f}"
+    if peer := row.fastest_peer:
+        cells["PyTorch samples/s"] = f"{row.samples / row.peers[peer].median:.4g} ({peer})"
+        cells["speedup"] = f"{row.speedup:.2f}"
     return cells
 
 
 def _part_cells(row: Row, rates: Rates) -> dict[str, str]:
     cells = {
         "part": row.name,
-        "times": str(row.times),
+        "calls per step": str(row.calls_per_step),
         "phase": row.phase,
         "time": _ms(row.ours),
         "spread": row.ours.spread,
         "floors: operations, bytes": ", ".join(f"{1e3 * floor:.3g} ms" for floor in row.floors(rates)),
         "of peak": f"{row.efficiency(rates):.0%}",
     }
-    if row.peer:
-        cells["PyTorch"] = f"{_ms(row.peers[row.peer])} ({row.peer})"
-        cells["times as fast"] = f"{row.speedup:.2f}"
+    if peer := row.fastest_peer:
+        cells["PyTorch"] = f"{_ms(row.peers[peer])} ({peer})"
+        cells["speedup"] = f"{row.speedup:.2f}"
     return cells
 
 
 def write(rows: Sequence[Row], rates: Rates, header: str, workdir: epath.Path) -> None:
-    """Write WORKDIR/bench.md, bench.json with every round and, if parts were timed, bench.png."""
+    """Write bench.md, bench.json (with every round) and, if parts were timed, bench.png into the workdir."""
     workdir.mkdir(parents=True, exist_ok=True)
     parts = [row for row in rows if not row.samples]
     model_cells = [_model_cells(row, rates) for row in rows if row.samples]
@@ -128,7 +131,7 @@ def write(rows: Sequence[Row], rates: Rates, header: str, workdir: epath.Path) -
 
 
 def plot(rows: Sequence[Row], rates: Rates, title: str) -> bytes:
-    """Return a PNG with the time and the floor of each part, for each phase."""
+    """Return a PNG that shows the time and the higher floor of each part, for each phase."""
     from matplotlib.figure import Figure  # takes half a second to import
 
     phases = [phase for phase in PHASES if any(row.phase == phase for row in rows)]
@@ -137,17 +140,17 @@ def plot(rows: Sequence[Row], rates: Rates, title: str) -> bytes:
     for axes, phase in zip(figure.subplots(1, len(phases), squeeze=False)[0], phases, strict=True):
         chosen = [row for row in rows if row.phase == phase]
         positions = range(len(chosen))
-        ours = [1e3 * row.times * row.ours.median for row in chosen]
-        floors = [1e3 * row.times * max(row.floors(rates)) for row in chosen]
-        peers = [1e3 * row.times * row.peers[row.peer].median for row in chosen if row.peer]
-        offset = 0.2 if peers else 0.0  # beside the bars of PyTorch
+        ours = [1e3 * row.calls_per_step * row.ours.median for row in chosen]
+        floors = [1e3 * row.calls_per_step * max(row.floors(rates)) for row in chosen]
+        peers = [1e3 * row.calls_per_step * row.peers[p].median for row in chosen if (p := row.fastest_peer)]
+        offset = 0.2 if peers else 0.0  # so that bars of PyTorch and of structvit_jax do not overlap
         if peers:
             axes.barh([y + offset for y in positions], peers, 0.35, color="#d9a441", label="PyTorch's best")
         axes.barh([y - offset for y in positions], ours, 0.35, color="#31688e", label="structvit_jax")
         axes.scatter(floors, [y - offset for y in positions], marker="|", s=90, color="black", label="floor")
-        axes.set_yticks(positions, [f"{row.name} x {row.times}" for row in chosen], fontsize=8)
+        axes.set_yticks(positions, [f"{row.name} x {row.calls_per_step}" for row in chosen], fontsize=8)
         axes.invert_yaxis()
-        axes.set_xlabel(f"{phase}: ms in one step, all blocks of a stage")
+        axes.set_xlabel(f"{phase}: ms per step, summed over the blocks of a stage")
         axes.legend(fontsize=8)
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=110)

@@ -1,4 +1,4 @@
-"""Median times of alternating calls, and the peak rates of this machine."""
+"""Time calls in alternation, and measure the peak rates of this machine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MIN_SECONDS = 0.1  # short calls are repeated for at least this long in each ro
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """A function to time. `run` may return before its work is done; `wait` waits for its result."""
+    """A function to time. `run` may return before its work is done; `wait` blocks until it is."""
 
     run: Callable[[], Any]
     wait: Callable[[Any], Any] = jax.block_until_ready
@@ -26,7 +26,8 @@ class Call:
     def seconds(self, repeats: int) -> float:
         """Return the mean seconds of consecutive runs, after a warm-up run.
 
-        The warm-up fills the caches, and gives spinning threads of other libraries time to go to sleep.
+        The warm-up fills the caches. It also gives idle threads of the other library, which spin for a while,
+        time to go to sleep.
         """
         self.wait(self.run())
         start = time.perf_counter()
@@ -48,16 +49,16 @@ class Times:
 
     @property
     def spread(self) -> str:
-        """The fastest and the slowest round, relative to the median."""
+        """Fastest and slowest round relative to the median, such as "-5% +15%"."""
         return f"{min(self.rounds) / self.median - 1:+.0%} {max(self.rounds) / self.median - 1:+.0%}"
 
     def ratio_to(self, other: Times) -> float:
-        """Return the median ratio to the times of a call that was measured in the same rounds."""
+        """Return the median over rounds of this time / the other time, measured in the same rounds."""
         return statistics.median(a / b for a, b in zip(self.rounds, other.rounds, strict=True))
 
 
 def alternate(calls: Mapping[str, Call], rounds: int) -> dict[str, Times]:
-    """Time calls in alternation, so that a slow phase of the machine affects all of them."""
+    """Time calls alternately, so that a slow phase of the machine affects all of them."""
     repeats = {name: max(1, math.ceil(_MIN_SECONDS / call.seconds(1))) for name, call in calls.items()}
     by_round = [{name: call.seconds(repeats[name]) for name, call in calls.items()} for _ in range(rounds)]
     return {name: Times(tuple(seconds[name] for seconds in by_round)) for name in calls}
@@ -68,11 +69,15 @@ class Rates:
     """Measured peak rates of one device."""
 
     operations: float  # per second, in matrix products
-    bytes: float  # per second, read and written, in copies
+    bytes: float  # read and written per second, in an elementwise in-place update
 
 
 def measure_rates(dtype: str, rounds: int) -> Rates:
-    """Measure the first device: the faster of two sizes of matrix products, and an in-place update."""
+    """Measure the peak rates of the first device.
+
+    The rate of operations is that of the faster of two square matrix products. The rate of bytes is that of
+    adding 1 to a large array in place.
+    """
     on_cpu = jax.default_backend() == "cpu"
     operations = []
     for size in (1024, 2048) if on_cpu else (4096, 8192):
@@ -82,7 +87,7 @@ def measure_rates(dtype: str, rounds: int) -> Rates:
     x = jnp.zeros(2**26 if on_cpu else 2**29, jnp.float32)
     moved, increment = 2 * x.nbytes, jax.jit(lambda x: x + 1, donate_argnums=0)
 
-    def update() -> jax.Array:  # in place: on CPUs new pages would cost more than writing to them
+    def update() -> jax.Array:  # in place, because on CPUs new memory pages cost more than the writes
         nonlocal x
         x = increment(x)
         return x

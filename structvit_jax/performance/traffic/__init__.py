@@ -3,21 +3,27 @@
     traffic = count(compiled.as_text())
     structvit plan --program=PROGRAM.txt
 
-Only the text is read; no device is opened. Programs may be compiled for TPUs (also ahead of time, on a
-machine without one), CPUs and GPUs. Unlike in XLA's cost analysis,
+Only the text of the program is read; no device is opened. The program may be compiled for CPUs, GPUs or TPUs,
+also ahead of time on a machine without them. The count differs from XLA's cost analysis:
 
-- the body of a loop counts once per step;
-- arrays in vector memory (layouts with S(1)) do not count: a fusion reads its operands in HBM and writes its
-  results there, a copy between the two counts at its end in HBM, and a slice counts as a slice;
-- a Pallas kernel counts by the blocks that it fetches and stores, not by its cost estimate;
-- arrays count with the padding of their tiles, which is transferred too. Scalars are not padded.
+- The body of a loop is counted once per step.
+- Only arrays in HBM are counted, not those in the vector memory of a TPU (layouts with S(1)). A copy between
+  the two memories is counted once, as a read or as a write of HBM.
+- An operation that reads a slice of an array is counted with the bytes of the slice.
+- A Pallas kernel is counted by the blocks that it fetches and stores, not by its cost estimate.
+- Arrays are counted with the padding of their tiles, which is transferred too. Scalars are not padded.
 
-Each operation reads every operand once. That is a lower bound if a convolution or a matrix product fetches
-tiles again, and an upper bound for gathers, which count a row for every index.
+Each operation is assumed to read every operand once. This is a lower bound if a convolution or a matrix
+product fetches tiles repeatedly. It is an upper bound for gathers, where every index is assumed to read its
+own row.
 
-In a ring of n devices each sends 2(n-1)/n of the array of an all-reduce, (n-1)/n of the whole array of an
-all-gather, reduce-scatter or all-to-all, and all of a collective-permute or a broadcast. Of the branches of a
-conditional, the one that moves most counts.
+Collectives are assumed to run in a ring. Of n devices, each sends
+
+- 2(n-1)/n of the array in an all-reduce;
+- (n-1)/n of the whole array in an all-gather, a reduce-scatter or an all-to-all;
+- the whole array in a collective-permute or a broadcast.
+
+Of the branches of a conditional, only the one that moves the most bytes is counted.
 """
 
 from __future__ import annotations
@@ -44,7 +50,7 @@ from structvit_jax.utils.errors import UserError
 
 
 class Moved(NamedTuple):
-    """Bytes on one device."""
+    """Bytes that one device moves."""
 
     read: float  # from HBM
     written: float  # to HBM
@@ -57,8 +63,8 @@ class Traffic(NamedTuple):
     read: float  # from HBM
     written: float  # to HBM
     sent: float  # to other devices
-    by_part: dict[str, Moved]  # by phase and name scopes, see `program.part_of`; the largest first
-    unknown_loops: tuple[str, ...]  # name scopes of loops of unknown length, which count as one step
+    by_part: dict[str, Moved]  # by name of the part, see `program.part_of`; parts with most bytes first
+    unknown_loops: tuple[str, ...]  # name scopes of loops of unknown length, counted as one step
 
     @property
     def hbm(self) -> float:
@@ -69,15 +75,16 @@ class Traffic(NamedTuple):
 def count(text: str, *, depth: int = 1) -> Traffic:
     """Count the traffic of a compiled program.
 
-    Loops of unknown length, such as optimisations that end at a tolerance, count as one step and are listed.
-    The name scope "timesN" directly around a loop states that it has N steps.
+    A loop of unknown length, such as one that ends when a tolerance is reached, is counted as one step and
+    listed in `Traffic.unknown_loops`. To state that a loop has N steps, put the name scope "timesN" directly
+    around it.
 
     Args:
       text: the program, from `compiled.as_text()`.
-      depth: how many name scopes make a part.
+      depth: number of name scopes in the name of a part.
 
     Raises:
-      UserError: text that is not a program.
+      UserError: the text is not a compiled program, or cannot be counted.
     """
     program = parse(text)
     counter = _Counter(program, depth)
@@ -100,15 +107,15 @@ def _add(parts: _Parts, more: _Parts, times: int = 1) -> None:
         parts[name] = parts.get(name, 0) + times * moved
 
 
-# These operations move nothing; their arrays count where they are computed and used.
+# These operations move no bytes. Their arrays are counted by the operations that compute and use them.
 _FREE = frozenset(
     (*SOURCES, "add-dependency", "bitcast", "domain", "get-tuple-element", "opt-barrier", "tuple")
 )
-_FREE_CALLS = ("AllocateBuffer", "ConcatBitcast")
+_FREE_CALLS = ("AllocateBuffer", "ConcatBitcast")  # targets of custom calls that move no bytes
 
 
 class _Counter:
-    """Follows the computations of a program in the order of their execution."""
+    """Counts a program, following its computations in the order in which they run."""
 
     def __init__(self, program: Program, depth: int):
         self.program, self.depth = program, depth
@@ -118,8 +125,8 @@ class _Counter:
         """Return the traffic of one run of a computation.
 
         Args:
-          arguments: known integers among its arguments, see `loops.Scalars`.
-          outer: name scopes of the caller, for operations that have none.
+          arguments: values of its arguments as far as they are known, see `loops.Scalars`.
+          outer: name scopes of the caller, used for operations without name scopes.
         """
         scalars = Scalars(self.program, computation, arguments)
         names = op_names(self.program, computation, outer)
@@ -168,7 +175,7 @@ class _Counter:
         if op.opcode == "fusion":
             fused = self.program.computations[op.called("calls")[0]]
             if any(kernels.TARGET in inner.rest for inner in fused.instructions.values()):
-                raise UserError(f"%{op.name} fuses other work into a kernel, which cannot be counted")
+                raise UserError(f"cannot count %{op.name}: it fuses a Pallas kernel with other operations")
         sent = bytes_sent(self.program, op, operands)
         return np.array([*hbm_traffic(self.program, op, operands), sent], float)
 

@@ -1,8 +1,8 @@
-"""Traffic of a Pallas kernel for TPUs, from its Mosaic module instead of its cost estimate.
+"""Count the traffic of a Pallas kernel for TPUs from its Mosaic module, not from its cost estimate.
 
-As in the pipeline that Pallas builds, a block is fetched if its index differs from that of the previous grid
-step, and stored if the index of the next step differs. Blocks are cut off at the edge of the array. The
-kernel is assumed to run on one core.
+Blocks move as in the pipeline that Pallas builds. A block is fetched if its index differs from the index at
+the previous grid step, and stored if its index differs from the index at the next step. The part of a block
+that is outside the array does not count. The kernel is assumed to run on one core.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ _SAME_VALUE = ("arith.index_cast", "arith.extui", "arith.extsi", "arith.trunci")
 
 
 def kernel_traffic(op: Instruction, arrays: Sequence[Array]) -> list[float]:
-    """Return the bytes of each operand that a kernel reads, and of each result that it writes.
+    """Return the bytes that a kernel reads from each operand, then the bytes that it writes to each result.
 
-    Arrays that are not split into blocks count once. So do all arrays of a kernel whose blocks depend on
-    data, or that starts copies of its own: its traffic does not follow from its grid.
+    An array that is not split into blocks is counted once. If the blocks of a kernel depend on data, or if it
+    starts its own copies, its traffic does not follow from its grid; each of its arrays is then counted once.
 
     Args:
       op: the call of the kernel.
-      arrays: its operands, then its results.
+      arrays: the operands of the kernel, then its results.
 
     Raises:
       UserError: this jaxlib cannot parse the kernel.
@@ -71,14 +71,14 @@ def kernel_traffic(op: Instruction, arrays: Sequence[Array]) -> list[float]:
             index_map = functions[ir.FlatSymbolRefAttr(window["transform_indices"]).value]
             indices = [_evaluate(op, index_map.regions[0].blocks[0], step) for step in steps]
             shape = _integers(window["window_bounds"])
-            if "window_kind" not in window:  # indices of blocks, not of elements
+            if "window_kind" not in window:  # the index map returns indices of blocks, not of elements
                 indices = [[i * side for i, side in zip(index, shape, strict=True)] for index in indices]
             traffic.append(sum(_block_bytes(array, start, shape) for start, _ in itertools.groupby(indices)))
     return traffic
 
 
 def _parse(op: Instruction, context: ir.Context) -> ir.Module:
-    """Return the module of a kernel: a function for its body, and one for each index map."""
+    """Return the module of a kernel. It has a function for the body, and one for each index map."""
     from jaxlib.mlir import ir
     from jaxlib.mlir.passmanager import PassManager
     from jaxlib.mosaic.python import tpu
@@ -104,7 +104,7 @@ def _integers(attribute: ir.Attribute) -> list[int]:
 
 
 def _evaluate(kernel: Instruction, index_map: ir.Block, step: Sequence[int]) -> list[int]:
-    """Return the index of a block at a step of the grid."""
+    """Evaluate an index map: return the index of a block at a step of the grid."""
     from jaxlib.mlir import ir
 
     values: dict[Any, int] = dict(zip(index_map.arguments, step, strict=True))
@@ -124,10 +124,10 @@ def _evaluate(kernel: Instruction, index_map: ir.Block, step: Sequence[int]) -> 
         else:
             raise UserError(f"unknown operation {name} in an index map of the kernel %{kernel.name}")
         values[op.results[0]] = int(value)
-    raise AssertionError("an index map returns")
+    raise AssertionError("an index map ends with func.return")
 
 
 def _block_bytes(array: Array, start: Sequence[int], shape: Sequence[int]) -> int:
-    """Return the bytes of a block, without what lies outside of the array."""
+    """Return the bytes of the part of a block that is inside the array."""
     sides = [max(0, min(side, whole - at)) for at, side, whole in zip(start, shape, array.dims, strict=True)]
     return array._replace(dims=tuple(sides)).bytes

@@ -1,4 +1,4 @@
-"""Trip counts of while loops, from the integers in the text of a program."""
+"""Find the trip counts of while loops, by evaluating the integers in the text of a program."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 
 from structvit_jax.performance.traffic.program import Array, Computation, Instruction, Program
 
-_MAX_STEPS = 10**6  # of a loop that is followed step by step
+_MAX_STEPS = 10**6  # longest loop that is evaluated step by step
 
 
 def _divide(a: int, b: int) -> int:
-    """Return a / b, truncated; -1 if b is 0, as in XLA."""
+    """Return a / b, rounded towards zero; -1 if b is 0, as in XLA."""
     if not b:
         return -1
     return abs(a) // abs(b) * (1 if (a < 0) == (b < 0) else -1)
@@ -48,7 +48,7 @@ _SAME_VALUE = ("copy", "bitcast", "reshape", "convert", "broadcast", "opt-barrie
 class Scalars:
     """The integers of a computation that are known without running the program.
 
-    A value is an int, a list of values for a tuple, or None if it is unknown.
+    A value is an int, a list of values (for a tuple), or None if it is unknown.
     """
 
     def __init__(self, program: Program, computation: Computation, arguments: Sequence[Any]):
@@ -92,7 +92,7 @@ class Scalars:
 
 
 def root_value(program: Program, name: str, arguments: Sequence[Any]) -> Any:
-    """Return the result of a computation, see `Scalars`."""
+    """Return the result of a computation as far as it is known, see `Scalars`."""
     computation = program.computations[name]
     return Scalars(program, computation, arguments).value(computation.root)
 
@@ -100,13 +100,16 @@ def root_value(program: Program, name: str, arguments: Sequence[Any]) -> Any:
 def trip_count(loop: Instruction, scalars: Scalars) -> int | None:
     """Return how often the body of a while loop runs; None if this is unknown.
 
-    XLA annotates some loops, but none on TPUs. For others the integers of the loop are followed step by step
-    until the condition is false, which also covers loops that XLA peeled, unrolled or pipelined. The last
-    resort is a name scope directly around the loop, such as "times8".
+    Three ways are tried:
+
+    1. XLA annotates some loops with their trip count, but none in programs for TPUs.
+    2. The integers of the loop are evaluated step by step until the condition is false. This also works for
+       loops that XLA peeled, unrolled or pipelined.
+    3. A name scope directly around the loop, such as "times8", states the trip count.
 
     Args:
       loop: the while instruction.
-      scalars: integers of the computation that contains it.
+      scalars: known integers of the computation that contains the loop.
     """
     if match := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest):
         return int(match[1])
@@ -124,7 +127,7 @@ def trip_count(loop: Instruction, scalars: Scalars) -> int | None:
 
 
 def invariants(loop: Instruction, scalars: Scalars) -> list[Any]:
-    """Return the arguments of the body: initial values that no step changes, and None for the others."""
+    """Return the arguments of the body: the initial values that no step changes, and None for all others."""
     state = scalars.value(loop.operands[0])
     body = scalars.program.computations[loop.called("body")[0]]
     root = body.instructions[body.root]

@@ -22,9 +22,9 @@ class Array(NamedTuple):
 
     dtype: str
     dims: tuple[int, ...]
-    order: tuple[int, ...]  # of the dims, minor first
-    tile: tuple[int, ...]  # the outermost tile, major first; () without tiling
-    space: int  # memory space, the layout's S(n); 0 without one
+    order: tuple[int, ...]  # axes from the fastest (minor) to the slowest in memory
+    tile: tuple[int, ...]  # sides of the outermost tile, slowest axis first; () without tiling
+    space: int  # memory space: n if the layout has S(n), otherwise 0
     bits: int  # per element
 
     @property
@@ -41,7 +41,7 @@ class Array(NamedTuple):
         return math.prod(padded) * math.prod(missing) * self.bits // 8
 
     def bytes_of(self, elements: float) -> float:
-        """Return the bytes of some of the elements, with their fraction of the padding."""
+        """Return the bytes of a number of elements, with a proportional part of the padding."""
         return self.bytes * min(1.0, elements / self.elements) if self.elements else 0.0
 
 
@@ -59,7 +59,7 @@ def leaves(type_: Type) -> Iterator[Array]:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line of a program: %name = type opcode(arguments), rest."""
+    """One line of a program: `%name = type opcode(arguments), rest`."""
 
     name: str
     type: Type
@@ -75,7 +75,7 @@ class Instruction:
 
     @functools.cached_property
     def op_name(self) -> str:
-        """The name scopes of JAX, as "jit(step)/jvp(stage1)/mul"; "" if there are none."""
+        """The name scopes of JAX, such as "jit(step)/jvp(stage1)/mul"; "" if there are none."""
         match = re.search(r'op_name="((?:[^"\\]|\\.)*)"', self.rest)
         return match[1] if match else ""
 
@@ -121,21 +121,23 @@ class Program:
     computations: dict[str, Computation]
     entry: Computation
     devices: int  # partitions x replicas
-    tiled: bool  # layouts have tiles, as in programs for TPUs
+    tiled: bool  # whether layouts have tiles, as in programs for TPUs
 
     def in_hbm(self, array: Array) -> bool:
         """Return whether an array is in the main memory of the device.
 
-        On TPUs this is memory space 0. S(1) is vector memory, S(6) scalar memory, S(5) host memory; S(2) and
-        S(4) hold semaphores. On other devices only host memory is outside.
+        On TPUs this is memory space 0. The others are S(1) for vector memory, S(6) for scalar memory, S(5)
+        for host memory, and S(2) and S(4) for semaphores. On other devices, all arrays except those in host
+        memory are in the main memory.
         """
         return array.space == 0 if self.tiled else array.space != 5
 
 
 def unwrap_async_start(op: Instruction) -> Instruction:
-    """Return the operation that an asynchronous start begins, with its result only; others unchanged.
+    """Turn an asynchronous start, such as all-gather-start, into the operation itself; keep other operations.
 
-    The type of a start is (operands, result, semaphores), that of a copy-start (result, operand, semaphore).
+    The type of a start is (operands, result, semaphores), or (result, operand, semaphore) for a copy-start.
+    The returned operation has the type of the result.
     """
     kind = op.opcode.removesuffix("-start")
     if kind == op.opcode or kind == "async":
@@ -187,7 +189,7 @@ def _instruction(name: str, text: str) -> Instruction:
 
 
 def _closing(text: str, start: int) -> int:
-    """Return the index of the parenthesis that closes the one at `start`; strings are skipped."""
+    """Return the index of the parenthesis that closes the one at `start`. Skip parentheses in strings."""
     depth = 0
     for match in re.compile(r'"(?:[^"\\]|\\.)*"|[()]').finditer(text, start):
         depth += {"(": 1, ")": -1}.get(match[0], 0)
@@ -232,7 +234,7 @@ def _array(match: re.Match) -> Array:
     )
 
 
-# Scopes that JAX adds, except for transforms such as jvp(scope).
+# Name scopes that JAX adds and that are no part of a model. Transforms such as jvp(scope) are handled below.
 _ADDED_SCOPE = re.compile(
     r"|while|body|cond|scan|times\d+|branch_\d+_fun|closed_call|core_call|checkpoint|remat\d?|shard_map|pmap"
     r"|rematted_computation|custom_[jv][vj]p_call\w*|p?jit(\(.*\))?|pallas_call|.*->.*"
@@ -240,16 +242,17 @@ _ADDED_SCOPE = re.compile(
 
 
 def part_of(op_name: str, depth: int = 1) -> str:
-    """Return the phase and the outer name scopes of an operation, "other" if it has neither.
+    """Return the name of the part of a model that an operation belongs to, such as "backward stage1".
 
-    The phase is "forward" (jvp in the name) or "backward" (transpose): "jit(step)/transpose(jvp(stage1))/mul"
-    belongs to "backward stage1".
+    The name has a phase and the outermost name scopes; it is "other" if the operation has neither. The phase
+    is "backward" if the operation is in a `transpose`, and "forward" if it is only in a `jvp`. For example,
+    "jit(step)/transpose(jvp(stage1))/mul" belongs to "backward stage1".
 
     Args:
-      op_name: as from `Instruction.op_name`.
-      depth: how many name scopes to return.
+      op_name: name scopes, as from `Instruction.op_name`.
+      depth: number of name scopes in the returned name.
     """
-    # XLA names merged operations "common/(rest:rest)".
+    # XLA names an operation that it merged from several "common/(rest:rest)". Keep the common scopes.
     op_name = re.sub(r"/\(.*", "/", op_name.split(";")[0])
     phase = "backward" if "transpose(" in op_name else "forward" if "jvp(" in op_name else ""
     scopes = []
@@ -262,10 +265,10 @@ def part_of(op_name: str, depth: int = 1) -> str:
 
 
 def op_names(program: Program, computation: Computation, outer: str) -> dict[str, str]:
-    """Return the name scopes of all instructions, by instruction.
+    """Return the name scopes of all instructions, by name of the instruction.
 
-    Copies that XLA inserted have none. A copy out of HBM takes the scopes of its user, a copy into HBM those
-    of its source. The rest take `outer`.
+    Copies that XLA inserted have no name scopes of their own. A copy out of HBM gets those of its user, and a
+    copy into HBM those of its source. Instructions that still have none get `outer`.
     """
     instructions = computation.instructions.values()
     by_source = {op.name: op.op_name for op in instructions if "/" in op.op_name}
