@@ -3,8 +3,8 @@
     python examples/minimal_train.py
     python examples/minimal_train.py --steps=200 --batch=64 --model=deit_tiny_struct_4_video
 
-Start here to try an idea: replace the data, the loss or the model below. For checkpoints, resuming, several
-devices and data on disk use `structvit train` instead.
+To try an idea, replace the data, the loss or the model below. For checkpoints, resuming, several devices or
+data on disk, use `structvit train` instead.
 
 The clips show a handwritten digit that drifts in one of eight directions (real scans, moved synthetically).
 """
@@ -24,7 +24,7 @@ from flax import nnx
 import structvit_jax
 from structvit_jax.data.digits import MovingDigits
 
-MEAN, STD = 0.08, 0.16  # of the pixels, scaled to 0..1
+MEAN, STD = 0.08, 0.16  # of pixels from 0 to 1
 Step = Callable[..., tuple[nnx.State, nnx.State, optax.OptState, jax.Array]]
 
 
@@ -46,11 +46,11 @@ def normalize(clips: jax.Array) -> jax.Array:
 
 
 def make_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation) -> Step:
-    """Return the train step; `stats` are the running statistics of BatchNorm."""
+    """Return the train step. Its argument `stats` has the running statistics of BatchNorm."""
 
     def loss_fn(params, stats, clips, labels, key):
         model = nnx.merge(graphdef, params, stats, copy=True)
-        logits = model(normalize(clips), key=key)  # the key draws the blocks that stochastic depth drops
+        logits = model(normalize(clips), key=key)  # the key is for stochastic depth
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
         return loss, nnx.state(model, nnx.BatchStat)
 
@@ -64,7 +64,7 @@ def make_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation) -
 
 
 def accuracy(model: nnx.Module, source: MovingDigits, batch: int) -> float:
-    """Return the top-1 accuracy on all clips of a source whose length is a multiple of the batch."""
+    """Return the top-1 accuracy on all clips. Their number should be a multiple of the batch size."""
     model.eval()
     graphdef, state = nnx.split(model)
     predict = jax.jit(lambda clips: nnx.merge(graphdef, state)(normalize(clips)).argmax(axis=-1))
@@ -76,18 +76,24 @@ def accuracy(model: nnx.Module, source: MovingDigits, batch: int) -> float:
 
 
 def train(name: str, steps: int, batch: int, lr: float, test_clips: int, **overrides: object) -> float:
-    """Train a model of `structvit_jax.list_models`, print its progress, and return its test accuracy.
+    """Train a model, print the progress, and return the top-1 accuracy on test clips.
 
-    `overrides` are fields of the model's variant, as depths=(1, 1, 1, 1).
+    Args:
+      name: name of a model, see `structvit_jax.list_models`.
+      steps: number of train steps.
+      batch: batch size.
+      lr: peak learning rate.
+      test_clips: number of test clips, a multiple of the batch size.
+      overrides: fields of `structvit_jax.models.Variant`, such as depths=(1, 1, 1, 1).
     """
     source = MovingDigits("train", steps * batch, seed=0)
     classes = len(source.class_names)
     model = structvit_jax.create_model(name, num_classes=classes, **overrides)
-    model.train()  # BatchNorm uses the batch's statistics, and stochastic depth is on
+    model.train()  # use batch statistics in BatchNorm, and enable stochastic depth
     graphdef, params, stats = nnx.split(model, nnx.Param, nnx.BatchStat)
 
     schedule = optax.warmup_cosine_decay_schedule(0.0, lr, steps // 10, steps)
-    # Decay matrices and kernels, but no vectors: biases and the scales of norms.
+    # Weight decay is for matrices and kernels only, not for vectors (biases and the scales of norms).
     mask = jax.tree.map(lambda x: x.ndim > 1, params)
     optimizer = optax.adamw(schedule, weight_decay=0.05, mask=mask)
     opt_state = optimizer.init(params)

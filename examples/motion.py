@@ -3,16 +3,20 @@
     python examples/motion.py motion.png
     python examples/motion.py motion.png --clip=CLIP.mp4
 
-A moving patch draws a line through space and time: the places where its correlation with the clip is high.
-The slope of the line is the patch's velocity. Eight kernels of 3x3x3, each a line in one direction, read it:
-each kernel gets attention in proportion to the motion in its direction. Plain self-attention (no kernels) and
-a convolutional projection (one kernel) cannot compare directions.
+The correlation of a moving patch with the clip is high at the positions that the patch passes. These
+positions form a line through space and time; the slope of the line is the velocity of the patch. The layer
+has eight kernels of 3x3x3, each a line in one direction. The kernel whose line matches the motion gets the
+most attention. Plain self-attention (no kernels) and a convolutional projection (one kernel) cannot compare
+directions.
 
-The first command prints how often the direction of a moving digit is read correctly: as recorded, reversed in
-time, with its frames shuffled, and with eight equal kernels. The digits are real scans; their motion is
-synthetic. With --clip, a video is read and drawn instead, with a ninth kernel for patches that do not move.
-The kernels read motion of about one pixel per frame, so the video is reduced to a short side of 64 pixels.
-Eight frames are used, 1, 2, 4 or 8 recorded frames apart, whichever gives the clearest reading.
+The first command prints the fraction of moving digits whose direction is read correctly, in four trials:
+clips as recorded, clips reversed in time, clips with shuffled frames, and eight equal kernels. The digits are
+real scans; their motion is synthetic.
+
+The second command (--clip) reads and draws a video instead. It has a ninth kernel for patches that do not
+move. The kernels read motion of about one pixel per frame, so the video is reduced to a short side of 64
+pixels. Eight frames are used, which are 1, 2, 4 or 8 recorded frames apart; the spacing with the clearest
+result is selected.
 """
 
 from __future__ import annotations
@@ -36,16 +40,18 @@ from structvit_jax.utils.errors import DecodeError, UserError, printable
 
 DIRECTIONS = MovingDigits.class_names  # in steps of 45 degrees, counterclockwise from the right
 PATCH = 5  # pixels
-QUERIES = 24  # of a clip
+NUM_CORNERS = 24  # corners per clip at which motion is read
 SHARPNESS = 20.0  # logits per unit of cosine similarity between patches
-FRAMES, SHORT_SIDE = 8, 64  # of a video; pixels
-STEPS = (1, 2, 4, 8)  # recorded frames between frames that are read
+FRAMES = 8  # frames of a video that are read
+SHORT_SIDE = 64  # of a video, in pixels
+FRAME_STEPS = (1, 2, 4, 8)  # distances to try between the frames that are read, in recorded frames
 
 
 def line_kernels() -> np.ndarray:
     """Return kernels [3, 3, 3, 1, 1, 8], each a line of ones through space and time.
 
-    Kernel d is one where a point that moves in direction d is before, at and after the window's centre.
+    A point that moves in direction d passes through the centre of the window in the middle frame. Kernel d is
+    one at the positions of this point in the three frames, and zero elsewhere.
     """
     kernels = np.zeros((3, 3, 3, 1, 1, len(DIRECTIONS)), np.float32)
     for d, angle in enumerate(np.deg2rad(45 * np.arange(len(DIRECTIONS)))):
@@ -56,7 +62,11 @@ def line_kernels() -> np.ndarray:
 
 
 def patches(clip: jax.Array) -> jax.Array:
-    """[time, height, width] -> the 5 x 5 pixels around each position, minus their mean: [..., 5, 5]."""
+    """Return the 5 x 5 pixels around each position of a clip [time, height, width], minus their mean.
+
+    Returns:
+      [time, height, width, 5, 5].
+    """
     edge, (height, width) = PATCH // 2, clip.shape[1:]
     padded = jnp.pad(clip, [(0, 0), (edge, edge), (edge, edge)], mode="edge")
     pixels = [padded[:, y : y + height, x : x + width] for y in range(PATCH) for x in range(PATCH)]
@@ -66,7 +76,7 @@ def patches(clip: jax.Array) -> jax.Array:
 
 @jax.jit
 def features(clip: jax.Array) -> jax.Array:
-    """[time, height, width] -> patches scaled to length one, so that their dot products are cosines.
+    """Return the patches of a clip [time, height, width] as unit vectors, so that dot products are cosines.
 
     Returns:
       [1, time, height, width, 1, 25]: a batch of one, with one head.
@@ -80,8 +90,8 @@ def features(clip: jax.Array) -> jax.Array:
 def corners(clip: jax.Array, *, moving: bool = False) -> jax.Array:
     """Return flat positions [24] of corners in the two middle frames (Shi and Tomasi, 1994).
 
-    Motion along an edge is invisible, so patches are ranked by how much they vary in the direction in which
-    they vary least. With `moving`, this is multiplied by the change of their pixels over time.
+    Motion along an edge is invisible. Therefore patches are ranked by their variation along the direction in
+    which they vary least. With `moving`, this is multiplied by the change of the centre pixel over time.
     """
     first = (len(clip) - 1) // 2
     middle = patches(clip[first : first + 2])
@@ -90,7 +100,7 @@ def corners(clip: jax.Array, *, moving: bool = False) -> jax.Array:
     strength = (yy + xx) / 2 - jnp.sqrt(((yy - xx) / 2) ** 2 + yx**2)  # smaller eigenvalue
     if moving:
         strength *= jnp.abs(jnp.diff(clip, axis=0)).mean(axis=0)
-    return jax.lax.top_k(strength.ravel(), QUERIES)[1] + first * clip[0].size
+    return jax.lax.top_k(strength.ravel(), NUM_CORNERS)[1] + first * clip[0].size
 
 
 @jax.jit
@@ -98,8 +108,8 @@ def attend(clip: jax.Array, kernels: jax.Array, queries: jax.Array) -> jax.Array
     """Return the attention [Q, D, time, height, width] of one StructSA layer with one head.
 
     Args:
-      clip: grey, [time, height, width]; its features are queries, keys and values.
-      kernels: [3, 3, 3, 1, 1, D], of keys; values have none (element aggregation, equation 4).
+      clip: grey, [time, height, width]; its features are the queries, keys and values.
+      kernels: key kernels [3, 3, 3, 1, 1, D]; value kernels are ones (element aggregation, equation 4).
       queries: flat positions [Q].
     """
     x = features(clip)
@@ -108,21 +118,21 @@ def attend(clip: jax.Array, kernels: jax.Array, queries: jax.Array) -> jax.Array
     return struct_attention_maps(scaled, x, x, kernels, ones, queries=queries).attention[0, :, 0]
 
 
-def read(clips: np.ndarray, kernels: np.ndarray) -> np.ndarray:
-    """Return the fraction of attention [batch, D] that each kernel gets, the mean over corners.
+def kernel_fractions(clips: np.ndarray, kernels: np.ndarray) -> np.ndarray:
+    """Return the fraction of the attention that each kernel gets, averaged over corners: [batch, D].
 
     Args:
       clips: grey, [batch, time, height, width].
-      kernels: see `attend`.
+      kernels: as for `attend`.
     """
     attention = (attend(clip, kernels, corners(clip)) for clip in clips)
     return np.stack([each.sum(axis=(2, 3, 4)).mean(axis=0) for each in attention])
 
 
-def direction(fractions: np.ndarray) -> np.ndarray:
-    """Return the mean direction [batch] of the kernels, weighted by their attention [batch, 8].
+def mean_direction(fractions: np.ndarray) -> np.ndarray:
+    """Return the mean of the kernels' directions, weighted by their attention [batch, 8], as indices [batch].
 
-    The kernels are averaged as unit vectors: slow diagonal motion falls between pixels, so the kernels of
+    Directions are averaged as unit vectors, because slow diagonal motion falls between pixels: the kernels of
     both neighbouring directions respond to it.
     """
     angles = 2 * np.pi * np.arange(len(DIRECTIONS)) / len(DIRECTIONS)
@@ -130,7 +140,7 @@ def direction(fractions: np.ndarray) -> np.ndarray:
 
 
 def digits(count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the first test clips, grey from 0 to 1 [count, time, height, width], and directions [count]."""
+    """Return the first test clips [count, time, height, width], grey from 0 to 1, and directions [count]."""
     source = MovingDigits("test", count, seed=0)
     clips, labels = zip(*map(source.open, range(count)), strict=True)
     pixels = np.stack([clip.frames(range(clip.count))[..., 0] for clip in clips])
@@ -138,7 +148,7 @@ def digits(count: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def trials(clips: np.ndarray, labels: np.ndarray) -> Iterator[tuple[str, float]]:
-    """Yield descriptions of trials and the fractions of directions that were read correctly."""
+    """Yield the description of each trial, and the fraction of clips whose direction was read correctly."""
     lines, rng = line_kernels(), np.random.default_rng(0)
     equal = np.broadcast_to(lines.mean(axis=-1, keepdims=True), lines.shape)
     shuffled = np.stack([clip[rng.permutation(len(clip))] for clip in clips])
@@ -148,29 +158,29 @@ def trials(clips: np.ndarray, labels: np.ndarray) -> Iterator[tuple[str, float]]
         ("frames shuffled", shuffled, lines, labels),
         ("eight equal kernels (ConvSA)", clips, equal, labels),
     ):
-        yield name, float((direction(read(shown, kernels)) == expected).mean())
+        yield name, float((mean_direction(kernel_fractions(shown, kernels)) == expected).mean())
 
 
 class Reading(NamedTuple):
-    """A clip and the attention at one of its positions."""
+    """A clip, and the attention of the query at one of its positions."""
 
     title: str
     clip: np.ndarray  # grey, [time, height, width]
     query: int  # flat position
-    kernels: np.ndarray  # see `attend`
-    fractions: np.ndarray  # of attention, by kernel
+    kernels: np.ndarray  # as for `attend`
+    fractions: np.ndarray  # [D]: the fraction of the attention that each kernel gets
 
 
 def read_digit(clip: np.ndarray, label: int) -> Reading:
-    """Read a clip of a digit at its first corner."""
-    fractions = read(clip[None], line_kernels())[0]
+    """Read a clip of a digit. The marked query is the first corner; the fractions are means over corners."""
+    fractions = kernel_fractions(clip[None], line_kernels())[0]
     return Reading(
         f"the digit moves at {DIRECTIONS[label]}", clip, int(corners(clip)[0]), line_kernels(), fractions
     )
 
 
 def read_video(path: str) -> Reading:
-    """Read the corner of a video whose motion is clearest.
+    """Read the motion at the corner of a video where it is clearest.
 
     Raises:
       UserError: the file cannot be read or has fewer than eight frames.
@@ -181,8 +191,8 @@ def read_video(path: str) -> Reading:
     try:
         with contextlib.closing(open_media(path)) as media:
             if media.count < FRAMES:
-                raise DecodeError(f"it has {media.count} frames, and {FRAMES} are needed")
-            for step in (step for step in STEPS if (FRAMES - 1) * step < media.count):
+                raise DecodeError(f"it has {media.count} frames; at least {FRAMES} are needed")
+            for step in (step for step in FRAME_STEPS if (FRAMES - 1) * step < media.count):
                 start = (media.count - 1 - (FRAMES - 1) * step) // 2
                 frames = media.frames([start + step * i for i in range(FRAMES)], SHORT_SIDE)
                 clip = frames.mean(axis=-1).astype(np.float32) / 255
@@ -198,7 +208,7 @@ def read_video(path: str) -> Reading:
 
 
 def draw(reading: Reading) -> Figure:
-    """Draw the clip, the query's correlations, and its attention by kernel, summed over frames."""
+    """Draw the clip, the correlations of the query, and the attention of each kernel, summed over frames."""
     clip = reading.clip
     frame, row, column = np.unravel_index(reading.query, clip.shape)
     x = features(clip)[0, ..., 0, :]
@@ -229,16 +239,16 @@ def draw(reading: Reading) -> Figure:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Read motion with one StructSA layer, without training.")
-    parser.add_argument("out", nargs="?", metavar="OUT.png", help="where to draw a clip")
-    parser.add_argument("--clip", metavar="FILE", help="a video, or a folder of frames, to read and draw")
-    parser.add_argument("--clips", type=int, default=200, help="how many test clips of digits to read")
+    parser.add_argument("out", nargs="?", metavar="OUT.png", help="file for a drawing of one clip")
+    parser.add_argument("--clip", metavar="FILE", help="read and draw this video or folder of frames")
+    parser.add_argument("--clips", type=int, default=200, help="number of clips of digits to read")
     options = parser.parse_args()
     if options.clip:
         reading = read_video(options.clip)
         print(reading.title)
     else:
         clips, labels = digits(max(options.clips, 2))
-        print(f"{len(clips)} clips of one of {len(DIRECTIONS)} directions, nothing trained; read correctly:")
+        print(f"{len(clips)} clips, {len(DIRECTIONS)} directions, no training. Fraction read correctly:")
         for name, fraction in trials(clips, labels):
             print(f"  {fraction:.3f} {name}")
         reading = read_digit(clips[1], labels[1])

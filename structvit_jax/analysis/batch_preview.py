@@ -16,13 +16,16 @@ from structvit_jax.data import Dataset
 from structvit_jax.runtime import storage
 from structvit_jax.training.step import prepare_batch, step_keys
 
-_MAX_CLIPS, _MAX_FRAMES = 16, 8  # clips below each other, frames beside each other
+_MAX_CLIPS, _MAX_FRAMES = 16, 8  # each clip is a row of frames
 _MAX_IMAGES, _IMAGE_COLUMNS = 128, 8
 _MIN_SIDE = 96  # pixels; smaller frames are enlarged
 
 
 def write(config: ml_collections.ConfigDict, dataset: Dataset, path: epath.Path) -> int:
-    """Draw rows of the first batch, after all augmentation, with their targets; return the number of rows.
+    """Draw examples of the first batch, after all augmentation, with their targets, as a PNG at `path`.
+
+    Returns:
+      The number of examples drawn.
 
     Raises:
       UserError: `path` is not a regular file.
@@ -57,7 +60,7 @@ def write(config: ml_collections.ConfigDict, dataset: Dataset, path: epath.Path)
 
 
 def _caption(target: np.ndarray, class_names: Sequence[str]) -> str:
-    """Return the two classes with the largest weights in a target, without label smoothing."""
+    """Return the (at most) two classes with the largest weights in a target; label smoothing is removed."""
     weights = target - target.min()
     weights = weights / max(weights.sum(), 1e-9)
     largest = np.argsort(-weights)[:2]

@@ -12,7 +12,7 @@ _GAP, _CAPTION_HEIGHT, _FONT_SIZE = 6, 18, 11  # pixels
 
 
 def evenly_spaced(count: int, max_count: int) -> np.ndarray:
-    """Return at most `max_count` indices below `count`, the first and the last among them."""
+    """Return at most `max_count` evenly spaced indices from 0 to `count` - 1."""
     return np.unique(np.linspace(0, count - 1, min(max_count, count)).astype(int))
 
 
@@ -23,11 +23,11 @@ def side_by_side(frames: np.ndarray) -> np.ndarray:
 
 
 def contact_sheet(images: Sequence[np.ndarray], captions: Sequence[str], columns: int) -> Image.Image:
-    """Draw images of one size in rows, each below its caption.
+    """Draw images of the same size in rows; each caption is above its image.
 
     Args:
       images: uint8 [height, width, 3].
-      captions: one line per image, cut off at the image's width.
+      captions: one line per image; text wider than the image is cut off.
       columns: images per row.
     """
     height, width = images[0].shape[:2]

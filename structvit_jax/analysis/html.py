@@ -1,4 +1,4 @@
-"""Render the HTML pages of `templates/`. All text is escaped, and a page needs no other file."""
+"""Render the HTML pages of `templates/`. All text is escaped, and each page is self-contained."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ def _environment() -> jinja2.Environment:
 
 
 def render(template: str, **values: object) -> str:
-    """Return a page: a file of `templates/` with its variables filled in."""
+    """Return a page: a file of `templates/`, rendered with these values."""
     return _environment().get_template(template).render(values)
 
 
 def data_url(content: bytes, media_type: str) -> str:
-    """Return a URL that holds a file, such as data:image/png;base64,..."""
+    """Return a URL that contains the bytes of a file, such as data:image/png;base64,..."""
     return f"data:{media_type};base64,{base64.b64encode(content).decode()}"
 
 
 def image_url(pixels: np.ndarray, *, lossless: bool) -> str:
-    """Return a URL that holds an image, uint8 [height, width, 3], as PNG or JPEG."""
+    """Return a URL that contains an image, uint8 [height, width, 3]: PNG if lossless, else JPEG."""
     file, kind = io.BytesIO(), "png" if lossless else "jpeg"
     Image.fromarray(pixels).save(file, kind, quality=85)
     return data_url(file.getvalue(), f"image/{kind}")

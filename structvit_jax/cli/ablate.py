@@ -20,7 +20,7 @@ _MAX_RATE = 3.4e38  # just below the largest float32
 
 
 class _Rates(click.ParamType):
-    """Learning rates: text, separated by commas, or numbers."""
+    """Learning rates: a text of numbers separated by commas, or a sequence of numbers."""
 
     name = "rates"
 
@@ -32,7 +32,7 @@ class _Rates(click.ParamType):
         except (TypeError, ValueError):
             rates = ()
         if not rates or not all(0 < rate < _MAX_RATE for rate in rates):
-            self.fail(f"{value!r} is not a list of positive numbers, as 1e-3,2e-3", param, ctx)
+            self.fail(f"{value!r} is not a list of positive numbers, such as 1e-3,2e-3", param, ctx)
         return rates
 
 
@@ -41,25 +41,33 @@ class _Rates(click.ParamType):
     "--arms",
     multiple=True,
     metavar="'NAME: KEY=VALUE ...'",
-    help="An arm and the keys that it changes; repeat the option for each arm.",
+    help="Name of an arm, and the configuration keys that it changes; repeat the option for each arm.",
 )
 @click.option(
     "--against", metavar="NAME", help="Arm that the others are compared with; by default the first."
 )
-@click.option("--same_time", metavar="NAME", help="Also train all other arms for the time of this arm.")
-@click.option("--lrs", type=_Rates(), metavar="LIST", help="Peak learning rates; each arm uses its best.")
+@click.option("--same_time", metavar="NAME", help="Also train all arms for the training time of this arm.")
+@click.option(
+    "--lrs", type=_Rates(), metavar="LIST", help="Peak learning rates to try; each arm uses its best."
+)
 @click.option(
     "--tune_seeds", type=click.IntRange(min=1), help="Runs per learning rate, scored on validation clips."
 )
 @click.option("--seeds", type=click.IntRange(min=1), help="Runs per arm, scored on held-out test clips.")
-@click.option("--rounds", type=click.IntRange(min=1), help="Measurements of a step; the median is reported.")
+@click.option(
+    "--rounds",
+    type=click.IntRange(min=1),
+    help="How often to measure the time of a step; the median is used.",
+)
 def command(arguments: ConfigArguments, **chosen: Any) -> None:
-    """Train a grid of arms and seeds, and test their differences.
+    """Train a grid of arms and seeds, and compare the arms.
 
-    STUDY in the configuration file sets the arms and the other options; the command line overrides them. The
-    learning rate of each arm is selected on validation clips. Then the arm is trained with several seeds and
-    scored on held-out test clips. After every arm, ablation.md (tables), ablation.json (all runs) and
-    ablation.png are written to the workdir. Re-run the command to resume.
+    An arm is a variant of the configuration: a name, and the keys that it changes. The dictionary STUDY in
+    the configuration file sets the arms and the other options; the command line overrides it. The learning
+    rate of each arm is selected on validation clips. Then the arm is trained with several seeds and scored on
+    held-out test clips. Differences between arms are reported with confidence intervals. After each arm,
+    ablation.md (tables), ablation.json (all runs) and ablation.png are written to the workdir. Re-run the
+    command to resume.
 
     \b
     Example:
@@ -84,16 +92,18 @@ def command(arguments: ConfigArguments, **chosen: Any) -> None:
 
 
 def _study(defaults: object, changes: Mapping[str, Any]) -> Study:
-    """Merge STUDY of a configuration file with the options of a command line.
+    """Merge STUDY of a configuration file with the options of the command line, which take precedence.
 
     Raises:
       UserError: STUDY is not a dictionary, or has an unknown key.
-      click.BadParameter: a value that the option of this name does not accept.
+      click.BadParameter: a value in STUDY is not valid for the option of the same name.
     """
     from structvit_jax.analysis.ablate.study import Study
 
     if not isinstance(defaults, Mapping):
-        raise UserError(f"STUDY in the configuration file is {type(defaults).__name__}, not a dictionary")
+        raise UserError(
+            f"STUDY in the configuration file should be a dictionary, not {type(defaults).__name__}"
+        )
     context = click.get_current_context()
     known = {str(option.name): option for option in context.command.params if option.name in Study._fields}
     checked = {

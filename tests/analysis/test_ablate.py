@@ -187,7 +187,7 @@ def test_another_ablation_is_refused(outcome):
     workdir, _, _ = outcome
     other = config()
     other.optimizer.weight_decay = 0.5
-    message = r"is of another ablation, with config.optimizer.weight_decay=0\.05, not 0\.5"
+    message = r"another ablation: it has config.optimizer.weight_decay=0\.05, and this one has 0\.5"
     with pytest.raises(UserError, match=message):
         Ablation(other, STUDY, workdir).run("")
 
@@ -198,7 +198,7 @@ def test_another_ablation_is_refused(outcome):
         ({"arms": ()}, "at least two arms"),
         ({"arms": ("a", "b: model.name=x")}, "'a' should be 'NAME: key=value key=value'"),
         ({"arms": ("a: model.patch=", "b: model.patch=4")}, "'a: model.patch=' should be"),
-        ({"arms": ("a: model.patch=8", "a: model.patch=4")}, "names should differ"),
+        ({"arms": ("a: model.patch=8", "a: model.patch=4")}, "names of arms should differ"),
         ({"arms": ("a: modle.patch=8", "b: model.patch=4")}, "Did you mean 'model'"),
         ({"arms": ("a: model.ptch=1", "b: model.patch=4")}, "Did you mean 'patch'"),
         ({"arms": ("a: model.patch=x", "b: model.patch=4")}, "patch is 'x'; it takes a positive integer"),

@@ -489,7 +489,7 @@ def true_class(number):
         (["test:16"], "the test examples are test:0 to test:15"),
         (["test:0", "--layer=blocks3.1"], "unknown layer 'blocks3.1'. Did you mean 'blocks.1'"),
         (["test:0", "--head=1"], "blocks.1 has heads 0 to 0, not 1"),
-        (["test:0", "--query=9,0,0"], "--query=9,0,0 should be T,Y,X, from 0 to 7,23,23"),
+        (["test:0", "--query=9,0,0"], "--query=9,0,0 should be T,Y,X, from 0,0,0 to 7,23,23"),
         (["missing.mp4"], "missing.mp4: no such file"),
         (["a\x1b[31m\n.mp4"], r"a\x1b[31m\n.mp4: no such file"),
         (["a.mp4", "b.mp4"], "b.mp4"),

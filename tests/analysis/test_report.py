@@ -142,7 +142,7 @@ def test_scores_side_by_side(pair, finished):
     results = [json.loads((workdir / "result.json").read_text()) for workdir in workdirs]
     assert facts["top-1"] == [f"{result['top1']:.4f}" for result in results]
     assert facts["top-5"] == [f"{result['top5']:.4f}" for result in results]
-    assert facts["mean over classes"] == [f"{result['mean_class']:.4f}" for result in results]
+    assert facts["mean accuracy over classes"] == [f"{result['mean_class']:.4f}" for result in results]
     assert (facts["step"], facts["test examples"]) == (["12"] * 2, ["20"] * 2)
     assert facts["parameters"] == re.findall(r"([\d,]+) parameters", finished[1]) * 2
     seconds = json.loads((workdirs[0] / "goodput.json").read_text())["seconds"]
@@ -284,7 +284,7 @@ def test_a_run_without_steps(copy, report):
 def test_scores_of_an_earlier_step(copy, report):
     with (copy / "metrics.jsonl").open("a") as file:
         file.write('{"step": 13, "loss": null, "top1": 0.5, "grad_norm": null, "lr": 0.1, "skipped": 1}\n')
-    assert "The scores are of step 12; the run is at step 13." in report().text
+    assert "The scores were computed at step 12; the run is at step 13." in report().text
 
 
 def test_data_that_cannot_be_opened(copy, report):
@@ -307,7 +307,7 @@ def test_hostile_names_stay_text(copy, report):
     assert not list(page.all("b")) + list(page.all("script"))
     card = next(page.one("ol").all("li"))
     assert card.one("code").text == EVIL and EVIL in [element.text for element in card.all("dd")]
-    assert "it is no longer in the data set" in card.text
+    assert "the example is no longer in the data set" in card.text
     assert EVIL in page.one("table", **{"class": "matrix"}).rows()[0]
     assert page.one("h1").text == "Report: <b>$&"
 
@@ -330,7 +330,7 @@ def test_many_classes(copy, report):
     assert shown == {f"c{i}": f"{right[i]:.3f}" for i in range(40)}
     accuracies = [float(row[1]) for rows in tables for row in rows]
     assert accuracies == sorted(accuracies)
-    assert "1 of 41 classes have no example" in section.text
+    assert "1 of 41 classes have no examples" in section.text
     assert decoded(section.one("figure", **{"class": "matrix"}).one("img").attributes["src"]).ndim == 3
     assert not list(section.all("table", **{"class": "matrix"})) + list(section.all("ol"))
 
@@ -419,7 +419,7 @@ def test_runs_on_a_disk_and_in_a_bucket(finished, place):
     ("path", "content", "phrase"),
     [
         ("config.json", None, "is not the --workdir of a run: there is no config.json"),
-        ("config.json", "{", "config.json is damaged: it holds no JSON object"),
+        ("config.json", "{", "config.json is damaged: it contains no JSON object"),
         (
             "config.json",
             '{"data": {"size": "large"}}',

@@ -81,7 +81,7 @@ def test_help_lists_commands_in_order_with_whole_descriptions(capsys):
         ("train --config.data.size", "--config.data.size needs a value: --config.data.size=VALUE"),
         ("prepare folder DIR --val-fraction=nan", "nan is not a number. See structvit prepare folder --help"),
         ("prepare shards DIR OUT --beam_option=a=b", "--beam_option needs --beam_runner"),
-        ("ablate --config=digits --lrs=0", "'0' is not a list of positive numbers, as 1e-3,2e-3. See"),
+        ("ablate --config=digits --lrs=0", "'0' is not a list of positive numbers, such as 1e-3,2e-3. See"),
     ],
 )
 def test_a_wrong_command_line_is_refused_in_one_line_with_the_way_out(line, message):
@@ -93,7 +93,7 @@ def test_a_wrong_command_line_is_refused_in_one_line_with_the_way_out(line, mess
 @pytest.mark.parametrize(
     ("study", "message"),
     [
-        ("5", "STUDY in the configuration file is int, not a dictionary"),
+        ("5", "STUDY in the configuration file should be a dictionary, not int"),
         ("{'arm': ()}", "unknown key of STUDY 'arm'. Did you mean 'arms'?"),
         ("{'seeds': 0}", "Invalid value for '--seeds'"),
         ("{'lrs': (-1.0,)}", "Invalid value for '--lrs'"),

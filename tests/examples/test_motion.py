@@ -35,7 +35,7 @@ def test_attention_sums_to_one_over_kernels_and_positions():
     attention = np.asarray(motion.attend(clip, motion.line_kernels(), queries))
     assert attention.shape == (24, 8, *clip.shape) and set(np.asarray(queries) // clip[0].size) <= {3, 4}
     np.testing.assert_allclose(attention.sum(axis=(1, 2, 3, 4)), 1, rtol=1e-5)
-    fractions = motion.read(clip[None], motion.line_kernels())[0]
+    fractions = motion.kernel_fractions(clip[None], motion.line_kernels())[0]
     np.testing.assert_allclose(fractions, attention.sum(axis=(2, 3, 4)).mean(axis=0), rtol=1e-4)
 
 
@@ -85,7 +85,7 @@ def test_the_command_draws_a_digit(tmp_path, monkeypatch, capsys):
 
 def test_unreadable_files_are_refused(tmp_path):
     short = save_clip(tmp_path / "short.mp4", (0, 0), frames=5)
-    with pytest.raises(UserError, match=r"short\.mp4: it has 5 frames, and 8 are needed"):
+    with pytest.raises(UserError, match=r"short\.mp4: it has 5 frames; at least 8 are needed"):
         motion.read_video(short)
     with pytest.raises(UserError, match=r"no\\nfile.mp4: No such file"):
         motion.read_video("no\nfile.mp4")

@@ -1,7 +1,7 @@
 """Train the runs of an ablation.
 
-Each arm selects its learning rate on validation clips; then it is trained with all seeds and scored on
-held-out test clips.
+An arm is a variant of the configuration. For each arm, the learning rate is selected on validation clips.
+Then the arm is trained with all seeds and scored on held-out test clips.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ from structvit_jax.training.learner import Learner
 from structvit_jax.utils.errors import UserError
 
 _TIMES = "times.json"
-_TUNING = 1000  # first seed of runs that select learning rates
-_SAME_STEPS = 0.05  # fraction by which equal time may differ from equal steps without further runs
+_FIRST_TUNING_SEED = 1000  # of the runs that select learning rates
+_STEPS_TOLERANCE = 0.05  # runs are used for equal time too if their steps differ by at most this fraction
 
 
 class Ablation:
     """Trains the runs of a study that are not complete, and writes their results.
 
     Args:
-      config: of all arms, before their changes.
+      config: the common configuration, to which each arm applies its changes.
       study: the arms and the number of runs.
-      workdir: folder of the results, with a folder for each run, which is its workdir.
+      workdir: folder of the results. It contains the workdirs of the runs.
 
     Raises:
-      UserError: see `parse_arms`; all configurations are checked before any run is trained.
+      UserError: as for `parse_arms`. All configurations are checked before the first run is trained.
     """
 
     def __init__(self, config: ml_collections.ConfigDict, study: Study, workdir: epath.Path):
@@ -59,7 +59,7 @@ class Ablation:
         self._steps = durations(config, self._dataset.rows_per_epoch).total
 
     def run(self, arguments: str) -> list[Outcome]:
-        """Train what is missing; write ablation.md, ablation.json and ablation.png after every arm.
+        """Train all runs that are not complete. After each arm, write ablation.md, .json and .png.
 
         Args:
           arguments: the command line, for the heading of ablation.md.
@@ -86,20 +86,20 @@ class Ablation:
         return outcomes
 
     def size(self, arm: Arm) -> Cost:
-        """Return the parameters and multiply-accumulates of an arm's model."""
+        """Return the cost of an arm's model: parameters, multiply-accumulates and others."""
         arguments = model_arguments(with_overrides(self._config, arm.changes))
         return cost(arguments.pop("name"), self._dataset.shape, len(self._dataset.class_names), **arguments)
 
     def _step_seconds(self) -> dict[str, float]:
-        """Return the seconds of a train step of each arm, without input, by name.
+        """Return the duration of a train step of each arm, in seconds, by name of the arm.
 
-        Arms are measured alternately, each `Study.rounds` times, and their medians are kept in
-        WORKDIR/times.json.
+        Waiting for input is not included. The arms are measured in turn, `Study.rounds` times each. The
+        medians are saved in WORKDIR/times.json and read from there the next time.
         """
         path, names = self._workdir / _TIMES, [arm.name for arm in self.arms]
         seconds = (read_json(path) or {}) if path.exists() else {}
         if list(seconds) != names:
-            print(f"measuring a train step of {len(names)} arms", flush=True)
+            print(f"measuring the train step of each of {len(names)} arms", flush=True)
             configs = [with_overrides(self._config, arm.changes) for arm in self.arms]
             calls = {
                 name: train_program(Learner.create(config, self._dataset), self._dataset).call
@@ -110,11 +110,13 @@ class Ablation:
         return seconds
 
     def _tune(self, arm: Arm) -> tuple[float, list[RunResult]]:
-        """Return the learning rate with the highest mean top-1 on validation clips, and all runs."""
+        """Return the rate with the highest mean top-1 on validation clips, and the runs of all rates."""
         if len(self._rates) == 1:
             return self._rates[0], []
         tried = [
-            self._train(arm, f"tune/lr={rate:g}", rate, _TUNING + seed, {"data.test_split": "tune"})
+            self._train(
+                arm, f"tune/lr={rate:g}", rate, _FIRST_TUNING_SEED + seed, {"data.test_split": "tune"}
+            )
             for rate in self._rates
             for seed in range(self._study.tune_seeds)
         ]
@@ -122,13 +124,13 @@ class Ablation:
         return self._rates[int(np.argmax(means))], tried
 
     def _with_equal_time(self, outcome: Outcome, seconds: float) -> Outcome:
-        """Add runs that take as long as the configured number of steps of `seconds` each.
+        """Add runs whose training time is that of the configured number of steps if a step takes `seconds`.
 
-        The runs with equal steps are used if the number of steps differs by at most 5 %, about the noise of
-        the measured times.
+        If this changes the number of steps by at most 5 %, which is about the noise of the measured times,
+        the runs with equal steps are used again.
         """
         steps = max(1, round(self._steps * seconds / outcome.seconds))
-        if abs(steps - self._steps) <= _SAME_STEPS * self._steps:
+        if abs(steps - self._steps) <= _STEPS_TOLERANCE * self._steps:
             return outcome._replace(time=outcome.steps)
         changes = {"train.duration": f"{steps} steps"}
         seeds = range(self._study.seeds)
@@ -139,12 +141,12 @@ class Ablation:
     def _train(
         self, arm: Arm, kind: str, lr: float, seed: int, changes: Mapping[str, str] | None = None
     ) -> RunResult:
-        """Return the result of a run; train it if it is not complete.
+        """Return the result of a run; train it first if it is not complete.
 
         Args:
-          arm, lr, seed: of the run.
-          kind: its folder inside the arm's.
-          changes: further changes of the configuration.
+          arm, lr, seed: the arm, learning rate and seed of the run.
+          kind: purpose of the run: "steps", "time" or "tune/lr=..."; a folder inside the folder of the arm.
+          changes: changes of the configuration in addition to those of the arm.
         """
         changed = {"optimizer.lr": lr, "train.seed": seed} | arm.changes | dict(changes or {})
         config = with_overrides(self._config, changed)
@@ -157,34 +159,35 @@ class Ablation:
         return RunResult(seed, lr, steps, result["top1"], wall_seconds(workdir))
 
     def _write(self, arguments: str, outcomes: Sequence[Outcome]) -> None:
-        """Write the results of the arms that are complete."""
-        names, section = [outcome.arm.name for outcome in outcomes], self._config.data
+        """Write ablation.md, ablation.json and ablation.png for the arms that are complete."""
+        names, dataset = [outcome.arm.name for outcome in outcomes], self._dataset
         against = self._study.against if self._study.against in names else names[0]
         heading = [
             f"`structvit ablate {arguments}`",
             f"on {len(jax.devices())} x {jax.devices()[0].device_kind}, jax {jax.__version__},"
             f" {datetime.date.today():%B %Y}, structvit_jax {structvit_jax.__version__};"
             f" {results.effort(outcomes)}.",
-            f"{section.name}: {section.test_examples} test clips, batches of {section.batch_size}.",
+            f"{self._config.data.name}: {dataset.test_examples} test {dataset.unit}, batches of"
+            f" {self._config.data.batch_size}.",
         ]
         tables = results.to_markdown(outcomes, against, self._study.same_time, heading)
         write(self._workdir / "ablation.md", tables)
         write(self._workdir / "ablation.json", results.to_json(outcomes, as_json(self._config), self._study))
-        chance = 1 / len(self._dataset.class_names)
+        chance = 1 / len(dataset.class_names)
         write(self._workdir / "ablation.png", results.plot(outcomes, chance))
 
 
 def _completed(config: ml_collections.ConfigDict, workdir: epath.Path, steps: int) -> Result | None:
-    """Return the result of a complete run; None if it is not complete.
+    """Return the result of a run, or None if it is not complete.
 
     Raises:
-      UserError: the workdir belongs to a run with another configuration.
+      UserError: the workdir contains a run with another configuration.
     """
     if not (workdir / CONFIG).exists():
         return None
     for change in differences(read_json(workdir / CONFIG) or {}, as_json(config)):
         raise UserError(
-            f"{workdir} is of another ablation, with config.{change.key}={change.before!r}, not"
-            f" {change.after!r}; choose another --workdir"
+            f"{workdir} belongs to another ablation: it has config.{change.key}={change.before!r}, and this"
+            f" one has {change.after!r}; choose another --workdir"
         )
     return read_result(workdir, steps)

@@ -17,10 +17,10 @@ from structvit_jax.analysis.ablate.study import Arm, Study
 
 _NOTE = (
     "Differences are paired by seed, with 95 % confidence intervals of their mean (Student's t over seeds);"
-    " **bold** if the interval excludes zero. All runs share their test clips, so the intervals do not cover"
-    " other clips. One interval in twenty excludes zero by chance. The time of a step is the median of the"
-    " compiled train step over rounds that alternate between arms; input, which is the same for all arms, is"
-    " not included."
+    " they are **bold** if the interval excludes zero. All runs use the same test clips, so the intervals do"
+    " not include the variation between test sets. By chance, one interval in twenty excludes zero. The time"
+    " of a step is the median time of the compiled train step, measured in rounds that alternate between"
+    " arms. It does not include input, which is the same for all arms."
 )
 
 
@@ -31,7 +31,7 @@ class RunResult(NamedTuple):
     lr: float
     steps: int
     top1: float
-    took: float  # seconds, over all restarts
+    took: float  # wall time in seconds, over all restarts
 
 
 class Outcome(NamedTuple):
@@ -40,18 +40,18 @@ class Outcome(NamedTuple):
     arm: Arm
     params: int
     macs: int  # multiply-accumulates of one example
-    seconds: float  # of a train step, without input
-    lr: float
-    tried: Sequence[RunResult]  # on validation clips
-    steps: Sequence[RunResult]  # with equal steps
-    time: Sequence[RunResult] = ()  # with equal time; () without --same_time
+    seconds: float  # per train step, without waiting for input
+    lr: float  # the selected learning rate
+    tried: Sequence[RunResult]  # runs with all learning rates, scored on validation clips
+    steps: Sequence[RunResult]  # one run per seed; all arms have the same number of steps or epochs
+    time: Sequence[RunResult] = ()  # one run per seed; all arms have the same training time (--same_time)
 
 
 class Comparison(NamedTuple):
     """Mean difference of two arms over pairs of runs with the same seed."""
 
     difference: float
-    low: float  # 95 % confidence interval by Student's t; nan for one pair
+    low: float  # low and high: 95 % confidence interval (Student's t); nan if there is one pair
     high: float
 
     @property
@@ -61,10 +61,10 @@ class Comparison(NamedTuple):
 
 
 def compare(values: Sequence[float], base: Sequence[float]) -> Comparison:
-    """Return the mean of `values` minus `base`, pair by pair, with its confidence interval.
+    """Return the mean of the paired differences `values` - `base`, with its confidence interval.
 
-    The interval assumes normal differences, which a few pairs cannot test. It does not cover the choice of
-    test clips, which all runs share.
+    The interval assumes that the differences are normally distributed; a few pairs cannot test this. It does
+    not include the variation between test sets, because all runs use the same test clips.
     """
     difference = float(np.subtract(values, base).mean())
     if len(values) < 2:
@@ -76,17 +76,17 @@ def compare(values: Sequence[float], base: Sequence[float]) -> Comparison:
 
 
 def effort(outcomes: Sequence[Outcome]) -> str:
-    """Return the number of runs and their hours."""
+    """Return a text with the number of runs and their total hours."""
     runs = [run for outcome in outcomes for run in (*outcome.tried, *outcome.steps)]
     runs += [run for outcome in outcomes if outcome.time is not outcome.steps for run in outcome.time]
     return f"{len(runs)} runs, {sum(run.took for run in runs) / 3600:.1f} hours"
 
 
 def to_markdown(outcomes: Sequence[Outcome], against: str, same_time: str, heading: Sequence[str]) -> str:
-    """Return a document: the heading, the results with equal steps and equal time, and learning rates.
+    """Return the document: the heading, and tables of equal steps, equal time and learning rates.
 
     Args:
-      outcomes: of the complete arms; equal time is shown once all of them have such runs.
+      outcomes: results of the complete arms. The table of equal time needs such runs of all of them.
       against: the arm that the others are compared with.
       same_time: the arm that sets the equal time, or "".
       heading: lines above the tables.
@@ -95,7 +95,9 @@ def to_markdown(outcomes: Sequence[Outcome], against: str, same_time: str, headi
     parts = ["\n".join(heading), _results_table("Equal steps", outcomes, equal_steps, against)]
     if same_time and all(outcome.time for outcome in outcomes):
         equal_time = [outcome.time for outcome in outcomes]
-        parts.append(_results_table(f"Equal time, that of {same_time}", outcomes, equal_time, against))
+        parts.append(
+            _results_table(f"Equal time (the training time of {same_time})", outcomes, equal_time, against)
+        )
     parts.append(_NOTE)
     if all(outcome.tried for outcome in outcomes):
         parts.append(_rates_table(outcomes))
@@ -110,7 +112,7 @@ def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> st
 def _results_table(
     title: str, outcomes: Sequence[Outcome], runs: Sequence[Sequence[RunResult]], against: str
 ) -> str:
-    """Return the table of `runs`, one sequence for each of `outcomes`."""
+    """Return a table with one row per outcome; `runs` has the runs of each outcome."""
     head = ["arm", "top-1", "seeds", f"difference from {against}", "steps", "lr", "ms per step"]
     head += ["parameters", "multiply-accumulates"]
     scores = {outcome.arm.name: _top1(own) for outcome, own in zip(outcomes, runs, strict=True)}
@@ -142,7 +144,7 @@ def _top1(runs: Sequence[RunResult]) -> list[float]:
 
 
 def _spread(values: Sequence[float]) -> str:
-    """Return the mean and, of two values or more, the sample standard deviation."""
+    """Return the mean and, if there are at least two values, the sample standard deviation, as text."""
     deviation = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
     return f"{np.mean(values):.3f}{deviation}"
 
@@ -156,7 +158,7 @@ def _difference(values: Sequence[float], base: Sequence[float]) -> str:
 
 
 def to_json(outcomes: Sequence[Outcome], settings: Mapping[str, Any], study: Study) -> str:
-    """Return the configuration, the study and every run as JSON."""
+    """Return the configuration, the study and all runs as JSON."""
     arms = []
     for outcome in outcomes:
         record = {"arm": outcome.arm.name, "changes": outcome.arm.changes}
@@ -168,7 +170,7 @@ def to_json(outcomes: Sequence[Outcome], settings: Mapping[str, Any], study: Stu
 
 
 def plot(outcomes: Sequence[Outcome], chance: float) -> bytes:
-    """Return a PNG: the top-1 of every seed as a dot, means as lines, for equal steps and equal time."""
+    """Return a plot as PNG: each run is a dot at its top-1, and means are lines."""
     shift = 0.12 if outcomes[0].time else 0.0
     figure = Figure(figsize=(2 + len(outcomes), 4.2), layout="constrained")
     axes = figure.subplots()

@@ -1,4 +1,4 @@
-"""The arms of an ablation and the options of its runs."""
+"""The arms of an ablation (variants of a configuration), and the options of its runs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Arm(NamedTuple):
     """A variant of the configuration."""
 
     name: str
-    changes: dict[str, Any]  # values by key, as {"model.structure_dim": 4}
+    changes: dict[str, Any]  # new values by configuration key, such as {"model.structure_dim": 4}
 
     @property
     def folder(self) -> str:
@@ -26,30 +26,31 @@ class Arm(NamedTuple):
 
 
 class Study(NamedTuple):
-    """The arms and how often each is trained; the options of `structvit ablate`."""
+    """The options of `structvit ablate`: the arms, and how each is trained and measured."""
 
-    arms: Sequence[str]  # each "NAME: key=value key=value", as "D = 4: model.structure_dim=4"
-    against: str = ""  # the arm that the others are compared with; "" is the first
-    same_time: str = ""  # the arm whose training time all others get in further runs; "" for no such runs
-    lrs: Sequence[float] = ()  # peak learning rates, of which each arm gets its best; () is optimizer.lr
-    tune_seeds: int = 2  # runs of each learning rate, on validation clips
-    seeds: int = 5  # runs of each arm, on held-out test clips
-    rounds: int = 5  # measurements of a step, of which the median is used
+    arms: Sequence[str]  # "NAME: key=value key=value", such as "D = 4: model.structure_dim=4"
+    against: str = ""  # name of the arm that the others are compared with; "" for the first
+    same_time: str = ""  # also train all arms for the training time of this arm; "" for no such runs
+    lrs: Sequence[float] = ()  # peak learning rates to try for each arm; () for optimizer.lr only
+    tune_seeds: int = 2  # runs per arm and learning rate, scored on validation clips
+    seeds: int = 5  # runs per arm, scored on held-out test clips
+    rounds: int = 5  # how often the time of a step is measured; the median is used
 
 
 def parse_arms(config: ml_collections.ConfigDict, study: Study) -> list[Arm]:
     """Return the arms of a study.
 
     Raises:
-      UserError: fewer than two arms, a malformed arm, equal names, an unknown key, or an invalid model.
+      UserError: there are fewer than two arms, an arm is malformed, two arms have the same name, a key is
+        unknown, or a model is invalid.
     """
     arms = [_parse_arm(text) for text in study.arms]
     if len(arms) < 2:
         raise UserError(
-            "a study needs at least two arms: --arms='NAME: key=value'; see configs/ablate_digits.py"
+            "an ablation needs at least two arms: --arms='NAME: key=value'; see configs/ablate_digits.py"
         )
     if len({arm.folder for arm in arms}) < len(arms):
-        raise UserError(f"--arms: names should differ: {', '.join(arm.name for arm in arms)}")
+        raise UserError(f"--arms: the names of arms should differ: {', '.join(arm.name for arm in arms)}")
     for arm in arms:
         get_variant(**model_arguments(with_overrides(config, arm.changes)))
     for option, name in (("against", study.against), ("same_time", study.same_time)):
@@ -76,10 +77,10 @@ def _parse_value(text: str) -> Any:
 def with_overrides(
     config: ml_collections.ConfigDict, changes: Mapping[str, Any]
 ) -> ml_collections.ConfigDict:
-    """Return a copy of a configuration with other values.
+    """Return a copy of a configuration with some values changed.
 
     Raises:
-      UserError: an unknown key, or a value that it does not take.
+      UserError: a key is unknown, or does not accept its value.
     """
     config = config.copy_and_resolve_references()
     for key, value in changes.items():

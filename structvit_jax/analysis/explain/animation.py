@@ -19,11 +19,12 @@ from structvit_jax.analysis.explain.picture import Drawing, MapRow
 if TYPE_CHECKING:
     from av.video.stream import VideoStream
 
-MAX_BYTES = 8 * 2**20  # of a file; tiles shrink until it fits
-_AREAS = (240**2, 170**2, 120**2, 80**2)  # pixels of a tile, in the order in which they are tried
+MAX_BYTES = 8 * 2**20  # target size of a file; tiles shrink until it fits or the smallest size is reached
+_AREAS = (240**2, 170**2, 120**2, 80**2)  # tile sizes to try, in pixels
 _COLUMNS = 4  # tiles side by side
-_DURATION, _MIN_RATE, _MAX_RATE = 2.5, 2.0, 12.0  # seconds of a clip; frames per second
-_MP4_LOOPS = 3  # players do not repeat an MP4 by themselves
+_DURATION = 2.5  # seconds that a clip should take
+_MIN_RATE, _MAX_RATE = 2.0, 12.0  # frames per second
+_MP4_LOOPS = 3  # unlike a GIF, an MP4 does not loop, so the clip is written several times
 
 
 def draw(drawing: Drawing, kind: str) -> bytes:
@@ -43,7 +44,7 @@ def _frame(drawing: Drawing, rows: Sequence[MapRow], time: int, area: int) -> Im
     frames, crop = drawing.frames, drawing.crop
     aspect = min(max(frames.shape[2] / frames.shape[1], 1 / 3), 3.0)
     frame = resized_frame(frames[time], round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect)))
-    fraction = (time + 0.5) / len(frames)  # of the clip
+    fraction = (time + 0.5) / len(frames)  # the middle of this frame, as a fraction of the clip
     tiles = [dimmed(frame, crop)]
     for row in rows:
         values = _at_time(row.values, fraction, drawing.smooth)
@@ -54,7 +55,7 @@ def _frame(drawing: Drawing, rows: Sequence[MapRow], time: int, area: int) -> Im
 
 
 def _at_time(values: np.ndarray, fraction: float, smooth: bool) -> np.ndarray:
-    """Return the map [height, width] at a fraction of the clip."""
+    """Return the map [height, width] at a time, given as a fraction of the clip."""
     if not smooth:
         return values[min(int(fraction * len(values)), len(values) - 1)]
     exact = min(max(fraction * len(values) - 0.5, 0.0), len(values) - 1.0)

@@ -15,21 +15,21 @@ from scipy.special import entr
 from structvit_jax.analysis.explain.maps import Layer, position_of
 from structvit_jax.models import StructAttention
 
-_QUERIES = 6  # candidates of a layer: the most textured positions of the middle frame
-_MIN_SIDE = 3  # positions along height and width of a candidate layer
+_MAX_QUERIES = 6  # per layer; candidates are the most textured positions of the middle frame
+_MIN_SIDE = 3  # a candidate layer has at least this many positions along height and width
 SCORE = (
     "(effective rank - 1) / (D - 1), or 1 if D < 2, times 4 h (1 - h) with h = entropy of the attention /"
-    " log(D keys)"
+    " log(D x number of keys)"
 )
 
 
 class Choice(NamedTuple):
-    """A query of a head of a layer."""
+    """The selected layer, head and query."""
 
     layer: str
     head: int
     point: tuple[float, ...]  # the query, in fractions of the input's sides
-    score: float = 0.0  # of `scores`, from 0 to 1
+    score: float = 0.0  # from 0 to 1; see `scores`
 
 
 def choose(
@@ -42,23 +42,23 @@ def choose(
 ) -> Choice:
     """Return the candidate with the highest score.
 
-    Candidates are the layers whose frames have at least 3 x 3 positions (all layers if none has), their
-    heads, and up to 6 of the most textured positions of the middle frame. Ties go to the last layer, then to
-    the first head and the most textured position.
+    Candidates are all heads of the layers whose frames have at least 3 x 3 positions (of all layers if there
+    is no such layer). In each layer, candidate queries are up to 6 of the most textured positions of the
+    middle frame. Of equal scores, the last layer wins, then the first head, then the most textured position.
 
     Args:
-      layers: of a network, by name.
+      layers: the layers of a network, by name.
       pixels: uint8 [[time,] height, width, 3], as the model sees them.
-      layer, head, point: restrict the candidates.
+      layer, head, point: if not None, use only this layer, head or query.
     """
     large = [name for name, one in layers.items() if min(one.grid[-2:]) >= _MIN_SIDE] or list(layers)
     candidates = []
     for name in [layer] if layer else reversed(large):
-        points = [point] if point else textured(pixels, layers[name].grid, _QUERIES)
+        points = [point] if point else textured(pixels, layers[name].grid, _MAX_QUERIES)
         found = scores(layers[name], [position_of(layers[name], one) for one in points])
-        found = found.round(4)  # so that rounding errors do not decide
+        found = found.round(4)  # floating-point errors should not break ties
         if head is not None:
-            found = found[min(head, len(found) - 1)][None]  # query_maps reports an unknown head
+            found = found[min(head, len(found) - 1)][None]  # an unknown head is an error in query_maps
         row, column = np.unravel_index(int(found.argmax()), found.shape)
         number = int(row) if head is None else head
         candidates.append(Choice(name, number, points[column], float(found[row, column])))
@@ -73,10 +73,10 @@ def textured(pixels: np.ndarray, grid: Sequence[int], count: int) -> list[tuple[
     Args:
       pixels: [[time,] height, width, 3].
       grid: ([time,] height, width).
-      count: how many cells at most.
+      count: maximum number of cells.
 
     Returns:
-      Points in fractions of the input's sides.
+      Points, in fractions of the input's sides.
     """
     *time, rows, columns = grid
     frame = pixels[len(pixels) // 2] if time else pixels
@@ -92,9 +92,9 @@ def textured(pixels: np.ndarray, grid: Sequence[int], count: int) -> list[tuple[
 
 
 def scores(layer: Layer, positions: Sequence[tuple[int, ...]]) -> np.ndarray:
-    """Return the `SCORE` of queries: float64 [heads, queries], from 0 to 1.
+    """Return the score of each head and query, as defined by `SCORE`: float64 [heads, queries], from 0 to 1.
 
-    Its first factor is high if the dynamic kernels differ between positions. Its second factor is high if
+    The first factor is high if the dynamic kernels differ between positions. The second factor is high if the
     attention is neither uniform nor at a single key.
     """
     flat = jnp.array([np.ravel_multi_index(position, layer.grid) for position in positions])
@@ -111,8 +111,8 @@ def scores(layer: Layer, positions: Sequence[tuple[int, ...]]) -> np.ndarray:
 def effective_ranks(layer: Layer, attention: np.ndarray) -> np.ndarray:
     """Return effective ranks [heads, queries] of the dynamic kernels of attention [heads, queries, D, keys].
 
-    Dynamic kernels are products of value kernels and attention. Value kernels are Q R with orthonormal Q, so
-    the products have the singular values of R and attention, which is a much smaller product.
+    The dynamic kernels are the matrix product V A of the value kernels V and the attention A. With the QR
+    decomposition V = Q R, where Q is orthonormal, V A has the same singular values as the much smaller R A.
     """
     kernels = layer.kernels()[1].astype(np.float64)
     rows = np.moveaxis(kernels, -3, 0).reshape(kernels.shape[-3], -1, kernels.shape[-1])
@@ -122,7 +122,7 @@ def effective_ranks(layer: Layer, attention: np.ndarray) -> np.ndarray:
     return np.exp(entr(singular / total).sum(axis=-1))
 
 
-@nnx.jit  # compiled once for all layers of one shape
+@nnx.jit  # layers of the same shape share one compiled program
 def _attention(attention: StructAttention, x: jax.Array, queries: jax.Array) -> jax.Array:
     """Return the attention [queries, heads, D, *key_grid]."""
     return attention.maps(x, queries).attention[0]

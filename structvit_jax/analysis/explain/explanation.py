@@ -19,7 +19,7 @@ from structvit_jax.utils.errors import DecodeError, UserError, check_choice, pri
 from structvit_jax.utils.paths import parse_path, write_errors_as_user_error
 
 _GREY = "#5a5a5a"
-_VERDICTS = {None: ("", _GREY), True: (" ✓", "#1b7837"), False: (" ✗", "#b2182b")}  # mark and colour
+_VERDICTS = {None: ("", _GREY), True: (" ✓", "#1b7837"), False: (" ✗", "#b2182b")}  # mark, colour
 
 
 def explain(
@@ -40,7 +40,7 @@ def explain(
     The arguments are those of `structvit explain`; `config` is the configuration of the checkpoint.
 
     Raises:
-      UserError: a file that cannot be read or written, or an unknown layer, head or query.
+      UserError: a file cannot be read or written, or the layer, head or query does not exist.
     """
     if animate and config.data.frames == 0:
         raise UserError("--animate needs a model for videos; this one takes images")
@@ -88,11 +88,12 @@ def _view(trained: TrainedModel, path: str) -> tuple[ModelView, np.ndarray, np.n
     """Predict the class of a file and compute the inputs of all attention layers.
 
     Returns:
-      The model with its prediction; the input as the model saw it, uint8 [[time,] height, width, 3], RGB; and
-      the frames as recorded, uint8 [time, height, width, 3], RGB.
+      view: the model with its prediction.
+      pixels: the input as the model saw it, uint8 [[time,] height, width, 3], RGB.
+      frames: the frames as recorded, uint8 [time, height, width, 3], RGB.
 
     Raises:
-      UserError: a file that cannot be read.
+      UserError: the file cannot be read.
     """
     try:
         example = trained.example(path)
@@ -116,23 +117,24 @@ def _view(trained: TrainedModel, path: str) -> tuple[ModelView, np.ndarray, np.n
 
 
 def _parse_query(query: Sequence[str], sides: Sequence[int]) -> tuple[float, ...]:
-    """Return the pixel of --query in fractions of the input's sides.
+    """Convert --query from pixels to fractions of the input's sides.
 
     Raises:
-      UserError: it is not a pixel of the input.
+      UserError: the query is not inside the input.
     """
     try:
         pixel = [float(word) for word in query]
     except ValueError:
         pixel = []
     if len(pixel) != len(sides) or not all(0 <= at < side for at, side in zip(pixel, sides, strict=True)):
+        zeros = ",".join("0" * len(sides))
         names, largest = "T,Y,X"[-2 * len(sides) + 1 :], ",".join(str(side - 1) for side in sides)
-        raise UserError(f"--query={printable(','.join(query))} should be {names}, from 0 to {largest}")
+        raise UserError(f"--query={printable(','.join(query))} should be {names}, from {zeros} to {largest}")
     return tuple(min((at + 0.5) / side, 1 - 1e-9) for at, side in zip(pixel, sides, strict=True))
 
 
 def _heading(path: str, view: ModelView, drawing: Drawing, automatic: Sequence[str]) -> list[Line]:
-    """Return the text above the picture; `automatic` names the options selected by the highest score."""
+    """Return the text above the picture; `automatic` lists the options that were not given by the user."""
     mark, colour = _VERDICTS[view.is_right]
     layer, query = drawing.layer, drawing.query
     selection = f"Selected by the highest score ({', '.join(automatic)}): {SCORE}. " if automatic else ""

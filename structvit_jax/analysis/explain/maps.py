@@ -1,4 +1,4 @@
-"""Compute the inputs of a network's attention layers, and the maps of single queries."""
+"""Compute the inputs of the attention layers of a network, and the maps of single queries."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from structvit_jax.utils.errors import UserError
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Layer:
-    """An attention layer of a network with its input."""
+    """An attention layer of a network, and its input."""
 
-    name: str  # of its block, as "blocks3.0"
+    name: str  # of its block, such as "blocks3.0"
     attention: StructAttention
     x: jax.Array  # [1, *grid, width], after the block's norm
 
     @property
     def grid(self) -> tuple[int, ...]:
-        """Positions along (time, height, width) or (height, width)."""
+        """The number of positions along (time, height, width) or (height, width)."""
         return self.x.shape[1:-1]
 
     @property
     def key_grid(self) -> tuple[int, ...]:
-        """Positions of keys and values: fewer with a stride."""
+        """The number of key and value positions along each axis; a stride reduces it."""
         return self.attention.key_grid(self.grid)
 
     @property
@@ -44,7 +44,7 @@ class Layer:
 
     @property
     def kind(self) -> str:
-        """The paper's name for it."""
+        """The paper's name for this type of attention."""
         if self.attention.key_kernels is None:
             return "self-attention"
         return "ConvSA" if self.structure_dim == 1 else f"StructSA, D = {self.structure_dim}"
@@ -59,10 +59,10 @@ class Layer:
 
     @functools.cached_property
     def maps(self) -> Callable[[jax.Array], tuple[jax.Array, StructAttentionMaps]]:
-        """A compiled function of queries, given as flat positions [Q].
+        """A compiled function that takes queries, given as flat positions [Q].
 
-        It returns their correlations with all keys [Q, heads, *grid], scaled as logits, and the maps of all
-        heads.
+        It returns the correlations of the queries with all keys [Q, heads, *grid], scaled like logits, and
+        the maps of all heads.
         """
 
         def run(queries: jax.Array) -> tuple[jax.Array, StructAttentionMaps]:
@@ -88,7 +88,8 @@ def layers(network: Network, x: jax.Array) -> dict[str, Layer]:
     """
     network = nnx.clone(network)
     network.variant = dataclasses.replace(network.variant, remat="none")
-    lists = ("blocks", "blocks1", "blocks2", "blocks3", "blocks4")  # of a DeiT; of a hierarchical network
+    # A DeiT has `blocks`; a hierarchical network has `blocks1` to `blocks4`.
+    lists = ("blocks", "blocks1", "blocks2", "blocks3", "blocks4")
     stages = [name for name in lists if hasattr(network, name)]
     blocks = {f"{stage}.{i}": block for stage in stages for i, block in enumerate(getattr(network, stage))}
     activations: list[jax.Array] = []
@@ -101,7 +102,7 @@ def layers(network: Network, x: jax.Array) -> dict[str, Layer]:
         activations.clear()
         network.features(x, hook=record)
         inputs, start = [], 0
-        for stage in stages:  # each records its embedding, then the output of every block
+        for stage in stages:  # a stage records its embedding, then the output of each block
             end = start + len(getattr(network, stage))
             inputs += activations[start:end]
             start = end + 1
@@ -118,15 +119,15 @@ def layers(network: Network, x: jax.Array) -> dict[str, Layer]:
 
 
 class Query(NamedTuple):
-    """The maps of one query in one head of a layer. Grids are those of the layer."""
+    """The maps of one query in one head of a layer. `grid` and `key_grid` are those of the layer."""
 
     position: tuple[int, ...]  # on the grid
     head: int
-    correlation: np.ndarray  # [*grid]: with every key, without kernels; scaled as logits
-    attention: np.ndarray  # [D, *key_grid]: sums to one
+    correlation: np.ndarray  # [*grid]: dot products with all keys, without kernels; scaled like logits
+    attention: np.ndarray  # [D, *key_grid]: sums to one over all axes
     kappa: np.ndarray  # [*key_grid, *window, channels or 1]: the dynamic kernels (paper, equation 5)
     final: np.ndarray  # [*grid, channels or 1]: total signed weight of each value (appendix D)
-    rank: float  # effective rank of kappa over positions, from 1 to D
+    rank: float  # effective rank of the dynamic kernels of all key positions, from 1 to D
 
 
 def query_maps(layer: Layer, head: int, position: Sequence[int]) -> Query:

@@ -11,32 +11,33 @@ from PIL import Image, ImageDraw
 
 from structvit_jax.data.reader import Crop
 
-CLIPPED = 1  # percent of a map's values clipped at either end
+CLIPPED = 1  # percent of the values of a map that are clipped at each end
 SCALES = (
-    f"from percentile {CLIPPED} to percentile {100 - CLIPPED} of its values, symmetric about zero if it has"
-    " negative ones (unless they lie far from zero)"
+    f"from percentile {CLIPPED} to percentile {100 - CLIPPED} of its values; symmetric about zero if there"
+    " are negative values, unless all values are far from zero compared with their range"
 )
 COLOURS = {"sequential": "inferno", "signed": "RdBu_r", "kernel": "PuOr_r"}  # matplotlib's names
 WHOLE = Crop(0, 0, 1, 1)
 _STEPS = 255
 _MIN_OPACITY, _MAX_OPACITY = 0.1, 0.8  # of a map over a frame
-_MARGIN = 0.12  # fraction of a crop's side that is shown around it
-_MIN_RANGE = 1e-3  # fraction of the largest value; maps with a smaller range get one colour
+_MARGIN = 0.12  # width of the border shown around a crop, as a fraction of its side
+_MIN_RANGE = 1e-3  # a map with a smaller range, relative to its largest value, gets one colour
 
 
 class Scale(NamedTuple):
-    """The range of values of a colour scale."""
+    """A colour scale: the range of values, and the type of colours."""
 
     low: float
     high: float
-    signed: bool  # diverging colours, symmetric about zero
+    signed: bool  # use diverging colours, symmetric about zero
 
     @classmethod
     def of(cls, values: np.ndarray) -> Scale:
-        """Return the scale of a map; `CLIPPED` percent of its values at either end lie outside.
+        """Return the scale of a map, which clips `CLIPPED` percent of its values at each end.
 
-        It is symmetric about zero if there are negative values, unless less than a quarter of the colours
-        would be used. Otherwise it runs from the lowest to the highest value.
+        If there are negative values and the remaining values use at least a quarter of a scale that is
+        symmetric about zero, the scale is that one. Otherwise it runs from the lowest to the highest of the
+        remaining values.
         """
         low, high = map(float, np.percentile(values, [CLIPPED, 100 - CLIPPED]))
         largest = max(abs(low), abs(high))
@@ -53,11 +54,11 @@ class Scale(NamedTuple):
 
     @property
     def colours(self) -> str:
-        """The key of `COLOURS`."""
+        """The colour map, as a key of `COLOURS`."""
         return "signed" if self.signed else "sequential"
 
     def fractions(self, values: np.ndarray) -> np.ndarray:
-        """Return positions on the scale, from 0 to 1."""
+        """Return the positions of values on the scale, from 0 to 1."""
         if self.is_constant:
             return np.full(values.shape, 0.5)
         return np.clip((values - self.low) / (self.high - self.low), 0, 1)
@@ -73,11 +74,12 @@ class Scale(NamedTuple):
 
 
 def colour_table(name: str, *, translucent: bool = False) -> np.ndarray:
-    """Return a colour map of `COLOURS` in equal steps: uint8 [256, 4], RGBA.
+    """Return the colour map `COLOURS[name]` as a table: uint8 [256, 4], RGBA.
 
-    A translucent one, for drawing over a frame, is nearly transparent at low values, or near zero if signed.
+    A translucent table is for drawing over a frame. It is nearly transparent at low values ("sequential") or
+    at values near zero (the other colour maps).
     """
-    from matplotlib import colormaps  # lazy: it takes half a second
+    from matplotlib import colormaps  # imported here because it takes half a second
 
     at = np.linspace(0, 1, _STEPS + 1)
     strength = at if name == "sequential" else np.abs(2 * at - 1)
@@ -94,20 +96,28 @@ def coloured(fractions: np.ndarray, name: str, *, translucent: bool = False) -> 
 
 
 def resized_frame(frame: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resize a frame; enlarged pixels stay visible."""
+    """Resize a frame. Enlarging does not interpolate, so that single pixels stay visible."""
     method = Image.Resampling.NEAREST if frame.shape[0] < height else Image.Resampling.LANCZOS
     return np.asarray(Image.fromarray(frame).resize((width, height), method))
 
 
 def box(crop: Crop, height: int, width: int) -> tuple[int, int, int, int]:
-    """Return (top, left, bottom, right) of a crop in pixels, at least one pixel large."""
+    """Return (top, left, bottom, right) of a crop in pixels; each side is at least one pixel."""
     top, left = round(crop.top * height), round(crop.left * width)
     bottom, right = round((crop.top + crop.height) * height), round((crop.left + crop.width) * width)
     return top, left, max(bottom, top + 1), max(right, left + 1)
 
 
 def trimmed(frames: np.ndarray, crops: Sequence[Crop]) -> tuple[np.ndarray, list[Crop]]:
-    """Cut frames [time, height, width, 3] to all crops with a margin; return them and the moved crops."""
+    """Cut frames to the smallest box that contains all crops, plus a margin.
+
+    Args:
+      frames: [time, height, width, 3].
+      crops: in fractions of the frames' sides.
+
+    Returns:
+      The cut frames, and the crops in fractions of the sides of the cut frames.
+    """
     size = np.array(frames.shape[1:3])
     corners = np.array(crops)[:, :2]  # top and left
     sides = np.array(crops)[:, 2:]
@@ -120,7 +130,7 @@ def trimmed(frames: np.ndarray, crops: Sequence[Crop]) -> tuple[np.ndarray, list
 
 
 def dimmed(frame: np.ndarray, crop: Crop) -> np.ndarray:
-    """Return a frame that is darkened outside the crop."""
+    """Return a frame with the area outside the crop darkened."""
     top, left, bottom, right = box(crop, *frame.shape[:2])
     dark = (frame * 0.35).astype(np.uint8)
     dark[top:bottom, left:right] = frame[top:bottom, left:right]
@@ -128,16 +138,18 @@ def dimmed(frame: np.ndarray, crop: Crop) -> np.ndarray:
 
 
 def overlaid(frame: np.ndarray, values: np.ndarray, scale: Scale, crop: Crop, *, smooth: bool) -> np.ndarray:
-    """Return a grey frame with a map over the crop that the model saw: uint8 [height, width, 3].
+    """Return the frame in grey, with a map drawn over the crop that the model saw: uint8 [height, width, 3].
 
     Args:
       frame: uint8 [height, width, 3].
-      values: the map [rows, columns] of the crop.
-      scale: of the map at all times.
-      crop: of the frame.
-      smooth: interpolate between positions; otherwise each is a cell of one colour.
+      values: the map of the crop, [rows, columns].
+      scale: the scale of the map over all time positions.
+      crop: the part of the frame that the model saw.
+      smooth: interpolate between positions; otherwise each position is a cell of one colour.
     """
-    grey = Image.fromarray(frame).convert("L").point(lambda value: 40 + 0.8 * value)  # black hides maps
+    grey = (
+        Image.fromarray(frame).convert("L").point(lambda value: 40 + 0.8 * value)
+    )  # brighten dark pixels, on which a map is invisible
     top, left, bottom, right = box(crop, *frame.shape[:2])
     method = Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST
     resized = Image.fromarray(values.astype(np.float32)).resize((right - left, bottom - top), method)

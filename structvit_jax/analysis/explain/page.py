@@ -1,6 +1,7 @@
 """Build the interactive page of `structvit explain`.
 
-Its script computes the maps of any query from the queries, keys and kernels of the layers.
+The page contains the queries, keys and kernels of the layers. Its script computes the maps of any query from
+them.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from structvit_jax.analysis.explain.choice import Choice
 from structvit_jax.analysis.explain.maps import Layer
 from structvit_jax.data.reader import Crop
 
-MAX_BYTES = 24 * 2**20  # of a page, about
-_MAX_PIXELS = 6 * 10**6  # of all frames together
+MAX_BYTES = 24 * 2**20  # approximate size of a page; layers are omitted until it fits
+_MAX_PIXELS = 6 * 10**6  # total of all frames
 EncodedLayer = dict[str, str | int | list[int]]
 
 
@@ -27,11 +28,11 @@ class ModelView(NamedTuple):
     """A model on the page."""
 
     title: str
-    predicted: str  # its most probable classes
+    predicted: str  # the most probable classes
     verdict: str  # the true class, and whether the prediction is right
     is_right: bool | None  # None if the true class is unknown
     layers: Mapping[str, Layer]
-    crop: Crop  # the part of the frames that it saw
+    crop: Crop  # the part of the frames that the model saw
 
 
 def build(
@@ -40,8 +41,8 @@ def build(
     """Return the page.
 
     Args:
-      models: shown side by side; queries, layers and heads are selected in the first.
-      frames: uint8 [time, height, width, 3], RGB, as recorded; an image has one time.
+      models: models to show side by side; the user selects query, layer and head in the first.
+      frames: uint8 [time, height, width, 3], RGB, as recorded; an image is a video of one frame.
       choice: the initial layer, head and query.
       title: heading of the page.
       smooth: whether maps are initially interpolated between positions.
@@ -83,7 +84,7 @@ def build(
 def fitting_layers(
     models: Sequence[Mapping[str, Layer]], required: str, max_bytes: int = MAX_BYTES
 ) -> set[str]:
-    """Return the names of the layers for a page: `required` and as many evenly spaced others as fit."""
+    """Return the names of the layers to put on a page: `required`, and as many evenly spaced ones as fit."""
     names = list(dict.fromkeys(name for layers in models for name in layers))
     sizes = {name: sum(encoded_size(layers[name]) for layers in models if name in layers) for name in names}
     for count in range(len(names), 0, -1):
@@ -94,24 +95,26 @@ def fitting_layers(
 
 
 def encoded_size(layer: Layer) -> int:
-    """Return the bytes of a layer's arrays in base64: queries and keys are float16, kernels float32."""
+    """Return the size in bytes of a layer's arrays in base64 (float16 queries and keys, float32 kernels)."""
     key, value = layer.kernels()
     kernels = key.size // key.shape[-3] + value.size // (value.shape[-3] * value.shape[-2])
     return (2 * 2 * layer.x.size + 4 * kernels * layer.attention.heads) * 4 // 3
 
 
 def encode_layer(layer: Layer) -> EncodedLayer:
-    """Return a layer for the page's script: sides of its grids, and arrays by head in base64.
+    """Return a layer for the page's script: the shapes of its grids, and its arrays in base64, heads first.
 
-    Value kernels are averaged over channels. "factor" holds R of their QR decompositions over window and
-    channels, from which the script computes the effective rank.
+    Value kernels are averaged over channels. "factor" is the matrix R of the QR decomposition of the value
+    kernels [window and channels, D] of each head; the script computes the effective rank from it.
     """
-    image, heads = len(layer.grid) == 2, layer.attention.heads
+    is_image, heads = len(layer.grid) == 2, layer.attention.heads
     query, key, _ = (np.moveaxis(np.asarray(x, np.float32), -2, 0) for x in layer.operands())
     kernels = layer.kernels()
     key_kernels, value_kernels = (_by_head(array, heads) for array in kernels)
-    key_window, value_window = ([1] * image + list(array.shape[:-3]) for array in kernels)
-    full = np.broadcast_to(value_kernels, (*value_kernels.shape[:2], query.shape[-1], layer.structure_dim))
+    key_window, value_window = ([1] * is_image + list(array.shape[:-3]) for array in kernels)
+    expanded = np.broadcast_to(
+        value_kernels, (*value_kernels.shape[:2], query.shape[-1], layer.structure_dim)
+    )
     return {
         "name": layer.name,
         "kind": layer.kind,
@@ -119,8 +122,8 @@ def encode_layer(layer: Layer) -> EncodedLayer:
         "channels": query.shape[-1],
         "structure_dim": layer.structure_dim,
         "stride": layer.attention.stride,
-        "grid": [1] * image + list(layer.grid),
-        "key_grid": [1] * image + list(layer.key_grid),
+        "grid": [1] * is_image + list(layer.grid),
+        "key_grid": [1] * is_image + list(layer.key_grid),
         "key_window": key_window,
         "value_window": value_window,
         "key_channels": key_kernels.shape[2],
@@ -128,7 +131,9 @@ def encode_layer(layer: Layer) -> EncodedLayer:
         "k": _base64(key, np.float16),
         "key_kernels": _base64(np.moveaxis(key_kernels, -1, -2)),
         "value_kernels": _base64(value_kernels.mean(axis=2)),
-        "factor": _base64(np.asarray(np.linalg.qr(full.reshape(heads, -1, layer.structure_dim), mode="r"))),
+        "factor": _base64(
+            np.asarray(np.linalg.qr(expanded.reshape(heads, -1, layer.structure_dim), mode="r"))
+        ),
     }
 
 
@@ -144,7 +149,7 @@ def _base64(array: np.ndarray, dtype: DTypeLike = np.float32) -> str:
 
 
 def _frame_url(frame: np.ndarray, max_pixels: float) -> str:
-    """Return a frame as a data URL, downscaled to at most a number of pixels."""
+    """Return a frame as a data URL; frames of more than `max_pixels` are downscaled."""
     height, width = frame.shape[:2]
     scale = (max_pixels / (height * width)) ** 0.5
     if scale < 1:

@@ -26,20 +26,21 @@ from structvit_jax.analysis.explain.overlay import Scale, coloured, marked, over
 from structvit_jax.data.reader import Crop
 
 DPI = 110
-_MAX_TIMES = 8  # side by side
-_MAX_ROW_WIDTH = 1210  # pixels, of the tiles of one panel
-_MAX_WIDTH = 1550  # pixels, of panels side by side
+_MAX_TIMES = 8  # time positions shown side by side
+_MAX_ROW_WIDTH = 1210  # pixels; all tiles of one panel
+_MAX_WIDTH = 1550  # pixels; all panels side by side
 _MIN_HEADING_WIDTH = 770  # pixels
-_MAX_TEXT = 500  # characters; longer text loses its middle
-_SMALL, _NORMAL = 7, 9  # points, as all gaps and margins
+_MAX_TEXT = 500  # characters; the middle of longer text is cut out
+_SMALL, _NORMAL = 7, 9  # font sizes in points; the gaps and margins below are also in points
 _MARGIN, _TILE_GAP, _BAR_GAP, _STRIP_GAP, _PANEL_GAP = 14, 3, 5, 8, 16
-_BAR_WIDTH, _TICKS_WIDTH = 12, 46  # of a colour bar in pixels, and of the numbers beside it in points
-# Installed fonts to use for scripts that matplotlib's own font lacks.
+_BAR_WIDTH = 12  # pixels; a colour bar
+_TICKS_WIDTH = 46  # points; the numbers beside a colour bar
+# Fonts to use, if installed, for scripts that matplotlib's own font does not have.
 _FONTS = ("Noto Sans CJK JP", "PingFang SC", "Microsoft YaHei", "Malgun Gothic", "Arial Unicode MS")
 
 
 class Line(NamedTuple):
-    """A text of one style; it is wrapped if it is long."""
+    """Text in one style. Long text is wrapped."""
 
     text: str
     size: float = _NORMAL
@@ -48,16 +49,16 @@ class Line(NamedTuple):
 
 
 class MapRow(NamedTuple):
-    """A map at all times of a layer, and the kernels drawn beside it."""
+    """A map at all time positions of a layer, and the kernels to draw beside it."""
 
     title: str
     short_title: str
     values: np.ndarray  # [time, height, width]
-    kernels: Mapping[str, np.ndarray]  # signed kernels [time, height, width] by title
+    kernels: Mapping[str, np.ndarray]  # by title; signed kernels [time, height, width]
 
 
 class Drawing(NamedTuple):
-    """The maps of one query, to be drawn over the input. An image counts as a video of one frame."""
+    """The maps of one query, to draw over the input. An image is a video of one frame."""
 
     frames: np.ndarray  # uint8 [time, height, width, 3], RGB, as recorded
     crop: Crop  # the part of the frames that the model saw
@@ -67,7 +68,7 @@ class Drawing(NamedTuple):
 
     @property
     def grid(self) -> tuple[int, int, int]:
-        """The layer's positions along (time, height, width)."""
+        """The number of the layer's positions along (time, height, width)."""
         time, rows, columns = (1, *self.layer.grid)[-3:]
         return time, rows, columns
 
@@ -91,14 +92,14 @@ class Drawing(NamedTuple):
         return Crop(self.crop.top + row * height, self.crop.left + column * width, height, width)
 
     def middle_frame(self, time: int) -> int:
-        """Return the frame in the middle of a time of the grid."""
+        """Return the index of the frame in the middle of a time position of the grid."""
         return int((time + 0.5) * len(self.frames) / self.grid[0])
 
     def rows(self) -> list[MapRow]:
         """Return the correlations, the attention of each structure kernel, and the final map.
 
-        Beside the correlations is the dynamic kernel at the query, beside the attention are the structure
-        kernels. Maps and kernels with channels are averaged over them.
+        The correlations have the dynamic kernel at the query beside them; each attention map has the key and
+        value kernel of its structure kernel. Maps and kernels that have channels are averaged over channels.
         """
         layer, query = self.layer, self.query
         kappa = self._with_time(query.kappa[self._key].mean(axis=-1))
@@ -121,24 +122,27 @@ class Drawing(NamedTuple):
         return [*rows, MapRow("final map: weight of each value", "final map", final, {})]
 
     def _with_time(self, array: np.ndarray) -> np.ndarray:
-        """Return [time, height, width, ...]; arrays of an image have no time."""
+        """Return an array [time, height, width, ...]; add the time axis if the input is an image."""
         return array if len(self.layer.grid) == 3 else array[None]
 
     @property
     def _key(self) -> tuple[int, ...]:
-        """The key position whose window is centred on the query; with a stride, the nearest before it."""
+        """The key position whose window is centred on the query.
+
+        With a stride, it is the last key position that is not after the query along any axis.
+        """
         *time, row, column = self.query.position
         stride = self.layer.attention.stride
         return (*time, row // stride, column // stride)
 
     def window_pixels(self) -> np.ndarray:
-        """Return the pixels under the window around the query, black outside the input.
+        """Return the pixels in the window around the query. Pixels outside the input are black.
 
-        Each time of the window shows its middle frame. If the grid does not divide the input, cells are
-        rounded to whole pixels.
+        For each time position of the window, this is the frame in its middle. If the sides of the input are
+        not multiples of the grid's sides, cells are rounded to whole pixels.
 
         Returns:
-          uint8 [time of the window, height, width, 3].
+          uint8 [time positions of the window, height, width, 3].
         """
         axes, stride = len(self.layer.grid), self.layer.attention.stride
         time, row, column = (0, *self._key)[-3:]
@@ -159,7 +163,7 @@ def draw(drawing: Drawing, heading: Sequence[Line]) -> bytes:
     """Return the picture as a PNG; see `compose`."""
     file = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # it is drawn as a box
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # such characters are drawn as boxes
         compose(drawing, heading).savefig(file, format="png", dpi=DPI)
     return file.getvalue()
 
@@ -167,7 +171,7 @@ def draw(drawing: Drawing, heading: Sequence[Line]) -> bytes:
 def compose(drawing: Drawing, heading: Sequence[Line]) -> Figure:
     """Return a figure: the heading, the frames with the query marked, and a panel for each map.
 
-    At most 8 times are shown, that of the query among them.
+    At most 8 time positions are shown, including that of the query.
     """
     query_time, (_, frame_height, frame_width) = drawing.position[0], drawing.frames.shape[:3]
     times = evenly_spaced(drawing.grid[0], _MAX_TIMES)
@@ -186,7 +190,7 @@ def compose(drawing: Drawing, heading: Sequence[Line]) -> Figure:
     title = "input, query marked" + ("" if is_whole else "; the model saw the bright part")
     captions = [f"frame {frame}" for frame in frames] if len(drawing.frames) > 1 else []
     panels = {title: _panel(tiles([overlay.dimmed(shot, drawing.crop) for shot in shots]), captions)}
-    strip_side = min(max((size[0] - 55) // 2, 42), 77)  # two strips fit beside a tile that is not small
+    strip_side = min(max((size[0] - 55) // 2, 42), 77)  # two strips fit beside a tile, unless it is small
     for number, row in enumerate(drawing.rows()):
         scale = Scale.of(row.values)
         overlays = [
@@ -198,7 +202,7 @@ def compose(drawing: Drawing, heading: Sequence[Line]) -> Figure:
             strips.append(_strip("pixels in its window", drawing.window_pixels(), strip_side))
         panels[row.title] = _panel(tiles(overlays), (), scale, strips)
     if drawing.grid[0] >= 4 and min(drawing.grid[1:]) >= 6:
-        title = "the query's row and column over time (time runs down): motion is a slanted line"
+        title = "the query's row and column over time (time runs downwards): motion appears as a slanted line"
         panels[title] = _slices(drawing, size)
     return _arrange(heading, panels)
 
@@ -217,7 +221,7 @@ def _panel(
     scale: Scale | None = None,
     strips: Sequence[OffsetBox] = (),
 ) -> OffsetBox:
-    """Return tiles side by side with captions below, a colour bar, and strips below each other."""
+    """Return a panel: tiles side by side with captions below, then a colour bar, then a column of strips."""
     images: list[OffsetBox] = [_image(tile) for tile in tiles]
     if captions:
         texts = [_text(Line(caption, _SMALL)) for caption in captions]
@@ -231,7 +235,7 @@ def _panel(
 
 
 def _slices(drawing: Drawing, size: tuple[int, int]) -> OffsetBox:
-    """Return a panel of the query's row and column over time, in pixels and in correlations."""
+    """Return a panel of the query's row and column over time: their pixels and their correlations."""
     seen, correlation = drawing.seen, drawing.query.correlation
     (_, rows, columns), (_, row, column) = drawing.grid, drawing.position
     y, x = int((row + 0.5) * seen.shape[1] / rows), int((column + 0.5) * seen.shape[2] / columns)
@@ -249,7 +253,7 @@ def _kernel_strip(title: str, kernel: np.ndarray, side: int) -> OffsetBox:
 
 
 def _strip(title: str, images: np.ndarray, side: int) -> OffsetBox:
-    """Return small images, of which the longer side is scaled to `side` pixels, below a title."""
+    """Return a title and, below it, small images whose longer side is scaled to `side` pixels."""
     zoom = side / max(images.shape[1:3])
     row = _row([_image(image, zoom) for image in images], gap=3)
     return _column([_text(Line(title, _SMALL)), row], gap=1)
@@ -257,7 +261,7 @@ def _strip(title: str, images: np.ndarray, side: int) -> OffsetBox:
 
 def _colour_bar(scale: Scale, height: int) -> OffsetBox:
     fractions = np.full(height, 0.5) if scale.is_constant else np.linspace(1, 0, height)
-    bar = Image.new("RGBA", (_BAR_WIDTH, height), "#8e8e8e")  # like a grey frame
+    bar = Image.new("RGBA", (_BAR_WIDTH, height), "#8e8e8e")  # as if over a grey frame
     colours = coloured(fractions[:, None].repeat(_BAR_WIDTH, axis=1), scale.colours, translucent=True)
     bar.alpha_composite(Image.fromarray(colours))
     labels = DrawingArea(_TICKS_WIDTH, height * 72 / DPI)
@@ -291,7 +295,7 @@ def _column(children: Sequence[OffsetBox], *, gap: float, margin: float = 0) -> 
 
 
 def _arrange(heading: Sequence[Line], panels: Mapping[str, OffsetBox]) -> Figure:
-    """Return a figure of titled panels in reading order below a heading, as large as they need."""
+    """Return a figure: a heading, and titled panels in reading order. The figure is as large as they need."""
     figure = Figure(dpi=DPI)
     renderer = FigureCanvasAgg(figure).get_renderer()
 
@@ -300,7 +304,7 @@ def _arrange(heading: Sequence[Line], panels: Mapping[str, OffsetBox]) -> Figure
         return part.get_bbox(renderer)
 
     def wrapped(line: Line, max_width: float) -> str:
-        columns = int(max_width / (0.7 * line.size))  # characters; the narrowest text has fewer
+        columns = int(max_width / (0.7 * line.size))  # in characters; an upper bound
         while True:
             text = "\n".join(textwrap.wrap(_shortened(line.text), columns, break_on_hyphens=False))
             if columns == 1 or extent(_text(line._replace(text=text))).width <= max_width:

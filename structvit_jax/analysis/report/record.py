@@ -1,4 +1,4 @@
-"""Read the files of a run, finished or not, from its workdir."""
+"""Read the files of a run from its workdir. The run need not be finished."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ Metrics = Mapping[str, float | None]  # a line of metrics.jsonl
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """The files of a run; empty or None if missing."""
+    """The contents of the files of a run. Fields of missing files are empty or None."""
 
     workdir: epath.Path
-    name: str  # unique in a report
+    name: str  # unique among the runs of a report
     config: ml_collections.ConfigDict
-    metrics: tuple[Metrics, ...]  # of steps and evaluations, in order
+    metrics: tuple[Metrics, ...]  # lines of training steps and evaluations, in order
     result: Mapping[str, Any]
     predictions: Predictions | None
-    seconds: Mapping[str, float]  # by activity, see `structvit_jax.runtime.goodput`
+    seconds: Mapping[str, float]  # wall time by activity, see `structvit_jax.runtime.goodput`
 
     @property
     def step(self) -> int:
@@ -54,7 +54,7 @@ class Record:
 
     @property
     def rate(self) -> float | None:
-        """Examples per second of training, including waits for input."""
+        """Examples per second of training, including the time spent waiting for input."""
         seconds = self.seconds.get("step", 0) + self.seconds.get("input", 0)
         return self.step * self.config.data.batch_size / seconds if seconds else None
 
@@ -85,15 +85,15 @@ class Record:
             notes.append(f"There is no {goodput.FILE}, so wall time is unknown.")
         scored = self.result.get("step", self.step)
         if self.metrics and scored != self.step:
-            notes.append(f"The scores are of step {scored}; the run is at step {self.step}.")
+            notes.append(f"The scores were computed at step {scored}; the run is at step {self.step}.")
         return notes
 
 
 def read_records(workdirs: Sequence[str]) -> list[Record]:
-    """Read runs, each once.
+    """Read runs. A workdir that is given twice is read once.
 
     Raises:
-      UserError: a folder that is not the workdir of a run, or a damaged file.
+      UserError: a folder is not the workdir of a run, or a file is damaged.
       OSError: a file cannot be read.
     """
     paths = [absolute(parse_path(workdir)) for workdir in dict.fromkeys(workdirs)]
@@ -117,12 +117,12 @@ def _read_record(workdir: epath.Path, name: str) -> Record:
 
 
 def _read_object(path: epath.Path) -> dict[str, Any]:
-    """Return the object in a JSON file; {} if there is no file."""
+    """Return the object in a JSON file, or {} if there is no file."""
     if not path.exists():
         return {}
     if (value := read_json(path)) is None:
         raise UserError(
-            f"{path} is damaged: it holds no JSON object. Re-run the command of the run to fix it"
+            f"{path} is damaged: it contains no JSON object. Re-run the command that wrote it to fix it"
         )
     return value
 
@@ -136,8 +136,8 @@ def _read_metrics(path: epath.Path) -> tuple[Metrics, ...]:
             line = None
         if not _is_metrics(line):
             raise UserError(
-                f"{path}:{number} is damaged: a line should be a JSON object of numbers with a step."
-                " Remove the line, or resume the run, which rewrites what follows its checkpoint"
+                f"{path}:{number} is damaged: a line should be a JSON object of numbers, including step."
+                " Remove the line, or resume the run, which rewrites all lines after its checkpoint"
             )
         metrics.append(line)
     return tuple(metrics)

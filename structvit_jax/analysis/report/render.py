@@ -1,4 +1,4 @@
-"""Render a report: runs side by side, then the classes and the most confident errors of each run."""
+"""Render a report: all runs side by side, then results by class and the most confident errors of each run."""
 
 from __future__ import annotations
 
@@ -33,44 +33,43 @@ from structvit_jax.utils.paths import parse_path, write_errors_as_user_error
 
 _FILE = "report.html"
 _UNKNOWN = "–"
-# The palette of Okabe and Ito, in the order of ACTIVITIES.
+# The palette of Okabe and Ito; one colour for each of ACTIVITIES.
 _ACTIVITY_COLOURS = ("#999999", "#cc79a7", "#e69f00", "#56b4e9", "#0072b2", "#009e73", "#f0e442", "#d55e00")
-_MAX_TABLE, _MAX_DRAWN = 20, 1000  # classes of a confusion matrix shown as a table, and as an image
-_THUMBNAIL_FRAMES = 4  # of a clip, side by side
+_MAX_TABLE, _MAX_DRAWN = 20, 1000  # maximum classes of a confusion matrix: as a table, as an image
+_THUMBNAIL_FRAMES = 4  # frames of a clip, shown side by side
 _THUMBNAIL_HEIGHT = 112  # pixels; taller thumbnails are reduced and stored as JPEG
 
 
 class ErrorCard(NamedTuple):
-    """A wrong example."""
+    """A misclassified example."""
 
-    number: int  # of the example in the predictions
+    number: int  # index of the example in the predictions
     probabilities: np.ndarray  # [classes]
     image: EmbeddedImage | None = None
     problem: str = ""  # why there is no image
 
 
 class RunSection(NamedTuple):
-    """A run on the page."""
+    """The section of one run on the page."""
 
     record: Record
     style: LineStyle
     scores: Sequence[ClassScore] = ()  # lowest accuracy first
     confusion: Sequence[Sequence[int]] | EmbeddedImage | None = None
     errors: Sequence[ErrorCard] = ()
-    problem: str = ""  # why no error has an image
+    problem: str = ""  # why there are no images at all
 
 
 def write_report(workdirs: Sequence[str], out: str | None = None, hardest: int = 24) -> epath.Path:
     """Write the page and return its path: `out`, or report.html in the first workdir.
 
     Args:
-      workdirs: of one or more runs, on a disk or in a bucket.
+      workdirs: workdirs of one or more runs, on a disk or in a bucket.
       out: path of the page, on a disk or in a bucket.
       hardest: how many of the most confident errors of each run to show.
 
     Raises:
-      UserError: a folder that is not the workdir of a run, a damaged file, or an `out` that cannot be
-        written.
+      UserError: a folder is not the workdir of a run, a file is damaged, or `out` cannot be written.
     """
     with io_errors_as_user_error(parse_path(workdirs[0])):
         records = read_records(workdirs)
@@ -98,7 +97,7 @@ def render(records: Sequence[Record], hardest: int) -> str:
 
 
 def _facts(record: Record) -> dict[str, str]:
-    """Return the rows of the summary."""
+    """Return the values of the summary table for one run, by row name."""
     result, seconds = record.result, record.seconds
 
     def score(key: str) -> str:
@@ -111,9 +110,9 @@ def _facts(record: Record) -> dict[str, str]:
         "step": str(record.step),
         "top-1": score("top1") if result else "not evaluated yet",
         "top-5": score("top5"),
-        "mean over classes": score("mean_class"),
+        "mean accuracy over classes": score("mean_class"),
         "test examples": str(result.get("examples", _UNKNOWN)),
-        "of them unreadable": str(result.get("missing", _UNKNOWN)),
+        "unreadable test examples": str(result.get("missing", _UNKNOWN)),
         "speed": f"{record.rate:.1f} {record.unit}/s" if record.rate else _UNKNOWN,
         "goodput": f"{goodput:.0%}" if seconds else _UNKNOWN,
     }
@@ -142,7 +141,7 @@ def _section(record: Record, style: LineStyle, hardest: int) -> RunSection:
 
 
 def confusion_matrix(predictions: Predictions) -> Sequence[Sequence[int]] | EmbeddedImage | None:
-    """Return the counts for a table, or an image if there are many classes; None if too many to draw."""
+    """Return counts for a table, an image if there are many classes, or None if there are too many."""
     classes = len(predictions.class_names)
     if classes > _MAX_DRAWN:
         return None
@@ -158,10 +157,10 @@ def _with_image(card: ErrorCard, name: str, thumbnails: Thumbnails) -> ErrorCard
 
 
 class Thumbnails:
-    """Reads the test examples of a configuration by id, as its model sees them.
+    """Read thumbnails of test examples, by example id, as the model of a configuration sees them.
 
     Raises:
-      DecodeError: the data set cannot be opened here; the message is the reason.
+      DecodeError: the data set cannot be opened here; the message has the reason.
     """
 
     def __init__(self, config: ml_collections.ConfigDict):
@@ -179,7 +178,7 @@ class Thumbnails:
           DecodeError: the example cannot be read, or the data set no longer has it.
         """
         if name not in self._indices:
-            raise DecodeError("it is no longer in the data set")
+            raise DecodeError("the example is no longer in the data set")
         view = self._data.test.test(self._indices[name])["inputs"][self._data.test.middle]
         pixels = view
         if self._config.frames:
@@ -187,7 +186,11 @@ class Thumbnails:
         return pixels[..., ::-1] if self._config.channels == "bgr" else pixels
 
     def image(self, name: str) -> EmbeddedImage:
-        """Return the thumbnail of an example; raise as `pixels` does."""
+        """Return the thumbnail of an example.
+
+        Raises:
+          DecodeError: as for `pixels`.
+        """
         thumbnail = Image.fromarray(np.ascontiguousarray(self.pixels(name)))
         is_small = thumbnail.height <= _THUMBNAIL_HEIGHT
         thumbnail.thumbnail((thumbnail.width, _THUMBNAIL_HEIGHT))

@@ -1,4 +1,4 @@
-// The page: its selection, and what mouse, keyboard and controls change.
+// The page: the selected layer, head and query, and the handlers of mouse, keyboard and controls.
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const $ = (id) => document.getElementById(id);
@@ -6,8 +6,8 @@ const INPUT_TILE = 80;
 const MAP_TILE = 44; // minimum width of a tile on the screen, in CSS pixels
 const GAP = 2; // pixels between tiles
 
-// The query and `at`, the position of the dynamic kernel (null: the query), are in fractions of the first
-// model's input. `time`, the frame of the large canvases, is a fraction of the clip.
+// `query` and `at` are points in fractions of the first model's input; the page shows the dynamic kernel at
+// `at`, or at the query if `at` is null. `time`, the frame of the large canvases, is a fraction of the clip.
 const state = {
   layer: data.layer,
   head: data.head,
@@ -17,7 +17,7 @@ const state = {
   smooth: data.smooth,
 };
 const frames = [];
-let views = []; // of each model: { crop, layer, head, query, at, maps }
+let views = []; // one per model: { crop, layer, head, query, at, maps }
 const index = (fraction, n) => Math.min(Math.floor(fraction * n), n - 1);
 const flatIndex = (sides, point) =>
   point.reduce((flat, x, axis) => flat * sides[axis] + index(x, sides[axis]), 0);
@@ -27,8 +27,8 @@ function layerOf(model) {
   return model.layers.find((layer) => layer.name === state.layer) || model.layers[model.layers.length - 1];
 }
 
-// Points (time, row, column) in fractions of a crop's sides and of the frame's sides. A crop is [top, left,
-// height, width].
+// Convert points (time, row, column) between fractions of a crop's sides and of the frame's sides. A crop is
+// [top, left, height, width], in fractions of the frame's sides.
 const inFrame = ([top, left, height, width], [t, y, x]) => [t, top + y * height, left + x * width];
 const inside = (x) => Math.max(0, Math.min(0.9999, x));
 const inCrop = ([top, left, height, width], [t, y, x]) => [
@@ -79,7 +79,7 @@ function draw() {
   views.forEach((view, number) => drawModel(document.querySelectorAll("section")[number], view));
 }
 
-// Mouse and keyboard. A click is (time, row, column) in fractions of the clip and the frame.
+// Return the point of a click: (time, row, column) in fractions of the clip and of the frame.
 function pointed(event) {
   const canvas = event.currentTarget;
   const box = canvas.getBoundingClientRect();

@@ -1,7 +1,7 @@
 // Drawing: frames, maps over frames, kernels and captions.
 
-// A canvas has one tile per time, in as many rows as the minimum tile width requires. A large canvas has one
-// tile, of state.time.
+// A canvas has one tile per time position, in as many rows as the minimum tile width requires. A large canvas
+// has a single tile, which shows state.time.
 function drawTiles(canvas, count, minWidth, crop, marks, paint) {
   const large = canvas.classList.contains("large");
   const ratio = Math.min(2, window.devicePixelRatio || 1);
@@ -66,8 +66,8 @@ function colour(stops, fraction) {
   return a.map((value, i) => Math.round(value + part * (b[i] - value)));
 }
 
-// The same as structvit_jax.analysis.explain.overlay.Scale: symmetric about zero, or from the lowest to the
-// highest value, after clipping outliers.
+// The same scale as structvit_jax.analysis.explain.overlay.Scale: after clipping outliers, it is symmetric
+// about zero, or it runs from the lowest to the highest value.
 function scaleOf(values) {
   const sorted = Float64Array.from(values).sort();
   const end = (fraction) => {
@@ -88,7 +88,7 @@ const onScale = (scale, value) =>
   scale.low === scale.high ? 0.5 : (value - scale.low) / (scale.high - scale.low);
 
 function ends(scale) {
-  // as text with enough digits to differ
+  // The labels of both ends, with enough digits to differ.
   const wide = Math.max(Math.abs(scale.low), Math.abs(scale.high)) / (scale.high - scale.low || Infinity);
   const digits = 2 + (wide > 0 ? Math.max(0, Math.round(Math.log10(wide))) : 0);
   return [scale.low, scale.high].map((value) => short(value, digits));
@@ -168,8 +168,8 @@ function drawModel(section, { crop, layer, head, query, at, maps }) {
       layer.kind === "self-attention"
         ? []
         : [
-            ["key kernel", means(keyKernels, layer, head, d), layer.key_window],
-            ["value kernel", pick(valueKernels, layer, head, d), layer.value_window],
+            ["key kernel", keyKernel(keyKernels, layer, head, d), layer.key_window],
+            ["value kernel", valueKernel(valueKernels, layer, head, d), layer.value_window],
           ];
     show(
       d + 1,
@@ -187,8 +187,8 @@ function drawModel(section, { crop, layer, head, query, at, maps }) {
   drawWindow(section, crop, layer, kappa(layer, head, maps.attention, flatIndex(layer.key_grid, at)), at);
 }
 
-function means(keyKernels, layer, head, d) {
-  // over channels
+// Structure kernel d of the keys, averaged over channels.
+function keyKernel(keyKernels, layer, head, d) {
   const taps = product(layer.key_window);
   const wide = layer.key_channels;
   return Float64Array.from({ length: taps }, (_, m) => {
@@ -197,7 +197,8 @@ function means(keyKernels, layer, head, d) {
   });
 }
 
-function pick(valueKernels, layer, head, d) {
+// Structure kernel d of the values; the page has only its mean over channels.
+function valueKernel(valueKernels, layer, head, d) {
   const taps = product(layer.value_window);
   return Float64Array.from(
     { length: taps },
@@ -259,7 +260,10 @@ function kernelLabel(title, values, sides) {
 function drawWindow(section, crop, layer, values, at) {
   const [t, h, w] = layer.value_window;
   const [T, H, W] = layer.grid;
-  const point = centre(layer.key_grid, at);
+  const strides = [1, layer.stride, layer.stride];
+  const point = at.map(
+    (x, axis) => (index(x, layer.key_grid[axis]) * strides[axis] + 0.5) / layer.grid[axis],
+  ); // the centre of the window
   const tile = 54;
   const canvas = section.querySelector("canvas.seen");
   const most = largest(values);
@@ -292,6 +296,6 @@ function drawWindow(section, crop, layer, values, at) {
   drawKernel(section.querySelector("canvas.dynamic"), values, layer.value_window, most);
   const where = state.at ? "at the marked position (black)" : "at the query itself";
   section.querySelector(".at").textContent =
-    `dynamic kernel ${where}, mean over channels, −${short(most)} to ${short(most)};` +
+    `dynamic kernel ${where}, mean over channels, from −${short(most)} to ${short(most)},` +
     " and the pixels in its window";
 }

@@ -26,7 +26,7 @@ function float32s(text) {
 
 function decode(layer) {
   if (!layer.arrays) {
-    // on first use
+    // Decode on first use.
     layer.arrays = {
       q: float16s(layer.q),
       k: float16s(layer.k),
@@ -96,8 +96,8 @@ function dot(a, b) {
   return sum;
 }
 
-// Call act(m, pairs) for each tap m of a window. `pairs` alternates the key position at the window's centre
-// and the grid position under the tap.
+// Call act(m, pairs) for each tap m of a window. `pairs` is a flat list of pairs: the key position at the
+// centre of the window, and the grid position under the tap.
 function forEachTap(layer, window, act) {
   const [T, H, W] = layer.grid;
   const [t, h, w] = layer.key_grid;
@@ -124,6 +124,7 @@ function forEachTap(layer, window, act) {
       }
 }
 
+// The dynamic kernel at key position j, averaged over channels.
 function kappa(layer, head, attention, j) {
   const { valueKernels } = decode(layer);
   const taps = product(layer.value_window);
