@@ -119,7 +119,8 @@ KEYS: dict[str, Key] = {
     "data.root": Key("", "folder with the splits of the data set 'folder'"),
     "data.train_split": Key("train", "training split below the root: a folder of class folders, or a list"),
     "data.test_split": Key(
-        "val", "test split, likewise; moving_digits also has 'tune', validation clips of training scans"
+        "val",
+        "test split, likewise; moving_digits and digit_motions also have 'tune', validation clips of training scans",
     ),
     "data.val_fraction": Key(
         0.0,

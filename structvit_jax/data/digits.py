@@ -186,6 +186,8 @@ class Digits:
 
     def __init__(self, split: str, examples: int, seed: int):
         del examples, seed  # always all scans
+        if split == "tune":
+            raise UserError("digits has no validation split 'tune'; it has 'train' and 'val' only")
         self._split = split
         images, labels = _scans(split)
         self._images = _to_rgb(_enlarge(images, self._side))

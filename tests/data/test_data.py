@@ -168,6 +168,12 @@ def test_generated_data_need_a_number_of_examples(split):
         load(name="noise:3", train_examples=0)
 
 
+def test_digits_have_no_validation_split():
+    """Or an ablation would select learning rates on test scans."""
+    with pytest.raises(UserError, match="digits has no validation split 'tune'"):
+        load(name="digits", test_split="tune")
+
+
 IMPORT_ALL = """
 import importlib, sys
 import structvit_jax.data.types
