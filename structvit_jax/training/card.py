@@ -150,7 +150,7 @@ def check_card(card: object, where: object) -> dict[str, Any]:
 
 
 def _is_plain(value: object, sections: int) -> bool:
-    """Return whether a value is plain: no dict or nested list, except in up to `sections` levels of dicts."""
+    """Return whether a value is plain, a list of plain values, or nested in at most `sections` dicts."""
     if isinstance(value, dict):
         return sections > 0 and all(_is_plain(inner, sections - 1) for inner in value.values())
     return not (isinstance(value, list) and any(isinstance(inner, list | dict) for inner in value))

@@ -59,7 +59,7 @@ class StepRunner:
         """Yield every batch with the results of the step. The next batch is already being computed by then.
 
         Args:
-          weights: weights, placed as the step expects them.
+          weights: the weights, placed as the step expects them.
           batches: batches of the rows that this process reads.
         """
         running: tuple[Batch, dict[str, jax.Array]] | None = None

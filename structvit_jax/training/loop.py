@@ -38,7 +38,7 @@ from structvit_jax.training.start import starting_state
 from structvit_jax.training.step import TrainState
 from structvit_jax.utils.errors import Stopped, UserError
 
-# An evaluation is left out if the final one follows within this fraction of config.eval.every.
+# An evaluation is skipped if the final one follows within this fraction of config.eval.every.
 _MIN_INTERVAL = 0.1
 
 
@@ -84,7 +84,8 @@ def train(
             if processes.is_primary():
                 write_json(workdir / CONFIG, as_json(config))
         else:
-            log(f"the run is complete: step {start} of {total}; --config.train.duration extends it")
+            advice = "to train longer, raise --config.train.duration"
+            log(f"the run is complete: step {start} of {total}; {advice}")
             if result := processes.broadcast_from_primary(lambda: read_result(workdir, start)):
                 log(describe_result(result))
                 return result

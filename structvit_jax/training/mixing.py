@@ -48,7 +48,7 @@ def erase(key: jax.Array, inputs: jax.Array, probability: float) -> jax.Array:
 
     Args:
       key, inputs: see the module.
-      probability: probability of an example to be chosen.
+      probability: probability that an example is erased.
     """
     batch, height, width = inputs.shape[0], *inputs.shape[-3:-1]
     whether, area, aspect, position, noise = jax.random.split(key, 5)
@@ -76,7 +76,7 @@ def mix(
     """Mix row i with row batch - 1 - i by mixup or CutMix, with one lambda for all rows (timm's batch mode).
 
     If both are on, a batch uses either of them with probability 1/2. Lambda is drawn from Beta(alpha, alpha).
-    CutMix clips its box at the edges of the image, and then sets lambda to the fraction outside the box.
+    CutMix clips its box at the edges of the image, and then sets lambda to the area fraction outside it.
 
     Args:
       key, inputs, targets: see the module.

@@ -283,7 +283,7 @@ def test_notes_do_not_count_as_unreadable(tmp_path, capsys):
         unreadable.note("train", notes)
         unreadable.exchange()
     assert capsys.readouterr().out.splitlines() == [
-        f"note: train example, train/3.mp4: {repaired.reason}",
+        f"note: train example train/3.mp4: {repaired.reason}",
         "note: train: 3 clips have fewer than the 8 frames of a clip; frames are repeated",
     ]
     assert (tmp_path / "unreadable.tsv").read_text() == f"train\ttrain/3.mp4\t{repaired.reason}\n"
