@@ -1,8 +1,9 @@
-"""The card of a checkpoint: its class names and configuration, how they are checked and compared.
+"""The card of a checkpoint: write, check and compare its class names and its configuration.
 
-A checkpoint may come from a stranger. Its card describes an experiment: the model, its inputs, its training
-and its evaluation. It cannot set how this machine runs the experiment: devices, caches of compiled code,
-processes, and files that are fetched or written keep their defaults, which only options change.
+A checkpoint may come from an untrusted source. Its card describes an experiment: the model, its inputs, its
+training and its evaluation. It cannot set how this machine runs the experiment: the devices, the processes,
+the cache of compiled code, and the files to fetch or write. These keep their defaults unless options of the
+command line change them.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ PORTABLE = (
 )
 MACHINE = ("init_from", "data.workers", "data.max_pixels", "data.max_frames", "checkpoint", "mesh")
 _LOCAL = ("data.root", "data.label_maps")  # folders to read; a card may not name remote ones
-_TYPES: dict[type, tuple[type, ...]] = {  # types in JSON by the type of the default
+_TYPES: dict[type, tuple[type, ...]] = {  # type of a default -> types that its value may have in JSON
     bool: (bool,),
     int: (int,),
     float: (float, int),
@@ -60,10 +61,10 @@ def make_card(
     """Return the card of a checkpoint.
 
     Args:
-      class_names: in the order of the outputs; None if unknown.
-      config: of the run.
-      scores: of the evaluation after its step, if there was one.
-      fingerprint: of the training data; None for weights that were trained elsewhere.
+      class_names: class names in the order of the model's outputs; None if unknown.
+      config: configuration of the run.
+      scores: scores of the evaluation after this step, if there was one.
+      fingerprint: fingerprint of the data; None for weights that were trained elsewhere.
     """
     return {
         "class_names": None if class_names is None else list(class_names),
@@ -103,7 +104,7 @@ def from_card(
       any_model: accept unknown models.
 
     Raises:
-      UserError: a value of another type or out of range, or an unknown model.
+      UserError: a value has another type or is out of range, or the model is unknown.
     """
     config, defaults = default_config(), dict(keys_of(default_config()))
     for key, value in keys_of(saved):
@@ -125,14 +126,14 @@ def from_card(
 
 
 def check_card(card: object, where: object) -> dict[str, Any]:
-    """Return the card if its parts have the right types.
+    """Check the types of the parts of a card, and return the card.
 
     Args:
       card: the content of the file: {"class_names": names or None, "config": {...}, ...}.
       where: the card's file, for error messages.
 
     Raises:
-      UserError: other types.
+      UserError: a part is missing or has another type.
     """
     parts = card if isinstance(card, dict) else {}
     names, config = parts.get("class_names", ""), parts.get("config")
@@ -158,7 +159,7 @@ def _is_plain(value: object, sections: int) -> bool:
 class Difference(NamedTuple):
     """A key whose values differ between two configurations."""
 
-    key: str  # as "train.seed"
+    key: str  # such as "train.seed"
     before: Any
     after: Any
 
@@ -175,7 +176,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], *, portable: boo
 
     Args:
       old, new: see `as_json`; a key that is missing in one of them has the value None there.
-      portable: skip the keys that only affect how a machine runs the configuration.
+      portable: skip keys that a card cannot set, see `is_portable`.
     """
     before, after = dict(keys_of(old)), dict(keys_of(new))
     return [

@@ -1,9 +1,9 @@
 """Checkpoints of a run: Orbax directories `checkpoints/STEP/` with weights, optimizer state and a card.
 
 The card is JSON and describes the weights: class names, configuration, code version. Every file has a digest.
-Digests are written before the save is committed, and compared before anything is restored. A checkpoint
-without digests is unfinished; one whose files differ from them is damaged. The newest undamaged checkpoint is
-used.
+On a disk, a save has a temporary name until all digests are written; in a bucket, its digest file is empty
+until then. The digests are compared before anything is restored. If they differ, the checkpoint is damaged.
+The newest undamaged checkpoint is used.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from structvit_jax.utils.errors import Stopped, UserError
 from structvit_jax.utils.paths import absolute, is_bucket
 
 FOLDER, DAMAGED = "checkpoints", "damaged"  # folders in a workdir
-_WEIGHTS, _OPTIMIZER, _AVERAGE = "weights", "optimizer", "average"  # items, as in TrainState
+_WEIGHTS, _OPTIMIZER, _AVERAGE = "weights", "optimizer", "average"  # Orbax items, named as in TrainState
 # Every device writes a part of a replicated array if the parts have at least this many bytes. Each part needs
-# a program of its own, and compiling some hundred of them would delay the first save of a run.
-_LEAST_PART = 2**20
+# its own compiled program, and compiling hundreds of programs would delay the first save of a run.
+_MIN_PART_BYTES = 2**20
 
 
 class RetentionPolicy(NamedTuple):
@@ -51,9 +51,9 @@ class RetentionPolicy(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints of one workdir; a context that waits at its end for saves in progress.
+    """The checkpoints of one workdir. Use it as a context, which waits for saves in progress on exit.
 
-    Orbax's process-wide settings are changed within the context and restored at its end.
+    Process-wide settings of Orbax are changed within the context and restored on exit.
     """
 
     def __init__(self, workdir: epath.PathLike, keep: RetentionPolicy | None = None):
@@ -61,7 +61,7 @@ class Checkpoints:
 
         Args:
           workdir: the folder of the run.
-          keep: the policy of a run that writes; None opens the checkpoints for reading.
+          keep: which checkpoints to keep, for a run that writes; None opens the checkpoints for reading only.
 
         Raises:
           UserError: there are checkpoints, and all are damaged.
@@ -109,15 +109,15 @@ class Checkpoints:
     def save(
         self, state: TrainState, card: Mapping[str, Any], scores: Mapping[str, object] | None = None
     ) -> None:
-        """Save a state in the background, as its step.
+        """Save a state in the background, under the number of its step.
 
         Args:
-          state: weights, optimizer state and average; parts that are None are left out.
+          state: weights, optimizer state and average; parts that are None are not saved.
           card: see `structvit_jax.training.card.make_card`.
-          scores: of the evaluation after this step, which rank the checkpoint.
+          scores: scores of the evaluation after this step, if there was one; their top1 ranks the checkpoint.
 
         Raises:
-          UserError: it cannot be written. This may also be raised by the next save or at the context's end.
+          UserError: it cannot be written. The next save or the exit of the context may also raise this.
         """
         items = {"weights": ocp.args.StandardSave(state.weights), "card": ocp.args.JsonSave(card)}
         for name in (_OPTIMIZER, _AVERAGE):
@@ -139,11 +139,11 @@ class Checkpoints:
           step: the checkpoint.
           like: weights of the model, for names, shapes and dtypes.
           mesh: the devices to place the weights on.
-          advice: end of the error message if the checkpoint holds another model.
-          averaged: restore the moving average instead, if there is one.
+          advice: how to fix it, for the error message if the checkpoint holds another model.
+          averaged: restore the moving average of the weights instead, if there is one.
 
         Raises:
-          UserError: they cannot be read, or are of another model.
+          UserError: the weights cannot be read, or belong to another model.
         """
         self._check_fit(step, like, advice)
         item = _AVERAGE if averaged and self.has(step, _AVERAGE) else _WEIGHTS
@@ -155,16 +155,16 @@ class Checkpoints:
         optimizer = ocp.args.StandardRestore(abstract(like.optimizer, mesh))
         optimizer = self._restore(step, optimizer=optimizer)[_OPTIMIZER]
         average = None
-        if like.average is not None:  # starts at the weights if none was saved
+        if like.average is not None:  # if none was saved, the average starts as a copy of the weights
             average = self.weights(step, like.average, mesh, advice, averaged=True)
         step_ = jax.device_put(jax.numpy.int32(step), like.step.sharding)
         return TrainState(step_, weights, optimizer, average)
 
     def whole(self, step: int, mesh: Mesh) -> tuple[dict[str, np.ndarray], bool]:
-        """Return all arrays of the weights of a step as they were saved, in every process.
+        """Return the complete arrays of a step's weights, as they were saved, in every process.
 
         Returns:
-          The moving average if there is one, or else the weights; and whether it is the moving average.
+          The moving average of the weights if there is one, else the weights; and whether it is the average.
         """
         averaged = self.has(step, _AVERAGE)
         item = _AVERAGE if averaged else _WEIGHTS
@@ -193,7 +193,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _saving(self) -> Iterator[None]:
-        """Turn whatever Orbax and its stores raise when they cannot write into one line."""
+        """Turn any exception that Orbax or its storage raises on writing into a UserError of one line."""
         try:
             yield
         except jax.errors.JaxRuntimeError:  # caused by another process
@@ -218,7 +218,7 @@ class Checkpoints:
         for step in broadcast_from_primary(self.steps):
             if newest is not None and not self._writes:
                 break
-            # Of older steps, Orbax reads the scores alone, to rank them.
+            # Of older steps Orbax reads only the scores, to rank them, so only these files are checked.
             if reason := self._damage(step, "" if newest is None else "metrics/"):
                 damaged[step] = reason
             elif newest is None:
@@ -233,8 +233,8 @@ class Checkpoints:
             where = ""
             if self._writes:
                 where = broadcast_from_primary(functools.partial(self._set_aside, step, reason))
-                where = f", it is set aside as {where}"
-            log(f"warning: {self.path(step)} is damaged ({reason}); step {newest} is used{where}")
+                where = f"; moved to {where}"
+            log(f"warning: {self.path(step)} is damaged ({reason}){where}; using step {newest}")
         return newest
 
     def _set_aside(self, step: int, reason: str) -> str:
@@ -258,7 +258,7 @@ class Checkpoints:
         return UserError(f"checkpoint {self.path(step)} cannot be read ({reason}); {advice}")
 
     def _advice(self, otherwise: str) -> str:
-        """Return advice on a checkpoint that cannot be used: to wait if a run is writing there."""
+        """Return advice on a checkpoint that cannot be used: to try again later if a run is writing it."""
         run = self._folder.parent
         if not self._writes and (owner := live_owner(run)):
             return f"{run} is being written by a run ({owner}); try again after its next save"
@@ -286,9 +286,10 @@ class Checkpoints:
 
 @contextlib.contextmanager
 def _orbax_settings(*, writes: bool) -> Iterator[None]:
-    """Hide Orbax's log, since failures are raised as well, and set how it writes arrays."""
+    """Hide Orbax's log, since failures also raise exceptions, and set how Orbax writes arrays."""
 
-    def is_wanted(record: logging.LogRecord) -> bool:  # a new function in each context, which removes its own
+    # Defined here so that each context adds and removes a filter of its own.
+    def is_wanted(record: logging.LogRecord) -> bool:
         return "/orbax/" not in record.pathname
 
     handlers = ocp.type_handlers
@@ -296,7 +297,7 @@ def _orbax_settings(*, writes: bool) -> Iterator[None]:
     logger.addFilter(is_wanted)
     try:
         if writes:
-            arrays = handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_LEAST_PART)
+            arrays = handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_MIN_PART_BYTES)
             handlers.register_type_handler(jax.Array, arrays, override=True)
         yield
     finally:
@@ -327,7 +328,7 @@ class _OnDisk(atomicity.AtomicRenameTemporaryPath):
         if not _is_checkpoint(final):
             await super().finalize()
             return
-        # Still a temporary name, which is removed after a kill.
+        # This name is still a temporary one, so the folder is removed if a kill comes before the next rename.
         self._final_path = self._tmp_path.with_name(self._tmp_path.name + "-written")
         await super().finalize()
         await asyncio.to_thread(write_digests, self._final_path)
@@ -351,14 +352,15 @@ class _InBucket(atomicity.CommitFileTemporaryPath):
 
 
 def _is_checkpoint(path: epath.Path) -> bool:
-    """Return whether this is the folder of a step, and not of one of its items."""
+    """Return whether a path is the folder of a step, not the folder of one of its items."""
     return path.parent.name == FOLDER
 
 
 def _is_unfinished(path: epath.Path) -> bool:
-    """Return whether a save was not finished: on a disk its name is temporary, in a bucket it has no digests.
+    """Return whether a save was not finished.
 
-    A committed save in a bucket without a valid digest file is damaged instead.
+    On a disk, its name is temporary. In a bucket, its digest file is empty, or it has neither that file nor
+    Orbax's commit file. A committed save without a valid digest file is damaged instead.
     """
     if not is_bucket(path):
         return atomicity.TMP_DIR_SUFFIX in path.name

@@ -33,29 +33,34 @@ from structvit_jax.training.restore import adopt_classes, open_checkpoint, rerea
 from structvit_jax.training.step import make_eval_step
 from structvit_jax.utils.errors import UserError
 
-_ARRAYS = ("index", "mask", "labels", "scores", "top1", "top5")  # of an evaluation step
-# Keys besides the test data that scores depend on.
-_SCORED = {"data.mean", "data.std", "data.channels", "data.frames", "data.stride", "data.sampling"}
-_SCORED |= {"data.size", "data.short_side", "data.crop_fraction", "data.test_clips", "data.test_crops"}
-_SCORED |= {"data.max_replaced_frames", "eval.average"}
+_ARRAYS = ("index", "mask", "labels", "scores", "top1", "top5")  # results of an evaluation step
+# Keys that change the scores of a model on given test data.
+_SCORE_KEYS = {"data.mean", "data.std", "data.channels", "data.frames", "data.stride", "data.sampling"}
+_SCORE_KEYS |= {"data.size", "data.short_side", "data.crop_fraction", "data.test_clips", "data.test_crops"}
+_SCORE_KEYS |= {"data.max_replaced_frames", "eval.average"}
 
 
 class StepRunner:
-    """Runs a jitted step over batches. It compiles the step once for every shape of a batch."""
+    """Run a jitted step over batches. The step is compiled once for every shape of a batch."""
 
     def __init__(self, step: jax.stages.Wrapped, mesh: Mesh):
-        """Args: `step`, a function (weights, batch) -> arrays; `mesh`, on which the batches are placed."""
+        """Create a runner, without compiling the step yet.
+
+        Args:
+          step: a jitted function (weights, batch) -> arrays.
+          mesh: the devices to place the batches on.
+        """
         self.mesh, self._step = mesh, step
         self._compiled: dict[tuple[tuple[int, ...], ...], jax.stages.Compiled] = {}
 
     def __call__(
         self, weights: Weights, batches: Iterable[Batch]
     ) -> Iterator[tuple[Batch, dict[str, np.ndarray]]]:
-        """Yield every batch with the results of the step. One batch is computed ahead.
+        """Yield every batch with the results of the step. The next batch is already being computed by then.
 
         Args:
-          weights: placed as the step expects them.
-          batches: the rows that this process reads.
+          weights: the weights, placed as the step expects them.
+          batches: batches of the rows that this process reads.
         """
         running: tuple[Batch, dict[str, jax.Array]] | None = None
         for batch in batches:
@@ -75,12 +80,12 @@ class StepRunner:
         shapes = tuple(arrays[key].shape for key in sorted(arrays))
         if shapes not in self._compiled:
             self._compiled[shapes] = self._step.lower(weights, arrays).compile()
-            processes.barrier()  # some processes may have found it in the compilation cache
+            processes.barrier()  # some load it from the compilation cache, and others compile for minutes
         return self._compiled[shapes](weights, arrays)
 
 
 def eval_runner(learner: Learner) -> StepRunner:
-    """Return the evaluation step of a model, which is compiled on its first call."""
+    """Return a runner of the evaluation step of a model. The step is compiled on its first call."""
     structure, weights = split(learner.model)
     return StepRunner(make_eval_step(structure, learner.config, learner.mesh, weights), learner.mesh)
 
@@ -89,10 +94,10 @@ class Scores(TypedDict):
     """Aggregate metrics over readable examples."""
 
     top1: float  # fraction of examples whose label has the highest score
-    top5: float  # ... one of the five highest
+    top5: float  # fraction of examples whose label has one of the five highest scores
     mean_class: float  # top1 of each class that has examples, averaged over these classes
     examples: int  # number of readable examples
-    missing: int  # number of unreadable examples, which count nowhere
+    missing: int  # number of unreadable examples, which no metric counts
 
 
 class Result(Scores):
@@ -103,20 +108,20 @@ class Result(Scores):
 
 
 class Evaluation(NamedTuple):
-    """Results of an evaluation by example, in the order of the data set."""
+    """The results of an evaluation for each example, in the order of the data set."""
 
     ids: tuple[str, ...]
     labels: np.ndarray  # int32 [examples], -1 for unreadable examples
     scores: np.ndarray  # float32 [examples, classes], the mean over views
     hits: dict[str, np.ndarray]  # bool [examples] for "top1" and "top5"
-    problems: tuple[Problem, ...]  # of all processes, with notes on readable examples
-    max_unreadable: int  # see config.eval.max_unreadable
+    problems: tuple[Problem, ...]  # unreadable examples and notes on readable ones, from all processes
+    max_unreadable: int  # config.eval.max_unreadable
 
     def summary(self) -> Scores:
         """Aggregate the metrics.
 
         Raises:
-          UserError: more examples are unreadable than the configuration tolerates.
+          UserError: more examples are unreadable than the configuration tolerates, or all are.
         """
         seen = self.labels >= 0
         count, missing = int(seen.sum()), int((~seen).sum())
@@ -149,11 +154,11 @@ def evaluate(
     """Score weights on the test split of a data set. All processes must call this together.
 
     Args:
-      runner: of an evaluation step, see `structvit_jax.training.step.make_eval_step`.
-      weights: placed on the mesh of the runner.
+      runner: runs an evaluation step, see `structvit_jax.training.step.make_eval_step`.
+      weights: weights to score, placed on the mesh of the runner.
       data: the data set.
       section: config.eval.
-      before: called with the number of every batch; may end the evaluation with an exception.
+      before: called before each batch with its number; it may raise an exception to end the evaluation.
     """
     problems: list[Problem] = []
     results: list[dict[str, np.ndarray]] = []
@@ -169,11 +174,12 @@ def evaluate(
             problems.extend(batch["problems"])
             results.append(arrays)
     whole = {name: np.concatenate([arrays[name] for arrays in results]) for name in _ARRAYS}
-    order = np.argsort(whole["index"], kind="stable")[np.sum(whole["index"] < 0) :]  # without padding
+    # Padding has the index -1, so it comes first and is dropped.
+    order = np.argsort(whole["index"], kind="stable")[np.sum(whole["index"] < 0) :]
     whole = {name: values[order] for name, values in whole.items()}
     if not np.array_equal(whole["index"], np.arange(data.test_examples)):
         seen, examples = len(whole["index"]), data.test_examples
-        raise RuntimeError(f"evaluation saw {seen} examples of {examples}, or some twice")
+        raise RuntimeError(f"evaluation saw {seen} examples of {examples}, or saw some twice")
     return Evaluation(
         data.test_ids,
         np.where(whole["mask"], whole["labels"], -1),
@@ -185,11 +191,12 @@ def evaluate(
 
 
 def probabilities(scores: np.ndarray, average: str) -> np.ndarray:
-    """Return the probabilities for scores of an evaluation, float32 [..., classes].
+    """Convert the scores of an evaluation to probabilities, float32 [..., classes].
 
     Args:
       scores: [..., classes], means over views.
-      average: config.eval.average: "logits" need a softmax, "softmax" are probabilities already.
+      average: config.eval.average. With "logits" the softmax of the scores is returned; with "softmax" the
+        scores are probabilities already.
     """
     if average == "softmax":
         return scores
@@ -206,9 +213,9 @@ def make_result(mesh: Mesh, scores: Scores, step: int, weights: Weights) -> Resu
 def write_result(
     workdir: epath.Path, result: Result, evaluation: Evaluation, data: Dataset, suffix: str = ""
 ) -> None:
-    """Write result.json and predictions.npz in the primary process, with a suffix to their names.
+    """Write result.json and predictions.npz in the primary process; `suffix` is added to both names.
 
-    The predictions are the ids, labels and scores of the examples, and the class names.
+    predictions.npz holds the ids, labels and scores of all examples, and the class names.
     """
     if processes.is_primary():
         buffer, ids, names = io.BytesIO(), np.array(evaluation.ids), np.array(data.class_names)
@@ -219,7 +226,7 @@ def write_result(
 
 
 def read_result(workdir: epath.Path, step: int) -> Result | None:
-    """Return the result of a run; None if it is missing, damaged, or of another step."""
+    """Return the result in a workdir; None if it is missing, damaged, or belongs to another step."""
     try:
         result = read_json(workdir / RESULT)
     except OSError:
@@ -251,14 +258,15 @@ def evaluate_checkpoint(
     """Evaluate a checkpoint, log the result and write its files.
 
     Args:
-      config: of the model and the data.
-      path: RUN/checkpoints/STEP, or RUN for its latest.
-      out: folder for the files; None writes none. If it is RUN and the data are not those of the run, its
-        result.json is kept, and result_other.json is written.
+      config: configuration of the model, the data and the evaluation.
+      path: RUN/checkpoints/STEP, or RUN for its latest step.
+      out: folder for the files; None writes none. If it is RUN, and its test data or the way to read or score
+        them have changed, the files of the run are kept. The new ones are then result_other.json and
+        predictions_other.npz.
       data: see `structvit_jax.data.load`.
 
     Raises:
-      UserError: no checkpoint, or one of another model.
+      UserError: there is no checkpoint, or it holds another model.
     """
     with io_errors_as_user_error(out or path), oom_as_user_error(config):
         learner = Learner.create(config, data)
@@ -277,13 +285,14 @@ def evaluate_checkpoint(
             unreadable.exchange()
             other = out == run and not _is_comparable(card, config, data)
             if other:
-                log(f"these are not the data of the run: {out / RESULT} is kept; see result_other.json")
+                changed = "the test data, or how they are read or scored, are not those of the run"
+                log(f"{changed}: {out / RESULT} is kept; see result_other.json")
             write_result(out, result, evaluation, data, "_other" * other)
 
 
 @rereading
 def _restore(learner: Learner, data: Dataset, path: epath.Path) -> tuple[epath.Path, dict[str, Any], Weights]:
-    """Return the folder of a checkpoint, its card and its weights; number the labels as its classes."""
+    """Return the folder, the card and the weights of a checkpoint; number the labels like its classes."""
     with open_checkpoint(str(path)) as (checkpoints, step):
         card = checkpoints.card(step)
         adopt_classes(data, card)
@@ -294,6 +303,6 @@ def _restore(learner: Learner, data: Dataset, path: epath.Path) -> tuple[epath.P
 
 
 def _is_comparable(card: Mapping[str, Any], config: ml_collections.ConfigDict, data: Dataset) -> bool:
-    """Return whether scores on these data, read in this way, are comparable with those of the run."""
+    """Return whether the scores of this configuration and data are comparable with those of the run."""
     keys = {difference.key for difference in differences(card["config"], as_json(config))}
-    return keys.isdisjoint(_SCORED) and same_test_data(data, card)
+    return keys.isdisjoint(_SCORE_KEYS) and same_test_data(data, card)

@@ -42,15 +42,16 @@ class Learner:
 
     @classmethod
     def create(cls, config: ml_collections.ConfigDict, data: Dataset, mesh: Mesh | None = None) -> Learner:
-        """Build all parts and check that they fit together. This compiles and writes nothing.
+        """Build all parts and check that they fit together, without compiling or writing anything.
 
         Args:
           config: see `structvit_jax.config`.
           data: sets the input shape, the classes and the length of an epoch.
-          mesh: of devices of another machine, to compile for them; by default of all devices of this run.
+          mesh: devices of another machine, to compile for that machine. By default, the devices of this run.
 
         Raises:
-          UserError: the model does not take inputs of this shape, or a batch is not divisible by the devices.
+          UserError: the model does not take inputs of this shape, a batch is not divisible by the devices, or
+            options of token labelling do not fit together.
         """
         if mesh is None:
             mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
@@ -89,7 +90,7 @@ class Learner:
 
 
 def _check_token_labels(config: ml_collections.ConfigDict) -> None:
-    """Raise UserError for options of token labelling that do not fit together."""
+    """Raise UserError if the options of token labelling do not fit together."""
     for key in ("data.label_maps", "augment.mix_token"):
         section, name = key.split(".")
         if config[section][name] and not config.model.token_labels:
@@ -106,7 +107,8 @@ def _check_token_labels(config: ml_collections.ConfigDict) -> None:
 def check_train_batch(learner: Learner) -> None:
     """Check that the training batch can be divided, and warn if BatchNorm sees single examples.
 
-    BatchNorm over one example subtracts the very mean that the head reads, so the logits are constant.
+    With a single example, BatchNorm subtracts its mean over positions. The head reads only the mean over
+    positions of the result, so the logits do not depend on the input.
 
     Raises:
       UserError: the batch is not divisible by the devices and the accumulation steps.
@@ -128,16 +130,16 @@ def compile_train_step(learner: Learner, state: TrainState) -> jax.stages.Compil
     started = time.monotonic()
     compiled = trace_train_step(learner, state).lower().compile()
     log(f"compiled in {time.monotonic() - started:.1f} s")
-    processes.barrier()  # some processes may have found it in the compilation cache
+    processes.barrier()  # some load it from the compilation cache, and others compile for minutes
     return compiled
 
 
 def trace_train_step(learner: Learner, state: TrainState) -> jax.stages.Traced:
-    """Trace the train step, for its jaxpr or to lower and compile it.
+    """Trace the train step. The result has its jaxpr, and can be lowered and compiled.
 
     Args:
       learner: the model, its optimizer and their configuration.
-      state: arrays, or shapes as from `Learner.abstract_state`.
+      state: a state, or its shapes, as returned by `Learner.abstract_state`.
     """
     config, mesh = learner.config, learner.mesh
     train_step = make_train_step(learner.model, learner.optimizer, learner.schedule, config, mesh, state)
@@ -164,10 +166,10 @@ def memory_of(compiled: jax.stages.Compiled) -> float:
 
 @contextlib.contextmanager
 def oom_as_user_error(config: ml_collections.ConfigDict) -> Iterator[None]:
-    """Turn out-of-memory errors into one line that names the keys to change.
+    """Turn out-of-memory errors into a UserError.
 
     Raises:
-      UserError: states the requested and the available memory.
+      UserError: one line with the requested memory, the available memory and the keys to change.
     """
     try:
         yield
@@ -177,7 +179,7 @@ def oom_as_user_error(config: ml_collections.ConfigDict) -> Iterator[None]:
             raise
         device = jax.local_devices()[0]
         limit = (device.memory_stats() or {}).get("bytes_limit")
-        available = f"{limit / 2**30:.1f} GiB for it" if limit else "no more"
+        available = f"{limit / 2**30:.1f} GiB available" if limit else "less available"
         parts, remat = config.train.grad_accum_steps, config.model.remat or "none"
         raise UserError(
             f"out of memory: {_requested_memory(text)}; a {device.device_kind} has {available}. Lower"
@@ -189,7 +191,7 @@ def oom_as_user_error(config: ml_collections.ConfigDict) -> Iterator[None]:
 
 
 def _requested_memory(text: str) -> str:
-    """Return the requested memory in a message of XLA, or the beginning of another message."""
+    """Return the requested memory that a message of XLA states, or else the beginning of the message."""
     amount = r"([\d.]+) ?([KMGT]i?B?|bytes)\b"
     verb = r"(?:allocat\w+|requires?|[Uu]sed|needs?) (?:a buffer of )?"
     match = re.search(verb + amount, text) or re.search(amount, text)

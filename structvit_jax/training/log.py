@@ -24,12 +24,12 @@ from structvit_jax.utils.errors import UserError, parse_json
 from structvit_jax.utils.paths import is_bucket
 
 _SECONDS_BETWEEN_LINES = 5.0
-_WRITING_FRACTION = 0.02  # of the time, at most: files are written whole, and they grow
+_WRITING_FRACTION = 0.02  # largest fraction of the time to spend on writing: every write rewrites whole files
 _STEPS_AHEAD = 2  # number of steps that the host may run ahead of the devices
 
 
 class RunLog:
-    """Collects the metrics of a run, prints them and writes them to files.
+    """Collect the metrics of a run, print them and write them to files.
 
     metrics.jsonl has one line per step and one per evaluation. It holds nothing that depends on the clock, so
     a resumed run ends with the same file as an uninterrupted one. Rates go to the progress lines and to
@@ -51,11 +51,11 @@ class RunLog:
 
         Args:
           workdir: the folder of the run.
-          start_step, total_steps: number of completed steps, and of all steps.
+          start_step, total_steps: number of completed steps, and of all steps of the run.
           config: the configuration of the run.
-          data: for the names of its examples.
-          goodput: written together with the metrics.
-          check_lock: raises an exception if this run may not write into the workdir any more.
+          data: the data set, which names the examples of skipped steps.
+          goodput: the goodput, which is written together with the metrics.
+          check_lock: raises an exception if another run has taken the workdir.
         """
         self._check_lock = check_lock
         self._total, self._batch, self._unit = total_steps, config.data.batch_size, data.unit
@@ -64,7 +64,7 @@ class RunLog:
         self._pending: list[tuple[int, dict[str, jax.Array]]] = []
         self._metrics = _Lines(workdir / METRICS, start_step)
         self._skipped = _Lines(workdir / "skipped.jsonl", start_step)
-        self._last_line = self._metrics.last()  # may be the final evaluation
+        self._last_line = self._metrics.last()  # if it is the final evaluation, it is not logged again
         self._consecutive = self._metrics.skipped_at_the_end()
         self._board = _Board(workdir / "tensorboard", start_step) if is_primary() else None
         self._progress = Progress(config.data.workers, available_cores())
@@ -75,14 +75,14 @@ class RunLog:
         """Record the metrics of a step.
 
         Args:
-          step: its number.
-          metrics: of the train step; the devices may still compute them.
+          step: number of the step.
+          metrics: results of the train step, which the devices may still be computing.
           waited: seconds that the step waited for its batch.
         """
         self._pending.append((step, metrics))
         if self._started:
             self._waited += waited
-        else:  # the first wait is for workers to start, and does not count
+        else:  # the first wait does not count: it includes the start of the workers
             self._started, self._since = True, self._since + waited
         if len(self._pending) > _STEPS_AHEAD:
             jax.block_until_ready(self._pending[-1 - _STEPS_AHEAD][1])
@@ -130,7 +130,7 @@ class RunLog:
         self._next_write = now + (now - started) / _WRITING_FRACTION
 
     def evaluation(self, step: int, scores: Mapping[str, Any]) -> None:
-        """Record the scores of an evaluation after a step, unless an earlier session did."""
+        """Record the scores of an evaluation after a step, unless an earlier session has recorded them."""
         self.flush()
         record = {"step": step} | {f"eval_{key}": value for key, value in scores.items()}
         if json.dumps(record) != self._last_line:
@@ -140,7 +140,7 @@ class RunLog:
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Exclude the time since the last progress line from the next rate, after a save or an evaluation."""
+        """Start to measure the next rate now, so that it excludes the time of a save or an evaluation."""
         self._since, self._waited = time.monotonic(), 0.0
 
     def __enter__(self) -> RunLog:
@@ -154,7 +154,11 @@ class RunLog:
             self._board.close()
 
     def _record(self, step: int, metrics: dict[str, np.ndarray]) -> dict[str, Any]:
-        """Record a step, and the examples of a skipped one; raise UserError after too many of these."""
+        """Record a step; if it was skipped, also record its examples.
+
+        Raises:
+          UserError: too many consecutive steps were skipped.
+        """
         index, skipped = metrics.pop("index"), bool(metrics.pop("skipped"))
         values = {key: float(value) for key, value in metrics.items()}
         scalars = {key: value if math.isfinite(value) else None for key, value in values.items()}
@@ -168,8 +172,9 @@ class RunLog:
         reason = f"loss {values['loss']}, gradient norm {values['grad_norm']}"
         names = [self._name_of(int(i)) for i in index]
         self._skipped.append({"step": step, "reason": reason, "examples": names})
-        log(f"warning: step {step} skipped, {reason}; its examples are in {self._skipped.path}")
-        if self._consecutive >= self._max_skipped and is_primary():  # others do not read earlier ones
+        log(f"warning: step {step} skipped ({reason}); its examples are listed in {self._skipped.path}")
+        # Only the primary process knows the skipped steps of earlier sessions.
+        if self._consecutive >= self._max_skipped and is_primary():
             self.write()
             raise UserError(
                 f"step {step}: the loss or the gradient was not finite in {self._consecutive} steps in a row"
@@ -185,10 +190,10 @@ class RunLog:
 
 
 class _Lines:
-    """A file of JSON lines in the order of their steps, kept in memory and written whole."""
+    """A file of JSON lines in the order of their steps, kept in memory. A write rewrites the whole file."""
 
     def __init__(self, path: epath.Path, step: int):
-        """Read the lines up to `step`; drop damaged lines and the later ones of a killed run."""
+        """Read the lines up to `step`. Drop damaged lines, and lines of later steps, left by a killed run."""
         self.path, self._lines = path, list[str]()
         content = path.read_bytes() if is_primary() and path.exists() else b""
         for line in content.splitlines():
@@ -223,7 +228,7 @@ class _Lines:
 
 
 class _Board:
-    """Writes TensorBoard events; those of a bucket are written to a local folder and copied."""
+    """Write TensorBoard events. For a bucket, write them to a local folder and copy them."""
 
     def __init__(self, folder: epath.Path, start_step: int):
         # tensorboardX imports these modules if they are installed. It does not need them here, and importing
@@ -236,7 +241,7 @@ class _Board:
         if is_bucket(folder):
             self._scratch = tempfile.TemporaryDirectory()
             self._local = epath.Path(self._scratch.name)
-        # Not a SummaryWriter: its thread would end on a full disk, and the run would wait for it forever.
+        # Not a SummaryWriter: its thread ends if the disk is full, and the run would wait for it forever.
         self._local.mkdir(parents=True, exist_ok=True)
         self._events = EventsWriter(os.fspath(self._local / "events"))
         self._events.write_event(Event(step=start_step + 1, file_version="brain.Event:2"))
@@ -274,20 +279,29 @@ def _clock(seconds: float) -> str:
 class Unreadable:
     """The list WORKDIR/unreadable.tsv of unreadable examples: split, example and reason, one line each.
 
-    Examples with replaced frames are listed, too, but do not count against the limit. The list survives a
-    restart. The limit applies to this session alone, since files may have been fixed.
+    Examples with replaced frames are also listed, but do not count against the limit of unreadable training
+    examples. The list is kept when a run resumes, but only the examples of this session count against the
+    limit: files may have been fixed since earlier sessions.
     """
 
     def __init__(self, workdir: epath.Path, train_examples: int, max_fraction: float):
-        """Args: `workdir`, for the file; `train_examples`, of which `max_fraction` may be unreadable."""
+        """Read the list of earlier sessions, if there is one.
+
+        Args:
+          workdir: the folder of the list.
+          train_examples: number of training examples.
+          max_fraction: largest fraction of these that may be unreadable.
+        """
         self._path = workdir / "unreadable.tsv"
         self._limit, self._examples = max_fraction * train_examples, train_examples
         self._text = processes.broadcast_from_primary(self._read)
         self._listed = {tuple(line.split("\t")[:2]) for line in self._text.splitlines()}
-        self._pending: list[tuple[str, Problem]] = []  # by split; of this process, unknown to the others
-        self._short: dict[str, dict[str, str]] = {}  # reasons by split and clip, of clips with few frames
+        # (split, problem), found by this process and not yet known to the others
+        self._pending: list[tuple[str, Problem]] = []
+        # split -> clip -> reason, for clips that are shorter than the model's input
+        self._short: dict[str, dict[str, str]] = {}
         self._reported: set[str] = set()  # splits whose short clips have been reported
-        self._unreadable: dict[str, str] = {}  # reasons by training example
+        self._unreadable: dict[str, str] = {}  # training example -> reason
 
     def note(self, split: str, problems: Iterable[Problem]) -> None:
         """Add the problems of a batch. With several processes they are logged at the next `exchange`.
@@ -305,7 +319,9 @@ class Unreadable:
         self._check_limit()
 
     def exchange(self) -> None:
-        """Merge the problems of all processes, which must all call this; log the number of short clips once.
+        """Merge the problems of all processes; log the number of short clips, once per split.
+
+        All processes must call this together.
 
         Raises:
           UserError: as for `note`.
@@ -333,8 +349,8 @@ class Unreadable:
                 self._listed.add((split, name))
                 self._text += f"{split}\t{name}\t{reason}\n"
                 grown = True
-                what = f"warning: {split} example left out" if problem.left_out else f"note: {split} example"
-                log(f"{what}, {name}: {reason}")
+                kind, left_out = ("warning", " left out") if problem.left_out else ("note", "")
+                log(f"{kind}: {split} example {name}{left_out}: {reason}")
         if grown and is_primary():
             write(self._path, self._text)
 
@@ -350,5 +366,5 @@ class Unreadable:
             raise UserError(
                 f"{len(self._unreadable)} of {self._examples} training examples cannot be read, more than"
                 f" config.data.max_unreadable_fraction allows ({some}); fix or remove those in {self._path},"
-                " or raise it"
+                " or raise this limit"
             )

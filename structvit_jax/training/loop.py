@@ -38,22 +38,23 @@ from structvit_jax.training.start import starting_state
 from structvit_jax.training.step import TrainState
 from structvit_jax.utils.errors import Stopped, UserError
 
-_LEAST_INTERVAL = 0.1  # of config.eval.every, between an evaluation and the final one
+# An evaluation is skipped if the final one follows within this fraction of config.eval.every.
+_MIN_INTERVAL = 0.1
 
 
 def train(
     config: ml_collections.ConfigDict, workdir: epath.Path, data: Dataset, *, profile: str = ""
 ) -> Result:
-    """Train, or resume training, for the configured duration; evaluate; return the result.
+    """Train for the configured duration or resume training, evaluate, and return the result.
 
     Args:
       config: see `structvit_jax.config`.
       workdir: for checkpoints, metrics and the result; a run in it is resumed.
       data: see `structvit_jax.data.load`.
-      profile: steps to profile into WORKDIR/profile, as "START:STOP"; "" is none.
+      profile: steps to profile, such as "10:20" (START:STOP), into WORKDIR/profile; "" profiles none.
 
     Raises:
-      UserError: a configuration, checkpoint or workdir that cannot be used.
+      UserError: the configuration, a checkpoint or the workdir cannot be used.
       Stopped: a signal stopped the run; the state is saved.
     """
     started, profiled = time.monotonic(), steps_to_profile(profile)
@@ -73,7 +74,7 @@ def train(
         unreadable = Unreadable(workdir, data.train_examples, config.data.max_unreadable_fraction)
         goodput = Goodput(workdir, started)
 
-        # Restore the latest checkpoint, or start.
+        # Restore the latest checkpoint, or start from initial weights.
         goodput.switch("restore")
         state = starting_state(learner, data, checkpoints, total)
         start = int(state.step)
@@ -83,7 +84,8 @@ def train(
             if processes.is_primary():
                 write_json(workdir / CONFIG, as_json(config))
         else:
-            log(f"the run is complete: step {start} of {total}; --config.train.duration sets more")
+            advice = "to train longer, raise --config.train.duration"
+            log(f"the run is complete: step {start} of {total}; {advice}")
             if result := processes.broadcast_from_primary(lambda: read_result(workdir, start)):
                 log(describe_result(result))
                 return result
@@ -97,7 +99,7 @@ def train(
         ) -> Evaluation:
             run_log.flush()
             goodput.switch("evaluate")
-            evaluation = evaluate(runner, state.scored(config.eval.ema), data, config.eval, before)
+            evaluation = evaluate(runner, state.eval_weights(config.eval.ema), data, config.eval, before)
             unreadable.note("test", evaluation.problems)
             unreadable.exchange()
             return evaluation
@@ -112,8 +114,8 @@ def train(
             checkpoints.save(state, make_card(data.class_names, config, scores, data.fingerprint), scores)
             run_log.restart_clock()
 
-        # Train. The order makes resuming exact: step, log, evaluate, write, save. A checkpoint of step n
-        # implies that every line up to n is in metrics.jsonl. Later lines are dropped on resuming.
+        # Train. Resuming is exact because of this order: step, log, evaluate, write the logs, save. So if
+        # there is a checkpoint of step n, metrics.jsonl has all lines up to n. Resuming drops later lines.
         if start < total:
             goodput.switch("compile")
             train_step = compile_train_step(learner, state)
@@ -149,8 +151,9 @@ def train(
                         save(state, scores)
                         saved = step
 
-        # Evaluate, and write the result. A signal may stop this, since the state is saved.
+        # Evaluate, and write the result. A signal may interrupt this, because the state is already saved.
         def stop_evaluation(batch: int) -> None:
+            # StopSignal needs increasing numbers: count the batches as steps after the last one.
             if stop.before(total + 1 + batch):
                 phase = f"in the evaluation after step {total}"
                 raise Stopped(f"stopped by a signal {phase}; re-run the command to evaluate")
@@ -159,7 +162,7 @@ def train(
         evaluation = evaluate_state(state, stop_evaluation)
         step, scores = int(state.step), evaluation.summary()
         run_log.evaluation(step, scores)
-        result = make_result(learner.mesh, scores, step, state.scored(config.eval.ema))
+        result = make_result(learner.mesh, scores, step, state.eval_weights(config.eval.ema))
         lock.check()
         write_result(workdir, result, evaluation, data)
     log(describe_result(result))
@@ -187,14 +190,17 @@ def _locked(workdir: epath.Path) -> Iterator[WorkdirLock]:
 def evaluation_due(step: int, every: int, total: int) -> bool:
     """Return whether to evaluate after a step.
 
-    This is at multiples of `every` (0 is never), but not shortly before step `total`, which the final
-    evaluation follows.
+    Evaluations are due at multiples of `every` (0 means never), but not at or shortly before the last step
+    `total`, because the final evaluation follows that step.
     """
-    return every > 0 and step % every == 0 and total - step >= _LEAST_INTERVAL * every
+    return every > 0 and step % every == 0 and total - step >= _MIN_INTERVAL * every
 
 
 def _log_evaluation(step: int, evaluation: Evaluation, run_log: RunLog) -> Scores | None:
-    """Log a mid-training evaluation; a failed one does not stop training."""
+    """Log a mid-training evaluation and return its scores.
+
+    If too many examples are unreadable, log the reason and return None. Training continues.
+    """
     try:
         scores = evaluation.summary()
     except UserError as error:

@@ -8,7 +8,10 @@ import optax
 
 
 def smooth_targets(labels: jax.Array, classes: int, smoothing: float) -> jax.Array:
-    """Return targets of s / classes, plus 1 - s for the label: int [batch] -> float32 [batch, classes]."""
+    """Return smoothed labels: int [batch] -> float32 [batch, classes].
+
+    Every class has the target smoothing / classes, and the label 1 - smoothing in addition.
+    """
     return optax.smooth_labels(jax.nn.one_hot(labels, classes), smoothing)
 
 
@@ -25,7 +28,9 @@ def token_labelling(
     mask: jax.Array,
     weight: float,
 ) -> jax.Array:
-    """Return the cross-entropy of the head plus `weight` times that of the dense head, a mean over positions.
+    """Return the loss of the head plus `weight` times the loss of the dense head, both cross-entropies.
+
+    The loss of the dense head is the mean over positions.
 
     Args:
       logits, targets: of the head, [batch, classes].
@@ -48,7 +53,7 @@ def in_top(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:
 
     Ties go to the lower class; an example with a NaN among its logits is never correct.
     """
-    own = jnp.take_along_axis(logits, labels[:, None], axis=-1)
+    label_logit = jnp.take_along_axis(logits, labels[:, None], axis=-1)
     lower_class = jnp.arange(logits.shape[-1]) < labels[:, None]
-    ahead = (logits > own) | ((logits == own) & lower_class)
+    ahead = (logits > label_logit) | ((logits == label_logit) & lower_class)
     return (jnp.sum(ahead, axis=-1) < k) & ~jnp.isnan(logits).any(axis=-1)

@@ -1,9 +1,11 @@
 """Augmentation of batches on the device: random erasing, mixup, CutMix and MixToken.
 
-The first three are as in timm. MixToken and targets for every position belong to token labelling: they come
-from LV-ViT, and UniFormer uses them. Inputs are normalised, float [batch, [time,] height, width, channels].
-Targets are distributions over classes, [batch, classes]. All random numbers come from the key, so a batch is
-a function of the seed and the step.
+Random erasing, mixup and CutMix follow timm. MixToken and targets for every position belong to token
+labelling: they come from LV-ViT, and UniFormer uses them.
+
+All functions take `key`, a JAX random key; `inputs`, normalised, float [batch, [time,] height, width,
+channels]; and `targets`, distributions over classes, [batch, classes]. All random numbers come from the key,
+so a batch is a function of the seed and the step.
 """
 
 from __future__ import annotations
@@ -16,16 +18,20 @@ import ml_collections
 
 _ERASED_AREA = (0.02, 1 / 3)  # fraction of the image
 _ERASED_ASPECT = (0.3, 1 / 0.3)
-_ATTEMPTS = 10
-_SAMPLES = 2  # points of a label map that are read along each side of a position
+_ATTEMPTS = 10  # boxes drawn per example
+_SAMPLES = 2  # a label map is read at this many points along height and along width of each position
 
-Edges = Sequence[tuple[jax.Array, jax.Array]]  # (first, last + 1) along height and along width
+Edges = Sequence[tuple[jax.Array, jax.Array]]  # of a box: (first, last + 1) along height and along width
 
 
 def augment(
     key: jax.Array, inputs: jax.Array, targets: jax.Array, options: ml_collections.ConfigDict
 ) -> tuple[jax.Array, jax.Array]:
-    """Apply erasing, mixup and CutMix as the section `augment` configures; return inputs and targets."""
+    """Apply random erasing, mixup and CutMix with the options of the section `augment`.
+
+    Returns:
+      The new inputs and targets.
+    """
     erase_key, mix_key = jax.random.split(key)
     if options.erase:
         inputs = erase(erase_key, inputs, options.erase)
@@ -35,14 +41,14 @@ def augment(
 
 
 def erase(key: jax.Array, inputs: jax.Array, probability: float) -> jax.Array:
-    """Fill a box with normal noise in some examples, the same box in all frames (timm's "pixel" mode).
+    """In some examples, fill a box with normal noise (timm's "pixel" mode), the same box in all frames.
 
     The area of the box is uniform from 2 % to 33 % of the image, its aspect ratio log-uniform from 0.3 to
     3.3. Ten boxes are drawn, and the first that fits into the image is used; if none does, nothing is erased.
 
     Args:
       key, inputs: see the module.
-      probability: that an example is erased.
+      probability: probability that an example is erased.
     """
     batch, height, width = inputs.shape[0], *inputs.shape[-3:-1]
     whether, area, aspect, position, noise = jax.random.split(key, 5)
@@ -69,12 +75,12 @@ def mix(
 ) -> tuple[jax.Array, jax.Array]:
     """Mix row i with row batch - 1 - i by mixup or CutMix, with one lambda for all rows (timm's batch mode).
 
-    If both are on, each batch uses one of them with probability 1/2. Lambda is drawn from Beta(alpha, alpha).
-    For CutMix it is then set to the area outside the box, which is clipped at the edges of the image.
+    If both are on, a batch uses either of them with probability 1/2. Lambda is drawn from Beta(alpha, alpha).
+    CutMix clips its box at the edges of the image, and then sets lambda to the area fraction outside it.
 
     Args:
       key, inputs, targets: see the module.
-      mixup, cutmix: their alphas; 0 is off.
+      mixup, cutmix: alpha of mixup and of CutMix; 0 is off.
     """
     coin, lam_key, position = jax.random.split(key, 3)
     use_cutmix = jax.random.bernoulli(coin, 0.5) if mixup and cutmix else jnp.array(cutmix > 0)
@@ -91,7 +97,10 @@ def mix(
 
 
 def box_edges(key: jax.Array, lam: jax.Array, height: int, width: int) -> Edges:
-    """Return the edges of a box around a random centre: 1 - lam of the image, then clipped to it."""
+    """Return the edges of a box around a random centre, clipped at the edges of the image.
+
+    Before clipping, the box covers the fraction 1 - lam of the image.
+    """
     edges = []
     for axis_key, side in zip(jax.random.split(key), (height, width), strict=True):
         half = (jnp.floor(side * jnp.sqrt(1 - lam)) // 2).astype(jnp.int32)
@@ -110,10 +119,10 @@ def box(edges: Edges, height: int, width: int) -> jax.Array:
 
 
 class MixToken:
-    """Replace a box of the first embedding by that of the reversed batch, as in LV-ViT.
+    """Mix row i with row batch - 1 - i in a box of the output of the first patch embedding, as in LV-ViT.
 
-    As in UniFormer's code, the whole batch has one box, with lambda drawn from Beta(alpha, alpha). The
-    targets of positions lie on a coarser grid, on which the edges of the box are rounded down.
+    As in UniFormer's code, all rows have the same box, with lambda drawn from Beta(alpha, alpha). The targets
+    of positions have a coarser grid, and the edges of the box are rounded down to it.
     """
 
     def __init__(self, key: jax.Array, alpha: float):
@@ -127,11 +136,11 @@ class MixToken:
         self._edges = box_edges(position, lam, *self._sides)
         return jnp.where(box(self._edges, *self._sides)[:, :, None], x[::-1], x)
 
-    def targets(self, whole: jax.Array, dense: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Mix targets like the embedding, which must have been mixed before.
+    def targets(self, targets: jax.Array, dense: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Mix targets like the embedding. Mix the embedding first, since that draws the box.
 
         Args:
-          whole: targets of the images, [batch, classes].
+          targets: targets of the images, [batch, classes].
           dense: targets of the positions, [batch, ..., height, width, classes].
         """
         sides = dense.shape[-3:-1]
@@ -140,19 +149,19 @@ class MixToken:
         inside = box(edges, *sides)
         kept = 1 - inside.mean()
         dense = jnp.where(inside[:, :, None], dense[::-1], dense)
-        return kept * whole + (1 - kept) * whole[::-1], dense
+        return kept * targets + (1 - kept) * targets[::-1], dense
 
 
 def dense_targets(batch: Mapping[str, jax.Array], grid: tuple[int, ...], classes: int) -> jax.Array:
     """Return the targets of all positions from a teacher's label maps, float32 [batch, *grid, classes].
 
-    A map covers the whole image. It is interpolated bilinearly where the crop lies, and is zero outside the
-    image. What a position's probabilities lack to a sum of one is spread over all classes.
+    A map covers the whole image. It is interpolated bilinearly at points of the crop; it is zero outside the
+    image. If the probabilities of a position sum to less than one, the rest is spread over all classes.
 
     Args:
       batch: with `map_classes` and `map_scores` [batch, height, width, k], and `pose` [batch, 2, 3], which
         maps a point (x, y, 1) of the crop to the image, with x and y from 0 to 1 in both.
-      grid: positions along height and width.
+      grid: number of positions along height and width.
       classes: number of classes.
     """
     scores, chosen = jnp.nan_to_num(batch["map_scores"].astype(jnp.float32)), batch["map_classes"]
@@ -169,11 +178,11 @@ def dense_targets(batch: Mapping[str, jax.Array], grid: tuple[int, ...], classes
 
 
 def _interpolation(positions: jax.Array, cells: int) -> jax.Array:
-    """Return the weights of cells for linear interpolation at positions 0..1: [...] -> [..., cells]."""
+    """Return the weight of each cell in a linear interpolation at positions 0..1: [...] -> [..., cells]."""
     centres = jnp.clip(positions * cells - 0.5, 0, cells - 1)
     return jnp.maximum(0, 1 - jnp.abs(centres[..., None] - jnp.arange(cells)))
 
 
-def spread(targets: jax.Array, shape: Sequence[int]) -> jax.Array:
-    """Return targets that give every position the label of its image: [batch, classes] -> `shape`."""
+def repeat_targets(targets: jax.Array, shape: Sequence[int]) -> jax.Array:
+    """Give every position the targets of its image: [batch, classes] -> `shape`, [batch, ..., classes]."""
     return jnp.broadcast_to(targets.reshape(len(targets), *[1] * (len(shape) - 2), -1), shape)

@@ -37,11 +37,11 @@ def learning_rate(
 
     The rate rises linearly from `warmup_lr` to `lr`. Then it follows half a cosine, which reaches `end_lr`
     after the last step, or where the cool-down starts. With `lr_update_every` the rate is constant within
-    intervals of this many steps; `lr_update_delay` delays it by a number of intervals.
+    intervals of this many steps; `lr_update_delay` delays each change by this many intervals.
 
     Args:
       config: the section `optimizer`.
-      durations: in steps.
+      durations: all durations in steps.
     """
     warmup, interval = durations.warmup, durations.lr_update_every or 1
     origin = warmup if config.schedule_origin == "warmup" else 0
@@ -60,8 +60,8 @@ def learning_rate(
 def decays(name: str, array: jax.Array) -> bool:
     """Return whether weight decay applies to a parameter.
 
-    It does not apply to vectors (biases, norms, layer scales) and to DeiT's position embedding. It applies to
-    all depthwise kernels, those of the position encoding included, as in the released UniFormer. The paper
+    It does not apply to vectors (biases, norms, layer scales) or to DeiT's position embedding. It applies to
+    all depthwise kernels, including those of the position encoding, as in the released UniFormer. The paper
     does not say whether it applies to the structure kernels; here it does.
     """
     return array.ndim > 1 and name != "pos_embed"
@@ -70,9 +70,10 @@ def decays(name: str, array: jax.Array) -> bool:
 def make_optimizer(
     config: ml_collections.ConfigDict, names: Collection[str] = (), depths: Sequence[int] = ()
 ) -> Optimizer:
-    """Return AdamW without the learning rate, after clipping by global norm if `clip_norm` is set.
+    """Return AdamW without the learning rate.
 
-    The train step multiplies its updates by the learning rate and subtracts them.
+    The train step multiplies the updates by the learning rate and subtracts them from the parameters. If
+    `clip_norm` is set, gradients are clipped by their global norm first.
 
     Args:
       config: the section `optimizer`.
@@ -80,7 +81,7 @@ def make_optimizer(
       depths: number of blocks per stage, for layer-wise rates.
 
     Raises:
-      UserError: patterns of frozen weights that match none, or all.
+      UserError: a pattern of `freeze` matches no weights, or the patterns leave nothing to train.
     """
     frozen = frozen_names(config.freeze, list(names))
 
@@ -99,7 +100,7 @@ def make_optimizer(
 def frozen_names(patterns: str, names: Sequence[str]) -> frozenset[str]:
     """Return the parameters that config.optimizer.freeze selects, see `structvit_jax.config.matching`."""
     some = ", ".join(sorted({re.sub(r"\.\d+\..*", ".*", name) for name in names}))
-    frozen = matching(patterns, names, f"config.optimizer.freeze: {{}} matches no weights, as {some}")
+    frozen = matching(patterns, names, f"config.optimizer.freeze: {{}} matches no weights. Known: {some}")
     if frozen and len(frozen) == len(names):
         raise UserError(f"config.optimizer.freeze is {patterns!r}, which leaves nothing to train")
     return frozenset(frozen)
@@ -108,8 +109,9 @@ def frozen_names(patterns: str, names: Sequence[str]) -> frozenset[str]:
 def layer_rates(names: Iterable[str], depths: Sequence[int], decay: float) -> dict[str, float]:
     """Return the factor on the learning rate of each parameter, for layer-wise decay.
 
-    The final norm and the heads have the factor 1, and each block below multiplies it by `decay`. A patch
-    embedding counts with the block after it, but the first one and `pos_embed` come below all blocks.
+    The final norm and the heads have the factor 1; each block further from the head multiplies it by `decay`.
+    A patch embedding has the factor of the block after it, except the first one: it forms a layer of its own
+    before all blocks, together with `pos_embed`.
 
     Args:
       names: names of the parameters.
@@ -130,10 +132,10 @@ def layer_rates(names: Iterable[str], depths: Sequence[int], decay: float) -> di
 
 
 def _adam(b1: float, b2: float, eps: float) -> optax.GradientTransformationExtraArgs:
-    """Return optax's Adam, whose update takes `finite` as well; if it is false, the moments do not change.
+    """Return optax's Adam with another argument of `update`: if `finite` is false, the moments do not change.
 
-    On CPUs a barrier separates the updates from the new moments. Without it, XLA would compute the moments
-    twice, from copies of the old ones.
+    On CPUs an optimization barrier separates the new moments from the updates. Without it, XLA would copy the
+    old moments and compute the new ones twice.
     """
     adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
 

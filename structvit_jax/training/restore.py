@@ -1,4 +1,4 @@
-"""Open a checkpoint by its path, even while its run replaces it, and check that data fit it."""
+"""Open a checkpoint by its path, even if its run is still training, and check that data fit it."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from structvit_jax.utils.paths import parse_path
 
 P = ParamSpec("P")
 T = TypeVar("T")
-_ATTEMPTS = 30  # at reading a checkpoint before its run replaces it
-_REMOVAL = 5.0  # seconds that the removal of a checkpoint may take
+_ATTEMPTS = 30  # number of attempts to read a checkpoint that its run may remove meanwhile
+_REMOVAL_SECONDS = 5.0  # that the removal of a checkpoint may take
 
 
 class _ReplacedError(UserError):
-    """A run in training removed the checkpoint while it was read."""
+    """The checkpoint was removed by its run, which is still training, while it was being read."""
 
     exit_code = EXIT_RESUMABLE
 
 
 def rereading(function: Callable[P, T]) -> Callable[P, T]:
-    """Decorate a function that opens a checkpoint: repeat it if a run in training removes the checkpoint.
+    """Decorate a function that opens a checkpoint: call it again if the run removes the checkpoint meanwhile.
 
-    If the path names the run and no step, the function then reads the next checkpoint.
+    If the path names only the run and not a step, the next call reads a newer checkpoint.
     """
 
     @functools.wraps(function)
@@ -52,13 +52,13 @@ def rereading(function: Callable[P, T]) -> Callable[P, T]:
 def open_checkpoint(path: str) -> Iterator[tuple[Checkpoints, int]]:
     """Open the checkpoints of a run, and select the step that a path names.
 
-    Decorate callers with `rereading`, in case the run is still training.
+    Decorate callers with `rereading`, because the run may still be training.
 
     Args:
       path: "RUN/checkpoints/STEP", or "RUN" for its latest step.
 
     Raises:
-      UserError: no checkpoint, or an unfinished or damaged one.
+      UserError: there is no checkpoint, or it is unfinished or damaged.
     """
     run, named = parse_path(path), None
     if is_step(run) and run.parent.name == FOLDER:
@@ -91,9 +91,12 @@ def open_checkpoint(path: str) -> Iterator[tuple[Checkpoints, int]]:
 
 
 def _is_removed(folder: epath.Path, before: list[int], named: int | None) -> bool:
-    """Return whether a run has removed the named step, or the newest of the steps that existed before."""
+    """Return whether a run has removed the named step or, without one, the newest of the steps in `before`.
+
+    Wait for a removal that is in progress.
+    """
     step = named if named is not None else max(before, default=-1)
-    deadline = time.monotonic() + _REMOVAL
+    deadline = time.monotonic() + _REMOVAL_SECONDS
     while (steps := steps_in(folder)) != before and step in steps and time.monotonic() < deadline:
         time.sleep(0.05)
     return step in before and step not in steps
@@ -107,20 +110,20 @@ def open_card(path: str) -> dict[str, Any]:
 
 
 def newest_card(workdir: epath.Path) -> dict[str, Any] | None:
-    """Return the newest undamaged card in a workdir, if there is one. Processes need not call it together."""
+    """Return the newest undamaged card in a workdir, or None. A single process may call this alone."""
     for step in steps_in(workdir / FOLDER):
         folder = workdir / FOLDER / str(step)
         try:
             if not find_damage(folder, "card/"):
                 return read_card(folder)
         except (UserError, FileNotFoundError):
-            if folder.exists():  # otherwise a run in training has removed it
+            if folder.exists():  # otherwise the run, which is still training, has removed it
                 raise
     return None
 
 
 def adopt_classes(data: Dataset, card: Mapping[str, Any]) -> None:
-    """Number the labels of the data like the classes of a checkpoint, by name.
+    """Match the classes of the data by name with those of a checkpoint, and number the labels like these.
 
     Raises:
       UserError: the data have other classes, or the checkpoint does not name its classes.
@@ -128,17 +131,17 @@ def adopt_classes(data: Dataset, card: Mapping[str, Any]) -> None:
     if card["class_names"] is None:
         raise UserError(
             "the checkpoint does not name its classes, so its outputs cannot be matched to the data's labels;"
-            " name them with structvit convert CHECKPOINT DESTINATION --labels=FILE, one a line"
+            " name them with structvit convert CHECKPOINT DESTINATION --labels=FILE, one name per line"
         )
     if data.adopt_classes(card["class_names"]):
         log("note: the classes of the data are in another order than the checkpoint's; matched by name")
 
 
 def check_data(data: Dataset, card: Mapping[str, Any], path: epath.Path, *, is_complete: bool) -> None:
-    """Compare the data of a run with those that its checkpoint was trained on.
+    """Compare the data of a run with the data that its checkpoint was trained on.
 
-    An incomplete run may continue if at least half of the sampled examples are the same, for example after
-    damaged files were replaced.
+    An incomplete run may continue with changed data, for example after damaged files were replaced, if at
+    least half of the sampled examples are the same.
 
     Args:
       data: the data of the run.
@@ -147,7 +150,7 @@ def check_data(data: Dataset, card: Mapping[str, Any], path: epath.Path, *, is_c
       is_complete: whether the checkpoint is the last of its run.
 
     Raises:
-      UserError: the run is complete and the data differ, or most of the data differ.
+      UserError: the run is complete and the data differ, or more than half of the sampled examples differ.
     """
     if not card.get("data"):  # converted weights
         return
@@ -155,16 +158,16 @@ def check_data(data: Dataset, card: Mapping[str, Any], path: epath.Path, *, is_c
     if changes.same:
         return
     if is_complete or 2 * changes.alike < changes.sampled:
-        kind = "the complete run of" if is_complete else "a run on"
+        complete = ", and its run is complete" if is_complete else ""
         raise UserError(
-            f"{path} is {kind} other data ({changes.described}); choose another --workdir for these, or"
-            " evaluate the checkpoint on them with --mode=eval"
+            f"{path} was trained on other data ({changes.described}){complete}; choose another --workdir for"
+            " the new data, or evaluate the checkpoint on them with `structvit evaluate`"
         )
     log(f"note: the data have changed ({changes.described})")
 
 
 def same_test_data(data: Dataset, card: Mapping[str, Any]) -> bool:
-    """Return whether the test data have the fingerprint of those in a card; True if it has none."""
+    """Return whether the test data have the fingerprint in a card; True if the card has no fingerprint."""
     if not card.get("data"):  # converted weights
         return True
     changes = processes.broadcast_from_primary(lambda: data.changes_since(card["data"], test_only=True))

@@ -1,7 +1,7 @@
-"""The state in which a run starts: its latest checkpoint, other weights, or fresh weights.
+"""The state from which a run starts: its latest checkpoint, weights from elsewhere, or fresh weights.
 
-Weights expect inputs that are normalised as in their training. A configuration that leaves the normalisation
-open adopts theirs.
+Trained weights expect inputs that are normalised as in their training. If a configuration leaves the
+normalisation open, it is taken from the weights.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ def resolve_open_keys(config: ml_collections.ConfigDict, workdir: epath.Path) ->
 
     Open keys are those of INPUTS and of `structvit_jax.config.automatic`. The newest checkpoint in the
     workdir sets all of them. Without a checkpoint, the weights of config.init_from or the defaults set those
-    of INPUTS, and the others stay open until the data are known. This opens no device and waits for no
-    process.
+    of INPUTS, and the others stay open until the data are known. This function opens no device and waits for
+    no other process.
 
     Raises:
-      UserError: no weights at config.init_from, or weights that cannot be identified.
+      UserError: config.init_from names no weights, or weights that cannot be identified.
     """
     inputs = [f"data.{key}" for key in INPUTS if config.data[key] is None]
     open_keys = inputs + automatic.missing(config)
@@ -79,10 +79,13 @@ def _inputs_of(source: convert.Source) -> dict[str, Any]:
 
 
 def starting_state(learner: Learner, data: Dataset, checkpoints: Checkpoints, total_steps: int) -> TrainState:
-    """Return the state of the latest checkpoint; without one, of config.init_from or of fresh weights.
+    """Return the state of the latest checkpoint.
+
+    Without a checkpoint, return the state before the first step, with the weights of config.init_from or, if
+    that is "", with fresh weights.
 
     Raises:
-      UserError: a checkpoint or weights that do not fit.
+      UserError: the checkpoint or the weights do not fit the model or the data, or config.init_from is None.
     """
     if (latest := checkpoints.latest()) is not None:
         return _resume(learner, data, checkpoints, latest, total_steps)
@@ -153,7 +156,7 @@ def find_weights(path: str, mesh: Mesh) -> convert.Source:
     """Load the weights of a released file or a checkpoint.
 
     Raises:
-      UserError: there are none, or they cannot be used.
+      UserError: there are no weights at the path, or they cannot be used.
     """
     if convert.is_weights_file(path):
         return _read_released(path)
@@ -173,6 +176,6 @@ def find_weights(path: str, mesh: Mesh) -> convert.Source:
     )
 
 
-@functools.lru_cache(maxsize=1)  # read once, for its inputs and later for its arrays
+@functools.lru_cache(maxsize=1)  # needed twice: first for the normalisation, later for the arrays
 def _read_released(path: str) -> convert.Source:
     return convert.read_released(path)

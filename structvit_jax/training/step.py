@@ -33,13 +33,20 @@ class TrainState(NamedTuple):
     optimizer: optax.OptState | None  # None in a checkpoint of weights alone
     average: Weights | None = None  # moving average of the weights, if it is kept
 
-    def scored(self, averaged: bool) -> Weights:
-        """Return the weights to evaluate: the moving average if it exists and `averaged` is set."""
+    def eval_weights(self, averaged: bool) -> Weights:
+        """Return the weights to evaluate: the moving average if it exists and `averaged` is true."""
         return self.weights if self.average is None or not averaged else self.average
 
 
 def init_state(weights: Weights, optimizer: Optimizer, mesh: Mesh, *, averaged: bool = False) -> TrainState:
-    """Return the state before the first step, placed on the mesh; all processes pass the same weights."""
+    """Return the state before the first step, placed on the mesh.
+
+    Args:
+      weights: initial weights; all processes must pass the same values.
+      optimizer: initialises the optimizer state.
+      mesh: the devices.
+      averaged: whether the state has a moving average of the weights.
+    """
     init = functools.partial(fresh_state, optimizer, averaged)
     shardings = state_sharding(mesh, jax.eval_shape(init, weights))
     weights = put_whole(weights, shardings.weights)
@@ -47,7 +54,7 @@ def init_state(weights: Weights, optimizer: Optimizer, mesh: Mesh, *, averaged: 
 
 
 def fresh_state(optimizer: Optimizer, averaged: bool, weights: Weights) -> TrainState:
-    """Return the state before the first step, not placed on devices."""
+    """Return the state before the first step; see `init_state`, which also places it on the mesh."""
     moments = optimizer.transform.init(optimizer.trained(weights.params))
     return TrainState(jnp.zeros((), jnp.int32), weights, moments, weights if averaged else None)
 
@@ -60,7 +67,7 @@ def make_train_step(
     mesh: Mesh,
     state: TrainState,
 ) -> jax.stages.Wrapped:
-    """Return the jitted train step: (state, batch) -> (state, metrics). It donates the old state.
+    """Return the jitted train step: (state, batch) -> (state, metrics). The old state is donated.
 
     All random numbers derive from config.train.seed and the step, so a resumed run draws the same numbers as
     an uninterrupted one. If the loss or a gradient is not finite, the step changes nothing but the step
@@ -68,7 +75,7 @@ def make_train_step(
 
     Args:
       model, optimizer, schedule, config, mesh: see `structvit_jax.training.learner.Learner`.
-      state: arrays or shapes, for the shardings.
+      state: a state, or its shapes; the shardings are derived from the shapes.
     """
     model_def = training_structure(model, optimizer.frozen)
     grid = model.grid(config.data.size) if config.data.label_maps else None
@@ -80,7 +87,8 @@ def make_train_step(
     ) -> tuple[jax.Array, tuple[Params, jax.Array]]:
         """Return the loss, and the new batch statistics and top1.
 
-        Of one of several parts, loss and top1 are weighted by its fraction of the examples.
+        If the batch is one of several parts, loss and top1 are multiplied by its fraction of the examples, so
+        the sum over all parts is the mean over the whole batch.
         """
         network = cast(Network, model_def.model(Weights(params | trained, stats)))
         mix = mixing.MixToken(jax.random.fold_in(key, 1), mix_token) if mix_token else None
@@ -95,7 +103,8 @@ def make_train_step(
             if dense_logits is None:
                 loss = losses.cross_entropy(logits, targets, mask)
             else:
-                dense = batch["dense"] if "dense" in batch else mixing.spread(targets, dense_logits.shape)
+                if (dense := batch.get("dense")) is None:
+                    dense = mixing.repeat_targets(targets, dense_logits.shape)
                 targets, dense = mix.targets(targets, dense) if mix else (targets, dense)
                 loss = losses.token_labelling(
                     logits, dense_logits, targets, dense, mask, config.train.dense_weight
@@ -109,7 +118,7 @@ def make_train_step(
     def accumulate(
         trained: Params, params: Params, stats: Params, batch: Arrays, key: jax.Array
     ) -> Gradients:
-        """Return the results of `loss_and_grads` for a batch, part by part."""
+        """Compute `loss_and_grads` one part of the batch after another, and add up the results."""
 
         def add(carry: tuple, part_and_key: tuple[Arrays, jax.Array]) -> tuple[tuple, None]:
             stats, *sums = carry
@@ -120,6 +129,7 @@ def make_train_step(
         zeros = jax.tree.map(jnp.zeros_like, trained)
         start = (stats, jnp.float32(0), jnp.float32(0), zeros)
         keys = jax.random.split(key, parts)
+        # structvit_jax.performance.traffic reads the number of iterations from the name of the scope.
         with jax.named_scope(f"times{parts}"):
             (stats, loss, top1, grads), _ = jax.lax.scan(add, start, (split, keys))
         return (loss, (stats, top1)), grads
@@ -177,15 +187,17 @@ def prepare_batch(
     config: ml_collections.ConfigDict,
     grid: tuple[int, ...] | None = None,
 ) -> dict[str, jax.Array]:
-    """Return normalised and augmented `inputs`, and their `targets`, distributions over classes.
+    """Normalise, augment and mix a batch; return its `inputs` and `targets`.
+
+    The targets are distributions over classes. With a grid, the result also has `dense`, the targets of all
+    positions, and `targets` is the mean of these.
 
     Args:
-      key: for augmentation.
-      batch: uint8 inputs, labels and mask, and the arrays of label maps.
+      key: random key for augmentation.
+      batch: `inputs` (uint8), `labels` and `mask`; with a grid, also the arrays of label maps.
       classes: number of classes.
-      config: its sections data, augment and train.
-      grid: with label maps, the height and width of the model's last map. The result then also has `dense`,
-        the targets of its positions, and `targets` is their mean.
+      config: the configuration, of which the sections data, augment and train are used.
+      grid: height and width of the model's last feature map if label maps are used, else None.
     """
     batch = fill_masked_rows(batch)
     smoothing = config.train.label_smoothing
@@ -200,7 +212,7 @@ def prepare_batch(
 
 
 def fill_masked_rows(batch: Arrays) -> dict[str, jax.Array]:
-    """Replace masked rows by the first unmasked row, so that batch statistics and mixing see real inputs.
+    """Replace masked rows with the first unmasked row, so that batch statistics and mixing see real inputs.
 
     The mask is unchanged and keeps these rows out of the loss.
     """
@@ -209,7 +221,7 @@ def fill_masked_rows(batch: Arrays) -> dict[str, jax.Array]:
 
     def fill(rows: jax.Array) -> jax.Array:
         first_, mask_ = (flags.reshape(-1, *[1] * (rows.ndim - 1)) for flags in (first, mask))
-        # A sum, because indexing would gather the whole batch on every device.
+        # Select the row by a sum: indexing would gather the whole batch on every device.
         row = jnp.where(first_, rows, 0).sum(axis=0, dtype=rows.dtype)
         return jnp.where(mask_, rows, row)
 
@@ -233,7 +245,7 @@ def split_batch(batch: Arrays, parts: int, mesh: Mesh) -> dict[str, jax.Array]:
 
 
 def normalize(inputs: jax.Array, config: ml_collections.ConfigDict) -> jax.Array:
-    """Scale uint8 pixels to 0..1 and normalise them with the configured mean and std of channels: float32."""
+    """Scale uint8 pixels to 0..1, and normalise each channel with the configured mean and std, in float32."""
     mean, std = (jnp.array(config.data[key] or INPUTS[key], jnp.float32) for key in ("mean", "std"))
     return (inputs.astype(jnp.float32) / 255.0 - mean) / std
 
@@ -241,11 +253,13 @@ def normalize(inputs: jax.Array, config: ml_collections.ConfigDict) -> jax.Array
 def make_eval_step(
     structure: ModelDef, config: ml_collections.ConfigDict, mesh: Mesh, weights: Weights
 ) -> jax.stages.Wrapped:
-    """Return the jitted evaluation step: (weights, batch) -> arrays that are whole on every process.
+    """Return the jitted evaluation step: (weights, batch) -> arrays, replicated on all devices.
 
-    These are `scores`, float32 [rows, classes], the mean over views of logits or probabilities (see
-    config.eval.average); `top1` and `top5`, bool [rows], whether the label is among the highest scores; and
-    the `labels`, `mask` and `index` of the batch. Its inputs are uint8 [rows, views, ...].
+    The inputs of the batch are uint8 [rows, views, ...]. The step returns:
+
+    - `scores`, float32 [rows, classes]: the mean over views of logits or probabilities (config.eval.average)
+    - `top1` and `top5`, bool [rows]: whether the label has the highest, or one of the five highest scores
+    - `labels`, `mask` and `index` of the batch
     """
 
     def eval_step(weights: Weights, batch: Arrays) -> dict[str, jax.Array]:
@@ -267,7 +281,10 @@ def make_eval_step(
 def make_features_step(
     structure: ModelDef, config: ml_collections.ConfigDict, mesh: Mesh, weights: Weights
 ) -> jax.stages.Wrapped:
-    """Return a step like `make_eval_step` for `features` before the head: float32 [rows, views, width]."""
+    """Return a jitted step like that of `make_eval_step`, which computes the input of the head instead.
+
+    It returns `features`, float32 [rows, views, width].
+    """
 
     def features_step(weights: Weights, batch: Arrays) -> dict[str, jax.Array]:
         network = cast(Network, structure.model(weights))

@@ -266,7 +266,7 @@ def test_thumbnails_links_hidden_files_and_undecodable_names(tmp_path, root):
 
 def test_fixed_files_no_longer_count(tmp_path):
     problem = Problem("train/a.mp4", "empty file")
-    with pytest.raises(UserError, match=r"fix or remove those in .*unreadable\.tsv, or raise it"):
+    with pytest.raises(UserError, match=r"fix or remove those in .*unreadable\.tsv, or raise this limit"):
         Unreadable(epath.Path(tmp_path), 10, 0.05).note("train", [problem])
     Unreadable(epath.Path(tmp_path), 10, 0.05).note("train", [])
     Unreadable(epath.Path(tmp_path), 10, 0.15).note("train", [problem])
@@ -283,7 +283,7 @@ def test_notes_do_not_count_as_unreadable(tmp_path, capsys):
         unreadable.note("train", notes)
         unreadable.exchange()
     assert capsys.readouterr().out.splitlines() == [
-        f"note: train example, train/3.mp4: {repaired.reason}",
+        f"note: train example train/3.mp4: {repaired.reason}",
         "note: train: 3 clips have fewer than the 8 frames of a clip; frames are repeated",
     ]
     assert (tmp_path / "unreadable.tsv").read_text() == f"train\ttrain/3.mp4\t{repaired.reason}\n"

@@ -62,8 +62,8 @@ def test_the_checkpoint_before_a_damaged_one_is_used(finished, copy, command, na
     process = command(*QUICK, f"--workdir={copy}")
     assert process.returncode == 0, process.stderr
     (line,) = [line for line in process.stdout.splitlines() if "damaged" in line]
-    assert line.startswith(f"warning: {folder} is damaged (") and "; step 9 is used" in line
-    assert line.endswith(f"set aside as {copy / 'damaged' / '12'}")
+    assert line.startswith(f"warning: {folder} is damaged (") and "; using step 9" in line
+    assert f"; moved to {copy / 'damaged' / '12'};" in line
     assert len(contents(copy / "damaged" / "12")) == left
     assert same_as(finished, copy) and (folder / "sha256.json").exists()
 
@@ -74,7 +74,7 @@ def test_commands_on_damaged_checkpoints(finished, copy, command, refused):
     before = contents(copy / "checkpoints")
     process = command(*QUICK, f"--workdir={copy}", "--mode=eval")
     assert process.returncode == 0, process.stderr
-    assert "12 is damaged (card/metadata is not what was saved); step 9 is used\n" in process.stdout
+    assert "12 is damaged (card/metadata is not what was saved); using step 9\n" in process.stdout
     assert "evaluating step 9" in process.stdout
     named = f"--config.init_from={copy}/checkpoints/12"
     line = refused(*QUICK, named, f"--workdir={copy.parent / 'other'}")
@@ -145,7 +145,7 @@ def test_a_run_keeps_the_best_of_its_evaluations(finished, command, tmp_path):
 def test_eight_devices_save_and_others_restore(tmp_path, monkeypatch, caplog, parts):
     """Restored arrays are identical on 1, 2 and 4 devices; saving small arrays compiles no program."""
     if parts:
-        monkeypatch.setattr(checkpoint, "_LEAST_PART", 1)
+        monkeypatch.setattr(checkpoint, "_MIN_PART_BYTES", 1)
     state = tiny_state(3, mesh.make_mesh(2, 4))
     assert not state.weights.params["fc.kernel"].sharding.is_fully_replicated
     with jax.log_compiles(), Checkpoints(tmp_path, RetentionPolicy(1)) as checkpoints:
