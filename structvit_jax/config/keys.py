@@ -120,7 +120,8 @@ KEYS: dict[str, Key] = {
     "data.train_split": Key("train", "training split below the root: a folder of class folders, or a list"),
     "data.test_split": Key(
         "val",
-        "test split, likewise; moving_digits and digit_motions also have 'tune', validation clips of training scans",
+        "test split, likewise; moving_digits and digit_motions also have 'tune', validation clips of training"
+        " scans",
     ),
     "data.val_fraction": Key(
         0.0,

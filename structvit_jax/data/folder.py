@@ -67,6 +67,9 @@ class Layout:
             raise UserError("set the folder of the data: --config.data.root=DIR, with DIR/train and DIR/val")
         if not os.path.isdir(self.root):
             raise UserError(f"no folder {self.root!r}")
+        for key, name in (("train", self.train), ("test", self.test)):
+            if not name:
+                raise UserError(f"{self.option}{key}_split is empty; name a folder or list (. is the root)")
         train, test = self.find("train", self.train), self.find("test", self.test)
         if train is None and test is None and self.val_fraction and self._class_folders():
             train = "."

@@ -255,6 +255,7 @@ def test_a_file_that_kills_its_decoder_is_reported(tmp_path, capsys):
     [
         (("kinetics", "a", "b", "--check"), "'kinetics'. Did you mean 'kinetics400'"),
         (("folder", "nowhere", "--check"), "no folder 'nowhere'"),
+        (("folder", ".", "--train_split=", "--check"), "--train_split is empty"),
         (("list", "nowhere.csv", "--check"), "no list 'nowhere.csv'"),
         (("folder", "."), "nothing to do"),
         (("folder", ".", "--check"), "has neither a folder 'train' nor a list"),

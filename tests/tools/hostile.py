@@ -28,7 +28,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-sys.path.append(str(Path(__file__).parents[2] / "examples"))  # motion
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # most programs take longer to compile than to run
 
 from attacks import self_cases
@@ -45,7 +44,7 @@ _SAMPLE = (  # runs in seconds and needs no trained model
     "flags: structvit: *",
     "flags: prepare shards: --shards=-1",
     "flags: plan --program: --parts=x",
-    "flags: motion: help",
+    "flags: predict: help",
     "places: prepare to <here>/file/x",
     "places: predict of /dev/null/x",
     "keys: train.seed=*",

@@ -23,7 +23,7 @@ _APPENDED = {
     "option of Python": "-x",
 }
 _IGNORED = {"unfinished flag": (0, 2)}
-_NO_ARGUMENTS = ("motion", "bench input", "check")  # run without arguments, too
+_NO_ARGUMENTS = ("bench input", "check")  # run without arguments, too
 _SLOW = ("check",)  # compiles every kernel
 
 # Values of options that are refused; those with other exit codes are in the second table.
@@ -97,7 +97,6 @@ _BAD_VALUES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "--beam_option": ("x", "="),
     },
     "prepare label_maps": {"--top": ("0", "-1", "x"), "--config.data.size": ("-1", "x")},
-    "motion": {"--clips": ("0", "7", "-1", "x", "1e3")},
     "bench input": {
         "--video": ("<here>/missing.mp4", "/dev/null", "<here>"),
         "--image": ("<here>/missing.png", "/dev/null", "<here>"),

@@ -34,9 +34,8 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "bench input": (f"--video={CLIP}", f"--image={IMAGE}", "--clips=2"),
     "plan --program": ("--program=<root>/tests/fixtures/programs/scanned.txt",),
     "check": ("--device=cpu",),
-    "motion": ("<here>/out.png", "--clips=8"),
 }
-_MODULES = {"main": "structvit_jax.main", "motion": "motion"}  # all others are subcommands of structvit
+_MODULES = {"main": "structvit_jax.main"}  # all others are subcommands of structvit
 
 
 def case(group: str, name: str, command: str, *arguments: str, **options: Any) -> Case:

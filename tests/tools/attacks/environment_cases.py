@@ -127,7 +127,6 @@ def _users() -> Iterator[Case]:
         "export": ("export", *_PREDICT[:1], "{}/x.jax", "--platforms=cpu"),
         "convert": ("convert", "<structvit_run>", "{}/x"),
         "shards": ("prepare shards", "<images>", "{}/x", "--images"),
-        "motion": ("motion", "{}/x.png", "--clips=8"),
         "prepare": ("prepare folder", "<images>", "--images", "--out={}/x"),
         "features": ("predict", *_PREDICT, "--features={}/x"),
         "evaluate": ("evaluate", "<image_run>", "--out={}/x"),

@@ -62,10 +62,9 @@ _WRITE = {
     "shards": ("prepare shards", "<images>", "{}", "--images"),
     "label maps": ("prepare label_maps", "<structvit_run>", "{}"),
     "ablate": ("ablate", DIGITS, *ARMS, "--workdir={}"),
-    "motion": ("motion", "{}", "--clips=8"),
 }
 _WRITES_NOTHING = ("plan",)
-_FILES = ("export", "report", "motion", "convert to a file")  # whose output is a file, not a folder
+_FILES = ("export", "report", "convert to a file")  # whose output is a file, not a folder
 
 
 def cases() -> Iterator[Case]:
@@ -88,7 +87,7 @@ def cases() -> Iterator[Case]:
         for place in _REMOTE:
             filled = [argument.replace("{}", place) for argument in arguments]
             yield _case(f"{name} to {place}", command, *filled, codes=remote, first=_impatient)
-        if name in ("export", "report", "motion") and os.geteuid() == 0:
+        if name in ("export", "report") and os.geteuid() == 0:
             filled = [argument.replace("{}", "<here>/null") for argument in arguments]
             yield _case(
                 f"{name} to a device",
