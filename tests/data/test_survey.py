@@ -50,7 +50,7 @@ def test_examples_and_ignored_files_are_counted(tmp_path):
     train, val = found.splits
     assert (len(train.source), len(val.source), found.unit) == (7, 2, "images")
     assert train.classes == {"a": 4, "b": 3}
-    assert train.spread("width") == "20" and train.spread("height") == "10" and not found.errors
+    assert train.range_text("width") == "20" and train.range_text("height") == "10" and not found.errors
     assert "\x1b" not in found.table() + "".join(found.lines())
     assert found.lines() == [
         "data: 7 train + 2 val images, 2 classes of 3 to 4 (median 4); 20 x 10 pixels",
@@ -344,7 +344,7 @@ def test_changed_data_are_described(tmp_path):
         "",
         "train: 0 of 18 sampled examples are the same; test: 0 of 4 sampled examples are the same",
         "train: 17 examples instead of 18, 17 of 18 sampled examples are the same",
-        "test: examples of other names, 2 of 4 sampled examples are the same",
+        "test: examples with other names, 2 of 4 sampled examples are the same",
     ]
     lists = tmp_path / "lists"
     structvit("prepare", "folder", str(root), "--out", str(lists))
