@@ -16,7 +16,7 @@ def command(checkpoint: str, arguments: ConfigArguments, path: str, platforms: s
     """Export a trained model as a program that runs without this package.
 
     Writes two files. OUT.jax holds the program and its weights, serialised by `jax.export`. OUT.jax.json
-    describes the inputs, the outputs, the classes and how to run the program. It needs only JAX and
+    describes the inputs, the outputs, the classes and how to run the program. The program needs only JAX and
     flatbuffers, and takes any number of examples. JAX guarantees to run programs that were exported up to six
     months earlier.
 

@@ -225,7 +225,8 @@ def label_maps(checkpoint: str, arguments: ConfigArguments, folder: str, top: in
     \b
     Example:
       structvit prepare label_maps runs/teacher maps
-      structvit train --config=imagenet:structvit_s_4_1,224_labels --config.data.label_maps=maps
+      structvit train --config=imagenet:structvit_s_4_1,224_labels --config.data.root=IMAGENET \\
+          --config.data.label_maps=maps
     """
     config = options.open_checkpoint_config(checkpoint, arguments)
     from structvit_jax.inference import label_map_writer

@@ -126,7 +126,7 @@ KEYS: dict[str, Key] = {
     ),
     "data.val_fraction": Key(
         0.0,
-        "fraction of the training examples to hold out if there is no test split; 0: that is an error",
+        "fraction of the training examples to hold out if there is no test split; with 0, one is required",
         _BELOW_ONE,
     ),
     "data.batch_size": Key(
@@ -256,7 +256,7 @@ KEYS: dict[str, Key] = {
     "checkpoint.every": Key("1 epochs", "interval at which to save"),
     "checkpoint.keep": Key(2, "number of latest checkpoints to keep", _at_least(1)),
     "checkpoint.keep_best": Key(
-        0, "number of checkpoints with the best top1 to keep; if above 0, each evaluation saves one", _COUNT
+        0, "number of checkpoints to keep, by best top1; if above 0, each evaluation saves one", _COUNT
     ),
     "checkpoint.keep_every": Key("", "also keep checkpoints at multiples of this duration"),
     # Devices and processes of a run.

@@ -314,7 +314,8 @@ def kind_of(name: str) -> str:
 
 def _describe(ignored: collections.Counter[str]) -> str:
     """Return counts by `kind_of` as text, the largest first: "; ignored: .tiff (12), no extension (3)"."""
-    kinds = [f"{kind} ({count:,})" for kind, count in ignored.most_common() if count]
+    counts = sorted(ignored.items(), key=lambda item: (-item[1], item[0]))
+    kinds = [f"{kind} ({count:,})" for kind, count in counts if count]
     return f"; ignored: {_shorten(kinds, 6)}" if kinds else ""
 
 

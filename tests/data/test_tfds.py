@@ -233,7 +233,7 @@ def test_a_tfds_image_set_trains_without_tensorflow(tmp_path, command):
         part.test.source.open(0)
 
     wrong = command(*arguments[:3], "--config.data.test_split=tst")
-    assert "no split 'tst' but test, train" in wrong.stderr.replace("train, test", "test, train")
+    assert "no split 'tst', only test, train" in wrong.stderr.replace("train, test", "test, train")
 
 
 @pytest.mark.parametrize("name", ["no_such_set", "imagenet2012", "cifar10"])
