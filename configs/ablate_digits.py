@@ -3,9 +3,9 @@
     structvit ablate --config=ablate_digits
 
 Data: clips of 4 frames of 24x24 with a digit that drifts or rotates (real scans, moved synthetically; they
-come with scikit-learn). The model is a two-block transformer on a grid of 4x6x6 positions, with its attention
-replaced. Each arm uses the learning rate that is best on validation clips, made of training scans; five seeds
-are then evaluated on 2000 clips of held-out scans.
+come with scikit-learn). The model is a transformer of two blocks on a grid of 4x6x6 positions; each arm
+replaces its attention. For each arm, the learning rate with the best accuracy on validation clips (made of
+training scans) is selected. Five seeds are then trained and evaluated on 2000 clips of held-out scans.
 Measured: 151 runs in 2.4 hours on two cores of an AMD EPYC (float32, JAX 0.10.2, November 2026); the results
 are in docs/ablations.md.
 """
@@ -33,7 +33,7 @@ STUDY = {
     ),
     "against": "ConvSA",
     "same_time": "D = 4",
-    "lrs": (2e-3, 4e-3, 8e-3),  # why not 1.6e-2: docs/ablations.md
+    "lrs": (2e-3, 4e-3, 8e-3),  # docs/ablations.md explains why not 1.6e-2
     "tune_seeds": 3,
     "seeds": 5,
 }
@@ -48,7 +48,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.test_examples = 2000
     config.data.mean = (0.15, 0.15, 0.15)
     config.data.std = (0.2, 0.2, 0.2)
-    config.data.workers = 2  # processes, since threads would wait for each other: clips are made in Python
+    config.data.workers = 2  # clips are made in Python, so threads would block each other
 
     config.model.name = "deit_tiny_video"
     config.model.patch, config.model.num_frames = 4, 4

@@ -6,15 +6,20 @@
 
 The argument is imagenet or something_v1 (16 frames, from the ImageNet weights), followed by any of
 
-    structure_dim=D                       table 1; 0 is plain attention, 1 ConvSA; default 4
-    window=M, key_window=, value_window=  tables 1 and 6b, sides of the kernels; default 3
-    aggregation=element                   table 6a; default context
-    key_kernels=shared, value_kernels=    table 6a; default channel
-    width=W, depth=N                      table 7, the same cost in other ways, with structure_dim=0
+    structure_dim=D                             table 1; 0 is plain attention, 1 is ConvSA; default 4
+    window=M, key_window=M, value_window=M      tables 1 and 6b, sides of the kernels; default 3
+    aggregation=element                         table 6a; default context
+    key_kernels=shared, value_kernels=shared    table 6a; default channel
+    width=W, depth=N                            table 7: wider or deeper models of the same cost with
+                                                plain attention (structure_dim=0)
 
-The paper: top-1 on ImageNet and Something-Something V1, by structure_dim: 80.5 and 48.3 (0), 80.8 and 49.7
-(1), 80.9 and 50.1 (2), 81.1 and 50.4 (4), 81.3 and 50.6 (8).
-Not run here on these data.
+The paper reports this top-1:
+
+    structure_dim               0     1     2     4     8
+    ImageNet                 80.5  80.8  80.9  81.1  81.3
+    Something-Something V1   48.3  49.7  50.1  50.4  50.6
+
+These configurations have not been trained here.
 """
 
 import ml_collections

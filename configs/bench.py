@@ -3,9 +3,9 @@
     structvit bench model --config=bench:structvit_s_4_1 --peer=torch
     structvit bench model --config=bench:structvit_s_4_1_video
 
-The argument is the model: eight images of 224, or one clip of 16 frames, without augmentation. Set
---config.model.dtype=bfloat16 for half precision, --config.data.batch_size for larger batches, and
---config.data.size and --config.data.frames for other sizes.
+The argument is the name of the model. A batch is eight images of 224x224, or one clip of 16 such frames,
+without augmentation. Set --config.model.dtype=bfloat16 for half precision, --config.data.batch_size for
+larger batches, and --config.data.size and --config.data.frames for other input sizes.
 
 Measured: train steps at 3.35 images/s and 0.200 clips/s on two cores of an AMD EPYC (float32, JAX 0.10.2,
 27 November 2026). docs/speed.md has all measurements.

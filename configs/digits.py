@@ -2,7 +2,7 @@
 
     structvit train --config=digits
 
-Data: 1437 real scans for training and 360 for testing, which come with scikit-learn.
+Data: real scans of digits that come with scikit-learn, 1437 for training and 360 for testing.
 Measured: top-1 0.972 on the 360 scans after 449 steps of 64 images, in 53 s on two cores of an AMD EPYC
 (float32, Python 3.11, JAX 0.10.2, November 2026; one run).
 """

@@ -6,9 +6,9 @@
 
 Data: Diving48_V2_train.json, Diving48_V2_test.json, Diving48_vocab.json and the videos (15,027 for training
 and 1,970 for testing).
-Initial weights: Kinetics-400, as in the paper: a run of configs/kinetics400.py, or a released file.
-The paper: top-1 88.3 (structvit_b_4_1_video). It does not state the test views; here they are 3 crops.
-Not run here on these data.
+Initial weights: Kinetics-400 weights, as in the paper: a run of configs/kinetics400.py or a released file.
+The paper: top-1 88.3 (structvit_b_4_1_video). It does not state the test views; here they are three crops.
+This configuration has not been trained here.
 """
 
 import ml_collections

@@ -4,13 +4,13 @@
     structvit train --config=finegym:structvit_b_4_1_video --config.data.root=DIR \
         --config.init_from=RUN_OR_FILE
 
-Data: the annotations v1.1, the lists of categories and elements, and the whole videos, from which clips are
-cut by their times (Gym99: 20,484 for training and 8,521 for testing). `structvit prepare shards` copies the
-clips, which then read faster.
-Initial weights: Kinetics-400, as in the paper: a run of configs/kinetics400.py, or a released file.
+Data: the annotations v1.1, the lists of categories and elements, and the whole videos. Clips are parts of
+these videos (Gym99: 20,484 for training and 8,521 for testing). `structvit prepare shards` stores each clip
+separately, so that reading is faster.
+Initial weights: Kinetics-400 weights, as in the paper: a run of configs/kinetics400.py or a released file.
 The paper: mean per-class top-1 (mean_class in result.json) 89.5 on Gym99 and 54.2 on Gym288
-(structvit_b_4_1_video). It does not state the test views; here they are 3 crops.
-Not run here on these data.
+(structvit_b_4_1_video). It does not state the test views; here they are three crops.
+This configuration has not been trained here.
 """
 
 import ml_collections

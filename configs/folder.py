@@ -6,14 +6,15 @@
         --config.init_from=RUN_OR_FILE
 
 Data: DIR/train/CLASS/FILE and DIR/val/CLASS/FILE, or lists DIR/train.csv and DIR/val.csv
-(path,label[,start,end]), or DIR/CLASS/FILE, of which a tenth is then held out for testing. docs/your-data.md
-describes all layouts.
+(path,label[,start,end]), or DIR/CLASS/FILE. If there is no test split, a tenth of the examples is held out
+for testing. docs/your-data.md describes all layouts.
 
-The argument is MODEL,STAGE: a model, as structvit_s_4_1, and scratch or finetune. Keys that are left open are
-chosen to fit the data (structvit_jax/config/automatic.py) and printed in one line: a small StructViT for
-videos or for images, whichever most files are, the size of its input, the batch, and a duration of 300 to
-10,000 steps. Set any key on the command line, as --config.train.duration="10 epochs". Left and right may be
-classes, so clips are not mirrored; if they are not, try --config.augment.flip=0.5.
+The argument is MODEL,STAGE: a model such as structvit_s_4_1, and scratch (the default) or finetune. Keys that
+are left open are set to values that fit the data (structvit_jax/config/automatic.py) and printed in one line:
+a small StructViT for videos or images, depending on the kind of most files; the input size; the batch; and a
+duration of 300 to 10,000 steps. Any key can be set on the command line, for example
+--config.train.duration="10 epochs". Clips are not flipped, because left and right may be different classes.
+If they are not, try --config.augment.flip=0.5.
 
 Measured in a test: top-1 of at least 0.9 on 150 unseen video files after 140 steps of 16 clips of 24x24, from
 180 files of three classes, on two cores of an AMD EPYC (float32, JAX 0.10.2, November 2026).
@@ -46,12 +47,12 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     if not finetune:
         config.data.mean = (0.45, 0.45, 0.45)
         config.data.std = (0.225, 0.225, 0.225)
-    else:  # as the weights were trained
-        config.init_from = None  # to be set
+    else:  # mean, std and channels are those of the weights
+        config.init_from = None  # the user sets it
         if model and "tiny" not in model:
             config.data.size = 224
         config.data.batch_size = 16
-        config.model.drop_path = 0.2  # more than for large data sets, as UniFormer on Something-Something
+        config.model.drop_path = 0.2  # more than for large data sets, like UniFormer on Something-Something
         config.train.grad_accum_steps = 2  # 8 clips at a time: 14 GB for structvit_s_4_1_video (estimated)
         config.optimizer.lr = 1e-4  # UniFormer's rule: 2e-4 for 32 clips
         config.optimizer.layer_decay = 0.85

@@ -4,13 +4,13 @@
     structvit train --config=kinetics400:structvit_s_4_1_video --config.data.root=DIR \
         --config.init_from=RUN_OR_FILE
 
-Data: the official csv files and the trimmed videos (240,436 for training and 19,796 for testing in
+Data: the official CSV files and the trimmed videos (240,436 for training and 19,796 for testing in
 mmaction2's copy).
-Initial weights: ImageNet, inflated in time, as in the paper: a run of configs/imagenet.py, or a file that
-UniFormer released.
+Initial weights: ImageNet weights, inflated in time as in the paper: a run of configs/imagenet.py, or a file
+that UniFormer released.
 The paper: top-1 with 4 clips 81.4 (structvit_s_4_1_video, 16 frames) and 83.3 (structvit_b_4_1_video, 32
 frames).
-Not run here on these data.
+This configuration has not been trained here.
 """
 
 import ml_collections

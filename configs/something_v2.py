@@ -4,11 +4,11 @@
     structvit train --config=something_v2:structvit_s_4_1_video --config.data.root=DIR \
         --config.init_from=RUN_OR_FILE
 
-Data: the json files and the webm videos (168,913 for training and 24,777 for testing).
-Initial weights: Kinetics-400, as in the paper: a run of configs/kinetics400.py, or a released file.
+Data: the JSON files and the WebM videos (168,913 for training and 24,777 for testing).
+Initial weights: Kinetics-400 weights, as in the paper: a run of configs/kinetics400.py or a released file.
 The paper: top-1 with 3 crops 68.8 (structvit_s_4_1_video, 16 frames) and 71.5 (structvit_b_4_1_video, 32
 frames).
-Not run here on these data.
+This configuration has not been trained here.
 """
 
 import ml_collections

@@ -1,7 +1,7 @@
 """The `structvit` command.
 
 Each subcommand is a module of this package that defines `command`. It imports heavy packages when the command
-runs, so that `structvit --help` returns at once.
+runs, so that `structvit --help` is fast.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ for _name in COMMANDS:
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the `structvit` command and exit.
 
-    Exit codes: 0 success, 1 unreadable data or a bug, 2 an error of the user, 75 re-run to resume, 130
-    interrupted.
+    Exit codes: 0 success, 1 a failed check (of data or kernels) or a bug, 2 an error that the user can fix,
+    75 re-run to resume, 130 interrupted.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if instruction := os.environ.get(_COMPLETE):
@@ -65,11 +65,11 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 
 def run(command: click.Command, arguments: Sequence[str], *, name: str, trains: bool) -> NoReturn:
-    """Run a command and exit; an expected failure is one line on stderr.
+    """Run a command and exit; print an expected failure as one line on stderr.
 
     Args:
       command: the command.
-      arguments: its command line.
+      arguments: its command line, without the name of the program.
       name: the name of the program in its help.
       trains: whether the command trains; a signal then saves the run.
     """
@@ -88,7 +88,7 @@ def call(command: click.Command, arguments: Sequence[str], name: str = "structvi
     """Run a command in this process and return its exit code.
 
     Raises:
-      UserError: also for a command line that the command does not accept.
+      UserError: the command fails, or does not accept its command line.
     """
     try:
         with command.make_context(name, list(arguments)) as context:
@@ -104,7 +104,7 @@ def call(command: click.Command, arguments: Sequence[str], name: str = "structvi
 
 
 def _message(error: click.ClickException) -> str:
-    """Return the message of an exception of click as one line that names the help."""
+    """Return the message of an exception of click in one line, with the `--help` command to see."""
     text = " ".join(error.format_message().split())
     context = error.ctx if isinstance(error, click.UsageError) else None
     if not context:
@@ -115,10 +115,11 @@ def _message(error: click.ClickException) -> str:
 def _complete(instruction: str) -> int:
     """Answer the completion script of a shell and return the exit code.
 
-    Unlike click's own function, complete files where nothing else is known, and never print a traceback.
+    Unlike click's own function, complete file names if there are no other completions, and never print a
+    traceback.
 
     Raises:
-      UserError: a request that no completion script sends.
+      UserError: the request does not come from a completion script.
     """
     shell, _, request = instruction.partition("_")
     shell_class = get_completion_class(shell)

@@ -19,7 +19,7 @@ from structvit_jax.cli.options import ConfigArguments
 from structvit_jax.config import KEYS, automatic, keys_of, set_value, short
 from structvit_jax.utils.errors import UserError, did_you_mean
 
-# Names that other projects give to our keys: the last part, in lower case and without underscores.
+# Names that other projects use for these keys: last part only, lower case, without underscores.
 _SYNONYMS = {
     synonym: key
     for key, synonyms in {
@@ -56,7 +56,7 @@ _SYNONYMS = {
 
 
 def load_config(arguments: ConfigArguments) -> ml_collections.ConfigDict:
-    """Return the configuration of a command line. The values of all keys but open ones are checked.
+    """Return the configuration of a command line, after checking the values of all keys that are not open.
 
     Raises:
       UserError: no file, a file that fails or returns something else, an unknown key, or a value of
@@ -72,7 +72,7 @@ class File(NamedTuple):
     """A configuration file."""
 
     config: ml_collections.ConfigDict  # the result of get_config()
-    constants: Mapping[str, Any]  # the module's names, as STUDY
+    constants: Mapping[str, Any]  # global names of the file, such as STUDY
 
 
 def load_file(given: str) -> File:
@@ -85,7 +85,7 @@ def load_file(given: str) -> File:
       UserError: no file, or a file that fails or returns something else.
     """
     if not given:
-        raise UserError("no configuration is given: --config=configs/moving_digits.py")
+        raise UserError("no configuration is given: set --config, for example --config=moving_digits")
     name, _, argument = given.partition(":")
     path = find_file(name)
     try:
@@ -101,7 +101,7 @@ def load_file(given: str) -> File:
         raise _file_error(error, path) from error
     if not isinstance(config, ml_collections.ConfigDict) or dict(keys_of(config)).keys() != KEYS.keys():
         raise UserError(
-            f"get_config() in {path} has to return structvit_jax.config.default_config() with other values"
+            f"get_config() in {path} must return structvit_jax.config.default_config() with changed values"
         )
     return File(config, constants)
 
@@ -115,7 +115,7 @@ def override(config: ml_collections.ConfigDict, overrides: Mapping[str, str]) ->
     for name, text in overrides.items():
         if name in config and name not in KEYS:
             first = next(key for key in KEYS if key.startswith(f"{name}."))
-            raise UserError(f"config.{name} is a section; set its keys, as --config.{first}=VALUE")
+            raise UserError(f"config.{name} is a section; set its keys, such as --config.{first}=VALUE")
         if name not in KEYS:
             raise UserError(f"the configuration has no key {name!r}.{suggest_key(name)}")
         key = KEYS[name]
@@ -131,13 +131,13 @@ _TYPES = {
     bool: "true or false",
     int: "an integer",
     float: "a number",
-    tuple: "a tuple, as (1,2)",
-    object: "an integer or a tuple, as 3 or (3,5)",
+    tuple: "a tuple, such as (1,2)",
+    object: "an integer or a tuple, such as 3 or (3,5)",
 }
 
 
 def _parse(text: str, kind: type) -> Any:
-    """Return the value of a type that a text denotes.
+    """Parse a text as a value of the type `kind`.
 
     Raises:
       ValueError, SyntaxError, MemoryError, RecursionError: the text is malformed.
@@ -155,10 +155,10 @@ def _parse(text: str, kind: type) -> Any:
 
 
 def find_file(name: str) -> Path:
-    """Return the path of a configuration: a file, or one of the package, as "moving_digits".
+    """Return the path of a configuration file, given as a path or as a name in configs/.
 
     Raises:
-      UserError: there is none.
+      UserError: there is no such file.
     """
     path = Path(name)
     if path.suffix == ".py" and os.path.isfile(path):
@@ -178,7 +178,7 @@ def _file_error(error: BaseException, path: Path) -> UserError:
     frames = list(traceback.walk_tb(error.__traceback__))
     lines = [line for frame, line in frames if frame.f_code.co_filename == str(path)]
     where = f"{path}:{lines[-1]}" if lines else str(path)
-    # For a missing key ConfigDict raises an exception that only has a message; its method has the key.
+    # ConfigDict's exception for a missing key has only a message. The key is a local name of its method.
     names, missing = frames[-1][0].f_locals, isinstance(error, AttributeError | KeyError)
     if missing and isinstance(names.get("self"), ml_collections.ConfigDict):
         key = str(names.get("attribute", names.get("key")))
@@ -188,7 +188,7 @@ def _file_error(error: BaseException, path: Path) -> UserError:
 
 
 def suggest_key(wrong: str) -> str:
-    """Return " Did you mean ...?" with at most three keys, or how to print all keys if none is near."""
+    """Return " Did you mean ...?" with at most three keys, or how to list all keys if none is similar."""
     section, _, name = wrong.rpartition(".")
     plain = name.lower().replace("_", "")
     last = {key: key.rpartition(".")[2] for key in KEYS}
@@ -197,6 +197,6 @@ def suggest_key(wrong: str) -> str:
     near = near or difflib.get_close_matches(wrong, KEYS, n=2, cutoff=0.7)
     near = near or [key for key in KEYS if difflib.SequenceMatcher(None, name, last[key]).ratio() > 0.75]
     if not near:
-        return " structvit show --keys lists them."
+        return " structvit show --keys lists all keys."
     near = sorted(dict.fromkeys(near), key=lambda key: not key.startswith(f"{section}."))[:3]
     return " Did you mean " + " or ".join(f"config.{key}" for key in near) + "?"

@@ -12,10 +12,18 @@ from structvit_jax.cli.options import Command
 @click.command(cls=Command)
 @click.argument("source", metavar="SOURCE")
 @click.argument("destination", metavar="DESTINATION")
-@click.option("--model", metavar="NAME", help="Model to convert to. Default: that of SOURCE.")
+@click.option("--model", metavar="NAME", help="Model to convert to. Default: the model of SOURCE.")
 @click.option("--data", metavar="NAME", help="Data set that released weights were trained on.")
-@click.option("--head_width", type=click.Choice([32, 64]), help="Width of a head, if both were released.")
-@click.option("--weights", type=click.Choice(["raw", "ema"]), help="Raw or averaged, if SOURCE holds both.")
+@click.option(
+    "--head_width",
+    type=click.Choice([32, 64]),
+    help="Channels per attention head, if weights with both were released.",
+)
+@click.option(
+    "--weights",
+    type=click.Choice(["raw", "ema"]),
+    help="Weights to convert if SOURCE holds both: raw, or their moving average.",
+)
 @click.option("--labels", metavar="FILE", help="Class names, one per line, in the order of the head.")
 @click.option(
     "--inflate",
@@ -28,14 +36,14 @@ from structvit_jax.cli.options import Command
     type=float,
     default=0.1,
     metavar="STD",
-    help="Standard deviation of noise that sets equal structure kernels apart.",
+    help="Standard deviation of the noise that makes equal structure kernels differ.",
 )
 def command(**arguments: Any) -> None:
     """Convert weights from and to PyTorch, or to another model.
 
     SOURCE is a run or checkpoint, or a .pth (needs the extra `torch`) or .safetensors file of a UniFormer or
     StructViT. DESTINATION is a new folder, which becomes a checkpoint, or a new .pth or .safetensors file,
-    which holds the weights by PyTorch's names, the model, the class names and the normalisation.
+    which holds the weights under PyTorch's names, the model, the class names and the normalisation.
 
     --model=structvit_s_4_1 turns a UniFormer-S into a StructViT-S that computes the same function;
     --model=uniformer_s_video inflates it to a model for videos. Give --data, --head_width or --weights if an

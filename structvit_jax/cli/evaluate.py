@@ -12,9 +12,9 @@ from structvit_jax.cli.options import CheckpointCommand, ConfigArguments, open_c
 def command(checkpoint: str, arguments: ConfigArguments, out: str | None) -> None:
     """Evaluate a checkpoint.
 
-    CHECKPOINT is RUN/checkpoints/STEP, or RUN for its latest. The checkpoint names the model, the test data
-    and how they are read; --config.SECTION.KEY changes these, for example the folder of the data or the
-    number of views.
+    CHECKPOINT is RUN/checkpoints/STEP, or RUN for its latest. The model, the test data and the way to read
+    them are stored in the checkpoint. --config.SECTION.KEY overrides these, for example the folder of the
+    data or the number of views.
 
     \b
     Example:

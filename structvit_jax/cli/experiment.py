@@ -24,13 +24,13 @@ class Experiment(NamedTuple):
 def open_experiment(
     config: ml_collections.ConfigDict, workdir: str, *, survey: bool = False, cached: bool = True
 ) -> Experiment:
-    """Open the data of a configuration, fill in its open keys, open its devices, and log what was chosen.
+    """Open the data of a configuration, fill in its open keys, open its devices, and log the chosen values.
 
     Args:
       config: see `structvit_jax.cli.configuration.load_config`.
-      workdir: of the run; a checkpoint in it sets the open keys.
-      survey: examine the data first, if they are files, and log warnings.
-      cached: cache compiled programs. Those for other machines cannot be loaded again.
+      workdir: folder of the run; if it has a checkpoint, that sets the open keys.
+      survey: if the data are files, examine them first and log warnings.
+      cached: cache compiled programs; False for those of other machines, which cannot be loaded here.
 
     Raises:
       UserError: a configuration, data or devices that cannot be used.
@@ -63,7 +63,7 @@ def open_experiment(
 
 
 def select_devices(config: ml_collections.ConfigDict, *, cached: bool = True) -> None:
-    """Open the devices of config.mesh, and use its cache of compiled programs."""
+    """Open the devices of config.mesh; with `cached`, use its cache of compiled programs."""
     from structvit_jax.runtime import devices
 
     devices.select_devices(config.mesh.device)

@@ -9,13 +9,16 @@ from structvit_jax.cli.options import CheckpointCommand, ConfigArguments, open_c
 
 @click.command(cls=CheckpointCommand)
 @click.argument("path", metavar="OUT.jax")
-@click.option("--platforms", default="cpu,cuda,tpu", metavar="LIST", help="Platforms to run on.")
+@click.option(
+    "--platforms", default="cpu,cuda,tpu", metavar="LIST", help="Platforms on which the program can run."
+)
 def command(checkpoint: str, arguments: ConfigArguments, path: str, platforms: str) -> None:
-    """Export a trained model as a program that needs only JAX.
+    """Export a trained model as a program that runs without this package.
 
-    Writes OUT.jax, the program and its weights serialised by `jax.export`, and OUT.jax.json, which describes
-    the inputs, the outputs, the classes and how to run it. The program takes any number of examples. JAX
-    guarantees to run programs that were exported up to six months earlier.
+    Writes two files. OUT.jax holds the program and its weights, serialised by `jax.export`. OUT.jax.json
+    describes the inputs, the outputs, the classes and how to run the program. The program needs only JAX and
+    flatbuffers, and takes any number of examples. JAX guarantees to run programs that were exported up to six
+    months earlier.
 
     \b
     Example:

@@ -1,4 +1,4 @@
-"""Commands and options that several subcommands share. Imports nothing that takes long."""
+"""Commands and options that several subcommands share. This module imports no heavy packages."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 SETTINGS = {
     "help_option_names": ["-h", "--help"],
-    "token_normalize_func": lambda token: token.replace("-", "_"),  # --train-split is --train_split
+    "token_normalize_func": lambda token: token.replace("-", "_"),  # --train-split means --train_split
     "show_default": True,
 }
 
@@ -25,8 +25,8 @@ class ConfigArguments(NamedTuple):
     """The configuration options of a command line."""
 
     file: str  # of --config, with an argument after ":"; "" without --config
-    overrides: Mapping[str, str]  # of --config.KEY=VALUE, as {"optimizer.lr": "1e-3"}
-    workdir: str  # of --workdir, by default runs/NAME with the name of the file
+    overrides: Mapping[str, str]  # of --config.KEY=VALUE, such as {"optimizer.lr": "1e-3"}
+    workdir: str  # of --workdir; default: runs/NAME, where NAME is that of the file
 
 
 class Command(click.Command):
@@ -48,7 +48,7 @@ class CommandGroup(Command, click.Group):
 _CONFIG = click.Option(
     ["--config"],
     metavar="FILE[:ARGUMENT]",
-    help="Configuration: a file, or the name of one in configs/, as moving_digits.",
+    help="Configuration: a file, or a name in configs/ such as moving_digits.",
 )
 _KEY = click.Option(  # in the help only: `split_overrides` reads these options
     ["key", "--config.SECTION.KEY"],
@@ -57,12 +57,12 @@ _KEY = click.Option(  # in the help only: `split_overrides` reads these options
     help="Set a key of the configuration. `structvit show --keys` lists all keys.",
 )
 _WORKDIR = click.Option(
-    ["--workdir"], metavar="DIR", help="Folder of the run. Default: runs/NAME, with the name of FILE."
+    ["--workdir"], metavar="DIR", help="Folder of the run. Default: runs/NAME, where NAME is that of FILE."
 )
 
 
 class ConfigCommand(Command):
-    """A command that takes a configuration; its function gets `arguments`, see `ConfigArguments`."""
+    """A command that takes a configuration; its function receives `arguments`, a `ConfigArguments`."""
 
     _own_params: tuple[click.Parameter, ...] = (_CONFIG, _KEY, _WORKDIR)
 
@@ -80,7 +80,10 @@ class ConfigCommand(Command):
 
 
 class CheckpointCommand(ConfigCommand):
-    """A command that takes a checkpoint and changes of its configuration: `checkpoint` and `arguments`."""
+    """A command that takes a checkpoint and overrides of its configuration.
+
+    Its function receives `checkpoint` and `arguments`, a `ConfigArguments`.
+    """
 
     _own_params = (click.Argument(["checkpoint"], metavar="CHECKPOINT"), _KEY)
 
@@ -88,7 +91,7 @@ class CheckpointCommand(ConfigCommand):
         if any(argument.partition("=")[0] == "--config" for argument in args):
             raise UserError(
                 f"{ctx.command_path} takes its configuration from the checkpoint, not from --config; change"
-                " single keys, as --config.data.root=DIR"
+                " single keys, for example --config.data.root=DIR"
             )
         return super().parse_args(ctx, args)
 
@@ -132,7 +135,7 @@ def open_checkpoint_config(checkpoint: str, arguments: ConfigArguments) -> ml_co
     from structvit_jax.training.restore import open_card
 
     configure_decoding()
-    # First, because reading the card opens a device.
+    # First, because reading the checkpoint's metadata opens a device.
     devices.select_devices(arguments.overrides.get("mesh.device", "auto"))
     config = from_card(open_card(checkpoint)["config"], checkpoint)
     override(config, arguments.overrides)

@@ -22,7 +22,11 @@ if TYPE_CHECKING:
 @click.command(cls=CheckpointCommand)
 @click.argument("paths", metavar="FILE...", nargs=-1, required=True)
 @click.option(
-    "--top", type=click.IntRange(min=1), default=5, metavar="N", help="Print the N most probable classes."
+    "--top",
+    type=click.IntRange(min=1),
+    default=5,
+    metavar="N",
+    help="Number of most probable classes to print.",
 )
 @click.option(
     "--format",
@@ -35,9 +39,9 @@ if TYPE_CHECKING:
     "--every",
     type=click.FloatRange(min=0),
     default=0.0,
-    show_default="whole videos",
+    show_default=False,
     metavar="SECONDS",
-    help="Cut longer videos into parts of this length.",
+    help="Cut longer videos into parts of this length. Default: whole videos.",
 )
 @click.option(
     "--features",
@@ -55,10 +59,10 @@ def command(
 ) -> None:
     """Run a trained model on files and folders.
 
-    Prints one line per example. FILE is an image or a video, whichever the model takes; a folder of frames,
-    which is one video; another folder, which is searched recursively; or test:N, example N of the test data
-    of the run. Unreadable files are reported and skipped; the exit code is then 2. --config.SECTION.KEY
-    changes how examples are read, for example the number of views.
+    Prints one line per example. FILE is an image or a video, depending on the model. It can also be a folder
+    of frames, which is one video; another folder, which is searched recursively; or test:N for example N of
+    the test data of the run. Unreadable files are reported and skipped; the exit code is then 2. Set
+    --config.SECTION.KEY to change how examples are read, for example the number of views.
 
     \b
     Example:
@@ -81,13 +85,13 @@ def _print(
     top: int,
     features: str | None,
 ) -> tuple[int, int]:
-    """Print predictions and the notes on them; return the numbers of all and of unreadable examples.
+    """Print predictions and their notes; return the number of examples and how many are unreadable.
 
     Args:
-      predictions: printed one by one.
+      predictions: printed as they arrive.
       as_text: one of _FORMATS.
       top: number of classes to print.
-      features: folder to write features to, if any.
+      features: folder to write features to; None writes none.
     """
     total, unreadable, short = 0, 0, list[str]()
     for prediction in predictions:

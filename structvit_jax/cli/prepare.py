@@ -1,4 +1,4 @@
-"""`structvit prepare`: lists, shards and label maps to train from, and a check of a data set."""
+"""`structvit prepare`: check data sets, and write lists, shards and label maps to train from."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from structvit_jax.utils.errors import UserError
 F = TypeVar("F", bound=Callable[..., Any])
 # Data sets whose annotation files structvit_jax.data.annotations reads.
 PUBLISHED = {
-    "kinetics400": "Kinetics-400, from its CSV files.",
-    "something_v1": "Something-Something V1, from its CSV files and folders of frames.",
-    "something_v2": "Something-Something V2, from its JSON files.",
-    "diving48": "Diving-48 (V2), from its JSON files.",
-    "finegym99": "FineGym with 99 classes, from its lists and its JSON file.",
-    "finegym288": "FineGym with 288 classes, from its lists and its JSON file.",
-    "imagenet": "ImageNet-1K, from its folders and its development kit.",
+    "kinetics400": "Prepare Kinetics-400 from its CSV files.",
+    "something_v1": "Prepare Something-Something V1 from its CSV files and folders of frames.",
+    "something_v2": "Prepare Something-Something V2 from its JSON files.",
+    "diving48": "Prepare Diving-48 (V2) from its JSON files.",
+    "finegym99": "Prepare FineGym with 99 classes from its lists and its JSON file.",
+    "finegym288": "Prepare FineGym with 288 classes from its lists and its JSON file.",
+    "imagenet": "Prepare ImageNet-1K from its folders of images and LOC_val_solution.csv.",
 }
 
 
 @click.group(cls=options.CommandGroup)
 def command() -> None:
-    """Prepare and check data sets: lists to train from, shards, and label maps.
+    """Check data sets, and write lists, shards and label maps to train from.
 
-    --check decodes frames at the beginning, middle and end of every example, in parallel, and prints a table
-    of the data set and the command to run next. Unreadable examples and the reasons are written to
-    bad_files.txt in --out; without --out, to bad_files-NAME-HASH.txt in the current folder. The exit code is
-    1 if there are any, or if the data cannot be trained on.
+    --check decodes frames at the beginning, middle and end of every example, in parallel. It prints a table
+    of the data set and the command to run next. Unreadable examples are listed with the reasons in
+    bad_files.txt in the folder --out; without --out, in bad_files-NAME-HASH.txt in the current folder. The
+    exit code is 1 if an example is unreadable, or if the data cannot be trained on.
 
     \b
     Example:
@@ -56,30 +56,35 @@ def _reject_nan(ctx: click.Context, option: click.Parameter, value: float) -> fl
 
 
 _images = click.option(
-    "--images", is_flag=True, help="Treat the examples as images. By default, the kind of most files decides."
+    "--images", is_flag=True, help="Treat the examples as images. Default: the kind of most files decides."
 )
 _output_options = _combine(
     click.option(
-        "--out", default="", show_default=False, metavar="DIR", help="Folder for lists and reports."
+        "--out", default="", show_default=False, metavar="DIR", help="Folder to write lists and reports to."
     ),
     click.option("--check", is_flag=True, help="Decode three frames of every example, and print a table."),
     click.option(
-        "--workers", type=click.IntRange(min=1), default=os.cpu_count() or 1, help="Decoding processes."
+        "--workers",
+        type=click.IntRange(min=1),
+        default=os.cpu_count() or 1,
+        metavar="N",
+        help="Number of processes that decode.",
     ),
 )
 
 
 def _split_options(val_fraction: float) -> Callable[[F], F]:
-    """Return a decorator that adds the options of folders."""
+    """Return a decorator that adds the options of commands that read a folder."""
     return _combine(
-        click.option("--train_split", default="train", help="Folder or list to train on."),
-        click.option("--test_split", default="val", help="Folder or list to test on."),
+        click.option("--train_split", default="train", metavar="NAME", help="Folder or list to train on."),
+        click.option("--test_split", default="val", metavar="NAME", help="Folder or list to test on."),
         click.option(
             "--val_fraction",
             type=click.FloatRange(0, 1, max_open=True),
             default=val_fraction,
+            metavar="X",
             callback=_reject_nan,
-            help="Fraction of the training examples held out if there is no test split.",
+            help="Fraction of the training examples to hold out for testing if there is no test split.",
         ),
         _images,
     )
@@ -96,7 +101,10 @@ def _run(source: str, paths: tuple[str, ...], **chosen: Any) -> int:
 @_output_options
 @_split_options(0.1)
 def folder(path: str, **chosen: Any) -> int:
-    """Your own data: DIR/train/CLASS/FILE and DIR/val/CLASS/FILE, lists, or DIR/CLASS/FILE alone.
+    """Prepare your own data: class folders, or lists.
+
+    DIR has DIR/train/CLASS/FILE and DIR/val/CLASS/FILE, or DIR/CLASS/FILE alone, or lists such as
+    DIR/train.csv and DIR/val.csv.
 
     \b
     Example:
@@ -110,7 +118,9 @@ def folder(path: str, **chosen: Any) -> int:
 @_output_options
 @_images
 def list_(paths: tuple[str, ...], **chosen: Any) -> int:
-    """Lists of examples (CSV, JSON lines, or SlowFast's); the first is the training list.
+    """Prepare lists of examples, in CSV, JSON lines, or SlowFast's format.
+
+    The first FILE is the training list. All lists are in the same folder.
 
     \b
     Example:
@@ -127,9 +137,11 @@ def _add_published(name: str, description: str) -> None:
 
     published.__doc__ = f"""{description}
 
-    Writes train.jsonl, val.jsonl and labels.txt to the folder --out; train with config.data.root set to it.
-    Annotated files that do not exist are listed in missing-SPLIT.txt. The numbers of examples are printed
-    beside the published ones.
+    ANNOTATIONS and FILES are folders that are searched recursively. Default for FILES: ANNOTATIONS.
+
+    Writes train.jsonl, val.jsonl and labels.txt to the folder --out; to train, set config.data.root to it.
+    Annotated files that do not exist are listed in missing-SPLIT.txt in the same folder. The numbers of
+    examples are printed beside the published ones.
 
     \b
     Example:
@@ -151,7 +163,11 @@ for _name, _description in PUBLISHED.items():
 @click.argument("out", metavar="OUT")
 @_split_options(0.0)
 @click.option(
-    "--shards", type=click.IntRange(min=0), default=0, help="Files per split; with 0, chosen automatically."
+    "--shards",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="N",
+    help="Number of files per split; 0: chosen automatically.",
 )
 @click.option(
     "--beam_runner",
@@ -165,15 +181,15 @@ for _name, _description in PUBLISHED.items():
     "beam_options",
     multiple=True,
     metavar="KEY=VALUE",
-    help="Option of the Beam pipeline; may be repeated.",
+    help="Option of the Beam pipeline; repeatable.",
 )
 def shards(root: str, out: str, beam_runner: str, beam_options: tuple[str, ...], **chosen: Any) -> None:
     """Write ArrayRecord shards of encoded clips or images, for clusters.
 
-    DIR is a folder as for `structvit prepare folder`; OUT becomes the config.data.root to train from. Parts
-    of long files are cut out without decoding. An unreadable example keeps its place, as a record of the
-    reason, so that batches are the same as from DIR. With --beam_runner, records are written in parallel;
-    this needs the extra `beam`.
+    DIR is a folder as for `structvit prepare folder`. To train, set config.data.root to OUT. If an example is
+    a part of a file, only that part is stored; it is copied without decoding. For an unreadable example the
+    reason is stored, so that batches are the same as from DIR. With --beam_runner, records are written in
+    parallel; this needs the extra `beam`.
 
     \b
     Example:
@@ -188,18 +204,29 @@ def shards(root: str, out: str, beam_runner: str, beam_options: tuple[str, ...],
 
 @command.command("label_maps", cls=options.CheckpointCommand)
 @click.argument("folder", metavar="DIR")
-@click.option("--top", type=click.IntRange(min=1), default=5, help="Number of classes kept per position.")
+@click.option(
+    "--top",
+    type=click.IntRange(min=1),
+    default=5,
+    metavar="N",
+    help="Number of classes to keep per position.",
+)
 def label_maps(checkpoint: str, arguments: ConfigArguments, folder: str, top: int) -> None:
-    """Write label maps for token labelling: a teacher's scores at each position of every training image.
+    """Write label maps for token labelling.
 
-    The data are those that the teacher was trained on. A --config.data.size larger than in its training gives
-    finer maps (one position per 32 x 32 pixels). A model without a dense head applies its head to every
-    position. DIR becomes the config.data.label_maps of a student. Re-run the command to resume.
+    A label map has a teacher's scores at each position of a training image. CHECKPOINT is the teacher, and
+    DIR is the folder to write the maps to.
+
+    The images are those that the teacher was trained on. For finer maps, set --config.data.size to more than
+    the teacher was trained with: a map has one position per 32 x 32 pixels. If the teacher has no dense head,
+    its head is applied to every position. To train a student, set config.data.label_maps to DIR. After an
+    interruption, re-run the command to resume.
 
     \b
     Example:
       structvit prepare label_maps runs/teacher maps
-      structvit train --config=imagenet:structvit_s_4_1,224_labels --config.data.label_maps=maps
+      structvit train --config=imagenet:structvit_s_4_1,224_labels --config.data.root=IMAGENET \\
+          --config.data.label_maps=maps
     """
     config = options.open_checkpoint_config(checkpoint, arguments)
     from structvit_jax.inference import label_map_writer

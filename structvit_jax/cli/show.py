@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 @click.command(cls=ConfigCommand)
 @click.option(
-    "--data", "shows_data", is_flag=True, help="Examine the data and draw a batch to WORKDIR/batch.png."
+    "--data", "shows_data", is_flag=True, help="Examine the data, and draw a batch to WORKDIR/batch.png."
 )
 @click.option("--keys", "lists_keys", is_flag=True, help="List all keys of a configuration and exit.")
 def command(arguments: ConfigArguments, shows_data: bool, lists_keys: bool) -> None:
     """Describe a configuration, or draw a batch of its data.
 
-    Prints all keys, the parameters and multiply-accumulates of the parts of the model, the shapes of a
-    batch, and the number of steps. Trains nothing.
+    Prints all keys, the number of parameters and multiply-accumulates of each part of the model, the shapes
+    of a batch, and the number of steps.
 
     \b
     Example:
@@ -57,10 +57,10 @@ def command(arguments: ConfigArguments, shows_data: bool, lists_keys: bool) -> N
 
 
 def describe(config: ml_collections.ConfigDict, data: Dataset) -> str:
-    """Return the configuration, the parts of its model, its batches and its steps as text.
+    """Describe the configuration, the parts of its model, its batches and its steps as text.
 
     Raises:
-      UserError: a model that does not fit the shape of the data.
+      UserError: the model does not fit the shape of the data.
     """
     from structvit_jax.config import durations, model_arguments
     from structvit_jax.performance.cost import cost

@@ -23,8 +23,8 @@ profile_option = click.option(
 def command(arguments: ConfigArguments, profile: str | None) -> None:
     """Train a configuration, or resume its run.
 
-    Writes config.json, metrics.jsonl, TensorBoard logs and checkpoints to the workdir and, after the
-    evaluation at the end, result.json. After an interruption, re-run the command to resume.
+    Writes config.json, metrics.jsonl, TensorBoard logs and checkpoints to the workdir. The evaluation at the
+    end writes result.json. After an interruption, re-run the command to resume.
 
     \b
     Example:
@@ -55,8 +55,8 @@ def _experiment(arguments: ConfigArguments, *, training: bool) -> Iterator[Exper
     """Connect the processes of a run and open its experiment.
 
     Args:
-      arguments: of the command line.
-      training: whether a signal stops the run after saving it, and the data are surveyed first.
+      arguments: the configuration options of the command line.
+      training: survey the data first, and save the run before a signal stops it.
     """
     from structvit_jax.cli import configuration, experiment
     from structvit_jax.runtime import heartbeat, processes, signals

@@ -1,4 +1,4 @@
-"""The configuration: keys with defaults and ranges, recipes of the paper, and keys that the data decide."""
+"""The configuration: keys with defaults and ranges, the paper's recipes, values that depend on the data."""
 
 from structvit_jax.config.keys import (
     INPUTS,

@@ -1,4 +1,4 @@
-"""Fill in keys that a configuration leaves open (None) with values that fit the data.
+"""Choose values that fit the data for keys that a configuration leaves open (None).
 
 `configs/folder.py` leaves the model, the sizes and the durations open. Values that the user sets are kept. A
 resumed run uses the values of its checkpoint (see `structvit_jax.training.start.resolve_open_keys`).
@@ -29,7 +29,7 @@ OPEN = (
     "checkpoint.every",
 )
 _MIN_STEPS = 300
-_MAX_STEPS_IMAGES, _MAX_STEPS_VIDEOS = 10_000, 5_000  # hours on a few CPU cores
+_MAX_STEPS_IMAGES, _MAX_STEPS_VIDEOS = 10_000, 5_000  # so that training takes hours on a few CPU cores
 
 
 class DataFacts(NamedTuple):
@@ -43,7 +43,7 @@ class DataFacts(NamedTuple):
 
 
 def leave_open(config: ml_collections.ConfigDict, *keys: str) -> None:
-    """Set keys of OPEN to None; they keep their types."""
+    """Set keys of OPEN to None; their types remain fixed."""
     for key in keys:
         set_value(config, key, config_dict.placeholder(KEYS[key].type))
 
@@ -62,7 +62,9 @@ def check_given(config: ml_collections.ConfigDict) -> None:
 
 
 def fill_model(config: ml_collections.ConfigDict, is_video: Callable[[], bool]) -> None:
-    """Set the model and the number of frames if they are open: each from the other, or both from the data.
+    """Set the model and the number of frames if they are open.
+
+    If only one of them is open, it follows from the other. If both are, they follow from the data.
 
     Args:
       config: changed in place.
@@ -82,11 +84,14 @@ def fill_model(config: ml_collections.ConfigDict, is_video: Callable[[], bool]) 
 def fill(config: ml_collections.ConfigDict, facts: DataFacts) -> None:
     """Set all other open keys, in place.
 
-    - size: that of the data, rounded up to a multiple of the model's stride, at most 64 (tiny models) or 224
-    - batch: 16 clips, or 16 to 128 images, so that an epoch has at least 32 steps
-    - duration: 30 epochs (20 from trained weights), but 300 to 10,000 steps (videos: 300 to 5,000)
+    - input size: the short side of the data, rounded up to a multiple of the model's stride, at most 64 (tiny
+      models) or 224; for DeiT, the size of its learned positions
+    - batch: 16 clips; or 16 to 64 images (tiny models: to 128), chosen for 32 or more steps per epoch; never
+      more than there are training examples, but at least 2
+    - duration: 30 epochs (20 from trained weights), limited to 300 to 10,000 steps (videos: 300 to 5,000)
     - warm-up: 2 epochs, at most a tenth of the run
-    - six evaluations, and a checkpoint every epoch, but 50 to 500 steps apart
+    - evaluation: six times during the run, if it has at least 60 steps
+    - checkpoints: one per epoch, limited to intervals of 50 to 500 steps
     """
     video = config.data.frames > 0
     _fill(config, "data.size", _size(config, min(facts.width, facts.height)))
@@ -103,7 +108,7 @@ def fill(config: ml_collections.ConfigDict, facts: DataFacts) -> None:
 
 
 def describe(config: ml_collections.ConfigDict, facts: DataFacts) -> str:
-    """Return a line with the sizes of the data and the chosen model, input, batch and duration."""
+    """Return one line with the sizes of the data and the chosen model, input size, batch and duration."""
     rows = facts.train_examples * config.augment.repeated_augmentation
     total = steps_in(config.train.duration, "config.train.duration", config.data.batch_size, rows)
     unit, data, inputs = "images", f"{facts.width}x{facts.height}", f"{config.data.size}"
@@ -117,7 +122,7 @@ def describe(config: ml_collections.ConfigDict, facts: DataFacts) -> str:
 
 
 def _size(config: ml_collections.ConfigDict, side: int) -> int:
-    """Return height and width of the inputs for data with this short side, pixels."""
+    """Return the input size for data with this short side, both in pixels."""
     variant = get_variant(**model_arguments(config))
     if variant.network == "deit":
         return variant.image_size
@@ -126,6 +131,7 @@ def _size(config: ml_collections.ConfigDict, side: int) -> int:
 
 
 def _batch(config: ml_collections.ConfigDict, examples: int) -> int:
+    """Return the batch size for this number of training examples."""
     wanted = 16
     if not config.data.frames:
         wanted = min(max(_power_of_two(examples / 32), 16), 128 if _is_tiny(config) else 64)
@@ -144,7 +150,7 @@ def _duration(config: ml_collections.ConfigDict, epoch: float) -> str:
 
 
 def _power_of_two(number: float) -> int:
-    """Return the largest power of two up to a number, at least 1."""
+    """Return the largest power of two that is not above a number, but at least 1."""
     return 2 ** int(math.log2(number)) if number >= 1 else 1
 
 

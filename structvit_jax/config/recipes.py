@@ -1,17 +1,18 @@
 """The training recipes of the paper (section 5), for the files in `configs/`.
 
-Where the paper refers to DeiT, MViT or UniFormer, the values are those of their released code. Some of these
-are accidents of that code. They are reproduced, and the keys after the colon undo them:
+Where the paper refers to DeiT, MViT or UniFormer, the values are those of their released code. Some of them
+are quirks of that code. The recipes reproduce these quirks; to undo one, set the keys after its colon:
 
 - Images: the learning rate changes once per epoch, one epoch late, and the cosine includes the warm-up:
   `optimizer.lr_update_every=`, `optimizer.lr_update_delay=0`, `optimizer.schedule_origin=warmup`.
 - Images: an epoch of DeiT has a third of the images, three times each:
   `augment.repeated_augmentation=1`, `train.duration='300 epochs'`, `optimizer.warmup='5 epochs'`.
-- Images: colour jitter is configured and never applied: `augment.color_jitter=0.4`.
+- Images: colour jitter is configured but never applied: `augment.color_jitter=0.4`.
 - Video: each clip is augmented twice, so a batch has twice as many clips as stated:
   `augment.repeated_augmentation=1`, `data.batch_size=64`.
 
-One is not reproduced: the release for Something-Something trains on BGR. `data.channels=bgr` does so.
+The recipes do not reproduce one quirk: UniFormer's release for Something-Something trains on BGR frames. To
+do the same, set `data.channels=bgr`.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ def imagenet(model: str, stage: str = "224") -> ml_collections.ConfigDict:
     """Return the recipe of a stage: "224", "384", "224_labels" or "384_labels" (with token labelling).
 
     Training at 384 starts from weights at 224 and takes 60 epochs at a learning rate of 5e-6 in batches of
-    512 (L: 256), as UniFormer. The paper only does this with token labelling; "384" has the same values with
-    the augmentation of `images`.
+    512 (L: 256), as in UniFormer. The paper does this only with token labelling. The stage "384" has the same
+    values, but the augmentation of `images`.
 
     Raises:
       UserError: an unknown stage.
@@ -39,7 +40,7 @@ def imagenet(model: str, stage: str = "224") -> ml_collections.ConfigDict:
     labels = stage.endswith("_labels")
     config = token_labels(model) if labels else images(model)
     if stage.startswith("384"):
-        config.init_from = None  # to be set to the weights at 224
+        config.init_from = None  # the user sets it to weights trained at 224
         config.data.size = 384
         config.data.crop_fraction = 0.9 if labels else 1.0
         config.data.batch_size = 256 if "_l_" in model else 512
@@ -55,10 +56,10 @@ def imagenet(model: str, stage: str = "224") -> ml_collections.ConfigDict:
 
 
 def images(model: str) -> ml_collections.ConfigDict:
-    """Return the recipe for ImageNet-1K from scratch, which is DeiT's: 300 epochs in batches of 1024.
+    """Return DeiT's recipe for ImageNet-1K from scratch: 300 epochs in batches of 1024.
 
     DeiT repeats each image three times in a batch and counts an epoch when it has seen as many rows as there
-    are images. An epoch here has all images, so 100 epochs here are 300 of DeiT.
+    are images. An epoch here contains every image, so 100 epochs here are 300 epochs of DeiT.
     """
     config = _images(model)
     config.augment.mixup = 0.8
@@ -66,19 +67,20 @@ def images(model: str) -> ml_collections.ConfigDict:
     config.augment.repeated_augmentation = 3
     config.train.duration = "100 epochs"
     config.optimizer.lr = 1e-3
-    config.optimizer.warmup = "1.66667 epochs"  # five of DeiT
+    config.optimizer.warmup = "1.66667 epochs"  # five epochs of DeiT
     config.optimizer.end_lr = 1e-5
-    config.optimizer.lr_update_every = "0.333333 epochs"  # one of DeiT
+    config.optimizer.lr_update_every = "0.333333 epochs"  # one epoch of DeiT
     config.optimizer.lr_update_delay = 1
     config.optimizer.schedule_origin = "start"
     return config
 
 
 def token_labels(model: str) -> ml_collections.ConfigDict:
-    """Return the recipe for ImageNet-1K with token labelling, which is UniFormer's.
+    """Return UniFormer's recipe for ImageNet-1K with token labelling.
 
-    310 epochs in batches of 1024, the last ten at the final learning rate; MixToken instead of mixup and
-    cutmix; the moving average of the weights is evaluated. It needs config.data.label_maps.
+    Training takes 310 epochs in batches of 1024, the last ten at the final learning rate. MixToken replaces
+    mixup and CutMix, and the moving average of the weights is evaluated. The user has to set
+    config.data.label_maps.
     """
     config = _images(model)
     config.model.token_labels = True
@@ -98,10 +100,10 @@ def token_labels(model: str) -> ml_collections.ConfigDict:
 def dense_video(model: str) -> ml_collections.ConfigDict:
     """Return the recipe for Kinetics from ImageNet weights.
 
-    Dense sampling, mirroring, 110 epochs, 64 clips per step, each augmented twice.
+    It uses dense sampling, horizontal flips, 110 epochs, and 64 clips per step, each augmented twice.
     """
     config = _video(model)
-    config.init_from = None  # to be set to ImageNet weights
+    config.init_from = None  # the user sets it to ImageNet weights
     config.data.sampling = "dense"
     config.data.stride = 4
     config.data.test_clips = 4
@@ -114,10 +116,10 @@ def dense_video(model: str) -> ml_collections.ConfigDict:
 def segment_video(model: str) -> ml_collections.ConfigDict:
     """Return the recipe for Something-Something, Diving-48 and FineGym from Kinetics-400 weights.
 
-    One frame per segment, no mirroring, 60 epochs. For B, random crops are the only augmentation.
+    It uses one frame per segment, no flips, and 60 epochs. For B, random crops are the only augmentation.
     """
     config = _video(model)
-    config.init_from = None  # to be set to Kinetics-400 weights
+    config.init_from = None  # the user sets it to Kinetics-400 weights
     if "_b_" in model:
         _crops_only(config)
     config.data.sampling = "segment"
@@ -130,7 +132,7 @@ def segment_video(model: str) -> ml_collections.ConfigDict:
 def ablation_video(model: str) -> ml_collections.ConfigDict:
     """Return the recipe of the ablations on Something-Something V1, from ImageNet weights.
 
-    16 frames; random crops are the only augmentation.
+    Clips have 16 frames; random crops are the only augmentation.
     """
     config = segment_video(model)
     _crops_only(config)
@@ -161,7 +163,7 @@ def _video(model: str) -> ml_collections.ConfigDict:
     config.data.frames = 32 if "_b_" in model else 16
     config.data.mean = (0.45, 0.45, 0.45)
     config.data.std = (0.225, 0.225, 0.225)
-    config.data.batch_size = 128  # 64 clips, each twice
+    config.data.batch_size = 128  # 64 clips, each augmented twice
     config.augment.randaugment = RANDAUGMENT_VIDEO
     config.augment.crop_aspect = (0.75, 1.3333)  # UniFormer's
     config.augment.repeated_augmentation = 2

@@ -1,4 +1,4 @@
-"""Text values of a configuration: durations, as "90 epochs", and lists of patterns."""
+"""Text values of a configuration: durations, such as "90 epochs", and lists of patterns."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from structvit_jax.utils.errors import UserError
 
 
 class Durations(NamedTuple):
-    """The configured durations in steps; 0 is never."""
+    """The configured durations in steps; 0 means never."""
 
     total: int
     warmup: int = 0
@@ -30,7 +30,7 @@ def durations(config: ml_collections.ConfigDict, rows_per_epoch: int) -> Duratio
 
     Args:
       config: see `structvit_jax.config.KEYS`.
-      rows_per_epoch: rows of all batches of an epoch; repeated examples count.
+      rows_per_epoch: number of rows in all batches of an epoch, copies by repeated augmentation included.
 
     Raises:
       UserError: a malformed duration, a run without steps, or a warm-up or cool-down longer than the run.
@@ -62,10 +62,10 @@ def durations(config: ml_collections.ConfigDict, rows_per_epoch: int) -> Duratio
 
 
 def steps_in(duration: str, key: str, batch_size: int, rows_per_epoch: int) -> int:
-    """Return the number of steps in "N steps", "N epochs" or "N examples", rounded; "" is 0.
+    """Return the number of steps in "N steps", "N epochs" or "N examples", rounded; "" means 0.
 
-    A duration above zero has at least one step. Examples are rows of batches, so repeated ones
-    (config.augment.repeated_augmentation) count.
+    A duration above zero has at least one step. Examples are counted as rows of batches, so copies by
+    config.augment.repeated_augmentation count too.
 
     Raises:
       UserError: a malformed or excessive duration; the message names `key`.
@@ -78,19 +78,19 @@ def steps_in(duration: str, key: str, batch_size: int, rows_per_epoch: int) -> i
     number, unit = float(match[1]), match[2].rstrip("s")
     per_unit = {"step": 1.0, "epoch": rows_per_epoch / batch_size, "example": 1 / batch_size}[unit]
     if not number * per_unit < 2**31:
-        raise UserError(f"{key} is {short(duration)}; it takes fewer than 2**31 steps")
+        raise UserError(f"{key} is {short(duration)}; use fewer than 2**31 steps")
     return max(round(number * per_unit), 1 if number else 0)
 
 
-def matching(patterns: str, names: Collection[str], complaint: str) -> set[str]:
-    """Return the names that comma-separated shell patterns select, as in config.optimizer.freeze.
+def matching(patterns: str, names: Collection[str], message: str) -> set[str]:
+    """Return the names that comma-separated shell patterns select, see config.optimizer.freeze.
 
     Later patterns win. A pattern that starts with "!" deselects.
 
     Args:
-      patterns: as "blocks1.*,!*.bias".
-      names: to select from.
-      complaint: error message for a pattern that matches nothing; "{}" in it stands for the pattern.
+      patterns: such as "blocks1.*,!*.bias".
+      names: the names to select from.
+      message: error message for a pattern that matches nothing; "{}" in it is replaced by the pattern.
 
     Raises:
       UserError: a pattern that matches nothing.
@@ -99,6 +99,6 @@ def matching(patterns: str, names: Collection[str], complaint: str) -> set[str]:
     for pattern in filter(None, map(str.strip, patterns.split(","))):
         matched = set(fnmatch.filter(names, pattern.removeprefix("!")))
         if not matched:
-            raise UserError(complaint.format(repr(pattern)))
+            raise UserError(message.format(repr(pattern)))
         chosen = chosen - matched if pattern.startswith("!") else chosen | matched
     return chosen

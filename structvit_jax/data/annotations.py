@@ -1,4 +1,4 @@
-"""Read the annotation files of the paper's data sets, as they are distributed, into lists of examples.
+"""Read the annotation files of the paper's data sets, in the form in which they are distributed.
 
 Each reader takes a folder of annotations and a folder of media, and searches both recursively. The readers
 are tested on small files of the documented format; the full sets were not available.
@@ -38,7 +38,7 @@ class Annotations(NamedTuple):
 def kinetics400(annotations: str, media: str) -> Annotations:
     """Read CSV files `label,youtube_id,time_start,time_end,split`.
 
-    Video files are ID_START_END.mp4, with whole seconds of six digits, or ID.mp4.
+    Video files are ID_START_END.mp4, where the times are seconds with six digits, or ID.mp4.
     """
     files = _files_by_name(media, VIDEOS)
     splits: dict[str, list[Entry]] = {}
@@ -66,9 +66,9 @@ def something_v1(annotations: str, media: str) -> Annotations:
 
 
 def something_v2(annotations: str, media: str) -> Annotations:
-    """Read JSON files [{"id", "template", ...}], or CSV as V1, and a JSON file {label: number}.
+    """Read JSON files [{"id", "template", ...}], and a JSON file {label: number}.
 
-    Video files are ID.webm.
+    CSV files in the form of V1 are accepted too. Video files are ID.webm.
     """
     return _something(annotations, "v2", _files_by_name(media, VIDEOS))
 
@@ -117,16 +117,18 @@ def diving48(annotations: str, media: str) -> Annotations:
 
 
 def finegym(annotations: str, media: str, classes: int) -> Annotations:
-    """Read lists "VIDEO_E_START_END_A_START_END LABEL", categories "Clabel: N; ...; (XX) NAME", JSON times.
+    """Read lists of clips, a list of categories, and a JSON file with the times of all events and clips.
 
-    Files are whole videos, VIDEO.mp4; the times of a clip are relative to those of its event.
+    A line of a list of clips is "VIDEO_E_START_END_A_START_END LABEL"; a line of the list of categories is
+    "Clabel: N; ...; (XX) NAME". Media files are whole videos, VIDEO.mp4. The times of a clip are relative to
+    the start of its event.
     """
     lines = _lines(_find(annotations, f"gym{classes}_categories.txt"))
     matches = [re.match(r"Clabel:\s*(\d+);.*?(\([A-Z]+\).*)", line) for line in lines]
     numbered = {int(match[1]): match[2].strip() for match in matches if match}
     names = tuple(numbered[number] for number in sorted(numbered))
     if len(names) != classes:
-        raise UserError(f"gym{classes}_categories.txt names {len(names)} classes")
+        raise UserError(f"gym{classes}_categories.txt has {len(names)} classes instead of {classes}")
     events = _json(_find(annotations, "finegym_annotation_info_v1.1.json"))
     splits: dict[str, list[Entry]] = {}
     for split in ("train", "val"):
@@ -147,11 +149,11 @@ def _finegym_clips(path: str, events: dict[str, Any], names: tuple[str, ...]) ->
             inside = events[video][event]["segments"][action]["timestamps"]
             yield Entry(video, names[int(label)], begin + inside[0][0], begin + inside[-1][1])
         except (ValueError, KeyError, IndexError, TypeError) as error:
-            raise UserError(f"{path}:{number}: no clip of the annotations: {line.strip()!r}") from error
+            raise UserError(f"{path}:{number}: the annotations have no clip {line.strip()!r}") from error
 
 
 def imagenet(annotations: str, media: str) -> Annotations:
-    """Read ILSVRC 2012: train/SYNSET/*.JPEG, and val either likewise or flat with LOC_val_solution.csv.
+    """Read ILSVRC 2012: train/SYNSET/*.JPEG, and val in the same form, or flat with LOC_val_solution.csv.
 
     Classes are the sorted synsets, the usual order of the 1000 classes.
     """
@@ -171,14 +173,14 @@ def _label_by_folder(top: str, files: dict[str, str]) -> list[Entry]:
 
 
 class DataSet(NamedTuple):
-    """The reader of a data set, and the number of examples that it is published to have."""
+    """The reader of a data set, and its published number of examples by split."""
 
     read: Callable[[str, str], Annotations]
     published: dict[str, int]
 
 
 DATA_SETS = {
-    "kinetics400": DataSet(kinetics400, {"train": 240_436, "val": 19_796}),  # of the copy of mmaction2
+    "kinetics400": DataSet(kinetics400, {"train": 240_436, "val": 19_796}),  # in mmaction2's copy
     "something_v1": DataSet(something_v1, {"train": 86_017, "val": 11_522}),
     "something_v2": DataSet(something_v2, {"train": 168_913, "val": 24_777}),
     "diving48": DataSet(diving48, {"train": 15_027, "val": 1_970}),
@@ -192,7 +194,7 @@ def read_annotations(name: str, annotations: str, media: str) -> Annotations:
     """Read the annotation files of one of `DATA_SETS`.
 
     Raises:
-      UserError: files are missing, or not as distributed.
+      UserError: files are missing, or differ from the distributed ones in form.
     """
     try:
         return DATA_SETS[name].read(annotations, media)
@@ -226,7 +228,7 @@ def _files_by_name(top: str, endings: tuple[str, ...]) -> dict[str, str]:
 
 
 def _find(top: str, *names: str) -> str:
-    """Return the file below `top` with the first of these names, of several the one nearest to `top`."""
+    """Find a file below `top` by the first of these names that exists; prefer files nearer to `top`."""
     found = [
         (names.index(name), here.count(os.sep), os.path.join(here, name))
         for here, files in _walk(top)
@@ -239,7 +241,7 @@ def _find(top: str, *names: str) -> str:
 
 
 def _image_folder(top: str, name: str) -> str:
-    """Return the folder `name` below `top` that contains images; annotations use the same names."""
+    """Return the folder `name` below `top` that has images; annotation folders may have this name too."""
     for here, _ in _walk(top):
         folder = os.path.join(here, name)
         if os.path.isdir(folder) and any(frame_names(files) for _, files in _walk(folder)):

@@ -1,11 +1,12 @@
 """Fingerprints that identify the data of a run, small enough to keep with every checkpoint.
 
-The fingerprint of a split has a digest of all ids, one of all labels, and a sample: the label and a digest of
-the stored bytes of the 64 examples whose ids have the smallest SHA-256. Two samples show how much two data
-sets have in common, whatever was added or removed. Ids are taken without the folder that all share and
-without extensions, so that the same data have the same fingerprint in another folder, as lists, or as shards.
+The fingerprint of a split has a digest of all ids, a digest of all labels, and a sample: digests of the label
+and of the stored bytes of the 64 examples whose ids have the smallest SHA-256. Two samples show how much two
+data sets have in common, even if examples were added or removed. The folder that all ids share and their
+extensions are removed, so that the same data have the same fingerprint in another folder, as lists, or as
+shards.
 
-Data made on the fly are identified by their name and options.
+Generated data are identified by their name and options.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from structvit_jax.data.types import Source
 from structvit_jax.utils.errors import DecodeError, decoding
 
 _SAMPLED = 64  # examples
-_END = 2**18  # bytes read at the beginning and at the end of larger files
+_END = 2**18  # bytes to read at the beginning and at the end of a file that is larger than both
 _EXTENSION = re.compile(
     rf"(?:{'|'.join(map(re.escape, IMAGES + VIDEOS))})(?=(?:#[\d.e+]+-[\d.e+]*)?$)",
     re.IGNORECASE,
@@ -38,7 +39,7 @@ def fingerprint_of(source: Source) -> dict[str, Any]:
     list_ids = getattr(source, "ids", None)
     ids = list_ids() if list_ids else [source.id(i) for i in range(examples)]
     ids = [_EXTENSION.sub("", name) for name in ids]
-    shared = os.path.commonprefix(ids).rfind("/") + 1  # noqa: RUF071 - of characters
+    shared = os.path.commonprefix(ids).rfind("/") + 1  # noqa: RUF071 - compare characters
     ids = [name[shared:] for name in ids]
     return {
         "examples": examples,
@@ -86,7 +87,7 @@ def bytes_digest(files: Sequence[str | bytes]) -> str:
     """Return a digest of the sizes and bytes of an example's first, middle and last file.
 
     Args:
-      files: paths or contents. Of large files, only the beginning and the end are read.
+      files: paths, or contents as bytes. Only the beginning and the end of large files are read.
 
     Raises:
       DecodeError: one of them cannot be read.
@@ -116,11 +117,11 @@ def _read_ends(file: str | bytes) -> tuple[int, bytes]:
 
 
 class Changes(NamedTuple):
-    """How data differ from those of a run.
+    """The differences between data and the data of a run.
 
     Attributes:
       by_split: a description of the change of each split that differs.
-      alike: number of sampled examples that are the same, over all splits.
+      alike: number of sampled examples that are the same, summed over all splits.
       sampled: number of sampled examples.
     """
 
@@ -158,7 +159,7 @@ def _describe_change(old: Fingerprint, new: Fingerprint, alike: int, sampled: in
     if old["examples"] != new["examples"]:
         return f"{new['examples']:,} examples instead of {old['examples']:,}, {same}"
     if old["ids"] != new["ids"]:
-        return f"examples of other names, {same}"
+        return f"examples with other names, {same}"
     if None not in (old["labels"], new["labels"]) and old["labels"] != new["labels"]:
         return f"other labels, {same}"
     return same if alike < sampled else ""

@@ -1,9 +1,9 @@
-"""Data sets on disk: where their splits are, which examples each has, and whether they are images or videos.
+"""Data sets on disk: find their splits, the examples of each, and whether these are images or videos.
 
 A data set is a folder ROOT with, for each split, either class folders (ROOT/train/CLASS/FILE, or
 CLASS/FOLDER_OF_FRAMES) or a list (see `structvit_jax.data.index`). If there is no test split, a part of
 the training split can be held out for it. In that case ROOT may also hold the class folders themselves
-(ROOT/CLASS/FILE), all of which are the training split.
+(ROOT/CLASS/FILE), which together are the training split.
 """
 
 from __future__ import annotations
@@ -57,8 +57,9 @@ class Layout:
     option: str = "--config.data."
 
     def splits(self) -> tuple[str, str | None]:
-        """Return the folders or lists of the training and the test split; the latter is None if it is held
-        out.
+        """Return the folder or list of the training and of the test split.
+
+        The test split is None if it is to be held out from the training split.
 
         Raises:
           UserError: a split is missing.
@@ -80,10 +81,11 @@ class Layout:
         return train, test
 
     def find(self, key: str, name: str) -> str | None:
-        """Return the folder or list of a split, None if there is none.
+        """Return the folder or list of a split, or None if there is none.
 
         Raises:
-          UserError: there are several; `key`, "train" or "test", names the option that chooses one.
+          UserError: there are several. The message names the option that chooses one, `key`_split, where
+            `key` is "train" or "test".
         """
         found = [n for n in (name, *(name + end for end in LISTS)) if os.path.exists(self.join(n))]
         if len(found) > 1:
@@ -96,7 +98,7 @@ class Layout:
         return os.path.join(self.root, name)
 
     def _class_folders(self) -> list[str]:
-        """Return the class folders in the root; none if `train` is set or a folder is named as a split."""
+        """Return the class folders in the root; none if `train` is not "train", or a folder is a split."""
         folders = [name for name in _names(self.root) if os.path.isdir(self.join(name))]
         return [] if self.train != "train" or any(name.lower() in _SPLITS for name in folders) else folders
 
@@ -114,7 +116,7 @@ def read_splits(layout: Layout, *, video: bool) -> tuple[Index, Index]:
     """Return the training and the test split of a folder, with the same classes.
 
     Args:
-      layout: where they are.
+      layout: where the splits are.
       video: whether examples are videos (or folders of frames) rather than images.
 
     Raises:
@@ -148,10 +150,10 @@ def _held_out_note(layout: Layout, train: int, test: int) -> str:
 
 
 def read_split(root: str, name: str, *, video: bool) -> tuple[list[Entry], list[str]]:
-    """Return the examples of a list or of class folders, unsorted, and notes on what else is there.
+    """Return the examples of a list or of class folders, unsorted, and notes on other files and folders.
 
     Raises:
-      UserError: there are no examples of the kind, or files are not understood.
+      UserError: there are no examples of the requested kind, or the files are not understood.
     """
     path = os.path.normpath(os.path.join(root, name))
     ignored: collections.Counter[str] = collections.Counter()
@@ -182,7 +184,7 @@ def _read_class_folders(
         folder = os.path.join(top, label)
         if not os.path.isdir(folder):
             if label.lower().endswith(VIDEOS if video else IMAGES):
-                raise UserError(f"{folder} lies beside the class folders; move it into that of its class")
+                raise UserError(f"{folder} is beside the class folders; move it into the folder of its class")
             if label != LABELS:
                 ignored[kind_of(label)] += 1
             continue
@@ -203,8 +205,8 @@ def _read_class_folders(
 def examples_below(top: str, video: bool, ignored: collections.Counter[str] | None = None) -> Iterator[str]:
     """Yield the examples in a folder as paths relative to it, and count other files in `ignored`.
 
-    For images, every image is an example. For videos, every video file is one, and every folder that holds
-    images but no videos. If `top` itself is such a folder, its path is ".".
+    For images, every image is an example. For videos, every video file is an example, and so is every folder
+    that holds images but no videos. If `top` itself is such a folder, its path is ".".
     """
     for folder, files in walk(top):
         here = os.path.relpath(folder, top).replace(os.sep, "/")
@@ -218,12 +220,12 @@ def examples_below(top: str, video: bool, ignored: collections.Counter[str] | No
 
 
 def walk(top: str) -> Iterator[tuple[str, list[str]]]:
-    """Yield every folder from `top` down with its files, in order, without hidden ones.
+    """Yield `top` and every folder below it with the files in it, sorted and without hidden ones.
 
-    Links are followed, but every folder is yielded once.
+    Symbolic links are followed, but every folder is yielded only once.
 
     Raises:
-      UserError: a folder that cannot be read.
+      UserError: a folder cannot be read.
     """
 
     def refuse(error: OSError) -> None:
@@ -242,12 +244,13 @@ def walk(top: str) -> Iterator[tuple[str, list[str]]]:
 def hold_out(entries: Iterable[Entry], fraction: float) -> tuple[list[Entry], list[Entry]]:
     """Split examples in two, stratified by class, the same way on every machine.
 
-    About round(n * fraction) of the n examples of a class are held out, at least one; one file always
-    remains. Files are taken in the order of the SHA-256 of their paths without extension. Parts of one file
-    stay together, so a few more may be held out.
+    About round(n * fraction) of the n examples of a class are held out, but at least one. At least one file
+    of a class always remains, so nothing is held out from a class with a single file. Files are taken in the
+    order of the SHA-256 of their paths without extension. Parts of one file stay together, so a few more
+    examples may be held out.
 
     Returns:
-      The remaining examples, and those held out.
+      The remaining examples and the held-out examples.
     """
     classes: dict[str, dict[bytes, list[Entry]]] = {}
     for entry in entries:
@@ -298,7 +301,7 @@ def _count_kinds(top: str) -> collections.Counter[str]:
 
 
 def _are_frames(names: list[str]) -> bool:
-    """Return whether images are numbered as the frames of a video: from 0 or 1, in steps of one."""
+    """Return whether images are numbered like the frames of a video: from 0 or 1, in steps of one."""
     numbers = [int(number) for name in names for number in re.findall(r"([0-9]{1,9})[^0-9]*$", name)]
     count = len(names)
     return count > 1 and numbers in (list(range(count)), list(range(1, count + 1)))
@@ -314,7 +317,8 @@ def kind_of(name: str) -> str:
 
 def _describe(ignored: collections.Counter[str]) -> str:
     """Return counts by `kind_of` as text, the largest first: "; ignored: .tiff (12), no extension (3)"."""
-    kinds = [f"{kind} ({count:,})" for kind, count in ignored.most_common() if count]
+    counts = sorted(ignored.items(), key=lambda item: (-item[1], item[0]))
+    kinds = [f"{kind} ({count:,})" for kind, count in counts if count]
     return f"; ignored: {_shorten(kinds, 6)}" if kinds else ""
 
 

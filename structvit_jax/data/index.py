@@ -1,9 +1,9 @@
 """The examples of a split, in an order that is the same for class folders, lists and shards.
 
 A list (ROOT/train.csv, .jsonl or .txt) has the columns `path` and `label` and, for parts of files, `start`
-and `end` in seconds; lines "path label", as in SlowFast, are read too. Paths are absolute, or relative to
-ROOT. ROOT/labels.txt, one name per line, fixes the classes and their order; without it, they are the sorted
-labels of the training split. `structvit_jax.data.folder` finds the splits of a data set.
+and `end` in seconds. The lines "path label" of SlowFast's lists are read too. Paths are absolute, or relative
+to ROOT. ROOT/labels.txt, with one name per line, sets the classes and their order; without it, they are
+the sorted labels of the training split. `structvit_jax.data.folder` finds the splits of a data set.
 """
 
 from __future__ import annotations
@@ -56,15 +56,15 @@ def sort_key(entry: Entry) -> tuple[str, float, float, str]:
 
 
 class Index:
-    """The examples of one split, sorted, in compact arrays, since every worker holds a copy.
+    """The examples of one split, sorted. They are in compact arrays, because every worker holds a copy.
 
     Sorting by path without extension gives the same order for class folders, lists and shards, whatever the
     encoding of the files.
 
     Attributes:
-      root: folder that paths are relative to.
+      root: the folder to which paths are relative.
       class_names: the classes; labels are positions in it.
-      labels: int32 [examples]; -1 for labels that are not a class.
+      labels: int32 [examples]; -1 if the label of an example is not a class.
       limits: largest allowed sizes and frame counts of files.
       notes: lines about the split to print in a survey.
     """
@@ -101,14 +101,14 @@ class Index:
         return self.entry(index).id
 
     def ids(self) -> list[str]:
-        """Return the ids of all examples, much faster than `id` for each if all are whole files."""
+        """Return the ids of all examples. If all are whole files, this is much faster than calling `id`."""
         if not np.isnan(self._times).all():
             return [self.id(number) for number in range(len(self))]
         names = map(os.fsdecode, self._paths.tolist())
         return [name if name.isprintable() else printable(name) for name in names]
 
     def unknown_labels(self) -> dict[str, int]:
-        """Return the labels that are not a class, with their number of examples."""
+        """Return the labels that are not a class, and the number of examples of each."""
         return dict(collections.Counter(self._unknown.values()))
 
     def path(self, index: int) -> str:
@@ -116,7 +116,9 @@ class Index:
         return os.path.join(self.root, os.fsdecode(self._paths[index]))
 
     def files(self, index: int) -> list[str]:
-        """Return the file of an example, which may be a part of it, or the images of its folder.
+        """Return the images in the folder of an example, or its file.
+
+        For a part of a file, this is the whole file.
 
         Raises:
           DecodeError: its folder of frames cannot be read.
@@ -163,7 +165,7 @@ def read_labels(root: str) -> tuple[str, ...]:
     """Return the names in ROOT/labels.txt, or () if there is no such file.
 
     Raises:
-      UserError: it cannot be read as text, or has a name twice.
+      UserError: the file cannot be read as text, or has a name twice.
     """
     path = os.path.join(root, LABELS)
     if not os.path.isfile(path):
@@ -178,9 +180,9 @@ def read_labels(root: str) -> tuple[str, ...]:
 
 @contextlib.contextmanager
 def _open_text(path: str) -> Iterator[TextIO]:
-    """Open a text file in UTF-8, with or without a byte order mark; raise errors of reading as UserError."""
+    """Open a text file in UTF-8, with or without a byte order mark; turn read errors into UserError."""
     if os.path.exists(path) and not os.path.isfile(path):  # reading a pipe or device may never end
-        raise UserError(f"{path} is not a regular file; lists and label files have to be")
+        raise UserError(f"{path} is not a regular file; lists and label files must be regular files")
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             yield file
@@ -258,7 +260,7 @@ def _csv_rows(file: TextIO) -> Iterator[tuple[int, dict[str, str] | None]]:
             names = [cell.lower() for cell in cells]
             header = names if "label" in names else ["path", "label", "start", "end"]
             if "path" not in header:
-                raise UserError(f"{file.name}: the columns are {', '.join(cells)}; one has to be path")
+                raise UserError(f"{file.name}: the columns are {', '.join(cells)}; one of them must be path")
             if header is names:
                 continue
         if len(cells) == 1:  # SlowFast's lists: "path label"

@@ -24,20 +24,20 @@ from structvit_jax.data.workers import in_processes
 from structvit_jax.utils.errors import UserError
 from structvit_jax.utils.paths import check_local, write_errors_as_user_error
 
-_AHEAD = 16  # examples in the queue of each worker
+_AHEAD = 16  # largest number of examples in the queue of each worker
 _KILLED = Measured(problem="kills the process that decodes it")
 
 
 class Request(NamedTuple):
-    """What to prepare; see `structvit prepare`."""
+    """The arguments of a `structvit prepare` command."""
 
     source: str  # "folder", "list", or one of `DATA_SETS`
     paths: Sequence[str]  # the folder, the lists, or the folders of annotations and of media
-    out: str = ""  # folder for lists; "" writes none
+    out: str = ""  # folder to write lists to; "" writes none
     check: bool = False  # decode three frames of every example
-    workers: int = 1  # processes that decode
-    images: bool = False  # examples are images; if False, the kind of most of them decides
-    train_split: str = "train"  # only for the source "folder", as are the next two
+    workers: int = 1  # number of processes that decode
+    images: bool = False  # treat the examples as images; False: the kind of most of them decides
+    train_split: str = "train"  # this field and the next two are only for the source "folder"
     test_split: str = "val"
     val_fraction: float = 0.1  # of the training examples, held out if there is no test split
 
@@ -46,7 +46,7 @@ def run(request: Request) -> int:
     """Write the lists of a data set, check it, or both; return the exit code.
 
     Raises:
-      UserError: nothing to do, or data that are missing, empty or not understood.
+      UserError: there is nothing to do, or the data are missing, empty or not understood.
     """
     if not (request.out or request.check):
         raise UserError("nothing to do: add --out=DIR for lists, --check to test every example, or both")
@@ -67,12 +67,12 @@ def run(request: Request) -> int:
 
 
 def _report_path(request: Request) -> str:
-    """Return the file that lists unreadable examples, a different one for each data set."""
+    """Return the path of the list of unreadable examples, which differs between data sets."""
     if request.out:
         return os.path.join(request.out, "bad_files.txt")
-    places = [os.path.abspath(path) for path in request.paths]
-    name = os.path.splitext(os.path.basename(places[-1]))[0] or request.source
-    return f"bad_files-{name}-{hashlib.sha256(' '.join(places).encode(errors='replace')).hexdigest()[:6]}.txt"
+    paths = [os.path.abspath(path) for path in request.paths]
+    name = os.path.splitext(os.path.basename(paths[-1]))[0] or request.source
+    return f"bad_files-{name}-{hashlib.sha256(' '.join(paths).encode(errors='replace')).hexdigest()[:6]}.txt"
 
 
 def _next_command(request: Request) -> str:
@@ -86,7 +86,9 @@ def _next_command(request: Request) -> str:
     if not request.out:
         for key in ("train_split", "test_split", "val_fraction"):
             if (value := getattr(request, key)) != Request._field_defaults[key]:
-                command += f" --config.data.{key}={value}"
+                command += f" --config.data.{key}={shlex.quote(str(value))}"
+    if name not in ("folder", "imagenet"):  # these recipes start from trained weights
+        command += " --config.init_from=RUN_OR_FILE"
     return command
 
 
@@ -114,7 +116,7 @@ def _read_published(request: Request) -> dict[str, Index]:
 
 
 def _read_folder(request: Request) -> tuple[dict[str, Index], bool]:
-    """Return the splits of a folder, also "test" if it can be read, and whether examples are videos."""
+    """Return the splits of a folder, and whether the examples are videos. A split "test" is read too."""
     root = request.paths[0]
     layout = folder.Layout(root, request.train_split, request.test_split, request.val_fraction, option="--")
     video = not request.images and folder.is_video(layout)
@@ -135,10 +137,10 @@ def _split_name(split: str) -> str:
 
 
 def _read_lists(paths: Sequence[str], images: bool) -> tuple[dict[str, Index], bool]:
-    """Return the splits of lists, and whether most of the training examples are videos."""
+    """Return one split per list, and whether at least half of the training examples are videos."""
     roots = {os.path.dirname(os.path.abspath(path)) for path in paths}
     if len(roots) > 1:
-        raise UserError("the lists lie in different folders; check them one by one")
+        raise UserError("the lists are in different folders; check them one by one")
     splits = {}
     for path in paths:
         if not os.path.isfile(path):
@@ -186,9 +188,9 @@ def check(
     """Decode frames of every example and print a survey of the data set.
 
     Args:
-      splits: the splits by name, the first the one to train on.
+      splits: the splits by name; the first is the training split.
       workers: number of processes that decode.
-      report: file that lists unreadable examples; an earlier one is replaced or removed.
+      report: path of the list of unreadable examples; an earlier list is replaced or removed.
       video: whether examples are videos rather than images.
       next_command: the command to run next, printed if the data can be trained on.
 
@@ -226,7 +228,7 @@ def check(
 
 
 def _measure_all(index: Index, workers: int) -> Generator[Measured]:
-    """Measure every example, in order, even if one kills its decoder."""
+    """Measure every example, in order; continue if one of them kills the process that decodes it."""
     return in_processes(
         lambda number, note: measure(index, number),
         range(len(index)),

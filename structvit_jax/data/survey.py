@@ -1,4 +1,4 @@
-"""Survey a data set before training: what is there, what is missing, what is wrong.
+"""Survey a data set before training: count its examples, and find missing and unreadable ones.
 
 An error makes a run pointless, a warning does not. `structvit prepare --check` decodes three frames of every
 example. `structvit show --data`, and every run when it starts, decode some examples for about two seconds.
@@ -24,10 +24,10 @@ from structvit_jax.data.limits import file_size
 from structvit_jax.data.types import Source
 from structvit_jax.utils.errors import DecodeError, UserError, printable
 
-_SAMPLED = 200  # examples of a split to decode at most
-_SECONDS = 2.0  # duration of a survey that samples
-_ROWS = 15  # classes listed in a table
-_IMBALANCE = 20  # ratio of the largest class to the smallest from which to warn
+_SAMPLED = 200  # largest number of examples of a split to decode
+_SECONDS = 2.0  # duration of a survey that decodes only a sample
+_ROWS = 15  # largest number of classes listed in a table
+_IMBALANCE = 20  # warn if the largest class has at least this many times the examples of the smallest
 
 
 class Measured(NamedTuple):
@@ -65,7 +65,7 @@ def _measure_some(source: Source, count: int, seconds: float | None = None) -> d
 
 
 def typical(source: Source) -> Measured:
-    """Return the median width, height and length of up to 16 examples, the same in every process.
+    """Return the median width, height and length of up to 16 examples; they are the same in every process.
 
     Raises:
       UserError: none of them can be read.
@@ -88,7 +88,7 @@ class Split:
     Attributes:
       name: "train", "val" or another name.
       source: its examples.
-      measured: the examples that were decoded, by number.
+      measured: results for the examples that were decoded, by number.
     """
 
     name: str
@@ -97,7 +97,7 @@ class Split:
 
     @functools.cached_property
     def classes(self) -> dict[str, int] | None:
-        """Number of examples by class, without empty classes; None if labels are stored with examples."""
+        """Number of examples by class, without empty classes; None if labels are stored in the examples."""
         labels, names = getattr(self.source, "labels", None), self.source.class_names
         if labels is None:
             return None
@@ -123,10 +123,10 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class Survey:
-    """Contents of a data set; `errors` make a run pointless, one line each with the way out."""
+    """Contents of a data set. Each error makes a run pointless; it is one line that says what to do."""
 
     unit: str  # "images" or "videos"
-    splits: tuple[Split, ...]  # the first is the one to train on
+    splits: tuple[Split, ...]  # the first is the training split
     notes: tuple[str, ...]  # on how the splits are stored
     warnings: tuple[str, ...]
     errors: tuple[str, ...]
@@ -150,7 +150,7 @@ class Survey:
             first += f"; {width} x {train.range_text('height')} pixels"
             first += f", {train.range_text('frames')} frames" if self.unit == "videos" else ""
             sampled = len(train.measured)
-            first += f" in {sampled:,} sampled" if sampled < len(train.source) else ""
+            first += f" in {sampled:,} sampled examples" if sampled < len(train.source) else ""
         return [printable(first), *self._remarks()]
 
     def _remarks(self) -> list[str]:
@@ -158,7 +158,7 @@ class Survey:
         return list(map(printable, lines))
 
     def table(self) -> str:
-        """Return the whole survey as a table of text, with all notes, warnings and errors."""
+        """Return the whole survey as a text table, followed by all notes, warnings and errors."""
         splits = self.splits
         rows = [
             [self.unit, *(split.name for split in splits)],
@@ -181,7 +181,7 @@ class Survey:
     def _class_rows(self) -> Iterator[list[str]]:
         """Yield the number of examples of each class, by decreasing size in the training split.
 
-        Of many classes, only the first and the last three are shown.
+        If there are more than _ROWS, only the largest classes and the three smallest are shown.
         """
         class_names = self.splits[0].source.class_names
         counts = [{**split.unknown, **(split.classes or {})} for split in self.splits]
@@ -208,11 +208,11 @@ def survey(
     """Survey the splits of a data set.
 
     Args:
-      sources: the splits by name, the first the one to train on.
+      sources: the splits by name; the first is the training split.
       video: whether examples are videos rather than images.
       measured: results for all examples of every split, if they exist already. With None, a sample is decoded
         for about two seconds.
-      frames: number of frames that the model takes; shorter videos give a warning. With 0 they do not.
+      frames: number of frames that the model takes; shorter videos give a warning. 0 gives no warning.
     """
     deadline = None
     if measured is None:
@@ -268,7 +268,7 @@ def _warnings(splits: Sequence[Split], frames: int) -> Iterator[str]:
         return
     for split in splits[1:]:
         if split.classes is not None and (missing := [c for c in train.classes if c not in split.classes]):
-            yield f"{split.name} has no example of {_list_classes(missing)}: not covered by its score"
+            yield f"{split.name} has no example of {_list_classes(missing)}: its score says nothing about it"
     if missing := [name for name in train.source.class_names if name not in train.classes]:
         yield f"{train.name} has no example of {_list_classes(missing)}, which cannot be learned"
     smallest, largest = min(train.classes.values()), max(train.classes.values())
@@ -299,9 +299,9 @@ def _list_classes(names: Mapping[str, int] | Sequence[str], most: int = 3) -> st
 
 
 def _duplicates(train: Split, test: Split, deadline: float | None) -> Iterator[str]:
-    """Warn of test files that equal training files in size, beginning and end.
+    """Yield a warning if test files equal training files in size, beginning and end.
 
-    Files are compared until `deadline`, a value of `time.monotonic()`.
+    Comparing stops at `deadline`, a value of `time.monotonic()`.
     """
     train_index, test_index = train.source, test.source
     if not (isinstance(train_index, Index) and isinstance(test_index, Index)):
@@ -311,7 +311,7 @@ def _duplicates(train: Split, test: Split, deadline: float | None) -> Iterator[s
         len(test_index),
         test_index.entry(0),
     ):
-        return  # one split is used for both
+        return  # the same split is used for training and testing
     by_size: dict[int, list[int]] = collections.defaultdict(list)  # test examples by size of their file
     test_compared = train_compared = 0
     for number, size in _file_sizes(test_index, deadline):
@@ -345,9 +345,8 @@ def _duplicates(train: Split, test: Split, deadline: float | None) -> Iterator[s
 def _file_sizes(index: Index, deadline: float | None) -> Iterator[tuple[int, int]]:
     """Yield examples in random order with the size of their file in bytes.
 
-    The size is 0 for a part of a file, a folder of frames, and an unreadable file.
-
-    Stops when `time.monotonic()` exceeds `deadline`.
+    The size is 0 for a part of a file, a folder of frames, and an unreadable file. The iteration stops when
+    `time.monotonic()` exceeds `deadline`.
     """
     for number in np.random.default_rng(0).permutation(len(index)).tolist():
         size = 0

@@ -1,4 +1,4 @@
-"""Read examples in ArrayRecord files, through TFDS without tensorflow: shards, and image sets."""
+"""Read shards, and image data sets of TFDS, from ArrayRecord files. This needs TFDS but not tensorflow."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from structvit_jax.data.types import Media
 from structvit_jax.data.video import VideoFile
 from structvit_jax.utils.errors import DecodeError, UserError, decoding, parse_json
 
-# Features of shards and image sets, by the names in files. TFDS imports the module of any other name.
+# Feature classes that files may name. For any other name, TFDS would import the module in it.
 _FEATURES = {
     f"{getattr(tfds.features, name).__module__}.{name}"
     for name in ("BBoxFeature", "ClassLabel", "FeaturesDict", "Image", "Scalar", "Sequence", "Tensor", "Text")
@@ -29,21 +29,23 @@ _CLASS_KEYS = ("type", "pythonClassName", "python_class_name")  # keys of such n
 
 
 class _Records:
-    """One split of a prepared TFDS data set; every process opens its files for itself."""
+    """One split of a prepared TFDS data set; every process opens the files itself."""
 
     def __init__(self, builder: tfds.core.DatasetBuilder, split: str, limits: Limits):
         self._folder, self._split, self._limits = os.fspath(builder.data_path), split, limits
         features = builder.info.features
         label = features["label"] if isinstance(features, tfds.features.FeaturesDict) else None
         if not isinstance(label, tfds.features.ClassLabel):
-            raise UserError(f"{self._folder} has no examples with a class as their label")
+            raise UserError(f"the examples in {self._folder} have no feature 'label' of type ClassLabel")
         self.class_names: tuple[str, ...] = tuple(label.names)
         try:
-            self._examples: int = builder.info.splits[split].num_examples  # also of "train[:75%]"
+            self._examples: int = builder.info.splits[
+                split
+            ].num_examples  # `split` may be a slice such as "train[:75%]"
         except (KeyError, ValueError, AttributeError) as error:
             known = ", ".join(builder.info.splits)
             raise UserError(
-                f"{builder.info.name} has no split {split!r} but {known}; name it with"
+                f"{builder.info.name} has no split {split!r}, only {known}; choose splits with"
                 " --config.data.train_split and --config.data.test_split"
             ) from error
 
@@ -61,7 +63,7 @@ class _Records:
 
 
 class Shards(_Records):
-    """Shards of `structvit_jax.data.tfds_writer`, in the order of the index that they were made from.
+    """Shards of `structvit_jax.data.tfds_writer`, in the order of the index from which they were written.
 
     Raises:
       UserError: the list of ids is missing or incomplete.
@@ -106,14 +108,14 @@ class Shards(_Records):
 
     def _label(self, record: Mapping[str, Any]) -> int:
         if not 0 <= record["label"] < len(self.class_names):
-            raise DecodeError(f"label {record['label']} of {len(self.class_names)} classes")
+            raise DecodeError(f"label {record['label']}, but there are {len(self.class_names)} classes")
         return int(record["label"])
 
     def open(self, index: int) -> tuple[Media, int]:
         """Return the frames and the label of an example.
 
         Raises:
-          DecodeError: it cannot be read, or could not be read when the shards were written.
+          DecodeError: the example cannot be read, or could not when the shards were written.
         """
         record = self._record(index)
         with decoding():
@@ -126,18 +128,20 @@ class Shards(_Records):
             first, count, missing = (int(record[key]) for key in ("first", "count", "missing"))
             if not (first >= 0 and 0 <= missing <= count and first + count - missing <= media.count):
                 media.close()
-                raise DecodeError(f"frames {first} to {first + count - missing} of {media.count}")
+                raise DecodeError(
+                    f"frames {first} to {first + count - missing} of a file of {media.count} frames"
+                )
             self._limits.check_frames(count)
             return FrameRange(media, first, count, missing), label
 
 
 def ids_file(split: str) -> str:
-    """Return the file beside shards that lists their ids, so that ids are known without reading clips."""
+    """Return the name of the file beside shards that lists their ids, so that no clip has to be read."""
     return f"ids-{split}.txt"
 
 
 class Images(_Records):
-    """An image classification set of TFDS, in its stored order; ids are positions, since it stores none."""
+    """An image classification set of TFDS, in its stored order. It stores no ids, so they are positions."""
 
     def id(self, index: int) -> str:
         return f"{self._split}/{index}"
@@ -153,7 +157,7 @@ class Images(_Records):
         """Return the image and the label of an example.
 
         Raises:
-          DecodeError: it cannot be read, or has no label.
+          DecodeError: the image cannot be read, or has no label.
         """
         with decoding():  # a damaged record raises RuntimeError
             record = self._records[index]
@@ -166,7 +170,7 @@ def open_shards(folder: str, train: str, test: str, limits: Limits) -> tuple[Sha
     """Open the two splits of a folder of shards.
 
     Raises:
-      UserError: no shards, or damaged ones.
+      UserError: there are no shards, or they are damaged.
     """
     _check_features(folder)
     try:
@@ -181,13 +185,13 @@ def open_images(name: str, root: str, train: str, test: str, limits: Limits) -> 
     """Open the two splits of a TFDS data set, such as "imagenet2012" or "imagenette/160px-v2".
 
     Args:
-      name: of the data set, with its configuration if it has several.
-      root: TFDS's data_dir; "" is ~/tensorflow_datasets.
+      name: name of the data set, with its configuration if it has several.
+      root: TFDS's data_dir; "" means ~/tensorflow_datasets.
       train, test: names of its splits.
-      limits: on the images.
+      limits: limits on the images.
 
     Raises:
-      UserError: an unknown data set, or one that is not prepared as ArrayRecord, or has no images and labels.
+      UserError: the data set is unknown, not prepared as ArrayRecord, or has no images with labels.
     """
     if not re.fullmatch(r"\w+(/[\w.+-]+)?(:\d+\.\d+\.\d+)?", name):
         raise UserError(f"tfds:{name} is not NAME, NAME/CONFIG or NAME/CONFIG:VERSION of a data set of TFDS")
@@ -203,7 +207,7 @@ def open_images(name: str, root: str, train: str, test: str, limits: Limits) -> 
     if not (builder and builder.info.splits):
         command = f"tfds build {name} --file_format=array_record" + (f" --data_dir={root}" if root else "")
         raise UserError(
-            f"{name} is not prepared as ArrayRecord in {where} ({reason}): run `{command}` once, which needs"
+            f"{name} is not prepared as ArrayRecord in {where} ({reason}): run `{command}` once. It needs"
             " tensorflow (pip install tensorflow); training does not"
         )
     features = dict(builder.info.features)
@@ -216,7 +220,7 @@ def _check_features(folder: str) -> None:
     """Check the feature classes that the description of a data set names, before TFDS imports their modules.
 
     Raises:
-      UserError: a class that is not in `_FEATURES`, or a file that is not JSON.
+      UserError: a class is not in `_FEATURES`, or a file is not JSON.
     """
     for path in (os.path.join(folder, name) for name in _DESCRIPTIONS):
         try:

@@ -1,4 +1,4 @@
-"""Write ArrayRecord shards of encoded clips or images for clusters, through TFDS without tensorflow."""
+"""Write ArrayRecord shards of encoded clips or images. This needs TFDS but not tensorflow."""
 
 from __future__ import annotations
 
@@ -35,20 +35,20 @@ def write_folder(
 ) -> None:
     """Write the shards of a folder and print how many examples they hold.
 
-    Shards are written into a temporary folder that is renamed when they are complete. After a kill the same
-    call starts again.
+    Shards are written into a temporary folder, which is renamed when they are complete. If the process is
+    killed, the same call starts from the beginning.
 
     Args:
-      root: a folder as `structvit_jax.data.folder` describes it.
-      out: the config.data.root to train from.
-      train_split, test_split, val_fraction: of the folder, as in a configuration.
-      images: whether files are images; otherwise the kind of most of them.
-      shards: files per split; 0 chooses.
-      beam_runner: of Apache Beam, as "DirectRunner"; "" writes in this process.
-      beam_options: of Beam's pipeline, as "key=value".
+      root: a folder with a layout that `structvit_jax.data.folder` describes.
+      out: the folder to write to; config.data.root for training.
+      train_split, test_split, val_fraction: as in the section `data` of a configuration.
+      images: treat the files as images; False: the kind of most files decides.
+      shards: number of files per split; 0: TFDS chooses.
+      beam_runner: name of a runner of Apache Beam, such as "DirectRunner"; "" writes in this process.
+      beam_options: options of Beam's pipeline, each "key=value".
 
     Raises:
-      UserError: a folder that is not understood, or an output that exists already or cannot be written.
+      UserError: the folder is not understood, or the output exists already or cannot be written.
     """
     check_local(out)
     layout = Layout(root, train_split, test_split, val_fraction, option="--")
@@ -57,7 +57,9 @@ def write_folder(
     indices = dict(zip(names, splits, strict=True))
     most = min(map(len, splits))
     if not 0 <= shards <= most:
-        raise UserError(f"--shards is {shards}; it needs to lie from 0 to {most}, the examples of a split")
+        raise UserError(
+            f"--shards is {shards}; it needs to lie from 0 to {most}, the size of the smallest split"
+        )
     config: dict[str, Any] = {"num_shards": shards or None}
     if beam_runner:
         config |= {"beam_runner": _beam_runner(beam_runner), "beam_options": _beam_options(beam_options)}
@@ -65,7 +67,7 @@ def write_folder(
     with write_errors_as_user_error(out):
         if (target / FEATURES_FILE).exists():
             raise UserError(f"{out} holds shards already; remove them or choose another folder")
-        shutil.rmtree(partial, ignore_errors=True)  # of a start that was killed
+        shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
         try:
             partial.mkdir(parents=True, exist_ok=True)
             made = _build(
@@ -99,7 +101,7 @@ def _build(
 
 
 class Clips(tfds.core.GeneratorBasedBuilder):
-    """Writes encoded clips or images in the order of an index, whose positions are the keys."""
+    """Writes encoded clips or images in the order of an index; the keys are positions in it."""
 
     name = "clips"
     VERSION = tfds.core.Version("1.0.0")
@@ -112,10 +114,10 @@ class Clips(tfds.core.GeneratorBasedBuilder):
         bytes_ = tfds.features.Tensor(shape=(), dtype=np.object_)
         features = {
             "kind": tfds.features.Text(),  # "video" or "pictures"
-            "problem": tfds.features.Text(),  # why the example cannot be read, or ""
-            "first": np.int64,  # of a part: its frames in the file
-            "count": np.int64,  # -1 for a whole file
-            "missing": np.int64,
+            "problem": tfds.features.Text(),  # the reason why the example cannot be read, or ""
+            "first": np.int64,  # for a part of a file: number of its first frame in the stored file
+            "count": np.int64,  # number of frames of a part; -1 for a whole file
+            "missing": np.int64,  # number of frames at the end of a part that the file lacks
             "label": tfds.features.ClassLabel(names=next(iter(self._indices.values())).class_names),
             "files": tfds.features.Sequence(bytes_),
         }
@@ -138,7 +140,7 @@ class Clips(tfds.core.GeneratorBasedBuilder):
 
 
 def record(index: Index, number: int) -> dict[str, Any]:
-    """Return one example, encoded; an unreadable one has the reason as its "problem"."""
+    """Return the record of one example; if it is unreadable, "problem" is the reason."""
     made: dict[str, Any] = {"label": 0, "kind": "video", "problem": "", "files": []}
     made |= {"first": 0, "count": -1, "missing": 0}
     try:
@@ -163,7 +165,7 @@ def _read(path: str) -> bytes:
 
 
 def _beam_runner(name: str) -> str:
-    """Return the name of one of Beam's own runners; for any other name Beam would import a module."""
+    """Check the name of one of Beam's own runners; for any other name Beam would import a module."""
     try:
         from apache_beam.runners.runner import create_runner
 
@@ -174,7 +176,7 @@ def _beam_runner(name: str) -> str:
         raise UserError("Apache Beam is not installed: pip install 'structvit_jax[beam]'") from error
     except ValueError as error:
         raise UserError(
-            f"Apache Beam has no runner {name!r}; choose DirectRunner or another of Beam"
+            f"Apache Beam has no runner {name!r}; choose DirectRunner or another of Beam's own runners"
         ) from error
     return name
 

@@ -69,13 +69,13 @@ def test_values_of_every_type(given, value):
         ("data.size=" + "9" * 5000, "9': it takes an integer"),
         ("optimizer.lr=fast", "--config.optimizer.lr='fast': it takes a number"),
         ("eval.ema=maybe", "--config.eval.ema='maybe': it takes true or false"),
-        ("data.mean=a", "--config.data.mean='a': it takes a tuple, as (1,2)"),
+        ("data.mean=a", "--config.data.mean='a': it takes a tuple, such as (1,2)"),
         ("data.mean=" + "(" * 1000, "it takes a tuple"),
-        ("model.key_window=3x3", "it takes an integer or a tuple, as 3 or (3,5)"),
+        ("model.key_window=3x3", "it takes an integer or a tuple, such as 3 or (3,5)"),
         ("optimzer.lr=1", "the configuration has no key 'optimzer.lr'. Did you mean config.optimizer.lr?"),
-        ("=1", "the configuration has no key ''. structvit show --keys lists them."),
+        ("=1", "the configuration has no key ''. structvit show --keys lists all keys."),
         ("data.size.x=1", "the configuration has no key 'data.size.x'."),
-        ("data=1", "config.data is a section; set its keys, as --config.data.name=VALUE"),
+        ("data=1", "config.data is a section; set its keys, such as --config.data.name=VALUE"),
     ],
 )
 def test_bad_values_are_one_line(given, message):
@@ -130,11 +130,11 @@ _BEGIN = "from structvit_jax.config import default_config\ndef get_config(argume
         (b"x = 0\0", "null bytes"),
         ("x = 1", "file.py has no function get_config()"),
         ("get_config = 3", "file.py has no function get_config()"),
-        ("def get_config(): pass", "file.py has to return structvit_jax.config.default_config()"),
-        (_BEGIN + "return default_config().to_dict()", "file.py has to return"),
+        ("def get_config(): pass", "file.py must return structvit_jax.config.default_config()"),
+        (_BEGIN + "return default_config().to_dict()", "file.py must return"),
         (
             _BEGIN + "c = default_config(); c.unlock(); del c.train.seed; return c",
-            "file.py has to return",
+            "file.py must return",
         ),
         (_BEGIN + "c = default_config(); c.unlock(); c.train = 5; return c", "file.py:3: TypeError: "),
         (_BEGIN + "c = default_config(); c.train.nonsense = 1", "the configuration has no key 'nonsense'."),
@@ -153,7 +153,7 @@ def test_configuration_files_that_fail(text, message, tmp_path):
     with pytest.raises(UserError) as error:
         load_file(str(path))
     assert message in str(error.value) and "\n" not in str(error.value)
-    assert "file.py" in str(error.value) or "file.py has to return" in message
+    assert "file.py" in str(error.value) or "file.py must return" in message
 
 
 def test_arguments_overrides_and_constants_of_a_file(tmp_path):
@@ -168,7 +168,7 @@ def test_arguments_overrides_and_constants_of_a_file(tmp_path):
 
 
 def test_no_configuration():
-    with pytest.raises(UserError, match=r"no configuration is given: --config=configs/moving_digits\.py"):
+    with pytest.raises(UserError, match=r"no configuration is given: set --config"):
         load_config(ConfigArguments("", {}, ""))
 
 
@@ -225,4 +225,4 @@ def test_the_list_of_keys(capsys):
 
 def test_synonyms_name_existing_keys():
     assert {*_SYNONYMS.values()} <= {*KEYS}
-    assert suggest_key("zzzzz") == " structvit show --keys lists them."
+    assert suggest_key("zzzzz") == " structvit show --keys lists all keys."

@@ -142,7 +142,7 @@ def test_a_killed_run_resumes_to_the_same_numbers(finished, command, tmp_path):
             [CONFIG, "--config.mesh.device=tpu", "--workdir={tmp}"],
             "JAX finds no device for config.mesh.device='tpu'",
         ),
-        ([], "--config=configs/moving_digits.py"),
+        ([], "set --config, for example --config=moving_digits"),
     ],
 )
 def test_user_errors_are_one_line(arguments, phrase, refused, tmp_path):

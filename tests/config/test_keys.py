@@ -42,7 +42,7 @@ OUTSIDE = {
     "train.seed": [(-1, "to lie from 0 to below 2**31")],
     "mesh.data": [(0, "to be -1 or at least 1")],
     "data.mean": [((0, 0), "three finite numbers"), ((0, 0, float("inf")), "three"), (("a",) * 3, "three")],
-    "data.std": [((0.0, 1.0, 1.0), "three finite numbers, one per channel, positive")],
+    "data.std": [((0.0, 1.0, 1.0), "three positive finite numbers, one per channel")],
     "mesh.compilation_cache": [("a\0b", "a path of printable characters")],
 }
 

@@ -161,7 +161,7 @@ def is_worker(pid):
         (lambda r: (r / "train.jsonl").write_text('{"path": "a.mp4"\n'), "train.jsonl:1:"),
         (lambda r: (r / "train.jsonl").write_text('{"path": "a.mp4", "label": null}\n'), "label is empty"),
         (lambda r: (r / "train.csv").write_text("path,label\na.mp4,x,y\n"), "train.csv:2: a line needs"),
-        (lambda r: (r / "train.csv").write_text("filename,label\na.mp4,x\n"), "one has to be path"),
+        (lambda r: (r / "train.csv").write_text("filename,label\na.mp4,x\n"), "one of them must be path"),
         (lambda r: (r / "train.csv").write_bytes(b"path,label\na.mp4,\xe9\n"), "save it as UTF-8"),
         (lambda r: (r / "train.csv").write_text("path,label,start\na.mp4,x,inf\n"), "train.csv:2:"),
         (lambda r: (r / "train.csv").write_text("path,label\na\0.mp4,x\n"), "zero byte"),
@@ -181,7 +181,7 @@ def is_worker(pid):
         ),
         (
             lambda r: [(r / "train").mkdir(), (r / "train" / "a.mp4").write_text("")],
-            "a.mp4 lies beside the class folders",
+            "a.mp4 is beside the class folders",
         ),
     ],
 )

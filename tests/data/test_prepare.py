@@ -135,7 +135,7 @@ def test_finegym(tmp_path, classes):
     ]:
         assert ("0LtLS9_OrkE.mp4", label, pytest.approx(start), pytest.approx(end)) in found[split]
     write(tmp_path / f"gym{classes}_val_element.txt", f"{prefix}_A_0001_0002 98\n")
-    with pytest.raises(UserError, match=r"val_element\.txt:1: no clip"):
+    with pytest.raises(UserError, match=r"val_element\.txt:1: the annotations have no clip"):
         run(f"finegym{classes}", tmp_path, tmp_path / "videos", "--out", tmp_path / "out")
 
 

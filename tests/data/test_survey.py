@@ -344,7 +344,7 @@ def test_changed_data_are_described(tmp_path):
         "",
         "train: 0 of 18 sampled examples are the same; test: 0 of 4 sampled examples are the same",
         "train: 17 examples instead of 18, 17 of 18 sampled examples are the same",
-        "test: examples of other names, 2 of 4 sampled examples are the same",
+        "test: examples with other names, 2 of 4 sampled examples are the same",
     ]
     lists = tmp_path / "lists"
     structvit("prepare", "folder", str(root), "--out", str(lists))

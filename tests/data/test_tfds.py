@@ -97,12 +97,12 @@ def test_invalid_values_in_a_record_are_rejected(written):
     source = load(**VIDEO, root=str(written)).train.source
     record = source._records[0]
     for changes, reason in (
-        ({"label": 3}, "label 3 of 3 classes"),
-        ({"label": -1}, "label -1 of 3 classes"),
-        ({"first": -1, "count": 4}, "frames -1 to 3 of 16"),
-        ({"first": 10, "count": 7}, "frames 10 to 17 of 16"),
+        ({"label": 3}, "label 3, but there are 3 classes"),
+        ({"label": -1}, "label -1, but there are 3 classes"),
+        ({"first": -1, "count": 4}, "frames -1 to 3 of a file of 16 frames"),
+        ({"first": 10, "count": 7}, "frames 10 to 17 of a file of 16 frames"),
         ({"first": 0, "count": 2**40, "missing": 2**40 - 1}, "1099511627776 frames, more than"),
-        ({"first": 0, "count": 4, "missing": -1}, "frames 0 to 5 of 16"),
+        ({"first": 0, "count": 4, "missing": -1}, "frames 0 to 5 of a file of 16 frames"),
         ({"files": []}, "out of range"),
         ({"kind": b"pictures", "files": [b"#!/bin/sh"]}, "not an image"),
     ):
@@ -233,7 +233,7 @@ def test_a_tfds_image_set_trains_without_tensorflow(tmp_path, command):
         part.test.source.open(0)
 
     wrong = command(*arguments[:3], "--config.data.test_split=tst")
-    assert "no split 'tst' but test, train" in wrong.stderr.replace("train, test", "test, train")
+    assert "no split 'tst', only test, train" in wrong.stderr.replace("train, test", "test, train")
 
 
 @pytest.mark.parametrize("name", ["no_such_set", "imagenet2012", "cifar10"])

@@ -42,7 +42,7 @@ def test_unfinished_maps_resume_with_the_same_teacher_alone(tmp_path):
 def test_a_folder_that_holds_something_else_is_left_alone(tmp_path):
     (tmp_path / "train" / "cat").mkdir(parents=True)
     for refuse in (lambda: check_destination(str(tmp_path)), lambda: write(tmp_path, 1)):
-        with pytest.raises(UserError, match="holds something else than label maps"):
+        with pytest.raises(UserError, match="holds other files"):
             refuse()
     assert [path.name for path in tmp_path.iterdir()] == ["train"]
     (tmp_path / "file").write_text("")

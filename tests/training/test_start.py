@@ -150,7 +150,7 @@ def test_token_labelling_from_teacher_to_student(digits, command, tmp_path):
     card = (maps / "maps.json").read_text()
     (maps / "maps.json").write_text(re.sub('"ids": "..', '"ids": "', card))
     process = command(*student, *labelled)
-    assert process.returncode == 2 and "of 1437 other images than the 1437 of" in process.stderr
+    assert process.returncode == 2 and "of 1437 images that are not the 1437 of" in process.stderr
     (maps / "maps.json").write_text(card)
     process = command(*student, *labelled)
     assert process.returncode == 0, process.stderr

@@ -325,8 +325,8 @@ def test_durations():
     [
         ("train.duration", "3 weeks", "is '3 weeks'; write 'N steps'"),
         ("train.duration", "", "at least one step"),
-        ("train.duration", "9" * 400 + " steps", r"it takes fewer than 2\*\*31 steps"),
-        ("checkpoint.every", "99999999999999999999 steps", r"it takes fewer than 2\*\*31 steps"),
+        ("train.duration", "9" * 400 + " steps", r"use fewer than 2\*\*31 steps"),
+        ("checkpoint.every", "99999999999999999999 steps", r"use fewer than 2\*\*31 steps"),
         ("train.duration", "0 epochs", "at least one step"),
         ("optimizer.warmup", "101 steps", "too long for a run of 100"),
         ("eval.every", "often", r"config\.eval\.every is 'often'"),
