@@ -1,7 +1,7 @@
 """Convert weights: read the released PyTorch files, recognise their model, and fit them to another model.
 
 `structvit convert SOURCE DESTINATION` converts files and checkpoints; `config.init_from` starts a run from
-them.
+a file or checkpoint.
 """
 
 from structvit_jax.convert.adapt import Action, Rules, adapt, load_uniformer

@@ -1,11 +1,12 @@
 """Fit the weights of one model to another.
 
-The function that the weights compute is kept where possible. Plain attention becomes structural attention
-with D equal kernels that are one at the centre of the window: their joint softmax and sum are plain attention
-again. Structure kernels are repeated, and their windows are padded with zeros.
+If possible, the new weights compute the same function as the old ones. Plain attention becomes structural
+attention with D equal kernels, which are one at the centre of the window and zero elsewhere. The softmax over
+all kernels and the sum over them then give plain attention again. Existing structure kernels are repeated to
+increase D, and padded with zeros to enlarge their windows.
 
-Equal kernels would always get equal gradients. So the value kernels get noise. It sums to zero over equal
-kernels, which leaves the output as it is.
+Equal kernels would always get equal gradients and stay equal. So noise is added to the value kernels. The
+noise sums to zero over equal kernels, which leaves the output unchanged.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ from structvit_jax.utils import class_names
 from structvit_jax.utils.errors import UserError
 
 Model = TypeVar("Model", bound=Network)
-NOISE = 0.1
-# Fields of the variant that fitting does not change.
+NOISE = 0.1  # default standard deviation
+# Fields of the variant that fitting cannot change.
 _SAME = ("network", "depths", "widths", "head_width", "patch", "stem", "mixer_window")
 _HEAD = r"(aux_)?head\.(kernel|bias)"
 _STRUCTURE = r".*\.attn\.(key|value)_kernels"
@@ -41,16 +42,18 @@ _SCALE = r".*\.gamma_[12]"
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """How to fit weights: the section `init` of a configuration."""
+    """Options for fitting weights: the section `init` of a configuration."""
 
-    inflate: str = "average"  # image kernels over time: "average" or "centre", see `inflate`
-    kernels: str = "delta"  # if the weights have none: "delta" is plain attention, "fresh" is random
-    noise: float = NOISE  # standard deviation of the noise in equal value kernels
-    seed: int = 0  # of the noise
+    inflate: str = "average"  # how image kernels are spread over time: "average" or "centre", see `inflate`
+    kernels: str = (
+        "delta"  # start of missing structure kernels: "delta" (plain attention) or "fresh" (random)
+    )
+    noise: float = NOISE  # standard deviation of the noise that is added to equal value kernels
+    seed: int = 0  # seed of the noise
 
 
 class Action(enum.Enum):
-    """What happened to an array."""
+    """The way in which an array was fitted. The values are printed in summaries."""
 
     KEPT = "carried over"
     REORDERED = "reordered by class name"
@@ -60,14 +63,14 @@ class Action(enum.Enum):
     REPEATED = "structure kernels repeated"
     PADDED = "structure kernels in larger windows"
     UNSHARED = "shared structure kernels copied to every channel"
-    SET_TO_ONE = "layer scales that the weights do not have, set to one"
+    SET_TO_ONE = "layer scales missing in the weights, set to one"
     FOLDED = "layer scales multiplied into the layers before them"
     REINITIALISED = "re-initialised"
-    DROPPED = "dropped, since the model has no such arrays"
+    DROPPED = "dropped, because the model has no such arrays"
 
 
 class Outcome(NamedTuple):
-    """What happened to an array, and how or why."""
+    """The action on one array, with a detail: how or why it was done."""
 
     action: Action
     detail: str = ""
@@ -81,11 +84,11 @@ class Adapted:
     """Weights that fit a model."""
 
     arrays: Arrays  # all arrays of the model, by name
-    outcomes: dict[str, Outcome]  # of these, and of the source's other arrays
+    outcomes: dict[str, Outcome]  # by name, for all arrays of the model and all other arrays of the source
     notes: list[str]  # notes and warnings to print, one line each
 
     def lines(self) -> list[str]:
-        """Return a summary to print: one line per outcome, then the notes."""
+        """Return the lines of a summary: one line per outcome, then the notes."""
         groups: dict[Outcome, list[str]] = {}
         for name, outcome in self.outcomes.items():
             groups.setdefault(outcome, []).append(name)
@@ -101,7 +104,7 @@ class _MisfitError(Exception):
     """An array cannot be fitted; the message names it."""
 
 
-_Fitted = tuple[Outcome, np.ndarray]
+_Fitted = tuple[Outcome, np.ndarray]  # an array that fits the model, and how it was made
 
 
 def adapt(
@@ -115,19 +118,21 @@ def adapt(
 ) -> Adapted:
     """Fit weights to a model.
 
-    The head is kept if both name the same classes, in any order; see
-    `structvit_jax.utils.class_names.match`. Otherwise it is re-initialised, and a note says why.
+    The head is kept if the weights and the model have the same class names, in any order; see
+    `structvit_jax.utils.class_names.match`. Otherwise it is re-initialised, and the summary says why.
 
     Args:
       source: the weights.
-      fresh: the model's parameters and batch statistics, which re-initialised arrays keep.
-      variant: of the model.
+      fresh: the model's parameters and batch statistics, newly initialised. Re-initialised arrays are copied
+        from here.
+      variant: the variant of the model.
       names: the model's class names, in order; None if its classes are those of the weights, in their order.
-      rules: how to fit.
+      rules: options for fitting.
       strict: raise an error instead of re-initialising or dropping an array.
 
     Raises:
-      UserError: weights of another network; or arrays that do not fit, all at once.
+      UserError: the weights are those of another network; or some arrays do not fit, and the message lists
+        all of them.
     """
     _check_same(source, variant)
     given, outcomes = _fold_scales(source, fresh)
@@ -169,18 +174,21 @@ def load_uniformer(
 ) -> Model:
     """Copy the weights of a PyTorch UniFormer into `model` and return it.
 
-    A StructViT with stride 1 then computes what the UniFormer does, up to rounding: its structure kernels
-    start as plain attention. Image weights are inflated for a video model, which changes the logits.
+    A StructViT with stride 1 then computes the same outputs as the UniFormer, up to rounding, because its
+    structure kernels start as plain attention. For a video model, image weights are inflated, which changes
+    the logits.
 
     Args:
       model: a UniFormer or StructViT of the same size.
-      state_dict: PyTorch's keys to NumPy arrays in PyTorch's layout; the arrays are copied.
+      state_dict: maps PyTorch's keys to NumPy arrays in PyTorch's layout. The arrays are copied.
       inflate: "average" or "centre", see `structvit_jax.convert.adapt.inflate`.
-      noise: standard deviation of the noise in the value kernels; with 0 all structure kernels stay equal.
-      seed: of the noise.
+      noise: standard deviation of the noise that is added to the value kernels; with 0, all structure kernels
+        stay equal.
+      seed: seed of the noise.
 
     Raises:
-      UserError: names every missing, extra and misshapen array; the model is unchanged then.
+      UserError: some arrays are missing, unknown or of another shape. The message lists all of them, and the
+        model is unchanged.
     """
     arrays = from_torch(state_dict)
     position = arrays.get("blocks1.0.pos_embed.kernel")
@@ -204,10 +212,10 @@ def load_uniformer(
 
 
 def inflate(kernel: np.ndarray, frames: int, how: str) -> np.ndarray:
-    """Return an image kernel with a window in time, [frames, *kernel.shape].
+    """Return a video kernel made from an image kernel, [frames, *kernel.shape].
 
-    "average" spreads it evenly, as the released UniFormer does. "centre" puts it on the middle frame, so that
-    a clip of one repeated image gives the logits of that image.
+    "average" spreads the kernel evenly over the frames, as the released UniFormer does. "centre" puts it on
+    the middle frame, so that a clip of one repeated image gives the logits of that image.
     """
     if how == "average":
         return np.repeat(kernel[None], frames, axis=0) / np.asarray(frames, kernel.dtype)
@@ -217,20 +225,21 @@ def inflate(kernel: np.ndarray, frames: int, how: str) -> np.ndarray:
 
 
 def _check_same(source: Source, variant: Variant) -> None:
-    """Raise UserError unless fitting can turn the model of the weights into this variant."""
+    """Raise UserError unless the weights can be fitted to this variant."""
     theirs = source.variant
     same = (*_SAME, "tubelet") if theirs.video and variant.video else _SAME
     if differ := [key for key in same if getattr(theirs, key) != getattr(variant, key)]:
-        what = ", ".join(f"{key} {getattr(theirs, key)} for {getattr(variant, key)}" for key in differ)
+        fields = (f"{key} is {getattr(theirs, key)}, not {getattr(variant, key)}" for key in differ)
         raise UserError(
-            f"{source.where} holds a {source.model['name']}, another network than the model ({what});"
-            " choose a model of that size, or other weights"
+            f"{source.where} holds a {source.model['name']}, a different network from the model"
+            f" ({'; '.join(fields)}); choose a model of that size, or other weights"
         )
     if theirs.video and not variant.video:
         raise UserError(f"{source.where} holds a video model, {source.model['name']}; the model takes images")
 
 
 def _fit(name: str, given: np.ndarray | None, own: np.ndarray, rules: Rules) -> _Fitted:
+    """Fit the array `given` of the weights to the array `own` of the model."""
     if given is None and re.fullmatch(_SCALE, name):
         return Outcome(Action.SET_TO_ONE), np.ones_like(own)
     if given is None:
@@ -245,17 +254,20 @@ def _fit(name: str, given: np.ndarray | None, own: np.ndarray, rules: Rules) -> 
 
 
 def _misshapen(name: str, given: np.ndarray, own: np.ndarray) -> _MisfitError:
-    return _MisfitError(f"misshapen {name}: {given.shape} for {own.shape}")
+    return _MisfitError(f"misshapen {name}: its shape is {given.shape}, not {own.shape}")
 
 
 def _positions(given: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Return positions for another grid, resized as in the model; those of an image serve every frame."""
+    """Return a position table resized to another grid, as in the model.
+
+    In a video model, every frame gets the positions of the image.
+    """
     inner = shape[len(shape) - given.ndim :]
     return np.broadcast_to(np.asarray(resize_positions(given, inner[:-1])), shape).copy()
 
 
 def _fit_structure(name: str, given: np.ndarray | None, own: np.ndarray, rules: Rules) -> _Fitted:
-    """Fit structure kernels [*window, heads, channels or 1, D]."""
+    """Fit structure kernels, [*window, heads, channels or 1, D]; see `_fit`."""
     outcome = None
     if given is None:
         if rules.kernels == "fresh":
@@ -274,7 +286,7 @@ def _fit_structure(name: str, given: np.ndarray | None, own: np.ndarray, rules: 
     grows = all(margin >= 0 and margin.is_integer() for margin in margins)
     channels_fit = given.shape[-2] in (1, own.shape[-2])
     if rest or not grows or not channels_fit or given.shape[-3] != own.shape[-3]:
-        return Outcome(Action.REINITIALISED, f"since {given.shape} cannot become {own.shape}"), own
+        return Outcome(Action.REINITIALISED, f"because {given.shape} cannot become {own.shape}"), own
     if outcome is None and copies > 1:
         outcome = Outcome(Action.REPEATED, f"{given.shape[-1]} to {own.shape[-1]}")
     elif outcome is None:
@@ -294,7 +306,10 @@ def _noise(name: str, shape: tuple[int, ...], copies: int, rules: Rules) -> np.n
 
 
 def _fold_scales(source: Source, fresh: Mapping[str, jax.Array]) -> tuple[Arrays, dict[str, Outcome]]:
-    """Multiply layer scales that the model lacks into the layers before them."""
+    """Multiply the layer scales that the model does not have into the layers before them.
+
+    Return the arrays without these scales, and the outcomes of the scales.
+    """
     arrays, outcomes = dict(source.arrays), dict[str, Outcome]()
     for name in [name for name in arrays if re.fullmatch(_SCALE, name) and name not in fresh]:
         block, _, which = name.rpartition(".")
@@ -312,10 +327,10 @@ def _fold_scales(source: Source, fresh: Mapping[str, jax.Array]) -> tuple[Arrays
 
 
 class _Head(NamedTuple):
-    """How the classes of the weights become those of the model."""
+    """How to fit the head to the classes of the model."""
 
-    order: list[int] | None  # the weights' number of each of the model's classes; None to re-initialise
-    reason: str = ""  # for re-initialising
+    order: list[int] | None  # for each class of the model, its number in the weights; None to re-initialise
+    reason: str = ""  # why it is re-initialised
     notes: tuple[str, ...] = ()
 
 
@@ -329,21 +344,21 @@ def _match_classes(source: Source, names: Sequence[str] | None, classes: int) ->
             f"warning: the head is not kept: {source.where} does not name its {classes} classes. To keep it,"
             " name them with structvit convert SOURCE DESTINATION --labels=FILE"
         )
-        return _Head(None, "as the weights do not name their classes", (note,))
+        return _Head(None, "because the weights do not name their classes", (note,))
     if (order := class_names.match(names, source.class_names)) is not None:
         return _Head(order)
     lacking, added = class_names.difference(names, source.class_names)
     note = (
-        f"warning: the head is not kept: the weights have {classes} classes of other names than the data"
-        f" (only the weights have {lacking}; only the data have {added})"
+        f"warning: the head is not kept: the weights and the data have {classes} classes with different"
+        f" names (only the weights have {lacking}; only the data have {added})"
     )
-    return _Head(None, "for classes of other names", (note,))
+    return _Head(None, "for classes with other names", (note,))
 
 
 def _fit_head(name: str, given: np.ndarray | None, own: np.ndarray, head: _Head) -> _Fitted:
-    """Fit a head or dense head to the model's order of classes."""
+    """Fit an array of the head or dense head to the model's order of classes; see `_fit`."""
     if head.order is None or given is None:
-        return Outcome(Action.REINITIALISED, head.reason or "as the weights have none"), own
+        return Outcome(Action.REINITIALISED, head.reason or "because the weights have none"), own
     if given.shape != own.shape:
         raise _misshapen(name, given, own)
     is_same = head.order == list(range(len(head.order)))
@@ -351,11 +366,12 @@ def _fit_head(name: str, given: np.ndarray | None, own: np.ndarray, head: _Head)
 
 
 def _notes(theirs: Variant, own: Variant, rules: Rules) -> list[str]:
+    """Return notes about fitting weights of the variant `theirs` to a model of the variant `own`."""
     notes = []
     if own.stride != theirs.stride:
         notes.append(
-            f"note: stride {own.stride} for {theirs.stride}: the weights are kept, but queries attend to"
-            " other keys, so the logits differ from those of the source"
+            f"note: the stride is {own.stride} instead of {theirs.stride}: the weights are kept, but queries"
+            " attend to other keys, so the logits differ from those of the source"
         )
     if own.structure_dim > max(theirs.structure_dim, 1) and rules.kernels == "delta" and not rules.noise:
         notes.append("warning: without noise, equal structure kernels get equal gradients and stay equal")

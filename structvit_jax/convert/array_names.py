@@ -1,8 +1,8 @@
-"""Names and layouts of the arrays of the released PyTorch UniFormer and of this package.
+"""Translate the names and layouts of arrays between the released PyTorch UniFormer and this package.
 
-Names here are dotted paths, as in checkpoints. PyTorch's kernels are (out, in, *window), kernels here are
-(*window, in, out), and 1x1 convolutions are linear layers. The PyTorch model has no structure kernels; they
-keep their names and layouts.
+In this package, names are dotted paths, as in checkpoints. Kernels are (*window, in, out), where PyTorch's
+are (out, in, *window), and linear layers replace 1x1 convolutions. The PyTorch model has no structure
+kernels, so their names and layouts are not changed.
 """
 
 from __future__ import annotations
@@ -16,19 +16,20 @@ from structvit_jax.utils.errors import UserError
 
 Arrays = dict[str, np.ndarray]
 
-# The arrays of each kind of layer: PyTorch's name and the name here.
+# The arrays of each kind of layer: PyTorch's name and the name in this package.
 _KINDS = {
-    "linear": {"weight": "kernel", "bias": "bias"},  # or a convolution
-    "conv_1x1": {"weight": "kernel", "bias": "bias"},  # a linear layer here
+    "linear": {"weight": "kernel", "bias": "bias"},  # also convolutions
+    "conv_1x1": {"weight": "kernel", "bias": "bias"},  # a linear layer in this package
     "layer_norm": {"weight": "scale", "bias": "bias"},
     "batch_norm": {"weight": "scale", "bias": "bias", "running_mean": "mean", "running_var": "var"},
     "scales": {"gamma_1": "gamma_1", "gamma_2": "gamma_2"},
-    "scale_maps": {"gamma_1": "gamma_1", "gamma_2": "gamma_2"},  # (1, channels, 1, 1), here (channels,)
+    "scale_maps": {"gamma_1": "gamma_1", "gamma_2": "gamma_2"},  # (1, channels, 1, 1) in PyTorch
     "structure": {"key_kernels": "key_kernels", "value_kernels": "value_kernels"},
 }
-_COUNTER = "num_batches_tracked"  # of a BatchNorm; unused, because its momentum is constant
+# PyTorch's step counter of a BatchNorm. It is not used, because the momentum is constant.
+_COUNTER = "num_batches_tracked"
 
-# All layers of a UniFormer or StructViT: PyTorch's path, the path here ("" if equal), and the kind.
+# All layers of a UniFormer or StructViT: PyTorch's path, the path in this package ("" if equal), kind.
 _FIELDS = {"any": "[1-4]", "conv": "[12]", "attn": "[34]", "block": r"\d+", "n": "[12]"}
 _LAYERS = (
     ("patch_embed{any}.proj", "", "linear"),
@@ -55,8 +56,8 @@ _LAYERS = (
 )
 
 
-# The same for each array.
-_ROWS = [
+# All arrays of these layers: PyTorch's name, the name in this package, and the kind of the layer.
+_ARRAYS = [
     (f"{torch}.{theirs}", f"{here or torch}.{ours}", kind)
     for torch, here, kind in _LAYERS
     for theirs, ours in _KINDS[kind].items()
@@ -64,16 +65,17 @@ _ROWS = [
 
 
 def _pattern(template: str) -> re.Pattern[str]:
+    """Return the regular expression for a template with the fields in _FIELDS."""
     escaped = template.replace(".", r"\.")
     return re.compile(re.sub(r"\{(\w+)\}", lambda field: f"(?P<{field[1]}>{_FIELDS[field[1]]})", escaped))
 
 
-_FROM_TORCH = [(_pattern(torch), here, kind) for torch, here, kind in _ROWS]
-_TO_TORCH = [(_pattern(here), torch, kind) for torch, here, kind in _ROWS]
+_FROM_TORCH = [(_pattern(torch), here, kind) for torch, here, kind in _ARRAYS]
+_TO_TORCH = [(_pattern(here), torch, kind) for torch, here, kind in _ARRAYS]
 
 
 def _translate(name: str, table: list[tuple[re.Pattern[str], str, str]]) -> tuple[str, str] | None:
-    """Return the other name of an array and the kind of its layer; None if no model here has it."""
+    """Return the translated name of an array and the kind of its layer; None if the name is unknown."""
     for pattern, template, kind in table:
         if match := pattern.fullmatch(name):
             return template.format(**match.groupdict()), kind
@@ -81,10 +83,11 @@ def _translate(name: str, table: list[tuple[re.Pattern[str], str, str]]) -> tupl
 
 
 def from_torch(state_dict: Mapping[str, np.ndarray]) -> Arrays:
-    """Return a PyTorch state dict with the names and layouts of this package, without BatchNorm's counters.
+    """Convert a PyTorch state dict to the names and layouts of this package; drop BatchNorm's counters.
 
     Raises:
-      UserError: keys that no UniFormer has, all at once; or weights that are not floating-point numbers.
+      UserError: no UniFormer has some of the keys, which the message lists; or the weights are not
+        floating-point numbers.
     """
     arrays: Arrays = {}
     unknown: list[str] = []
@@ -93,7 +96,7 @@ def from_torch(state_dict: Mapping[str, np.ndarray]) -> Arrays:
         if found is None:
             unknown += [] if key.endswith(_COUNTER) else [key]
             continue
-        if array.dtype.kind not in "fV":  # V is bfloat16
+        if array.dtype.kind not in "fV":  # "V" is the kind of bfloat16
             raise UserError(f"{key} holds {array.dtype} numbers; weights are floating-point numbers")
         name, kind = found
         if name.endswith(".kernel"):
@@ -113,15 +116,17 @@ def from_torch(state_dict: Mapping[str, np.ndarray]) -> Arrays:
 
 
 def to_torch(arrays: Mapping[str, np.ndarray]) -> Arrays:
-    """Return arrays of a UniFormer or StructViT as a PyTorch state dict; BatchNorm's counters are 0.
+    """Convert arrays of a UniFormer or StructViT to a PyTorch state dict; BatchNorm's counters are 0.
 
     Raises:
-      UserError: weights of another network, which the PyTorch model does not have.
+      UserError: the arrays belong to another network, for which there is no released PyTorch model.
     """
     position = arrays.get("blocks1.0.pos_embed.kernel")
     if position is None:
-        raise UserError("only UniFormers and StructViTs have keys of the released PyTorch model")
-    ones = (1,) * (np.ndim(position) - 2)  # the axes of a window
+        raise UserError(
+            "only UniFormers and StructViTs can be converted to the keys of the released PyTorch model"
+        )
+    ones = (1,) * (np.ndim(position) - 2)  # axes of a 1x1 window, in images or videos
     state_dict: Arrays = {}
     for name, value in arrays.items():
         if (found := _translate(name, _TO_TORCH)) is None:

@@ -1,6 +1,6 @@
-"""The conversion behind `structvit convert`: between PyTorch files, checkpoints and models.
+"""Implement `structvit convert`: convert weights between PyTorch files, checkpoints and models.
 
-It builds on checkpoints and recipes, so `structvit_jax.convert` does not import it.
+This module imports the training code, so `structvit_jax.convert` does not import it.
 """
 
 from __future__ import annotations
@@ -51,19 +51,19 @@ def convert(
     Args:
       source: a file of PyTorch weights, a run or a checkpoint.
       destination: a new folder for a checkpoint, or a new file of PyTorch weights, on a local disk.
-      model: the model to fit the weights to; None keeps their own.
+      model: name of the model to which the weights are fitted; None keeps the model of the weights.
       data: the data set of released weights, a name in `structvit_jax.convert.RELEASED`.
-      head_width: 32 or 64, if both were released.
+      head_width: 32 or 64, if models of this size were released with both.
       weights: "raw" or "ema", for files that hold both.
       labels: a file with the class names, one per line, in the order of the head.
       inflate: how image weights are spread over time, see `structvit_jax.convert.adapt.inflate`.
-      noise: standard deviation of the noise in equal value kernels.
+      noise: standard deviation of the noise that is added to equal value kernels.
 
     Raises:
-      UserError: a source that cannot be read or fitted, or a destination that cannot be written.
+      UserError: the source cannot be read or fitted, or the destination cannot be written.
     """
     if not 0 <= noise < math.inf:
-        raise UserError(f"--noise is {noise:g}; it needs to be finite and not negative")
+        raise UserError(f"--noise is {noise:g}; it must be finite and not negative")
     check_local(destination)
     with weight_files.create(destination) as path:
         if is_weights_file(source):
@@ -71,7 +71,7 @@ def convert(
         elif data or head_width or weights:
             raise UserError(
                 f"{source} is not a file of PyTorch weights (.pth, .safetensors); omit --data, --head_width"
-                " and --weights, which are for those"
+                " and --weights, which apply to such files only"
             )
         else:
             given = start.find_weights(source, make_mesh(-1, 1))
@@ -110,7 +110,10 @@ def _with_labels(source: Source, path: str) -> Source:
 
 
 def _fit(source: Source, name: str | None, rules: Rules) -> tuple[dict[str, Any], Weights]:
-    """Return the arguments of the model to write, and its weights."""
+    """Fit weights to the model `name`, or to their own model; print a summary.
+
+    Return the arguments of the model, and its weights.
+    """
     arguments = source.model
     if name:
         kept = {key: value for key, value in arguments.items() if key in ("head_width", "token_labels")}
@@ -141,7 +144,7 @@ def _write_checkpoint(path: str, source: Source, model: dict[str, Any], weights:
 
 
 def _recipe(source: Source, model: dict[str, Any]) -> ml_collections.ConfigDict:
-    """Return the configuration to evaluate the weights with."""
+    """Return a configuration with which the weights can be evaluated."""
     name = model["name"]
     if not name.endswith("_video"):
         config = recipes.images(name)

@@ -1,7 +1,7 @@
-"""The description beside exported weights: model, class names and inputs, so that reading needs no options.
+"""The description that is saved with exported weights: their model, class names and inputs.
 
-It is plain data: JSON in a .safetensors file, a dict in a .pth. Since a file may hold anything, a description
-that is read is validated against the arrays of its file.
+With it, the weights can be read without options. It is plain data: JSON in a .safetensors file, a dict in a
+.pth. A file may hold anything, so descriptions are validated against the arrays of their file.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from typing import Any, NamedTuple, cast
 from structvit_jax.models.variants import OVERRIDES, get_variant
 from structvit_jax.utils.errors import UserError
 
-# Fields that describe how a program runs, not the weights.
-_NOT_OF_WEIGHTS = ("dtype", "kernels", "remat")
-_FIELDS = ("name", *(field for field in OVERRIDES if field not in _NOT_OF_WEIGHTS))
+# Arguments of a model that do not depend on its weights.
+_RUNTIME_ARGUMENTS = ("dtype", "kernels", "remat")
+_FIELDS = ("name", *(field for field in OVERRIDES if field not in _RUNTIME_ARGUMENTS))
 _LONGEST_NAME = 1000  # characters of a class name
-_LONGEST_WORD = 100  # characters of an argument of a model
+_LONGEST_ARGUMENT = 100  # characters of a string in the arguments of a model
 _Triple = tuple[float, float, float]
 
 
 class Inputs(NamedTuple):
     """The inputs that weights expect."""
 
-    mean: _Triple  # subtracted from channels scaled to 0..1
-    std: _Triple  # then divided by
-    channels: str = "rgb"  # or "bgr"
+    mean: _Triple  # subtracted from the channels, which are scaled to 0..1
+    std: _Triple  # the channels are divided by it after that
+    channels: str = "rgb"  # order of the channels, "rgb" or "bgr"
 
 
 class Description(NamedTuple):
@@ -50,12 +50,12 @@ def parse(plain: Any, facts: Mapping[str, Any], classes: int) -> Description:
     """Validate the description in a file.
 
     Args:
-      plain: see `Description.as_plain`; may be anything.
+      plain: the result of `Description.as_plain`, or anything else that a file may hold.
       facts: fields of the variant that the shapes of the file's arrays determine.
-      classes: number of outputs of the file's head.
+      classes: number of outputs of the head in the file.
 
     Raises:
-      UserError: a description that is malformed, or does not fit the arrays.
+      UserError: the description is malformed, or does not fit the arrays.
     """
     if not isinstance(plain, Mapping):
         raise UserError("its description is not a mapping")
@@ -70,7 +70,7 @@ def _parse_model(model: Any, facts: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(model, Mapping) or "name" not in model:
         raise UserError("its description does not name a model")
     if not isinstance(model["name"], str):
-        raise UserError("its description has a name of the model that is not a string")
+        raise UserError("the name of the model in its description is not a string")
     arguments = {key: _parse_field(model[key]) for key in _FIELDS if key in model}
     variant = get_variant(**arguments)
     for key, value in facts.items():
@@ -80,7 +80,7 @@ def _parse_model(model: Any, facts: Mapping[str, Any]) -> dict[str, Any]:
         if key == "value_window" and variant.aggregation == "element":
             described = (1,) * variant.grid_axes
         if described != value:
-            raise UserError(f"its description has {key} {described}, but its arrays have {value}")
+            raise UserError(f"{key} is {described} in its description, but {value} in its arrays")
     return arguments
 
 
@@ -88,22 +88,22 @@ def _parse_field(value: Any) -> Any:
     """Return a number, string or tuple of integers; lists of a few integers become tuples."""
     if isinstance(value, list | tuple) and len(value) <= 8 and all(type(item) is int for item in value):
         return tuple(value)
-    if isinstance(value, bool | int | float) or (isinstance(value, str) and len(value) <= _LONGEST_WORD):
+    if isinstance(value, bool | int | float) or (isinstance(value, str) and len(value) <= _LONGEST_ARGUMENT):
         return value
-    raise UserError("its description has an argument of the model that is not a number, word or short list")
+    raise UserError("an argument of the model in its description is not a number, short string or short list")
 
 
 def _parse_class_names(names: Any, classes: int) -> tuple[str, ...] | None:
     if names is None:
         return None
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
-        raise UserError("its description has class names that are not a list of strings")
+        raise UserError("the class names in its description are not a list of strings")
     check_class_names(names, classes)
     return tuple(names)
 
 
 def check_class_names(names: Sequence[str], classes: int) -> None:
-    """Raise UserError unless names are distinct, and as many as there are classes."""
+    """Raise UserError unless there is one name for each class, all are distinct, and none is too long."""
     if len(names) != classes:
         raise UserError(f"there are {len(names)} class names for {classes} classes")
     if len(set(names)) < classes:
@@ -123,5 +123,7 @@ def _parse_inputs(inputs: Any) -> Inputs | None:
         if not are_numbers or channels not in ("rgb", "bgr"):
             raise ValueError
     except (TypeError, ValueError, KeyError, OverflowError) as error:
-        raise UserError("its description of the inputs needs mean, std (above 0) and channels") from error
+        raise UserError(
+            "the inputs in its description need mean, std (above 0) and channels (rgb or bgr)"
+        ) from error
     return Inputs(cast(_Triple, mean), cast(_Triple, std), channels)

@@ -1,8 +1,9 @@
 """Weights from a file or checkpoint, with their model, classes and inputs.
 
-Names and shapes of the arrays determine the model, except for the width of attention heads. That, the
-normalisation, the channel order and the class names come from the description that `structvit convert` writes
-beside exported weights, from the table of releases, or from the user.
+The names and shapes of the arrays determine most of the model. They do not determine the width of attention
+heads, the stride of a StructViT, the normalisation, the channel order and the class names. These come from
+the description that `structvit convert` saves with exported weights, from the table `RELEASED`, or from the
+user.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from structvit_jax.convert.description import Inputs
 from structvit_jax.models.variants import VARIANTS, Variant, get_variant
 from structvit_jax.utils.errors import UserError, check_choice
 
-_LARGEST_STRUCTURE_DIM = 256  # a limit for files, because a model's memory grows with it
+_LARGEST_STRUCTURE_DIM = 256  # a limit for untrusted files, because the memory of a model grows with D
 
 
 class Release(NamedTuple):
@@ -28,7 +29,7 @@ class Release(NamedTuple):
 
     title: str
     classes: int
-    names: str  # file in convert/classes with the class names, in the order of the released heads
+    names: str  # name of the file in convert/classes with the class names, in the order of the released heads
     video: bool
     inputs: Inputs
 
@@ -43,6 +44,7 @@ _HALF = Inputs((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 _VIDEO = Inputs((0.45, 0.45, 0.45), (0.225, 0.225, 0.225))
 RELEASED = {
     "imagenet": Release("ImageNet", 1000, "imagenet.txt", False, _IMAGE),
+    # Models with token labelling, if they were trained with timm 0.4.12, which normalises with 0.5.
     "imagenet_half": Release("ImageNet", 1000, "imagenet.txt", False, _HALF),
     "k400": Release("Kinetics-400", 400, "kinetics400.txt", True, _VIDEO),
     "k600": Release("Kinetics-600", 600, "kinetics600.txt", True, _VIDEO),
@@ -57,12 +59,12 @@ class Source:
 
     arrays: Arrays  # parameters and batch statistics, by the names of this package
     variant: Variant
-    model: dict[str, Any]  # arguments of `get_variant` that give the variant
+    model: dict[str, Any]  # arguments of `get_variant` for this variant
     num_classes: int
     class_names: tuple[str, ...] | None  # in the order of the head's outputs; None if unknown
     inputs: Inputs | None  # None if unknown
-    where: str  # for messages
-    notes: tuple[str, ...] = ()  # choices made while reading, to print, one line each
+    where: str  # path of the file or checkpoint, for messages
+    notes: tuple[str, ...] = ()  # choices that were made while reading; printed, one line each
 
 
 def read_released(
@@ -77,13 +79,14 @@ def read_released(
 
     Args:
       path: a .pth or .safetensors file.
-      model: name of the model, for a StructViT without a description: shapes do not determine the stride.
-      data: a name in RELEASED, if the number of classes does not determine it.
-      head_width: 32 or 64, if UniFormers of this size were released with both.
+      model: name of the model; needed for a StructViT without a description, because shapes do not determine
+        the stride.
+      data: a name in RELEASED; needed if the number of classes does not determine it.
+      head_width: 32 or 64; needed if UniFormers of this size were released with both.
       which: "raw" or "ema", for files that hold both; None prefers the raw weights.
 
     Raises:
-      UserError: a file that holds no UniFormer, or one that needs a further argument.
+      UserError: the file holds no UniFormer or StructViT, or one of the arguments is needed.
     """
     state_dict = weight_files.read(path, which)
     class_names = inputs = None
@@ -108,16 +111,16 @@ def read_released(
         if class_names is None and release.classes == classes:
             class_names = release.class_names()
             notes.append(f"class names: those of {release.title}, in the order of the released weights")
-    where = f"{path} ({state_dict.place})" if state_dict.place else path
+    where = f"{path} ({state_dict.key})" if state_dict.key else path
     variant = get_variant(**arguments)
     return Source(arrays, variant, arguments, classes, class_names, inputs, where, tuple(notes))
 
 
 def _facts(arrays: Arrays) -> dict[str, Any]:
-    """Return the fields of the variant that names and shapes of the arrays determine.
+    """Return the fields of the variant that the names and shapes of the arrays determine.
 
     Raises:
-      UserError: arrays that are not a UniFormer's, or have impossible shapes.
+      UserError: the arrays are not those of a UniFormer or StructViT, or have impossible shapes.
     """
     depths = tuple(_depth(arrays, stage) for stage in range(1, 5))
     stem = "patch" if "patch_embed1.proj.kernel" in arrays else "conv"
@@ -152,7 +155,7 @@ def _facts(arrays: Arrays) -> dict[str, Any]:
 
 
 def _depth(arrays: Arrays, stage: int) -> int:
-    """Return the number of blocks of a stage; 0 if they are not numbered from 0 on."""
+    """Return the number of blocks of a stage; 0 if they are not numbered 0, 1, 2 and so on."""
     numbers = {int(m[1]) for name in arrays if (m := re.match(rf"blocks{stage}\.(\d+)\.norm1\.scale$", name))}
     return len(numbers) if numbers == set(range(len(numbers))) else 0
 
@@ -160,8 +163,9 @@ def _depth(arrays: Arrays, stage: int) -> int:
 def _recognise(arrays: Arrays, facts: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of `get_variant` for the model of these arrays.
 
-    Models of one size differ in their layer scales. If none has the same as the arrays, the first is taken,
-    and `adapt` folds the scales into other layers or sets them to one.
+    Several models may have the same size, and differ only in which blocks have layer scales. If no model has
+    the layer scales of the arrays, the first model is used. `adapt` then folds the scales into other layers,
+    or sets them to one.
 
     Raises:
       UserError: no model here has such arrays.
@@ -185,41 +189,44 @@ def _recognise(arrays: Arrays, facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def _scaled_blocks(variant: Variant) -> list[bool]:
-    """Return whether convolution blocks and attention blocks have layer scales."""
+    """Return two values: whether convolution blocks, and whether attention blocks, have layer scales."""
     return [bool(variant.layer_scale) and variant.conv_layer_scale, bool(variant.layer_scale)]
 
 
 def _head_width(path: str, arguments: dict[str, Any], given: int | None) -> dict[str, int]:
-    """Return the width of heads as an argument, if it differs from that of the named variant."""
+    """Return {"head_width": width} if the width differs from that of the named variant, and else {}."""
     variant = get_variant(**arguments)
     if given:
         return {"head_width": given} if given != variant.head_width else {}
     if variant.stem == "conv" or (variant.token_labels and variant.layer_scale is None):
         raise UserError(
-            f"{path}: shapes do not determine whether its heads are 32 wide, as in the first models of this"
-            f" kind, or 64, as in those whose names end in _dim64; {_give('--head_width=32')} or 64"
+            f"{path}: shapes do not determine whether its attention heads are 32 wide (the first released"
+            f" files of this kind) or 64 (files whose names end in _dim64);"
+            f" {_convert_with('--head_width=32')} or 64"
         )
     return {}
 
 
 def _release(path: str, arguments: dict[str, Any], classes: int, given: str | None) -> Release:
-    """Return the release that weights without a description belong to."""
+    """Return the release whose inputs the weights expect."""
     if given:
         return RELEASED[check_choice("--data", given, RELEASED)]
     variant = get_variant(**arguments)
     if variant.token_labels:
         raise UserError(
-            f"{path}: trained with token labelling, so its normalisation depends on the authors' version of"
-            f" timm; {_give('--data=imagenet')}, or imagenet_half for 0.5 (timm 0.4.12)"
+            f"{path}: it was trained with token labelling, so its normalisation depends on the authors'"
+            f" version of timm; {_convert_with('--data=imagenet')}, or --data=imagenet_half for mean and std"
+            " 0.5 (timm 0.4.12)"
         )
     for release in RELEASED.values():
         if (release.classes, release.video) == (classes, variant.video):
             return release
     raise UserError(
-        f"{path}: nothing was released with {classes} classes, so normalisation and channel order are"
-        f" unknown; {_give('--data=NAME')}, one of {', '.join(RELEASED)}"
+        f"{path}: no released {'video' if variant.video else 'image'} model has {classes} classes, so the"
+        f" normalisation and channel order are unknown; {_convert_with('--data=NAME')}, where NAME is one of"
+        f" {', '.join(RELEASED)}"
     )
 
 
-def _give(flag: str) -> str:
+def _convert_with(flag: str) -> str:
     return f"convert the file with structvit convert SOURCE DESTINATION {flag}"

@@ -1,6 +1,6 @@
-"""Files of PyTorch weights: .pth (and .pt, .bin, .tar) through torch, .safetensors without it.
+"""Read and write files of PyTorch weights: .pth, .pt, .bin and .tar with torch, .safetensors without it.
 
-Files are untrusted: code in them is never run, and sizes are checked before memory is allocated.
+Files are not trusted: code in them is never run, and sizes are checked before memory is allocated.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ from structvit_jax.utils.paths import write_errors_as_user_error
 
 SAFETENSORS = ".safetensors"
 SUFFIXES = (SAFETENSORS, ".pth", ".pt", ".bin", ".tar")
-DESCRIPTION = "structvit_jax"  # key beside the weights, see structvit_jax.convert.description
-# Names under which the authors' programs save the trained weights and their moving average. Their evaluation
-# scripts load the former.
-_PLACES = {"raw": ("model", "model_state", "state_dict"), "ema": ("model_ema", "state_dict_ema")}
+DESCRIPTION = "structvit_jax"  # key of the description in a file, see structvit_jax.convert.description
+# Keys under which UniFormer's programs save the trained weights (raw) and their moving average (ema). Its
+# evaluation scripts load the raw weights.
+_KEYS = {"raw": ("model", "model_state", "state_dict"), "ema": ("model_ema", "state_dict_ema")}
 _MEANING = {"raw": "raw", "ema": "averaged"}
-_DTYPES = {"F16", "BF16", "F32", "F64"}  # of safetensors; the others are for counters
+_DTYPES = {"F16", "BF16", "F32", "F64"}  # floating-point types of safetensors
+# Types of counters.
 _DTYPES |= {"I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64", "BOOL"}
 _LONGEST_DESCRIPTION = 2**24  # characters
 
@@ -37,13 +38,13 @@ class StateDict(NamedTuple):
     """The weights in a file."""
 
     arrays: dict[str, np.ndarray]  # PyTorch's keys to arrays in PyTorch's layout; floating point is float32
-    place: str = ""  # the name under which the file holds them; "" at the top level
-    note: str = ""  # which weights these are, if the file holds raw and averaged ones
-    description: Any = None  # plain data beside them, not validated; None if there are none
+    key: str = ""  # the key of the state dict in the file; "" if it is at the top level
+    note: str = ""  # says which weights these are, if the file holds both raw and averaged ones
+    description: Any = None  # plain data that was saved with them, not validated; None if there is none
 
 
 def is_weights_file(path: str) -> bool:
-    """Return whether a path names a file of PyTorch weights, rather than a run or checkpoint."""
+    """Return whether a path is that of a file of PyTorch weights, and not of a run or checkpoint."""
     return str(path).endswith(SUFFIXES)
 
 
@@ -55,37 +56,37 @@ def read(path: str, which: str | None = None) -> StateDict:
       which: "raw" or "ema", for files that hold both; None prefers the raw weights.
 
     Raises:
-      UserError: no such file, a file that is damaged or holds something else, or torch is missing.
+      UserError: the file does not exist, is damaged or holds something else, or torch is not installed.
     """
     path = os.path.expanduser(path)
     if not os.path.isfile(path):
         raise UserError(f"no file {path}")
-    place = note = ""
+    key = note = ""
     if path.endswith(SAFETENSORS):
         if which == "ema":
             raise UserError(f"{path} holds one set of weights; omit --weights")
         arrays, description = _read_safetensors(path)
     else:
         content = _load_torch(path)
-        place, note = _choose(path, content, which)
-        arrays = _to_numpy(path, content[place] if place else content)
-        description = content.get(DESCRIPTION) if place else None
-    arrays = {key.removeprefix("module."): array for key, array in arrays.items()}
-    return StateDict(arrays, place, note, description)
+        key, note = _choose(path, content, which)
+        arrays = _to_numpy(path, content[key] if key else content)
+        description = content.get(DESCRIPTION) if key else None
+    arrays = {name.removeprefix("module."): array for name, array in arrays.items()}
+    return StateDict(arrays, key, note, description)
 
 
 def write(
     path: str, state_dict: Mapping[str, np.ndarray], description: Mapping[str, Any] | None = None
 ) -> None:
-    """Write a state dict: at the top level of a .safetensors file, under "model" in a .pth.
+    """Write a state dict to the top level of a .safetensors file, or under the key "model" of a .pth file.
 
     Args:
-      path: the file, which is overwritten; see `create`.
-      state_dict: PyTorch's keys to arrays in PyTorch's layout.
-      description: plain data to save beside them.
+      path: the file; an existing file is overwritten, see `create`.
+      state_dict: maps PyTorch's keys to arrays in PyTorch's layout.
+      description: plain data to save with them.
 
     Raises:
-      UserError: torch is missing, or the file cannot be written.
+      UserError: torch is not installed, or the file cannot be written.
     """
     with write_errors_as_user_error(path):
         if path.endswith(SAFETENSORS):
@@ -104,18 +105,20 @@ def write(
         try:
             with open(path, "wb") as file:
                 torch.save(content, file)
-        except RuntimeError as error:  # how torch reports a full disk
-            raise UserError(f"{path} cannot be written: {_one_line(error)}; choose another place") from error
+        except RuntimeError as error:  # torch raises this if the disk is full
+            raise UserError(f"{path} cannot be written: {_one_line(error)}; choose another path") from error
 
 
 @contextlib.contextmanager
 def create(path: str) -> Iterator[str]:
     """Yield a temporary name beside `path`, for a file or folder that is renamed to `path` at the end.
 
-    Remains of an earlier process that was killed are removed first. If the body raises, nothing is left.
+    Temporary files of an earlier process that was killed are removed first. If the body of the context
+    raises, nothing is left.
 
     Raises:
-      UserError: `path` exists, or cannot be written; before the body runs.
+      UserError: `path` exists, or cannot be written. This is checked before the body runs, and again after
+        it.
     """
     final = Path(os.path.expanduser(path))
     part = final.with_name(f".part-{final.name}")
@@ -148,7 +151,10 @@ def _remove(path: Path) -> None:
 
 
 def _read_safetensors(path: str) -> tuple[dict[str, np.ndarray], Any]:
-    """Return the arrays and the description. The library checks the header against the size of the file."""
+    """Return the arrays and the description.
+
+    The safetensors library checks the sizes in the header against the size of the file.
+    """
     import safetensors
 
     try:
@@ -178,27 +184,30 @@ def _read_safetensors(path: str) -> tuple[dict[str, np.ndarray], Any]:
 
 
 def _choose(path: str, content: Any, which: str | None) -> tuple[str, str]:
-    """Return the name of the state dict in a .pth, "" for the top level, and a note if there is another."""
+    """Choose the state dict in a .pth file.
+
+    Return its key ("" for the top level), and a note if the file holds another state dict.
+    """
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds no weights: a {type(content).__name__}")
-    places = {
+    keys = {
         kind: next((name for name in names if isinstance(content.get(name), Mapping)), "")
-        for kind, names in _PLACES.items()
+        for kind, names in _KEYS.items()
     }
-    kind = which or ("raw" if places["raw"] or not places["ema"] else "ema")
+    kind = which or ("raw" if keys["raw"] or not keys["ema"] else "ema")
     other_kind = "ema" if kind == "raw" else "raw"
-    place, other = places[kind], places[other_kind]
-    if not place and (which == "ema" or other):
-        held = f"it has {other!r}" if other else "it holds one set of weights"
+    key, other = keys[kind], keys[other_kind]
+    if not key and (which == "ema" or other):
+        held = f"it holds {other!r}" if other else "it holds one set of weights"
         raise UserError(f"{path} has no {which} weights ({held}); omit --weights")
-    if not (content[place] if place else content):
-        keys = ", ".join(map(str, list(content)[:5])) or "nothing in it"
-        raise UserError(f"{path} holds no weights: a mapping with {keys}")
+    if not (content[key] if key else content):
+        found = f"with the keys {', '.join(map(str, list(content)[:5]))}" if content else "that is empty"
+        raise UserError(f"{path} holds no weights: a mapping {found}")
     note = (
-        f"weights: {place!r}, the {_MEANING[kind]} ones; the file also holds {other!r}, the"
-        f" {_MEANING[other_kind]} ones, which structvit convert takes with --weights={other_kind}"
+        f"weights: {key!r} ({_MEANING[kind]}); the file also holds {other!r} ({_MEANING[other_kind]}), which"
+        f" structvit convert reads with --weights={other_kind}"
     )
-    return place, note if other else ""
+    return key, note if other else ""
 
 
 def _torch() -> Any:
@@ -212,9 +221,9 @@ def _torch() -> Any:
 
 
 def _load_torch(path: str) -> Any:
-    """Load tensors and plain containers.
+    """Load a file in which only tensors and plain containers are allowed.
 
-    torch's own error messages are not repeated, because they suggest running the code in the file.
+    The error messages of torch are not shown, because they suggest running the code in the file.
     """
     torch = _torch()
     try:
@@ -234,7 +243,7 @@ def _load_torch(path: str) -> Any:
 
 
 def _check_archive(path: str) -> None:
-    """Refuse compressed archives, which may unpack to any size; torch does not compress."""
+    """Raise UserError for a compressed archive, which may unpack to any size; torch does not compress."""
     with zipfile.ZipFile(path) as archive:
         if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
             raise UserError(
@@ -248,13 +257,13 @@ def _to_numpy(path: str, state_dict: Mapping[Any, Any]) -> dict[str, np.ndarray]
     torch, size, arrays = _torch(), 0, {}
     for key, value in state_dict.items():
         if not isinstance(key, str):
-            raise UserError(f"{path} holds no weights: its keys are not strings, as {str(key)[:50]!r}")
+            raise UserError(f"{path} holds no weights: its keys are not strings, such as {str(key)[:50]!r}")
         if not isinstance(value, torch.Tensor):
             raise UserError(f"{path} holds something other than weights: {key} is not a tensor")
         if problem := _problem(value):
             raise _unsuitable(path, key, problem)
         size += value.numel() * value.element_size()
-    if size > os.path.getsize(path):  # an expanded tensor repeats the numbers in the file
+    if size > os.path.getsize(path):  # an expanded tensor repeats numbers of the file
         raise UserError(f"{path} cannot be read: its tensors have {size:,} bytes, more than the file")
     for key, value in state_dict.items():
         value = value.detach()
@@ -263,7 +272,7 @@ def _to_numpy(path: str, state_dict: Mapping[Any, Any]) -> dict[str, np.ndarray]
 
 
 def _problem(tensor: Any) -> str:
-    """Return why a tensor cannot be a weight; "" if it can."""
+    """Describe a tensor that cannot be a weight; return "" if it can be one."""
     if tensor.is_quantized:
         return "quantised numbers"
     if str(tensor.layout) != "torch.strided":
@@ -282,7 +291,7 @@ def _unsuitable(path: str, key: str, what: str) -> UserError:
 
 
 def _as_float32(array: np.ndarray) -> np.ndarray:
-    """Return floating-point numbers (V is bfloat16) as float32, all others as they are."""
+    """Convert floating-point arrays to float32 ("V" is the kind of bfloat16); return others unchanged."""
     return array.astype(np.float32, copy=False) if array.dtype.kind in "fV" else array
 
 

@@ -1,4 +1,4 @@
-"""Write label maps for token labelling: a teacher's scores at each position of every training image."""
+"""Write label maps for token labelling: a teacher's class scores at each position of every training image."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from structvit_jax.utils.errors import UserError
 
 
 def write(config: ml_collections.ConfigDict, teacher: str, folder: str, top: int) -> str:
-    """Write the maps of the training split and return a line that describes them.
+    """Write the maps of the training images, and return a line that describes them.
 
     Args:
-      config: of the teacher; see `structvit_jax.cli.options.open_checkpoint_config`.
-      teacher: RUN/checkpoints/STEP, or RUN for its latest.
-      folder: for the maps; an unfinished one is resumed.
+      config: the configuration of the teacher; see `structvit_jax.cli.options.open_checkpoint_config`.
+      teacher: the checkpoint, RUN/checkpoints/STEP, or RUN for its latest one.
+      folder: folder for the maps. If it holds a part of these maps, writing resumes there.
       top: number of classes to keep at each position.
 
     Raises:
-      UserError: the teacher takes clips, or the folder holds other maps.
+      UserError: the teacher is a video model, or the folder holds other maps.
     """
     config.data.label_maps = ""
     dataset = data.load(config.data, config.augment, config.train.seed)
     if config.data.frames:
-        raise UserError("label maps are of images; the teacher's data are clips")
+        raise UserError("label maps are for images, but the teacher takes clips")
     check_destination(folder)
     learner = Learner.create(config, dataset)
     mesh, size = learner.mesh, config.eval.batch_size
@@ -44,21 +44,21 @@ def write(config: ml_collections.ConfigDict, teacher: str, folder: str, top: int
     weights = _restore(teacher, learner)
     height, width = learner.model.grid(config.data.size)
     top = min(top, len(dataset.class_names))
-    images = dataset.train_examples
+    count = dataset.train_examples
     card = {
         "teacher": str(teacher),
         "params_sha256": sha256(weights),
         "size": config.data.size,
         "normalization": [list(config.data.mean), list(config.data.std), config.data.channels],
         "class_names": list(dataset.class_names),
-        "images": images,
-        "ids": digest([dataset.train_id(i) for i in range(images)]),
+        "images": count,
+        "ids": digest([dataset.train_id(i) for i in range(count)]),
     }
-    writer = LabelMapWriter(folder, card, (images, height, width, top))
+    writer = LabelMapWriter(folder, card, (count, height, width, top))
     start = writer.done // size
     runner = StepRunner(_make_dense_step(learner, top), mesh)
     stream = dataset.uncropped_batches(size, start=start)
-    progress = tqdm(total=images, initial=start * size, unit="images")
+    progress = tqdm(total=count, initial=start * size, unit="images")
     with contextlib.closing(stream) as batches, progress:
         for number, (batch, arrays) in enumerate(runner(weights, batches), start):
             rows = batch["index"] >= 0
@@ -66,13 +66,13 @@ def write(config: ml_collections.ConfigDict, teacher: str, folder: str, top: int
             writer.write(number * size, arrays["classes"][rows], scores)
             progress.update(int(rows.sum()))
     writer.finish()
-    return f"{folder}: maps of {images} images, {height}x{width}, {top} classes at each position"
+    return f"{folder}: maps of {count} images, {height}x{width} positions, {top} classes at each position"
 
 
 def _make_dense_step(learner: Learner, top: int) -> jax.stages.Wrapped:
-    """Return a jitted step: (weights, batch) -> the highest probabilities at every position.
+    """Return a jitted step that maps (weights, batch) to the highest probabilities at every position.
 
-    These are `scores` float32 and `classes` int32, both [rows, height, width, top].
+    The results are `scores` (float32) and `classes` (int32), both [rows, height, width, top].
     """
     structure, _ = split(learner.model)
     mesh, config = learner.mesh, learner.config

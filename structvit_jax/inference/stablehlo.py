@@ -1,4 +1,4 @@
-"""Export a trained model as a standalone program, see `structvit export`."""
+"""Export a trained model as a standalone StableHLO program; see `structvit export`."""
 
 from __future__ import annotations
 
@@ -24,13 +24,14 @@ _SAMPLING = ("frames", "stride", "sampling", "size", "crop_fraction", "test_clip
 
 
 def export(trained: TrainedModel, platforms: Sequence[str] = _USUAL) -> jax.export.Exported:
-    """Return a program that maps uint8 [batch, [time,] height, width, 3] to logits, float32 [batch, classes].
+    """Return a program that maps pixels to logits.
 
-    It normalises the pixels. It is slower than the model in this package, because it consists of plain JAX
-    operations: the kernels of this package are not available where it is loaded.
+    Its input is uint8 [batch, [time,] height, width, 3], which it normalises. Its output is float32 [batch,
+    classes]. The program is slower than the model in this package, because it uses plain JAX operations: the
+    fast kernels are not available where it is loaded.
 
     Raises:
-      UserError: an unknown platform.
+      UserError: a platform is unknown.
     """
     for platform in platforms:
         check_choice("platform", platform, PLATFORMS)
@@ -45,7 +46,7 @@ def export(trained: TrainedModel, platforms: Sequence[str] = _USUAL) -> jax.expo
 
 
 def card(trained: TrainedModel, program: jax.export.Exported, content: bytes) -> dict[str, Any]:
-    """Return the card of a program, which describes how to run it, its inputs and outputs, and its origin."""
+    """Return the card of a program, which describes how to run it, its inputs, its outputs and its origin."""
     data = trained.config.data
     axes = ["batch", *["time"] * (data.frames > 0), "height", "width", "channels"]
     return {
@@ -75,10 +76,10 @@ def check_output(path: str) -> None:
 
 
 def write(trained: TrainedModel, path: str, platforms: Sequence[str] = _USUAL) -> str:
-    """Write a program and its card; return a line that describes them.
+    """Write a program and its description (PATH.json); return a line that describes them.
 
     Raises:
-      UserError: an unknown platform, or a path that cannot be written.
+      UserError: a platform is unknown, or the path cannot be written.
     """
     file, program = parse_path(path), export(trained, platforms)
     content = bytes(program.serialize())
@@ -86,4 +87,4 @@ def write(trained: TrainedModel, path: str, platforms: Sequence[str] = _USUAL) -
         file.parent.mkdir(parents=True, exist_ok=True)
         storage.write(file, content)
         storage.write_json(file.with_name(file.name + ".json"), card(trained, program, content))
-    return f"{file}: {len(content):,} bytes for {', '.join(program.platforms)}; its card is {file.name}.json"
+    return f"{file}: {len(content):,} bytes for {', '.join(program.platforms)}; described in {file.name}.json"

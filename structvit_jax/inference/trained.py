@@ -1,4 +1,4 @@
-"""Run a trained model on files and folders. It needs its checkpoint, but no data set.
+"""Run a trained model on files and folders. This needs the checkpoint, but no data set.
 
     trained = structvit_jax.load_trained("runs/moving_digits")
     for prediction in trained.predict(["clip.mp4", "folder"]):
@@ -41,8 +41,8 @@ from structvit_jax.training.step import make_eval_step, make_features_step, norm
 class Prediction(NamedTuple):
     """The outputs of a model for one example."""
 
-    id: str  # its path; a part of a file has its seconds, as "clip.mp4#0-10"
-    problem: str  # why it could not be read; "" if it was
+    id: str  # path of the file; for a part of a video also its seconds, for example "clip.mp4#0-10"
+    problem: str  # why the example could not be read; "" if it was read
     class_names: tuple[str, ...]
     scores: np.ndarray  # float32 [classes], logits or probabilities, averaged over views
     probabilities: np.ndarray  # float32 [classes], the softmax of the scores if these are logits
@@ -56,7 +56,7 @@ class Prediction(NamedTuple):
 
 
 class Example(NamedTuple):
-    """A file or test example: the inputs of the model, and the frames from which they were cut."""
+    """A file or test example: the inputs of the model, and the frames from which they were cropped."""
 
     views: np.ndarray  # uint8 [views, *input shape], as in an evaluation
     frames: np.ndarray  # uint8 [time, height, width, 3], RGB; uncropped frames of the middle view
@@ -78,7 +78,7 @@ class TrainedModel:
 
     @property
     def reader(self) -> Reader:
-        """A reader of examples, as in an evaluation."""
+        """A reader that processes examples as an evaluation does."""
         return self._reader(self.find([]))
 
     def _reader(self, source: Files) -> Reader:
@@ -87,7 +87,7 @@ class TrainedModel:
         return Reader(source, options, augment, self.config.train.seed)
 
     def find(self, paths: Sequence[str], *, every: float = 0) -> Files:
-        """Find the examples at paths of files and folders, see `structvit_jax.data.media_files.find`."""
+        """Find the examples in files and folders; see `structvit_jax.data.media_files.find`."""
         video = self.config.data.frames > 0
         limits = Limits.of(self.config.data)
         other = counterpart(self.config.model.name)
@@ -101,25 +101,31 @@ class TrainedModel:
         return data.load(self.config.data, self.config.augment, self.config.train.seed).test.source
 
     def read(self, path: str) -> np.ndarray:
-        """Return the views of a file or of test:N, as in an evaluation: uint8 [views, *input shape].
+        """Return the views of one example, as in an evaluation: uint8 [views, *input shape].
+
+        Args:
+          path: a file, or "test:N" for example N of the test data in the configuration.
 
         Raises:
-          DecodeError: it cannot be read.
+          DecodeError: the example cannot be read.
         """
         return self._reader(self.find([path])).test(0)["inputs"]
 
     def example(self, path: str) -> Example:
-        """Read a file or test:N, together with the uncropped frames of its middle view.
+        """Read one example, together with the uncropped frames of its middle view.
+
+        Args:
+          path: a file, or "test:N" for example N of the test data in the configuration.
 
         Raises:
-          DecodeError: it cannot be read.
+          DecodeError: the example cannot be read.
         """
         source = self.find([path])
         reader = self._reader(source)
         return Example(reader.test(0)["inputs"], *reader.uncropped(0), source.true_class(0))
 
     def normalized(self, pixels: np.ndarray | jax.Array) -> jax.Array:
-        """Return uint8 pixels as inputs of the network: normalised, float32."""
+        """Normalise uint8 pixels; return the float32 inputs of the network."""
         return normalize(jnp.asarray(pixels), self.config)
 
     def scores(self, views: np.ndarray) -> np.ndarray:
@@ -134,7 +140,7 @@ class TrainedModel:
         return self._runner("scores", mesh).run(self._weights(mesh), batch)["scores"][0]
 
     def prediction(self, name: str, scores: np.ndarray, features: np.ndarray | None = None) -> Prediction:
-        """Return the prediction for an example with these scores."""
+        """Return the prediction for an example, given its name and scores."""
         return Prediction(
             name, "", self.class_names, scores, probabilities(scores, self.config.eval.average), features
         )
@@ -142,17 +148,18 @@ class TrainedModel:
     def predict(
         self, paths: Sequence[str], *, every: float = 0, features: bool = False
     ) -> Iterator[Prediction]:
-        """Yield predictions for files and for all files in folders, in the order in which they are read.
+        """Yield predictions for files, and for all files in folders, in the order in which they are found.
 
         A batch has config.eval.batch_size examples with config.data.test_clips x test_crops views each.
 
         Args:
           paths: files and folders.
-          every: predict for each part of so many seconds of a longer video; 0 does not cut videos.
-          features: also return the inputs of the head.
+          every: length in seconds of the parts into which longer videos are cut. Each part gets a prediction.
+            0 does not cut videos.
+          features: whether to return the inputs of the head, too.
 
         Raises:
-          UserError: a folder without files that the model takes.
+          UserError: a folder has no files that the model can read.
         """
         mesh, source = make_mesh(-1, 1), self.find(paths, every=every)
         weights, runner = self._weights(mesh), self._runner("scores", mesh)
@@ -186,7 +193,7 @@ class TrainedModel:
         return jax.device_put(weights, state_sharding(mesh, weights))
 
     def _runner(self, kind: str, mesh: Mesh) -> StepRunner:
-        """Return the step for "scores" or "features", which keeps its compiled programs."""
+        """Return the runner for "scores" or "features". It is created once, to keep its compiled programs."""
         if (kind, mesh) not in self._runners:
             make = {"scores": make_eval_step, "features": make_features_step}[kind]
             structure, weights = split(self.network)
@@ -198,14 +205,14 @@ class TrainedModel:
 def load_trained(checkpoint: str, config: ml_collections.ConfigDict | None = None) -> TrainedModel:
     """Load the model of a checkpoint.
 
-    Its weights are their moving average if the checkpoint has one and config.eval.ema is set.
+    If the checkpoint has a moving average of the weights and config.eval.ema is set, the average is loaded.
 
     Args:
       checkpoint: RUN/checkpoints/STEP, or RUN for its latest checkpoint.
-      config: replaces the configuration of the checkpoint, for example with other views or another size.
+      config: replaces the configuration of the checkpoint, for example to change the views or the input size.
 
     Raises:
-      UserError: no checkpoint, a damaged one, or a configured model that differs from the saved one.
+      UserError: there is no checkpoint, it is damaged, or the model in `config` differs from the saved one.
     """
     with open_checkpoint(str(checkpoint)) as (checkpoints, step):
         card, where = checkpoints.card(step), str(checkpoints.path(step))

@@ -1,1 +1,1 @@
-"""What a run needs besides its model: devices, processes, signals, locks and files."""
+"""The devices, processes, signals, locks and files of a run."""

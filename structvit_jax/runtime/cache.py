@@ -10,11 +10,11 @@ from pathlib import Path
 def user_folder(name: str) -> tuple[Path | None, str]:
     """Create a private folder in the user's cache; return it, or None and the reason why there is none.
 
-    Code is loaded from these folders, so nobody else may write there: the folder belongs to this user, has
-    mode 0700, and no folder above it is writable by everybody.
+    Code is loaded from this folder, so nobody else may write there. The folder must belong to this user and
+    have mode 0700, and no folder above it may be writable by everybody (except with the sticky bit, as /tmp).
 
     Args:
-      name: the folder is XDG_CACHE_HOME/structvit_jax/`name`; XDG_CACHE_HOME is ~/.cache by default.
+      name: of the folder in XDG_CACHE_HOME/structvit_jax. XDG_CACHE_HOME is ~/.cache by default.
     """
     root = os.environ.get("XDG_CACHE_HOME", "")
     if not os.path.isabs(root):
@@ -25,16 +25,16 @@ def user_folder(name: str) -> tuple[Path | None, str]:
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         folder = folder.resolve(strict=True)
-        if writer := _other_writer(folder):
-            return None, writer
+        if risk := _write_risk(folder):
+            return None, risk
         folder.chmod(0o700)
     except OSError as error:
         return None, f"{error.filename or folder} cannot be used: {error.strerror or error}"
     return folder, ""
 
 
-def _other_writer(folder: Path) -> str:
-    """Return how other users could write into a folder or replace it; "" if they cannot."""
+def _write_risk(folder: Path) -> str:
+    """Say how other users could write into a folder or replace it; return "" if they cannot."""
     status = folder.stat()
     if status.st_uid != os.geteuid():
         return f"{folder} belongs to another user"
@@ -43,5 +43,5 @@ def _other_writer(folder: Path) -> str:
     for parent in folder.parents:
         mode = parent.stat().st_mode
         if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
-            return f"others can write into {parent}, and replace {folder}"
+            return f"others can write into {parent}, so they could replace {folder}"
     return ""

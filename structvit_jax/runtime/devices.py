@@ -18,8 +18,8 @@ def select_devices(device: str) -> None:
     """Apply config.mesh.device. Call it before JAX opens a device.
 
     Raises:
-      UserError: the device is not available; or this machine has an NVIDIA GPU that JAX does not see, and the
-        CPU was not requested.
+      UserError: the device is not available. Or JAX would use the CPU although it was not requested and this
+        machine has an NVIDIA GPU.
     """
     wants_cpu = device == "cpu" or os.environ.get("JAX_PLATFORMS") == "cpu"
     if wants_cpu or not (entry_points(group="jax_plugins") or find_spec("libtpu")):
@@ -28,7 +28,7 @@ def select_devices(device: str) -> None:
         jax.config.update("jax_platforms", {"gpu": "cuda"}.get(device, device))
     try:
         platform, reason = jax.devices()[0].platform, ""
-    except (RuntimeError, AssertionError) as error:  # AssertionError: JAX without a plug-in for GPUs
+    except (RuntimeError, AssertionError) as error:  # JAX raises AssertionError if it has no GPU plug-in
         platform, reason = "none", " ".join(str(error).split()) or "its plug-in is not installed"
     if platform in ("cpu", "none") and not wants_cpu and _has_nvidia_gpu():
         raise UserError(
@@ -48,16 +48,17 @@ def _has_nvidia_gpu() -> bool:
 
 
 def use_compilation_cache(folder: str) -> None:
-    """Apply config.mesh.compilation_cache, the folder in which later runs find compiled programs.
+    """Apply config.mesh.compilation_cache, the folder where compiled programs are cached for later runs.
 
-    JAX runs these programs unchecked. So "auto" is the folder that JAX_COMPILATION_CACHE_DIR names, or else
-    one that only this user can write. If there is neither, nothing is cached.
+    JAX does not verify the programs that it loads from the cache. So "auto" is the folder in the environment
+    variable JAX_COMPILATION_CACHE_DIR, or else a folder that only this user can write. If there is neither,
+    nothing is cached.
     """
     if folder == "auto" and not (folder := os.environ.get("JAX_COMPILATION_CACHE_DIR", "")):
         private, problem = cache.user_folder("compiled")
         folder = str(private or "")
         if problem:
-            print(f"note: {problem}; compiled programs are not kept", file=sys.stderr, flush=True)
+            print(f"note: {problem}; compiled programs are not cached", file=sys.stderr, flush=True)
     jax.config.update("jax_compilation_cache_dir", os.path.expanduser(folder) or None)
 
 

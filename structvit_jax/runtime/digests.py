@@ -1,4 +1,7 @@
-"""SHA-256 digests of the files of a checkpoint, stored in its folder. Orbax does not detect flipped bytes."""
+"""SHA-256 digests of the files of a checkpoint, stored in its folder.
+
+They are needed because Orbax does not detect bytes that have changed.
+"""
 
 from __future__ import annotations
 
@@ -16,32 +19,32 @@ _CHUNK = 2**24  # bytes
 
 
 def write_digests(folder: epath.Path) -> None:
-    """Write the digests of all files below a folder into that folder."""
+    """Write the digests of all files in a folder and its subfolders into sha256.json in that folder."""
     write_json(folder / FILE, _digests(folder, sorted(_files(folder, ""))))
 
 
-def find_damage(folder: epath.Path, part: str = "") -> str:
-    """Compare the files of a folder with its digests; return the first problem, "" if there is none.
+def find_damage(folder: epath.Path, prefix: str = "") -> str:
+    """Compare the files of a folder with its digests; return the first difference, "" if there is none.
 
     Args:
       folder: the folder, in which `write_digests` has stored the digests.
-      part: compare only files whose names start with this, for example "card/".
+      prefix: compare only files whose names start with this, for example "card/".
 
     Raises:
-      UserError: permissions forbid reading a file, which is not damage.
+      UserError: permissions forbid reading a file. This is not damage.
     """
     try:
         written = read_json(folder / FILE)
         if not written:
             return f"{FILE} is damaged"
-        written = {name: digest for name, digest in written.items() if name.startswith(part)}
+        written = {name: digest for name, digest in written.items() if name.startswith(prefix)}
         missing = sorted(written.keys() - set(_files(folder, "")))
         if missing:
             return f"{missing[0]} is missing"
         found = _digests(folder, sorted(written))
     except PermissionError as error:
-        place = error.filename or folder
-        raise UserError(f"{place} cannot be read: {error.strerror}") from error
+        path = error.filename or folder
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except FileNotFoundError as error:
         if error.filename and str(error.filename) != str(folder / FILE):
             return f"{error.filename} is missing"
@@ -53,6 +56,7 @@ def find_damage(folder: epath.Path, part: str = "") -> str:
 
 
 def _files(folder: epath.Path, prefix: str) -> Iterator[str]:
+    """Yield `prefix` + relative path for each file in a folder and its subfolders, except the digests."""
     for path in folder.iterdir():
         name = prefix + path.name
         if path.is_dir():

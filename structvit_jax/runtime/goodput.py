@@ -1,4 +1,8 @@
-"""Goodput: how a run spends its wall time, over all restarts; and the speed of its recent steps."""
+"""Measure how a run spends its wall time, and the speed of its recent steps.
+
+Goodput is the fraction of the wall time that is spent in steps. It covers all sessions of a run: each restart
+begins a new session.
+"""
 
 from __future__ import annotations
 
@@ -10,19 +14,21 @@ from etils import epath
 from structvit_jax.runtime.storage import read_json, write_json
 
 FILE = "goodput.json"
-# "lost" is the time of steps that a kill undid and that are repeated.
+# "lost" is the time of steps that were not saved before a kill, and had to be repeated.
 ACTIVITIES = ("start", "restore", "compile", "input", "step", "evaluate", "save", "lost")
-_REMEMBERED = 20  # latest saves; the next session starts at one of them
-_LONGEST = 1e15  # seconds; a file with more is damaged
+_MAX_SAVES = 20  # number of latest saves to record; the next session starts at one of them
+_MAX_SECONDS = 1e15  # a file with a larger value is damaged
 _HALF_LIFE = 60.0  # seconds of training after which the weight of a measurement halves
 _SETTLED_STEPS, _SETTLED_SECONDS = 50, 60.0  # either is enough to judge the time spent waiting for data
 _HIGH_DATA_WAIT = 0.3  # fraction of the time in steps
 
 
 def _read(workdir: epath.Path) -> tuple[dict[str, float], dict[int, float], int]:
-    """Return the seconds by activity, the useful seconds before each save by step, and the session count.
+    """Read the file of a workdir; a missing or damaged file counts as empty.
 
-    A missing or damaged file counts as empty.
+    Returns:
+      The seconds of each activity, the useful seconds (see `Goodput._useful`) before the save of each step,
+      and the number of sessions.
     """
     try:
         content = read_json(workdir / FILE) or {}
@@ -31,7 +37,7 @@ def _read(workdir: epath.Path) -> tuple[dict[str, float], dict[int, float], int]
         sessions = int(content["sessions"])
     except (OSError, KeyError, TypeError, ValueError, AttributeError, OverflowError):
         return {}, {}, 0
-    if not all(0 <= value < _LONGEST for value in (*seconds.values(), *at_save.values(), sessions)):
+    if not all(0 <= value < _MAX_SECONDS for value in (*seconds.values(), *at_save.values(), sessions)):
         return {}, {}, 0
     return seconds, at_save, sessions
 
@@ -53,8 +59,8 @@ class Goodput:
         """Continue the count of a workdir.
 
         Args:
-          workdir: of the run.
-          started: when this session started, by time.monotonic; by default now.
+          workdir: the workdir of the run.
+          started: the time.monotonic() at which this session started; by default now.
         """
         seconds, self._at_save, sessions = _read(workdir)
         self._path, self._sessions = workdir / FILE, sessions + 1
@@ -62,7 +68,7 @@ class Goodput:
         self._activity, self._since = "start", time.monotonic() if started is None else started
 
     def resume(self, step: int) -> None:
-        """Count the steps of earlier sessions after `step` as lost."""
+        """Count the time of the steps after `step` in earlier sessions as lost, since they are repeated."""
         useful = self._useful()
         kept = min(useful, self._at_save.get(step, useful if step else 0.0))
         for activity in ("step", "input"):
@@ -80,7 +86,7 @@ class Goodput:
     def saved(self, step: int) -> None:
         """Record that the steps up to `step` are saved."""
         self._at_save[step] = self._useful()
-        self._at_save = dict(list(self._at_save.items())[-_REMEMBERED:])
+        self._at_save = dict(list(self._at_save.items())[-_MAX_SAVES:])
 
     def write(self) -> None:
         """Write the seconds so far, for the next session."""
@@ -89,7 +95,7 @@ class Goodput:
         write_json(self._path, value)
 
     def describe(self) -> str:
-        """Return one line: the fraction of the wall time spent in steps, and the other activities."""
+        """Return one line with the fraction of the wall time in steps and in each other activity."""
         self.switch(self._activity)
         total = sum(self._seconds.values())
         rest = sorted(((s, a) for a, s in self._seconds.items() if a != "step"), reverse=True)
@@ -98,17 +104,18 @@ class Goodput:
         return f"goodput: {self._seconds['step'] / total:.0%} of {total:.0f} s{sessions} in steps; {others}"
 
     def _useful(self) -> float:
+        """Return the seconds of steps and of their waits for data, without those already counted as lost."""
         return self._seconds["step"] + self._seconds["input"]
 
 
 class Progress:
-    """The recent speed of training steps, without compilation, evaluations and saves.
+    """Measure the recent speed of training steps, without compilation, evaluations and saves.
 
     Averages are weighted by time: the weight of a measurement halves every minute of training.
     """
 
     def __init__(self, workers: int, cores: int):
-        """Start to measure.
+        """Start measuring.
 
         Args:
           workers: config.data.workers.
@@ -138,7 +145,7 @@ class Progress:
         if self._advised or not settled or fraction <= _HIGH_DATA_WAIT:
             return None
         self._advised = True
-        # As many workers as keep up with the steps, if the speed of reading scales with them.
+        # The number of workers that would keep up with the steps, if reading speed is proportional to it.
         wanted = math.ceil(max(self._workers, 1) / max(1 - fraction, 1e-6))
         workers, cores = min(wanted, self._cores), f"{self._cores} CPU core{'s' * (self._cores > 1)}"
         problem = f"note: {fraction:.0%} of the time in steps is spent waiting for data"

@@ -1,6 +1,6 @@
-"""Watch the other processes of a run: if one fails or vanishes, the others name it and end as well.
+"""Watch the other processes of a run. If one fails or vanishes, the others report which one and end as well.
 
-Otherwise they would wait for it in a collective operation.
+Without this, they would wait for it in a collective operation.
 """
 
 from __future__ import annotations
@@ -47,23 +47,24 @@ def fail_together(heartbeat: int) -> Iterator[None]:
             yield
         except Stopped as stop:
             stopped = stop
-        processes.barrier()  # all have finished
+        processes.barrier()  # wait until all have finished
     except BaseException as error:
         watch.end(error)
     watch.close()
-    jax.distributed.shutdown()  # together: JAX aborts processes that outlive the first one
+    # All processes shut down together, because JAX aborts those that outlive the first one.
+    jax.distributed.shutdown()
     signal.signal(signal.SIGABRT, signal.SIG_DFL)
     if stopped:
         raise stopped
 
 
 class _Watch:
-    """Threads that send the heartbeat of this process and look for those of the others."""
+    """Threads that send the heartbeat of this process and check the heartbeats of the others."""
 
     def __init__(self, heartbeat: int):
         state = processes.distributed()
         self._store: Any = state.client  # JAX's key-value store, which process 0 holds
-        self._timeout, self._pause = heartbeat, min(1.0, heartbeat / 10)
+        self._timeout, self._interval = heartbeat, min(1.0, heartbeat / 10)
         self._me, self._count = state.process_id, state.num_processes
         name = f"process {self._me} of {self._count} (host {socket.gethostname()}, pid {os.getpid()})"
         self._store.key_value_set(f"{_NAME}{self._me}", name)
@@ -74,28 +75,30 @@ class _Watch:
         except jax.errors.JaxRuntimeError:
             processes.give_up(f"{processes.JOIN_TIMEOUT} s")
         others = set(range(self._count)) - {self._me}
-        # The last heartbeat of each other process, and when it arrived. The first counts from now.
+        # The last heartbeat of each other process, and when it arrived. Before the first one, time counts
+        # from now.
         self._seen = {f"{_ALIVE}{i}": ("", time.monotonic()) for i in others}
-        self._answers = 0  # replies of the store
+        self._replies = 0  # number of replies from the store
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
         if self._me:
             threading.Thread(target=self._watch_store, daemon=True).start()
             self._address = state.coordinator_address
-            # JAX aborts when process 0 is gone, and offers no other hook. Python's handlers run too late.
+            # When process 0 is gone, JAX raises SIGABRT; it offers no other hook. Python's signal handlers
+            # would run too late, so a C handler is set.
             self._on_abort = ctypes.CFUNCTYPE(None, ctypes.c_int)(self._aborted)
             ctypes.CDLL(None).signal(signal.SIGABRT, self._on_abort)
 
     def close(self) -> None:
-        """Stop to watch, after all processes have finished."""
+        """Stop watching, after all processes have finished."""
         self._closing.set()
         self._thread.join()
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             self._store.key_value_set(f"{_ALIVE}{self._me}", _DONE, allow_overwrite=True)
 
     def end(self, error: BaseException) -> NoReturn:
-        """End this process because of its own error, or of the failure of another that caused the error."""
+        """End this process after an error, which the failure of another process may have caused."""
         if isinstance(error, jax.errors.JaxRuntimeError):
             print("checking whether another process has failed", file=sys.stderr)
             self._thread.join(timeout=self._timeout + _GRACE)
@@ -115,23 +118,23 @@ class _Watch:
 
     def _run(self) -> None:
         beat = 0
-        while not self._closing.wait(self._pause):
+        while not self._closing.wait(self._interval):
             beat += 1
             try:
                 self._store.key_value_set(f"{_ALIVE}{self._me}", str(beat), allow_overwrite=True)
                 failures = self._store.key_value_dir_get(_FAILED)
                 heartbeats = self._store.key_value_dir_get(_ALIVE)
             except jax.errors.JaxRuntimeError:
-                continue  # process 0 is gone or ending: JAX aborts this process
-            self._answers += 1
+                continue  # process 0 is gone or ending; JAX then aborts this process
+            self._replies += 1
             for key, value in failures:
                 if key != f"{_FAILED}{self._me}":
                     text, code = json.loads(value)
-                    self._leave(f"{self._names[int(key.removeprefix(_FAILED))]} failed: {text}", code)
+                    self._exit_because(f"{self._names[int(key.removeprefix(_FAILED))]} failed: {text}", code)
             self._check(heartbeats)
 
     def _check(self, heartbeats: list[tuple[str, str]]) -> None:
-        """End this process if the last heartbeat of another is too old."""
+        """End this process if the last heartbeat of another process is too old."""
         now = time.monotonic()
         for key, beat in heartbeats:
             if beat == _DONE:
@@ -140,42 +143,44 @@ class _Watch:
                 self._seen[key] = beat, now
         for key, (_, since) in self._seen.items():
             if now - since > self._timeout:
-                self._leave_lost(int(key.removeprefix(_ALIVE)))
+                self._exit_lost(int(key.removeprefix(_ALIVE)))
 
     def _watch_store(self) -> None:
         """End this process if process 0, which holds the store, is suspended.
 
-        Calls to the store then hang, and JAX would abort later with a stack trace.
+        In that case calls to the store hang, and JAX would abort later with a stack trace.
         """
-        silent, answers = 0.0, 0
-        while not self._closing.wait(self._pause):
-            # Count pauses instead of reading a clock: this process may have been suspended, too.
-            silent = silent + self._pause if answers == self._answers else 0.0
-            answers = self._answers
+        silent, replies = 0.0, 0
+        while not self._closing.wait(self._interval):
+            # Count intervals instead of reading a clock, because this process may have been suspended, too.
+            silent = silent + self._interval if replies == self._replies else 0.0
+            replies = self._replies
             if silent > self._timeout:
-                self._leave_lost(0)
+                self._exit_lost(0)
 
     def _aborted(self, number: int) -> None:
-        """Handle SIGABRT: name process 0 if it cannot be reached."""
+        """Handle SIGABRT: report that process 0 is gone, if it cannot be reached."""
         host, _, port = self._address.rpartition(":")
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
         except OSError:
-            self._leave(f"{self._names[0]} is gone", EXIT_RESUMABLE)
-        faulthandler.dump_traceback()  # for another reason; the process ends when this returns
+            self._exit_because(f"{self._names[0]} is gone", EXIT_RESUMABLE)
+        faulthandler.dump_traceback()  # aborted for another reason; the process ends after this handler
 
-    def _leave_lost(self, number: int) -> NoReturn:
+    def _exit_lost(self, number: int) -> NoReturn:
         name = self._names[number]
-        self._leave(f"no heartbeat from {name} for {self._timeout} s; assuming it is dead", EXIT_RESUMABLE)
+        self._exit_because(
+            f"no heartbeat from {name} for {self._timeout} s; assuming it is dead", EXIT_RESUMABLE
+        )
 
-    def _leave(self, reason: str, code: int) -> NoReturn:
+    def _exit_because(self, reason: str, code: int) -> NoReturn:
         advice = "; re-run the command to resume" if code == EXIT_RESUMABLE else ""
         me = f"process {self._me} of {self._count}"
-        print(f"error: {reason}; {me} ends with it{advice}", file=sys.stderr, flush=True)
+        print(f"error: {reason}; {me} ends as well{advice}", file=sys.stderr, flush=True)
         self._exit(code)
 
     def _exit(self, code: int) -> NoReturn:
         """End the process without Python's cleanup, which would wait for the others."""
-        if self._me == 0:  # the store ends with it
+        if self._me == 0:  # the store ends with process 0
             time.sleep(_GRACE)
         os._exit(code)

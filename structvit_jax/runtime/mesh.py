@@ -1,8 +1,8 @@
 """The mesh of devices, and how batches, parameters and optimizer state are split over it.
 
-Batches and activations are split by examples over all devices. Parameters and their optimizer state are split
-over the fsdp axis, each array along the longest of its axes that is divisible. Small and indivisible arrays
-are replicated.
+Batches and activations are split over all devices, along the axis of examples. Parameters and their optimizer
+state are split over the fsdp axis of the mesh. Each array is split along the longest of its axes whose length
+is divisible by the size of fsdp. Small arrays, and arrays without such an axis, are replicated.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from structvit_jax.utils.errors import UserError
 
 T = TypeVar("T")  # a tree of arrays
 MESH_AXES = ("data", "fsdp")
-_SMALLEST_SPLIT = 2**16  # bytes; smaller arrays are replicated
+_MIN_SPLIT_BYTES = 2**16  # smaller arrays are replicated
 
 
 def make_mesh(data: int, fsdp: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Return a mesh with the axes data and fsdp.
 
     Args:
-      data, fsdp: number of devices along each axis; data = -1 takes all that fsdp leaves.
+      data, fsdp: number of devices along each axis; data = -1 is the number of devices divided by fsdp.
       devices: by default all devices of this run.
 
     Raises:
-      UserError: the number of devices is not data * fsdp.
+      UserError: the number of devices is not data * fsdp, or is not divisible by fsdp if data is -1.
     """
     devices = jax.devices() if devices is None else devices
     if data == -1 and len(devices) % fsdp:
@@ -47,7 +47,7 @@ def single_device_mesh() -> Mesh:
 
 
 def fitting_batch(mesh: Mesh, batch_size: int, examples: int) -> int:
-    """Return the smallest multiple of the number of devices that holds min(batch_size, examples) rows."""
+    """Return the smallest multiple of the number of devices that is at least min(batch_size, examples)."""
     return -(-max(1, min(batch_size, examples)) // mesh.size) * mesh.size
 
 
@@ -61,7 +61,7 @@ def check_batch(mesh: Mesh, key: str, batch_size: int, parts: int = 1) -> None:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Return the sharding of inputs, labels and activations: their first axis over all devices."""
+    """Return the sharding of inputs, labels and activations: the first axis is split over all devices."""
     return NamedSharding(mesh, PartitionSpec(MESH_AXES))
 
 
@@ -71,12 +71,12 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def state_sharding(mesh: Mesh, shapes: T) -> T:
-    """Return a tree of shardings for weights and optimizer state, given a tree of arrays or their shapes."""
-    ways = mesh.shape["fsdp"]
+    """Return the shardings for a tree of weights or optimizer state (arrays or their shapes)."""
+    fsdp = mesh.shape["fsdp"]
 
     def sharding(array: jax.Array) -> NamedSharding:
-        axes = [axis for axis, length in enumerate(array.shape) if length % ways == 0]
-        if ways == 1 or not axes or math.prod(array.shape) * array.dtype.itemsize < _SMALLEST_SPLIT:
+        axes = [axis for axis, length in enumerate(array.shape) if length % fsdp == 0]
+        if fsdp == 1 or not axes or math.prod(array.shape) * array.dtype.itemsize < _MIN_SPLIT_BYTES:
             return replicated(mesh)
         longest = max(axes, key=lambda axis: array.shape[axis])
         return NamedSharding(mesh, PartitionSpec(*[None] * longest, "fsdp"))
@@ -92,11 +92,11 @@ def abstract(state: T, mesh: Mesh) -> T:
 
 
 def put_batch(mesh: Mesh, batch: Mapping[str, object]) -> dict[str, jax.Array]:
-    """Return the arrays of a batch as global arrays that are split over all devices.
+    """Return the arrays of a batch as global arrays, split over all devices.
 
     Args:
       mesh: the devices.
-      batch: the rows that this process reads; values other than arrays are left out.
+      batch: the rows that this process has read; values that are not arrays are left out.
     """
     sharding = batch_sharding(mesh)
     arrays = {key: rows for key, rows in batch.items() if isinstance(rows, np.ndarray)}
@@ -104,7 +104,10 @@ def put_batch(mesh: Mesh, batch: Mapping[str, object]) -> dict[str, jax.Array]:
 
 
 def put_whole(arrays: T, shardings: object) -> T:
-    """Place a tree of arrays by a tree of shardings; every process holds all values of the arrays."""
+    """Return a tree of arrays as global arrays with the given shardings.
+
+    Every process must pass the whole arrays, with the same values.
+    """
 
     def put(array: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
         value = np.asarray(array)

@@ -1,7 +1,7 @@
-"""Process-wide settings of commands: signals, hooks, output, the memory allocator; and exit codes.
+"""Settings of the whole process (signals, hooks, output, memory allocator), and exit codes of commands.
 
-Nothing is set at import. This module imports the standard library only, because a command prepares its
-process before slow imports.
+Nothing is set at import. This module imports the standard library only, because commands call it before slow
+imports.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from structvit_jax.utils.errors import (
 
 
 def prepare(*, trains: bool) -> None:
-    """Apply the settings of a command that last until its process ends. Call it before slow imports.
+    """Apply the settings of a command, which last until its process ends. Call it before slow imports.
 
     Args:
-      trains: whether signals save the run of this command, see `structvit_jax.runtime.signals`.
+      trains: whether the command trains; signals are then handled by `structvit_jax.runtime.signals`.
     """
     sys.excepthook = _exit_on_interrupt
     sys.unraisablehook = _ignore_closed_loops
@@ -43,7 +43,7 @@ def prepare(*, trains: bool) -> None:
 
 
 def _exit_on_interrupt(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """End the process on Ctrl-C, also within a C extension that would print the exception and go on."""
+    """End the process on Ctrl-C, even in a C extension that would only print the exception and continue."""
     if not issubclass(kind, KeyboardInterrupt):
         sys.__excepthook__(kind, error, trace)
         return
@@ -53,7 +53,10 @@ def _exit_on_interrupt(kind: type[BaseException], error: BaseException, trace: T
 
 
 def _ignore_closed_loops(unraisable: sys.UnraisableHookArgs) -> None:
-    """Hide exceptions of Orbax's and TensorStore's coroutines that are cancelled after another has failed."""
+    """Hide the "Event loop is closed" exceptions of coroutines.
+
+    Orbax and TensorStore cancel their other coroutines after one has failed, and these then raise them.
+    """
     if "Event loop is closed" not in str(unraisable.exc_value):
         sys.__unraisablehook__(unraisable)
 
@@ -62,8 +65,8 @@ def keep_freed_memory() -> None:
     """Make glibc's allocator keep freed memory and use huge pages, which is faster for training on the CPU.
 
     By default glibc returns large blocks to the system at once, and every training step requests them again,
-    one small page at a time. Call this before JAX starts its threads, which keep the allocator's settings. It
-    cannot be undone.
+    one small page at a time. Call this before JAX starts its threads, because threads that already run
+    keep their own memory arenas. It cannot be undone.
     """
     if libc_ver()[0] != "glibc":
         return
@@ -75,7 +78,7 @@ def keep_freed_memory() -> None:
     for option, value in ((m_arena_max, 1), (m_mmap_max, 0), (m_trim_threshold, -1)):
         libc.mallopt(option, value)
     size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    block = libc.malloc(size)  # reserves addresses; untouched pages take no memory
+    block = libc.malloc(size)  # this reserves addresses only: pages that are never written take no memory
     if block:
         first = -(-block // page) * page
         libc.madvise(first, (block + size - first) // page * page, madv_hugepage)
@@ -106,8 +109,8 @@ def exit_in_one_line() -> Iterator[None]:
         try:
             yield
         finally:
-            sys.stdout.flush()  # now, while a failure can be reported
-    except BrokenPipeError:  # the reader of the output has ended and expects no more
+            sys.stdout.flush()  # flush now, while a failure can still be reported
+    except BrokenPipeError:  # the program that read the output has ended, so no message is needed
         os._exit(1)
     except Stopped as stop:
         _exit(str(stop), EXIT_RESUMABLE, stop)
@@ -125,7 +128,7 @@ def exit_in_one_line() -> Iterator[None]:
 
 
 def _exit(line: str, code: int, cause: BaseException) -> NoReturn:
-    with contextlib.suppress(OSError):  # nowhere to print it; the exit code remains
+    with contextlib.suppress(OSError):  # if it cannot be printed, the exit code is enough
         print(printable(line), file=sys.stderr, flush=True)
     raise SystemExit(code) from cause
 
@@ -133,12 +136,12 @@ def _exit(line: str, code: int, cause: BaseException) -> NoReturn:
 class _Output(io.FileIO):
     """Standard output that reports its first failure as a `UserError` and then drops all output.
 
-    A closed terminal is not a failure: it sends SIGHUP, and a run then saves before it ends.
+    A closed terminal (EIO) is not a failure: it also sends SIGHUP, and the run then saves and ends.
     """
 
     def __init__(self, stream: io.TextIOWrapper):
         super().__init__(stream.fileno(), "w", closefd=False)
-        self._stream = stream  # keep it: the file is closed when the stream is garbage-collected
+        self._stream = stream  # keep a reference: a garbage-collected stream closes the file
         self._failed = False
 
     def write(self, data: Any) -> int:
@@ -160,10 +163,10 @@ class _Output(io.FileIO):
 def _protect_output() -> None:
     """Make sys.stdout report failures as `_Output` does, and escape characters that it cannot encode."""
     stream = sys.stdout
-    if stream is None:  # closed
+    if stream is None:  # standard output was closed before the start
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for the rest of the process
         return
-    if type(stream) is not io.TextIOWrapper:  # replaced, as in a test or a notebook
+    if type(stream) is not io.TextIOWrapper:  # already replaced, for example in a test or notebook
         return
     raw = getattr(stream.buffer, "raw", stream.buffer)
     if isinstance(raw, _Output):

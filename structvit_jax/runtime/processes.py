@@ -22,8 +22,8 @@ from structvit_jax.utils.errors import EXIT_RESUMABLE, UserError, printable
 
 T = TypeVar("T")
 JOIN_TIMEOUT = 300  # seconds within which all processes must have started
-_LONG = 7 * 24 * 3600  # seconds; the heartbeat finds a process that never reaches a barrier
-_barriers = itertools.count()
+_BARRIER_TIMEOUT = 7 * 24 * 3600  # seconds; so long because the heartbeat already finds dead processes
+_barriers = itertools.count()  # numbers of barriers, which need distinct names
 
 
 def join(heartbeat: int, stoppable: bool) -> None:
@@ -37,29 +37,34 @@ def join(heartbeat: int, stoppable: bool) -> None:
       stoppable: whether a `StopSignal` handles SIGTERM; otherwise SIGTERM ends the process.
 
     Raises:
-      UserError: incomplete or invalid variables, or a coordinator that cannot be reached.
+      UserError: the variables are incomplete or invalid, or the processes cannot connect.
     """
     jax.config.update("jax_enable_preemption_service", stoppable)
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     given = [name for name in names if os.environ.get(name)]
     if given and len(given) < len(names):
         raise UserError(f"{' and '.join(given)} given without {' and '.join(set(names) - set(given))}")
-    options: dict[str, Any] = {  # longer than our own limits, since JAX aborts with a stack trace
+    # Longer than the limits of this package, because JAX aborts with a stack trace when its own are reached.
+    options: dict[str, Any] = {
         "heartbeat_timeout_seconds": 2 * heartbeat + 20,
         "initialization_timeout": 2 * JOIN_TIMEOUT,
     }
     if given:
         address, count, number = (os.environ[name] for name in names)
         if not (count.isdecimal() and number.isdecimal() and int(number) < int(count)):
-            raise UserError(f"JAX_PROCESS_ID={number} of JAX_NUM_PROCESSES={count} is not one of 0 to N - 1")
+            raise UserError(
+                f"JAX_PROCESS_ID={number} must be a number from 0 to JAX_NUM_PROCESSES - 1"
+                f" (JAX_NUM_PROCESSES={count})"
+            )
         options |= {"coordinator_address": address, "num_processes": int(count), "process_id": int(number)}
-    place = f" at {options['coordinator_address']}" if given else ""
-    late = threading.Timer(JOIN_TIMEOUT, give_up, [f"{JOIN_TIMEOUT} s{place}"])
+    at_address = f" at {options['coordinator_address']}" if given else ""
+    late = threading.Timer(JOIN_TIMEOUT, give_up, [f"{JOIN_TIMEOUT} s{at_address}"])
     late.daemon = True
     late.start()
     try:
         jax.distributed.initialize(**options)
     except ValueError as error:
+        # "coordinator_address should be defined": JAX has found no cluster, so there is one process.
         if given or "should be defined" not in str(error):
             raise UserError(f"the processes of the run cannot connect: {error}") from error
     finally:
@@ -69,10 +74,14 @@ def join(heartbeat: int, stoppable: bool) -> None:
 
 
 def give_up(waited: str) -> NoReturn:
-    """End a process that has waited in vain for others to connect; `waited` is the time and the address."""
+    """End this process because others have not connected.
+
+    Args:
+      waited: how long it has waited, and at which address, for the message.
+    """
     line = (
-        f"error: not all processes of the run have connected within {waited}: each must be started and must"
-        " reach process 0 there; re-run the command to try again"
+        f"error: not all processes of the run have connected within {waited}: check that each was started and"
+        " can reach process 0; re-run the command to try again"
     )
     print(line, file=sys.stderr, flush=True)
     os._exit(EXIT_RESUMABLE)
@@ -90,7 +99,7 @@ def log(line: str) -> None:
 
 
 def process_shard() -> tuple[int, int]:
-    """Return the index of this process and the process count, which select its part of every batch."""
+    """Return the index of this process and the number of processes, which select its part of every batch."""
     return jax.process_index(), jax.process_count()
 
 
@@ -107,14 +116,14 @@ def is_multiprocess() -> bool:
 
 
 def barrier() -> None:
-    """Wait until all processes arrive. (A collective operation would give up after 30 s on CPUs.)"""
+    """Wait until all processes call this. (On CPUs, a collective operation would give up after 30 s.)"""
     if is_multiprocess():
         name = f"structvit_jax/barrier/{next(_barriers)}"
-        distributed().client.wait_at_barrier(name, timeout_in_ms=1000 * _LONG)
+        distributed().client.wait_at_barrier(name, timeout_in_ms=1000 * _BARRIER_TIMEOUT)
 
 
 def allgather_object(value: T) -> list[T]:
-    """Return the values of all processes, in all processes; each must call it."""
+    """Return the values of all processes. Every process must call this, and gets the same list."""
     if not is_multiprocess():
         return [value]
     barrier()
@@ -125,15 +134,16 @@ def allgather_object(value: T) -> list[T]:
 
 
 def broadcast_from_primary(function: Callable[[], T]) -> T:
-    """Return in all processes what `function` returns in the primary one; each must call this."""
+    """Call `function` in the primary process, and return its result in all. Every process must call this."""
     return cast(T, allgather_object(function() if is_primary() else None)[0])
 
 
 class StopSignal:
-    """Whether a signal has asked the run to stop: SIGTERM (preemption, a time limit), Ctrl-C or SIGHUP.
+    """Record whether a signal has asked the run to stop.
 
-    With several processes, a signal to one of them is enough: JAX receives SIGTERM and passes it on. Before
-    the first call of `before`, see `structvit_jax.runtime.signals`.
+    The signal is SIGTERM (preemption, a time limit), Ctrl-C or SIGHUP. With several processes, a signal to
+    one of them is enough: JAX receives SIGTERM and passes it on. In a command, a signal that arrives before
+    the first call of `before` ends the process; see `structvit_jax.runtime.signals`.
     """
 
     def __init__(self) -> None:
@@ -152,11 +162,11 @@ class StopSignal:
             signals.LISTENER.stop()
 
     def before(self, step: int) -> bool:
-        """Return whether to stop before a step, the same in all processes.
+        """Return whether to stop before a step. All processes get the same answer.
 
-        All processes must ask for the same steps in the same order. After a signal, JAX answers yes for a
-        single step, the first that no process had asked for yet. A resumed run therefore asks for all earlier
-        steps, too.
+        All processes must ask JAX about the same steps in the same order. After a signal, JAX answers yes for
+        only one step: the first that no process had asked about. So a resumed run also asks about all earlier
+        steps.
         """
         signals.LISTENER.defer()
         if not is_multiprocess():
@@ -166,7 +176,7 @@ class StopSignal:
 
 
 def distributed() -> Any:
-    """Return the state of jax.distributed, whose barriers and key-value store are not public."""
+    """Return the internal state of jax.distributed: JAX has no public barriers and key-value store."""
     from jax._src import distributed
 
     return distributed.global_state

@@ -17,21 +17,24 @@ FOLDER = "profile"
 
 
 def steps_to_profile(text: str) -> range:
-    """Parse "START:STOP", which names the steps START to STOP - 1; "" names none.
+    """Parse "START:STOP", which selects the steps START to STOP - 1; "" selects no step.
 
     Raises:
-      UserError: another format, or an empty range.
+      UserError: the text has another format, or the range is empty.
     """
     if not text:
         return range(0)
     match = re.fullmatch(r"(\d{1,9}):(\d{1,9})", text)
     if not match or not 1 <= int(match[1]) < int(match[2]):
-        raise UserError(f"--profile={text}: write START:STOP, as 10:13 for steps 10 to 12")
+        raise UserError(f"--profile={text}: use START:STOP, for example 10:13 for steps 10 to 12")
     return range(int(match[1]), int(match[2]))
 
 
 class Profile:
-    """Profile steps into WORKDIR/profile, or with several processes into WORKDIR/profile/process-N each."""
+    """Profile steps and write the result to WORKDIR/profile.
+
+    With several processes, process N writes to WORKDIR/profile/process-N.
+    """
 
     def __init__(self, steps: range, workdir: epath.Path, start: int):
         self._steps = range(max(steps.start, start + 1), steps.stop)
@@ -47,11 +50,11 @@ class Profile:
             self._stop()
 
     def before(self, step: int, state: object) -> None:
-        """Start or stop the profile before a step, if it is the first or follows the last.
+        """Start or stop the profile if needed. Call this before every step.
 
         Args:
           step: the number of the step, from 1.
-          state: the result of the previous step, which is waited for.
+          state: the result of the previous step; the profile waits until it is computed.
         """
         if self._running == (step in self._steps):
             return
@@ -61,14 +64,14 @@ class Profile:
         else:
             self._running = True
             # The profiler cannot write to a bucket, so its files are copied at the end.
-            self._local = tempfile.TemporaryDirectory() if is_bucket(self._folder) else None
-            jax.profiler.start_trace(self._local.name if self._local else str(self._folder))
+            self._local_folder = tempfile.TemporaryDirectory() if is_bucket(self._folder) else None
+            jax.profiler.start_trace(self._local_folder.name if self._local_folder else str(self._folder))
 
     def _stop(self) -> None:
         self._running = False
         jax.profiler.stop_trace()
-        if self._local:
-            root = epath.Path(self._local.name)
+        if self._local_folder:
+            root = epath.Path(self._local_folder.name)
             for path in root.rglob("*"):
                 if not path.is_dir():
                     write(self._folder / path.relative_to(root), path.read_bytes())

@@ -1,12 +1,12 @@
 """Handle SIGTERM, SIGINT and SIGHUP during training.
 
 As long as a command has nothing to save, a signal ends it at once with exit code 75; files are written
-atomically, so nothing is lost. From the first step on, a signal is only noted: the run saves and stops after
-the current step. A second Ctrl-C ends it at once with exit code 130.
+atomically, so nothing is lost. From the first step on, a signal is only recorded: the run saves and stops
+after the current step. A second Ctrl-C ends it at once with exit code 130.
 
-In a command a thread acts on the signals, because Python calls handlers in the main thread, which may be busy
-compiling for minutes. This module imports the standard library only: commands start to listen before slow
-imports.
+In a command, a separate thread acts on the signals. Python calls signal handlers in the main thread, which
+may be busy compiling for minutes. This module imports the standard library only, because commands start to
+listen before slow imports.
 """
 
 from __future__ import annotations
@@ -23,22 +23,23 @@ from typing import Any, NoReturn
 from structvit_jax.utils.errors import EXIT_INTERRUPTED, EXIT_RESUMABLE
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-# Seconds in which a second SIGINT is the same Ctrl-C: the terminal sends it, and a launcher passes it on.
-_SAME = 0.2
+# A second SIGINT within this time (in seconds) belongs to the same Ctrl-C: the terminal sends one to the
+# process, and a launcher may pass on another.
+_SAME_CTRL_C = 0.2
 
 
 class SignalListener:
-    """Receives the signals that ask a run to stop. The process has one, `LISTENER`."""
+    """Receive the signals that ask a run to stop. There is one instance, `LISTENER`."""
 
     def __init__(self) -> None:
         self._old: dict[int, Any] = {}  # handlers to restore
         self._ends_process = self._deferring = self._forwarding = False
-        self._first: float | None = None  # when the first signal came
+        self._first: float | None = None  # time of the first signal
         self._cleanups: list[Callable[[], None]] = []
 
     @property
     def running(self) -> bool:
-        """Whether the signals arrive here."""
+        """Whether this object receives the signals, between `start` and `stop`."""
         return bool(self._old)
 
     @property
@@ -50,8 +51,8 @@ class SignalListener:
         """Start to receive the signals. Call it in the main thread.
 
         Args:
-          ends_process: whether a signal may end the process, as in a command. Otherwise the first signal is
-            only noted, and a second Ctrl-C raises KeyboardInterrupt.
+          ends_process: whether a signal may end the process, which is so in a command. Otherwise the first
+            signal is only recorded, and a second Ctrl-C raises KeyboardInterrupt.
         """
         if self.running:
             return
@@ -78,17 +79,18 @@ class SignalListener:
             os.close(self._writer)  # this ends the thread
 
     def defer(self, *, forward: bool = False) -> None:
-        """Only note signals from now on, because there is something to save.
+        """From now on, only record signals, because there is something to save.
 
         Args:
-          forward: turn other signals into SIGTERM, which JAX passes on to the other processes of the run.
+          forward: also turn SIGINT and SIGHUP into SIGTERM, which JAX passes on to the other processes of
+            the run.
         """
         self._deferring = True
         self._forwarding = self._forwarding or forward
 
     @contextlib.contextmanager
     def cleanup(self, function: Callable[[], None]) -> Iterator[None]:
-        """Call `function` from the listening thread if a signal ends the process within this context."""
+        """Within this context, call `function` if a signal ends the process, from the listening thread."""
         self._cleanups.append(function)
         try:
             yield
@@ -96,7 +98,7 @@ class SignalListener:
             self._cleanups.remove(function)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        """Handle a signal in the main thread, unless the listening thread does."""
+        """Handle a signal in the main thread, unless there is a listening thread, which then does it."""
         if not self._ends_process:
             self._receive(number)
 
@@ -115,7 +117,7 @@ class SignalListener:
                 self._exit(EXIT_RESUMABLE, line)
             if self._forwarding and number != signal.SIGTERM:
                 os.kill(os.getpid(), signal.SIGTERM)
-        elif number == signal.SIGINT and now - self._first > _SAME:
+        elif number == signal.SIGINT and now - self._first > _SAME_CTRL_C:
             if not self._ends_process:
                 raise KeyboardInterrupt
             line = "interrupted; re-run the command to resume from the last checkpoint"

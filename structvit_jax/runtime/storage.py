@@ -20,10 +20,12 @@ CONFIG, METRICS, RESULT, PREDICTIONS = "config.json", "metrics.jsonl", "result.j
 
 
 def write(path: epath.Path, content: str | bytes) -> None:
-    """Write a file atomically. On a disk, a temporary file is renamed; in a bucket, all writes are atomic.
+    """Write a file atomically.
+
+    On a disk, a temporary file is written and renamed. In a bucket, all writes are atomic.
 
     Raises:
-      UserError: `path` exists and is not a regular file, see `check_replaceable`.
+      UserError: `path` exists and is not a regular file; see `check_replaceable`.
     """
     content = content.encode() if isinstance(content, str) else content
     check_replaceable(path)
@@ -36,7 +38,7 @@ def write(path: epath.Path, content: str | bytes) -> None:
         with open(partial, "xb") as file:
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())  # otherwise a power failure could keep the name and lose the content
+            os.fsync(file.fileno())  # otherwise the file could be empty after a power failure
         partial.replace(path)
     except OSError:
         with contextlib.suppress(OSError):
@@ -45,7 +47,7 @@ def write(path: epath.Path, content: str | bytes) -> None:
 
 
 def check_replaceable(path: epath.Path) -> None:
-    """Raise UserError if `path` is a folder, link or device, which are never replaced."""
+    """Raise UserError if `path` is a folder, link or device. These are never replaced."""
     if is_bucket(path):
         return
     try:
@@ -76,10 +78,10 @@ def read_json(path: epath.Path) -> dict[str, Any] | None:
 
 
 def io_errors_as_user_error(workdir: epath.Path) -> AbstractContextManager[None]:
-    """Translate errors of a disk or a bucket, for the files of a run.
+    """Turn errors of a disk or a bucket into user errors, for the files of a run.
 
     Raises:
-      UserError: names the file and the reason.
+      UserError: a file cannot be used; the message names it and the reason.
       UnreachableError: a bucket does not answer.
     """
 
@@ -90,16 +92,19 @@ def io_errors_as_user_error(workdir: epath.Path) -> AbstractContextManager[None]
 
 
 def unusable_error(path: object, reason: str, workdir: epath.Path, error: Exception) -> UserError:
-    """Return the error for a file of a run that cannot be used; it is resumable if a retry may succeed."""
-    is_inside = str(path).startswith(f"{workdir}/")  # so the workdir existed
+    """Return the error for a file of a run that cannot be used.
+
+    Its exit code is that of a resumable run if a retry may succeed.
+    """
+    is_inside = str(path).startswith(f"{workdir}/")  # if so, the workdir existed before
     if is_inside and not is_bucket(workdir) and not workdir.exists():
         return UserError(
             f"{workdir} is gone: it was removed or renamed while the run was using it; put it back and"
             " re-run the command to resume, or start again"
         )
-    reason = f"{path} cannot be used: {' '.join(reason.split())[:300]}"
+    problem = f"{path} cannot be used: {' '.join(reason.split())[:300]}"
     kept = f"Earlier files in {workdir} are unchanged"
     if is_transient(error, reason if is_bucket(workdir) else ""):
-        return UnreachableError(f"{reason}. {kept}; re-run the command to resume")
+        return UnreachableError(f"{problem}. {kept}; re-run the command to resume")
     advice = "fix the cause and re-run the command to resume, or choose another --workdir"
-    return UserError(f"{reason}. {kept}; {advice}")
+    return UserError(f"{problem}. {kept}; {advice}")

@@ -9,10 +9,10 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
-EXIT_USER_ERROR = 2  # the command line, a file or the environment has to be changed first
+EXIT_USER_ERROR = 2  # the user must first change the command line, a file or the environment
 EXIT_RESUMABLE = 75  # EX_TEMPFAIL: re-running the same command resumes
-EXIT_INTERRUPTED = 130  # Ctrl-C, as shells report it
-_BUCKET_CLIENTS = ("gcsfs", "aiohttp", "google")  # packages whose exceptions report failures of a bucket
+EXIT_INTERRUPTED = 130  # Ctrl-C; shells use the same code
+_BUCKET_CLIENTS = ("gcsfs", "aiohttp", "google")  # packages whose exceptions report that a bucket failed
 # Status codes of services that do not answer or are overloaded.
 _TRANSIENT = r"\b(?:UNAVAILABLE|DEADLINE_EXCEEDED)\b|\b(?:429|50[0-4])\b"
 
@@ -39,7 +39,10 @@ class DecodeError(Exception):
 
 @contextlib.contextmanager
 def decoding() -> Iterator[None]:
-    """Turn every exception except MemoryError into `DecodeError`: damaged files make decoders raise any."""
+    """Turn every exception except MemoryError into `DecodeError`.
+
+    On damaged files, decoders raise exceptions of any type.
+    """
     try:
         yield
     except (DecodeError, MemoryError):
@@ -61,13 +64,13 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def system_failure(error: BaseException) -> str:
-    """Return the reason of an error of the operating system or of a bucket's client; "" for any other."""
+    """Return the message of an error of the operating system or of a bucket's client; "" for other errors."""
     is_system = isinstance(error, OSError) or type(error).__module__.split(".")[0] in _BUCKET_CLIENTS
     return _reason(error)[:300] if is_system else ""
 
 
 def _reason(error: BaseException) -> str:
-    """Return the message of an exception in one line."""
+    """Return the message of an exception as one line."""
     reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return " ".join(reason.split())
 
@@ -76,7 +79,8 @@ def _reason(error: BaseException) -> str:
 def os_errors_as(to_error: Callable[[Exception, str], UserError]) -> Iterator[None]:
     """Raise `to_error(error, reason)` for an error of the operating system or of a bucket's client.
 
-    Other exceptions pass, and BrokenPipeError, which means that standard output was closed.
+    All other exceptions are raised unchanged. So is BrokenPipeError, which means that standard output was
+    closed.
     """
     try:
         yield
@@ -89,7 +93,11 @@ def os_errors_as(to_error: Callable[[Exception, str], UserError]) -> Iterator[No
 
 
 def is_transient(error: BaseException, reason: str = "") -> bool:
-    """Return whether a retry may succeed; `reason` is searched if the exception has no status code."""
+    """Return whether a retry may succeed.
+
+    This depends on the type and the status code of the exception. If it has no status code, `reason` is
+    searched for one.
+    """
     status = getattr(error, "code", getattr(error, "status", reason))
     return isinstance(error, TimeoutError | ConnectionError) or bool(re.search(_TRANSIENT, str(status)))
 
@@ -97,8 +105,8 @@ def is_transient(error: BaseException, reason: str = "") -> bool:
 def printable(text: str) -> str:
     """Return text as one line that is safe to print, with unprintable characters escaped.
 
-    Escaped are control characters, line breaks, marks that reverse the direction of text, and the bytes of
-    paths that are not UTF-8.
+    This escapes control characters, line breaks, marks that reverse the direction of text, and bytes in paths
+    that are not valid UTF-8.
     """
 
     def escape(char: str) -> str:
@@ -118,7 +126,13 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
 
 
 def unknown_choice(kind: str, name: str, choices: Iterable[str]) -> UserError:
-    """Return the error for a name that is not one of `choices`; `kind` is what they name, as "model"."""
+    """Return the error for a name that is not one of `choices`.
+
+    Args:
+      kind: the word for what is chosen, such as "model".
+      name: the unknown name.
+      choices: the known names.
+    """
     return UserError(f"unknown {kind} {name!r}.{did_you_mean(name, choices)}")
 
 

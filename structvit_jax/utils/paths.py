@@ -1,4 +1,4 @@
-"""Paths on a local disk, or in a bucket as gs://BUCKET/PATH."""
+"""Paths on a local disk, or in a bucket (gs://BUCKET/PATH)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from structvit_jax.utils.errors import UnreachableError, UserError, is_transient
 
 
 def is_bucket(path: str | os.PathLike[str]) -> bool:
-    """Return whether a path is a URL, as gs://BUCKET/PATH."""
+    """Return whether a path is a URL, such as gs://BUCKET/PATH."""
     return "://" in str(path)
 
 
@@ -26,23 +26,24 @@ def parse_path(text: str) -> epath.Path:
     """Return the path of a file or folder on a local disk or in a bucket.
 
     Raises:
-      UserError: another URL, such as s3:// or http://, or a bucket although gcsfs is not installed.
+      UserError: the path is another kind of URL, such as s3:// or http://; or it is in a bucket, and gcsfs is
+        not installed.
     """
     if is_bucket(text):
         if not text.startswith("gs://"):
-            raise UserError(f"{text!r} cannot be used: name a folder, or gs://BUCKET/PATH")
+            raise UserError(f"{text!r} cannot be used: use a local path, or gs://BUCKET/PATH")
         if find_spec("gcsfs") is None:
             raise UserError(f"{text!r} needs gcsfs: pip install 'structvit_jax[gcs]'")
         for name in ("gcsfs", "google.auth"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)  # they also raise the errors that they log
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # they raise every error that they log, too
     return epath.Path(text)
 
 
 def write_errors_as_user_error(path: str | os.PathLike[str]) -> AbstractContextManager[None]:
-    """Translate errors of writing to a file or folder, on a local disk or in a bucket.
+    """Turn errors of writing to a file or folder into user errors, on a local disk or in a bucket.
 
     Raises:
-      UserError: names the path and the reason.
+      UserError: the path cannot be written; the message names it and the reason.
       UnreachableError: a bucket does not answer.
     """
 
@@ -52,7 +53,7 @@ def write_errors_as_user_error(path: str | os.PathLike[str]) -> AbstractContextM
         line = f"{inner if is_inside else path} cannot be written: {reason}"
         if is_transient(error, reason if is_bucket(path) else ""):
             return UnreachableError(f"{line}; try again")
-        return UserError(f"{line}; choose another place")
+        return UserError(f"{line}; choose another path")
 
     return os_errors_as(to_error)
 

@@ -455,7 +455,7 @@ def test_unusable_paths(copy):
         write_report([str(copy), str(copy / "nowhere")])
     with pytest.raises(UserError, match=r"checkpoints is a folder and is not replaced"):
         write_report([str(copy)], str(copy / "checkpoints"))
-    with pytest.raises(UserError, match=r"cannot be written: .*choose another place"):
+    with pytest.raises(UserError, match=r"cannot be written: .*choose another path"):
         write_report([str(copy)], str(copy / "config.json" / "page.html"))
 
 

@@ -46,19 +46,19 @@ def test_arrays_that_cannot_be_kept_are_reported():
     _, arrays = random_model("uniformer_s")
     source = as_source("uniformer_s", arrays, class_names=("a", "b", "c", "d", "e"))
     _, fitted = fit(source, "structvit_s_4_2")
-    assert any("stride 2 for 1" in line for line in fitted.lines())
+    assert any("stride is 2 instead of 1" in line for line in fitted.lines())
     _, fitted = fit(source, "uniformer_s", num_classes=3)
     assert (
         "re-initialised, for 3 classes instead of 5: 2 arrays, 195 values: head.bias, head.kernel"
         in fitted.lines()
     )
     _, fitted = fit(source, "uniformer_s", class_names=("p", "q", "r", "s", "t"))
-    assert any("re-initialised, for classes of other names" in line for line in fitted.lines())
+    assert any("re-initialised, for classes with other names" in line for line in fitted.lines())
     _, arrays = random_model("structvit_s_4_1")
     _, fitted = fit(as_source("structvit_s_4_1", arrays), "structvit_s_3_1")
-    assert any("re-initialised, since (3, 3, 1, 32, 4) cannot become" in line for line in fitted.lines())
+    assert any("re-initialised, because (3, 3, 1, 32, 4) cannot become" in line for line in fitted.lines())
     _, fitted = fit(as_source("structvit_s_4_1", arrays), "uniformer_s")
-    assert "dropped, since the model has no such arrays: 6 arrays" in fitted.lines()
+    assert "dropped, because the model has no such arrays: 6 arrays" in fitted.lines()
 
 
 def test_the_head_follows_class_names():
@@ -87,7 +87,7 @@ def test_a_released_head_takes_the_order_of_the_data(tmp_path):
     unnamed = dataclasses.replace(source, class_names=None)
     numbers = tuple(map(str, range(400)))
     for kept, message in [
-        (source, "warning: the head is not kept: the weights have 400 classes of other names than the data"),
+        (source, "warning: the head is not kept: the weights and the data have 400 classes with"),
         (unnamed, "does not name its 400 classes. To keep it, name them with"),
     ]:
         adapted = convert.adapt(kept, own, model.variant, numbers, convert.Rules())
@@ -99,9 +99,9 @@ def test_other_networks_are_refused():
     _, arrays = random_model("uniformer_s")
     source = as_source("uniformer_s", arrays)
     for name, overrides, phrase in [
-        ("uniformer_s", {"depths": (1, 1, 2, 2)}, "depths (1, 1, 2, 1) for (1, 1, 2, 2)"),
-        ("uniformer_s", {"head_width": 16}, "head_width 32 for 16"),
-        ("uniformer_s_plus", {}, "stem patch for conv"),
+        ("uniformer_s", {"depths": (1, 1, 2, 2)}, "depths is (1, 1, 2, 1), not (1, 1, 2, 2)"),
+        ("uniformer_s", {"head_width": 16}, "head_width is 32, not 16"),
+        ("uniformer_s_plus", {}, "stem is patch, not conv"),
     ]:
         with pytest.raises(UserError) as error:
             fit(source, name, **overrides)

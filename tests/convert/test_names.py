@@ -62,7 +62,7 @@ def test_arrays_that_no_uniformer_has():
         with pytest.raises(UserError, match=phrase):
             convert.from_torch(state)
     _, deit = random_model("deit_tiny", depths=(1,), widths=(32,))
-    with pytest.raises(UserError, match="only UniFormers and StructViTs have keys"):
+    with pytest.raises(UserError, match="only UniFormers and StructViTs can be converted"):
         convert.to_torch(deit)
 
 

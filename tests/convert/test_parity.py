@@ -86,7 +86,7 @@ def test_all_misfits_are_reported_at_once_and_the_model_is_unchanged():
         "missing blocks3.0.attn.qkv.bias",
         "extra aux_head.kernel",
         "head.kernel would be re-initialised, for 1000 classes instead of 400",
-        "misshapen blocks1.0.norm1.scale: (32,) for (64,)",
+        "misshapen blocks1.0.norm1.scale: its shape is (32,), not (64,)",
     ):
         assert phrase in str(error.value)
     assert weights.sha256(weights.split(model)[1]) == before

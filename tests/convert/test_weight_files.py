@@ -49,12 +49,12 @@ def test_the_weights_that_the_release_evaluates_are_taken(tmp_path):
         path = write_pth(tmp_path / "both.pth", {average: averaged, raw: tensors})
         source = convert.read_released(path)
         assert source.where.endswith(f"({raw})") and np.array_equal(source.arrays["head.bias"], bias)
-        assert f"{raw!r}, the raw ones; the file also holds {average!r}" in source.notes[0]
+        assert f"{raw!r} (raw); the file also holds {average!r} (averaged)" in source.notes[0]
         source = convert.read_released(path, which="ema")
         assert source.where.endswith(f"({average})") and np.array_equal(source.arrays["head.bias"], bias + 1)
     alone = write_pth(tmp_path / "alone.pth", {"model_ema": averaged})
     assert np.array_equal(convert.read_released(alone).arrays["head.bias"], bias + 1)
-    with pytest.raises(UserError, match=r"has no raw weights \(it has 'model_ema'\)"):
+    with pytest.raises(UserError, match=r"has no raw weights \(it holds 'model_ema'\)"):
         convert.read_released(alone, which="raw")
 
 
@@ -95,17 +95,20 @@ def test_a_description_is_validated(tmp_path):
     for change, phrase in [
         ([], "is not a mapping"),
         ({"model": {"name": 3}}, "is not a string"),
-        ({"model": {"name": "x" * 1000}}, "not a number, word or short list"),
-        ({"model": {**arguments, "name": "structvit_s_8_2"}}, "structure_dim 8, but its arrays have 4"),
+        ({"model": {"name": "x" * 1000}}, "not a number, short string or short list"),
+        (
+            {"model": {**arguments, "name": "structvit_s_8_2"}},
+            "structure_dim is 8 in its description, but 4 in its arrays",
+        ),
         ({"model": {**arguments, "patch": 10**9}}, "patch is 1000000000; it takes a positive integer up to"),
-        ({"model": {**arguments, "key_window": [999] * 2}}, r"key_window \(999, 999\)"),
-        ({"model": {**arguments, "widths": [[]]}}, "not a number, word or short list"),
+        ({"model": {**arguments, "key_window": [999] * 2}}, r"key_window is \(999, 999\)"),
+        ({"model": {**arguments, "widths": [[]]}}, "not a number, short string or short list"),
         ({"class_names": ["a"]}, "1 class names for 5 classes"),
         ({"class_names": ["a"] * 5}, "'a' occurs more than once"),
         ({"class_names": {"a": 1}}, "not a list of strings"),
-        ({"inputs": {"mean": [0, 0, 0], "std": [0, 1, 1], "channels": "rgb"}}, "needs mean, std"),
-        ({"inputs": {"mean": [0, 0, 0], "std": [1, 1, 1], "channels": "/etc"}}, "needs mean, std"),
-        ({"inputs": 3}, "needs mean, std"),
+        ({"inputs": {"mean": [0, 0, 0], "std": [0, 1, 1], "channels": "rgb"}}, "need mean, std"),
+        ({"inputs": {"mean": [0, 0, 0], "std": [1, 1, 1], "channels": "/etc"}}, "need mean, std"),
+        ({"inputs": 3}, "need mean, std"),
     ]:
         plain = {**good, **change} if isinstance(change, dict) else change
         convert.weight_files.write(path, convert.to_torch(arrays), plain)
@@ -161,7 +164,7 @@ def test_bad_files(tmp_path):
     deit = {"model": {"cls_token": torch.zeros(1), "blocks.0.attn.qkv.weight": torch.zeros(3, 1)}}
     one = torch.zeros(4, 4)
     odd = {
-        "keys": ({3: one}, "its keys are not strings, as '3'"),
+        "keys": ({3: one}, "its keys are not strings, such as '3'"),
         "sparse": ({"a": one.to_sparse()}, "a holds a sparse tensor; save dense tensors"),
         "quantised": (
             {"a": torch.quantize_per_tensor(one, 1.0, 0, torch.qint8)},

@@ -336,7 +336,7 @@ def test_the_bench_of_data_names_what_it_cannot_read(tmp_path):
 
 @pytest.mark.parametrize("text", ["s3://bucket/run", "http://127.0.0.1/run", "file://x", "://"])
 def test_places_are_folders_or_buckets(text):
-    with pytest.raises(UserError, match="name a folder, or gs://BUCKET/PATH"):
+    with pytest.raises(UserError, match="use a local path, or gs://BUCKET/PATH"):
         paths.parse_path(text)
 
 

@@ -87,7 +87,7 @@ def elsewhere(place, monkeypatch, proc=True, **options):
         if proc:
             patch.setattr(lock.socket, "gethostname", lambda: "another")
         else:
-            patch.setattr(lock, "_started", lambda pid: "")
+            patch.setattr(lock, "_start_time", lambda pid: "")
         return WorkdirLock(place, **options)
 
 

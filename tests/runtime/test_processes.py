@@ -102,7 +102,7 @@ def test_a_lost_process_is_named(tmp_path, victim, number):
     fate = f"no heartbeat from {name} for 5 s; assuming it is dead"
     if (victim, number) == (0, signal.SIGKILL):
         fate = f"{name} is gone"
-    line = f"error: {fate}; process {1 - victim} of 2 ends with it; re-run the command to resume"
+    line = f"error: {fate}; process {1 - victim} of 2 ends as well; re-run the command to resume"
     assert other.stderr.splitlines()[-1] == line
     if number == signal.SIGSTOP:
         assert other.stderr == f"{line}\n"

@@ -223,6 +223,7 @@ def test_signals_raise_in_other_programs():
         (TimeoutError("no answer"), EXIT_RESUMABLE),
         (HttpError({"code": 503, "message": "busy"}), EXIT_RESUMABLE),
         (HttpError({"code": 403, "message": "forbidden"}), 2),
+        (PermissionError(13, "Forbidden", "gs://b/x/checkpoints/500"), 2),  # 500 is a step here
     ],
 )
 def test_transient_errors_are_resumable(error, code):

@@ -117,7 +117,7 @@ def test_token_labelling_from_teacher_to_student(digits, command, tmp_path):
     write = functools.partial(command, digits, maps, *smaller, program="prepare label_maps")
     process = write()
     assert process.returncode == 0, process.stderr
-    assert "maps of 1437 images, 3x3, 3 classes at each position" in process.stdout
+    assert "maps of 1437 images, 3x3 positions, 3 classes at each position" in process.stdout
     scores, classes = (np.load(maps / f"{name}.npy") for name in ("scores", "classes"))
     assert scores.shape == classes.shape == (images, 3, 3, 3)
     assert (
@@ -182,7 +182,7 @@ def test_the_convert_command(tmp_path, command, capsys):
     back = tmp_path / "back.pth"
     structvit("convert", str(path), str(back))
     returned = convert.weight_files.read(str(back))
-    assert returned.place == "model" and returned.arrays.keys() == released.keys()
+    assert returned.key == "model" and returned.arrays.keys() == released.keys()
     assert all(np.array_equal(returned.arrays[key], value) for key, value in released.items())
     other = tmp_path / "structvit.safetensors"
     structvit("convert", folder, other)
@@ -197,7 +197,7 @@ def test_the_convert_command(tmp_path, command, capsys):
         ([path, folder], "already exists"),
         ([folder, tmp_path / "x", "--data=k400"], "is not a file of PyTorch weights"),
         ([path, tmp_path / "x", "--model=uniformer_tiny"], "holds a video model"),
-        ([path, tmp_path / "x", "--model=structvit_s_4_1_video"], "another network than the model"),
+        ([path, tmp_path / "x", "--model=structvit_s_4_1_video"], "a different network from the model"),
     ]:
         with pytest.raises(UserError, match=phrase):
             structvit("convert", *arguments)
