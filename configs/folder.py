@@ -16,7 +16,7 @@ duration of 300 to 10,000 steps. Any key can be set on the command line, for exa
 --config.train.duration="10 epochs". Clips are not flipped, because left and right may be different classes.
 If they are not, try --config.augment.flip=0.5.
 
-Measured in a test: top-1 of at least 0.9 on 150 unseen video files after 140 steps of 16 clips of 24x24, from
+Measured in a test: top-1 of at least 0.9 on 150 unseen video files after 100 steps of 16 clips of 24x24, from
 180 files of three classes, on two cores of an AMD EPYC (float32, JAX 0.10.2, November 2026).
 """
 

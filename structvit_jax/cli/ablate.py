@@ -44,16 +44,21 @@ class _Rates(click.ParamType):
     help="Name of an arm, and the configuration keys that it changes; repeat the option for each arm.",
 )
 @click.option(
-    "--against", metavar="NAME", help="Arm that the others are compared with; by default the first."
+    "--against", metavar="NAME", help="Arm that the others are compared with. Default: the first arm."
 )
 @click.option("--same_time", metavar="NAME", help="Also train all arms for the training time of this arm.")
 @click.option(
     "--lrs", type=_Rates(), metavar="LIST", help="Peak learning rates to try; each arm uses its best."
 )
 @click.option(
-    "--tune_seeds", type=click.IntRange(min=1), help="Runs per learning rate, scored on validation clips."
+    "--tune_seeds",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Runs per learning rate, scored on validation clips.",
 )
-@click.option("--seeds", type=click.IntRange(min=1), help="Runs per arm, scored on held-out test clips.")
+@click.option(
+    "--seeds", type=click.IntRange(min=1), metavar="N", help="Runs per arm, scored on held-out test clips."
+)
 @click.option(
     "--rounds",
     type=click.IntRange(min=1),

@@ -18,7 +18,7 @@ def _split(ctx: click.Context, option: click.Parameter, value: str | None) -> li
 @click.argument("path", metavar="FILE")
 @click.option("--query", metavar="T,Y,X", callback=_split, help="Query: frame, row and column of the input.")
 @click.option("--layer", metavar="NAME", help="Attention block to draw, such as blocks3.0.")
-@click.option("--head", type=click.IntRange(min=0), help="Attention head to draw.")
+@click.option("--head", type=click.IntRange(min=0), metavar="N", help="Attention head to draw.")
 @click.option("--smooth/--nosmooth", default=True, help="Interpolate maps between positions.")
 @click.option("--animate", type=click.Choice(["gif", "mp4"]), help="Also animate the maps of a video.")
 @click.option(

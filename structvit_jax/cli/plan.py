@@ -68,11 +68,11 @@ def command(
     parts: int,
     depth: int,
 ) -> None:
-    """Estimate memory and step time before renting hardware. The train step is compiled, not run.
+    """Estimate memory and step time by compiling the train step, without running it.
 
     \b
     Example:
-      structvit plan --config=imagenet --topology=v5e:2x4 --topology=h100:8
+      structvit plan --config=imagenet --config.data.root=DIR --topology=v5e:2x4
       structvit plan --config=folder --config.data.root=DIR --device_memory=24GB
     """
     if program:

@@ -9,7 +9,7 @@ from structvit_jax.cli import options
 
 @click.command(cls=options.Command)
 @click.argument("workdirs", metavar="WORKDIR...", nargs=-1, required=True)
-@click.option("--out", metavar="FILE", help="Path of the page; by default report.html in the first WORKDIR.")
+@click.option("--out", metavar="FILE", help="Path of the page. Default: report.html in the first WORKDIR.")
 @click.option(
     "--hardest",
     type=click.IntRange(min=0),

@@ -264,6 +264,11 @@ def _warnings(splits: Sequence[Split], frames: int) -> Iterator[str]:
                 f"{len(split.unreadable):,} of {len(split.measured):,} decoded examples of {split.name}"
                 f" cannot be read ({split.unreadable[0]})"
             )
+    if short := sum(not one.problem and one.frames < frames for one in train.measured.values()):
+        yield (
+            f"{short:,} of {len(train.measured):,} decoded videos are shorter than the {frames} frames of a"
+            " clip; their frames are repeated"
+        )
     if not train.classes:
         return
     for split in splits[1:]:
@@ -274,11 +279,6 @@ def _warnings(splits: Sequence[Split], frames: int) -> Iterator[str]:
     smallest, largest = min(train.classes.values()), max(train.classes.values())
     if largest >= _IMBALANCE * smallest:
         yield f"the largest class of {train.name} has {largest:,} examples, the smallest {smallest:,}"
-    if short := sum(not one.problem and one.frames < frames for one in train.measured.values()):
-        yield (
-            f"{short:,} of {len(train.measured):,} decoded videos are shorter than the {frames} frames of a"
-            " clip; their frames are repeated"
-        )
 
 
 def _range_text(values: Collection[int]) -> str:

@@ -48,7 +48,7 @@ def find_damage(folder: epath.Path, prefix: str = "") -> str:
     except FileNotFoundError as error:
         if error.filename and str(error.filename) != str(folder / FILE):
             return f"{error.filename} is missing"
-        return f"it has no {FILE}: its save was not finished"
+        return f"it has no {FILE}"
     except OSError as error:
         return f"{error.filename or folder} cannot be read ({error.strerror or error})"
     changed = [name for name in written if written[name] != found[name]]

@@ -128,10 +128,10 @@ class Evaluation(NamedTuple):
         if missing > self.max_unreadable or not count:
             unreadable = [problem for problem in self.problems if problem.left_out]
             first = "; ".join(f"{problem.id}: {problem.reason}" for problem in unreadable[:3])
+            leave_out = f", or leave them out of the score with --config.eval.max_unreadable={missing}"
             raise UserError(
                 f"no score: {missing} of {len(seen)} test examples cannot be read ({first}"
-                f"{'; ...' if missing > 3 else ''}); fix or remove them, or leave them out of the score with"
-                f" --config.eval.max_unreadable={missing}"
+                f"{'; ...' if missing > 3 else ''}); fix or remove them{leave_out if count else ''}"
             )
         top1, labels = self.hits["top1"][seen], self.labels[seen]
         per_class = [top1[labels == label].mean() for label in np.unique(labels)]
