@@ -1,4 +1,4 @@
-"""Networks that hold weights (Flax NNX) on top of the operations."""
+"""Models with weights, as Flax NNX modules. They call the operations of `structvit_jax.ops`."""
 
 from structvit_jax.models.networks import Network, create_model
 from structvit_jax.models.struct_attention import StructAttention

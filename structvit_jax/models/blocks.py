@@ -1,4 +1,4 @@
-"""The block that both networks stack."""
+"""The residual block of both networks, with optional rematerialisation."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from structvit_jax.models.layers import BatchNorm, DepthwiseConv, Dtype, LayerNo
 from structvit_jax.models.struct_attention import StructAttention
 from structvit_jax.models.variants import Variant
 
-# What is kept of each block for the backward pass; the rest of the forward pass is recomputed.
-# "dots": its input and the results of matrix products with weights, but no correlations of attention.
+# What each block stores for the backward pass, which recomputes the rest of the forward pass.
+# "full" stores only the input of a block. "dots" also stores the results of matrix products with weights, but
+# not those of queries with keys.
 REMAT_POLICIES: dict[str, Callable[..., bool]] = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -24,7 +25,7 @@ REMAT_POLICIES: dict[str, Callable[..., bool]] = {
 
 
 class ConvMixer(nnx.Module):
-    """Local mixing without an activation: 1x1, depthwise, 1x1 (UniFormer's local relation aggregator)."""
+    """UniFormer's local relation aggregator: 1x1, depthwise and 1x1 convolutions, without an activation."""
 
     def __init__(self, width: int, *, window: Sides, dtype: Dtype, rngs: Rngs):
         self.conv1 = Pointwise(width, width, dtype=dtype, rngs=rngs)
@@ -36,10 +37,11 @@ class ConvMixer(nnx.Module):
 
 
 class Block(nnx.Module):
-    """x += position(x); x += mixer(norm(x)); x += mlp(norm(x)); the last two with layer scale and drop path.
+    """A residual block: x += position(x); x += mixer(norm(x)); x += mlp(norm(x)).
 
-    Convolution blocks mix with a `ConvMixer` under BatchNorm, attention blocks with `StructAttention`
-    under LayerNorm (eps 1e-6). DeiT's blocks have no position term.
+    The mixer and MLP branches have layer scale and drop path. In convolution blocks, the mixer is a
+    `ConvMixer` and the norms are BatchNorm. In attention blocks, the mixer is `StructAttention` and the norms
+    are LayerNorm (eps 1e-6). DeiT's blocks have no position term.
     """
 
     norm1: BatchNorm | LayerNorm
@@ -63,7 +65,7 @@ class Block(nnx.Module):
     def __call__(
         self, x: Float[Array, "b *grid c"], rate: float, key: jax.Array | None
     ) -> Float[Array, "b *grid c"]:
-        """Apply the block to [batch, *grid, width], with the rate of stochastic depth and its key."""
+        """Apply the block to [batch, *grid, width]; `rate` and `key` are those of stochastic depth."""
         keys = split_key(key, 2)
         x = self.add_position(x)
         x = self.add_mixer(x, rate, keys[0])
@@ -108,22 +110,22 @@ def _scale(gamma: nnx.Param | None, x: jax.Array) -> jax.Array:
 
 
 def split_key(key: jax.Array | None, count: int) -> Sequence[jax.Array | None] | jax.Array:
-    """Return `count` keys, or as many None if there is no key."""
+    """Split a key into `count` keys; without a key, return `count` times None."""
     return [None] * count if key is None else jax.random.split(key, count)
 
 
 def run_block(remat: str) -> Callable[[Block, jax.Array, float, jax.Array | None], jax.Array]:
-    """Return a function that applies a block, see `Block.__call__`; it recomputes what `remat` does not keep.
+    """Return a function with the arguments of `Block.__call__` that applies a block with rematerialisation.
 
     Args:
-      remat: "none", "dots" or "full", see `REMAT_POLICIES`.
+      remat: "none", or a key of `REMAT_POLICIES`.
     """
     if remat == "none":
         return Block.__call__
     recomputing = nnx.remat(Block.__call__, policy=REMAT_POLICIES[remat], static_argnums=(2,))
 
     def run(block: Block, x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-        evaluates = block.drop_path.deterministic  # then there are no statistics to update
+        evaluates = block.drop_path.deterministic  # evaluation mode: no statistics to update
         return block(x, rate, key) if evaluates else recomputing(block, x, rate, key)
 
     return run

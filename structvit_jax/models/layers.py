@@ -1,6 +1,7 @@
-"""The layers of UniFormer and DeiT, with PyTorch's initialisation and statistics where they matter.
+"""The layers of UniFormer and DeiT, with PyTorch's initialisation and BatchNorm statistics.
 
-Parameters are float32; `dtype` is that of the computation, None for the type of the input.
+Parameters are float32. `dtype` is the dtype of the computation; None means the dtype of the input, promoted
+with that of the parameters.
 """
 
 from __future__ import annotations
@@ -20,17 +21,17 @@ from jaxtyping import Array, Float
 from structvit_jax.ops import convolve, depthwise_conv, layer_norm, linear, mlp
 
 Dtype = DTypeLike | None
-Initializer = Callable[..., jax.Array]  # (key, shape, dtype) -> array, for a `Key`
-Key = jax.Array | np.random.Generator | None  # of nnx.Rngs or NumpyRngs; None draws zeros
+Initializer = Callable[..., jax.Array]  # (key: Key, shape, dtype) -> array
+Key = jax.Array | np.random.Generator | None  # drawn from nnx.Rngs or NumpyRngs; None: initialise with zeros
 Rngs = Any  # nnx.Rngs or NumpyRngs
-Sides = Sequence[int]  # one per axis of the grid
+Sides = Sequence[int]  # of windows or strides: one per axis of the grid
 
 
 class NumpyRngs:
-    """Draw the weights of a network with NumPy, instead of `nnx.Rngs`.
+    """A replacement for `nnx.Rngs` that draws the weights of a network with NumPy.
 
-    NumPy needs no compilation per shape (seconds) and gives the same weights on every backend. Without a seed
-    all weights are zero, which takes half the time.
+    JAX compiles a program for every shape, which takes seconds in all; NumPy does not. It also gives the same
+    weights on every backend. Without a seed, all weights are zero, which takes half the time.
     """
 
     def __init__(self, seed: int | None):
@@ -41,7 +42,7 @@ class NumpyRngs:
 
 
 def normal_init(std: float) -> Initializer:
-    """Return a normal initialiser with deviation `std`."""
+    """Return a normal initialiser with mean 0 and standard deviation `std`."""
     return _initializer(
         lambda rng, shape: std * rng.standard_normal(shape, np.float32),
         lambda key, shape, dtype: std * jax.random.normal(key, shape, dtype),
@@ -49,7 +50,7 @@ def normal_init(std: float) -> Initializer:
 
 
 def uniform_init(fan_in: int) -> Initializer:
-    """Return torch's default for kernels and biases of convolutions: uniform within 1 / sqrt(fan_in)."""
+    """Return PyTorch's default for convolutions, uniform in ±1 / sqrt(fan_in), for kernels and biases."""
     bound = 1.0 / math.sqrt(fan_in)
     return _initializer(
         lambda rng, shape: bound * (2 * rng.random(shape, np.float32) - 1),
@@ -68,11 +69,11 @@ def _initializer(by_numpy: Callable[..., np.ndarray], by_jax: Callable[..., jax.
     return init
 
 
-linear_init = normal_init(0.02)  # timm's trunc_normal_(std=0.02) cuts at 100 sigma: a normal
+linear_init = normal_init(0.02)  # as timm's trunc_normal_(std=0.02), which truncates only at 100 sigma
 
 
 def _promoted(dtype: Dtype, x: jax.Array, *params: nnx.Param) -> tuple[jax.Array, ...]:
-    """Cast an input and parameters to the type of the computation."""
+    """Cast an input and parameters to the dtype of the computation."""
     return nnx.nn.dtypes.promote_dtype((x, *(param[...] for param in params)), dtype=dtype)
 
 
@@ -98,7 +99,7 @@ class Linear(nnx.Module):
 
 
 class Pointwise(Linear):
-    """A 1x1 (or 1x1x1) convolution, computed as the matrix product that it is."""
+    """A 1x1 (or 1x1x1) convolution, computed as a linear layer, with the initialisation of a convolution."""
 
     def __init__(self, inputs: int, outputs: int, *, dtype: Dtype, rngs: Rngs):
         init = uniform_init(inputs)
@@ -106,7 +107,10 @@ class Pointwise(Linear):
 
 
 class Conv(nnx.Module):
-    """A dense convolution with a bias. Zeros on both sides centre windows that are larger than the stride."""
+    """A dense convolution with a bias.
+
+    Windows that are larger than the stride have zero padding on both sides, which centres them.
+    """
 
     def __init__(self, inputs: int, outputs: int, *, window: Sides, strides: Sides, dtype: Dtype, rngs: Rngs):
         init = uniform_init(inputs * math.prod(window))
@@ -121,7 +125,7 @@ class Conv(nnx.Module):
 
 
 class DepthwiseConv(nnx.Module):
-    """A convolution of each channel with an odd window of its own, and a bias; stride 1."""
+    """A depthwise convolution with an odd window, stride 1 and a bias."""
 
     def __init__(self, channels: int, *, window: Sides, dtype: Dtype, rngs: Rngs):
         init = uniform_init(math.prod(window))
@@ -135,7 +139,7 @@ class DepthwiseConv(nnx.Module):
 
 
 class BatchNorm(nnx.BatchNorm):
-    """torch's BatchNorm: momentum 0.1, eps 1e-5, running variance from the unbiased batch variance.
+    """PyTorch's BatchNorm: momentum 0.1, eps 1e-5, running variance from the unbiased batch variance.
 
     Under `jax.jit` the statistics are those of the global batch, on any number of devices.
     """
@@ -145,11 +149,11 @@ class BatchNorm(nnx.BatchNorm):
         super().__init__(channels, momentum=0.9, epsilon=1e-5, dtype=dtype, rngs=rngs, **options)
 
     def __call__(self, x: Float[Array, "b *_ c"]) -> Float[Array, "b *_ c"]:  # type: ignore[override]
-        kept = self.momentum * self.var[...]
+        decayed = self.momentum * self.var[...]  # Flax's momentum, 0.9, is the fraction that is kept
         y = super().__call__(x)
         if not self.use_running_average:
             count = x.size // x.shape[-1]
-            self.var[...] = kept + (self.var[...] - kept) * (count / max(count - 1, 1))
+            self.var[...] = decayed + (self.var[...] - decayed) * (count / max(count - 1, 1))  # unbiased
         return y
 
 
@@ -165,7 +169,7 @@ class LayerNorm(nnx.LayerNorm):
 
 
 class Mlp(nnx.Module):
-    """Two layers around an exact GELU, with a hidden width four times that of the input."""
+    """Two linear layers with an exact GELU between them; the hidden width is four times the input's."""
 
     def __init__(self, width: int, *, layer: type[Linear], dtype: Dtype, rngs: Rngs):
         self.fc1 = layer(width, 4 * width, dtype=dtype, rngs=rngs)
@@ -177,9 +181,9 @@ class Mlp(nnx.Module):
 
 
 class DropPath(nnx.Module):
-    """Stochastic depth: drop a residual branch per example, and divide the others by the keep rate.
+    """Stochastic depth: drop the residual branch of random examples, and divide the others by the keep rate.
 
-    Active after `model.train()`; then a rate above 0 needs a key.
+    It is active in training mode (`model.train()`). A rate above 0 then needs a key.
     """
 
     def __init__(self) -> None:

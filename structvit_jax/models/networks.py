@@ -1,8 +1,8 @@
-"""The two networks: UniFormer's four stages and DeiT's one, for images and video alike.
+"""The two networks, UniFormer and DeiT, for images and video.
 
 Video differs from images only in the grid: (time, height, width) instead of (height, width). StructViT is
-UniFormer with structural self-attention. Attribute names follow the released PyTorch model;
-`structvit_jax.convert` holds the few exceptions.
+UniFormer with structural self-attention. Attribute names are those of the released PyTorch model, with a few
+exceptions that `structvit_jax.convert` lists.
 """
 
 from __future__ import annotations
@@ -37,19 +37,22 @@ from structvit_jax.ops import gelu, use_kernels
 from structvit_jax.utils.errors import UserError
 
 Inputs = Float[jax.Array | np.ndarray, "b *grid rgb"]  # images or video
-# Called with the name of an embedding or a block, as "patch_embed1" or "blocks1.0", and its output [batch,
-# *grid, width]; returns what the next layer sees.
+# A function of the name of an embedding or block, such as "patch_embed1" or "blocks1.0", and of its output
+# [batch, *grid, width]. It returns the input of the next layer.
 ActivationHook = Callable[[str, jax.Array], jax.Array]
 Layer = Callable[..., jax.Array]  # an embedding, or a Block
 
 
 class PatchEmbed(nnx.Module):
-    """A strided convolution, then LayerNorm (eps 1e-5) if `norm`. Sides that do not divide are floored."""
+    """A strided convolution, followed by LayerNorm (eps 1e-5) if `norm`.
+
+    Sizes are rounded down: pixels that do not fill a patch are dropped.
+    """
 
     def __init__(
         self, inputs: int, width: int, *, window: Sides, strides: Sides, norm: bool, dtype: Dtype, rngs: Rngs
     ):
-        # The norm comes first: this order decides which weights a seed draws.
+        # The norm is created first: the order of creation decides which weights a seed gives.
         self.norm = LayerNorm(width, epsilon=1e-5, dtype=dtype, rngs=rngs) if norm else None
         self.proj = Conv(inputs, width, window=window, strides=strides, dtype=dtype, rngs=rngs)
 
@@ -59,7 +62,7 @@ class PatchEmbed(nnx.Module):
 
 
 class ConvStem(nnx.Module):
-    """Overlapping 3x3 convolutions of stride 2 with BatchNorm, GELU between them (images only)."""
+    """Overlapping 3x3 convolutions with stride 2 and BatchNorm, and GELU between them (images only)."""
 
     def __init__(self, widths: Sequence[int], *, dtype: Dtype, rngs: Rngs):
         self.convs = nnx.List(
@@ -79,14 +82,14 @@ def _identity(name: str, x: jax.Array) -> jax.Array:
 
 
 def _mean(x: jax.Array) -> jax.Array:
-    """Return the mean over all positions, in float32 at least."""
+    """Return the mean over all positions, in at least float32."""
     return x.mean(axis=tuple(range(1, x.ndim - 1)), dtype=jnp.promote_types(x.dtype, jnp.float32))
 
 
 class Network(nnx.Module):
-    """What both networks share: the input's check, the loop over blocks, pooling and heads.
+    """Base class of both networks: checks the input, loops over blocks, and has pooling and heads.
 
-    Built in evaluation mode; `train()` and `eval()` switch BatchNorm and stochastic depth.
+    A network is built in evaluation mode. `train()` and `eval()` switch BatchNorm and stochastic depth.
     """
 
     variant: Variant
@@ -99,15 +102,16 @@ class Network(nnx.Module):
     ) -> Float[Array, "b classes"]:
         """Return logits [batch, num_classes], or pooled features [batch, width] if num_classes is 0.
 
-        With a dense head, half of its highest logit at any position is added (the released token labelling).
+        If there is a dense head, half of its maximum over all positions is added to the logits, as in the
+        released models with token labelling.
 
         Args:
           x: [batch, height, width, 3] or, for video, [batch, time, height, width, 3].
-          key: for stochastic depth, needed in training mode if the variant's drop_path is not 0.
-          hook: applied to the output of every embedding and block, as to shard it.
+          key: random key for stochastic depth; needed in training mode if the variant's drop_path is not 0.
+          hook: applied to the output of every embedding and block, for example to shard it.
 
         Raises:
-          UserError: an input of another shape, or one that leaves an empty grid.
+          UserError: the input has the wrong shape, or is so small that a grid would be empty.
         """
         logits, dense = self._heads(self.features(x, key=key, hook=hook)[-1])
         return logits if dense is None else logits + 0.5 * dense.max(axis=tuple(range(1, dense.ndim - 1)))
@@ -117,7 +121,7 @@ class Network(nnx.Module):
     ) -> tuple[Float[Array, "b classes"], Float[Array, "b *_ classes"] | None]:
         """Return logits of the head [batch, num_classes] and of the dense head [batch, *grid, num_classes].
 
-        The arguments are those of a call.
+        The second is None without a dense head. The arguments are those of `__call__`.
         """
         return self._heads(self.features(x, key=key, hook=hook)[-1])
 
@@ -129,16 +133,17 @@ class Network(nnx.Module):
             return head(self.norm(self.features(x)[-1]))
 
     def pooled(self, x: Inputs) -> Float[Array, "b c"]:
-        """Return the input of the head, [batch, width]: the normalised last map, averaged over positions."""
+        """Return the input of the head, [batch, width]: the mean of the normalised last feature map."""
         with self._kernels():
             return _mean(self.norm(self.features(x)[-1]))
 
     def features(
         self, x: Inputs, *, key: jax.Array | None = None, hook: ActivationHook = _identity
     ) -> tuple[jax.Array, ...]:
-        """Return the maps [batch, *grid, width] after the four stages, or DeiT's quarters.
+        """Return the feature maps [batch, *grid, width] after each of the four stages.
 
-        The arguments are those of a call.
+        For DeiT, which has one stage, they are those after each quarter of the blocks. The arguments are
+        those of `__call__`.
         """
         rates, maps = self.drop_rates, []
         draws = zip(rates, split_key(key, len(rates)), strict=True)
@@ -153,13 +158,13 @@ class Network(nnx.Module):
         return tuple(maps)
 
     def grid(self, size: int) -> tuple[int, ...]:
-        """Return the height and width of the last map of square images."""
+        """Return the height and width of the last feature map for square images with this side."""
         image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
         return jax.eval_shape(self.features, image)[-1].shape[1:-1]
 
     @property
     def drop_rates(self) -> list[float]:
-        """Rates of stochastic depth of all blocks in order: from 0 up to the variant's drop_path."""
+        """Rates of stochastic depth of all blocks, in order: from 0 up to the variant's drop_path."""
         return np.linspace(0.0, self.variant.drop_path, sum(self.variant.depths)).tolist()
 
     def _stages(self) -> dict[str, dict[str, Layer]]:
@@ -167,7 +172,7 @@ class Network(nnx.Module):
         raise NotImplementedError
 
     def _heads(self, x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        """Return logits, or pooled features without a head, and the dense logits of the last map."""
+        """Return logits (without a head: pooled features) and dense logits (or None) of the last map."""
         with self._kernels():
             x = self.norm(x)
             pooled = _mean(x)
@@ -176,12 +181,12 @@ class Network(nnx.Module):
             return self.head(pooled), None if self.aux_head is None else self.aux_head(x)
 
     def _kernels(self) -> contextlib.AbstractContextManager[None]:
-        """Apply the variant's `kernels`; "auto" leaves what the caller has set."""
+        """Return the context for the variant's `kernels`; "auto" keeps the choice of the caller."""
         chosen = self.variant.kernels
         return contextlib.nullcontext() if chosen == "auto" else use_kernels(chosen)
 
     def _add_heads(self, num_classes: int, rngs: Rngs) -> None:
-        """Add the heads, whose logits are float32 at least."""
+        """Add the heads; their logits are at least float32."""
         width, dense = self.variant.widths[-1], self.variant.token_labels
         self.head = Linear(width, num_classes, dtype=None, rngs=rngs) if num_classes else None
         self.aux_head = Linear(width, num_classes, dtype=None, rngs=rngs) if num_classes and dense else None
@@ -193,12 +198,17 @@ class Network(nnx.Module):
             raise UserError(f"{takes} height, width, 3]; the input has shape {list(x.shape)}")
         if any(n < least for n, least in zip(x.shape[1:-1], v.smallest_input, strict=True)):
             least, got = ("x".join(map(str, sides)) for sides in (v.smallest_input, x.shape[1:-1]))
-            raise UserError(f"input {got} leaves an empty grid; this model needs {least} at least")
+            raise UserError(
+                f"input {got} is too small: a grid would be empty; this model needs {least} at least"
+            )
         return jnp.asarray(x)
 
 
 class UniFormer(Network):
-    """UniFormer and StructViT: two stages of convolution blocks, two of attention blocks, BatchNorm, mean."""
+    """UniFormer and StructViT: two stages of convolution blocks, then two stages of attention blocks.
+
+    The last feature map passes BatchNorm and is averaged over all positions.
+    """
 
     def __init__(self, v: Variant, *, num_classes: int, rngs: Rngs):
         self.variant = v
@@ -224,7 +234,8 @@ def _uniformer_embed(v: Variant, stage: int, rngs: Rngs) -> PatchEmbed | ConvSte
         widths = [3, width // 2, width] if stage == 0 else [inputs, width]
         return ConvStem(widths, dtype=v.compute_dtype, rngs=rngs)
     sides, times = (v.patch if stage == 0 else 2,) * 2, (3, 2) if stage == 0 else (1, 1)
-    # Windows do not overlap in space. In time the first ones do; they halve it once.
+    # Patches do not overlap in space. In time, those of the first embedding do (3 frames, stride 2), and the
+    # other embeddings keep the number of frames.
     window, strides = ((time,) * v.video + sides for time in times)
     return PatchEmbed(
         inputs, width, window=window, strides=strides, norm=True, dtype=v.compute_dtype, rngs=rngs
@@ -232,16 +243,16 @@ def _uniformer_embed(v: Variant, stage: int, rngs: Rngs) -> PatchEmbed | ConvSte
 
 
 class DeiT(Network):
-    """DeiT without a class token, which is not on the grid: LayerNorm, then the mean over positions.
+    """DeiT without a class token, which would not be on the grid. The head reads the mean over positions.
 
-    Position embeddings are learned, jointly over time and space, for the variant's own grid, and resized
-    bicubically for other grids, as in torch.
+    Position embeddings are learned jointly over time and space, for the grid of the variant. For other grids
+    they are resized by bicubic interpolation, as in PyTorch.
     """
 
     def __init__(self, v: Variant, *, num_classes: int, rngs: Rngs):
         self.variant = v
         (width,), (depth,), dtype = v.widths, v.depths, v.compute_dtype
-        tubelet = v.smallest_input  # tubelets do not overlap
+        tubelet = v.smallest_input  # size of a token, ([tubelet,] patch, patch); tokens do not overlap
         self.patch_embed = PatchEmbed(
             3, width, window=tubelet, strides=tubelet, norm=False, dtype=dtype, rngs=rngs
         )
@@ -270,13 +281,14 @@ def create_model(name: str, *, num_classes: int, seed: int | None = 0, **overrid
     """Build a model by name, with random weights, in evaluation mode.
 
     Args:
-      name: see `list_models`; "structvit_s_4_1_video" is StructViT-S, D = 4, stride 1, for video.
-      num_classes: outputs of the head; 0 leaves the head out, so that calls return pooled features.
-      seed: of the weights; None makes them zero, for a model whose weights are replaced.
-      **overrides: fields of `Variant`, as `structure_dim=8` or `kernels="reference"`.
+      name: see `list_models`. For example, "structvit_s_4_1_video" is StructViT-S with D = 4 and stride 1
+        for video.
+      num_classes: number of outputs. With 0 there is no head, and calls return pooled features.
+      seed: seed of the weights. None sets them to zero, for a model whose weights will be replaced.
+      **overrides: fields of `Variant`, such as `structure_dim=8` or `kernels="reference"`.
 
     Raises:
-      UserError: an unknown name or override, or one that does not fit the others.
+      UserError: a name or override is unknown or invalid, or does not fit the others.
     """
     variant = get_variant(name, **overrides)
     if min(num_classes, seed or 0) < 0:

@@ -1,4 +1,4 @@
-"""Resize learned position embeddings as PyTorch does, so that fine-tuning at another size starts alike."""
+"""Resize learned position embeddings as PyTorch does, for inputs of other sizes."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-_A = -0.75  # of the cubic kernel, as in torch; jax.image.resize and Pillow have -0.5
+_A = -0.75  # parameter of the cubic kernel in PyTorch; jax.image.resize and Pillow use -0.5
 
 
 def resize_positions(positions: jax.Array | np.ndarray, grid: tuple[int, ...]) -> jax.Array:
     """Resize positions [*old_grid, width] to [*grid, width] along every axis of the grid.
 
-    Equals torch's interpolate(mode="bicubic", align_corners=False) without antialiasing.
+    In two dimensions this equals `torch.nn.functional.interpolate` with mode="bicubic" and
+    align_corners=False, without antialiasing.
     """
     positions = jnp.asarray(positions)
     for axis, size in enumerate(grid):
@@ -24,7 +25,7 @@ def resize_positions(positions: jax.Array | np.ndarray, grid: tuple[int, ...]) -
 
 
 def _matrix(old: int, new: int) -> np.ndarray:
-    """Return the weights [new, old] of cubic interpolation; beyond the edge the last value is repeated."""
+    """Return the weights [new, old] of cubic interpolation, which repeats the values at the edges."""
     centres = (np.arange(new) + 0.5) * old / new - 0.5
     matrix = np.zeros((new, old))
     for tap in range(-1, 3):
@@ -35,6 +36,7 @@ def _matrix(old: int, new: int) -> np.ndarray:
 
 
 def _cubic(distance: np.ndarray) -> np.ndarray:
+    """Return the cubic kernel at these distances, which are not negative."""
     near = ((_A + 2) * distance - (_A + 3)) * distance**2 + 1
     far = ((_A * distance - 5 * _A) * distance + 8 * _A) * distance - 4 * _A
     return np.where(distance <= 1, near, np.where(distance < 2, far, 0))

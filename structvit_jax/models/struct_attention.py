@@ -1,4 +1,4 @@
-"""StructAttention: structural self-attention as a layer, for StructViT and for any other transformer."""
+"""StructAttention: structural self-attention as a layer, for StructViT and other transformers."""
 
 from __future__ import annotations
 
@@ -17,12 +17,18 @@ from structvit_jax.utils.errors import UserError, check_choice
 
 
 def normal_kernels(key: Key, shape: Sequence[int], dtype: DTypeLike = jnp.float32) -> jax.Array:
-    """Draw from a normal with deviation 1 / sqrt(window): uncorrelated features keep their variance."""
+    """Draw from a normal distribution with standard deviation 1 / sqrt(number of positions in the window).
+
+    A convolution with these kernels keeps the variance of uncorrelated features.
+    """
     return normal_init(1 / math.sqrt(math.prod(shape[:-3])))(key, shape, dtype)
 
 
 def delta_kernels(key: Key, shape: Sequence[int], dtype: DTypeLike = jnp.float32) -> jax.Array:
-    """Return one at the window's centre, zero elsewhere: D equal copies, together plain attention."""
+    """Return kernels that are one at the centre of the window and zero elsewhere.
+
+    With these kernels and stride 1, StructSA equals plain attention, because all D kernels are the same.
+    """
     centre = tuple((k - 1) // 2 for k in shape[:-3])
     return jnp.zeros(shape, dtype).at[centre].set(1.0)
 
@@ -34,29 +40,31 @@ KERNEL_INITS: dict[str, Initializer] = {"normal": normal_kernels, "delta": delta
 class StructAttention(nnx.Module):
     """Multi-head StructSA (paper, section 3): [batch, *grid, width] -> [batch, *grid, width].
 
-    Queries, keys and values come from one linear layer, the output passes through another. The paper
-    leaves open the kernels' initialisation, a bias and a normalisation after the kernels, and the
-    logit scale; here: `kernel_init`, none, none, and 1 / sqrt(width / heads).
+    One linear layer computes queries, keys and values; another one projects the output. The paper leaves some
+    details open. Here, `kernel_init` initialises the kernels, there is no bias or normalisation after the
+    kernels, and logits are scaled by 1 / sqrt(width / heads).
 
-    On several devices call it under `jax.set_mesh`: kernels then run on every device's own examples.
+    On several devices, call it under `jax.set_mesh`; every device then runs the kernels of
+    `structvit_jax.ops.kernels` on its shard of the batch.
 
     Args:
       width: channels of input and output, a multiple of `heads`.
       heads: number of heads; each has its own kernels.
       grid_axes: 2 for images (height, width), 3 for video (time, height, width).
-      structure_dim: D, the number of structure kernels; 0 is plain self-attention, 1 ConvSA.
-      key_window, value_window: odd window sides, one number for all axes or one per axis; a value
-        window of one is the paper's element aggregation.
-      key_kernels, value_kernels: "channel" for a kernel per channel (appendix A), "shared" for one per
-        head (dot-product correlation, equation 2; shared aggregation, equation 5).
-      stride: spatial stride of the keys' and values' windows.
+      structure_dim: D, the number of structure kernels. 0 gives plain self-attention, 1 gives ConvSA.
+      key_window, value_window: odd window sides, one number for all axes or one per axis. A value
+        window of 1 is the paper's element aggregation.
+      key_kernels, value_kernels: "channel" for D kernels per channel (appendix A), or "shared" for D
+        kernels per head (keys: dot-product correlation, equation 2; values: shared aggregation,
+        equation 5).
+      stride: spatial stride of the windows of keys and values.
       kernel_init: "normal", "delta", or a function (key, shape, dtype) -> array with shape
         [*window, heads, channels or 1, D].
-      dtype: of the computation; parameters are float32.
+      dtype: dtype of the computation; parameters are float32.
       rngs: `nnx.Rngs` with a stream `params`.
 
     Raises:
-      UserError: a width, window or stride that does not fit.
+      UserError: an argument is invalid, or does not fit the others.
     """
 
     def __init__(
@@ -107,17 +115,17 @@ class StructAttention(nnx.Module):
         return self.proj(y.reshape(x.shape))
 
     def key_grid(self, grid: Sequence[int]) -> tuple[int, ...]:
-        """Return the grid of keys and values: smaller with a stride, in height and width."""
+        """Return the grid of convolved keys and values; a stride reduces height and width."""
         return (*grid[:-2], *(-(-n // self.stride) for n in grid[-2:]))
 
     def maps(self, x: Float[Array, "b *grid c"], queries: ArrayLike | Sequence[int]) -> StructAttentionMaps:
-        """Return the attention maps, dynamic kernels and final maps of queries at flat positions [Q]."""
+        """Return the attention maps and dynamic kernels of queries (see `struct_attention_maps`)."""
         return struct_attention_maps(*self.operands(x), stride=self.stride, queries=queries)
 
     def operands(self, x: Float[Array, "b *grid c"]) -> Operands:
         """Return the arguments of `structvit_jax.ops.struct_attention`.
 
-        These are queries, keys and values [batch, *grid, heads, channels], and their kernels or None.
+        These are queries, keys and values [batch, *grid, heads, channels], then the two kernels or None.
         """
         qkv = self.qkv(x)
         parts = jnp.split(qkv, 3, axis=-1)

@@ -1,4 +1,4 @@
-"""One table of all models, and the names that build on it."""
+"""The hyper-parameters of all models, and the grammar of their names."""
 
 from __future__ import annotations
 
@@ -14,34 +14,37 @@ from structvit_jax.utils.errors import UserError, check_choice, unknown_choice
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """The hyper-parameters of a model. The name sets the first two; all others can be overridden."""
+    """The hyper-parameters of a model.
 
-    network: str = "uniformer"  # "uniformer" (four stages) or "deit" (one)
-    video: bool = False  # grid (time, height, width) instead of (height, width)
+    The name of a model sets `network` and `video`. All other fields can be overridden.
+    """
+
+    network: str = "uniformer"  # "uniformer" (four stages) or "deit" (one stage)
+    video: bool = False  # whether grids are (time, height, width) instead of (height, width)
     depths: tuple[int, ...] = (3, 4, 8, 3)  # blocks per stage
     widths: tuple[int, ...] = (64, 128, 320, 512)  # channels per stage
     head_width: int = 64  # channels of one attention head
-    patch: int = 4  # side and stride of the first embedding's patch, pixels
-    stem: str = "patch"  # embeddings: "patch", or "conv" for overlapping 3x3 convolutions
-    mixer_window: int = 5  # side of the convolution blocks' depthwise window
-    structure_dim: int = 0  # D, structure kernels; 0 is plain self-attention, 1 ConvSA
+    patch: int = 4  # side and stride of the patches of the first embedding, in pixels
+    stem: str = "patch"  # kind of embeddings: "patch", or "conv" for overlapping 3x3 convolutions
+    mixer_window: int = 5  # side of the depthwise window in the mixer of convolution blocks
+    structure_dim: int = 0  # D, number of structure kernels; 0: plain self-attention, 1: ConvSA
     stride: int = 1  # S, spatial stride of keys and values
     key_window: int | tuple[int, ...] = 3  # sides of the key kernels
     value_window: int | tuple[int, ...] = 3  # sides of the value kernels
-    key_kernels: str = "channel"  # "channel" (appendix A) or "shared" (dot product, equation 2)
+    key_kernels: str = "channel"  # "channel" (appendix A) or "shared" (equation 2)
     value_kernels: str = "channel"  # "channel" (appendix A) or "shared" (equation 5)
     aggregation: str = "context"  # "context" (equation 5), or "element" (equation 4): a value window of 1
     kernel_init: str = "normal"  # of the key and value kernels: "normal" or "delta"
-    drop_path: float = 0.1  # stochastic depth of the last block, rising linearly from 0
-    layer_scale: float | None = None  # initial value of the residual branches' factors; None or 0 is off
-    conv_layer_scale: bool = True  # layer scale on convolution blocks too
-    image_size: int = 224  # DeiT: side of the learned positions, pixels
-    num_frames: int = 16  # DeiT video: frames of the learned positions
-    tubelet: int = 2  # DeiT video: frames per token
-    token_labels: bool = False  # a dense head beside the head, for token labelling
-    remat: str = "none"  # recompute in the backward pass: "none", "dots" or "full", see blocks.py
-    kernels: str = "auto"  # "auto" takes fast kernels, "reference" the definitions in structvit_jax.ops
-    dtype: str = "float32"  # of the computation, "float32" or "bfloat16"; parameters are float32
+    drop_path: float = 0.1  # rate of stochastic depth of the last block; it rises linearly from 0
+    layer_scale: float | None = None  # initial scale of the residual branches; None or 0: no layer scale
+    conv_layer_scale: bool = True  # whether convolution blocks have layer scale, too
+    image_size: int = 224  # DeiT: image side for which positions are learned, in pixels
+    num_frames: int = 16  # DeiT video: number of frames for which positions are learned
+    tubelet: int = 2  # DeiT video: number of frames per token
+    token_labels: bool = False  # add a dense head, which classifies every position (token labelling)
+    remat: str = "none"  # "none", or rematerialisation by "dots" or "full" (see blocks.py)
+    kernels: str = "auto"  # "auto": as set by `ops.use_kernels` (fast kernels); "reference": plain JAX
+    dtype: str = "float32"  # dtype of the computation: "float32" or "bfloat16"; parameters are float32
 
     @property
     def grid_axes(self) -> int:
@@ -49,12 +52,12 @@ class Variant:
 
     @property
     def compute_dtype(self) -> str | None:
-        """The type of the computation: None follows the input, so that float64 inputs give float64."""
+        """The dtype of the computation. None is for float32, and also allows inputs in float64."""
         return None if self.dtype == "float32" else self.dtype
 
     @property
     def smallest_input(self) -> tuple[int, ...]:
-        """The smallest ([time,] height, width) that leaves no grid empty."""
+        """The smallest ([time,] height, width) with which every grid has at least one position."""
         if self.network == "deit":
             return (self.tubelet,) * self.video + (self.patch, self.patch)
         side = self.patch * 8 if self.stem == "patch" else 1
@@ -76,12 +79,12 @@ _TINY = Variant(
     depths=(1, 1, 2, 1), widths=(16, 32, 48, 64), head_width=16, patch=2, mixer_window=3, drop_path=0.0,
 )  # fmt: skip
 _DEIT_S = Variant(network="deit", depths=(12,), widths=(384,), patch=16)
-_DEIT_TINY = Variant(  # tubelets of one frame: what moves is seen by attention or not at all
+_DEIT_TINY = Variant(  # with tubelets of one frame, only attention can detect motion
     network="deit", depths=(2,), widths=(32,), head_width=16, patch=8, drop_path=0.0,
     image_size=24, num_frames=8, tubelet=1,
 )  # fmt: skip
 
-# The one table. StructViT and DeiT-Struct are these networks with structural self-attention.
+# StructViT and DeiT-Struct have no entries: they are these models with structural self-attention.
 VARIANTS: dict[str, Variant] = {
     "uniformer_s": _S,
     "uniformer_s_plus": dataclasses.replace(_S, depths=(3, 5, 9, 3), head_width=32, stem="conv"),
@@ -96,9 +99,9 @@ _IMAGES_ONLY = {
     "uniformer_s_plus": "its convolution stem is defined for images",
     "uniformer_b_ls": "its layer scale was released for images",
 }
-_LISTED = ("4_1", "4_2", "8_1")  # the D_S of the paper's tables
+_LISTED = ("4_1", "4_2", "8_1")  # D and stride S of the models in the paper's tables
 
-_LARGEST, _MOST_BLOCKS = 2**16, 1000  # limits of a size, and of the sum of depths
+_LARGEST, _MOST_BLOCKS = 2**16, 1000  # largest integer hyper-parameter, and largest sum of depths
 
 _CHOICES = {
     "stem": ("patch", "conv"),
@@ -113,7 +116,10 @@ _CHOICES = {
 
 
 def list_models(pattern: str = "*") -> list[str]:
-    """Return names that match a shell pattern, as "structvit_*_video". Any other D and S work too."""
+    """Return the names of models that match a shell pattern, such as "structvit_*_video".
+
+    Only the D and S of the paper are listed; `create_model` takes any others, too.
+    """
     names = list(VARIANTS)
     names += [f"structvit_{size}_{ds}" for size in ("s", "b", "l", "tiny") for ds in _LISTED]
     names += [f"deit_{size}_struct_{d}" for size in ("s", "tiny") for d in (1, 2, 4, 8)]
@@ -122,29 +128,29 @@ def list_models(pattern: str = "*") -> list[str]:
 
 
 def counterpart(name: str) -> str:
-    """Return the name of the same model for images, if it takes videos, or for videos, if it takes images."""
+    """Return the name of the image model for that of a video model, and vice versa."""
     if name.endswith("_video"):
         return name.removesuffix("_video")
     return "uniformer_b_video" if name in _IMAGES_ONLY else f"{name}_video"
 
 
 def get_variant(name: str, **overrides: Any) -> Variant:
-    """Return the variant of a name, with overrides.
+    """Return the variant with this name, with some fields overridden.
 
     Raises:
-      UserError: an unknown name or override, a value that the field does not take or that does not
-        fit the others, or "_video" after a model that is for images only.
+      UserError: a name or override is unknown, a value is invalid or does not fit the others, or the name
+        ends in "_video" but the model is for images only.
     """
     variant = _by_name(name)
     for key, value in overrides.items():
         check_choice("override", key, OVERRIDES)
         for network, fields in _ONLY_IN.items():
             if key in fields and variant.network != network:
-                raise UserError(f"{name}: {key} has no meaning here, only in a {network}")
+                raise UserError(f"{name}: {key} is not used by this model, only in a {network}")
         if isinstance(value, list):
             overrides[key] = tuple(value)
     if overrides.get("aggregation") == "element" and overrides.get("value_window", 1) != 1:
-        raise UserError(f"{name}: aggregation='element' is a value window of 1; leave value_window out")
+        raise UserError(f"{name}: aggregation='element' means a value window of 1; leave value_window out")
     variant = dataclasses.replace(variant, **overrides)
     for problem in _problems(variant):
         raise UserError(f"{name}: {problem}")
@@ -156,7 +162,7 @@ def _by_name(name: str) -> Variant:
     if video and base in _IMAGES_ONLY:
         reason = _IMAGES_ONLY[base]
         raise UserError(
-            f"{base} has no video form ({reason} only); see uniformer_s_video and uniformer_b_video"
+            f"{base} has no video variant ({reason} only); see uniformer_s_video and uniformer_b_video"
         )
     structured: dict[str, Any] = {}
     if match := re.fullmatch(r"structvit_(s|b|l|tiny)_([1-9]\d{0,4})_([1-9]\d{0,4})", base):
@@ -170,7 +176,7 @@ def _by_name(name: str) -> Variant:
 
 
 def _problems(v: Variant) -> Iterator[str]:
-    """Yield each problem of a variant, as one line."""
+    """Yield the problems of a variant, each as one line."""
     values = dataclasses.asdict(v)
     for key, choices in _CHOICES.items():
         if values[key] not in choices:
@@ -180,7 +186,7 @@ def _problems(v: Variant) -> Iterator[str]:
         sizes = values[key]
         if not isinstance(sizes, tuple) or len(sizes) != stages or not all(map(_is_positive, sizes)):
             yield f"{key} is {sizes!r}; a {v.network} takes {stages} positive integers up to {_LARGEST}"
-            return  # the other checks need them
+            return  # the other checks need valid depths and widths
     if sum(v.depths) > _MOST_BLOCKS:
         yield f"depths is {v.depths!r}, more than {_MOST_BLOCKS} blocks"
     for key in ("head_width", "patch", "stride", "image_size", "num_frames", "tubelet"):

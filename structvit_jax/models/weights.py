@@ -1,6 +1,6 @@
-"""A model's weights as flat dicts {"blocks1.0.attn.proj.kernel": array}, and back.
+"""Convert a model to flat dicts of its weights, such as {"blocks1.0.attn.proj.kernel": array}, and back.
 
-The dotted paths are the names that checkpoints, digests, placement and conversion share.
+Checkpoints, digests, placement on devices and weight conversion all use these dotted paths as names.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ Arrays = dict[str, jax.Array]
 
 
 class Weights(NamedTuple):
-    params: Arrays  # trained
+    """The arrays of a model."""
+
+    params: Arrays  # updated by the optimizer
     batch_stats: Arrays  # running means and variances of BatchNorm
 
 
 class ModelDef(NamedTuple):
-    """A model without its arrays; hashable."""
+    """The definition of a model, without its arrays. It is hashable."""
 
     graphdef: nnx.GraphDef
 
@@ -35,15 +37,16 @@ class ModelDef(NamedTuple):
 
 
 def split(model: nnx.Module) -> tuple[ModelDef, Weights]:
-    """Return the model's definition, in its present mode (training or evaluation), and its arrays."""
+    """Split a model into its definition, in its current mode (training or evaluation), and its arrays."""
     graphdef, *states = nnx.split(model, nnx.Param, nnx.BatchStat)
     return ModelDef(graphdef), Weights(*map(_flat, states))
 
 
 def training_structure(model: nnx.Module, frozen: frozenset[str] = frozenset()) -> ModelDef:
-    """Return the model in training mode, except parts of which all parameters are frozen.
+    """Return the definition of a model in training mode, except for frozen parts.
 
-    Those normalise with their running statistics, and have no stochastic depth.
+    Parts whose parameters are all in `frozen` stay in evaluation mode: they normalise with running statistics
+    and have no stochastic depth.
     """
     model.train()
     names = list(split(model)[1].params)
@@ -62,7 +65,7 @@ def batch_stats(model: nnx.Module) -> Arrays:
 
 
 def cast_like(weights: Weights, arrays: Mapping[str, Any]) -> Weights:
-    """Return copies of these arrays with the names and types of a model's weights."""
+    """Return copies of `arrays`, with the names and dtypes of `weights`."""
     return Weights(
         *({name: jnp.array(arrays[name], own.dtype) for name, own in part.items()} for part in weights)
     )
@@ -76,8 +79,10 @@ def update(model: nnx.Module, weights: Weights) -> None:
 
 
 def sha256(weights: Weights) -> str:
-    """Return a digest of parameters and batch statistics, sorted by path: each one's path, dtype, shape and
-    little-endian bytes."""
+    """Return a digest of parameters and batch statistics.
+
+    It covers the path, dtype, shape and little-endian bytes of each array, sorted by path.
+    """
     digest = hashlib.sha256()
     for name, array in sorted((weights.params | weights.batch_stats).items()):
         value = np.asarray(array)
@@ -87,7 +92,7 @@ def sha256(weights: Weights) -> str:
 
 
 def mismatches(expected: Mapping[str, jax.Array], given: Mapping[str, jax.Array]) -> list[str]:
-    """Return the differences in names and shapes of two sets of arrays, a phrase per name."""
+    """Return the differences in names and shapes of two sets of arrays, as one short text per name."""
     problems = [f"missing {name}" for name in expected if name not in given]
     problems += [f"extra {name}" for name in given if name not in expected]
     problems += [

@@ -1,6 +1,6 @@
 """The operations of StructViT as pure functions on arrays, defined in plain JAX.
 
-On CPUs, GPUs and TPUs faster kernels replace the definitions, see `structvit_jax.ops.kernels`.
+On CPUs, GPUs and TPUs, faster kernels replace these definitions (see `structvit_jax.ops.kernels`).
 """
 
 from structvit_jax.ops.convolution import convolve, depthwise_conv

@@ -22,17 +22,17 @@ def _check(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
 def attention(
     query: Float[Array, "b n h c"], key: Float[Array, "b m h c"], value: Float[Array, "b m h c"]
 ) -> Float[Array, "b n h c"]:
-    """softmax(query keyᵀ / sqrt(channels)) value, for every head.
+    """Compute softmax(query keyᵀ / sqrt(channels)) value for every head.
 
     Args:
       query: [batch, N, heads, channels].
       key, value: [batch, M, heads, channels].
 
     Returns:
-      [batch, N, heads, channels], in the arguments' type; the softmax is float32 at least.
+      [batch, N, heads, channels], in the dtype of the arguments. The softmax is computed in at least float32.
 
     Raises:
-      ValueError: shapes that do not fit.
+      ValueError: shapes do not match.
     """
     exact = jnp.promote_types(query.dtype, jnp.float32)
     logits = jnp.einsum("bnhc,bmhc->bhnm", query, key, preferred_element_type=exact)

@@ -1,4 +1,4 @@
-"""Run an operation: by its definition in plain JAX, or by a kernel of `structvit_jax.ops.kernels`."""
+"""Operations that run either their definition in plain JAX or a kernel of `structvit_jax.ops.kernels`."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ R = TypeVar("R")
 
 OPERATIONS: dict[str, Operation] = {}  # all operations, by name
 _CHOICES = ("auto", "reference", "portable")
-_chosen = jax.make_user_context("auto")  # part of the key of jax.jit: a change traces functions again
+_chosen = jax.make_user_context("auto")  # part of jit's cache key, so that a change retraces functions
 
 
 @contextlib.contextmanager
 def use_kernels(kernels: str) -> Iterator[None]:
-    """Set what runs for the operations that are traced inside the block.
+    """Choose the implementation of all operations that are traced inside this context.
 
     Args:
-      kernels: "auto" takes the fastest kernel for the platform, types and shapes; "reference" takes the
-        definitions, in plain JAX, everywhere; "portable" takes kernels in JAX alone that compile for every
-        platform, for programs that are exported.
+      kernels: "auto" uses the preferred kernel for the platform, dtypes and shapes. "reference" uses the
+        definitions in plain JAX. "portable", for exported programs, uses kernels written in JAX that compile
+        for every platform.
 
     Raises:
-      UserError: another value.
+      UserError: `kernels` has another value.
     """
     with _chosen(check_choice("kernels", kernels, _CHOICES)):
         yield
@@ -41,7 +41,8 @@ def use_kernels(kernels: str) -> Iterator[None]:
 class Operation(Generic[P, R]):
     """A function on arrays whose definition can be replaced by a kernel.
 
-    Positional arguments are arrays or None, the first with a leading batch axis. Options are keywords.
+    Positional arguments are arrays or None; the first one is an array with a leading batch axis. Options are
+    passed by keyword.
     """
 
     __name__: str
@@ -62,7 +63,7 @@ class Operation(Generic[P, R]):
         definition: Callable[..., R] = self.definition
         if _chosen.value == "reference":
             return definition(*arrays, **bound.kwargs)
-        kernels = importlib.import_module("structvit_jax.ops.kernels")  # which imports the definitions
+        kernels = importlib.import_module("structvit_jax.ops.kernels")  # avoids a circular import
         call = kernels.choose(self, arrays, bound.kwargs, portable=_chosen.value == "portable")
         return call()
 
@@ -71,7 +72,7 @@ def operation(check: Callable[..., None] | None = None) -> Callable[[Callable[P,
     """Decorate the definition of an operation.
 
     Args:
-      check: called with the same arguments; raises ValueError, in one line, for arguments that do not fit.
+      check: called with the arguments of the operation; raises ValueError, in one line, if they are invalid.
     """
     return lambda definition: Operation(definition, check)
 

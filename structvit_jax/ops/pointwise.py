@@ -1,4 +1,4 @@
-"""Operations on the channels of single positions: linear layer, GELU, MLP and layer normalisation."""
+"""Operations that treat every position alone: linear layer, GELU, MLP and layer normalisation."""
 
 from __future__ import annotations
 
@@ -15,12 +15,15 @@ from structvit_jax.ops.dispatch import operation
 def linear(
     x: Float[Array, "b *_ i"], kernel: Float[Array, "i o"], bias: Float[Array, " o"]
 ) -> Float[Array, "b *_ o"]:
-    """x kernel + bias, along the last axis: [batch, ..., inputs] -> [batch, ..., outputs]."""
+    """Compute x kernel + bias along the last axis: [batch, ..., inputs] -> [batch, ..., outputs]."""
     return lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ()))) + bias
 
 
 def gelu(x: Float[Array, " *_"]) -> Float[Array, " *_"]:
-    """x Φ(x) with the normal distribution's Φ, as PyTorch computes it; in float32 at least, in x's type."""
+    """Compute the exact GELU, x Φ(x), in at least float32; return it in the dtype of x.
+
+    Φ is the cumulative distribution function of the normal distribution. This is PyTorch's default GELU.
+    """
     exact = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     return (0.5 * exact * (1 + lax.erf(exact * math.sqrt(0.5)))).astype(x.dtype)
 
@@ -33,7 +36,7 @@ def mlp(
     kernel2: Float[Array, "k o"],
     bias2: Float[Array, " o"],
 ) -> Float[Array, "b *_ o"]:
-    """gelu(x kernel1 + bias1) kernel2 + bias2: [batch, ..., inputs] -> [batch, ..., outputs]."""
+    """Compute gelu(x kernel1 + bias1) kernel2 + bias2: [batch, ..., inputs] -> [batch, ..., outputs]."""
     return gelu(x @ kernel1 + bias1) @ kernel2 + bias2
 
 
@@ -41,9 +44,9 @@ def mlp(
 def layer_norm(
     x: Float[Array, "b *_ c"], scale: Float[Array, " c"], bias: Float[Array, " c"], *, epsilon: float
 ) -> Float[Array, "b *_ c"]:
-    """(x - mean) / sqrt(variance + epsilon) scale + bias, over the channels of [batch, ..., channels].
+    """Compute (x - mean) / sqrt(variance + epsilon) scale + bias over the channels of [batch, ..., channels].
 
-    Computed in float32 at least, in two passes; returned in x's type.
+    The computation is in at least float32, with the mean before the variance. The result has the dtype of x.
     """
     exact = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     mean = exact.mean(axis=-1, keepdims=True)

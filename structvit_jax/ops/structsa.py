@@ -2,21 +2,26 @@
 
 Kim, Seo, Schmid, Cho, "Learning Correlation Structures for Vision Transformers", CVPR 2024.
 
-With q_i a query, K_j and V_j the keys and values in the window centred on position j (zero outside the
-grid), D kernels, and one softmax over all positions j and kernels d together:
+Let q_i be a query, and K_j and V_j the keys and values in the window centred on position j, which are zero
+outside the grid. There are D kernels, and one softmax over all positions j and kernels d together:
 
     a_ijd      = softmax_(j,d)  sum_c q_ic sum_m H_K[m,c,d] K_jmc / sqrt(channels)   (eq. 2-3, app. A)
     kappa_ijmc = sum_d H_V[m,c,d] a_ijd                                     the dynamic kernel (eq. 5)
     y_ic       = sum_j sum_m kappa_ijmc V_jmc
 
-A kernel with one value for all channels (U_K, U_V) is the paper's dot-product form and its shared
-aggregation; a value window of one is element aggregation (eq. 4); D = 1 is ConvSA, convolutional
-projections as in CvT; no kernels at all is plain self-attention.
+Special cases:
 
-`struct_attention` uses that convolution and dot product commute: both sums over the window m become
-depthwise convolutions of keys and values with D kernels per channel, and what remains is ordinary attention
-over N'·D keys. `struct_attention_maps` computes the equations as they are written, with the correlation
-volume and the dynamic kernels in memory; it is the oracle that tests compare with.
+- kernels with one value for all channels (U_K, U_V): the paper's dot-product correlation (keys) and shared
+  aggregation (values);
+- a value window of one: element aggregation (eq. 4);
+- D = 1: ConvSA, self-attention with convolutional projections as in CvT;
+- no kernels: plain self-attention.
+
+The sums over the window m can be computed before the dot product with the query and before the sum over j.
+They are then depthwise convolutions of keys and values, with D kernels per channel, and the rest is ordinary
+attention over N'·D keys, for N' window centres. `struct_attention` computes this. `struct_attention_maps`
+computes the equations as they are written, with the correlation volume and the dynamic kernels in memory; the
+tests use it as the reference.
 """
 
 from __future__ import annotations
@@ -46,7 +51,7 @@ def check_arguments(
     *,
     stride: int | float,
 ) -> None:
-    """Raise ValueError, in one line, for arguments that do not make a StructSA."""
+    """Raise ValueError, with a message of one line, for invalid arguments of `struct_attention`."""
     name = "struct_attention"
     grid = query.ndim in (5, 6)
     require(grid, f"{name}: query {query.shape} is not [batch, *grid, heads, channels] on a 2-D or 3-D grid")
@@ -66,7 +71,7 @@ def check_arguments(
         require(
             kernels.ndim == query.ndim and shape[-3] in (1, heads) and shape[-2] in (1, channels),
             f"{name}: {kind}_kernels {shape} should be [*window, {heads} or 1, {channels} or 1, D]"
-            f" with a window of {query.ndim - 3} axes",
+            f" and the window should have {query.ndim - 3} axes",
         )
         odd = all(k % 2 for k in window)
         require(odd, f"{name}: {kind}_kernels has an even window {window}; use odd sides")
@@ -88,17 +93,20 @@ def struct_attention(
     """Structural self-attention over a grid.
 
     Args:
-      query, key, value: [batch, *grid, heads, channels]; grid (height, width) or (time, height, width).
-      key_kernels, value_kernels: [*window, heads or 1, channels or 1, D], ones broadcast; odd windows,
-        which may differ between the two. Both or neither; without them it is plain self-attention.
-      stride: spatial stride of the window centres 0, S, 2S, ...: ceil(n / S) per spatial axis.
+      query, key, value: [batch, *grid, heads, channels]. The grid is (height, width) or (time, height,
+        width).
+      key_kernels, value_kernels: [*window, heads or 1, channels or 1, D]. Axes of size 1 are broadcast.
+        Window sides are odd; the two windows may differ. Give both kernels, or neither for plain
+        self-attention.
+      stride: spatial stride S. Window centres lie at 0, S, 2S, ...: ceil(n / S) of them along an axis of
+        length n.
 
     Returns:
       [batch, *grid, heads, channels].
 
     Raises:
-      ValueError: shapes that do not fit, one set of kernels without the other, kernels of different
-        D, even windows, a stride without kernels.
+      ValueError: shapes do not match, only one of the kernels is given, the kernels differ in D, a window
+        side is even, or a stride is given without kernels.
     """
     if key_kernels is not None and value_kernels is not None:
         with jax.named_scope("patterns"):
@@ -117,28 +125,31 @@ def convolve_structure(
     Args:
       x: [batch, *grid, heads, channels].
       kernels: [*window, heads or 1, channels or 1, D].
-      stride: spatial, as for `struct_attention`.
+      stride: spatial stride, see `struct_attention`.
 
     Returns:
-      [batch, D, *grid', heads, channels].
+      [batch, D, *grid', heads, channels], where grid' is the grid of the window centres.
     """
     out = depthwise_conv(x.reshape(*x.shape[:-2], -1), per_channel(kernels, *x.shape[-2:]), stride=stride)
     return out.reshape(*out.shape[:-1], *x.shape[-2:])
 
 
 def per_channel(kernels: jax.Array, heads: int, channels: int) -> jax.Array:
-    """Return the kernels of a depthwise convolution, [*window, heads·channels, D]."""
+    """Expand structure kernels to the kernels of a depthwise convolution, [*window, heads·channels, D]."""
     kernels = jnp.broadcast_to(kernels, (*kernels.shape[:-3], heads, channels, kernels.shape[-1]))
     return kernels.reshape(*kernels.shape[:-3], heads * channels, -1)
 
 
 class StructAttentionMaps(NamedTuple):
-    """Attention and dynamic kernels of Q chosen queries. With shared kernels `channels or 1` is one."""
+    """Attention and dynamic kernels of Q selected queries.
+
+    `channels or 1` is 1 if the value kernels are shared by all channels.
+    """
 
     output: jax.Array  # [batch, Q, heads, channels]
     attention: jax.Array  # [batch, Q, heads, D, *grid']: sums to one over D and grid' together
     kappa: jax.Array  # [batch, Q, heads, *grid', *window, channels or 1]: the dynamic kernels
-    final: jax.Array  # [batch, Q, heads, *grid, channels or 1]: total signed weight of each value
+    final: jax.Array  # [batch, Q, heads, *grid, channels or 1]: total weight of each value, may be negative
 
 
 def struct_attention_maps(
@@ -151,17 +162,18 @@ def struct_attention_maps(
     stride: int = 1,
     queries: ArrayLike | Sequence[int],
 ) -> StructAttentionMaps:
-    """Return the maps behind `struct_attention` for the queries at flat, row-major grid positions [Q].
+    """Return the attention maps and dynamic kernels of `struct_attention` for selected queries.
 
-    `final` merges the windows that cover a position (paper, appendix D, figure 4): applied to the
-    values it gives the output. Memory grows with Q · N' · window · channels: choose few queries.
+    `final` sums the dynamic kernels of all windows that cover a position (paper, appendix D, figure 4). The
+    output is the sum of the values, weighted by `final`. Select few queries: memory grows with
+    Q · N' · window · channels.
 
     Args:
-      query, key, value, key_kernels, value_kernels, stride: as for `struct_attention`.
-      queries: positions of the chosen queries, [Q].
+      query, key, value, key_kernels, value_kernels, stride: see `struct_attention`.
+      queries: flat (row-major) grid positions of the selected queries, [Q].
 
     Raises:
-      ValueError: as for `struct_attention`, or queries that are not positions of the grid.
+      ValueError: see `struct_attention`; also if `queries` are not positions of the grid.
     """
     query, key, value = (jnp.asarray(x) for x in (query, key, value))
     key_kernels, value_kernels = (
@@ -174,17 +186,17 @@ def struct_attention_maps(
         inside = bool(((queries >= 0) & (queries < math.prod(grid))).all())
         limit = f"should lie from 0 to {math.prod(grid) - 1}"
         require(inside, f"struct_attention_maps: queries {queries} {limit}")
-    if key_kernels is None or value_kernels is None:  # plain: D = 1, a window of one, weight one
+    if key_kernels is None or value_kernels is None:  # plain self-attention: D = 1, one tap of weight one
         key_kernels = value_kernels = jnp.ones((*[1] * len(grid), 1, 1, 1), key.dtype)
     key_taps, value_taps = (  # [*window, heads, channels or 1, D]
         jnp.broadcast_to(x, (*x.shape[:-3], heads, *x.shape[-2:])) for x in (key_kernels, value_kernels)
     )
     rows, window = query.reshape(len(query), -1, heads, channels)[:, queries], value_taps.shape[:-3]
     with jax.default_matmul_precision("highest"):
-        of_heads = [
+        per_head = [
             _correlate(rows[:, :, h], key[..., h, :], key_taps[..., h, :, :], stride) for h in range(heads)
         ]
-        logits = jnp.stack(of_heads, axis=2)  # [batch, Q, heads, D, *grid']
+        logits = jnp.stack(per_head, axis=2)  # [batch, Q, heads, D, *grid']
         exact = jnp.promote_types(logits.dtype, jnp.float32)
         positions = tuple(range(3, logits.ndim))
         weights = jax.nn.softmax(logits.astype(exact) * channels**-0.5, axis=positions).astype(value.dtype)
@@ -200,14 +212,16 @@ def struct_attention_maps(
 
 
 def _correlate(queries: jax.Array, key: jax.Array, kernels: jax.Array, stride: int) -> jax.Array:
-    """Convolve the correlation volume of one head: q_i K^T with shared kernels (eq. 2), else diag(q_i) K^T.
+    """Convolve the correlation volume of one head.
+
+    The volume is q_i K^T for kernels shared by all channels (eq. 2), and diag(q_i) K^T otherwise.
 
     queries [batch, Q, C], key [batch, *grid, C], kernels [*window, C or 1, D] -> [batch, Q, D, *grid'].
     """
     (batch, count), grid = queries.shape[:2], key.shape[1:-1]
     if kernels.shape[-2] == 1:
-        # One product, not a sum of products: XLA for CPUs (jax 0.10.2) compiles a sum before a convolution
-        # to a program with wrong results.
+        # Use one einsum, not a sum over elementwise products: XLA for CPUs (jax 0.10.2) miscompiles such a
+        # sum followed by a convolution.
         volume = jnp.einsum("bqc,b...c->bq...", queries, key)[..., None]
     else:
         volume = queries.reshape(batch, count, *[1] * len(grid), -1) * key[:, None]
@@ -217,7 +231,7 @@ def _correlate(queries: jax.Array, key: jax.Array, kernels: jax.Array, stride: i
         kernels,
         grid_strides(grid, stride),
         same_padding(kernels.shape[:-2]),
-        dimension_numbers=(f"N{axes}C", f"{axes}IO", f"NC{axes}"),  # D before the grid
+        dimension_numbers=(f"N{axes}C", f"{axes}IO", f"NC{axes}"),  # puts D before the grid
     )
     return out.reshape(batch, count, *out.shape[1:])
 
@@ -230,7 +244,7 @@ def _windows(x: jax.Array, window: Sequence[int], stride: int) -> jax.Array:
 
 
 def _merge_windows(kappa: jax.Array, window: Sequence[int], grid: Sequence[int], stride: int) -> jax.Array:
-    """Sum over the windows that cover a position, the transpose of `_windows`.
+    """Add up the weights of all windows that cover a position; the transpose of `_windows`.
 
     kappa [batch, Q, heads, N', M, C] -> [batch, Q, heads, *grid, C].
     """
@@ -244,7 +258,7 @@ def _merge_windows(kappa: jax.Array, window: Sequence[int], grid: Sequence[int],
 
 
 def _window_slices(window: Sequence[int], grid: Sequence[int], stride: int) -> list[tuple[slice, ...]]:
-    """Return, for each offset in the window, the slices of the padded grid that the window centres read."""
+    """Return, per offset within the window, the slices of the padded grid that the windows read there."""
     strides = grid_strides(grid, stride)
     return [
         tuple(slice(o, o + n, s) for o, n, s in zip(offset, grid, strides, strict=True))
@@ -255,8 +269,9 @@ def _window_slices(window: Sequence[int], grid: Sequence[int], stride: int) -> l
 def effective_rank(matrices: Float[Array, "*batch r c"]) -> Float[Array, " *batch"]:
     """Return the effective rank of matrices [..., rows, columns]: [...].
 
-    It is the exponential of the entropy of their singular values (Roy and Vetterli, 2007).
-    For kappa, with a row for each position, it is one for ConvSA and at most D for StructSA.
+    This is the exponential of the entropy of their normalised singular values (Roy and Vetterli, 2007). For a
+    matrix whose rows are the dynamic kernels (kappa) of all positions, it is one for ConvSA and at most D for
+    StructSA.
     """
     values = jnp.linalg.svd(matrices, compute_uv=False)
     fractions = values / jnp.maximum(values.sum(axis=-1, keepdims=True), jnp.finfo(values.dtype).tiny)

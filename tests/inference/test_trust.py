@@ -256,13 +256,13 @@ def test_a_changed_library_is_rebuilt(tmp_path, monkeypatch, damage):
 
     monkeypatch.setattr(native, "_build", build)
     monkeypatch.setattr(native, "_ingredients", lambda compiler: compiler.encode())
-    path = native._kept(tmp_path, "c++")
-    assert native._kept(tmp_path, "c++") == path and len(built) == 1
+    path = native._cached(tmp_path, "c++")
+    assert native._cached(tmp_path, "c++") == path and len(built) == 1
     flipped = bytes([content[0] ^ 1]) + content[1:]
     path.write_bytes({"cut off": content[:100], "flipped": flipped, "empty": b"", "garbage": b"junk"}[damage])
-    assert native._kept(tmp_path, "c++") == path and len(built) == 2
+    assert native._cached(tmp_path, "c++") == path and len(built) == 2
     assert path.read_bytes() == content and list(tmp_path.iterdir()) == [path]
-    assert native._kept(tmp_path, "clang++") != path
+    assert native._cached(tmp_path, "clang++") != path
 
 
 def test_a_library_without_a_private_folder_leaves_nothing(tmp_path, monkeypatch, capsys):

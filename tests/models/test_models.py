@@ -96,8 +96,8 @@ def test_names():
     [
         ("structvit_s_4", {}, "Did you mean 'structvit_s_4_"),
         ("strutvit_s_4_1", {}, "'structvit_s_4_1'"),
-        ("uniformer_s_plus_video", {}, "no video form"),
-        ("uniformer_b_ls_video", {}, "no video form"),
+        ("uniformer_s_plus_video", {}, "no video variant"),
+        ("uniformer_b_ls_video", {}, "no video variant"),
         ("uniformer_s", {"drop_pth": 0.1}, "'drop_path'"),
         ("uniformer_s", {"stride": 2}, "no window to stride"),
         ("structvit_s_4_1", {"key_window": 4}, "odd"),
@@ -372,7 +372,7 @@ def test_the_kernels_for_tpus_train_alike(monkeypatch):
     monkeypatch.setattr(kernels, "TABLE", rows)
     np.testing.assert_allclose(losses_of_training("structvit_tiny_2_1", **SMALL), expected, rtol=1e-4)
     assert ran == {kernel.name for kernel in rows} - {
-        "attention_blocks", "depthwise_planes", "mlp_recomputing_gelu",
+        "attention_blocks", "depthwise_grouped", "mlp_recomputing_gelu",
     }  # fmt: skip
 
 

@@ -74,7 +74,7 @@ def test_every_kernel_equals_the_definition(monkeypatch, kernel, shape, size, dt
     if kernel == "attention_cpp" and dtype != "float32":
         pytest.skip("float32 only")
     args = arrays(shape, dtype)
-    monkeypatch.setattr(attention_tpu, "_PRODUCTS", size)
+    monkeypatch.setattr(attention_tpu, "_LOGITS", size)
     function = attention_in_blocks(size) if kernel == "attention_blocks" else KERNELS[kernel]
     ours = jax.jit(functools.partial(value_and_grads, function))(*args)
     assert all(array.dtype == dtype for array in ours)

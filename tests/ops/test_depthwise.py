@@ -54,7 +54,7 @@ def value_and_grads(convolve, x, kernel, stride):
     return jax.jit(jax.value_and_grad(loss, (0, 1)))(x, kernel)
 
 
-NAMES = ("planes", "library", "shifts", "sums", "bands")
+NAMES = ("grouped", "library", "shifts", "sums", "bands")
 KERNELS = {name: kernels.named(f"depthwise_{name}").run for name in NAMES}
 
 
@@ -90,7 +90,7 @@ def test_all_kernels_equal_the_definition(case):
     ("shape", "window", "multiplier", "stride"),
     [
         ((2, 9, 8, 7, 5), (5, 5, 5), 1, 1),  # the scan over the window's leading axis
-        ((1, 3, 6, 7, 4), (3, 3, 3), 4, 2),  # several planes
+        ((1, 3, 6, 7, 4), (3, 3, 3), 4, 2),  # several kernels per channel
         ((3, 11, 10, 6), (5, 5), 2, 3),
         ((1, 6, 7, 5, 3), (5, 3, 5), 2, 2),
         ((1, 2, 3, 4, 126), (3, 3, 3), 2, 1),  # rows as long as to get channels for the cache's sake
@@ -294,15 +294,15 @@ def test_cpus_get_cpp_and_shifts_without_a_compiler_or_in_half_precision(monkeyp
 
 
 @pytest.mark.parametrize(
-    ("x", "window", "planes", "stride", "fits"),
+    ("x", "window", "multiplier", "stride", "fits"),
     [
         ((1, 14, 14, 320), (3, 3), 4, 1, True),
         ((1, 14, 14, 320), (3, 3), 4, 2, False),
         ((1, 224, 224, 640), (5, 5), 4, 1, False),  # frames larger than vector memory
     ],
 )
-def test_where_the_kernel_for_tpus_fits(x, window, planes, stride, fits):
-    x, kernel = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in (x, (*window, x[-1], planes)))
+def test_where_the_kernel_for_tpus_fits(x, window, multiplier, stride, fits):
+    x, kernel = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in (x, (*window, x[-1], multiplier)))
     assert kernels.named("depthwise_pallas").supports(x, kernel, None, stride=stride) == fits
 
 

@@ -1,8 +1,9 @@
-"""The kernels that replace definitions of `structvit_jax.ops`: one table of what runs where, and why.
+"""Kernels that replace the definitions in `structvit_jax.ops`: a table of which kernel runs where, and why.
 
-For an operation on a platform the first kernel of the table that supports the arguments runs; without one,
-the definition. The platform "portable" is for exported programs. On GPUs and TPUs a kernel is compared with
-the definition before its first use, see `selfcheck`. Figures are from docs/speed.md.
+An operation runs the first kernel in the table for its platform that supports the arguments. If there is
+none, it runs the definition. The platform "portable" is for exported programs. On GPUs and TPUs a kernel is
+compared with the definition before its first use (see `selfcheck`). The numbers in the table are from
+docs/speed.md and docs/speed-history.md.
 """
 
 from __future__ import annotations
@@ -32,19 +33,21 @@ class Kernel(NamedTuple):
     """A row of the table."""
 
     name: str
-    operation: str  # whose definition it replaces
+    operation: str  # the operation whose definition it replaces
     platform: str  # "cpu", "gpu", "tpu", or "portable"
-    run: Callable[..., jax.Array]  # takes the arguments of the definition, all options by keyword
-    executed: str  # where it has run
-    why: str
-    supports: Callable[..., bool] = lambda *arrays, **options: True  # takes the same arguments
-    batched: int = 0  # arguments, the first, that devices split by examples; 0 if the compiler can split it
+    run: Callable[..., jax.Array]  # takes the arguments of the definition, with all options by keyword
+    executed: str  # where this kernel has been executed or compiled
+    why: str  # why it replaces the definition, or is used besides other kernels
+    supports: Callable[..., bool] = lambda *arrays, **options: True  # takes the arguments of `run`
+    # Number of leading arguments with a batch axis, which is split over devices; 0 if the compiler can split
+    # the kernel itself.
+    batched: int = 0
 
 
 def choose(
     operation: Operation, arrays: Sequence[Any], options: dict[str, Any], *, portable: bool
 ) -> Callable[[], Any]:
-    """Return the call of the first kernel of the table that fits, or of the definition."""
+    """Return a call of the first kernel in the table that supports the arguments, or of the definition."""
     device = current_device()
     for kernel in find(operation.__name__, "portable" if portable else device.platform):
         if kernel.supports(*arrays, **options):
@@ -60,7 +63,7 @@ def find(operation: str, platform: str) -> Iterator[Kernel]:
 
 
 def named(name: str) -> Kernel:
-    """Return the first kernel of this name."""
+    """Return the first kernel with this name, on any platform."""
     return next(kernel for kernel in TABLE if kernel.name == name)
 
 
@@ -68,7 +71,7 @@ def _is_structural(query: Any, key: Any, value: Any, key_kernels: Any, *_: Any, 
     return key_kernels is not None
 
 
-def _is_half_video_with_one_plane(x: jax.Array, kernel: jax.Array, *_: Any, stride: int) -> bool:
+def _is_half_video_with_one_kernel(x: jax.Array, kernel: jax.Array, *_: Any, stride: int) -> bool:
     return x.ndim == 5 and kernel.shape[-1] == 1 and x.dtype.itemsize == 2
 
 
@@ -79,7 +82,7 @@ def _is_not_float64(x: jax.Array, *_: Any, **options: Any) -> bool:
 def _by_platform(
     cpu: Callable[..., jax.Array], default: Callable[..., jax.Array]
 ) -> Callable[..., jax.Array]:
-    """Choose a function of arrays and a stride when the program is lowered."""
+    """Return a function of arrays and a stride that chooses its implementation when a program is lowered."""
 
     def run(*args: Any) -> jax.Array:
         *arrays, stride = args
@@ -92,11 +95,12 @@ def _by_platform(
     return run
 
 
-_IN_CACHE = 2**23  # bytes of attention's products that stay in the cache of a CPU
-_AT_ONCE = 2**28  # bytes that fill other devices
+# Bytes of attention logits that are computed at a time.
+_CPU_LOGITS = 2**23  # few enough to stay in the cache
+_LOGITS = 2**28  # enough to keep a GPU or TPU busy
 _CPU = "run on a CPU"
-# The kernels for GPUs ran on an H100 before they moved into this package, and not since.
-_H100 = "run on an H100, before it moved here"
+# The kernels for GPUs ran on an H100 before they moved into this package. They have not run on a GPU since.
+_H100 = "run on an H100, before it moved into this package"
 _TPU = "interpreted on a CPU and compiled for a v5e; not run on a TPU"
 _COMPILED = "compiled for a v5e; not run on a TPU"
 _NOWHERE = "not run on this platform"
@@ -109,96 +113,102 @@ TABLE: tuple[Kernel, ...] = (
     ),
     Kernel(
         "recompute_convolved", "struct_attention", "gpu", recompute_convolved, _NOWHERE,
-        "as on CPUs; cuDNN's attention keeps keys and values for its own gradients",
+        "as on CPUs, but not with cuDNN, whose attention stores convolved keys and values for its gradients",
         lambda query, key, value, kernels, *_, stride: kernels is not None and not cudnn_supports(query),
     ),
     Kernel(
         "recompute_convolved", "struct_attention", "tpu", recompute_convolved, _TPU,
-        "as on CPUs: 0.220 GB a step, 0.225 without (S-4-1, batch 32, compiled for a v5e)", _is_structural,
+        "as on CPUs; 0.220 GB per sample, 0.225 without it (S-4-1, batch 32, compiled for a v5e)",
+        _is_structural,
     ),
     # attention
     Kernel(
         "attention_cpp", "attention", "cpu", native.attention, _CPU,
-        "1568 queries, 6272 keys, 5 heads, forward and with gradients: 124 and 429 ms, in blocks 202 and 500",
+        "1568 queries, 6272 keys, 5 heads: forward 124 ms, with gradients 429 (attention_blocks: 202, 500)",
         native.supports, batched=3,
     ),
     Kernel(
-        "attention_blocks", "attention", "cpu", attention_in_blocks(_IN_CACHE), _CPU,
-        "no C++ compiler, or half precision; 8 MB of products at a time stay in the cache", batched=3,
+        "attention_blocks", "attention", "cpu", attention_in_blocks(_CPU_LOGITS), _CPU,
+        "no C++ compiler, or half precision; 8 MB of logits at a time stay in the cache",
+        batched=3,
     ),
     Kernel(
         "attention_cudnn", "attention", "gpu", attention_xla.attention_by_cudnn, _H100,
-        "8x1568 queries, 6272 keys, 5 heads: 0.24 and 0.90 ms, in blocks 2.65 and 6.79", cudnn_supports,
+        "8x1568 queries, 6272 keys, 5 heads: 0.24 ms, with gradients 0.90 (attention_blocks: 2.65, 6.79)",
+        cudnn_supports,
     ),
     Kernel(
-        "attention_blocks", "attention", "gpu", attention_in_blocks(_AT_ONCE), _H100,
-        "float32, wide heads, other GPUs; never a whole matrix of products in memory", batched=3,
+        "attention_blocks", "attention", "gpu", attention_in_blocks(_LOGITS), _H100,
+        "for float32, wide heads and other GPUs; the whole attention matrix is never in memory", batched=3,
     ),
     Kernel(
         "attention_pallas", "attention", "tpu", attention_tpu.attention, _TPU,
-        "products stay in vector memory: 0.325 GB a step, 0.682 without (S-4-1, batch 32, compiled)",
+        "logits stay in vector memory: 0.325 GB per sample, 0.682 without it (S-4-1, batch 32, compiled)",
         _is_not_float64, batched=3,
     ),
     Kernel(
-        "attention_blocks", "attention", "tpu", attention_in_blocks(_AT_ONCE), _NOWHERE, "float64", batched=3
+        "attention_blocks", "attention", "tpu", attention_in_blocks(_LOGITS), _NOWHERE, "float64", batched=3
     ),
     Kernel(
-        "attention_blocks", "attention", "portable", attention_in_blocks(_AT_ONCE), _CPU,
-        "in JAX alone; never a whole matrix of products in memory",
+        "attention_blocks", "attention", "portable", attention_in_blocks(_LOGITS), _CPU,
+        "compiles for every platform; the whole attention matrix is never in memory",
     ),
-    # depthwise convolution: a forward pass, and the gradients of input and kernel
+    # depthwise convolution: `with_gradients` takes a forward pass and the gradients of input and kernel
     Kernel(
         "depthwise_cpp", "depthwise_conv", "cpu", native.depthwise, _CPU,
-        "8x56x56x64, 5x5, with gradients: 5.07 ms, PyTorch 20.6", native.supports, batched=1,
+        "8x56x56x64, 5x5, with gradients: 5.07 ms (PyTorch: 20.6)", native.supports, batched=1,
     ),
     Kernel(
         "depthwise_shifts", "depthwise_conv", "cpu",
         with_gradients(
             shifts.shifted, separate(shifts.shifted_input_gradient, shifts.shifted_kernel_gradient)
         ),
-        _CPU, "no C++ compiler, or half precision; XLA's grouped convolution is up to 100 times slower",
+        _CPU,
+        "no C++ compiler, or half precision; XLA's grouped convolution is up to 100 times slower",
     ),
     Kernel(
         "depthwise_library", "depthwise_conv", "gpu",
         with_gradients(xla.grouped, separate(xla.grouped_input_gradient, xla.library_kernel_gradient)),
-        _H100, "128x56x56x64, 5x5: 0.098 ms by cuDNN, 0.44 as sums",
+        _H100, "128x56x56x64, 5x5: forward 0.098 ms by cuDNN (a sum of shifted products: 0.44)",
         lambda x, kernel, *_, stride: x.ndim == 4 and kernel.shape[-1] == 1,
     ),
     Kernel(
         "depthwise_sums_library", "depthwise_conv", "gpu",
         with_gradients(shifts.padded, separate(xla.grouped_input_gradient, shifts.padded_kernel_gradient)),
-        _H100, "128x14x14x320, 3x3, D = 4: forward 0.079 ms, 0.30 by cuDNN",
+        _H100, "128x14x14x320, 3x3, D = 4: forward 0.079 ms (cuDNN: 0.30)",
         lambda x, *_, stride: x.ndim == 4, batched=1,
     ),
     Kernel(
         "depthwise_bands", "depthwise_conv", "gpu",
         with_gradients(bands.banded, separate(bands.banded_input_gradient, bands.banded_kernel_gradient)),
-        _H100, "8x8x56x56x64, 5x5x5: 0.165 ms, 1.14 as sums, by tensor cores",
-        lambda x, kernel, *_, stride: _is_half_video_with_one_plane(x, kernel, stride=stride)
+        _H100, "tensor cores; 8x8x56x56x64, 5x5x5: forward 0.165 ms (a sum of shifted products: 1.14)",
+        lambda x, kernel, *_, stride: _is_half_video_with_one_kernel(x, kernel, stride=stride)
         and math.prod(kernel.shape[:-2]) > shifts.MAX_FUSED_TERMS,
         batched=1,
     ),
     Kernel(
         "depthwise_sums_bands", "depthwise_conv", "gpu",
         with_gradients(shifts.padded, separate(shifts.padded_input_gradient, bands.banded_kernel_gradient)),
-        _H100, "8x8x14x14x320, 3x3x3: kernel gradient 0.084 ms, 0.162 as sums; forward 0.063 and 0.049",
-        _is_half_video_with_one_plane, batched=1,
+        _H100,
+        "8x8x14x14x320, 3x3x3, ms: bands are faster for the kernel gradient (0.084; loop over taps 0.162),"
+        " but not forward (0.063; 0.049)",
+        _is_half_video_with_one_kernel, batched=1,
     ),
     Kernel(
         "depthwise_sums", "depthwise_conv", "gpu",
         with_gradients(shifts.padded, separate(shifts.padded_input_gradient, shifts.padded_kernel_gradient)),
-        _H100, "8x8x14x14x320, 3x3x3, D = 4: forward 0.094 ms, 0.26 by cuDNN", batched=1,
+        _H100, "8x8x14x14x320, 3x3x3, D = 4: forward 0.094 ms (cuDNN: 0.26)", batched=1,
     ),
     Kernel(
         "depthwise_pallas", "depthwise_conv", "tpu", depthwise_tpu.depthwise, _TPU,
-        "both gradients read their arrays once: 0.225 GB a step, 0.253 without (S-4-1, batch 32, compiled)",
+        "both gradients read arrays once: 0.225 GB per sample, 0.253 without it (S-4-1, batch 32, compiled)",
         depthwise_tpu.supports, batched=1,
     ),
     Kernel(
-        "depthwise_planes", "depthwise_conv", "tpu",
+        "depthwise_grouped", "depthwise_conv", "tpu",
         with_gradients(xla.grouped, separate(xla.grouped_input_gradient, xla.grouped_kernel_gradient)),
         _COMPILED,
-        "with a stride, or large frames; XLA's gradients move a thousand times the bytes (video, D = 4)",
+        "for a stride or large frames; XLA's own gradients move a thousand times the bytes (video, D = 4)",
     ),
     Kernel(
         "depthwise_portable", "depthwise_conv", "portable",
@@ -209,18 +219,18 @@ TABLE: tuple[Kernel, ...] = (
                 _by_platform(shifts.shifted_kernel_gradient, xla.grouped_kernel_gradient),
             ),
         ),
-        _CPU, "shifts on CPUs, XLA's convolution elsewhere",
+        _CPU, "a sum of shifted products on CPUs, XLA's grouped convolution elsewhere",
     ),
     # MLP
     Kernel(
         "mlp_pallas", "mlp", "tpu", mlp_tpu.mlp, _TPU,
-        "hidden arrays stay in vector memory: 0.253 GB a step, 0.258 without (S-4-1, batch 32, compiled)",
+        "no hidden arrays in HBM: 0.253 GB per sample, 0.258 without it (S-4-1, batch 32, compiled)",
         _is_not_float64, batched=1,
     ),
     *(
         Kernel("mlp_recomputing_gelu", "mlp", platform, rows.mlp_recomputing_gelu, executed, why)
         for platform, executed, why in (
-            ("cpu", _CPU, "keeps one hidden array for the backward pass where JAX keeps several"),
+            ("cpu", _CPU, "stores one hidden array for the backward pass; JAX stores several"),
             ("gpu", _H100, "as on CPUs"),
             ("tpu", _NOWHERE, "float64"),
             ("portable", _CPU, "as on CPUs"),
@@ -233,8 +243,8 @@ TABLE: tuple[Kernel, ...] = (
             lambda x, *_, **options: x.ndim == 5,
         )
         for platform, executed, why in (
-            ("cpu", _CPU, "the embeddings of clips with gradients: 49 ms, 397 by XLA's convolution"),
-            ("gpu", _H100, "XLA's convolution puts channels before time, and so does all that follows"),
+            ("cpu", _CPU, "the four embeddings of clips, with gradients: 49 ms (XLA's convolution: 397)"),
+            ("gpu", _H100, "XLA's convolution lays out channels before time, and so do the layers after it"),
             ("portable", _CPU, "as on CPUs"),
         )
     ),
@@ -245,7 +255,7 @@ TABLE: tuple[Kernel, ...] = (
     *(
         Kernel(
             "convolve_fold", "convolve", platform, im2col.fold, executed,
-            "three channels would take the memory of 128",
+            "otherwise three input channels would be padded to 128",
             lambda x, *_, **options: x.shape[-1] <= 8,
         )
         for platform, executed in (("gpu", _H100), ("tpu", _COMPILED), ("portable", _CPU))
@@ -253,10 +263,10 @@ TABLE: tuple[Kernel, ...] = (
     # linear layer and layer normalisation
     Kernel(
         "linear_of_rows", "linear", "cpu", rows.linear_of_rows, _CPU,
-        "the transpose of its gradient is a plain one: part of a factor of 1.06 in a train step",
+        "its gradient needs only a matrix transpose; with another change, train steps are 1.06 times as fast",
     ),
     Kernel(
         "layer_norm_of_rows", "layer_norm", "gpu", rows.layer_norm_of_rows, _H100,
-        "the compiler tries thousands of tiles for a grid, few for rows",
+        "the compiler tries thousands of tile sizes for an array with a grid, but few for one with rows",
     ),
 )  # fmt: skip

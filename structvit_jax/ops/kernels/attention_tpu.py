@@ -1,8 +1,8 @@
-"""Attention for TPUs, in Pallas: the queries of an example stay in vector memory, its keys stream through.
+"""Attention for TPUs in Pallas: all queries of an example stay in vector memory, blocks of keys are streamed.
 
-Forward and backward, queries, keys and values are read once and outputs are written once. The products of
-queries and keys never leave vector memory. They have keys along sublanes and queries along lanes: maxima and
-sums over keys then combine whole registers, and the statistics of queries are rows.
+Both passes read queries, keys and values once and write their results once. Logits never leave vector memory.
+They have keys along sublanes and queries along lanes, so that maxima and sums over keys combine whole
+registers, and the statistics of queries (maximum, sum, lse) are rows.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from jax.experimental.pallas import tpu as pltpu
 from structvit_jax.ops.kernels.attention_xla import Attention, Gradients, Residuals, with_gradients
 from structvit_jax.ops.kernels.pallas import Ref, call_kernel, dot, interpreted_elsewhere
 
-_PRODUCTS = 2 * 2**20  # bytes of queries x keys, in float32; a step holds a few such arrays
+_LOGITS = 2 * 2**20  # bytes of the float32 logits of a grid step, which holds a few such arrays
 _SEMANTICS = ("parallel", "arbitrary")
-_WORK = 8 * _PRODUCTS  # bytes of a step's intermediate results
+_WORK = 8 * _LOGITS  # bytes of the intermediate results of a grid step
 
 
 def forward(
     query: jax.Array, key: jax.Array, value: jax.Array, *, heads: int, interpret: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """Return the output, like query, and lse, float32; see `attention_xla.with_gradients`."""
+    """Return the output, in the dtype of query, and lse in float32 (see `attention_xla.with_gradients`)."""
     batch, count, width = query.shape
-    key, value = (_cut(x, count) for x in (key, value))
-    row, plane, stats = _blocks(query, key, heads)
+    key, value = (_split_keys(x, count) for x in (key, value))
+    queries, keys, stats = _block_specs(query, key, heads)
     return call_kernel(
         functools.partial(_forward, heads=heads),
         (query, key, value),
         grid=(batch, key.shape[1]),
-        in_specs=[row, plane, plane],
-        out_specs=[row, stats],
+        in_specs=[queries, keys, keys],
+        out_specs=[queries, stats],
         out_shape=[
             jax.ShapeDtypeStruct(query.shape, query.dtype),
             jax.ShapeDtypeStruct((batch, heads, count), jnp.float32),
@@ -52,18 +52,18 @@ def forward(
 
 
 def backward(residuals: Residuals, cotangent: jax.Array, *, heads: int, interpret: bool) -> Gradients:
-    """Return the gradients of query, key and value, in their types."""
+    """Return the gradients of query, key and value, in their dtypes."""
     query, key, value, output, lse = residuals
     shape = key.shape
     batch, count, width = query.shape
-    key, value = (_cut(x, count) for x in (key, value))
-    row, plane, stats = _blocks(query, key, heads)
+    key, value = (_split_keys(x, count) for x in (key, value))
+    queries, keys, stats = _block_specs(query, key, heads)
     d_query, d_key, d_value = call_kernel(
         functools.partial(_backward, heads=heads),
         (query, key, value, output, cotangent, lse),
         grid=(batch, key.shape[1]),
-        in_specs=[row, plane, plane, row, row, stats],
-        out_specs=[row, plane, plane],
+        in_specs=[queries, keys, keys, queries, queries, stats],
+        out_specs=[queries, keys, keys],
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (query, key, value)],
         scratch_shapes=[
             pltpu.VMEM((width, count), jnp.float32),
@@ -86,19 +86,19 @@ def _make(interpret: bool) -> Attention:
 attention = interpreted_elsewhere(_make)
 
 
-def _cut(keys: jax.Array, queries: int) -> jax.Array:
-    """[batch, M, width] -> [batch, planes, M / planes, width], the fewest planes that fit the limit."""
+def _split_keys(keys: jax.Array, queries: int) -> jax.Array:
+    """Split keys into as few blocks as fit: [batch, M, width] -> [batch, blocks, M / blocks, width]."""
     total = keys.shape[1]
-    planes = next(p for p in range(1, total + 1) if total % p == 0 and total // p * queries * 4 <= _PRODUCTS)
-    return keys.reshape(keys.shape[0], planes, total // planes, -1)
+    blocks = next(n for n in range(1, total + 1) if total % n == 0 and total // n * queries * 4 <= _LOGITS)
+    return keys.reshape(keys.shape[0], blocks, total // blocks, -1)
 
 
-def _blocks(query: jax.Array, key: jax.Array, heads: int) -> tuple[pl.BlockSpec, ...]:
-    """Return the blocks of a step: all queries of an example, a plane of its keys, statistics of queries."""
+def _block_specs(query: jax.Array, key: jax.Array, heads: int) -> tuple[pl.BlockSpec, ...]:
+    """Return the blocks of a grid step: all queries of an example, one block of keys, query statistics."""
     count, width = query.shape[1:]
-    row = pl.BlockSpec((1, count, width), lambda b, _: (b, 0, 0))
-    plane = pl.BlockSpec((1, 1, *key.shape[2:]), lambda b, j: (b, j, 0, 0))
-    return row, plane, pl.BlockSpec((1, heads, count), lambda b, _: (b, 0, 0))
+    queries = pl.BlockSpec((1, count, width), lambda b, _: (b, 0, 0))
+    keys = pl.BlockSpec((1, 1, *key.shape[2:]), lambda b, j: (b, j, 0, 0))
+    return queries, keys, pl.BlockSpec((1, heads, count), lambda b, _: (b, 0, 0))
 
 
 def _forward(
@@ -127,11 +127,11 @@ def _forward(
         old = top[row]
         new = jnp.maximum(old, logits.max(axis=0, keepdims=True))
         weights = jnp.exp(logits - new)
-        kept = jnp.exp(old - new)
+        decay = jnp.exp(old - new)
         top[row] = new
-        total[row] = total[row] * kept + weights.sum(axis=0, keepdims=True)
+        total[row] = total[row] * decay + weights.sum(axis=0, keepdims=True)
         v = v_ref[0, 0, :, part]
-        sums[part] = sums[part] * kept + dot(v, weights.astype(v.dtype), (0, 0))  # [channels, N]
+        sums[part] = sums[part] * decay + dot(v, weights.astype(v.dtype), (0, 0))  # [channels, N]
 
     @pl.when(pl.program_id(1) == pl.num_programs(1) - 1)
     def _() -> None:

@@ -1,12 +1,13 @@
-"""Attention by XLA: in blocks of matrix products, and by cuDNN; and StructSA that recomputes its keys.
+"""Attention in XLA: block by block, or with cuDNN. StructSA that recomputes convolved keys and values.
 
-All attention kernels but cuDNN's have one gradient rule. The forward pass keeps its output and, for every
-query, the logarithm of its sum of exponentials ("lse"); the backward pass recomputes the weights, block by
-block. Heads and channels are merged in one axis, because TPUs would pad both in arrays that are kept.
+All attention kernels except cuDNN's share one gradient rule. The forward pass stores its output and, for
+every query, the log-sum-exp of its logits ("lse"). The backward pass recomputes the attention weights, block
+by block. Stored arrays have one merged axis for heads and channels, because TPUs would pad separate ones.
 
-`attention_in_blocks` loops over groups of heads whose products of queries and keys are within a limit of
-bytes. If one head exceeds it, it also loops over blocks of its queries, and backward of its keys, so that the
-gradients of keys and values need no sum. Heads come first, so that every step multiplies plain matrices.
+`attention_in_blocks` loops over groups of heads whose logits take at most a given number of bytes. If the
+logits of one head are larger, it also loops over blocks of rows: of queries in the forward pass, and of keys
+in the backward pass, so that gradients of keys and values need no sum over blocks. Heads come first, so that
+every step multiplies plain matrices.
 """
 
 from __future__ import annotations
@@ -28,20 +29,22 @@ from structvit_jax.ops.structsa import per_channel
 Attention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 Gradients = tuple[jax.Array, jax.Array, jax.Array]  # of query, key and value
 Residuals = tuple[jax.Array, ...]  # query, key, value, output, lse
+# Results for the rows of one block, and terms of sums over all blocks.
 Part = tuple[Sequence[jax.Array], Sequence[jax.Array]]
 
-_SAVED = "attention"  # name of the residuals of an attention kernel, for jax.checkpoint
+_SAVED = "attention"  # name by which jax.checkpoint finds the output and lse of an attention kernel
 
 
 def with_gradients(
     forward: Callable[..., tuple[jax.Array, jax.Array]], backward: Callable[..., Gradients]
 ) -> Attention:
-    """Return attention on [batch, length, heads, channels] with this forward and backward pass.
+    """Combine a forward and a backward pass to attention on [batch, length, heads, channels].
 
     Args:
-      forward: (query, key, value, heads=) -> output and lse, for query and output [batch, N, heads·channels],
-        key and value [batch, M, heads·channels], and lse [batch, heads, N].
-      backward: ((query, key, value, output, lse), cotangent of the output, heads=) -> gradients.
+      forward: (query, key, value, heads=) -> (output, lse). Shapes: query and output
+        [batch, N, heads·channels], key and value [batch, M, heads·channels], lse [batch, heads, N].
+      backward: ((query, key, value, output, lse), cotangent of the output, heads=) -> gradients of query,
+        key and value.
     """
 
     @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -75,9 +78,9 @@ def recompute_convolved(
     *,
     stride: int,
 ) -> jax.Array:
-    """Compute StructSA; keep queries, keys, values and the results of attention for the backward pass.
+    """Compute StructSA; store queries, keys, values and the results of attention for the backward pass.
 
-    Convolved keys and values are D times larger than their inputs, so they are recomputed.
+    Convolved keys and values are D times larger than their inputs, so the backward pass recomputes them.
     """
     heads, channels = query.shape[-2:]
 
@@ -95,9 +98,10 @@ def recompute_convolved(
 
 
 def attention_by_cudnn(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-    """Compute attention by cuDNN, with odd lengths padded, which JAX refuses to train with.
+    """Compute attention with cuDNN.
 
-    The result of an additional query is dropped; an additional key is beyond the sequence length.
+    JAX cannot differentiate cuDNN's attention for odd lengths, so they are padded by one. The result of the
+    added query is dropped; the added key is masked by the sequence length.
     """
     rows, keys = query.shape[1], key.shape[1]
     lengths = jnp.full(len(key), keys, jnp.int32) if keys % 2 else None
@@ -107,16 +111,16 @@ def attention_by_cudnn(query: jax.Array, key: jax.Array, value: jax.Array) -> ja
 
 
 def cudnn_supports(query: jax.Array, *_: jax.Array | None) -> bool:
-    """Return whether cuDNN has attention for queries [..., channels]: half precision, Ampere or later."""
+    """Return whether cuDNN supports these queries: half precision, up to 128 channels, Ampere or later."""
     half = query.dtype in (jnp.bfloat16, jnp.float16)
     return half and query.shape[-1] <= 128 and query.shape[-1] % 8 == 0 and _is_ampere()
 
 
 def _is_ampere() -> bool:
-    """Return whether the GPU is NVIDIA's with compute capability 8.0 or later.
+    """Return whether the GPU is an NVIDIA GPU with compute capability 8.0 or later.
 
-    Without a GPU in this process, programs are compiled for one of `structvit_jax.performance.hardware`;
-    NVIDIA's there are all of such a generation.
+    If no GPU is attached, the program is compiled for a GPU in `structvit_jax.performance.hardware`. All
+    NVIDIA GPUs listed there have such a capability.
     """
     try:
         capability = getattr(jax.devices("gpu")[0], "compute_capability", "")  # "9.0"; AMD's is "gfx90a"
@@ -126,7 +130,7 @@ def _is_ampere() -> bool:
 
 
 def attention_in_blocks(limit: int) -> Attention:
-    """Return attention that computes this many bytes of products at a time."""
+    """Return attention that computes at most `limit` bytes of logits at a time."""
     return with_gradients(functools.partial(_forward, limit=limit), functools.partial(_backward, limit=limit))
 
 
@@ -134,8 +138,8 @@ def _forward(
     query: jax.Array, key: jax.Array, value: jax.Array, *, heads: int, limit: int
 ) -> tuple[jax.Array, jax.Array]:
     query, key, value = _heads_first(heads, query, key, value)
-    together, rows = _plan(limit, query, key)
-    output, lse = _map_heads(functools.partial(_forward_of_head, rows=rows), together, query, key, value)
+    group, rows = _plan(limit, query, key)
+    output, lse = _map_heads(functools.partial(_forward_of_head, rows=rows), group, query, key, value)
     return _heads_last(heads, output)[0], lse.reshape(-1, heads, lse.shape[1])
 
 
@@ -144,52 +148,52 @@ def _backward(residuals: Residuals, cotangent: jax.Array, *, heads: int, limit: 
     query, key, value, output, cotangent = _heads_first(heads, *arrays, cotangent)
     lse = lse.reshape(len(query), -1, 1)
     delta = jnp.sum(output.astype(lse.dtype) * cotangent.astype(lse.dtype), axis=-1, keepdims=True)
-    together, rows = _plan(limit, key, query)
+    group, rows = _plan(limit, key, query)
     gradients = functools.partial(_backward_of_head, rows=rows)
-    found = _map_heads(gradients, together, query, key, value, lse, delta, cotangent)
+    found = _map_heads(gradients, group, query, key, value, lse, delta, cotangent)
     d_query, d_key, d_value = _heads_last(heads, *found)
     return d_query, d_key, d_value
 
 
 def _heads_first(heads: int, *arrays: jax.Array) -> list[jax.Array]:
-    """[batch, length, heads·channels] -> [batch·heads, length, channels].
+    """Transpose arrays: [batch, length, heads·channels] -> [batch·heads, length, channels].
 
-    The barrier keeps the CPU compiler from computing the arrays in this order, which is slow for a depthwise
-    convolution.
+    Without the barrier, the CPU compiler would also transpose the operations that compute these arrays. This
+    is slow for depthwise convolutions.
     """
     arrays = lax.optimization_barrier(arrays)
-    apart = [jnp.swapaxes(x.reshape(*x.shape[:2], heads, -1), 1, 2) for x in arrays]
-    return [x.reshape(-1, *x.shape[2:]) for x in apart]
+    separate = [jnp.swapaxes(x.reshape(*x.shape[:2], heads, -1), 1, 2) for x in arrays]
+    return [x.reshape(-1, *x.shape[2:]) for x in separate]
 
 
 def _heads_last(heads: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
     """Invert `_heads_first`."""
-    apart = [jnp.swapaxes(x.reshape(-1, heads, *x.shape[1:]), 1, 2) for x in arrays]
-    return tuple(lax.optimization_barrier([x.reshape(*x.shape[:2], -1) for x in apart]))
+    separate = [jnp.swapaxes(x.reshape(-1, heads, *x.shape[1:]), 1, 2) for x in arrays]
+    return tuple(lax.optimization_barrier([x.reshape(*x.shape[:2], -1) for x in separate]))
 
 
-def _plan(limit: int, cut: jax.Array, whole: jax.Array) -> tuple[int, int]:
-    """Return how many heads are computed together, and the rows of a block of the array that is cut."""
-    heads, length, _ = cut.shape
-    of_head = 4 * length * whole.shape[1]
-    groups = -(-heads // max(limit // of_head, 1))
-    least = -(-of_head // limit)
-    blocks = next((n for n in range(least, 2 * least) if length % n == 0), least)
+def _plan(limit: int, split: jax.Array, whole: jax.Array) -> tuple[int, int]:
+    """Return the number of heads per group, and the number of rows per block of the array `split`."""
+    heads, length, _ = split.shape
+    head_bytes = 4 * length * whole.shape[1]
+    groups = -(-heads // max(limit // head_bytes, 1))
+    fewest = -(-head_bytes // limit)
+    blocks = next((n for n in range(fewest, 2 * fewest) if length % n == 0), fewest)
     return -(-heads // groups), -(-length // blocks)
 
 
 def _map_heads(
-    function: Callable[..., Sequence[jax.Array]], together: int, *arrays: jax.Array
+    function: Callable[..., Sequence[jax.Array]], group: int, *arrays: jax.Array
 ) -> Sequence[jax.Array]:
-    """Apply a function of matrices to each of [heads, length, channels], `together` heads at a time."""
-    if together == len(arrays[0]):
+    """Apply a function of matrices to every head of [heads, length, channels], `group` heads at a time."""
+    if group == len(arrays[0]):
         return jax.vmap(function)(*arrays)
-    size = together if together > 1 else None  # batches of one would not be plain matrices
-    return lax.map(lambda of_head: function(*of_head), arrays, batch_size=size)
+    size = group if group > 1 else None  # None: no batch axis, plain matrices
+    return lax.map(lambda head: function(*head), arrays, batch_size=size)
 
 
 def _forward_of_head(query: jax.Array, key: jax.Array, value: jax.Array, *, rows: int) -> Sequence[jax.Array]:
-    """query [N, channels], key and value [M, channels] -> output [N, channels], lse [N, 1]."""
+    """Compute query [N, channels], key and value [M, channels] -> output [N, channels], lse [N, 1]."""
 
     def part(query: jax.Array) -> Part:
         logits = _dot(query * query.shape[-1] ** -0.5, key.T)
@@ -214,25 +218,25 @@ def _backward_of_head(
 ) -> Gradients:
     """Return the gradients of query, key and value.
 
-    delta [N, 1] is the sum over channels of output times cotangent.
+    delta [N, 1] is the sum of output times cotangent over channels.
     """
     scale, lse, delta = query.shape[-1] ** -0.5, lse.T, delta.T
     query *= scale
 
     def part(key: jax.Array, value: jax.Array) -> Part:
-        # keys x queries: then four of the five products need no transposition
+        # The weights are [keys, queries]: then four of the five products need no transposition.
         weights = jnp.exp(_dot(key, query.T) - lse)
         slopes = weights * (_dot(value, cotangent.T) - delta)
         weights, slopes = weights.astype(value.dtype), slopes.astype(value.dtype)
-        of_keys = _dot(slopes, query).astype(key.dtype), _dot(weights, cotangent).astype(value.dtype)
-        return of_keys, (_dot(key.T, slopes),)
+        key_gradients = _dot(slopes, query).astype(key.dtype), _dot(weights, cotangent).astype(value.dtype)
+        return key_gradients, (_dot(key.T, slopes),)
 
     (d_key, d_value), (d_query,) = _over_blocks(part, rows, key, value)
     return (d_query.T * scale).astype(query.dtype), d_key, d_value
 
 
 def _over_blocks(part: Callable[..., Part], rows: int, *arrays: jax.Array) -> Part:
-    """Apply `part` to blocks of rows. It returns results of these rows, and terms of sums over blocks."""
+    """Apply `part` to blocks of rows; concatenate its results for rows, and add up its terms (see `Part`)."""
     length = len(arrays[0])
     blocks = -(-length // rows)
     if blocks == 1:
@@ -245,9 +249,9 @@ def _over_blocks(part: Callable[..., Part], rows: int, *arrays: jax.Array) -> Pa
     def step(
         i: jax.Array, carry: tuple[list[jax.Array], list[jax.Array]]
     ) -> tuple[list[jax.Array], list[jax.Array]]:
-        made, terms = of_block(i)
-        put = functools.partial(lax.dynamic_update_slice_in_dim, start_index=i * rows, axis=0)
-        return list(map(put, carry[0], made)), list(map(jnp.add, carry[1], terms))
+        rows_of_block, terms = of_block(i)
+        write = functools.partial(lax.dynamic_update_slice_in_dim, start_index=i * rows, axis=0)
+        return list(map(write, carry[0], rows_of_block)), list(map(jnp.add, carry[1], terms))
 
     results, sums = jax.eval_shape(of_block, 0)
     start = [jnp.zeros((blocks * rows, x.shape[1]), x.dtype) for x in results]

@@ -1,8 +1,9 @@
 """Depthwise convolution as banded matrices, for the tensor cores of GPUs.
 
-Along a row, a window is a banded matrix from the positions that are read to those that are computed. Rows are
-cut into stretches, so that few entries of the matrix are zero. The stretches become features of a dense
-grouped convolution over the other axes, with a group for every channel and stretch.
+Along a row, the convolution is a product with a banded matrix, from input positions to output positions.
+Rows are cut into overlapping segments, so that fewer entries of the matrix are zero. The positions of a
+segment become the features of a dense grouped convolution over the other axes, with one group per channel and
+segment.
 """
 
 from __future__ import annotations
@@ -21,35 +22,35 @@ from structvit_jax.ops.kernels.depthwise_shifts import convolve_by_taps, input_g
 from structvit_jax.ops.kernels.depthwise_xla import accumulator
 
 # cuDNN is fast at groups of 16 or 32 features; at 56 it took eight times as long.
-_STRETCH = 32  # positions that a stretch of a row reads
+_SEGMENT = 32  # input positions of a segment
 
 
 @dataclasses.dataclass(frozen=True)
-class _Stretches:
-    """How rows are cut."""
+class _Segments:
+    """How the rows of a convolution are cut into segments."""
 
-    count: int
-    seen: int  # positions that each reads of a padded row; a power of two
-    given: int  # positions that each computes
-    step: int  # from one to the next, in positions read
-    band: np.ndarray  # bool [seen, seen, taps]: the tap from a position read to one computed
+    count: int  # segments per row
+    inputs: int  # positions of a padded row that a segment reads; a power of two
+    outputs: int  # positions that it computes, at most `inputs`
+    step: int  # distance between two segments, in input positions
+    band: np.ndarray  # bool [inputs, inputs (outputs, padded), taps]: the tap that connects two positions
 
     @classmethod
-    def of(cls, across: int, taps: int, width: int, stride: int) -> _Stretches:
-        """Cut rows padded to `across`, under a window of `taps` taps that computes `width` positions."""
-        seen = 1 << (max(min(across, _STRETCH), taps, 8) - 1).bit_length()
-        given = (seen - taps) // stride + 1
-        places = np.arange(seen)
-        band = places[:, None, None] == stride * places[:, None] + np.arange(taps)
-        band &= (places < given)[:, None]
-        return cls(-(-width // given), seen, given, given * stride, band)
+    def of(cls, padded_width: int, taps: int, width: int, stride: int) -> _Segments:
+        """Cut rows of `padded_width` inputs, from which a window of `taps` taps computes `width` outputs."""
+        inputs = 1 << (max(min(padded_width, _SEGMENT), taps, 8) - 1).bit_length()
+        outputs = (inputs - taps) // stride + 1
+        positions = np.arange(inputs)
+        band = positions[:, None, None] == stride * positions[:, None] + np.arange(taps)
+        band &= (positions < outputs)[:, None]
+        return cls(-(-width // outputs), inputs, outputs, outputs * stride, band)
 
     def features(self, padded: jax.Array) -> jax.Array:
-        """[batch, *grid, across, channels] -> [batch, *grid, count · channels · seen]."""
-        needed = (self.count - 1) * self.step + self.seen
+        """Cut rows: [batch, *grid, padded width, channels] -> [batch, *grid, count · channels · inputs]."""
+        needed = (self.count - 1) * self.step + self.inputs
         none = [(0, 0, 0)] * (padded.ndim - 3)
         rows = pad(padded, [*none, (0, needed - padded.shape[-2], 0)])
-        cuts = [rows[..., i * self.step : i * self.step + self.seen, :] for i in range(self.count)]
+        cuts = [rows[..., i * self.step : i * self.step + self.inputs, :] for i in range(self.count)]
         stacked = jnp.swapaxes(jnp.stack(cuts, axis=-3), -1, -2)
         return stacked.reshape(*stacked.shape[:-3], -1)
 
@@ -57,44 +58,49 @@ class _Stretches:
 def _sum_of_bands(
     padded: jax.Array, taps: jax.Array, grid: Sequence[int], strides: Sequence[int]
 ) -> jax.Array:
-    """Compute the result of `sum_of_shifts`, rounded to the type of `padded`."""
-    cut, channels = _Stretches.of(padded.shape[-2], taps.shape[-2], grid[-1], strides[-1]), taps.shape[-1]
-    band = jnp.asarray(cut.band, taps.dtype)
+    """Compute `sum_of_shifts`, rounded to the dtype of `padded`."""
+    segments, channels = _Segments.of(padded.shape[-2], taps.shape[-2], grid[-1], strides[-1]), taps.shape[-1]
+    band = jnp.asarray(segments.band, taps.dtype)
     matrices = jnp.einsum("...kc,ijk->...icj", taps, band, precision=lax.Precision.HIGHEST)
-    matrices = jnp.repeat(matrices[..., None, :, :], cut.count, axis=-3)
+    matrices = jnp.repeat(matrices[..., None, :, :], segments.count, axis=-3)
     matrices = matrices.reshape(*matrices.shape[:-3], -1)
-    out = _convolve_rows(cut.features(padded), matrices, strides[:-1], cut.count * channels)
-    out = out.reshape(*out.shape[:-1], cut.count, channels, cut.seen)[..., : cut.given]
+    out = _convolve_rows(segments.features(padded), matrices, strides[:-1], segments.count * channels)
+    out = out.reshape(*out.shape[:-1], segments.count, channels, segments.inputs)[..., : segments.outputs]
     return jnp.swapaxes(out, -1, -2).reshape(*out.shape[:-3], -1, channels)[..., : grid[-1], :]
 
 
 def _kernel_gradient(x: jax.Array, kernel: jax.Array, cotangent: jax.Array, stride: int) -> jax.Array:
-    """Return the gradient of the matrices, summed along their bands."""
-    *window, taps, channels, planes = kernel.shape
+    """Return the gradient of the kernel: that of the banded matrices, summed along each band."""
+    *window, taps, channels, multiplier = kernel.shape
     padded = jnp.pad(x, [(0, 0), *same_padding(kernel.shape[:-2]), (0, 0)])
     strides = grid_strides(kernel.shape[:-2], stride)
     width = cotangent.shape[-2]
-    cut = _Stretches.of(padded.shape[-2], taps, width, stride)
-    rows, groups = cut.features(padded), cut.count * channels
-    whole = [(0, 0)] * (cotangent.ndim - 2) + [(0, cut.count * cut.given - width), (0, 0)]
-    given = jnp.pad(cotangent, whole)
-    given = jnp.swapaxes(given.reshape(*given.shape[:-2], cut.count, cut.given, channels), -1, -2)
-    given = jnp.pad(given, [(0, 0)] * (given.ndim - 1) + [(0, cut.seen - cut.given)])
-    given = given.reshape(*given.shape[:-3], -1)
-    matrices = jnp.zeros((*window, cut.seen, groups * cut.seen), x.dtype)
+    segments = _Segments.of(padded.shape[-2], taps, width, stride)
+    rows, groups = segments.features(padded), segments.count * channels
+    whole = [(0, 0)] * (cotangent.ndim - 2) + [(0, segments.count * segments.outputs - width), (0, 0)]
+    cotangents = jnp.pad(cotangent, whole)
+    cotangents = jnp.swapaxes(
+        cotangents.reshape(*cotangents.shape[:-2], segments.count, segments.outputs, channels), -1, -2
+    )
+    cotangents = jnp.pad(
+        cotangents, [(0, 0)] * (cotangents.ndim - 1) + [(0, segments.inputs - segments.outputs)]
+    )
+    cotangents = cotangents.reshape(*cotangents.shape[:-3], -1)
+    matrices = jnp.zeros((*window, segments.inputs, groups * segments.inputs), x.dtype)
     _, pull = jax.vjp(lambda matrices: _convolve_rows(rows, matrices, strides[:-1], groups), matrices)
 
-    def of_plane(d: int) -> jax.Array:
-        (found,) = pull(given[:, d])
-        found = found.reshape(*window, cut.seen, cut.count, channels, cut.seen).astype(accumulator(x))
-        band = jnp.asarray(cut.band, found.dtype)
+    def of_kernel(d: int) -> jax.Array:
+        (found,) = pull(cotangents[:, d])
+        found = found.reshape(*window, segments.inputs, segments.count, channels, segments.inputs)
+        found = found.astype(accumulator(x))
+        band = jnp.asarray(segments.band, found.dtype)
         return jnp.einsum("...iscj,ijk->...kc", found, band, precision=lax.Precision.HIGHEST)
 
-    return jnp.stack([of_plane(d) for d in range(planes)], axis=-1).astype(kernel.dtype)
+    return jnp.stack([of_kernel(d) for d in range(multiplier)], axis=-1).astype(kernel.dtype)
 
 
 def _convolve_rows(rows: jax.Array, matrices: jax.Array, strides: Sequence[int], groups: int) -> jax.Array:
-    """[batch, *grid, groups · seen], [*window, seen, groups · given] -> [batch, *grid', groups · given]."""
+    """Convolve [batch, *grid, groups · n] with [*window, n, groups · n] to [batch, *grid', groups · n]."""
     return lax.conv_general_dilated(
         rows,
         matrices,
@@ -106,6 +112,8 @@ def _convolve_rows(rows: jax.Array, matrices: jax.Array, strides: Sequence[int],
     )
 
 
-banded = pinned(functools.partial(convolve_by_taps, pad=pad, total=_sum_of_bands))
-banded_input_gradient = pinned(functools.partial(input_gradient_by_taps, pad=pad, total=_sum_of_bands))
+banded = pinned(functools.partial(convolve_by_taps, pad=pad, sum_over_taps=_sum_of_bands))
+banded_input_gradient = pinned(
+    functools.partial(input_gradient_by_taps, pad=pad, sum_over_taps=_sum_of_bands)
+)
 banded_kernel_gradient = pinned(_kernel_gradient)

@@ -1,7 +1,7 @@
-"""Both gradients of a depthwise convolution for TPUs: one Pallas kernel that reads its arrays once.
+"""Depthwise convolution for TPUs, with one Pallas kernel for both gradients that reads its arrays once.
 
-Frames pass through vector memory, which holds as many of them, padded with zeros, as the window has in time.
-An image is one frame.
+The forward pass is XLA's. The Pallas kernel streams frames through a ring buffer in vector memory. The buffer
+holds as many frames, padded with zeros, as the window has along time. An image is one frame.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from jax.experimental.pallas import tpu as pltpu
 from structvit_jax.ops.kernels.depthwise_xla import Depthwise, grouped, with_gradients
 from structvit_jax.ops.kernels.pallas import Ref, call_kernel, interpreted_elsewhere
 
-_MARGIN = 8  # zeros beside a row, at most half a window: rows start on a register
-_LIMIT = 48 * 2**20  # bytes of vector memory that frames may take
-_WORK = 4 * 2**20  # bytes of intermediate results of a row
+_MARGIN = 8  # zeros before a row, so that it starts on a register; half a window may not be larger
+_LIMIT = 48 * 2**20  # largest number of bytes of the ring buffers
+_WORK = 4 * 2**20  # bytes of the intermediate results of a row
 
 
 def supports(x: jax.Array, kernel: jax.Array, *_: jax.Array | None, stride: int) -> bool:
-    """Return whether the frames of one step fit into vector memory, for stride 1 and at most float32."""
+    """Return whether stride is 1, the dtype is not float64, and the ring buffers fit into vector memory."""
     if stride > 1 or x.dtype == jnp.float64:
         return False
-    *window, channels, planes = kernel.shape
-    time, height, width = _frames(window, x.shape[1:-1])
+    *window, channels, multiplier = kernel.shape
+    time, height, width = _ring_shape(window, x.shape[1:-1])
     lanes = -(-channels // 128) * 128
-    return max(window) // 2 <= _MARGIN and 4 * time * height * width * lanes * (1 + planes) <= _LIMIT
+    return max(window) // 2 <= _MARGIN and 4 * time * height * width * lanes * (1 + multiplier) <= _LIMIT
 
 
 def gradients(
@@ -46,15 +46,15 @@ def gradients(
       cotangent: [batch, D, *grid, channels].
 
     Returns:
-      The gradient of x in its type, and that of the kernel in float32.
+      The gradient of x in the dtype of x, and the gradient of the kernel in float32.
     """
     if x.ndim == 4:  # a clip of one frame
         d_x, d_kernel = gradients(x[:, None], kernel[None], cotangent[:, :, None], interpret=interpret)
         return d_x[:, 0], d_kernel[0]
     batch, frames, height, width, channels = x.shape
-    *window, _, planes = kernel.shape
+    *window, _, multiplier = kernel.shape
     taps = jnp.swapaxes(kernel, -1, -2).astype(jnp.float32).reshape(-1, channels)
-    reach, ring = window[0] // 2, _frames(window, x.shape[1:-1])
+    reach, ring = window[0] // 2, _ring_shape(window, x.shape[1:-1])
 
     def entering(t: jax.Array) -> jax.Array:
         return jnp.minimum(t, frames - 1)
@@ -66,7 +66,7 @@ def gradients(
         grid=(batch, frames + reach),
         in_specs=[
             pl.BlockSpec(frame, lambda b, t: (b, entering(t), 0, 0, 0)),
-            pl.BlockSpec((1, planes, *frame[1:]), lambda b, t: (b, 0, entering(t), 0, 0, 0)),
+            pl.BlockSpec((1, multiplier, *frame[1:]), lambda b, t: (b, 0, entering(t), 0, 0, 0)),
             pl.BlockSpec(taps.shape, lambda b, t: (0, 0)),
         ],
         out_specs=[
@@ -79,7 +79,7 @@ def gradients(
         ],
         scratch_shapes=[
             pltpu.VMEM((*ring, channels), jnp.float32),
-            pltpu.VMEM((planes, *ring, channels), jnp.float32),
+            pltpu.VMEM((multiplier, *ring, channels), jnp.float32),
         ],
         semantics=["arbitrary", "arbitrary"],
         work=_WORK,
@@ -91,7 +91,7 @@ def gradients(
         interpret=interpret,
         name="depthwise_gradients",
     )
-    return d_x, jnp.swapaxes(sums.sum(axis=1).reshape(*window, planes, channels), -1, -2)
+    return d_x, jnp.swapaxes(sums.sum(axis=1).reshape(*window, multiplier, channels), -1, -2)
 
 
 def _make(interpret: bool) -> Depthwise:
@@ -107,8 +107,8 @@ def _make(interpret: bool) -> Depthwise:
 depthwise = interpreted_elsewhere(_make)
 
 
-def _frames(window: Sequence[int], grid: Sequence[int]) -> tuple[int, int, int]:
-    """Return the shape of the padded frames in memory: frames of the window, rows, positions of a row."""
+def _ring_shape(window: Sequence[int], grid: Sequence[int]) -> tuple[int, int, int]:
+    """Return the shape of a ring buffer: frames of the window, rows, positions of a row, with padding."""
     width = _MARGIN + grid[-1] + window[-1] // 2
     time = window[0] if len(window) == 3 else 1
     return time, grid[-2] + window[-2] - 1, -(-width // 8) * 8
@@ -118,8 +118,8 @@ def _kernel(
     x_ref: Ref, dy_ref: Ref, taps_ref: Ref, dx_ref: Ref, sums_ref: Ref, x_ring: Ref, dy_ring: Ref, *,
     window: Sequence[int], frames: int,
 ) -> None:  # fmt: skip
-    """Load frame t at step t, and compute the frame in the middle of those in memory."""
-    (time, *_), planes = window, dy_ref.shape[1]
+    """At step t, load frame t, and compute the gradients at the frame in the middle of the ring buffer."""
+    (time, *_), multiplier = window, dy_ref.shape[1]
     _, _, height, width, channels = x_ref.shape
     above, reach = window[1] // 2, time // 2
     b, t = pl.program_id(0), pl.program_id(1)
@@ -139,7 +139,7 @@ def _kernel(
     def enter(row: jax.Array, _: int) -> int:
         position = (entering, above + row, pl.ds(_MARGIN, width))
         x_ring[position] = x_ref[0, 0, row].astype(jnp.float32) * inside
-        for d in range(planes):
+        for d in range(multiplier):
             dy_ring[d, *position] = dy_ref[0, d, 0, row].astype(jnp.float32) * inside
         return 0
 
@@ -148,14 +148,14 @@ def _kernel(
     def compute(row: jax.Array, _: int) -> int:
         middle = lax.rem(t - reach, time)
         centre = (middle, above + row, pl.ds(_MARGIN, width))
-        dy = [dy_ring[d, *centre] for d in range(planes)]
+        dy = [dy_ring[d, *centre] for d in range(multiplier)]
         total = jnp.zeros((width, channels), jnp.float32)
         for tap, (a, i, j) in enumerate(itertools.product(*map(range, window))):
             shift = j - window[2] // 2
             before, after = lax.rem(t - 2 * reach + a + time, time), lax.rem(t - a + time, time)
             x = x_ring[before, row + i, pl.ds(_MARGIN + shift, width)]
-            for d in range(planes):
-                n = tap * planes + d
+            for d in range(multiplier):
+                n = tap * multiplier + d
                 sums_ref[n] += x * dy[d]
                 reflected = dy_ring[d, after, row + 2 * above - i, pl.ds(_MARGIN - shift, width)]
                 total += reflected * taps_ref[pl.ds(n, 1)]

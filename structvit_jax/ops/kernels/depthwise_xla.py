@@ -1,10 +1,10 @@
 """Depthwise convolution by XLA's grouped convolution, and the gradient rule of all depthwise kernels.
 
-XLA's own gradients of the grouped convolution take layouts on TPUs that are mostly padding (in 3-D with D = 4
-a thousand times the bytes that the gradients here move), and minutes to compile.
+XLA's own gradients of the grouped convolution take minutes to compile for TPUs, and use layouts that are
+mostly padding: in 3-D with D = 4 they move a thousand times the bytes of the gradients here.
 
 Arrays are x [batch, *grid, channels], kernel [*window, channels, D] and cotangent [batch, D, *grid',
-channels].
+channels]. The channel multiplier D is the number of kernels per channel.
 """
 
 from __future__ import annotations
@@ -27,20 +27,21 @@ from structvit_jax.ops.convolution import (
 )
 
 Depthwise = Callable[..., jax.Array]  # (x, kernel, bias, stride=) -> [batch, D, *grid', channels]
-Gradient = Callable[[jax.Array, jax.Array, jax.Array, int], jax.Array]  # of (x, kernel, cotangent, stride)
+# (x, kernel, cotangent, stride) -> the gradient of x or of kernel, or both
+Gradient = Callable[[jax.Array, jax.Array, jax.Array, int], jax.Array]
 Gradients = Callable[[jax.Array, jax.Array, jax.Array, int], tuple[jax.Array, jax.Array]]
 
 
 def with_gradients(
     forward: Callable[..., jax.Array], gradients: Gradients, *, adds_bias: bool = False
 ) -> Depthwise:
-    """Return a depthwise convolution with this forward pass and these gradients.
+    """Combine a forward pass and gradients to a depthwise convolution.
 
-    The kernel and the bias may have a wider type than x, which their gradients then have, too.
+    The kernel and the bias may have a wider dtype than x. Their gradients have the same dtype as they.
 
     Args:
-      forward: of (x, kernel, stride), or of (x, kernel, bias, stride) if it adds the bias itself.
-      gradients: of (x, kernel, cotangent, stride), those of x and kernel.
+      forward: (x, kernel, stride) -> output, or (x, kernel, bias, stride) -> output if `adds_bias`.
+      gradients: (x, kernel, cotangent, stride) -> gradients of x and kernel.
       adds_bias: whether `forward` adds the bias.
     """
 
@@ -65,7 +66,7 @@ def with_gradients(
         return *gradients(x, kernel, cotangent, stride), d_bias
 
     convolve.defvjp(convolve_fwd, convolve_bwd)
-    traced_once = jax.jit(convolve, static_argnums=3)  # equal blocks share one trace
+    traced_once = jax.jit(convolve, static_argnums=3)  # traced once for all blocks with the same shapes
 
     def depthwise(
         x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None, *, stride: int
@@ -76,7 +77,7 @@ def with_gradients(
 
 
 def separate(input_gradient: Gradient, kernel_gradient: Gradient) -> Gradients:
-    """Return both gradients, computed one after the other."""
+    """Combine two functions, which compute one gradient each, to a function that returns both."""
 
     def gradients(
         x: jax.Array, kernel: jax.Array, cotangent: jax.Array, stride: int
@@ -88,12 +89,12 @@ def separate(input_gradient: Gradient, kernel_gradient: Gradient) -> Gradients:
 
 
 def grouped(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    """Compute the definition."""
+    """Compute the definition, XLA's grouped convolution."""
     return depthwise_conv.definition(x, kernel, stride=stride)
 
 
 def grouped_input_gradient(x: jax.Array, kernel: jax.Array, cotangent: jax.Array, stride: int) -> jax.Array:
-    """Convolve every plane with the window reversed."""
+    """Convolve the cotangent of every kernel with the reversed window, and add up the results."""
     strides = grid_strides(x.shape[1:-1], stride)
     padding = padding_of_gradient(x, kernel, cotangent, strides)
     taps = jnp.flip(kernel, axis=tuple(range(len(strides))))
@@ -113,7 +114,7 @@ def grouped_input_gradient(x: jax.Array, kernel: jax.Array, cotangent: jax.Array
 
 
 def grouped_kernel_gradient(x: jax.Array, kernel: jax.Array, cotangent: jax.Array, stride: int) -> jax.Array:
-    """Sum over positions for every tap."""
+    """For every tap, sum the products of inputs and cotangent over all positions."""
     window, accumulate = kernel.shape[:-2], accumulator(x)
     x = jnp.pad(x, [(0, 0), *same_padding(window), (0, 0)])
     cotangent, positions = cotangent.astype(accumulate), tuple(range(x.ndim - 1))
@@ -128,7 +129,7 @@ def grouped_kernel_gradient(x: jax.Array, kernel: jax.Array, cotangent: jax.Arra
 
 
 def library_kernel_gradient(x: jax.Array, kernel: jax.Array, cotangent: jax.Array, stride: int) -> jax.Array:
-    """Differentiate the definition."""
+    """Return XLA's own gradient of the grouped convolution."""
     _, pull = jax.vjp(lambda kernel: grouped(x, kernel.astype(x.dtype), stride), kernel)
     return pull(cotangent)[0]
 
@@ -136,17 +137,17 @@ def library_kernel_gradient(x: jax.Array, kernel: jax.Array, cotangent: jax.Arra
 def padding_of_gradient(
     x: jax.Array, kernel: jax.Array, cotangent: jax.Array, strides: Sequence[int]
 ) -> list[tuple[int, int]]:
-    """Return the zeros before and after the cotangent, dilated by the strides, under a reversed window."""
+    """Return the padding of the dilated cotangent for a convolution with the reversed window."""
     sizes = zip(x.shape[1:-1], cotangent.shape[2:-1], kernel.shape[:-2], strides, strict=True)
     return [((k - 1) // 2, (k - 1) // 2 + n - (m - 1) * s - 1) for n, m, k, s in sizes]
 
 
 def shift(padded: jax.Array, offset: Sequence[int], grid: Sequence[int], strides: Sequence[int]) -> jax.Array:
-    """Return what the tap at `offset` reads of [batch, *padded, channels]."""
+    """Return the values of [batch, *padded, channels] that the tap at `offset` reads."""
     end = [o + (n - 1) * s + 1 for o, n, s in zip(offset, grid, strides, strict=True)]
     return lax.slice(padded, (0, *offset, 0), (len(padded), *end, padded.shape[-1]), (1, *strides, 1))
 
 
 def accumulator(x: jax.Array) -> jnp.dtype:
-    """Return the type in which sums are kept: float32 at least."""
+    """Return the dtype for sums: at least float32."""
     return jnp.promote_types(x.dtype, jnp.float32)

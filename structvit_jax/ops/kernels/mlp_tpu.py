@@ -1,7 +1,7 @@
-"""The MLP, two layers around GELU, for TPUs in Pallas.
+"""The MLP (two linear layers with GELU between them) for TPUs in Pallas.
 
-The hidden array, four times as wide as all others, never leaves vector memory. The backward pass recomputes
-it from the input.
+The hidden array is four times as wide as the others. It never leaves vector memory: the backward pass
+recomputes it from the input.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from jax.experimental import pallas as pl
 
 from structvit_jax.ops.kernels.pallas import Ref, call_kernel, dot, interpreted_elsewhere
 
-_HIDDEN = 2**21  # bytes of hidden rows, in float32; a step holds a few such arrays
-_WORK = 8 * _HIDDEN  # bytes of a step's intermediate results
+_HIDDEN = 2**21  # bytes of the float32 hidden array of a grid step, which holds a few such arrays
+_WORK = 8 * _HIDDEN  # bytes of the intermediate results of a grid step
 
 
 def forward(x: jax.Array, weights: Sequence[jax.Array], *, interpret: bool) -> jax.Array:
-    """Return the MLP of x [rows, inputs]; the weights are (kernel1, bias1, kernel2, bias2)."""
+    """Apply the MLP to x [rows, inputs]; the weights are (kernel1, bias1, kernel2, bias2)."""
     kernel1, bias1, kernel2, bias2 = weights
-    wholes = kernel1, bias1[None], kernel2, bias2[None]
+    params = kernel1, bias1[None], kernel2, bias2[None]
     tile, outputs = _tile(x, kernel1), kernel2.shape[1]
     (y,) = call_kernel(
         _forward,
-        (x, *wholes),
+        (x, *params),
         grid=(pl.cdiv(len(x), tile),),
-        in_specs=[_rows(tile, x.shape[1]), *map(_whole, wholes)],
+        in_specs=[_rows(tile, x.shape[1]), *map(_whole, params)],
         out_specs=[_rows(tile, outputs)],
         out_shape=[jax.ShapeDtypeStruct((len(x), outputs), x.dtype)],
         semantics=["parallel"],
@@ -44,20 +44,20 @@ def forward(x: jax.Array, weights: Sequence[jax.Array], *, interpret: bool) -> j
 def backward(
     x: jax.Array, cotangent: jax.Array, weights: Sequence[jax.Array], *, interpret: bool
 ) -> tuple[jax.Array, ...]:
-    """Return the gradients of x, in its type, and of kernels and biases, in float32.
+    """Return the gradients of x, in the dtype of x, and of kernels and biases, in float32.
 
-    The weights are (kernel1, bias1, kernel2).
+    The weights are (kernel1, bias1, kernel2); bias2 is not needed.
     """
     kernel1, bias1, kernel2 = weights
-    wholes = kernel1, bias1[None], kernel2
+    params = kernel1, bias1[None], kernel2
     tile, outputs = _tile(x, kernel1), kernel2.shape[1]
     shapes = kernel1.shape, (1, *bias1.shape), kernel2.shape, (1, outputs)
     sums = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     d_x, d_kernel1, d_bias1, d_kernel2, d_bias2 = call_kernel(
         functools.partial(_backward, rows=len(x)),
-        (x, cotangent, *wholes),
+        (x, cotangent, *params),
         grid=(pl.cdiv(len(x), tile),),
-        in_specs=[_rows(tile, x.shape[1]), _rows(tile, outputs), *map(_whole, wholes)],
+        in_specs=[_rows(tile, x.shape[1]), _rows(tile, outputs), *map(_whole, params)],
         out_specs=[_rows(tile, x.shape[1]), *map(_whole, sums)],
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype), *sums],
         semantics=["arbitrary"],
@@ -71,7 +71,7 @@ def backward(
 def _make(interpret: bool) -> Callable[..., jax.Array]:
     @jax.custom_vjp
     def mlp(x: jax.Array, *weights: jax.Array) -> jax.Array:
-        # The weights may have a wider type than x, which their gradients then have, too.
+        # The weights may have a wider dtype than x. Their gradients have the same dtype as they.
         rows, weights = x.reshape(-1, x.shape[-1]), tuple(w.astype(x.dtype) for w in weights)
         return forward(rows, weights, interpret=interpret).reshape(*x.shape[:-1], -1)
 
@@ -93,16 +93,18 @@ mlp = interpreted_elsewhere(_make)
 
 
 def _tile(x: jax.Array, kernel1: jax.Array) -> int:
-    """Return the rows of a step: all, or a multiple of what registers hold."""
+    """Return the rows of x per grid step: all, or a multiple of 16 (one bfloat16 register)."""
     most = max(1, _HIDDEN // (4 * kernel1.shape[1]) // 16) * 16
     return min(len(x), most)
 
 
 def _rows(tile: int, width: int) -> pl.BlockSpec:
+    """Return the block spec of `tile` rows per grid step."""
     return pl.BlockSpec((tile, width), lambda i: (i, 0))
 
 
 def _whole(array: jax.Array | jax.ShapeDtypeStruct) -> pl.BlockSpec:
+    """Return the block spec of an array of which every grid step uses all."""
     return pl.BlockSpec(array.shape, lambda i: (0, 0))
 
 
@@ -126,7 +128,7 @@ def _backward(
 
     x, dy = x_ref[...], dy_ref[...]
     tile = len(x)
-    if rows % tile:  # the last step's tile ends beyond the arrays, with undefined values
+    if rows % tile:  # the last tile extends beyond the arrays, where values are undefined
         inside = lax.broadcasted_iota(jnp.int32, (tile, 1), 0) < rows - pl.program_id(0) * tile
         x, dy = jnp.where(inside, x, 0), jnp.where(inside, dy, 0)
     hidden = dot(x, kernel1_ref[...], (1, 0)) + bias1_ref[...].astype(jnp.float32)

@@ -1,8 +1,9 @@
-"""Attention and depthwise convolution for CPUs in C++ (cpu/*.cc), float32, built by the machine's compiler.
+"""C++ kernels for CPUs (cpu/*.cc): attention and depthwise convolution in float32.
 
-If they cannot be built, `available` returns False and kernels in JAX are used. The library is kept in a
-private folder of the user's cache. Its name has a digest of what it was built from (sources, compiler,
-processor) and a digest of the file itself, which is checked before the library is loaded.
+The C++ compiler of the machine builds them on first use. If this fails, `available` returns False and kernels
+in JAX run instead. The library is kept in a private folder of the user's cache. Its file name contains a
+digest of what it was built from (sources, compiler, processor), and a digest of the file itself, which is
+checked before the library is loaded.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ _OPERATIONS = (
     "attention_forward",
     "attention_backward",
     "depthwise_forward",
-    "depthwise_of_input",
-    "depthwise_of_kernel",
+    "depthwise_input_gradient",
+    "depthwise_kernel_gradient",
 )
 
 
@@ -49,14 +50,14 @@ def available() -> bool:
 
 
 def supports(x: jax.Array, *_: jax.Array | None, **options: int) -> bool:
-    """Return whether arrays of this type are supported and the library is available."""
+    """Return whether the arrays are float32 and the library is available."""
     return x.dtype == jnp.float32 and available()
 
 
 def attention_forward(
     query: jax.Array, key: jax.Array, value: jax.Array, *, heads: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Return the output and lse, see `attention_xla.with_gradients`."""
+    """Return the output and lse (see `attention_xla.with_gradients`)."""
     batch, count, _ = query.shape
     shapes = query.shape, (batch, heads, count)
     output, lse = _call("attention_forward", shapes, query, key, value, heads=heads)
@@ -87,14 +88,14 @@ def depthwise_forward(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, s
 
 def depthwise_input_gradient(x: jax.Array, kernel: jax.Array, cotangent: jax.Array, stride: int) -> jax.Array:
     """Return the gradient of x; only the shape of x is used."""
-    return _call("depthwise_of_input", [x.shape], cotangent, kernel, stride=stride)[0]
+    return _call("depthwise_input_gradient", [x.shape], cotangent, kernel, stride=stride)[0]
 
 
 def depthwise_kernel_gradient(
     x: jax.Array, kernel: jax.Array, cotangent: jax.Array, stride: int
 ) -> jax.Array:
     """Return the gradient of the kernel; only the shape of the kernel is used."""
-    return _call("depthwise_of_kernel", [kernel.shape], x, cotangent, stride=stride)[0]
+    return _call("depthwise_kernel_gradient", [kernel.shape], x, cotangent, stride=stride)[0]
 
 
 depthwise = depthwise_xla.with_gradients(
@@ -115,21 +116,21 @@ def _load() -> ctypes.CDLL:
     """Load the shared library; build it unless the cache has an unchanged one.
 
     Raises:
-      OSError, subprocess.SubprocessError: no compiler, or it fails.
+      OSError, subprocess.SubprocessError: there is no compiler, or it fails.
     """
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if compiler is None:
         raise FileNotFoundError("no C++ compiler")
     folder, problem = cache.user_folder("native")
     if folder:
-        return ctypes.CDLL(str(_kept(folder, compiler)))
-    print(f"note: {problem}; C++ operations are built for this process alone", file=sys.stderr, flush=True)
+        return ctypes.CDLL(str(_cached(folder, compiler)))
+    print(f"note: {problem}; C++ kernels are built again for this process only", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory() as scratch:  # a loaded library outlives its file
         return ctypes.CDLL(str(_build(compiler, Path(scratch))))
 
 
-def _kept(folder: Path, compiler: str) -> Path:
-    """Return the library in the cache, built if it is not there; remove files that were changed."""
+def _cached(folder: Path, compiler: str) -> Path:
+    """Return the path of the cached library; build it if needed, and remove files with a wrong digest."""
     key = _digest(_ingredients(compiler))[:16]
     for path in folder.glob(f"native-{key}-*.so"):
         if path.is_file() and path.name == _name(key, path):
@@ -141,7 +142,7 @@ def _kept(folder: Path, compiler: str) -> Path:
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         built = _build(compiler, Path(scratch))
         path = folder / _name(key, built)
-        os.replace(built, path)  # another process may have done the same
+        os.replace(built, path)  # atomic: another process may do the same
     return path
 
 
@@ -154,7 +155,7 @@ def _digest(content: bytes) -> str:
 
 
 def _ingredients(compiler: str) -> bytes:
-    """Return what the library depends on: the processor as the compiler sees it, sources and headers."""
+    """Return what the library depends on: the compiler's macros for this processor, sources and headers."""
     macros = subprocess.run(
         [compiler, *_OPTIONS, "-E", "-dM", "-x", "c++", os.devnull], capture_output=True, check=True
     )
@@ -164,7 +165,7 @@ def _ingredients(compiler: str) -> bytes:
 
 
 def _build(compiler: str, folder: Path) -> Path:
-    """Compile the library into a folder, readable by this user alone."""
+    """Compile the library into a folder; only this user can read the file."""
     built, units = folder / "native.so", map(str, sorted(_FOLDER.glob("*.cc")))
     command = [compiler, *_OPTIONS, "-I", jax.ffi.include_dir(), *units, "-o", str(built)]
     subprocess.run(command, capture_output=True, check=True)

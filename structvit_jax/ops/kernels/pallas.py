@@ -1,4 +1,4 @@
-"""Helpers of the Pallas kernels for TPUs: calls that reserve as much vector memory as needed, no more."""
+"""Helpers for Pallas kernels on TPUs. `call_kernel` reserves only the vector memory that a kernel needs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def interpreted_elsewhere(make: Callable[[bool], F]) -> F:
     """Return a kernel that is compiled on TPUs and interpreted on other platforms.
 
     Args:
-      make: returns the kernel, given whether it is interpreted.
+      make: called with True to build the interpreted kernel, with False to build the compiled one.
     """
     compiled, interpreted = make(False), make(True)
 
@@ -49,19 +49,19 @@ def call_kernel(
     work: int,
     **options: Any,
 ) -> Any:
-    """Call `pl.pallas_call` of a kernel on its operands.
+    """Call a kernel on its operands with `pl.pallas_call`.
 
-    The compiler cannot use vector memory that a kernel reserves to keep arrays between operations. With 64 to
-    96 MB for every kernel, a train step of StructViT-S moved 1.5 times the bytes (docs/speed.md).
+    Vector memory that a kernel reserves is not available to the compiler for keeping other arrays between
+    operations. When every kernel reserved 64 to 96 MB, a train step of StructViT-S moved 1.5 times the bytes.
 
     Args:
-      semantics: of the grid's axes, "parallel" or "arbitrary".
-      work: bytes of a step's intermediate results.
-      kernel, operands, **options: as for `pl.pallas_call`, like the arguments not listed here.
+      semantics: "parallel" or "arbitrary", one per axis of the grid.
+      work: bytes of the intermediate results of one grid step.
+      kernel, operands, **options: see `pl.pallas_call`, also for the arguments that are not listed here.
     """
     dtypes = [*(array.dtype for array in operands), *(array.dtype for array in out_shape)]
     blocks = zip((*in_specs, *out_specs), dtypes, strict=True)
-    # Every block is in memory twice: one copy is in use while the other is read or written.
+    # Blocks are double-buffered: one copy is used while the other is transferred.
     memory = sum(2 * _bytes(spec.block_shape, dtype) for spec, dtype in blocks)
     memory += sum(_bytes(scratch.shape, scratch.dtype) for scratch in scratch_shapes)
     return pl.pallas_call(
@@ -78,7 +78,7 @@ def call_kernel(
 
 
 def dot(a: jax.Array, b: jax.Array, axes: tuple[int, int]) -> jax.Array:
-    """Multiply matrices inside a kernel, contracting these axes, in float32."""
+    """Multiply matrices inside a kernel, contracting the given axes; return float32."""
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return jax.lax.dot_general(
         a, b, ((axes[:1], axes[1:]), ((), ())), precision=precision, preferred_element_type=jnp.float32
@@ -86,7 +86,7 @@ def dot(a: jax.Array, b: jax.Array, axes: tuple[int, int]) -> jax.Array:
 
 
 def _bytes(shape: Any, dtype: Any) -> int:
-    """Return the size, padded to whole registers: 128 lanes by the sublanes that make 32 bytes."""
+    """Return the bytes of an array padded to whole tiles: 128 lanes, and 32 bytes along the sublanes."""
     size = np.dtype(dtype).itemsize
     sublanes = 32 // size
     rows, lanes = -(-shape[-2] // sublanes) * sublanes, -(-shape[-1] // 128) * 128

@@ -1,7 +1,6 @@
-"""The device and the mesh that a program is traced for, from JAX's own context.
+"""The device and the mesh for which a program is traced, from JAX's own context.
 
-The device is that of `jax.set_mesh`, or JAX's default device. This is the only place where the package asks
-for the platform.
+The device is that of `jax.set_mesh`, or else JAX's default device. Kernels are chosen for its platform.
 """
 
 from __future__ import annotations
@@ -17,14 +16,14 @@ from jax.sharding import AxisType, PartitionSpec
 
 
 class Device(NamedTuple):
-    """The kind of device that is traced for."""
+    """The kind of device for which a program is traced."""
 
     platform: str  # "cpu", "gpu" or "tpu"
-    kind: str  # as "TPU v5 lite"
+    kind: str  # JAX's `device_kind`, such as "TPU v5 lite"
 
 
 def current_device() -> Device:
-    """Return the device of `jax.set_mesh`, or JAX's default device."""
+    """Return the device of `jax.set_mesh`, or else JAX's default device."""
     device: Any = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     if not getattr(device, "platform", ""):
         default: Any = jax.config.values["jax_default_device"]
@@ -35,42 +34,45 @@ def current_device() -> Device:
 def on_own_examples(
     kernel: Callable[..., jax.Array], args: Sequence[jax.Array | None], options: dict[str, Any], batched: int
 ) -> Callable[[], jax.Array] | None:
-    """Return the call of a kernel by every device on its own examples, or None if these cannot be divided.
+    """Return a call in which every device runs a kernel on its own shard of the batch.
 
-    The examples are divided along the automatic axes of the context's mesh, and along the explicit axes of
-    the arrays' own sharding. Axes that are manual already, inside `jax.shard_map`, are left alone.
+    The batch is split along the automatic axes of the mesh in JAX's context, and along the explicit axes by
+    which the arrays are already sharded. Manual axes, inside `jax.shard_map`, are left alone.
 
     Args:
       kernel, args, options: the function and its arguments.
-      batched: how many arguments, the first ones, have a batch axis; every device gets the whole of the
-        others. 0 if the compiler can divide the kernel itself.
+      batched: number of leading arguments with a batch axis. The other arguments are replicated. 0 if the
+        compiler can split the kernel itself.
+
+    Returns:
+      A function without arguments, or None if the batch cannot be split evenly.
     """
     mesh = jax.sharding.get_abstract_mesh()
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    free = {name for name, kind in kinds.items() if kind != AxisType.Manual}
-    if not batched or math.prod(mesh.shape[name] for name in free) == 1:
+    not_manual = {name for name, kind in kinds.items() if kind != AxisType.Manual}
+    if not batched or math.prod(mesh.shape[name] for name in not_manual) == 1:
         return functools.partial(kernel, *args, **options)
     axes = _batch_axes(kinds, args, batched)
     examples = args[0]
     assert examples is not None
     if axes is None or examples.shape[0] % math.prod(mesh.shape[name] for name in axes):
         return None
-    divided, whole = PartitionSpec(axes), PartitionSpec()
+    split, replicated = PartitionSpec(axes), PartitionSpec()
     on_each_device = jax.shard_map(
         functools.partial(kernel, **options),
-        in_specs=tuple(divided if i < batched else whole for i in range(len(args))),
-        out_specs=divided,
-        axis_names=free,
+        in_specs=tuple(split if i < batched else replicated for i in range(len(args))),
+        out_specs=split,
+        axis_names=not_manual,
         check_vma=False,
     )
-    # gradients of shared arrays are summed over the devices, in float32 at least
+    # Gradients of replicated arrays are summed over the devices, so these arrays become at least float32.
     return functools.partial(on_each_device, *args[:batched], *jax.tree.map(_widened, args[batched:]))
 
 
 def _batch_axes(
     kinds: dict[str, AxisType], args: Sequence[jax.Array | None], batched: int
 ) -> tuple[str, ...] | None:
-    """Return the axes of the mesh that divide the batch; None where arrays are divided in another way."""
+    """Return the mesh axes that split the batch, or None if the arrays are sharded in another way."""
     automatic = tuple(name for name, kind in kinds.items() if kind == AxisType.Auto)
     explicit: set[tuple[str, ...]] = set()
     for i, array in enumerate(args):
@@ -86,4 +88,5 @@ def _batch_axes(
 
 
 def _widened(array: jax.Array) -> jax.Array:
+    """Cast to float32, unless the dtype is wider."""
     return array.astype(jnp.promote_types(array.dtype, jnp.float32))

@@ -1,8 +1,9 @@
-// Softmax attention on CPUs, float32, forward and backward: what native.py builds and calls.
+// Softmax attention on CPUs in float32, forward and backward. native.py builds and calls it.
 //
-// Products of queries and keys never leave the caches: a block of keys is brought into the order that the inner
-// loop wants, all queries pass it, and running maxima and sums stand in for the whole row. Tasks share no
-// results, and how the work is cut depends on shapes alone: the numbers do not depend on the number of threads.
+// The logits never leave the caches. For each block of keys, the keys are copied in the order in which the inner
+// loop reads them, and all queries are multiplied with them. Every query has a running maximum and a running sum
+// instead of a whole row of logits. Tasks write to different memory, and the split of the work depends on shapes
+// only, so results do not depend on the number of threads.
 
 #include <cmath>
 
@@ -11,24 +12,26 @@
 namespace structvit {
 namespace {
 
-// The tile of a product that registers hold: ROWS x PAIR.
+// The registers hold a tile of ROWS x PAIR values of a matrix product. KEYS is the largest number of keys per block,
+// a multiple of ROWS and PAIR.
 #ifdef __AVX512F__
-constexpr long ROWS = 12, KEYS = 288;  // of a block, at most; a multiple of ROWS and PAIR
+constexpr long ROWS = 12, KEYS = 288;
 #else
 constexpr long ROWS = 6, KEYS = 240;
 #endif
-constexpr long TOGETHER = 2 * ROWS;  // queries that pass the same keys, forward
-constexpr long QUERIES = 60;         // of a block, at most, backward; a multiple of ROWS
+constexpr long GROUP = 2 * ROWS;  // queries that are multiplied with a block of keys at a time, in the forward pass
+constexpr long QUERIES = 60;      // largest number of queries per block in the backward pass; a multiple of ROWS
 constexpr float LOWEST = -INFINITY, LOG2_E = 1.44269504f;
 
-// The length of a block: blocks of at most `most`, all but the last alike, and a multiple of `unit`.
+// Returns the length of the blocks into which to split `length`: a multiple of `unit`, and at most `most`, which is
+// one too. Only the last block may be shorter.
 long block_of(long length, long most, long unit) {
   return round_up(ceil_div(length, std::max(1L, ceil_div(length, most))), unit);
 }
 
-// 2^x, to a few units in the last place; nearly zero below -126.
+// Returns 2^x, exact to a few units in the last place; nearly zero for x below -126.
 Lanes exp2(Lanes x) {
-  Lanes shifter = all(12582912.f + 127.f);  // 1.5 * 2^23 + 127: added, it leaves 127 + round(x) in the low bits
+  Lanes shifter = all(12582912.f + 127.f);  // 1.5 * 2^23 + 127: the low bits of x + shifter are 127 + round(x)
   Lanes low = all(-126.f);
   Lanes y = low > x ? low : x;
   Lanes sum = y + shifter, r = y - (sum - shifter);
@@ -42,8 +45,8 @@ Lanes exp2(Lanes x) {
   return p * (Lanes)((Bits)sum << 23);
 }
 
-// A tile of a product, in registers: for ROWS rows r, finish(r, left, right) is given columns [0, PAIR) of
-// sum over k of a[r * row + k * step] * b[k * PAIR + column].
+// Computes a tile of a matrix product in registers, for rows r < ROWS and columns < PAIR: the sum over k < depth of
+// a[r * row + k * step] * b[k * PAIR + column]. Calls finish(r, left, right) with the two halves of each row.
 template <class Finish>
 INLINE void tile(const float* a, long row, long step, const float* b, long depth, Finish finish) {
   Lanes left[ROWS] = {}, right[ROWS] = {};
@@ -60,7 +63,7 @@ INLINE void tile(const float* a, long row, long step, const float* b, long depth
   for (long r = 0; r < ROWS; ++r) finish(r, left[r], right[r]);
 }
 
-// What a tile does with its sums: adds them to c, whose rows are `width` long.
+// Returns a `finish` for `tile` that adds the rows to c, whose rows are `width` long.
 INLINE auto adder(float* c, long width) {
   return [=](long r, Lanes left, Lanes right) {
     store(c + r * width, load(c + r * width) + left);
@@ -68,14 +71,14 @@ INLINE auto adder(float* c, long width) {
   };
 }
 
-// The rows of one head: row i, channels long, at i * stride.
+// One head of an array: row i has `channels` values, starting at i * stride.
 struct Head {
   const float* data;
   long stride, channels;
 
   const float* row(long i) const { return data + i * stride; }
 
-  // Rows from `first`, times scale, into to[rows][width]; zeros after the last channel, and after `count` rows.
+  // Copies `count` rows from `first` on, times scale, into to[rows][width]; the rest of `to` becomes zero.
   void copy(long first, long count, float* to, long rows, long width, float scale = 1.f) const {
     std::fill_n(to, rows * width, 0.f);
     for (long i = 0; i < count; ++i) {
@@ -84,7 +87,7 @@ struct Head {
     }
   }
 
-  // The same rows as panels of columns, to[width / PAIR][count][PAIR], as a tile wants its second factor.
+  // Copies these rows as panels of columns, to[width / PAIR][count][PAIR], the layout of `b` in `tile`.
   void panels(long first, long count, float* to, long width, float scale = 1.f) const {
     for (long j = 0; j < width; j += PAIR)
       for (long i = 0; i < count; ++i, to += PAIR) {
@@ -98,7 +101,8 @@ struct Head {
       }
   }
 
-  // The transpose of these rows as panels, to[rows / PAIR][channels][PAIR].
+  // Copies the transpose of these rows as panels, to[count / PAIR, rounded up][channels][PAIR]. After the last row, it
+  // repeats this row.
   void transposed(long first, long count, float* to) const {
     for (long j = 0; j < count; j += PAIR, to += PAIR * channels) {
       const float* rows[PAIR];
@@ -109,11 +113,12 @@ struct Head {
   }
 };
 
-// One task: queries [first, last) of a head. out strided like the queries, lse one number a query.
+// Computes one task: queries [first, last) of a head. `out` has the strides of the queries, `lse` one value per
+// query.
 void forward_task(Head query, Head key, Head value, long first, long last, long keys, float* out, float* lse) {
   long channels = query.channels, width = round_up(channels, PAIR), rows = round_up(last - first, ROWS);
   Floats q(rows * width), sum = zeros(rows * width), total = zeros(rows), top(rows);
-  Floats k(channels * KEYS), v(KEYS * width), weights(TOGETHER * KEYS);
+  Floats k(channels * KEYS), v(KEYS * width), weights(GROUP * KEYS);
   std::fill_n(top.data(), rows, LOWEST);
   query.copy(first, last - first, q.data(), rows, width, LOG2_E / std::sqrt(float(channels)));
   long block = block_of(keys, KEYS, PAIR);
@@ -121,17 +126,17 @@ void forward_task(Head query, Head key, Head value, long first, long last, long 
     long count = std::min(block, keys - at), padded = round_up(count, PAIR);
     key.transposed(at, count, k.data());
     value.panels(at, count, v.data(), width);
-    for (long i = 0; i < rows; i += TOGETHER) {
-      long some = std::min(TOGETHER, rows - i);
+    for (long i = 0; i < rows; i += GROUP) {
+      long rows_here = std::min(GROUP, rows - i);
       for (long j = 0; j < padded; j += PAIR)
-        for (long r = 0; r < some; r += ROWS) {
+        for (long r = 0; r < rows_here; r += ROWS) {
           float* w = &weights[r * KEYS + j];
           tile(&q[(i + r) * width], width, 1, &k[j * channels], channels, [=](long r, Lanes left, Lanes right) {
             store(w + r * KEYS, left);
             store(w + r * KEYS + LANES, right);
           });
         }
-      for (long r = 0; r < some; ++r) {
+      for (long r = 0; r < rows_here; ++r) {
         float* w = &weights[r * KEYS];
         for (long j = count; j < padded; ++j) w[j] = LOWEST;
         Lanes most = load(w);
@@ -156,7 +161,7 @@ void forward_task(Head query, Head key, Head value, long first, long last, long 
             store(&sum[(i + r) * width + c], load(&sum[(i + r) * width + c]) * shrink);
       }
       for (long c = 0; c < width; c += PAIR)
-        for (long r = 0; r < some; r += ROWS)
+        for (long r = 0; r < rows_here; r += ROWS)
           tile(&weights[r * KEYS], KEYS, 1, &v[c * count], count, adder(&sum[(i + r) * width + c], width));
     }
   }
@@ -166,13 +171,14 @@ void forward_task(Head query, Head key, Head value, long first, long last, long 
   }
 }
 
-// One task: keys [first, last) of a head. Gradients of these, strided like them, and these keys' term of the
-// gradient of all queries, of_query[rows][width], which comes zeroed.
+// Computes one task: keys [first, last) of a head. Writes the gradients of these keys and values, with their strides.
+// Writes the contribution of these keys to the gradient of all queries into d_query[rows][width], which must be zero
+// before.
 void backward_task(Head query, Head key, Head value, Head output, Head cotangent, const float* lse, long queries,
-                   long first, long last, float* of_query, float* of_key, float* of_value) {
+                   long first, long last, float* d_query, float* d_key, float* d_value) {
   long channels = query.channels, width = round_up(channels, PAIR);
   float scale = 1 / std::sqrt(float(channels));
-  Floats k(KEYS * width), turned_k(channels * KEYS), turned_v(channels * KEYS);
+  Floats k(KEYS * width), k_transposed(channels * KEYS), v_transposed(channels * KEYS);
   Floats d_k(KEYS * width), d_v(KEYS * width), q(QUERIES * width), g(QUERIES * width);
   Floats q_panels(QUERIES * width), g_panels(QUERIES * width);
   Floats weights(QUERIES * KEYS), slopes(QUERIES * KEYS), delta = zeros(queries);
@@ -182,54 +188,54 @@ void backward_task(Head query, Head key, Head value, Head output, Head cotangent
   for (long at = first; at < last; at += block) {
     long count = std::min(block, last - at), wide = round_up(count, PAIR), tall = round_up(count, ROWS);
     key.panels(at, count, k.data(), width);
-    key.transposed(at, count, turned_k.data());
-    value.transposed(at, count, turned_v.data());
+    key.transposed(at, count, k_transposed.data());
+    value.transposed(at, count, v_transposed.data());
     std::fill_n(d_k.data(), KEYS * width, 0.f);
     std::fill_n(d_v.data(), KEYS * width, 0.f);
     for (long i = 0; i < queries; i += group) {
-      long some = std::min(group, queries - i), rows = round_up(some, ROWS);
-      query.copy(i, some, q.data(), rows, width, scale * LOG2_E);
-      cotangent.copy(i, some, g.data(), rows, width);
-      query.panels(i, some, q_panels.data(), width, scale);
-      cotangent.panels(i, some, g_panels.data(), width);
+      long rows_here = std::min(group, queries - i), rows = round_up(rows_here, ROWS);
+      query.copy(i, rows_here, q.data(), rows, width, scale * LOG2_E);
+      cotangent.copy(i, rows_here, g.data(), rows, width);
+      query.panels(i, rows_here, q_panels.data(), width, scale);
+      cotangent.panels(i, rows_here, g_panels.data(), width);
       for (long j = 0; j < wide; j += PAIR)
         for (long r = 0; r < rows; r += ROWS) {
           float *w = &weights[r * KEYS + j], *s = &slopes[r * KEYS + j];
-          float of_row[ROWS], less[ROWS];
+          float row_lse[ROWS], row_delta[ROWS];
           for (long n = 0; n < ROWS; ++n) {
-            bool real = r + n < some;
-            of_row[n] = real ? lse[i + r + n] * LOG2_E : -LOWEST;
-            less[n] = real ? delta[i + r + n] : 0.f;
+            bool real = r + n < rows_here;
+            row_lse[n] = real ? lse[i + r + n] * LOG2_E : -LOWEST;
+            row_delta[n] = real ? delta[i + r + n] : 0.f;
           }
-          tile(&q[r * width], width, 1, &turned_k[j * channels], channels, [&](long r, Lanes left, Lanes right) {
-            store(w + r * KEYS, exp2(left - of_row[r]));
-            store(w + r * KEYS + LANES, exp2(right - of_row[r]));
+          tile(&q[r * width], width, 1, &k_transposed[j * channels], channels, [&](long r, Lanes left, Lanes right) {
+            store(w + r * KEYS, exp2(left - row_lse[r]));
+            store(w + r * KEYS + LANES, exp2(right - row_lse[r]));
           });
-          tile(&g[r * width], width, 1, &turned_v[j * channels], channels, [&](long r, Lanes left, Lanes right) {
-            store(s + r * KEYS, load(w + r * KEYS) * (left - less[r]));
-            store(s + r * KEYS + LANES, load(w + r * KEYS + LANES) * (right - less[r]));
+          tile(&g[r * width], width, 1, &v_transposed[j * channels], channels, [&](long r, Lanes left, Lanes right) {
+            store(s + r * KEYS, load(w + r * KEYS) * (left - row_delta[r]));
+            store(s + r * KEYS + LANES, load(w + r * KEYS + LANES) * (right - row_delta[r]));
           });
         }
       for (long r = 0; r < rows; ++r)
         for (long j = count; j < std::max(wide, tall); ++j) weights[r * KEYS + j] = slopes[r * KEYS + j] = 0.f;
       for (long c = 0; c < width; c += PAIR)
         for (long r = 0; r < rows; r += ROWS)
-          tile(&slopes[r * KEYS], KEYS, 1, &k[c * count], count, adder(&of_query[(i + r) * width + c], width));
+          tile(&slopes[r * KEYS], KEYS, 1, &k[c * count], count, adder(&d_query[(i + r) * width + c], width));
       for (long j = 0; j < tall; j += ROWS)
         for (long c = 0; c < width; c += PAIR) {
-          tile(&weights[j], 1, KEYS, &g_panels[c * some], some, adder(&d_v[j * width + c], width));
-          tile(&slopes[j], 1, KEYS, &q_panels[c * some], some, adder(&d_k[j * width + c], width));
+          tile(&weights[j], 1, KEYS, &g_panels[c * rows_here], rows_here, adder(&d_v[j * width + c], width));
+          tile(&slopes[j], 1, KEYS, &q_panels[c * rows_here], rows_here, adder(&d_k[j * width + c], width));
         }
     }
     for (long j = 0; j < count; ++j)
       for (long c = 0; c < channels; ++c) {
-        of_key[(at + j) * key.stride + c] = d_k[j * width + c];
-        of_value[(at + j) * key.stride + c] = d_v[j * width + c];
+        d_key[(at + j) * key.stride + c] = d_k[j * width + c];
+        d_value[(at + j) * key.stride + c] = d_v[j * width + c];
       }
   }
 }
 
-// How many parts the heads of a batch are cut into, so that there are TASKS, or as many as there are blocks.
+// Returns into how many parts to split each head, for at least TASKS tasks in all, but at most one part per block.
 long parts_of(long heads, long length, long block) {
   return std::max(1L, std::min(ceil_div(TASKS, std::max(1L, heads)), ceil_div(length, block)));
 }
@@ -237,14 +243,14 @@ long parts_of(long heads, long length, long block) {
 using Array3 = ffi::Buffer<ffi::F32, 3>;
 using Result3 = ffi::Result<Array3>;
 
-// Head h of example b of [batch, length, heads * channels].
+// Returns head h of example b of [batch, length, heads * channels].
 Head head(Array3& x, long b, long h, long heads) {
   auto shape = x.dimensions();
   long stride = shape[2], channels = stride / heads;
   return {x.typed_data() + b * shape[1] * stride + h * channels, stride, channels};
 }
 
-float* place(Result3& x, long b, long h, long heads) { return const_cast<float*>(head(*x, b, h, heads).data); }
+float* mutable_head(Result3& x, long b, long h, long heads) { return const_cast<float*>(head(*x, b, h, heads).data); }
 
 ffi::Error forward(ffi::ThreadPool pool, Array3 query, Array3 key, Array3 value, Result3 out, Result3 lse,
                    int64_t heads) {
@@ -255,14 +261,14 @@ ffi::Error forward(ffi::ThreadPool pool, Array3 query, Array3 key, Array3 value,
     long part = task % parts, h = task / parts % heads, b = task / parts / heads;
     long first = std::min(part * rows, queries), last = std::min(first + rows, queries);
     forward_task(head(query, b, h, heads), head(key, b, h, heads), head(value, b, h, heads), first, last, keys,
-                 place(out, b, h, heads), lse->typed_data() + (b * heads + h) * queries);
+                 mutable_head(out, b, h, heads), lse->typed_data() + (b * heads + h) * queries);
   };
   in_parallel(pool, batch * heads * parts, [&] { return of_part; });
   return ffi::Error::Success();
 }
 
 ffi::Error backward(ffi::ThreadPool pool, Array3 query, Array3 key, Array3 value, Array3 output, Array3 cotangent,
-                    Array3 lse, Result3 of_query, Result3 of_key, Result3 of_value, int64_t heads) {
+                    Array3 lse, Result3 d_query, Result3 d_key, Result3 d_value, int64_t heads) {
   long batch = query.dimensions()[0], queries = query.dimensions()[1], keys = key.dimensions()[1];
   long channels = query.dimensions()[2] / heads, width = round_up(channels, PAIR);
   long parts = parts_of(batch * heads, keys, KEYS);
@@ -274,11 +280,11 @@ ffi::Error backward(ffi::ThreadPool pool, Array3 query, Array3 key, Array3 value
     backward_task(head(query, b, h, heads), head(key, b, h, heads), head(value, b, h, heads),
                   head(output, b, h, heads), head(cotangent, b, h, heads),
                   lse.typed_data() + (b * heads + h) * queries, queries, first, last,
-                  &terms[task * rows * width], place(of_key, b, h, heads), place(of_value, b, h, heads));
+                  &terms[task * rows * width], mutable_head(d_key, b, h, heads), mutable_head(d_value, b, h, heads));
   };
   in_parallel(pool, batch * heads * parts, [&] { return of_part; });
   auto sum_of_parts = [&](long task) {
-    float* out = place(of_query, task / heads, task % heads, heads);
+    float* out = mutable_head(d_query, task / heads, task % heads, heads);
     for (long i = 0; i < queries; ++i)
       for (long c = 0; c < channels; ++c) {
         float sum = 0;

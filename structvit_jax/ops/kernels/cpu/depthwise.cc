@@ -1,21 +1,21 @@
-// Depthwise convolution on CPUs, float32, forward and both gradients: what native.py builds and calls.
+// Depthwise convolution on CPUs in float32: the forward pass and both gradients. native.py builds and calls it.
 //
-// The work is cut into units, a few channels of some rows of one example each, whose windows' sight is copied into
-// an array with zeros around it, where these channels lie side by side: no inner loop knows a border, and none
-// leaves the caches. All three operations are sums of products over taps or over places, seven at a time in
-// registers.
+// The work is split into units: a few channels of some output rows of one example. The inputs of a unit are copied
+// into a buffer that is padded with zeros and has these channels next to each other. So no inner loop has to handle
+// borders, and its data stay in the caches. All three operations are sums of products over taps or positions; seven
+// sums at a time are in registers.
 
 #include "lanes.h"
 
 namespace structvit {
 namespace {
 
-constexpr long MOST = 7;           // sums at a time, each a pair wide; grids of vision models divide by 7
-constexpr long ROOM = 96 * 1024;   // floats that a unit's copies take, unless four rows take more
-constexpr long PLACES = 56;        // that sums over places stay in registers for, at least
-constexpr long AHEAD = 16;         // places that are fetched before they are copied
+constexpr long MAX_SUMS = 7;             // sums at a time, each PAIR wide; 7 divides most grid sizes of vision models
+constexpr long MAX_BUFFER = 96 * 1024;   // most floats in the buffers of a unit, unless four rows need more
+constexpr long MIN_POSITIONS = 56;       // least number of positions to sum before sums leave the registers
+constexpr long PREFETCH = 16;            // how many positions ahead the copy prefetches
 
-struct Shape {  // of one example
+struct Shape {  // shape of one example
   long frames, rows, columns, channels;
 
   long size() const { return frames * rows * columns * channels; }
@@ -29,69 +29,69 @@ struct Window {
 };
 
 struct Unit {
-  long example, channel, first, last;  // channels from, and rows [first, last)
+  long example, channel, first, last;  // PAIR channels from `channel` on, rows [first, last) of window centres
 };
 
-// How windows of every `stride`-th row and column of a grid are cut into units.
-struct Cut {
-  Shape grid;  // of the windows' centres
+// The split of a convolution into units.
+struct Split {
+  Shape grid;  // shape of the window centres
   Window window;
-  long batch, stride, rows = 0, parts = 0;
-  Shape seen{};  // what a unit's windows see
+  long batch, stride, rows = 0, parts = 0;  // rows of a unit; parts into which the rows of an example are split
+  Shape buffer{};  // shape of the inputs of a unit
 
-  // A unit holds so many copies, and so many other floats for each of its rows.
-  Cut(long batch, Shape grid, Window window, long stride, long copies, long others = 0)
+  // A unit has `copies` buffers of inputs, and `others` other floats per row.
+  Split(long batch, Shape grid, Window window, long stride, long copies, long others = 0)
       : grid(grid), window(window), batch(batch), stride(stride) {
-    seen = {grid.frames + window.frames - 1, stride,
-            round_up((grid.columns - 1) * stride + window.columns, stride), PAIR};
+    buffer = {grid.frames + window.frames - 1, stride,
+              round_up((grid.columns - 1) * stride + window.columns, stride), PAIR};
     long shared = std::min(grid.rows, ceil_div(TASKS, std::max(1L, batch * blocks())));
-    rows = std::min(ceil_div(grid.rows, std::max(1L, shared)), std::max(4L, ROOM / (copies * seen.size() + others)));
-    rows = std::max(1L, rows);
+    long limit = std::max(4L, MAX_BUFFER / (copies * buffer.size() + others));
+    rows = std::max(1L, std::min(ceil_div(grid.rows, std::max(1L, shared)), limit));
     parts = ceil_div(grid.rows, rows);
-    seen.rows = (rows - 1) * stride + window.rows;
+    buffer.rows = (rows - 1) * stride + window.rows;
   }
 
-  // The same units of an array that has one place for each window.
-  Cut of_centres() const {
-    Cut cut = *this;
-    cut.window = {1, 1, 1}, cut.stride = 1, cut.seen = {grid.frames, rows, grid.columns, PAIR};
-    return cut;
+  // Returns the same units for an array with one value per window, such as the cotangent.
+  Split of_centres() const {
+    Split split = *this;
+    split.window = {1, 1, 1}, split.stride = 1, split.buffer = {grid.frames, rows, grid.columns, PAIR};
+    return split;
   }
 
   long blocks() const { return ceil_div(grid.channels, PAIR); }
   long units_of_block() const { return batch * parts; }
   long units() const { return blocks() * units_of_block(); }
 
-  // Of a block of channels, one of its units.
+  // Returns unit i of a block of PAIR channels.
   Unit unit(long block, long i) const {
     long first = i % parts * rows;
     return {i / parts, block * PAIR, first, std::min(first + rows, grid.rows)};
   }
 
-  // Blocks follow each other: what lies side by side in memory is read and written within a short time.
+  // Orders units with the blocks of channels innermost, so that neighbouring memory is accessed in a short time.
   Unit unit(long task) const { return unit(task % blocks(), task / blocks()); }
 
   long lanes(Unit unit) const { return std::min(PAIR, grid.channels - unit.channel); }
 
-  // Columns in an order in which those that a stride takes follow each other.
-  long folded(long column) const { return column % stride * (seen.columns / stride) + column / stride; }
+  // Reorders columns so that the ones that a tap reads, `stride` apart, become adjacent.
+  long folded(long column) const { return column % stride * (buffer.columns / stride) + column / stride; }
 
-  // Where each tap lies in what a window sees.
+  // Returns the offset of each tap in the buffer, relative to the first tap of a window.
   std::vector<long> offsets() const {
     std::vector<long> all;
     for (long t = 0; t < window.frames; ++t)
       for (long y = 0; y < window.rows; ++y)
-        for (long x = 0; x < window.columns; ++x) all.push_back(seen.at(t, y, folded(x)));
+        for (long x = 0; x < window.columns; ++x) all.push_back(buffer.at(t, y, folded(x)));
     return all;
   }
 
-  // What the unit's windows see of one example of `from`, whose rows and columns are spread to every `spread`-th.
+  // Copies the inputs of a unit from one example, `from`, with spread - 1 zeros between its rows and its columns.
   void copy(const float* from, Shape shape, Unit unit, long spread, float* to) const {
-    long line = seen.columns * PAIR, some = lanes(unit), before = (window.columns - 1) / 2;
-    long columns = std::min(shape.columns, ceil_div(seen.columns - before, spread));  // no window sees the others
-    bool dense = spread == 1 && stride == 1 && some == PAIR;
-    for (long frame = 0; frame < seen.frames; ++frame)
-      for (long row = 0; row < seen.rows; ++row, to += line) {
+    long line = buffer.columns * PAIR, count = lanes(unit), before = (window.columns - 1) / 2;
+    long columns = std::min(shape.columns, ceil_div(buffer.columns - before, spread));  // no window reads the others
+    bool dense = spread == 1 && stride == 1 && count == PAIR;
+    for (long frame = 0; frame < buffer.frames; ++frame)
+      for (long row = 0; row < buffer.rows; ++row, to += line) {
         long t = frame - (window.frames - 1) / 2, y = unit.first * stride + row - (window.rows - 1) / 2;
         if (t < 0 || t >= shape.frames || y < 0 || y % spread || y / spread >= shape.rows) {
           std::fill_n(to, line, 0.f);
@@ -101,7 +101,7 @@ struct Cut {
         if (dense) {
           float* out = std::fill_n(to, before * PAIR, 0.f);
           for (long x = 0; x < shape.columns; ++x, in += shape.channels, out += PAIR) {
-            __builtin_prefetch(in + AHEAD * shape.channels);
+            __builtin_prefetch(in + PREFETCH * shape.channels);
             store(out, load(in));
             store(out + LANES, load(in + LANES));
           }
@@ -109,14 +109,14 @@ struct Cut {
         } else {
           std::fill_n(to, line, 0.f);
           for (long x = 0; x < columns; ++x, in += shape.channels)
-            std::copy_n(in, some, to + folded(x * spread + before) * PAIR);
+            std::copy_n(in, count, to + folded(x * spread + before) * PAIR);
         }
       }
   }
 };
 
-// out[x] = start + sum over taps of from[offsets[tap] + x] * weights[tap], all of them pairs; out's are `apart`, and
-// `lanes` of each are written.
+// Computes out[x] = start + sum over taps of from[offsets[tap] + x] * weights[tap] for x < COUNT. All values are pairs
+// of registers. Outputs are `apart` floats from each other; only `lanes` floats of each are written.
 template <long COUNT>
 void over_taps(const float* from, const std::vector<long>& offsets, const float* weights, const float* start, float* out,
                long apart, long lanes) {
@@ -150,10 +150,10 @@ void over_taps(const float* from, const std::vector<long>& offsets, const float*
   }
 }
 
-// sums[tap] += sum over rows and columns of from[offsets[tap] + row * line + column] * with[row][column], all of them
-// pairs; line in floats.
+// Adds to sums[tap] the sum over rows and columns of from[offsets[tap] + row * line + column] * with[row][column]. All
+// values are pairs of registers; `line` is in floats.
 template <long COUNT>
-void over_places(const float* from, long line, const long* offsets, const float* with, long rows, long columns,
+void over_positions(const float* from, long line, const long* offsets, const float* with, long rows, long columns,
                  float* sums) {
   Lanes left[COUNT], right[COUNT];
 #pragma GCC unroll 7
@@ -179,45 +179,46 @@ void over_places(const float* from, long line, const long* offsets, const float*
 }
 
 constexpr decltype(&over_taps<1>) OVER_TAPS[] = {nullptr,      over_taps<1>, over_taps<2>, over_taps<3>,
-                                                 over_taps<4>, over_taps<5>, over_taps<6>, over_taps<MOST>};
-constexpr decltype(&over_places<1>) OVER_PLACES[] = {nullptr,        over_places<1>, over_places<2>, over_places<3>,
-                                                     over_places<4>, over_places<5>, over_places<6>, over_places<MOST>};
+                                                 over_taps<4>, over_taps<5>, over_taps<6>, over_taps<MAX_SUMS>};
+constexpr decltype(&over_positions<1>) OVER_POSITIONS[] = {
+    nullptr,           over_positions<1>, over_positions<2>, over_positions<3>,
+    over_positions<4>, over_positions<5>, over_positions<6>, over_positions<MAX_SUMS>};
 
-// Calls part(first, count) for as few parts of at most MOST as there can be, and as alike.
+// Splits `length` into the fewest parts of at most MAX_SUMS, of nearly equal size. Calls part(first, count) for each.
 template <class Part>
 void in_parts(long length, Part part) {
-  long parts = ceil_div(length, MOST);
+  long parts = ceil_div(length, MAX_SUMS);
   for (long i = 0; i < parts; ++i) part(length * i / parts, length * (i + 1) / parts - length * i / parts);
 }
 
-// The taps of the channels that a thread works on, [planes][taps][PAIR] for each block of them.
+// The kernels for the channels that a thread works on: [multiplier][taps][PAIR] for each block of PAIR channels.
 class Weights {
-  const float* kernel;  // [taps][channels][planes]
-  long taps, channels, planes, size = planes * taps * PAIR;
+  const float* kernel;  // [taps][channels][multiplier]
+  long taps, channels, multiplier, size = multiplier * taps * PAIR;
   bool reversed;
-  Floats made{ceil_div(channels, PAIR) * size};
+  Floats blocks{ceil_div(channels, PAIR) * size};
   std::vector<bool> ready = std::vector<bool>(ceil_div(channels, PAIR));
 
  public:
-  Weights(const float* kernel, long taps, long channels, long planes, bool reversed)
-      : kernel(kernel), taps(taps), channels(channels), planes(planes), reversed(reversed) {}
+  Weights(const float* kernel, long taps, long channels, long multiplier, bool reversed)
+      : kernel(kernel), taps(taps), channels(channels), multiplier(multiplier), reversed(reversed) {}
 
   const float* of(long channel) {
-    float* block = made.data() + channel / PAIR * size;
+    float* block = blocks.data() + channel / PAIR * size;
     if (ready[channel / PAIR]) return block;
     ready[channel / PAIR] = true;
     std::fill_n(block, size, 0.f);
     for (long tap = 0; tap < taps; ++tap)
       for (long c = channel; c < std::min(channels, channel + PAIR); ++c)
-        for (long d = 0; d < planes; ++d)
+        for (long d = 0; d < multiplier; ++d)
           block[(d * taps + (reversed ? taps - 1 - tap : tap)) * PAIR + c - channel] =
-              kernel[(tap * channels + c) * planes + d];
+              kernel[(tap * channels + c) * multiplier + d];
     return block;
   }
 };
 
-// Arrays: x [batch, *grid, channels], kernels [*window, channels, planes], bias [channels, planes], and results with
-// their cotangents [batch, planes, *grid, channels]. Images are clips of one frame.
+// Shapes of arrays: x [batch, *grid, channels], kernel [*window, channels, multiplier], bias [channels, multiplier],
+// output and its cotangent [batch, multiplier, *grid, channels]. Images are clips of one frame.
 using Array = ffi::AnyBuffer;
 using Result = ffi::Result<Array>;
 
@@ -231,102 +232,105 @@ Window window_of(const Array& kernel) {
   return {d.size() == 5 ? d[0] : 1, d[d.size() - 4], d[d.size() - 3]};
 }
 
-long planes_of(const Array& kernel) { return kernel.dimensions().back(); }
+long multiplier_of(const Array& kernel) { return kernel.dimensions().back(); }
 
 const float* data(const Array& x) { return x.typed_data<float>(); }
 
-// [planes][channels], a whole number of pairs of these.
-Floats padded_bias(const Array& bias, long channels, long planes) {
+// Returns the bias as [multiplier][channels], with channels padded to a multiple of PAIR.
+Floats padded_bias(const Array& bias, long channels, long multiplier) {
   long line = round_up(channels, PAIR);
-  Floats made = zeros(planes * line);
+  Floats padded = zeros(multiplier * line);
   for (long c = 0; c < channels; ++c)
-    for (long d = 0; d < planes; ++d) made[d * line + c] = data(bias)[c * planes + d];
-  return made;
+    for (long d = 0; d < multiplier; ++d) padded[d * line + c] = data(bias)[c * multiplier + d];
+  return padded;
 }
 
 ffi::Error forward(ffi::ThreadPool pool, Array x, Array kernel, Array bias, Result out, int64_t stride) {
-  Shape in = shape_of(x, 1), made = shape_of(*out, 2);
+  Shape in = shape_of(x, 1), out_shape = shape_of(*out, 2);
   Window window = window_of(kernel);
-  long planes = planes_of(kernel);
-  Cut cut(x.dimensions()[0], made, window, stride, 1);
-  auto offsets = cut.offsets();
-  Floats starts = padded_bias(bias, in.channels, planes);
+  long multiplier = multiplier_of(kernel);
+  Split split(x.dimensions()[0], out_shape, window, stride, 1);
+  auto offsets = split.offsets();
+  Floats starts = padded_bias(bias, in.channels, multiplier);
   long line = round_up(in.channels, PAIR);
-  in_parallel(pool, cut.units(), [&] {
-    Weights weights(data(kernel), window.taps(), in.channels, planes, false);
-    return [&, weights = std::move(weights), seen = Floats(cut.seen.size())](long task) mutable {
-      Unit unit = cut.unit(task);
-      cut.copy(data(x) + unit.example * in.size(), in, unit, 1, seen.data());
+  in_parallel(pool, split.units(), [&] {
+    Weights weights(data(kernel), window.taps(), in.channels, multiplier, false);
+    return [&, weights = std::move(weights), buffer = Floats(split.buffer.size())](long task) mutable {
+      Unit unit = split.unit(task);
+      split.copy(data(x) + unit.example * in.size(), in, unit, 1, buffer.data());
       const float* taps = weights.of(unit.channel);
-      float* to = out->typed_data<float>() + unit.example * planes * made.size() + unit.channel;
-      in_parts(made.columns, [&](long at, long count) {
-        for (long t = 0; t < made.frames; ++t)
+      float* to = out->typed_data<float>() + unit.example * multiplier * out_shape.size() + unit.channel;
+      in_parts(out_shape.columns, [&](long at, long count) {
+        for (long t = 0; t < out_shape.frames; ++t)
           for (long y = unit.first; y < unit.last; ++y)
-            for (long d = 0; d < planes; ++d)
-              OVER_TAPS[count](&seen[cut.seen.at(t, (y - unit.first) * stride, at)], offsets,
+            for (long d = 0; d < multiplier; ++d)
+              OVER_TAPS[count](&buffer[split.buffer.at(t, (y - unit.first) * stride, at)], offsets,
                                taps + d * window.taps() * PAIR, &starts[d * line + unit.channel],
-                               to + d * made.size() + made.at(t, y, at), made.channels, cut.lanes(unit));
+                               to + d * out_shape.size() + out_shape.at(t, y, at), out_shape.channels,
+                               split.lanes(unit));
       });
     };
   });
   return ffi::Error::Success();
 }
 
-// The same on the cotangent spread to x's grid, with the window reversed; its planes are further taps.
-ffi::Error of_input(ffi::ThreadPool pool, Array cotangent, Array kernel, Result out, int64_t stride) {
-  Shape given = shape_of(cotangent, 2), made = shape_of(*out, 1);
+// Computes the gradient of x: the convolution of the cotangent, spread to the grid of x, with the reversed window. All
+// kernels of a channel are summed like further taps.
+ffi::Error input_gradient(ffi::ThreadPool pool, Array cotangent, Array kernel, Result out, int64_t stride) {
+  Shape dy_shape = shape_of(cotangent, 2), out_shape = shape_of(*out, 1);
   Window window = window_of(kernel);
-  long planes = planes_of(kernel);
-  Cut cut(out->dimensions()[0], made, window, 1, planes);
+  long multiplier = multiplier_of(kernel);
+  Split split(out->dimensions()[0], out_shape, window, 1, multiplier);
   Floats start = zeros(PAIR);
   std::vector<long> offsets;
-  for (long d = 0; d < planes; ++d)
-    for (long offset : cut.offsets()) offsets.push_back(d * cut.seen.size() + offset);
-  in_parallel(pool, cut.units(), [&] {
-    Weights weights(data(kernel), window.taps(), made.channels, planes, true);
-    return [&, weights = std::move(weights), seen = Floats(planes * cut.seen.size())](long task) mutable {
-      Unit unit = cut.unit(task);
-      const float* from = data(cotangent) + unit.example * planes * given.size();
-      for (long d = 0; d < planes; ++d)
-        cut.copy(from + d * given.size(), given, unit, stride, &seen[d * cut.seen.size()]);
+  for (long d = 0; d < multiplier; ++d)
+    for (long offset : split.offsets()) offsets.push_back(d * split.buffer.size() + offset);
+  in_parallel(pool, split.units(), [&] {
+    Weights weights(data(kernel), window.taps(), out_shape.channels, multiplier, true);
+    return [&, weights = std::move(weights), buffer = Floats(multiplier * split.buffer.size())](long task) mutable {
+      Unit unit = split.unit(task);
+      const float* from = data(cotangent) + unit.example * multiplier * dy_shape.size();
+      for (long d = 0; d < multiplier; ++d)
+        split.copy(from + d * dy_shape.size(), dy_shape, unit, stride, &buffer[d * split.buffer.size()]);
       const float* taps = weights.of(unit.channel);
-      float* to = out->typed_data<float>() + unit.example * made.size() + unit.channel;
-      in_parts(made.columns, [&](long at, long count) {
-        for (long t = 0; t < made.frames; ++t)
+      float* to = out->typed_data<float>() + unit.example * out_shape.size() + unit.channel;
+      in_parts(out_shape.columns, [&](long at, long count) {
+        for (long t = 0; t < out_shape.frames; ++t)
           for (long y = unit.first; y < unit.last; ++y)
-            OVER_TAPS[count](&seen[cut.seen.at(t, y - unit.first, at)], offsets, taps, start.data(),
-                             to + made.at(t, y, at), made.channels, cut.lanes(unit));
+            OVER_TAPS[count](&buffer[split.buffer.at(t, y - unit.first, at)], offsets, taps, start.data(),
+                             to + out_shape.at(t, y, at), out_shape.channels, split.lanes(unit));
       });
     };
   });
   return ffi::Error::Success();
 }
 
-ffi::Error of_kernel(ffi::ThreadPool pool, Array x, Array cotangent, Result out, int64_t stride) {
-  Shape in = shape_of(x, 1), given = shape_of(cotangent, 2);
+ffi::Error kernel_gradient(ffi::ThreadPool pool, Array x, Array cotangent, Result out, int64_t stride) {
+  Shape in = shape_of(x, 1), dy_shape = shape_of(cotangent, 2);
   Window window = window_of(*out);
-  long planes = planes_of(*out), taps = window.taps(), size = planes * taps * PAIR;
-  Cut cut(x.dimensions()[0], given, window, stride, 1, given.frames * given.columns * PAIR);
-  Cut centres = cut.of_centres();
-  auto offsets = cut.offsets();
-  long units = cut.units_of_block(), groups = std::min(units, ceil_div(TASKS, cut.blocks()));
-  long step = std::min(cut.rows, ceil_div(PLACES, given.columns));
-  Floats sums = zeros(cut.blocks() * groups * size);  // of every group of units apart
-  in_parallel(pool, cut.blocks() * groups, [&] {
-    return [&, seen = Floats(cut.seen.size()), with = Floats(centres.seen.size())](long task) mutable {
+  long multiplier = multiplier_of(*out), taps = window.taps(), size = multiplier * taps * PAIR;
+  Split split(x.dimensions()[0], dy_shape, window, stride, 1, dy_shape.frames * dy_shape.columns * PAIR);
+  Split centres = split.of_centres();
+  auto offsets = split.offsets();
+  long units = split.units_of_block(), groups = std::min(units, ceil_div(TASKS, split.blocks()));
+  long step = std::min(split.rows, ceil_div(MIN_POSITIONS, dy_shape.columns));
+  Floats sums = zeros(split.blocks() * groups * size);  // separate sums for every group of units
+  in_parallel(pool, split.blocks() * groups, [&] {
+    return [&, buffer = Floats(split.buffer.size()), with = Floats(centres.buffer.size())](long task) mutable {
       long block = task / groups, group = task % groups;
       for (long i = units * group / groups; i < units * (group + 1) / groups; ++i) {
-        Unit unit = cut.unit(block, i);
-        cut.copy(data(x) + unit.example * in.size(), in, unit, 1, seen.data());
-        for (long d = 0; d < planes; ++d) {
-          const float* from = data(cotangent) + (unit.example * planes + d) * given.size();
-          centres.copy(from, given, unit, 1, with.data());
-          for (long t = 0; t < given.frames; ++t)
+        Unit unit = split.unit(block, i);
+        split.copy(data(x) + unit.example * in.size(), in, unit, 1, buffer.data());
+        for (long d = 0; d < multiplier; ++d) {
+          const float* from = data(cotangent) + (unit.example * multiplier + d) * dy_shape.size();
+          centres.copy(from, dy_shape, unit, 1, with.data());
+          for (long t = 0; t < dy_shape.frames; ++t)
             for (long y = 0; y < unit.last - unit.first; y += step)
               in_parts(taps, [&](long at, long count) {
-                OVER_PLACES[count](&seen[cut.seen.at(t, y * stride, 0)], cut.seen.at(0, stride, 0), &offsets[at],
-                                   &with[centres.seen.at(t, y, 0)], std::min(step, unit.last - unit.first - y),
-                                   given.columns, &sums[task * size + (d * taps + at) * PAIR]);
+                OVER_POSITIONS[count](&buffer[split.buffer.at(t, y * stride, 0)], split.buffer.at(0, stride, 0),
+                                      &offsets[at], &with[centres.buffer.at(t, y, 0)],
+                                      std::min(step, unit.last - unit.first - y), dy_shape.columns,
+                                      &sums[task * size + (d * taps + at) * PAIR]);
               });
         }
       }
@@ -334,11 +338,11 @@ ffi::Error of_kernel(ffi::ThreadPool pool, Array x, Array cotangent, Result out,
   });
   for (long tap = 0; tap < taps; ++tap)
     for (long c = 0; c < in.channels; ++c)
-      for (long d = 0; d < planes; ++d) {
+      for (long d = 0; d < multiplier; ++d) {
         float sum = 0;
         for (long group = 0; group < groups; ++group)
           sum += sums[(c / PAIR * groups + group) * size + (d * taps + tap) * PAIR + c % PAIR];
-        out->typed_data<float>()[(tap * in.channels + c) * planes + d] = sum;
+        out->typed_data<float>()[(tap * in.channels + c) * multiplier + d] = sum;
       }
   return ffi::Error::Success();
 }
@@ -355,5 +359,5 @@ auto forward_binding() {
 using namespace structvit;
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(depthwise_forward, forward, forward_binding());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(depthwise_of_input, of_input, binding());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(depthwise_of_kernel, of_kernel, binding());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(depthwise_input_gradient, input_gradient, binding());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(depthwise_kernel_gradient, kernel_gradient, binding());

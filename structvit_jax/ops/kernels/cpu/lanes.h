@@ -1,4 +1,4 @@
-// What the native operations share: registers, memory at whole cache lines, and a loop on all threads.
+// Shared by the native kernels: SIMD registers, arrays aligned to cache lines, and a loop over all threads.
 
 #pragma once
 
@@ -20,24 +20,24 @@ namespace structvit {
 namespace ffi = xla::ffi;
 
 #ifdef __AVX512F__
-constexpr long LANES = 16;
+constexpr long LANES = 16;  // floats in a register
 #else
 constexpr long LANES = 8;
 #endif
 constexpr long PAIR = 2 * LANES;  // inner loops work on two registers side by side
-constexpr long TASKS = 16;        // that work is cut into, at least, where it can be
+constexpr long TASKS = 16;        // the least number of tasks to split work into, if it can be split so far
 
 typedef float Lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int Bits __attribute__((vector_size(4 * LANES)));
 
 INLINE Lanes load(const float* p) { return *reinterpret_cast<const Lanes*>(p); }
 INLINE void store(float* p, Lanes x) { *reinterpret_cast<Lanes*>(p) = x; }
-INLINE Lanes all(float x) { return x - Lanes{}; }
+INLINE Lanes all(float x) { return x - Lanes{}; }  // x in every lane
 
 inline long ceil_div(long n, long unit) { return (n + unit - 1) / unit; }
 inline long round_up(long n, long unit) { return ceil_div(n, unit) * unit; }
 
-// Room for floats, from the start of a cache line.
+// An uninitialised array of floats, aligned to a cache line.
 class Floats {
   std::unique_ptr<float, decltype(&std::free)> first;
 
@@ -50,14 +50,15 @@ class Floats {
 };
 
 inline Floats zeros(long count) {
-  Floats made(count);
-  std::fill_n(made.data(), count, 0.f);
-  return made;
+  Floats array(count);
+  std::fill_n(array.data(), count, 0.f);
+  return array;
 }
 
-// Runs work(0) ... work(tasks - 1) on the pool's threads and this one, each of which makes its own `work`, with what
-// room it needs. It waits for tasks that somebody has begun, never for a thread to come: all of the pool's may be
-// waiting here themselves.
+// Runs work(0) ... work(tasks - 1) on the calling thread and the threads of the pool. Each thread calls make() for its
+// own `work`, which includes scratch memory. The caller runs tasks until none is left, then waits only for those that
+// another thread has started. It never waits for a thread to become free, because all threads of the pool may be
+// callers that wait here.
 template <class Make>
 void in_parallel(ffi::ThreadPool& pool, long tasks, Make make) {
   struct Shared {
@@ -68,7 +69,7 @@ void in_parallel(ffi::ThreadPool& pool, long tasks, Make make) {
   auto shared = std::make_shared<Shared>();
   auto drain = [shared, tasks, &make] {
     long task = shared->next++;
-    if (task >= tasks) return;  // perhaps long after all is done
+    if (task >= tasks) return;  // this may run long after all tasks are done
     auto work = make();
     long last;
     do {
