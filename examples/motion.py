@@ -36,7 +36,8 @@ from matplotlib.figure import Figure
 from structvit_jax.data.digits import MovingDigits
 from structvit_jax.data.media import open_media
 from structvit_jax.ops import struct_attention_maps
-from structvit_jax.utils.errors import DecodeError, UserError, printable
+from structvit_jax.utils.errors import UserError
+from structvit_jax.utils.failures import DecodeError, printable
 
 DIRECTIONS = MovingDigits.class_names  # in steps of 45 degrees, counterclockwise from the right
 PATCH = 5  # pixels

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from structvit_jax.cli.options import CheckpointCommand, ConfigArguments, open_checkpoint_config
-from structvit_jax.utils.errors import UserError, printable
+from structvit_jax.utils.errors import UserError
+from structvit_jax.utils.failures import printable
 
 if TYPE_CHECKING:
     from structvit_jax.inference.trained import Prediction

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from structvit_jax.utils.errors import UserError, parse_json
+from structvit_jax.utils.errors import UserError
+from structvit_jax.utils.failures import parse_json
 from structvit_jax.utils.paths import write_errors_as_user_error
 
 SAFETENSORS = ".safetensors"

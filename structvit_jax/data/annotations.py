@@ -18,7 +18,8 @@ from structvit_jax.data.folder import walk
 from structvit_jax.data.image import IMAGES
 from structvit_jax.data.index import Entry
 from structvit_jax.data.media import frame_names
-from structvit_jax.utils.errors import UserError, parse_json
+from structvit_jax.utils.errors import UserError
+from structvit_jax.utils.failures import parse_json
 
 
 class Annotations(NamedTuple):

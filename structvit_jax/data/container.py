@@ -16,7 +16,7 @@ import av
 from av.container import InputContainer
 
 from structvit_jax.data.limits import Limits, file_size
-from structvit_jax.utils.errors import DecodeError, decoding
+from structvit_jax.utils.failures import DecodeError, decoding
 
 # FFmpeg's names of the containers that are opened, with their file extensions.
 CONTAINERS = {

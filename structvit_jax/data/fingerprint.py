@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from structvit_jax.data.media import IMAGES, VIDEOS
 from structvit_jax.data.types import Source
-from structvit_jax.utils.errors import DecodeError, decoding
+from structvit_jax.utils.failures import DecodeError, decoding
 
 _SAMPLED = 64  # examples
 _END = 2**18  # bytes to read at the beginning and at the end of a file that is larger than both

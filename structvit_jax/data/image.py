@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from structvit_jax.data.limits import Limits, file_size
-from structvit_jax.utils.errors import DecodeError, decoding
+from structvit_jax.utils.failures import DecodeError, decoding
 
 # Pillow's names of the formats that are opened, with their file extensions.
 FORMATS = {

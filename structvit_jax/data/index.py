@@ -22,7 +22,8 @@ import numpy as np
 from structvit_jax.data.limits import Limits
 from structvit_jax.data.media import frame_names, open_media, without_extension
 from structvit_jax.data.types import Media
-from structvit_jax.utils.errors import DecodeError, UserError, decoding, parse_json, printable
+from structvit_jax.utils.errors import UserError
+from structvit_jax.utils.failures import DecodeError, decoding, parse_json, printable
 
 LABELS = "labels.txt"
 LISTS = (".jsonl", ".csv", ".txt")

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
-from structvit_jax.utils.errors import DecodeError, UserError, parse_json
+from structvit_jax.utils.errors import UserError
+from structvit_jax.utils.failures import DecodeError, parse_json
 from structvit_jax.utils.paths import check_local
 
 _METADATA, _UNFINISHED = "maps.json", "unfinished.json"

@@ -7,7 +7,7 @@ import stat
 from typing import NamedTuple
 
 from structvit_jax.data.types import DataOptions
-from structvit_jax.utils.errors import DecodeError
+from structvit_jax.utils.failures import DecodeError
 
 
 class Limits(NamedTuple):

@@ -17,7 +17,7 @@ from structvit_jax.data.image import IMAGES, read_image
 from structvit_jax.data.limits import Limits
 from structvit_jax.data.types import Media
 from structvit_jax.data.video import VideoFile, stack
-from structvit_jax.utils.errors import DecodeError
+from structvit_jax.utils.failures import DecodeError
 
 
 @functools.cache

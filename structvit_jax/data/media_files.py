@@ -14,7 +14,8 @@ from structvit_jax.data.limits import Limits
 from structvit_jax.data.media import open_media
 from structvit_jax.data.types import Media, Source
 from structvit_jax.data.video import VideoFile
-from structvit_jax.utils.errors import DecodeError, UserError
+from structvit_jax.utils.errors import UserError
+from structvit_jax.utils.failures import DecodeError
 
 TEST = "test:"  # test:N is example N of the test split
 

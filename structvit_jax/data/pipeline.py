@@ -19,7 +19,8 @@ from structvit_jax.data.media import configure_decoding
 from structvit_jax.data.reader import Reader
 from structvit_jax.data.types import WHOLE, Arrays, Batch, Problem, Shard
 from structvit_jax.data.workers import DeadWorker, Note, in_processes
-from structvit_jax.utils.errors import DecodeError, UserError
+from structvit_jax.utils.errors import UserError
+from structvit_jax.utils.failures import DecodeError
 
 _AHEAD = 2  # number of batches to read ahead: per worker process, or in total without workers
 # Rows of a batch, the number of the example that fills them, and the function that reads it.

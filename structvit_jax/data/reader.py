@@ -20,7 +20,7 @@ from structvit_jax.data.augment import (
 )
 from structvit_jax.data.label_maps import LabelMaps
 from structvit_jax.data.types import Arrays, AugmentOptions, DataOptions, Media, Source
-from structvit_jax.utils.errors import DecodeError
+from structvit_jax.utils.failures import DecodeError
 
 UNCROPPED_SIDE = 720  # pixels; larger uncropped frames are scaled down to this short side
 

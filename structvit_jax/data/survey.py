@@ -22,7 +22,8 @@ from structvit_jax.data.fingerprint import bytes_digest
 from structvit_jax.data.index import LABELS, Index, suggest_label
 from structvit_jax.data.limits import file_size
 from structvit_jax.data.types import Source
-from structvit_jax.utils.errors import DecodeError, UserError, printable
+from structvit_jax.utils.errors import UserError
+from structvit_jax.utils.failures import DecodeError, printable
 
 _SAMPLED = 200  # largest number of examples of a split to decode
 _SECONDS = 2.0  # duration of a survey that decodes only a sample

@@ -16,7 +16,8 @@ from structvit_jax.data.limits import Limits
 from structvit_jax.data.media import FrameRange, Pictures
 from structvit_jax.data.types import Media
 from structvit_jax.data.video import VideoFile
-from structvit_jax.utils.errors import DecodeError, UserError, decoding, parse_json
+from structvit_jax.utils.errors import UserError
+from structvit_jax.utils.failures import DecodeError, decoding, parse_json
 
 # Feature classes that files may name. For any other name, TFDS would import the module in it.
 _FEATURES = {

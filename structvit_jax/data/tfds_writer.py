@@ -17,7 +17,8 @@ from structvit_jax.data.folder import Layout, is_video, read_splits
 from structvit_jax.data.index import Index
 from structvit_jax.data.tfds_reader import FEATURES_FILE, ids_file
 from structvit_jax.data.video import VideoFile
-from structvit_jax.utils.errors import DecodeError, UserError
+from structvit_jax.utils.errors import UserError
+from structvit_jax.utils.failures import DecodeError
 from structvit_jax.utils.paths import check_local, write_errors_as_user_error
 
 

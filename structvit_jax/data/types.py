@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NotRequired, Protoco
 import numpy as np
 from numpy.typing import DTypeLike
 
-from structvit_jax.utils.errors import DecodeError
+from structvit_jax.utils.failures import DecodeError
 
 if TYPE_CHECKING:
     from structvit_jax.data.fingerprint import Changes, Fingerprint

@@ -25,7 +25,7 @@ from av.video.stream import VideoStream
 from structvit_jax.data.container import open_container
 from structvit_jax.data.limits import Limits
 from structvit_jax.data.types import Media
-from structvit_jax.utils.errors import DecodeError, decoding
+from structvit_jax.utils.failures import DecodeError, decoding
 
 _SKIPPING = ("h264", "hevc", "mpeg4", "vp8", "vp9")  # decoders that can skip single pictures
 _UNINDEXED = ("avi", "mpegts")  # containers whose times are right only when read from the beginning

@@ -18,7 +18,8 @@ from structvit_jax.data.index import Entry, Index
 from structvit_jax.data.media import configure_decoding, open_media
 from structvit_jax.data.reader import Reader
 from structvit_jax.data.types import AugmentOptions, DataOptions
-from structvit_jax.utils.errors import DecodeError, UserError
+from structvit_jax.utils.errors import UserError
+from structvit_jax.utils.failures import DecodeError
 
 _FRAMES, _SIZE = 16, 224  # of the clips that are read
 _LENGTH, _HEIGHT, _WIDTH = 300, 256, 340  # frames and pixels of generated videos

@@ -18,16 +18,8 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 from structvit_jax.runtime import signals
-from structvit_jax.utils.errors import (
-    EXIT_INTERRUPTED,
-    EXIT_RESUMABLE,
-    Stopped,
-    UnreachableError,
-    UserError,
-    is_transient,
-    printable,
-    system_failure,
-)
+from structvit_jax.utils.errors import EXIT_INTERRUPTED, EXIT_RESUMABLE, Stopped, UserError
+from structvit_jax.utils.failures import UnreachableError, is_transient, printable, system_failure
 
 
 def prepare(*, trains: bool) -> None:

@@ -18,7 +18,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from structvit_jax.runtime import signals
-from structvit_jax.utils.errors import EXIT_RESUMABLE, UserError, printable
+from structvit_jax.utils.errors import EXIT_RESUMABLE, UserError
+from structvit_jax.utils.failures import printable
 
 T = TypeVar("T")
 JOIN_TIMEOUT = 300  # seconds within which all processes must have started

@@ -12,7 +12,8 @@ from typing import Any
 
 from etils import epath
 
-from structvit_jax.utils.errors import UnreachableError, UserError, is_transient, os_errors_as, parse_json
+from structvit_jax.utils.errors import UserError
+from structvit_jax.utils.failures import UnreachableError, is_transient, os_errors_as, parse_json
 from structvit_jax.utils.paths import is_bucket
 
 # Files of a run in its workdir.

@@ -20,7 +20,8 @@ from structvit_jax.runtime import process, processes
 from structvit_jax.runtime.goodput import Goodput, Progress
 from structvit_jax.runtime.processes import available_cores, is_primary, log
 from structvit_jax.runtime.storage import METRICS, write
-from structvit_jax.utils.errors import UserError, parse_json
+from structvit_jax.utils.errors import UserError
+from structvit_jax.utils.failures import parse_json
 from structvit_jax.utils.paths import is_bucket
 
 _SECONDS_BETWEEN_LINES = 5.0

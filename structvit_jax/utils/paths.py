@@ -9,7 +9,8 @@ from importlib.util import find_spec
 
 from etils import epath
 
-from structvit_jax.utils.errors import UnreachableError, UserError, is_transient, os_errors_as
+from structvit_jax.utils.errors import UserError
+from structvit_jax.utils.failures import UnreachableError, is_transient, os_errors_as
 
 
 def is_bucket(path: str | os.PathLike[str]) -> bool:

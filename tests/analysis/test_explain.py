@@ -32,7 +32,8 @@ from structvit_jax.data.media_files import Files, find
 from structvit_jax.data.reader import Crop, Reader
 from structvit_jax.models import StructAttention
 from structvit_jax.training import loop
-from structvit_jax.utils.errors import UserError, printable
+from structvit_jax.utils.errors import UserError
+from structvit_jax.utils.failures import printable
 
 WHOLE = Crop(0, 0, 1, 1)
 SMALL = {"widths": (8, 8, 16, 16), "head_width": 8, "depths": (1, 1, 1, 1)}

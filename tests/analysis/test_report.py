@@ -23,7 +23,8 @@ from structvit_jax.analysis.report.render import Thumbnails, write_report
 from structvit_jax.config import default_config
 from structvit_jax.data.digits import Digits, MovingDigits
 from structvit_jax.training.losses import in_top
-from structvit_jax.utils.errors import DecodeError, UserError
+from structvit_jax.utils.errors import UserError
+from structvit_jax.utils.failures import DecodeError
 
 EVIL = '<b>&.mp4"><script>alert(1)</script>'
 

@@ -11,7 +11,8 @@ from conftest import ROOT
 from PIL import Image
 
 from structvit_jax.data.media import InMemoryFrames
-from structvit_jax.utils.errors import DecodeError, UserError
+from structvit_jax.utils.errors import UserError
+from structvit_jax.utils.failures import DecodeError
 
 DIGITS = {"name": "digits", "frames": 0, "size": 32}
 

@@ -16,7 +16,7 @@ from structvit_jax.data import image
 from structvit_jax.data.image import FORMATS, IMAGES, read_image
 from structvit_jax.data.limits import Limits
 from structvit_jax.data.media import configure_decoding, open_media
-from structvit_jax.utils.errors import DecodeError
+from structvit_jax.utils.failures import DecodeError
 
 RNG = np.random.default_rng(0)
 COLOUR = RNG.integers(0, 256, (10, 14, 3), np.uint8)

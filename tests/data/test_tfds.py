@@ -19,7 +19,8 @@ from PIL import Image
 from structvit_jax.data import tfds_writer
 from structvit_jax.data.dataset import find_shards
 from structvit_jax.data.index import Entry, Index
-from structvit_jax.utils.errors import DecodeError, UserError
+from structvit_jax.utils.errors import UserError
+from structvit_jax.utils.failures import DecodeError
 
 VIDEO = {"name": "folder", "size": 24, "frames": 5, "augment__crop_area": (0.5, 1.0)}
 

@@ -20,7 +20,7 @@ from structvit_jax.data.container import CONTAINERS
 from structvit_jax.data.limits import Limits
 from structvit_jax.data.media import frame_names, open_media
 from structvit_jax.data.video import VideoFile
-from structvit_jax.utils.errors import DecodeError
+from structvit_jax.utils.failures import DecodeError
 
 RNG = np.random.default_rng(0)
 # Textured so that all frames differ, in a size that codecs have to pad.

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from structvit_jax.data.label_maps import LabelMaps, LabelMapWriter, check_destination, digest
-from structvit_jax.utils.errors import DecodeError, UserError
+from structvit_jax.utils.errors import UserError
+from structvit_jax.utils.failures import DecodeError
 
 IDS, NAMES, SHAPE = [f"image {i}" for i in range(8)], ["a", "b", "c"], (8, 2, 2, 2)
 CARD = {"teacher": "runs/a", "params_sha256": "1", "class_names": NAMES, "images": 8, "ids": digest(IDS)}

@@ -28,7 +28,8 @@ from structvit_jax.data.media_files import Files, find
 from structvit_jax.models import weights
 from structvit_jax.models.variants import counterpart
 from structvit_jax.training import loop
-from structvit_jax.utils.errors import DecodeError, UserError
+from structvit_jax.utils.errors import UserError
+from structvit_jax.utils.failures import DecodeError
 
 PREDICT, EXPORT = {"program": "predict"}, {"program": "export"}
 

@@ -39,7 +39,8 @@ from structvit_jax.training.card import (
 )
 from structvit_jax.training.log import Unreadable
 from structvit_jax.utils import paths
-from structvit_jax.utils.errors import UserError, printable
+from structvit_jax.utils.errors import UserError
+from structvit_jax.utils.failures import printable
 
 RED = "\x1b[31mred\x1b[0m"
 KEYS = [key for key, _ in keys_of(default_config())]

@@ -15,7 +15,8 @@ from structvit_jax.analysis.explain.picture import Drawing, Line
 from structvit_jax.inference.trained import TrainedModel, load_trained
 from structvit_jax.runtime.storage import write
 from structvit_jax.training.checkpoint import FOLDER
-from structvit_jax.utils.errors import DecodeError, UserError, check_choice, printable
+from structvit_jax.utils.errors import UserError, check_choice
+from structvit_jax.utils.failures import DecodeError, printable
 from structvit_jax.utils.paths import parse_path, write_errors_as_user_error
 
 _GREY = "#5a5a5a"

@@ -12,7 +12,8 @@ from etils import epath
 from scipy.sparse import csr_array
 
 from structvit_jax.training.evaluation import probabilities
-from structvit_jax.utils.errors import DecodeError, UserError, decoding
+from structvit_jax.utils.errors import UserError
+from structvit_jax.utils.failures import DecodeError, decoding
 
 _MAX_BYTES = 2**33  # of the arrays in a file
 

@@ -19,7 +19,8 @@ from structvit_jax.runtime import goodput
 from structvit_jax.runtime.storage import CONFIG, METRICS, PREDICTIONS, RESULT, read_json
 from structvit_jax.training.card import from_card
 from structvit_jax.training.restore import newest_card
-from structvit_jax.utils.errors import UserError, parse_json
+from structvit_jax.utils.errors import UserError
+from structvit_jax.utils.failures import parse_json
 from structvit_jax.utils.paths import absolute, parse_path
 
 Metrics = Mapping[str, float | None]  # a line of metrics.jsonl

@@ -28,7 +28,7 @@ from structvit_jax.analysis.report.record import Record, read_records
 from structvit_jax.runtime.goodput import ACTIVITIES
 from structvit_jax.runtime.storage import io_errors_as_user_error, write
 from structvit_jax.training.card import as_json, keys_of
-from structvit_jax.utils.errors import DecodeError, decoding
+from structvit_jax.utils.failures import DecodeError, decoding
 from structvit_jax.utils.paths import parse_path, write_errors_as_user_error
 
 _FILE = "report.html"
