@@ -232,6 +232,10 @@ def _parse_row(row: Any, where: str) -> Entry:
         raise UserError(f"{where}: a path or label is empty")
     if "\0" in f"{path}{label}":
         raise UserError(f"{where}: a path or label contains a zero byte")
+    try:
+        os.fsencode(f"{path}{label}")
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where}: a path or label contains half of a surrogate pair") from error
     return Entry(str(path), str(label), start, end)
 
 

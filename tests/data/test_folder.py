@@ -165,6 +165,7 @@ def is_worker(pid):
         (lambda r: (r / "train.csv").write_bytes(b"path,label\na.mp4,\xe9\n"), "save it as UTF-8"),
         (lambda r: (r / "train.csv").write_text("path,label,start\na.mp4,x,inf\n"), "train.csv:2:"),
         (lambda r: (r / "train.csv").write_text("path,label\na\0.mp4,x\n"), "zero byte"),
+        (lambda r: (r / "train.jsonl").write_text(r'{"path": "\ud800.mp4", "label": "x"}'), "surrogate"),
         (lambda r: (r / "train.jsonl").write_text("[" * 100_000 + "\n"), "train.jsonl:1:"),
         (
             lambda r: (r / "train.jsonl").write_text(
