@@ -205,7 +205,7 @@ def test_one_pattern_is_attention_over_convolved_keys_and_values(x64):
         ({"key_kernels": None}, "both or neither"),
         ({"value_kernels": None}, "both or neither"),
         ({"key_kernels": jnp.ones((3, 3, 3, 1, 4))}, r"should be \[\*window, 2 or 1, 3 or 1, D\]"),
-        ({"key_kernels": jnp.ones((3, 3, 1, 4))}, "window of 2 axes"),
+        ({"key_kernels": jnp.ones((3, 3, 1, 4))}, "window should have 2 axes"),
         ({"stride": 0}, "stride 0"),
         ({"stride": 1.5}, "stride 1.5"),
         ({"key": jnp.ones((1, 4, 4, 2, 3), jnp.bfloat16)}, "use one"),
