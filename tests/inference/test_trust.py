@@ -274,7 +274,9 @@ def test_a_library_without_a_private_folder_leaves_nothing(tmp_path, monkeypatch
     monkeypatch.setattr(native.ctypes, "CDLL", loaded.append)
     native._load()
     assert len(loaded) == 1 and not os.path.exists(os.path.dirname(loaded[0]))
-    assert capsys.readouterr().err.startswith("note: others can write into /x; C++ kernels are built again for this process only")
+    assert capsys.readouterr().err.startswith(
+        "note: others can write into /x; C++ kernels are built again for this process only"
+    )
 
 
 def test_compiled_programs_are_kept_in_private(tmp_path, monkeypatch, capsys):

@@ -34,6 +34,9 @@ import time
 from pathlib import Path
 
 import numpy as np
+
+sys.path.append(str(Path(__file__).parents[1]))  # conftest
+
 from conftest import CONFIG, ROOT, Command, devices, processes, records, slowly
 
 from structvit_jax.data.dataset import ConfiguredDataset
