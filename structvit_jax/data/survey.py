@@ -24,6 +24,7 @@ from structvit_jax.data.limits import file_size
 from structvit_jax.data.types import Source
 from structvit_jax.utils.errors import UserError
 from structvit_jax.utils.failures import DecodeError, printable
+from structvit_jax.utils.tables import align_columns
 
 _SAMPLED = 200  # largest number of examples of a split to decode
 _SECONDS = 2.0  # duration of a survey that decodes only a sample
@@ -174,8 +175,7 @@ class Survey:
             ["decoded", *(f"{len(split.measured):,} of {len(split.source):,}" for split in splits)],
             ["of them unreadable", *(f"{len(split.unreadable):,}" for split in splits)],
         ]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+        lines = [line.rstrip() for line in align_columns(rows)]
         errors = [f"error: {line}" for line in self.errors]
         return "\n".join([*map(printable, lines), *self._remarks(), *map(printable, errors)])
 

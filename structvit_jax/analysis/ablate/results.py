@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from scipy.stats import ttest_rel
 
 from structvit_jax.analysis.ablate.study import Arm, Study
+from structvit_jax.utils.tables import markdown_table
 
 _NOTE = (
     "Differences are paired by seed, with 95 % confidence intervals of their mean (Student's t over seeds);"
@@ -104,11 +105,6 @@ def to_markdown(outcomes: Sequence[Outcome], against: str, same_time: str, headi
     return "\n\n".join(parts) + "\n"
 
 
-def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
-    return "\n".join([f"### {title}", "", *lines])
-
-
 def _results_table(
     title: str, outcomes: Sequence[Outcome], runs: Sequence[Sequence[RunResult]], against: str
 ) -> str:
@@ -123,7 +119,7 @@ def _results_table(
         row = [name, _spread(scores[name]), str(len(own)), difference, str(own[0].steps), f"{outcome.lr:g}"]
         row += [f"{1000 * outcome.seconds:.1f}", f"{outcome.params:,}", f"{outcome.macs:,}"]
         rows.append(row)
-    return _table(title, head, rows)
+    return f"### {title}\n\n{markdown_table(head, rows)}"
 
 
 def _rates_table(outcomes: Sequence[Outcome]) -> str:
@@ -136,7 +132,7 @@ def _rates_table(outcomes: Sequence[Outcome]) -> str:
             row.append(f"**{text}**" if rate == outcome.lr else text)
         rows.append(row)
     title = "Top-1 on validation clips by learning rate; the selected rate in **bold**"
-    return _table(title, ["arm", *(f"{rate:g}" for rate in rates)], rows)
+    return f"### {title}\n\n{markdown_table(['arm', *(f'{rate:g}' for rate in rates)], rows)}"
 
 
 def _top1(runs: Sequence[RunResult]) -> list[float]:

@@ -122,7 +122,11 @@ def write(rows: Sequence[Row], rates: Rates, header: str, workdir: epath.Path) -
     parts = [row for row in rows if not row.samples]
     model_cells = [_model_cells(row, rates) for row in rows if row.samples]
     part_cells = [_part_cells(row, rates) for row in parts]
-    tables = [markdown_table(cells) for cells in (model_cells, part_cells) if cells]
+    tables = [
+        markdown_table(list(cells[0]), [list(row.values()) for row in cells])
+        for cells in (model_cells, part_cells)
+        if cells
+    ]
     (workdir / "bench.md").write_text("\n\n".join([header, *tables]) + "\n")
     results = {"header": header, "rates": dataclasses.asdict(rates), "rows": [*map(dataclasses.asdict, rows)]}
     (workdir / "bench.json").write_text(json.dumps(results, indent=1) + "\n")
