@@ -17,6 +17,7 @@ import numpy as np
 
 from structvit_jax.data.media import configure_decoding
 from structvit_jax.data.reader import Reader
+from structvit_jax.data.stages import Stages
 from structvit_jax.data.types import WHOLE, Arrays, Batch, Problem, Shard
 from structvit_jax.data.workers import DeadWorker, Note, in_processes
 from structvit_jax.utils.errors import UserError
@@ -107,23 +108,24 @@ def _rows(batch: int, batch_size: int, shard: Shard) -> range:
 
 def _fill(reader: Reader, arrays: Arrays, rows: int, jobs: Iterable[_Job], note: Note) -> Batch:
     """Read examples into the rows of a batch; rows without a readable example stay masked."""
-    batch = {key: np.zeros((rows, *shape), dtype) for key, (shape, dtype) in arrays.items()}
-    batch |= {"mask": np.zeros(rows, bool), "index": np.full(rows, -1, np.int32)}
     problems: list[Problem] = []
-    for target, index, read in jobs:
-        batch["index"][target] = index
-        example_id = reader.source.id(index)
-        note(example_id)
-        try:
-            example = read()
-        except DecodeError as error:
-            problems.append(Problem(example_id, str(error)))
-            continue
-        problems += [Problem(example_id, reason, kind) for kind, reason in example.pop("notes").items()]
-        for key, value in example.items():
-            batch[key][target] = value
-        batch["mask"][target] = True
-    return cast(Batch, {**batch, "problems": tuple(problems)})
+    with Stages() as stages:
+        batch = {key: np.zeros((rows, *shape), dtype) for key, (shape, dtype) in arrays.items()}
+        batch |= {"mask": np.zeros(rows, bool), "index": np.full(rows, -1, np.int32)}
+        for target, index, read in jobs:
+            batch["index"][target] = index
+            example_id = reader.source.id(index)
+            note(example_id)
+            try:
+                example = read()
+            except DecodeError as error:
+                problems.append(Problem(example_id, str(error)))
+                continue
+            problems += [Problem(example_id, reason, kind) for kind, reason in example.pop("notes").items()]
+            for key, value in example.items():
+                batch[key][target] = value
+            batch["mask"][target] = True
+    return cast(Batch, {**batch, "problems": tuple(problems), "seconds": stages.seconds})
 
 
 def _prefetched(read: Callable[[int, Note], Batch], numbers: range, workers: int) -> Generator[Batch]:

@@ -19,6 +19,7 @@ from structvit_jax.data.augment import (
     test_crops,
 )
 from structvit_jax.data.label_maps import LabelMaps
+from structvit_jax.data.stages import stage
 from structvit_jax.data.types import Arrays, AugmentOptions, DataOptions, Media, Source
 from structvit_jax.utils.failures import DecodeError
 
@@ -90,7 +91,7 @@ class Reader:
         Raises:
           DecodeError: the example cannot be read.
         """
-        media, label = self.source.open(index)
+        media, label = self._open(index)
         with contextlib.closing(media):
             if media.count == 1:  # every rule repeats the only frame, so images need no random generator
                 picked = np.zeros(max(self.data.frames, 1), np.int64)
@@ -116,14 +117,14 @@ class Reader:
           DecodeError: the example cannot be read.
         """
         options = self.data
-        media, label = self.source.open(index)
+        media, label = self._open(index)
         with contextlib.closing(media):
-            clips = range(options.test_clips)
-            picked = [self.frames(media.count, (clip, len(clips))) for clip in clips]
-            views = [
-                test_crops(clip, options.size, options.crop_fraction, options.test_crops, image=self.is_image)
-                for clip in self.decode(media, picked)
-            ]
+            total = options.test_clips
+            picked = [self.frames(media.count, (clip, total)) for clip in range(total)]
+            clips = self.decode(media, picked)
+            size, fraction, crops = options.size, options.crop_fraction, options.test_crops
+            with stage("crop"):
+                views = [test_crops(clip, size, fraction, crops, image=self.is_image) for clip in clips]
             notes = self._notes(media)
         inputs = np.concatenate(views).reshape(self.views, *self.shape)
         return {"inputs": inputs, "labels": self._label[label], "notes": notes}
@@ -137,7 +138,7 @@ class Reader:
         Raises:
           DecodeError: the example cannot be read.
         """
-        media, label = self.source.open(index)
+        media, label = self._open(index)
         with contextlib.closing(media):
             picture = self.decode(media, [np.array([0])])[0]
         size = (self.data.size, self.data.size)
@@ -154,7 +155,7 @@ class Reader:
         Raises:
           DecodeError: the example cannot be read.
         """
-        media, _ = self.source.open(index)
+        media, _ = self._open(index)
         with contextlib.closing(media):
             clips = self.data.test_clips
             picked = self.frames(media.count, (clips // 2, clips))
@@ -190,7 +191,10 @@ class Reader:
             would exceed config.data.max_pixels.
         """
         distinct, positions = np.unique(np.concatenate(clips), return_inverse=True)
-        pictures = media.frames(distinct.tolist(), self.data.short_side if short_side is None else short_side)
+        with stage("decode"):
+            pictures = media.frames(
+                distinct.tolist(), self.data.short_side if short_side is None else short_side
+            )
         height, width = pictures.shape[1:3]
         scaled = int(self.data.size / self.data.crop_fraction) ** 2 * max(height, width) // min(height, width)
         if scaled > self.data.max_pixels:
@@ -201,6 +205,10 @@ class Reader:
         if self.data.channels == "bgr":
             pictures = pictures[..., ::-1]
         return [pictures[clip] for clip in positions.reshape(len(clips), -1)]
+
+    def _open(self, index: int) -> tuple[Media, int]:
+        with stage("open"):
+            return self.source.open(index)
 
     def _notes(self, media: Media) -> dict[str, str]:
         """Return notes on an example that was read: `Problem.reason` by `Problem.kind`."""
@@ -224,14 +232,16 @@ class Reader:
 
     def _randaugment(self, clip: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, CropAffine]:
         affine = np.eye(3)
-        if self._policy is not None:
-            means = self.data.mean if self.is_image and self.data.mean else (0.5, 0.5, 0.5)
-            red, green, blue = (round(255 * mean) for mean in means)
-            clip, affine = self._policy(clip, (red, green, blue), rng)
-        if self.augment.color_jitter:
-            clip = color_jitter(clip, self.augment.color_jitter, rng)
-        return clip, affine
+        with stage("augment"):
+            if self._policy is not None:
+                means = self.data.mean if self.is_image and self.data.mean else (0.5, 0.5, 0.5)
+                red, green, blue = (round(255 * mean) for mean in means)
+                clip, affine = self._policy(clip, (red, green, blue), rng)
+            if self.augment.color_jitter:
+                clip = color_jitter(clip, self.augment.color_jitter, rng)
+            return clip, affine
 
     def _crop(self, clip: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, CropAffine]:
         area, aspect, flip = self.augment.crop_area, self.augment.crop_aspect, self.augment.flip
-        return random_crop(clip, self.data.size, area, aspect, flip, rng, image=self.is_image)
+        with stage("crop"):
+            return random_crop(clip, self.data.size, area, aspect, flip, rng, image=self.is_image)

@@ -40,6 +40,7 @@ class Batch(TypedDict):
     mask: np.ndarray  # bool [rows]; False for padding and unreadable examples, which do not count
     index: np.ndarray  # int32 [rows]; position of the example in its split, -1 for padding
     problems: tuple[Problem, ...]  # unreadable examples, and notes on readable ones
+    seconds: dict[str, float]  # time that each of `structvit_jax.data.stages.STAGES` took
     # In training with label maps:
     map_classes: NotRequired[np.ndarray]  # uint16 [rows, map height, map width, k], for the whole image
     map_scores: NotRequired[np.ndarray]  # float16, same shape; probabilities of these classes

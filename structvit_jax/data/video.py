@@ -24,6 +24,7 @@ from av.video.stream import VideoStream
 
 from structvit_jax.data.container import open_container
 from structvit_jax.data.limits import Limits
+from structvit_jax.data.stages import stage
 from structvit_jax.data.types import Media
 from structvit_jax.utils.failures import DecodeError, decoding
 
@@ -219,7 +220,8 @@ class VideoFile(Media):
             with decoding():
                 for key, group in self._groups(times):
                     for frame in self._decode(key, group):
-                        pictures[frame.pts] = _picture(frame, convert, short_side)
+                        with stage("convert"):
+                            pictures[frame.pts] = _picture(frame, convert, short_side)
         except DecodeError as error:
             if self._stream.codec_context.width:
                 raise
