@@ -1,7 +1,9 @@
-"""Crops, flips, RandAugment and colour jitter on the host, with Pillow and OpenCV.
+"""Crops, flips, RandAugment and colour jitter on the host.
 
 A clip is uint8 [time, height, width, 3]; an image is a clip of one frame. All frames of a clip are
-augmented in the same way. Erasing, mixup and cutmix run on the device, see `structvit_jax.training.mixing`.
+augmented in the same way. Everything random is drawn first, so that `structvit_jax.data.operations` computes
+only the pixels that the crop needs. Erasing, mixup and cutmix run on the device, see
+`structvit_jax.training.mixing`.
 """
 
 from __future__ import annotations
@@ -13,33 +15,33 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image
 
+from structvit_jax.data import operations
+from structvit_jax.data.operations import Operation
+from structvit_jax.data.pixels import Box, Fill
 from structvit_jax.utils.errors import UserError
 
-Box = tuple[int, int, int, int]  # top, left, height, width
-Fill = tuple[int, int, int]  # RGB
 # float64 [3, 3]: maps a point (x, y, 1) of the output to the point of the input that is shown there. Both are
 # in fractions of the width and height.
 CropAffine = np.ndarray
 _MIRRORED: CropAffine = np.array([[-1.0, 0, 1], [0, 1, 0], [0, 0, 1]])
 
 
-def resize(clip: np.ndarray, box: Box, size: tuple[int, int], *, image: bool) -> np.ndarray:
-    """Crop a box out of every frame and resize it to `size` (height, width).
+def resize(
+    frame: np.ndarray, size: tuple[int, int], *, image: bool, mirrored: bool = False
+) -> np.ndarray:
+    """Resize a frame, uint8 [height, width, 3], to `size` (height, width), and mirror it on request.
 
-    Images are resized bicubically with antialiasing, as in timm with Pillow. Clips are resized bilinearly
-    without antialiasing, as in UniFormer with torch's `interpolate`, and rounded to whole pixel values.
+    Images are resized bicubically with antialiasing, as in timm with Pillow. Frames of clips are resized
+    bilinearly without antialiasing, as in UniFormer with torch's `interpolate`, and rounded to whole values.
     """
-    top, left, height, width = box
-    clip = clip[:, top : top + height, left : left + width]
-    if (height, width) == size:
-        return np.ascontiguousarray(clip)
-    width_height = size[::-1]
-    if image:
-        frames = [Image.fromarray(frame).resize(width_height, Image.Resampling.BICUBIC) for frame in clip]
-        return np.stack([np.asarray(frame) for frame in frames])
-    return np.stack([cv2.resize(frame, width_height, interpolation=cv2.INTER_LINEAR) for frame in clip])
+    if frame.shape[:2] != size:
+        if image:
+            frame = np.asarray(Image.fromarray(frame).resize(size[::-1], Image.Resampling.BICUBIC))
+        else:
+            frame = cv2.resize(frame, size[::-1], interpolation=cv2.INTER_LINEAR)
+    return cv2.flip(frame, 1) if mirrored else frame
 
 
 def random_box(
@@ -66,36 +68,41 @@ def random_box(
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def random_crop(
-    clip: np.ndarray,
-    size: int,
+class RandomCrop(NamedTuple):
+    """A random crop: a box of the frame, which may be mirrored.
+
+    Attributes:
+      box: top, left, height, width in pixels.
+      mirrored: whether left and right are exchanged.
+      affine: the affine map from the crop to the frame.
+    """
+
+    box: Box
+    mirrored: bool
+    affine: CropAffine
+
+
+def draw_crop(
+    size: tuple[int, int],
     area: tuple[float, float],
     aspect: tuple[float, float],
     flip: float,
     rng: np.random.Generator,
-    *,
-    image: bool,
-) -> tuple[np.ndarray, CropAffine]:
-    """Crop one random box out of all frames, resize it to size x size, and mirror it with probability `flip`.
-
-    Returns:
-      The crop, uint8 [time, size, size, 3], and the affine map from it to the clip.
-    """
-    height, width = clip.shape[1:3]
+) -> RandomCrop:
+    """Draw a random crop of frames of this size (height, width), mirrored with probability `flip`."""
+    height, width = size
     top, left, h, w = box = random_box(height, width, area, aspect, rng)
-    clip = resize(clip, box, (size, size), image=image)
     affine = np.array([[w / width, 0, left / width], [0, h / height, top / height], [0, 0, 1]])
-    if rng.random() < flip:
-        return np.ascontiguousarray(clip[:, :, ::-1]), affine @ _MIRRORED
-    return clip, affine
+    mirrored = rng.random() < flip
+    return RandomCrop(box, mirrored, affine @ _MIRRORED if mirrored else affine)
 
 
 def test_crops(clip: np.ndarray, size: int, fraction: float, crops: int, *, image: bool) -> np.ndarray:
     """Return the test crops of a clip, see `test_boxes`: uint8 [crops, time, size, size, 3]."""
     height, width = clip.shape[1:3]
     new, corners = test_boxes(height, width, size, fraction, crops, image=image)
-    clip = resize(clip, (0, 0, height, width), new, image=image)
-    return np.stack([clip[:, top : top + size, left : left + size] for top, left in corners])
+    frames = [resize(frame, new, image=image) for frame in clip]
+    return np.stack([[f[top : top + size, left : left + size] for f in frames] for top, left in corners])
 
 
 def test_boxes(
@@ -145,98 +152,84 @@ class RandAugment(NamedTuple):
             f"config.augment.randaugment is {text!r}; write it as 'rand-m7-n4-mstd0.5-inc1', with m up to 10"
         )
 
-    def __call__(
-        self, clip: np.ndarray, fill: Fill, rng: np.random.Generator
-    ) -> tuple[np.ndarray, CropAffine]:
-        """Draw `layers` operations with replacement and apply each with probability one half.
+    def draw(
+        self, size: tuple[int, int], fill: Fill, rng: np.random.Generator
+    ) -> tuple[list[Operation], CropAffine]:
+        """Draw `layers` operations with replacement and keep each with probability one half.
 
         Args:
-          clip: uint8 [time, height, width, 3].
+          size: height and width of the frames.
           fill: RGB colour of pixels that come from outside the frame.
           rng: random generator.
 
         Returns:
-          The augmented clip, and the affine map from it to the original clip.
+          The operations, and the affine map from the augmented frame to the original one.
         """
-        chosen, affine = [], np.eye(3)
-        for operation in rng.choice(len(_OPERATIONS), self.layers):
+        height, width = size
+        drawn: list[Operation] = []
+        affine = np.eye(3)
+        for number in rng.choice(len(_OPERATIONS), self.layers):
             if rng.random() < 0.5:
                 level = min(max(rng.normal(self.magnitude, self.deviation), 0.0), 10.0) / 10
-                chosen.append((_OPERATIONS[operation], level, 1 if rng.random() < 0.5 else -1))
-        if not chosen:
-            return clip, affine
-        frames = [Image.fromarray(frame) for frame in clip]
-        for operation, level, sign in chosen:
-            frames = [operation(frame, level, sign, fill) for frame in frames]
-            if operation in _GEOMETRIC:
-                affine = affine @ _GEOMETRIC[operation](sign * level, clip.shape[2] / clip.shape[1])
-        return np.stack([np.asarray(frame) for frame in frames]), affine
+                sign = 1 if rng.random() < 0.5 else -1
+                make = _OPERATIONS[number]
+                drawn.append(make(level, sign, size, fill))
+                if make in _AFFINES:
+                    affine = affine @ _AFFINES[make](sign * level, width / height)
+        return drawn, affine
 
 
-def color_jitter(clip: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
-    """Scale brightness, contrast and saturation in random order by factors from 1 - strength to 1 + strength.
+def draw_color_jitter(strength: float, rng: np.random.Generator) -> list[Operation]:
+    """Draw operations that scale brightness, contrast and saturation, in random order.
 
-    This is torchvision's ColorJitter without hue.
+    The factors are from 1 - strength to 1 + strength. This is torchvision's ColorJitter without hue.
     """
-    enhancers = [ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color]
-    factors = rng.uniform(max(0, 1 - strength), 1 + strength, len(enhancers))
-    frames = [Image.fromarray(frame) for frame in clip]
-    for which in rng.permutation(len(enhancers)):
-        frames = [enhancers[which](frame).enhance(factors[which]) for frame in frames]
-    return np.stack([np.asarray(frame) for frame in frames])
+    makers = [operations.brighten, operations.contrast, operations.Saturate]
+    factors = rng.uniform(max(0, 1 - strength), 1 + strength, len(makers))
+    return [makers[which](factors[which]) for which in rng.permutation(len(makers))]
 
 
-# (image, level from 0 to 1, sign, fill) -> image.
-Operation = Callable[[Image.Image, float, int, Fill], Image.Image]
+# (level from 0 to 1, sign, (height, width), fill) -> operation.
+_Maker = Callable[[float, int, tuple[int, int], Fill], Operation]
 
 
-def _affine(image: Image.Image, matrix: tuple[float, ...], fill: Fill) -> Image.Image:
-    bicubic = Image.Resampling.BICUBIC
-    return image.transform(image.size, Image.Transform.AFFINE, matrix, resample=bicubic, fillcolor=fill)
+def _factor(level: float, sign: int) -> float:
+    return max(0.1, 1 + sign * 0.9 * level)
 
 
-def _rotate(image: Image.Image, level: float, sign: int, fill: Fill) -> Image.Image:
-    return image.rotate(sign * 30 * level, resample=Image.Resampling.BICUBIC, fillcolor=fill)
+def _rotate(level: float, sign: int, size: tuple[int, int], fill: Fill) -> Operation:
+    return operations.rotate(sign * 30 * level, size, fill)
 
 
-def _solarize_add(image: Image.Image, level: float, sign: int, fill: Fill) -> Image.Image:
-    add = int(110 * level)
-    return image.point([min(255, i + add) if i < 128 else i for i in range(256)] * 3)
+def _shear_x(level: float, sign: int, size: tuple[int, int], fill: Fill) -> Operation:
+    return operations.shear(sign * 0.3 * level, 0, fill)
 
 
-def _enhance(enhancer: Callable[[Image.Image], ImageEnhance._Enhance]) -> Operation:
-    return lambda image, level, sign, fill: enhancer(image).enhance(max(0.1, 1 + sign * 0.9 * level))
+def _shear_y(level: float, sign: int, size: tuple[int, int], fill: Fill) -> Operation:
+    return operations.shear(0, sign * 0.3 * level, fill)
 
 
-def _shear_x(image: Image.Image, level: float, sign: int, fill: Fill) -> Image.Image:
-    return _affine(image, (1, sign * 0.3 * level, 0, 0, 1, 0), fill)
+def _translate_x(level: float, sign: int, size: tuple[int, int], fill: Fill) -> Operation:
+    return operations.shift(sign * 0.45 * level * size[1], 0, fill)
 
 
-def _shear_y(image: Image.Image, level: float, sign: int, fill: Fill) -> Image.Image:
-    return _affine(image, (1, 0, 0, sign * 0.3 * level, 1, 0), fill)
-
-
-def _translate_x(image: Image.Image, level: float, sign: int, fill: Fill) -> Image.Image:
-    return _affine(image, (1, 0, sign * 0.45 * level * image.width, 0, 1, 0), fill)
-
-
-def _translate_y(image: Image.Image, level: float, sign: int, fill: Fill) -> Image.Image:
-    return _affine(image, (1, 0, 0, 0, 1, sign * 0.45 * level * image.height), fill)
+def _translate_y(level: float, sign: int, size: tuple[int, int], fill: Fill) -> Operation:
+    return operations.shift(0, sign * 0.45 * level * size[0], fill)
 
 
 # timm's increasing operations, in its order.
-_OPERATIONS: tuple[Operation, ...] = (
-    lambda image, level, sign, fill: ImageOps.autocontrast(image),
-    lambda image, level, sign, fill: ImageOps.equalize(image),
-    lambda image, level, sign, fill: ImageOps.invert(image),
+_OPERATIONS: tuple[_Maker, ...] = (
+    lambda level, sign, size, fill: operations.autocontrast(),
+    lambda level, sign, size, fill: operations.equalize(),
+    lambda level, sign, size, fill: operations.invert(),
     _rotate,
-    lambda image, level, sign, fill: ImageOps.posterize(image, 4 - int(4 * level)),
-    lambda image, level, sign, fill: ImageOps.solarize(image, 256 - int(256 * level)),
-    _solarize_add,
-    _enhance(ImageEnhance.Color),
-    _enhance(ImageEnhance.Contrast),
-    _enhance(ImageEnhance.Brightness),
-    _enhance(ImageEnhance.Sharpness),
+    lambda level, sign, size, fill: operations.posterize(4 - int(4 * level)),
+    lambda level, sign, size, fill: operations.solarize(256 - int(256 * level)),
+    lambda level, sign, size, fill: operations.solarize_add(int(110 * level)),
+    lambda level, sign, size, fill: operations.Saturate(_factor(level, sign)),
+    lambda level, sign, size, fill: operations.contrast(_factor(level, sign)),
+    lambda level, sign, size, fill: operations.brighten(_factor(level, sign)),
+    lambda level, sign, size, fill: operations.Sharpen(_factor(level, sign)),
     _shear_x,
     _shear_y,
     _translate_x,
@@ -254,7 +247,7 @@ def _rotation(strength: float, aspect: float) -> CropAffine:
 
 
 # Affine maps of the operations that move pixels: (sign * level, width / height) -> map.
-_GEOMETRIC: dict[Operation, Callable[[float, float], CropAffine]] = {
+_AFFINES: dict[_Maker, Callable[[float, float], CropAffine]] = {
     _rotate: _rotation,
     _shear_x: lambda strength, aspect: np.array([[1, 0.3 * strength / aspect, 0], [0, 1, 0], [0, 0, 1]]),
     _shear_y: lambda strength, aspect: np.array([[1, 0, 0], [0.3 * strength * aspect, 1, 0], [0, 0, 1]]),

@@ -8,16 +8,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from structvit_jax.data import sampling
+from structvit_jax.data import operations, pixels, sampling
 from structvit_jax.data.augment import (
     CropAffine,
     RandAugment,
-    color_jitter,
-    random_crop,
+    RandomCrop,
+    draw_color_jitter,
+    draw_crop,
     resize,
     test_boxes,
     test_crops,
 )
+from structvit_jax.data.operations import Operation
 from structvit_jax.data.label_maps import LabelMaps
 from structvit_jax.data.stages import stage
 from structvit_jax.data.types import Arrays, AugmentOptions, DataOptions, Media, Source
@@ -64,6 +66,8 @@ class Reader:
         self.source, self.data, self.augment, self.seed, self.maps = source, data, augment, seed, maps
         self._rule = sampling.rule(data.sampling)
         self._policy = RandAugment.parse(augment.randaugment)
+        if self._policy or augment.color_jitter:
+            pixels.prepare()  # before worker processes need it
         self.class_names = source.class_names
         self._label = list(range(len(self.class_names)))  # label of each class of the source
         self.is_image = data.frames == 0
@@ -100,7 +104,7 @@ class Reader:
             clip = self.decode(media, [picked])[0]
             notes = self._notes(media)
         drawn = [self.transform(clip, self.generator(2, epoch, index, copy)) for copy in copies]
-        example = {"inputs": [pixels for pixels, _ in drawn], "labels": self._label[label], "notes": notes}
+        example = {"inputs": [inputs for inputs, _ in drawn], "labels": self._label[label], "notes": notes}
         if self.maps:
             classes, scores = self.maps.read(index)
             example |= {"map_classes": np.array(self._label)[classes], "map_scores": scores}
@@ -142,7 +146,7 @@ class Reader:
         with contextlib.closing(media):
             picture = self.decode(media, [np.array([0])])[0]
         size = (self.data.size, self.data.size)
-        inputs = resize(picture, (0, 0, *picture.shape[1:3]), size, image=True)
+        inputs = resize(picture[0], size, image=True)[None]
         return {"inputs": inputs, "labels": self._label[label], "notes": {}}
 
     def uncropped(self, index: int) -> tuple[np.ndarray, Crop]:
@@ -225,23 +229,49 @@ class Reader:
 
         Clips are augmented before the crop, as in UniFormer; images after it, as in timm.
         """
-        first, second = (self._crop, self._randaugment) if self.is_image else (self._randaugment, self._crop)
-        clip, affine = first(clip, rng)
-        clip, after = second(clip, rng)
-        return clip.reshape(self.shape), affine @ after
+        size = (self.data.size, self.data.size)
+        if self.is_image:
+            crop = self._draw_crop(clip.shape[1:3], rng)
+            drawn, affine = self._draw_operations(size, rng)
+            affine = crop.affine @ affine
+        else:
+            drawn, affine = self._draw_operations(clip.shape[1:3], rng)
+            crop = self._draw_crop(clip.shape[1:3], rng)
+            affine = affine @ crop.affine
+        top, left, height, width = crop.box
+        out = np.empty((len(clip), *size, 3), np.uint8)
+        for frame, target in zip(clip, out, strict=True):
+            if self.is_image:
+                cropped = self._resized(frame[top : top + height, left : left + width], crop)
+                with stage("augment"):
+                    target[:] = operations.apply(drawn, cropped, (0, 0, *size))
+            else:
+                with stage("augment"):
+                    cropped = operations.apply(drawn, frame, crop.box)
+                target[:] = self._resized(cropped, crop)
+        return out.reshape(self.shape), affine
 
-    def _randaugment(self, clip: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, CropAffine]:
-        affine = np.eye(3)
-        with stage("augment"):
-            if self._policy is not None:
-                means = self.data.mean if self.is_image and self.data.mean else (0.5, 0.5, 0.5)
-                red, green, blue = (round(255 * mean) for mean in means)
-                clip, affine = self._policy(clip, (red, green, blue), rng)
-            if self.augment.color_jitter:
-                clip = color_jitter(clip, self.augment.color_jitter, rng)
-            return clip, affine
-
-    def _crop(self, clip: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, CropAffine]:
-        area, aspect, flip = self.augment.crop_area, self.augment.crop_aspect, self.augment.flip
+    def _resized(self, cropped: np.ndarray, crop: RandomCrop) -> np.ndarray:
+        """Resize the pixels of a crop to the size that the model sees, and mirror them if the crop is."""
+        size = (self.data.size, self.data.size)
         with stage("crop"):
-            return random_crop(clip, self.data.size, area, aspect, flip, rng, image=self.is_image)
+            return resize(cropped, size, image=self.is_image, mirrored=crop.mirrored)
+
+    def _draw_operations(
+        self, size: tuple[int, int], rng: np.random.Generator
+    ) -> tuple[list[Operation], CropAffine]:
+        """Draw the operations on frames of this size (height, width), and their affine map."""
+        drawn: list[Operation] = []
+        affine = np.eye(3)
+        if self._policy is not None:
+            means = self.data.mean if self.is_image and self.data.mean else (0.5, 0.5, 0.5)
+            red, green, blue = (round(255 * mean) for mean in means)
+            drawn, affine = self._policy.draw(size, (red, green, blue), rng)
+        if self.augment.color_jitter:
+            drawn += draw_color_jitter(self.augment.color_jitter, rng)
+        return drawn, affine
+
+    def _draw_crop(self, size: tuple[int, int], rng: np.random.Generator) -> RandomCrop:
+        """Draw the crop of frames of this size (height, width)."""
+        options = self.augment
+        return draw_crop(size, options.crop_area, options.crop_aspect, options.flip, rng)

@@ -10,7 +10,8 @@ from importlib.util import find_spec
 
 import jax
 
-from structvit_jax.runtime import cache, process
+from structvit_jax.runtime import process
+from structvit_jax.utils import user_cache
 from structvit_jax.utils.errors import UserError
 
 
@@ -55,7 +56,7 @@ def use_compilation_cache(folder: str) -> None:
     nothing is cached.
     """
     if folder == "auto" and not (folder := os.environ.get("JAX_COMPILATION_CACHE_DIR", "")):
-        private, problem = cache.user_folder("compiled")
+        private, problem = user_cache.user_folder("compiled")
         folder = str(private or "")
         if problem:
             print(f"note: {problem}; compiled programs are not cached", file=sys.stderr, flush=True)

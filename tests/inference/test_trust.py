@@ -22,8 +22,7 @@ from structvit_jax.config import check_config, default_config
 from structvit_jax.data import Problem
 from structvit_jax.inference.trained import Prediction
 from structvit_jax.models import weights
-from structvit_jax.ops.kernels import native
-from structvit_jax.runtime import cache, devices, goodput, mesh, storage
+from structvit_jax.runtime import devices, goodput, mesh, storage
 from structvit_jax.runtime.digests import write_digests
 from structvit_jax.runtime.process import exit_in_one_line
 from structvit_jax.training import evaluation, log
@@ -38,7 +37,7 @@ from structvit_jax.training.card import (
     keys_of,
 )
 from structvit_jax.training.log import Unreadable
-from structvit_jax.utils import paths
+from structvit_jax.utils import native_library, paths, user_cache
 from structvit_jax.utils.errors import UserError
 from structvit_jax.utils.failures import printable
 
@@ -217,32 +216,32 @@ def test_remat_of_fewer_blocks_than_quarters(name):
 
 def test_a_private_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    folder, problem = cache.user_folder("native")
+    folder, problem = user_cache.user_folder("native")
     assert folder == tmp_path.resolve() / "structvit_jax" / "native" and not problem
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     folder.chmod(0o755)
-    assert cache.user_folder("native")[0] and stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert user_cache.user_folder("native")[0] and stat.S_IMODE(folder.stat().st_mode) == 0o700
     folder.chmod(0o770)
-    assert cache.user_folder("native") == (None, f"others can write into {folder}; remove it")
+    assert user_cache.user_folder("native") == (None, f"others can write into {folder}; remove it")
     folder.chmod(0o700)
     folder.parent.chmod(0o777)
-    assert "others can write into" in cache.user_folder("native")[1]
+    assert "others can write into" in user_cache.user_folder("native")[1]
     folder.parent.chmod(0o1777)
-    assert cache.user_folder("native")[0]
-    monkeypatch.setattr(cache.os, "geteuid", lambda: 54321)
-    assert "belongs to another user" in cache.user_folder("native")[1]
+    assert user_cache.user_folder("native")[0]
+    monkeypatch.setattr(user_cache.os, "geteuid", lambda: 54321)
+    assert "belongs to another user" in user_cache.user_folder("native")[1]
 
 
 def test_no_home_folder(tmp_path, monkeypatch):
     """No folder named "~" is created if HOME is not set and the user is unknown."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cache.os.path, "expanduser", lambda path: path)
+    monkeypatch.setattr(user_cache.os.path, "expanduser", lambda path: path)
     for root in (None, "~", "relative"):
         if root is None:
             monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
         else:
             monkeypatch.setenv("XDG_CACHE_HOME", root)
-        assert cache.user_folder("native") == (None, "there is no home folder; set XDG_CACHE_HOME")
+        assert user_cache.user_folder("native") == (None, "there is no home folder; set XDG_CACHE_HOME")
     assert not list(tmp_path.iterdir())
 
 
@@ -250,32 +249,33 @@ def test_no_home_folder(tmp_path, monkeypatch):
 def test_a_changed_library_is_rebuilt(tmp_path, monkeypatch, damage):
     content, built = b"\x7fELF" + bytes(range(256)), []
 
-    def build(compiler, folder):
-        built.append(compiler)
+    def build(command, folder):
+        built.append(command)
         (path := folder / "native.so").write_bytes(content)
         return path
 
-    monkeypatch.setattr(native, "_build", build)
-    monkeypatch.setattr(native, "_ingredients", lambda compiler: compiler.encode())
-    path = native._cached(tmp_path, "c++")
-    assert native._cached(tmp_path, "c++") == path and len(built) == 1
+    monkeypatch.setattr(native_library, "_build", build)
+    path = native_library._cached(tmp_path, "ops-1", ["c++"])
+    assert native_library._cached(tmp_path, "ops-1", ["c++"]) == path and len(built) == 1
     flipped = bytes([content[0] ^ 1]) + content[1:]
     path.write_bytes({"cut off": content[:100], "flipped": flipped, "empty": b"", "garbage": b"junk"}[damage])
-    assert native._cached(tmp_path, "c++") == path and len(built) == 2
+    assert native_library._cached(tmp_path, "ops-1", ["c++"]) == path and len(built) == 2
     assert path.read_bytes() == content and list(tmp_path.iterdir()) == [path]
-    assert native._cached(tmp_path, "clang++") != path
+    assert native_library._cached(tmp_path, "ops-2", ["c++"]) != path
 
 
 def test_a_library_without_a_private_folder_leaves_nothing(tmp_path, monkeypatch, capsys):
     loaded = []
-    monkeypatch.setattr(native.shutil, "which", lambda name: "c++")
-    monkeypatch.setattr(native.cache, "user_folder", lambda name: (None, "others can write into /x"))
-    monkeypatch.setattr(native, "_build", lambda compiler, folder: folder / "native.so")
-    monkeypatch.setattr(native.ctypes, "CDLL", loaded.append)
-    native._load()
+    folder = (None, "others can write into /x")
+    monkeypatch.setattr(native_library.user_cache, "user_folder", lambda name: folder)
+    monkeypatch.setattr(native_library, "_build", lambda command, folder: folder / "native.so")
+    monkeypatch.setattr(native_library, "_ingredients", lambda command, files: b"")
+    monkeypatch.setattr(native_library.shutil, "which", lambda name: "c++")
+    monkeypatch.setattr(native_library.ctypes, "CDLL", loaded.append)
+    native_library.load("ops", [], [])
     assert len(loaded) == 1 and not os.path.exists(os.path.dirname(loaded[0]))
     assert capsys.readouterr().err.startswith(
-        "note: others can write into /x; C++ kernels are built again for this process only"
+        "note: others can write into /x; C++ is compiled again for this process only"
     )
 
 

@@ -127,7 +127,7 @@ def test_other_versions_check_again(checked, monkeypatch):
 
 
 def test_without_a_cache_folder_every_process_checks(checked, monkeypatch):
-    monkeypatch.setattr(selfcheck.cache, "user_folder", lambda name: (None, "no home"))
+    monkeypatch.setattr(selfcheck.user_cache, "user_folder", lambda name: (None, "no home"))
     runs, args = checked(exact), arrays()
     call(args)
     assert len(set(runs)) > 1

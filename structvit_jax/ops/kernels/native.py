@@ -1,21 +1,12 @@
 """C++ kernels for CPUs (cpu/*.cc): attention and depthwise convolution in float32.
 
-The C++ compiler of the machine builds them on first use. If this fails, `available` returns False and kernels
-in JAX run instead. The library is kept in a private folder of the user's cache. Its file name contains a
-digest of what it was built from (sources, compiler, processor), and a digest of the file itself, which is
-checked before the library is loaded.
+The C++ compiler of the machine builds them on first use, see `structvit_jax.utils.native_library`. If this
+fails, `available` returns False and kernels in JAX run instead.
 """
 
 from __future__ import annotations
 
-import ctypes
 import functools
-import hashlib
-import os
-import shutil
-import subprocess
-import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,10 +14,9 @@ import jax
 import jax.numpy as jnp
 
 from structvit_jax.ops.kernels import attention_xla, depthwise_xla
-from structvit_jax.runtime import cache
+from structvit_jax.utils import native_library
 
 _FOLDER = Path(__file__).with_name("cpu")
-_OPTIONS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC")
 _OPERATIONS = (
     "attention_forward",
     "attention_backward",
@@ -39,9 +29,13 @@ _OPERATIONS = (
 @functools.cache
 def available() -> bool:
     """Return whether the library can be used; the first call builds it, in about ten seconds."""
+    include, sources = Path(jax.ffi.include_dir()), sorted(_FOLDER.glob("*.cc"))
+    headers = [*sorted(_FOLDER.glob("*.h")), include / "xla/ffi/api/c_api.h"]
     try:
-        library = _load()
-    except (OSError, subprocess.SubprocessError):
+        library = native_library.load(
+            "ops", sources, ["-ffp-contract=fast"], include=include, headers=headers
+        )
+    except native_library.FAILURES:
         return False
     for name in _OPERATIONS:
         target = jax.ffi.pycapsule(getattr(library, name))
@@ -110,64 +104,3 @@ def _call(
 ) -> Sequence[jax.Array]:
     results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     return jax.ffi.ffi_call(f"structvit_{name}", results, vmap_method="sequential")(*args, **attributes)
-
-
-def _load() -> ctypes.CDLL:
-    """Load the shared library; build it unless the cache has an unchanged one.
-
-    Raises:
-      OSError, subprocess.SubprocessError: there is no compiler, or it fails.
-    """
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
-    if compiler is None:
-        raise FileNotFoundError("no C++ compiler")
-    folder, problem = cache.user_folder("native")
-    if folder:
-        return ctypes.CDLL(str(_cached(folder, compiler)))
-    print(f"note: {problem}; C++ kernels are built again for this process only", file=sys.stderr, flush=True)
-    with tempfile.TemporaryDirectory() as scratch:  # a loaded library outlives its file
-        return ctypes.CDLL(str(_build(compiler, Path(scratch))))
-
-
-def _cached(folder: Path, compiler: str) -> Path:
-    """Return the path of the cached library; build it if needed, and remove files with a wrong digest."""
-    key = _digest(_ingredients(compiler))[:16]
-    for path in folder.glob(f"native-{key}-*.so"):
-        if path.is_file() and path.name == _name(key, path):
-            return path
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        built = _build(compiler, Path(scratch))
-        path = folder / _name(key, built)
-        os.replace(built, path)  # atomic: another process may do the same
-    return path
-
-
-def _name(key: str, path: Path) -> str:
-    return f"native-{key}-{_digest(path.read_bytes())}.so"
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
-def _ingredients(compiler: str) -> bytes:
-    """Return what the library depends on: the compiler's macros for this processor, sources and headers."""
-    macros = subprocess.run(
-        [compiler, *_OPTIONS, "-E", "-dM", "-x", "c++", os.devnull], capture_output=True, check=True
-    )
-    sources = [path for pattern in ("*.cc", "*.h") for path in sorted(_FOLDER.glob(pattern))]
-    texts = [path.read_bytes() for path in (*sources, Path(jax.ffi.include_dir(), "xla/ffi/api/c_api.h"))]
-    return b"".join([macros.stdout, *texts])
-
-
-def _build(compiler: str, folder: Path) -> Path:
-    """Compile the library into a folder; only this user can read the file."""
-    built, units = folder / "native.so", map(str, sorted(_FOLDER.glob("*.cc")))
-    command = [compiler, *_OPTIONS, "-I", jax.ffi.include_dir(), *units, "-o", str(built)]
-    subprocess.run(command, capture_output=True, check=True)
-    built.chmod(0o700)
-    return built

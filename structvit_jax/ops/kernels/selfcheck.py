@@ -27,7 +27,7 @@ import numpy as np
 
 from structvit_jax.ops.dispatch import OPERATIONS, use_kernels
 from structvit_jax.ops.kernels.target import Device
-from structvit_jax.runtime import cache
+from structvit_jax.utils import user_cache
 
 if TYPE_CHECKING:
     from structvit_jax.ops.kernels import Kernel
@@ -254,7 +254,7 @@ def _keep_verdict(device: Device, found: Sequence[Comparison]) -> str:
 
 
 def _verdict_path(kernel: Kernel, dtype: str, device: Device) -> Path | None:
-    folder, _ = cache.user_folder("kernels")
+    folder, _ = user_cache.user_folder("kernels")
     key = hashlib.sha256(f"{kernel.name} {dtype} {device.kind} {_versions()}".encode()).hexdigest()
     return folder and folder / f"{kernel.name}-{dtype}-{key[:16]}"
 

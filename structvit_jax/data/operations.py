@@ -1,0 +1,259 @@
+"""The operations of RandAugment and colour jitter on frames, applied only to the pixels that a crop needs.
+
+Results equal those of Pillow to the last bit. Tables of consecutive operations that replace values (such as
+posterize) are composed and looked up once. Operations that depend on the statistics of a frame (such as
+equalize) read all of it.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from structvit_jax.data import pixels
+from structvit_jax.data.pixels import Box, Fill, Matrix
+
+_VALUES = np.arange(256, dtype=np.uint8)
+_SAME = np.tile(_VALUES, (3, 1))
+_CHANNELS = np.arange(3)[:, None]
+
+
+class Part(NamedTuple):
+    """A box of a frame: `pixels`, uint8 [height, width, 3], whose values are still to be looked up in `tables`.
+
+    Strings of look-ups are composed in `tables`, uint8 [3, 256], until an operation needs the pixels.
+    """
+
+    pixels: np.ndarray
+    box: Box
+    size: tuple[int, int]  # height and width of the whole frame
+    tables: np.ndarray | None = None
+
+    def crop(self, box: Box) -> Part:
+        """Return a box inside this one; it shares the memory of the pixels."""
+        top, left = box[0] - self.box[0], box[1] - self.box[1]
+        return self._replace(pixels=self.pixels[top : top + box[2], left : left + box[3]], box=box)
+
+    def values(self) -> np.ndarray:
+        """Return the pixels after the look-up."""
+        return self.pixels if self.tables is None else pixels.look_up(self.pixels, self.tables)
+
+    def replace(self, values: np.ndarray) -> Part:
+        """Return a part with other pixels, which need no look-up."""
+        return self._replace(pixels=values, tables=None)
+
+
+class Operation:
+    """An operation with all of its parameters set. It maps all frames of a clip in the same way."""
+
+    def reads(self, box: Box, size: tuple[int, int]) -> Box:
+        """Return the box of a frame of this size (height, width) that determines a box of the result."""
+        return box
+
+    def __call__(self, part: Part, box: Box) -> Part:
+        """Return a box of the result.
+
+        Args:
+          part: the part of the frame in the box `reads(box)`.
+          box: the box.
+        """
+        raise NotImplementedError
+
+
+def apply(operations: Sequence[Operation], frame: np.ndarray, box: Box) -> np.ndarray:
+    """Apply operations to a frame, uint8 [height, width, 3], and return a box of the result."""
+    size = frame.shape[0], frame.shape[1]
+    boxes = [box]  # the box that each operation has to return, from the last to the first
+    for operation in reversed(operations):
+        boxes.append(operation.reads(boxes[-1], size))
+    part = Part(frame, (0, 0, *size), size).crop(boxes.pop())
+    for operation in operations:
+        part = operation(part, boxes.pop())
+    return part.values()
+
+
+class LookUp(Operation):
+    """Replace values by those of tables, uint8 [3, 256] or [256] for all channels."""
+
+    def __init__(self, tables: np.ndarray):
+        self._tables = np.broadcast_to(tables, (3, 256))
+
+    def __call__(self, part: Part, box: Box) -> Part:
+        return _looked_up(part.crop(box), self._tables)
+
+
+def _looked_up(part: Part, tables: np.ndarray) -> Part:
+    before = _SAME if part.tables is None else part.tables
+    return part._replace(tables=tables[_CHANNELS, before])
+
+
+class Adaptive(Operation):
+    """Replace values by those of tables that depend on the whole frame."""
+
+    def __init__(self, make_tables: Callable[[Part], np.ndarray]):
+        self._make_tables = make_tables
+
+    def reads(self, box: Box, size: tuple[int, int]) -> Box:
+        return (0, 0, *size)
+
+    def __call__(self, part: Part, box: Box) -> Part:
+        return _looked_up(part.crop(box), np.broadcast_to(self._make_tables(part), (3, 256)))
+
+
+def _histograms(part: Part) -> np.ndarray:
+    """Count the values of a part: int64 [3, 256]."""
+    counts = pixels.histograms(part.pixels)
+    if part.tables is None:
+        return counts.astype(np.int64)
+    found = np.zeros((3, 256), np.int64)
+    for channel in range(3):
+        np.add.at(found[channel], part.tables[channel], counts[channel])
+    return found
+
+
+def _autocontrast(part: Part) -> np.ndarray:
+    tables = []
+    for counts in _histograms(part):
+        used = np.flatnonzero(counts)
+        low, high = int(used[0]), int(used[-1])
+        if high <= low:
+            tables.append(_VALUES)
+            continue
+        scale = 255.0 / (high - low)
+        tables.append(np.clip(np.trunc(np.arange(256) * scale + -low * scale), 0, 255).astype(np.uint8))
+    return np.stack(tables)
+
+
+def _equalize(part: Part) -> np.ndarray:
+    tables = []
+    for counts in _histograms(part):
+        used = np.flatnonzero(counts)
+        step = int(counts.sum() - counts[used[-1]]) // 255
+        below = np.concatenate([[0], np.cumsum(counts)[:-1]])
+        tables.append(np.minimum((step // 2 + below) // step, 255).astype(np.uint8) if step else _VALUES)
+    return np.stack(tables)
+
+
+def _blended(grey: int, factor: float) -> np.ndarray:
+    """Return the table of grey + factor * (value - grey), in float32 as Pillow computes it."""
+    values = np.float32(grey) + np.float32(factor) * (np.arange(256) - grey).astype(np.float32)
+    return np.clip(values, 0, 255).astype(np.uint8)
+
+
+def _contrast(part: Part, factor: float) -> np.ndarray:
+    tables = _SAME if part.tables is None else part.tables
+    return _blended(int(pixels.mean_luma(part.pixels, tables) + 0.5), factor)
+
+
+def autocontrast() -> Operation:
+    """Stretch the values of each channel to 0 to 255."""
+    return Adaptive(_autocontrast)
+
+
+def equalize() -> Operation:
+    """Make the histogram of each channel uniform."""
+    return Adaptive(_equalize)
+
+
+def invert() -> Operation:
+    return LookUp(255 - _VALUES)
+
+
+def posterize(bits: int) -> Operation:
+    """Keep the upper bits of each value."""
+    return LookUp(_VALUES & np.uint8(0xFF & ~(2 ** (8 - bits) - 1)))
+
+
+def solarize(threshold: int) -> Operation:
+    """Invert values from the threshold on."""
+    return LookUp(np.where(_VALUES < threshold, _VALUES, 255 - _VALUES))
+
+
+def solarize_add(addend: int) -> Operation:
+    """Add to values below 128."""
+    return LookUp(np.where(_VALUES < 128, np.minimum(_VALUES + np.uint8(addend), 255), _VALUES))
+
+
+def brighten(factor: float) -> Operation:
+    """Scale all values by a factor."""
+    return LookUp(_blended(0, factor))
+
+
+def contrast(factor: float) -> Operation:
+    """Scale the differences from the mean luma of the frame by a factor."""
+    return Adaptive(functools.partial(_contrast, factor=factor))
+
+
+class Saturate(Operation):
+    """Scale the differences from the luma by a factor."""
+
+    def __init__(self, factor: float):
+        self._factor = factor
+
+    def __call__(self, part: Part, box: Box) -> Part:
+        part = part.crop(box)
+        return part.replace(pixels.saturate(part.values(), self._factor))
+
+
+class Sharpen(Operation):
+    """Scale the differences from a smoothed frame by a factor."""
+
+    def __init__(self, factor: float):
+        self._factor = factor
+
+    def reads(self, box: Box, size: tuple[int, int]) -> Box:
+        top, left, height, width = box
+        return _box((top - 1, top + height), (left - 1, left + width), size)
+
+    def __call__(self, part: Part, box: Box) -> Part:
+        return part.replace(pixels.sharpen(part.values(), self._factor)).crop(box)
+
+
+class Warp(Operation):
+    """Show at (x, y) the point (m0 x + m1 y + m2, m3 x + m4 y + m5), or `fill` outside the frame."""
+
+    def __init__(self, matrix: Matrix, fill: Fill):
+        self._matrix, self._fill = matrix, fill
+
+    def reads(self, box: Box, size: tuple[int, int]) -> Box:
+        top, left, height, width = box
+        a, b, c, d, e, f = self._matrix
+        corners = [(x + 0.5, y + 0.5) for x in (left, left + width - 1) for y in (top, top + height - 1)]
+        xs, ys = [a * x + b * y + c for x, y in corners], [d * x + e * y + f for x, y in corners]
+        # Two pixels on either side are interpolated; one more for rounding.
+        rows, columns = ((math.floor(min(v)) - 3, math.floor(max(v)) + 3) for v in (ys, xs))
+        return _box(rows, columns, size)
+
+    def __call__(self, part: Part, box: Box) -> Part:
+        warped = pixels.warp(part.values(), part.box, part.size, self._matrix, self._fill, box)
+        return part.replace(warped)._replace(box=box)
+
+
+def _box(rows: tuple[int, int], columns: tuple[int, int], size: tuple[int, int]) -> Box:
+    """Return the box of these rows and columns (first, last), limited to a frame of this size."""
+    top, bottom = (min(max(row, 0), size[0] - 1) for row in rows)
+    left, right = (min(max(column, 0), size[1] - 1) for column in columns)
+    return top, left, bottom - top + 1, right - left + 1
+
+
+def shift(dx: float, dy: float, fill: Fill) -> Operation:
+    """Show at (x, y) the point (x + dx, y + dy)."""
+    return Warp((1, 0, dx, 0, 1, dy), fill)
+
+
+def shear(x: float, y: float, fill: Fill) -> Operation:
+    """Show at (x, y) the point (x + `x` y, y + `y` x)."""
+    return Warp((1, x, 0, y, 1, 0), fill)
+
+
+def rotate(degrees: float, size: tuple[int, int], fill: Fill) -> Operation:
+    """Rotate counter-clockwise about the centre of a frame of this size (height, width)."""
+    angle, (height, width) = -math.radians(degrees), size
+    # Rounded, and in the same order as in Pillow, for equal bits.
+    cos, sin = round(math.cos(angle), 15), round(math.sin(angle), 15)
+    x, y = width / 2, height / 2
+    return Warp((cos, sin, cos * -x + sin * -y + x, -sin, cos, -sin * -x + cos * -y + y), fill)

@@ -1,0 +1,198 @@
+// Pixel operations of structvit_jax.data.pixels on one frame: uint8 [height, width, 3], rows `stride` bytes apart.
+//
+// They give the same bits as Pillow: the same formulas in the same order, without fused multiply-adds.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+using u8 = std::uint8_t;
+
+struct Box {  // pixels of the frame
+  int top, left, height, width;
+};
+
+using Int4 = std::int32_t __attribute__((vector_size(16)));
+using Double4 = double __attribute__((vector_size(32)));
+
+// Pillow's bicubic interpolation between v2 and v3.
+template <typename T>
+inline T cubic(T v1, T v2, T v3, T v4, double d) {
+  const T p2 = v3 - v1;
+  const T p3 = 2.0 * (v1 - v2) + v3 - v4;
+  const T p4 = v2 - v1 - v3 + v4;
+  return v2 + d * (p2 + d * (p3 + d * p4));
+}
+
+inline u8 whole(double value) { return u8(std::clamp(int(value), 0, 255)); }
+
+// Interpolate `count` values between v2 = in[i] and v3 = in[i + step].
+void cubic_run(const std::int32_t* in, std::ptrdiff_t step, const double* d, int count, u8* out) {
+  for (int i = 0; i < count; ++i)
+    out[i] = whole(cubic<double>(in[i - step], in[i], in[i + step], in[i + 2 * step], d[i]));
+}
+
+// A pixel as four doubles; the last one is unused.
+inline Double4 load(const std::int32_t* pixel) {
+  Int4 values;
+  std::memcpy(&values, pixel, sizeof values);
+  return __builtin_convertvector(values, Double4);
+}
+
+inline Double4 cubic_row(const std::int32_t* p, double d) {
+  return cubic(load(p), load(p + 3), load(p + 6), load(p + 9), d);
+}
+
+inline u8 clip(float value) { return value <= 0 ? 0 : value >= 255 ? 255 : u8(value); }
+
+// Pillow's ImagingBlend: a + factor * (b - a).
+inline u8 blend(int a, int b, float factor) { return clip(float(a) + factor * float(b - a)); }
+
+// Luma as in Pillow's conversion to mode "L".
+inline int luma(int red, int green, int blue) { return (red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16; }
+
+}  // namespace
+
+extern "C" {
+
+// counts[channel][value]
+void histograms(const u8* in, long stride, int height, int width, std::int32_t* counts) {
+  std::int32_t part[2][3][256] = {};  // two, because adding to the same count twice in a row is slow
+  for (int y = 0; y < height; ++y) {
+    const u8* p = in + y * stride;
+    for (int x = 0; x < width; ++x, p += 3)
+      for (int c = 0; c < 3; ++c) ++part[x & 1][c][p[c]];
+  }
+  for (int c = 0; c < 3; ++c)
+    for (int v = 0; v < 256; ++v) *counts++ = part[0][c][v] + part[1][c][v];
+}
+
+// Sum of the lumas of all pixels after a look-up in tables[channel][value].
+std::int64_t luma_sum(const u8* in, long stride, int height, int width, const u8* tables) {
+  std::int32_t weighted[3][256];
+  for (int v = 0; v < 256; ++v) {
+    weighted[0][v] = tables[v] * 19595 + 0x8000;
+    weighted[1][v] = tables[256 + v] * 38470;
+    weighted[2][v] = tables[512 + v] * 7471;
+  }
+  std::int64_t sum = 0;
+  for (int y = 0; y < height; ++y) {
+    const u8* p = in + y * stride;
+    std::int32_t row = 0;
+    for (int x = 0; x < width; ++x, p += 3) row += (weighted[0][p[0]] + weighted[1][p[1]] + weighted[2][p[2]]) >> 16;
+    sum += row;
+  }
+  return sum;
+}
+
+void look_up(const u8* in, long stride, int height, int width, const u8* tables, u8* out) {
+  for (int y = 0; y < height; ++y) {
+    const u8* p = in + y * stride;
+    for (int x = 0; x < width; ++x, p += 3, out += 3) {
+      out[0] = tables[p[0]];
+      out[1] = tables[256 + p[1]];
+      out[2] = tables[512 + p[2]];
+    }
+  }
+}
+
+// Blend with the luma.
+void saturate(const u8* in, long stride, int height, int width, float factor, u8* out) {
+  for (int y = 0; y < height; ++y) {
+    const u8* p = in + y * stride;
+    for (int x = 0; x < width; ++x, p += 3, out += 3) {
+      const int grey = luma(p[0], p[1], p[2]);
+      for (int c = 0; c < 3; ++c) out[c] = blend(grey, p[c], factor);
+    }
+  }
+}
+
+// Blend with a 3x3 mean that counts the centre five times. Pixels at the edges of `in` stay as they are.
+void sharpen(const u8* in, long stride, int height, int width, float factor, u8* out) {
+  const int count = 3 * width;
+  std::vector<std::uint16_t> sums(count);  // of three rows
+  for (int y = 0; y < height; ++y, out += count) {
+    const u8* p = in + y * stride;
+    std::memcpy(out, p, count);
+    if (y == 0 || y == height - 1) continue;
+    for (int i = 0; i < count; ++i) sums[i] = p[i - stride] + p[i] + p[i + stride];
+    for (int i = 3; i < count - 3; ++i) {
+      const unsigned sum = sums[i - 3] + sums[i] + sums[i + 3] + 4u * p[i];
+      out[i] = blend((2 * sum + 13) / 26, p[i], factor);  // the mean is rounded; 13 is odd, so there are no ties
+    }
+  }
+}
+
+// Show at each point (x, y) of the frame the point (m0 x + m1 y + m2, m3 x + m4 y + m5), interpolated bicubically, or
+// `fill` if that is outside the frame of frame_height x frame_width. `in` holds the box `source` of the frame, and `out`
+// takes the box `target` of the result.
+void warp(const u8* in, long stride, Box source, int frame_height, int frame_width, const double* m, const u8* fill,
+          Box target, u8* out) {
+  // Copy the source as integers with a border of two pixels, which repeats the edge of the frame.
+  thread_local std::vector<std::int32_t> pixels;
+  const std::ptrdiff_t columns = 3 * (source.width + 4);
+  pixels.resize((source.height + 4) * columns + 1);  // `load` reads a value more than a pixel has
+  for (int y = 0; y < source.height + 4; ++y) {
+    const u8* row = in + std::clamp(y - 2, 0, source.height - 1) * stride;
+    std::int32_t* to = pixels.data() + y * columns;
+    std::copy(row, row + 3 * source.width, to + 6);
+    for (int i = 0; i < 6; ++i) {
+      to[i] = row[i % 3];
+      to[6 + 3 * source.width + i] = row[3 * (source.width - 1) + i % 3];
+    }
+  }
+  const std::int32_t* origin = pixels.data() + (2 - source.top) * columns + 3 * (2 - source.left);  // pixel (0, 0)
+  const bool rows_stay = m[3] == 0 && m[4] == 1 && m[5] == 0, columns_stay = m[0] == 1 && m[1] == 0 && m[2] == 0;
+
+  thread_local std::vector<int> offsets;  // of the pixel left and above of each point
+  thread_local std::vector<double> across, x_in, y_in;  // from there to the point; for each channel
+  offsets.resize(target.width);
+  across.resize(3 * target.width);
+  x_in.resize(target.width);
+  y_in.resize(target.width);
+  for (int y = target.top; y < target.top + target.height; ++y, out += 3 * target.width) {
+    int begin = 0, end = target.width;  // of the points inside the frame
+    for (int i = 0; i < target.width; ++i) {
+      const double x = target.left + i + 0.5;
+      x_in[i] = m[0] * x + m[1] * (y + 0.5) + m[2];
+      y_in[i] = m[3] * x + m[4] * (y + 0.5) + m[5];
+    }
+    const auto inside = [&](int i) {
+      return x_in[i] >= 0 && x_in[i] < frame_width && y_in[i] >= 0 && y_in[i] < frame_height;
+    };
+    while (begin < end && !inside(begin)) ++begin;
+    while (end > begin && !inside(end - 1)) --end;
+    for (int i = 0; i < target.width; ++i) {
+      const double left = std::floor(x_in[i] - 0.5), top = std::floor(y_in[i] - 0.5);
+      offsets[i] = int(top) * int(columns) + 3 * int(left);
+      x_in[i] = (x_in[i] - 0.5) - left;
+      y_in[i] = (y_in[i] - 0.5) - top;
+    }
+    const double* d = rows_stay ? x_in.data() : y_in.data();
+    if (rows_stay || columns_stay) for (int i = 0; i < target.width; ++i)
+      for (int c = 0; c < 3; ++c) across[3 * i + c] = d[i];
+    for (int i = 0; i < target.width; ++i)
+      if (i < begin || i >= end) std::memcpy(out + 3 * i, fill, 3);
+    if (rows_stay || columns_stay) {
+      for (int i = begin, next; i < end; i = next) {
+        for (next = i + 1; next < end && offsets[next] - offsets[i] == 3 * (next - i);) ++next;
+        const std::ptrdiff_t step = rows_stay ? 3 : columns;
+        cubic_run(origin + offsets[i], step, across.data() + 3 * i, 3 * (next - i), out + 3 * i);
+      }
+      continue;
+    }
+    for (int i = begin; i < end; ++i) {
+      const std::int32_t* p = origin + offsets[i] - columns - 3;
+      const double dx = x_in[i];
+      const Double4 value = cubic(cubic_row(p, dx), cubic_row(p + columns, dx), cubic_row(p + 2 * columns, dx),
+                                  cubic_row(p + 3 * columns, dx), y_in[i]);
+      for (int c = 0; c < 3; ++c) out[3 * i + c] = whole(value[c]);
+    }
+  }
+}
+
+}  // extern "C"
