@@ -15,9 +15,8 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
-from PIL import Image
 
-from structvit_jax.data import operations
+from structvit_jax.data import operations, pixels
 from structvit_jax.data.operations import Operation
 from structvit_jax.data.pixels import Box, Fill
 from structvit_jax.utils.errors import UserError
@@ -38,7 +37,7 @@ def resize(
     """
     if frame.shape[:2] != size:
         if image:
-            frame = np.asarray(Image.fromarray(frame).resize(size[::-1], Image.Resampling.BICUBIC))
+            frame = pixels.resample(frame, size)
         else:
             frame = cv2.resize(frame, size[::-1], interpolation=cv2.INTER_LINEAR)
     return cv2.flip(frame, 1) if mirrored else frame

@@ -55,9 +55,94 @@ inline u8 blend(int a, int b, float factor) { return clip(float(a) + factor * fl
 // Luma as in Pillow's conversion to mode "L".
 inline int luma(int red, int green, int blue) { return (red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16; }
 
+// Weights of the pixels that a bicubic filter with antialiasing averages, for each pixel of a resized line.
+struct Filter {
+  std::vector<int> first, count;      // the pixels of the line
+  std::vector<std::int32_t> weights;  // `width` for each pixel of the result, with `kBits` fractional bits
+  int width;
+};
+
+constexpr int kBits = 22;
+
+double bicubic(double x) {
+  constexpr double a = -0.5;
+  x = std::abs(x);
+  if (x < 1) return ((a + 2) * x - (a + 3)) * x * x + 1;
+  return x < 2 ? (((x - 5) * x + 8) * x - 4) * a : 0;
+}
+
+Filter make_filter(int from, int to) {
+  const double scale = double(from) / to, wide = std::max(scale, 1.0), support = 2 * wide;
+  Filter filter{std::vector<int>(to), std::vector<int>(to), {}, int(std::ceil(support)) * 2 + 1};
+  filter.weights.resize(std::size_t(to) * filter.width);
+  std::vector<double> values(filter.width);
+  for (int i = 0; i < to; ++i) {
+    const double centre = (i + 0.5) * scale;
+    const int first = std::max(int(centre - support + 0.5), 0);
+    const int count = std::min(int(centre + support + 0.5), from) - first;
+    double sum = 0;
+    for (int j = 0; j < count; ++j) sum += values[j] = bicubic((j + first - centre + 0.5) * (1 / wide));
+    for (int j = 0; j < count; ++j) {
+      const double weight = (sum != 0 ? values[j] / sum : values[j]) * (1 << kBits);
+      filter.weights[std::size_t(i) * filter.width + j] = int(weight < 0 ? weight - 0.5 : weight + 0.5);
+    }
+    filter.first[i] = first;
+    filter.count[i] = count;
+  }
+  return filter;
+}
+
 }  // namespace
 
 extern "C" {
+
+// Resize bicubically with antialiasing: first the rows, then the columns.
+void resample(const u8* in, long stride, int height, int width, u8* out, int out_height, int out_width) {
+  const int count = 3 * out_width;
+  std::vector<u8> rows(std::size_t(height) * count);
+  std::vector<std::int32_t> sums(count + 1);  // a pixel is stored as four values
+  const auto round = [&](u8* to) {
+    for (int i = 0; i < count; ++i) to[i] = u8(std::clamp(sums[i] >> kBits, 0, 255));
+  };
+  constexpr std::int32_t half = 1 << (kBits - 1);
+  if (width == out_width) {
+    for (int y = 0; y < height; ++y) std::memcpy(rows.data() + std::size_t(y) * count, in + y * stride, count);
+  } else {
+    const Filter filter = make_filter(width, out_width);
+    // Longer than the row, because each sum has the same number of terms, and a pixel is loaded as four values.
+    std::vector<std::int32_t> line(3 * (width + filter.width) + 1);
+    const int terms = *std::max_element(filter.count.begin(), filter.count.end());
+    for (int y = 0; y < height; ++y) {
+      std::copy(in + y * stride, in + y * stride + 3 * width, line.begin());
+      for (int x = 0; x < out_width; ++x) {
+        const std::int32_t* p = line.data() + 3 * filter.first[x];
+        const std::int32_t* weights = filter.weights.data() + std::size_t(x) * filter.width;
+        Int4 sum = Int4{} + half;
+        for (int j = 0; j < terms; ++j) {
+          Int4 pixel;
+          std::memcpy(&pixel, p + 3 * j, sizeof pixel);
+          sum += pixel * weights[j];
+        }
+        std::memcpy(sums.data() + 3 * x, &sum, sizeof sum);
+      }
+      round(rows.data() + std::size_t(y) * count);
+    }
+  }
+  if (height == out_height) {
+    std::copy(rows.begin(), rows.end(), out);
+    return;
+  }
+  const Filter filter = make_filter(height, out_height);
+  for (int y = 0; y < out_height; ++y, out += count) {
+    std::fill(sums.begin(), sums.end(), half);
+    for (int j = 0; j < filter.count[y]; ++j) {
+      const std::int32_t weight = filter.weights[std::size_t(y) * filter.width + j];
+      const u8* row = rows.data() + std::size_t(filter.first[y] + j) * count;
+      for (int i = 0; i < count; ++i) sums[i] += row[i] * weight;
+    }
+    round(out);
+  }
+}
 
 // counts[channel][value]
 void histograms(const u8* in, long stride, int height, int width, std::int32_t* counts) {

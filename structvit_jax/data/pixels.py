@@ -42,6 +42,7 @@ def _library() -> ctypes.CDLL | None:
     library.luma_sum.argtypes, library.luma_sum.restype = [*pixels, pointer], ctypes.c_int64
     library.look_up.argtypes = [*pixels, pointer, pointer]
     library.saturate.argtypes = library.sharpen.argtypes = [*pixels, ctypes.c_float, pointer]
+    library.resample.argtypes = [*pixels, pointer, integer, integer]
     library.warp.argtypes = [*rows, _Box, integer, integer, pointer, pointer, _Box, pointer]
     return library
 
@@ -101,6 +102,15 @@ def sharpen(frame: np.ndarray, factor: float) -> np.ndarray:
         return np.asarray(ImageEnhance.Sharpness(Image.fromarray(frame)).enhance(factor))
     out = np.empty(frame.shape, np.uint8)
     library.sharpen(*_pixels(frame), factor, out.ctypes.data)
+    return out
+
+
+def resample(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Resize a frame to `size` (height, width), bicubically with antialiasing."""
+    if (library := _library()) is None:
+        return np.asarray(Image.fromarray(frame).resize(size[::-1], Image.Resampling.BICUBIC))
+    out = np.empty((*size, 3), np.uint8)
+    library.resample(*_pixels(frame), out.ctypes.data, *size)
     return out
 
 
