@@ -17,14 +17,9 @@ import cv2
 import numpy as np
 
 from structvit_jax.data import operations, pixels
-from structvit_jax.data.operations import Operation
+from structvit_jax.data.operations import CropAffine, Operation
 from structvit_jax.data.pixels import Box, Fill
 from structvit_jax.utils.errors import UserError
-
-# float64 [3, 3]: maps a point (x, y, 1) of the output to the point of the input that is shown there. Both are
-# in fractions of the width and height.
-CropAffine = np.ndarray
-_MIRRORED: CropAffine = np.array([[-1.0, 0, 1], [0, 1, 0], [0, 0, 1]])
 
 
 def resize(
@@ -55,9 +50,10 @@ def random_box(
     If ten drawn boxes do not fit, return the largest centred box whose aspect ratio is in range, as in
     torchvision.
     """
+    log_aspect = math.log(aspect[0]), math.log(aspect[1])
     for _ in range(10):
         target = height * width * rng.uniform(*area)
-        ratio = math.exp(rng.uniform(*np.log(aspect)))
+        ratio = math.exp(rng.uniform(*log_aspect))
         w, h = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
         if 0 < w <= width and 0 < h <= height:
             top, left = rng.integers(0, height - h, endpoint=True), rng.integers(0, width - w, endpoint=True)
@@ -68,17 +64,17 @@ def random_box(
 
 
 class RandomCrop(NamedTuple):
-    """A random crop: a box of the frame, which may be mirrored.
+    """A random crop: a box of frames of size (height, width), which may be mirrored."""
 
-    Attributes:
-      box: top, left, height, width in pixels.
-      mirrored: whether left and right are exchanged.
-      affine: the affine map from the crop to the frame.
-    """
-
+    size: tuple[int, int]
     box: Box
     mirrored: bool
-    affine: CropAffine
+
+    def affine(self) -> CropAffine:
+        """Return the affine map from the crop to the frame."""
+        (height, width), (top, left, h, w) = self.size, self.box
+        affine = np.array([[w / width, 0, left / width], [0, h / height, top / height], [0, 0, 1]])
+        return affine @ np.array([[-1, 0, 1], [0, 1, 0], [0, 0, 1]]) if self.mirrored else affine
 
 
 def draw_crop(
@@ -89,11 +85,8 @@ def draw_crop(
     rng: np.random.Generator,
 ) -> RandomCrop:
     """Draw a random crop of frames of this size (height, width), mirrored with probability `flip`."""
-    height, width = size
-    top, left, h, w = box = random_box(height, width, area, aspect, rng)
-    affine = np.array([[w / width, 0, left / width], [0, h / height, top / height], [0, 0, 1]])
-    mirrored = rng.random() < flip
-    return RandomCrop(box, mirrored, affine @ _MIRRORED if mirrored else affine)
+    box = random_box(*size, area, aspect, rng)
+    return RandomCrop(size, box, bool(rng.random() < flip))
 
 
 def test_crops(clip: np.ndarray, size: int, fraction: float, crops: int, *, image: bool) -> np.ndarray:
@@ -151,31 +144,21 @@ class RandAugment(NamedTuple):
             f"config.augment.randaugment is {text!r}; write it as 'rand-m7-n4-mstd0.5-inc1', with m up to 10"
         )
 
-    def draw(
-        self, size: tuple[int, int], fill: Fill, rng: np.random.Generator
-    ) -> tuple[list[Operation], CropAffine]:
-        """Draw `layers` operations with replacement and keep each with probability one half.
+    def draw(self, size: tuple[int, int], fill: Fill, rng: np.random.Generator) -> list[Operation]:
+        """Draw `layers` operations with replacement, and return each with probability one half.
 
         Args:
           size: height and width of the frames.
           fill: RGB colour of pixels that come from outside the frame.
           rng: random generator.
-
-        Returns:
-          The operations, and the affine map from the augmented frame to the original one.
         """
-        height, width = size
-        drawn: list[Operation] = []
-        affine = np.eye(3)
+        drawn = []
         for number in rng.choice(len(_OPERATIONS), self.layers):
             if rng.random() < 0.5:
                 level = min(max(rng.normal(self.magnitude, self.deviation), 0.0), 10.0) / 10
                 sign = 1 if rng.random() < 0.5 else -1
-                make = _OPERATIONS[number]
-                drawn.append(make(level, sign, size, fill))
-                if make in _AFFINES:
-                    affine = affine @ _AFFINES[make](sign * level, width / height)
-        return drawn, affine
+                drawn.append(_OPERATIONS[number](level, sign, size, fill))
+        return drawn
 
 
 def draw_color_jitter(strength: float, rng: np.random.Generator) -> list[Operation]:
@@ -196,32 +179,12 @@ def _factor(level: float, sign: int) -> float:
     return max(0.1, 1 + sign * 0.9 * level)
 
 
-def _rotate(level: float, sign: int, size: tuple[int, int], fill: Fill) -> Operation:
-    return operations.rotate(sign * 30 * level, size, fill)
-
-
-def _shear_x(level: float, sign: int, size: tuple[int, int], fill: Fill) -> Operation:
-    return operations.shear(sign * 0.3 * level, 0, fill)
-
-
-def _shear_y(level: float, sign: int, size: tuple[int, int], fill: Fill) -> Operation:
-    return operations.shear(0, sign * 0.3 * level, fill)
-
-
-def _translate_x(level: float, sign: int, size: tuple[int, int], fill: Fill) -> Operation:
-    return operations.shift(sign * 0.45 * level * size[1], 0, fill)
-
-
-def _translate_y(level: float, sign: int, size: tuple[int, int], fill: Fill) -> Operation:
-    return operations.shift(0, sign * 0.45 * level * size[0], fill)
-
-
 # timm's increasing operations, in its order.
 _OPERATIONS: tuple[_Maker, ...] = (
     lambda level, sign, size, fill: operations.autocontrast(),
     lambda level, sign, size, fill: operations.equalize(),
     lambda level, sign, size, fill: operations.invert(),
-    _rotate,
+    lambda level, sign, size, fill: operations.rotate(sign * 30 * level, size, fill),
     lambda level, sign, size, fill: operations.posterize(4 - int(4 * level)),
     lambda level, sign, size, fill: operations.solarize(256 - int(256 * level)),
     lambda level, sign, size, fill: operations.solarize_add(int(110 * level)),
@@ -229,27 +192,8 @@ _OPERATIONS: tuple[_Maker, ...] = (
     lambda level, sign, size, fill: operations.contrast(_factor(level, sign)),
     lambda level, sign, size, fill: operations.brighten(_factor(level, sign)),
     lambda level, sign, size, fill: operations.Sharpen(_factor(level, sign)),
-    _shear_x,
-    _shear_y,
-    _translate_x,
-    _translate_y,
+    lambda level, sign, size, fill: operations.shear(sign * 0.3 * level, 0, fill),
+    lambda level, sign, size, fill: operations.shear(0, sign * 0.3 * level, fill),
+    lambda level, sign, size, fill: operations.shift(sign * 0.45 * level * size[1], 0, fill),
+    lambda level, sign, size, fill: operations.shift(0, sign * 0.45 * level * size[0], fill),
 )
-
-
-def _rotation(strength: float, aspect: float) -> CropAffine:
-    angle = math.radians(-30 * strength)
-    cos, sin = math.cos(angle), math.sin(angle)
-    turn = np.array([[cos, sin, 0], [-sin, cos, 0], [0, 0, 1]])
-    # Converts fractions of the sides to units of the height, and moves the origin to the centre.
-    to_centre = np.array([[aspect, 0, -aspect / 2], [0, 1, -0.5], [0, 0, 1]])
-    return np.linalg.inv(to_centre) @ turn @ to_centre
-
-
-# Affine maps of the operations that move pixels: (sign * level, width / height) -> map.
-_AFFINES: dict[_Maker, Callable[[float, float], CropAffine]] = {
-    _rotate: _rotation,
-    _shear_x: lambda strength, aspect: np.array([[1, 0.3 * strength / aspect, 0], [0, 1, 0], [0, 0, 1]]),
-    _shear_y: lambda strength, aspect: np.array([[1, 0, 0], [0.3 * strength * aspect, 1, 0], [0, 0, 1]]),
-    _translate_x: lambda strength, aspect: np.array([[1, 0, 0.45 * strength], [0, 1, 0], [0, 0, 1]]),
-    _translate_y: lambda strength, aspect: np.array([[1, 0, 0], [0, 1, 0.45 * strength], [0, 0, 1]]),
-}

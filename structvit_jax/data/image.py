@@ -38,6 +38,8 @@ FORMATS = {
 }
 IMAGES = tuple(extension for extensions in FORMATS.values() for extension in extensions)
 
+# Keys of `Image.info` that may hold an orientation; TIFF files have tags instead.
+_ORIENTED = frozenset(("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"))
 _PHOTOMETRIC, _BITS_PER_SAMPLE = 262, 258  # TIFF tags
 _BYTES_PER_PIXEL = 16  # limit on the size of encoded files, because some decoders read them into memory
 
@@ -58,7 +60,9 @@ def read_image(file: str | bytes, limits: Limits) -> np.ndarray:
         with io.BytesIO(file) if isinstance(file, bytes) else open(file, "rb") as opened:
             image = _open(opened)
             limits.check_picture(*image.size)
-            ImageOps.exif_transpose(image, in_place=True)
+            image.load()  # in PNG files, the orientation may follow the pixels
+            if hasattr(image, "tag_v2") or not _ORIENTED.isdisjoint(image.info):
+                ImageOps.exif_transpose(image, in_place=True)
             return _rgb(image)
 
 

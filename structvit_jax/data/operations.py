@@ -17,6 +17,9 @@ import numpy as np
 from structvit_jax.data import pixels
 from structvit_jax.data.pixels import Box, Fill, Matrix
 
+# float64 [3, 3]: maps a point (x, y, 1) of the output to the point of the input that is shown there. Both are
+# in fractions of the width and height.
+CropAffine = np.ndarray
 _VALUES = np.arange(256, dtype=np.uint8)
 _SAME = np.tile(_VALUES, (3, 1))
 _CHANNELS = np.arange(3)[:, None]
@@ -54,6 +57,10 @@ class Operation:
         """Return the box of a frame of this size (height, width) that determines a box of the result."""
         return box
 
+    def affine(self, size: tuple[int, int]) -> CropAffine | None:
+        """Return where the pixels of the result of a frame of this size come from; None if they stay."""
+        return None
+
     def __call__(self, part: Part, box: Box) -> Part:
         """Return a box of the result.
 
@@ -74,6 +81,15 @@ def apply(operations: Sequence[Operation], frame: np.ndarray, box: Box) -> np.nd
     for operation in operations:
         part = operation(part, boxes.pop())
     return part.values()
+
+
+def affine(operations: Sequence[Operation], size: tuple[int, int]) -> CropAffine:
+    """Return where the pixels of the result of operations on a frame of this size (height, width) come from."""
+    product: CropAffine = np.eye(3)
+    for operation in operations:
+        if (moved := operation.affine(size)) is not None:
+            product = product @ moved
+    return product
 
 
 class LookUp(Operation):
@@ -218,6 +234,11 @@ class Warp(Operation):
 
     def __init__(self, matrix: Matrix, fill: Fill):
         self._matrix, self._fill = matrix, fill
+
+    def affine(self, size: tuple[int, int]) -> CropAffine | None:
+        to_pixels = np.diag([size[1], size[0], 1.0])
+        matrix = np.array([*self._matrix, 0, 0, 1], np.float64).reshape(3, 3)
+        return np.linalg.inv(to_pixels) @ matrix @ to_pixels
 
     def reads(self, box: Box, size: tuple[int, int]) -> Box:
         top, left, height, width = box
