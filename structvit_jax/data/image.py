@@ -18,6 +18,7 @@ import functools
 import io
 from typing import BinaryIO
 
+import cv2
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -38,6 +39,7 @@ FORMATS = {
 }
 IMAGES = tuple(extension for extensions in FORMATS.values() for extension in extensions)
 
+_BUILT_IN = tuple(name for name in FORMATS if name != "HEIF")  # formats that Pillow itself reads
 # Keys of `Image.info` that may hold an orientation; TIFF files have tags instead.
 _ORIENTED = frozenset(("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"))
 _PHOTOMETRIC, _BITS_PER_SAMPLE = 262, 258  # TIFF tags
@@ -73,7 +75,7 @@ def _open(file: BinaryIO) -> Image.Image:
     if is_heif:
         _register_heif()
     try:
-        return Image.open(file, formats=[name for name in FORMATS if is_heif == (name == "HEIF")])
+        return Image.open(file, formats=("HEIF",) if is_heif else _BUILT_IN)
     except UnidentifiedImageError as error:
         raise DecodeError(f"damaged, or not an image of a known format ({', '.join(FORMATS)})") from error
 
@@ -97,6 +99,8 @@ def _rgb(image: Image.Image) -> np.ndarray:
             image.info["transparency"] = tuple(value >> 8 for value in colour)
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    if image.mode == "L":  # faster than `convert`
+        return cv2.cvtColor(np.asarray(image), cv2.COLOR_GRAY2RGB)
     return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 

@@ -95,8 +95,12 @@ class Index:
     def entry(self, index: int) -> Entry:
         label = self.labels[index]
         name = self.class_names[label] if label >= 0 else self._unknown[index]
-        start, end = (None if math.isnan(time) else float(time) for time in self._times[index])
+        start, end = self._part(index)
         return Entry(os.fsdecode(self._paths[index]), name, start, end)
+
+    def _part(self, index: int) -> list[float | None]:
+        """Return the start and the end of an example in seconds; None if it has none."""
+        return [None if math.isnan(time) else time for time in self._times[index].tolist()]
 
     def id(self, index: int) -> str:
         return self.entry(index).id
@@ -152,8 +156,7 @@ class Index:
         Raises:
           DecodeError: they cannot be read.
         """
-        entry = self.entry(index)
-        return open_media(self.path(index), entry.start, entry.end, self.limits)
+        return open_media(self.path(index), *self._part(index), self.limits)
 
 
 def suggest_label(label: str, class_names: Sequence[str]) -> str:

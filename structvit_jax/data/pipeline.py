@@ -37,7 +37,7 @@ def train_batches(
     augmentation are adjacent.
     """
     read = functools.partial(_train_batch, reader, batch_size, shard)
-    return _prefetched(read, range(start_step, sys.maxsize), reader.data.workers)
+    return _prefetched(reader, read, range(start_step, sys.maxsize))
 
 
 def test_batches(reader: Reader, batch_size: int, *, shard: Shard = WHOLE) -> Generator[Batch]:
@@ -72,7 +72,7 @@ def _in_order(
         )
         return _fill(reader, arrays, len(rows), jobs, note)
 
-    return _prefetched(read_batch, range(start, -(-examples // batch_size)), reader.data.workers)
+    return _prefetched(reader, read_batch, range(start, -(-examples // batch_size)))
 
 
 def _train_batch(reader: Reader, batch_size: int, shard: Shard, step: int, note: Note) -> Batch:
@@ -114,31 +114,30 @@ def _fill(reader: Reader, arrays: Arrays, rows: int, jobs: Iterable[_Job], note:
         batch |= {"mask": np.zeros(rows, bool), "index": np.full(rows, -1, np.int32)}
         for target, index, read in jobs:
             batch["index"][target] = index
-            example_id = reader.source.id(index)
-            note(example_id)
+            note(str(index))
             try:
                 example = read()
             except DecodeError as error:
-                problems.append(Problem(example_id, str(error)))
+                problems.append(Problem(reader.source.id(index), str(error)))
                 continue
-            problems += [Problem(example_id, reason, kind) for kind, reason in example.pop("notes").items()]
+            for kind, reason in example.pop("notes").items():
+                problems.append(Problem(reader.source.id(index), reason, kind))
             for key, value in example.items():
                 batch[key][target] = value
             batch["mask"][target] = True
     return cast(Batch, {**batch, "problems": tuple(problems), "seconds": stages.seconds})
 
 
-def _prefetched(read: Callable[[int, Note], Batch], numbers: range, workers: int) -> Generator[Batch]:
-    """Yield batches by number, read ahead in worker processes, or in two threads if `workers` is 0.
+def _prefetched(reader: Reader, read: Callable[[int, Note], Batch], numbers: range) -> Generator[Batch]:
+    """Yield batches by number, read ahead in worker processes, or in two threads if there are none.
 
     Raises:
       UserError: a worker died; the message names the example that it was reading.
     """
-    if workers:
-        return in_processes(
-            read, numbers, workers, ahead=_AHEAD, on_death=_raise_worker_death, setup=configure_decoding
-        )
-    return _in_threads(read, numbers)
+    if not (workers := reader.data.workers):
+        return _in_threads(read, numbers)
+    on_death = functools.partial(_raise_worker_death, reader)
+    return in_processes(read, numbers, workers, ahead=_AHEAD, on_death=on_death, setup=configure_decoding)
 
 
 def _in_threads(read: Callable[[int, Note], Batch], numbers: range) -> Generator[Batch]:
@@ -146,7 +145,7 @@ def _in_threads(read: Callable[[int, Note], Batch], numbers: range) -> Generator
     pending: collections.deque[Future[Batch]] = collections.deque()
     try:
         for number in numbers:
-            pending.append(pool.submit(read, number, lambda example_id: None))
+            pending.append(pool.submit(read, number, lambda text: None))
             if len(pending) > _AHEAD:
                 yield pending.popleft().result()
         while pending:
@@ -155,9 +154,10 @@ def _in_threads(read: Callable[[int, Note], Batch], numbers: range) -> Generator
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _raise_worker_death(worker: DeadWorker) -> NoReturn:
+def _raise_worker_death(reader: Reader, worker: DeadWorker) -> NoReturn:
+    example = reader.source.id(int(worker.note)) if worker.note else "its first example"
     raise UserError(
         f"a data worker (pid {worker.pid}) died with exit code {worker.code} while reading"
-        f" {worker.note or 'its first example'}. If memory ran out, use fewer --config.data.workers; re-run"
+        f" {example}. If memory ran out, use fewer --config.data.workers; re-run"
         " the command to resume"
     )

@@ -308,6 +308,8 @@ def _picture(frame: av.VideoFrame, convert: VideoReformatter, short_side: int) -
 
 def stack(pictures: Sequence[np.ndarray]) -> np.ndarray:
     """Return the frames of a clip as one array; raise a DecodeError if they differ in size."""
+    if len(pictures) == 1:
+        return pictures[0][None]
     if len({picture.shape for picture in pictures}) > 1:
         raise DecodeError("its frames differ in size")
     return np.stack(pictures)
