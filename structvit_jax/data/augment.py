@@ -1,8 +1,8 @@
 """Crops, flips, RandAugment and colour jitter on the host.
 
 A clip is uint8 [time, height, width, 3]; an image is a clip of one frame. All frames of a clip are
-augmented in the same way. Everything random is drawn first, so that `structvit_jax.data.operations` computes
-only the pixels that the crop needs. Erasing, mixup and cutmix run on the device, see
+augmented in the same way. Everything random is drawn first, so that `structvit_jax.data.frame_operations`
+computes only the pixels that the crop needs. Erasing, mixup and cutmix run on the device, see
 `structvit_jax.training.mixing`.
 """
 
@@ -16,15 +16,13 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from structvit_jax.data import operations, pixels
-from structvit_jax.data.operations import CropAffine, Operation
+from structvit_jax.data import frame_operations, pixels
+from structvit_jax.data.frame_operations import CropAffine, Operation
 from structvit_jax.data.pixels import Box, Fill
 from structvit_jax.utils.errors import UserError
 
 
-def resize(
-    frame: np.ndarray, size: tuple[int, int], *, image: bool, mirrored: bool = False
-) -> np.ndarray:
+def resize(frame: np.ndarray, size: tuple[int, int], *, image: bool, mirrored: bool = False) -> np.ndarray:
     """Resize a frame, uint8 [height, width, 3], to `size` (height, width), and mirror it on request.
 
     Images are resized bicubically with antialiasing, as in timm with Pillow. Frames of clips are resized
@@ -166,7 +164,7 @@ def draw_color_jitter(strength: float, rng: np.random.Generator) -> list[Operati
 
     The factors are from 1 - strength to 1 + strength. This is torchvision's ColorJitter without hue.
     """
-    makers = [operations.brighten, operations.contrast, operations.Saturate]
+    makers = [frame_operations.brighten, frame_operations.contrast, frame_operations.Saturate]
     factors = rng.uniform(max(0, 1 - strength), 1 + strength, len(makers))
     return [makers[which](factors[which]) for which in rng.permutation(len(makers))]
 
@@ -181,19 +179,19 @@ def _factor(level: float, sign: int) -> float:
 
 # timm's increasing operations, in its order.
 _OPERATIONS: tuple[_Maker, ...] = (
-    lambda level, sign, size, fill: operations.autocontrast(),
-    lambda level, sign, size, fill: operations.equalize(),
-    lambda level, sign, size, fill: operations.invert(),
-    lambda level, sign, size, fill: operations.rotate(sign * 30 * level, size, fill),
-    lambda level, sign, size, fill: operations.posterize(4 - int(4 * level)),
-    lambda level, sign, size, fill: operations.solarize(256 - int(256 * level)),
-    lambda level, sign, size, fill: operations.solarize_add(int(110 * level)),
-    lambda level, sign, size, fill: operations.Saturate(_factor(level, sign)),
-    lambda level, sign, size, fill: operations.contrast(_factor(level, sign)),
-    lambda level, sign, size, fill: operations.brighten(_factor(level, sign)),
-    lambda level, sign, size, fill: operations.Sharpen(_factor(level, sign)),
-    lambda level, sign, size, fill: operations.shear(sign * 0.3 * level, 0, fill),
-    lambda level, sign, size, fill: operations.shear(0, sign * 0.3 * level, fill),
-    lambda level, sign, size, fill: operations.shift(sign * 0.45 * level * size[1], 0, fill),
-    lambda level, sign, size, fill: operations.shift(0, sign * 0.45 * level * size[0], fill),
+    lambda level, sign, size, fill: frame_operations.autocontrast(),
+    lambda level, sign, size, fill: frame_operations.equalize(),
+    lambda level, sign, size, fill: frame_operations.invert(),
+    lambda level, sign, size, fill: frame_operations.rotate(sign * 30 * level, size, fill),
+    lambda level, sign, size, fill: frame_operations.posterize(4 - int(4 * level)),
+    lambda level, sign, size, fill: frame_operations.solarize(256 - int(256 * level)),
+    lambda level, sign, size, fill: frame_operations.solarize_add(int(110 * level)),
+    lambda level, sign, size, fill: frame_operations.Saturate(_factor(level, sign)),
+    lambda level, sign, size, fill: frame_operations.contrast(_factor(level, sign)),
+    lambda level, sign, size, fill: frame_operations.brighten(_factor(level, sign)),
+    lambda level, sign, size, fill: frame_operations.Sharpen(_factor(level, sign)),
+    lambda level, sign, size, fill: frame_operations.shear(sign * 0.3 * level, 0, fill),
+    lambda level, sign, size, fill: frame_operations.shear(0, sign * 0.3 * level, fill),
+    lambda level, sign, size, fill: frame_operations.shift(sign * 0.45 * level * size[1], 0, fill),
+    lambda level, sign, size, fill: frame_operations.shift(0, sign * 0.45 * level * size[0], fill),
 )

@@ -46,8 +46,14 @@ _PHOTOMETRIC, _BITS_PER_SAMPLE = 262, 258  # TIFF tags
 _BYTES_PER_PIXEL = 16  # limit on the size of encoded files, because some decoders read them into memory
 
 
-def read_image(file: str | bytes, limits: Limits) -> np.ndarray:
+def read_image(file: str | bytes, limits: Limits, short_side: int = 0) -> np.ndarray:
     """Decode an image, given as a path or as bytes, to uint8 [height, width, 3], RGB.
+
+    Args:
+      file: the image.
+      limits: limits on its size.
+      short_side: scale an image with a longer short side down to this; 0 never scales. JPEG files are decoded
+        at a half, a quarter or an eighth of their size if that is still large enough.
 
     Raises:
       DecodeError: the image is damaged, of an unknown format, or exceeds the limits.
@@ -62,10 +68,22 @@ def read_image(file: str | bytes, limits: Limits) -> np.ndarray:
         with io.BytesIO(file) if isinstance(file, bytes) else open(file, "rb") as opened:
             image = _open(opened)
             limits.check_picture(*image.size)
+            if short_side:
+                width, height = (-(-side * short_side // min(image.size)) for side in image.size)
+                image.draft(None, (width, height))
             image.load()  # in PNG files, the orientation may follow the pixels
             if hasattr(image, "tag_v2") or not _ORIENTED.isdisjoint(image.info):
                 ImageOps.exif_transpose(image, in_place=True)
-            return _rgb(image)
+            return _shrunk(_rgb(image), short_side)
+
+
+def _shrunk(picture: np.ndarray, short_side: int) -> np.ndarray:
+    """Scale a picture down if its short side is longer than `short_side`; 0 never scales."""
+    scale = short_side / min(picture.shape[:2]) if short_side else 1
+    if scale >= 1:
+        return picture
+    height, width = (round(side * scale) for side in picture.shape[:2])
+    return cv2.resize(picture, (width, height), interpolation=cv2.INTER_AREA)
 
 
 def _open(file: BinaryIO) -> Image.Image:

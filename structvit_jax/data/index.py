@@ -98,9 +98,10 @@ class Index:
         start, end = self._part(index)
         return Entry(os.fsdecode(self._paths[index]), name, start, end)
 
-    def _part(self, index: int) -> list[float | None]:
+    def _part(self, index: int) -> tuple[float | None, float | None]:
         """Return the start and the end of an example in seconds; None if it has none."""
-        return [None if math.isnan(time) else time for time in self._times[index].tolist()]
+        start, end = self._times[index].tolist()
+        return None if math.isnan(start) else start, None if math.isnan(end) else end
 
     def id(self, index: int) -> str:
         return self.entry(index).id

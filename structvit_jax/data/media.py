@@ -78,19 +78,8 @@ class Pictures(Media):
         self._files, self.count, self._limits = files, len(files), limits
 
     def frames(self, wanted: Sequence[int], short_side: int = 0) -> np.ndarray:
-        pictures = {
-            index: _scaled(read_image(self._files[index], self._limits), short_side) for index in set(wanted)
-        }
+        pictures = {index: read_image(self._files[index], self._limits, short_side) for index in set(wanted)}
         return stack([pictures[index] for index in wanted])
-
-
-def _scaled(picture: np.ndarray, short_side: int) -> np.ndarray:
-    """Scale a picture down if its short side is longer than `short_side`; 0 never scales."""
-    scale = short_side / min(picture.shape[:2]) if short_side else 1
-    if scale >= 1:
-        return picture
-    height, width = (round(side * scale) for side in picture.shape[:2])
-    return cv2.resize(picture, (width, height), interpolation=cv2.INTER_LINEAR)
 
 
 class FrameRange(Media):

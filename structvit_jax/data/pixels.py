@@ -1,8 +1,8 @@
 """Pixel operations on one frame, with the results of Pillow to the last bit but several times as fast.
 
 pixels.cc implements them. Without a C++ compiler Pillow itself runs. Frames are uint8 [height, width, 3] with
-contiguous rows; a box is a part of a frame: top, left, height, width in pixels. Tables are uint8 [3, 256]: the
-new value of each value, per channel.
+contiguous rows. A box is a part of a frame: top, left, height and width in pixels. Tables are uint8 [3, 256]:
+the new value of each value, per channel.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import ctypes
 import functools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageEnhance
@@ -23,7 +24,7 @@ Matrix = tuple[float, float, float, float, float, float]
 
 
 class _Box(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int) for name in ("top", "left", "height", "width")]  # noqa: RUF012
+    _fields_ = [(name, ctypes.c_int) for name in ("top", "left", "height", "width")]
 
 
 @functools.cache
@@ -36,7 +37,8 @@ def _library() -> ctypes.CDLL | None:
         )
     except native_library.FAILURES:
         return None
-    pointer, integer, rows = ctypes.c_void_p, ctypes.c_int, [ctypes.c_void_p, ctypes.c_long]
+    pointer, integer = ctypes.c_void_p, ctypes.c_int
+    rows: list[Any] = [pointer, ctypes.c_long]
     pixels = [*rows, integer, integer]
     library.histograms.argtypes = [*pixels, pointer]
     library.luma_sum.argtypes, library.luma_sum.restype = [*pixels, pointer], ctypes.c_int64
@@ -54,7 +56,9 @@ def prepare() -> None:
 
 def _pixels(frame: np.ndarray) -> tuple[int, int, int, int]:
     """Return the arguments that describe a frame: address, bytes from row to row, height and width."""
-    height, width, _ = frame.shape
+    height, width, channels = frame.shape
+    if frame.dtype != np.uint8 or frame.strides[1:] != (3, 1) or channels != 3:
+        raise ValueError(f"a frame of {frame.dtype} {frame.shape} with strides {frame.strides}")
     return frame.ctypes.data, frame.strides[0], height, width
 
 
@@ -135,9 +139,7 @@ def warp(
         frame = np.zeros((*size, 3), np.uint8)
         frame[source[0] : source[0] + source[2], source[1] : source[1] + source[3]] = part
         affine, bicubic = Image.Transform.AFFINE, Image.Resampling.BICUBIC
-        image = Image.fromarray(frame).transform(
-            size[::-1], affine, matrix, resample=bicubic, fillcolor=fill
-        )
+        image = Image.fromarray(frame).transform(size[::-1], affine, matrix, resample=bicubic, fillcolor=fill)
         return np.asarray(image)[top : top + height, left : left + width]
     out = np.empty((height, width, 3), np.uint8)
     pointers = _doubles(matrix), _bytes(fill)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from structvit_jax.data import operations, pixels, sampling
+from structvit_jax.data import frame_operations, pixels, sampling
 from structvit_jax.data.augment import (
     RandAugment,
     RandomCrop,
@@ -18,7 +18,7 @@ from structvit_jax.data.augment import (
     test_boxes,
     test_crops,
 )
-from structvit_jax.data.operations import CropAffine, Operation
+from structvit_jax.data.frame_operations import CropAffine, Operation
 from structvit_jax.data.label_maps import LabelMaps
 from structvit_jax.data.stages import stage
 from structvit_jax.data.types import Arrays, AugmentOptions, DataOptions, Media, Source
@@ -213,7 +213,7 @@ class Reader:
                 f" have {scaled} pixels, more than --config.data.max_pixels={self.data.max_pixels} allows"
             )
         if self.data.channels == "bgr":
-            pictures = pictures[..., ::-1]
+            pictures = np.ascontiguousarray(pictures[..., ::-1])
         if len(clips) == 1 and len(distinct) == len(clips[0]):
             return [pictures]
         return [pictures[np.searchsorted(distinct, clip)] for clip in clips]
@@ -268,10 +268,10 @@ class Reader:
                     cropped = frame[top : top + height, left : left + width]
                     cropped = resize(cropped, size, image=True, mirrored=drawn.crop.mirrored)
                 with stage("augment"):
-                    target[:] = operations.apply(drawn.operations, cropped, (0, 0, *size))
+                    target[:] = frame_operations.apply(drawn.operations, cropped, (0, 0, *size))
             else:
                 with stage("augment"):
-                    cropped = operations.apply(drawn.operations, frame, drawn.crop.box)
+                    cropped = frame_operations.apply(drawn.operations, frame, drawn.crop.box)
                 with stage("crop"):
                     target[:] = resize(cropped, size, image=False, mirrored=drawn.crop.mirrored)
         return out.reshape(self.shape)
@@ -280,5 +280,5 @@ class Reader:
         """Return the affine map from augmented pixels to the frame."""
         crop = drawn.crop.affine()
         if self.is_image:
-            return crop @ operations.affine(drawn.operations, (self.data.size, self.data.size))
-        return operations.affine(drawn.operations, drawn.crop.size) @ crop
+            return crop @ frame_operations.affine(drawn.operations, (self.data.size, self.data.size))
+        return frame_operations.affine(drawn.operations, drawn.crop.size) @ crop

@@ -12,8 +12,8 @@ import threading
 import time
 from types import TracebackType
 
-# Opening a file and indexing its frames; decoding; conversion to RGB of the wanted size; RandAugment and colour
-# jitter; crop and resize; and the rest, such as copying examples into a batch.
+# Opening a file and indexing its frames; decoding; conversion to RGB of the wanted size; RandAugment and
+# colour jitter; crop and resize; and the rest, such as copying examples into a batch.
 STAGES = ("open", "decode", "convert", "augment", "crop", "batch")
 
 

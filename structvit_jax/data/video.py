@@ -303,7 +303,7 @@ def _picture(frame: av.VideoFrame, convert: VideoReformatter, short_side: int) -
     picture = convert.reformat(
         frame, format="rgb24", interpolation="BILINEAR", threads=1, **size
     ).to_ndarray()
-    return np.rot90(picture, frame.rotation // 90) if frame.rotation else picture
+    return np.ascontiguousarray(np.rot90(picture, frame.rotation // 90)) if frame.rotation else picture
 
 
 def stack(pictures: Sequence[np.ndarray]) -> np.ndarray:

@@ -81,7 +81,7 @@ def _report_stages(name: str, reader: Reader, examples: int) -> None:
         picked = reader.frames(media.count, reader.generator(1, 0, number))
         (clip,) = reader.decode(media, [picked])
         times.append(time.perf_counter())
-        reader.transform(clip, reader.generator(2, 0, number, 0))
+        reader.transform(clip, reader.draw(clip.shape[1:3], reader.generator(2, 0, number, 0)))
         times.append(time.perf_counter())
         for seconds, begin, end in zip(stages.values(), times, times[1:], strict=False):
             seconds.append(end - begin)

@@ -1,8 +1,8 @@
 """Compile C++ sources of the package with the compiler of the machine, on first use, and load the result.
 
 The library is kept in a private folder of the user's cache. Its file name contains a digest of what it was
-built from (sources, compiler, processor), and a digest of the file itself, which is checked before the library
-is loaded.
+built from (sources, compiler, processor), and a digest of the file itself, which is checked before the
+library is loaded.
 """
 
 from __future__ import annotations

@@ -1,14 +1,19 @@
 """Augmentation: crops, flips and RandAugment on the host; erasing, mixup and cutmix on the device."""
 
+import itertools
+
+import augment_definition as definition
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from clips import load
 from PIL import Image, ImageEnhance, ImageOps
+from sklearn.datasets import load_sample_images
 
-from structvit_jax.data import augment
+from structvit_jax.data import augment, frame_operations, pixels
 from structvit_jax.data.augment import RandAugment
+from structvit_jax.data.reader import Augmentation
 from structvit_jax.training import mixing
 from structvit_jax.utils.errors import UserError
 
@@ -47,16 +52,87 @@ GOLDEN = [
 ]
 
 
+PHOTOS = load_sample_images().images
+
+
+def photo(rng, height, width):
+    """Return a random part of a photograph."""
+    picture = PHOTOS[rng.integers(len(PHOTOS))]
+    top, left = rng.integers(picture.shape[0] - height + 1), rng.integers(picture.shape[1] - width + 1)
+    return picture[top : top + height, left : left + width]
+
+
+@pytest.fixture(params=["C++", "Pillow"])
+def implementation(request, monkeypatch):
+    """Run a test with the compiled library, and without it."""
+    if request.param == "Pillow":
+        monkeypatch.setattr(pixels, "_library", lambda: None)
+    elif not pixels._library():
+        pytest.skip("needs a C++ compiler")
+
+
+def make(number, level, sign, size):
+    return augment._OPERATIONS[number](level, sign, size, FILL)
+
+
+def apply(number, level, sign, frame):
+    operation = make(number, level, sign, frame.shape[:2])
+    return frame_operations.apply([operation], frame, (0, 0, *frame.shape[:2]))
+
+
 @pytest.mark.parametrize("number", range(15))
 def test_operations(number):
-    image = Image.fromarray(PICTURE)
-    ours = np.asarray(augment._OPERATIONS[number](image, 0.7, 1, FILL)).astype(int)
-    assert np.abs(ours - np.asarray(GOLDEN[number](image))).max() <= 1
+    ours = apply(number, 0.7, 1, PICTURE).astype(int)
+    assert np.abs(ours - np.asarray(GOLDEN[number](Image.fromarray(PICTURE)))).max() <= 1
     assert len(augment._OPERATIONS) == 15
     if number >= 3:
-        other = np.asarray(augment._OPERATIONS[number](image, 0.7, -1, FILL))
         signed = number not in (4, 5, 6)
-        assert (other != ours).any() == signed
+        assert (apply(number, 0.7, -1, PICTURE) != ours).any() == signed
+
+
+@pytest.mark.parametrize("number", range(15))
+def test_an_operation_equals_its_definition(number, implementation):
+    """Bit for bit, on photographs of odd sizes and on boxes of the result."""
+    rng = np.random.default_rng(number)
+    sizes = [(1, 1), (1, 9), (7, 2), (3, 3), (224, 224), *rng.integers(4, 200, (5, 2)).tolist()]
+    for (height, width), level, sign in itertools.product(sizes, (0.0, 0.31, 1.0), (1, -1)):
+        frame = photo(rng, height, width)
+        expected = definition.OPERATIONS[number](Image.fromarray(frame), level, sign, FILL)
+        operation = make(number, level, sign, (height, width))
+        top, left = int(rng.integers(height)), int(rng.integers(width))
+        h, w = int(rng.integers(1, height - top + 1)), int(rng.integers(1, width - left + 1))
+        for y, x, rows, columns in ((0, 0, height, width), (top, left, h, w)):
+            ours = frame_operations.apply([operation], frame, (y, x, rows, columns))
+            assert (ours == np.asarray(expected)[y : y + rows, x : x + columns]).all()
+
+
+@pytest.mark.parametrize("frames", [0, 3])
+def test_a_composed_policy_equals_its_definition(frames, implementation):
+    """Bit for bit: RandAugment, colour jitter, crop and flip of images and clips of odd sizes."""
+    crop = {"crop_area": (0.08, 1.0), "crop_aspect": (0.75, 1.33), "flip": 0.5, "color_jitter": 0.4}
+    changes = {f"augment__{key}": value for key, value in crop.items()}
+    policy = "rand-m9-n6-mstd3-inc1"
+    reader = load(name="digits", frames=frames, size=57, augment__randaugment=policy, **changes).train
+    rng = np.random.default_rng(0)
+    for seed in range(40):
+        height, width = rng.integers(8, 250, 2)
+        clip = np.stack([photo(rng, height, width) for _ in range(max(frames, 1))])
+        expected, affine = definition.transform(reader, clip, np.random.default_rng(seed))
+        drawn = reader.draw(clip.shape[1:3], np.random.default_rng(seed))
+        assert (reader.transform(clip, drawn) == expected).all()
+        np.testing.assert_allclose(reader.affine(drawn), affine, atol=1e-12)
+
+
+def test_resampling_equals_pillow(implementation):
+    rng = np.random.default_rng(0)
+    for number in range(60):
+        (height, width), (rows, columns) = rng.integers(1, 200, (2, 2)).tolist()
+        rows, columns = rows if number % 5 else height, columns if number % 7 else width
+        frame = (
+            photo(rng, height, width) if number % 2 else rng.integers(0, 256, (height, width, 3), np.uint8)
+        )
+        expected = Image.fromarray(frame).resize((columns, rows), Image.Resampling.BICUBIC)
+        assert (pixels.resample(frame, (rows, columns)) == np.asarray(expected)).all()
 
 
 def test_the_policy():
@@ -66,13 +142,9 @@ def test_the_policy():
     for text in ("rand-m7-n4", "m7-inc1", "rand-m11-inc1", "rand-n1.5-inc1", "rand-m7-inc1-p3", "augmix"):
         with pytest.raises(UserError, match="write it as"):
             RandAugment.parse(text)
-    clip = np.stack([PICTURE] * 3)
-    policy, unchanged = RandAugment(9.0, 1, 0.5), 0
-    for seed in range(400):
-        out, _ = policy(clip, FILL, np.random.default_rng(seed))
-        assert (out[0] == out[1]).all() and (out[0] == out[2]).all()  # all frames alike
-        unchanged += bool((out == clip).all())
-    assert 160 < unchanged < 260  # one operation, applied half of the time; some change nothing
+    policy = RandAugment(9.0, 1, 0.5)
+    drawn = [policy.draw((40, 60), FILL, np.random.default_rng(seed)) for seed in range(400)]
+    assert {len(one) for one in drawn} == {0, 1} and 160 < sum(map(len, drawn)) < 240  # half of the time
 
 
 def test_random_boxes():
@@ -106,25 +178,21 @@ def bilinear(frame, size):
 
 @pytest.mark.parametrize("size", [(24, 24), (17, 31), (64, 90)])
 def test_resizing(size):
-    clip = np.stack([PICTURE, PICTURE[::-1]])
-    box = (3, 5, 33, 47)
-    ours = augment.resize(clip, box, size, image=False)
-    for frame, out in zip(clip, ours, strict=True):
-        assert np.abs(bilinear(frame[3:36, 5:52].astype(float), size) - out).max() <= 1
-    image = Image.fromarray(PICTURE).crop((5, 3, 52, 36)).resize(size[::-1], Image.Resampling.BICUBIC)
-    assert (augment.resize(clip[:1], box, size, image=True)[0] == np.asarray(image)).all()
+    frame = PICTURE[3:36, 5:52]
+    ours = augment.resize(frame, size, image=False)
+    assert np.abs(bilinear(frame.astype(float), size) - ours).max() <= 1
+    assert (augment.resize(frame, size, image=False, mirrored=True) == ours[:, ::-1]).all()
 
 
 @pytest.mark.parametrize("turned", [False, True])
 def test_three_crops(turned):
     """Short side to 24 (of 40, so 60 becomes 36): crops at 0, 6 and 12 of the long side."""
-    clip = PICTURE[None] if not turned else np.rot90(PICTURE)[None]
-    scaled = augment.resize(clip, (0, 0, *clip.shape[1:3]), (36, 24) if turned else (24, 36), image=False)
-    crops = augment.test_crops(clip, 24, 1.0, 3, image=False)
+    frame = np.rot90(PICTURE) if turned else PICTURE
+    scaled = augment.resize(frame, (36, 24) if turned else (24, 36), image=False)
+    crops = augment.test_crops(frame[None], 24, 1.0, 3, image=False)
     for crop, at in zip(crops, (0, 6, 12), strict=True):
-        expected = scaled[:, at : at + 24] if turned else scaled[:, :, at : at + 24]
-        assert (crop == expected).all()
-    (middle,) = augment.test_crops(clip, 24, 1.0, 1, image=False)
+        assert (crop[0] == (scaled[at : at + 24] if turned else scaled[:, at : at + 24])).all()
+    (middle,) = augment.test_crops(frame[None], 24, 1.0, 1, image=False)
     assert (middle == crops[1]).all()
 
 
@@ -140,13 +208,11 @@ def test_the_middle_crop_rounds_as_the_references_do():
 
 
 def test_flips():
-    clip = PICTURE[None]
-    whole = ((1.0, 1.0), (1.5, 1.5))
-    crops = (np.random.default_rng(seed) for seed in range(400))
-    outs = [augment.random_crop(clip, 24, *whole, 0.25, rng, image=False)[0] for rng in crops]
-    plain, _ = augment.random_crop(clip, 24, *whole, 0.0, np.random.default_rng(0), image=False)
-    flipped = sum((out == plain[:, :, ::-1]).all() for out in outs)
-    assert sum((out == plain).all() for out in outs) == 400 - flipped and 70 < flipped < 130
+    draws = [
+        augment.draw_crop((40, 60), (1, 1), (1.5, 1.5), 0.25, np.random.default_rng(s)) for s in range(400)
+    ]
+    assert {crop.box for crop in draws} == {(0, 0, 40, 60)}
+    assert 70 < sum(crop.mirrored for crop in draws) < 130
 
 
 def test_erasing():
@@ -214,64 +280,68 @@ def test_images_are_mixed_like_clips():
     np.testing.assert_allclose(targets.sum(1), 1, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "operation", [None, *augment._GEOMETRIC], ids=lambda o: o.__name__.strip("_") if o else "crop"
-)
-def test_poses_say_where_pixels_come_from(operation):
+MOVING = {"rotate": 3, "shear_x": 11, "shear_y": 12, "translate_x": 13, "translate_y": 14}
+BLUE = (0, 0, 255)
+
+
+def coordinates(height, width):
+    """Return a picture whose red and green are its coordinates."""
+    y, x = np.meshgrid((np.arange(height) + 0.5) / height, (np.arange(width) + 0.5) / width, indexing="ij")
+    return np.stack([255 * x, 255 * y, 0 * x], axis=-1).round().astype(np.uint8)
+
+
+def places(height, width, affine):
+    """Return where the pixels of a picture come from: x and y, in fractions."""
+    v, u = np.meshgrid((np.arange(height) + 0.5) / height, (np.arange(width) + 0.5) / width, indexing="ij")
+    return (np.stack([u, v, np.ones_like(u)], axis=-1) @ affine.T)[..., :2]
+
+
+@pytest.mark.parametrize("name", ["crop", *MOVING])
+def test_poses_say_where_pixels_come_from(name):
     """The input encodes its coordinates as colours, so that output pixels show where they come from."""
-    height, width = 96, 128
-    y, x = np.meshgrid((np.arange(height) + 0.5) / height, (np.arange(width) + 0.5) / width, indexing="ij")
-    clip = np.stack([255 * x, 255 * y, 0 * x], axis=-1).round().astype(np.uint8)[None]
-    if operation is None:
-        rng = np.random.default_rng(3)
-        out, pose = augment.random_crop(clip, 64, (0.2, 0.5), (0.75, 4 / 3), 1.0, rng, image=False)
+    picture, size = coordinates(96, 128), (96, 128)
+    if name == "crop":
+        crop = augment.draw_crop(size, (0.2, 0.5), (0.75, 4 / 3), 1.0, np.random.default_rng(3))
+        top, left, height, width = crop.box
+        out = augment.resize(
+            picture[top : top + height, left : left + width], (64, 64), image=False, mirrored=crop.mirrored
+        )
+        affine = crop.affine()
     else:
-        out = np.asarray(operation(Image.fromarray(clip[0]), 0.6, -1, (255, 255, 255)))[None]
-        pose = augment._GEOMETRIC[operation](-0.6, width / height)
-    sides = out.shape[1:3]
-    v, u = np.meshgrid(*((np.arange(n) + 0.5) / n for n in sides), indexing="ij")
-    places = np.stack([u, v, np.ones_like(u)], axis=-1) @ pose.T
-    inside = ((places[..., :2] > 0.03) & (places[..., :2] < 0.97)).all(-1)
+        operation = augment._OPERATIONS[MOVING[name]](0.6, -1, size, (255, 255, 255))
+        out = frame_operations.apply([operation], picture, (0, 0, *size))
+        affine = frame_operations.affine([operation], size)
+    found = places(*out.shape[:2], affine)
+    inside = ((found > 0.03) & (found < 0.97)).all(-1)
     assert inside.mean() > 0.4
-    assert np.abs(out[0, ..., :2] / 255 - places[..., :2])[inside].max() < 0.02
+    assert np.abs(out[..., :2] / 255 - found)[inside].max() < 0.02
 
 
-def test_poses_of_a_policy_compose():
-    """Crop, mirror and two geometric operations in sequence, of images and clips."""
-    height, width = 90, 120
-    y, x = np.meshgrid((np.arange(height) + 0.5) / height, (np.arange(width) + 0.5) / width, indexing="ij")
-    clip = np.stack([255 * x, 255 * y, 0 * x], axis=-1).round().astype(np.uint8)[None]
+@pytest.mark.parametrize("frames", [0, 1])
+def test_poses_of_a_policy_compose(frames):
+    """Crop, mirror and two moving operations in sequence, of images and clips."""
     crops = {"augment__crop_area": (0.5, 0.9), "augment__crop_aspect": (0.75, 1.33), "augment__flip": 0.5}
-    for frames in (0, 1):
-        reader = load(name="digits", frames=frames, size=64, **crops).train
-        for seed in range(12):
-            reader._policy = _Moves()
-            out, pose = reader.transform(clip, np.random.default_rng(seed))
-            v, u = np.meshgrid(*((np.arange(64) + 0.5) / 64,) * 2, indexing="ij")
-            places = np.stack([u, v, np.ones_like(u)], axis=-1) @ pose.T
-            known = out.reshape(64, 64, 3)[..., 2] == 0  # not filled
-            inside = known & ((places[..., :2] > 0.05) & (places[..., :2] < 0.95)).all(-1)
-            error = np.abs(out.reshape(64, 64, 3)[..., :2] / 255 - places[..., :2])[inside]
-            assert inside.mean() > 0.2 and np.quantile(error, 0.95) < 0.03
-
-
-class _Moves(RandAugment):
-    """Always applies two geometric operations."""
-
-    def __call__(self, clip, fill, rng):
-        pose = np.eye(3)
-        for number in rng.choice(len(augment._GEOMETRIC), 2):
-            operation = list(augment._GEOMETRIC)[number]
-            level = rng.uniform(0.1, 0.6)
-            clip = np.stack([np.asarray(operation(Image.fromarray(f), level, 1, (0, 0, 255))) for f in clip])
-            pose = pose @ augment._GEOMETRIC[operation](level, clip.shape[2] / clip.shape[1])
-        return clip, pose
+    reader = load(name="digits", frames=frames, size=64, **crops).train
+    picture = coordinates(90, 120)
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        drawn = reader.draw((90, 120), rng)
+        size = (90, 120) if frames else (64, 64)
+        chosen = rng.choice(list(MOVING.values()), 2)
+        moves = [augment._OPERATIONS[number](rng.uniform(0.1, 0.6), 1, size, BLUE) for number in chosen]
+        drawn = Augmentation(moves, drawn.crop)
+        out = reader.transform(picture[None], drawn).reshape(64, 64, 3)
+        found = places(64, 64, reader.affine(drawn))
+        inside = (out[..., 2] == 0) & ((found > 0.05) & (found < 0.95)).all(-1)  # not filled
+        error = np.abs(out[..., :2] / 255 - found)[inside]
+        assert inside.mean() > 0.2 and np.quantile(error, 0.95) < 0.03
 
 
 def test_colour_jitter():
-    clip = np.stack([PICTURE] * 2)
-    seen = [augment.color_jitter(clip, 0.4, np.random.default_rng(seed)) for seed in range(20)]
-    assert all((out[0] == out[1]).all() for out in seen)
-    brightness = [float(out.mean() / PICTURE.mean()) for out in seen]
+    def jitter(strength, seed):
+        drawn = augment.draw_color_jitter(strength, np.random.default_rng(seed))
+        return frame_operations.apply(drawn, PICTURE, (0, 0, 40, 60))
+
+    brightness = [float(jitter(0.4, seed).mean() / PICTURE.mean()) for seed in range(20)]
     assert min(brightness) < 0.8 < 1.15 < max(brightness)
-    assert (augment.color_jitter(clip, 0.0, np.random.default_rng(0)) == clip).all()
+    assert (jitter(0.0, 0) == PICTURE).all()

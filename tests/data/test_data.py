@@ -10,6 +10,7 @@ from clips import load, same, take
 from conftest import ROOT
 from PIL import Image
 
+from structvit_jax.data.augment import RandAugment
 from structvit_jax.data.media import InMemoryFrames
 from structvit_jax.utils.errors import UserError
 from structvit_jax.utils.failures import DecodeError
@@ -201,13 +202,14 @@ def test_reading_opens_no_device():
     assert subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT).returncode == 0
 
 
-def test_images_are_cropped_before_randaugment_and_clips_after_it():
+def test_images_are_cropped_before_randaugment_and_clips_after_it(monkeypatch):
     """As in timm for images and in UniFormer for clips."""
-    for frames, expected in ((0, (1, 24, 24, 3)), (2, (2, 40, 60, 3))):
+    for frames, expected in ((0, (24, 24)), (2, (40, 60))):
         reader = load(**{**DIGITS, "frames": frames, "size": 24}, augment__randaugment="rand-m9-inc1").train
         seen = []
-        reader._policy = lambda clip, fill, _, seen=seen: seen.append((clip.shape, fill)) or (clip, np.eye(3))
-        out, _ = reader.transform(np.zeros((max(frames, 1), 40, 60, 3), np.uint8), np.random.default_rng(0))
+        monkeypatch.setattr(RandAugment, "draw", lambda self, *args, seen=seen: seen.append(args[:2]) or [])
+        drawn = reader.draw((40, 60), np.random.default_rng(0))
+        out = reader.transform(np.zeros((max(frames, 1), 40, 60, 3), np.uint8), drawn)
         assert out.shape == reader.shape
         assert seen == [(expected, (128, 128, 128))]  # for images the mean, 0.5
 

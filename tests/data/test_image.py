@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 import pytest
 from PIL import Image
+from sklearn.datasets import load_sample_images
 
 from structvit_jax.data import image
 from structvit_jax.data.image import FORMATS, IMAGES, read_image
@@ -298,3 +299,23 @@ def test_pipes_and_devices_are_not_read(tmp_path):
     for name in ("pipe.jpg", "zero.mp4"):
         with pytest.raises(DecodeError, match="not a regular file"):
             open_media(str(tmp_path / name)).frames([0])
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_photo_is_decoded_small(orientation, monkeypatch):
+    """A JPEG file of 1280x854 for a short side of 200: decoded at a quarter of its size, then shrunk."""
+    picture = load_sample_images().images[1]
+    large = Image.fromarray(picture).resize((1280, 854), Image.Resampling.BICUBIC)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = saved(large, "JPEG", quality=95, exif=exif)
+    whole = read_image(content, Limits())
+    small = read_image(content, Limits(), short_side=200)
+    expected = cv2.resize(whole, small.shape[1::-1], interpolation=cv2.INTER_AREA).astype(int)
+    assert small.shape == ((200, 299, 3) if orientation == 1 else (299, 200, 3))
+    assert np.abs(small - expected).mean() < 2
+    assert read_image(content, Limits(), short_side=900).shape == whole.shape  # never up
+    sizes = []
+    monkeypatch.setattr(image, "_rgb", lambda opened: sizes.append(opened.size) or np.asarray(opened))
+    read_image(content, Limits(), short_side=200)
+    assert max(sizes[0]) == 320

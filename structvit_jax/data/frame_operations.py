@@ -26,9 +26,9 @@ _CHANNELS = np.arange(3)[:, None]
 
 
 class Part(NamedTuple):
-    """A box of a frame: `pixels`, uint8 [height, width, 3], whose values are still to be looked up in `tables`.
+    """A box of a frame: `pixels`, uint8 [height, width, 3], whose values are yet to be looked up in `tables`.
 
-    Strings of look-ups are composed in `tables`, uint8 [3, 256], until an operation needs the pixels.
+    Consecutive look-ups are composed in `tables`, uint8 [3, 256], until an operation needs the pixels.
     """
 
     pixels: np.ndarray
@@ -84,7 +84,7 @@ def apply(operations: Sequence[Operation], frame: np.ndarray, box: Box) -> np.nd
 
 
 def affine(operations: Sequence[Operation], size: tuple[int, int]) -> CropAffine:
-    """Return where the pixels of the result of operations on a frame of this size (height, width) come from."""
+    """Return where the pixels of the result come from, for frames of this size (height, width)."""
     product: CropAffine = np.eye(3)
     for operation in operations:
         if (moved := operation.affine(size)) is not None:
@@ -186,7 +186,7 @@ def posterize(bits: int) -> Operation:
 
 def solarize(threshold: int) -> Operation:
     """Invert values from the threshold on."""
-    return LookUp(np.where(_VALUES < threshold, _VALUES, 255 - _VALUES))
+    return LookUp(np.where(threshold > _VALUES, _VALUES, 255 - _VALUES))
 
 
 def solarize_add(addend: int) -> Operation:
