@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import gc
 import mmap
 import os
 import pickle
@@ -201,6 +202,7 @@ def _serve(descriptor: int, note_descriptor: int) -> None:
                     function, setup = pickle.loads(pickled)
                     if setup:
                         setup()
+                    gc.freeze()  # what exists now stays; the collector need not look at it again
                 _send(connection, True, function(number, note))
             except Exception as error:
                 _send(connection, False, _portable(error))
