@@ -23,6 +23,7 @@ from structvit_jax.utils.tables import align_columns
 
 _CLIPS, _IMAGES = 4, 64  # rows of a batch that is measured
 _SECONDS = 0.5  # shortest duration of a round
+_MAX_UNREADABLE = 100  # give up if none of more examples can be read
 _QUEUED = 3  # batches that a loader may have read ahead, per worker
 
 Sample = dict[str, float]  # seconds per row of a batch, by stage
@@ -91,28 +92,22 @@ def time_stages(reader: Reader, rows: int, rounds: int) -> Reading:
       rounds: smallest number of batches; short ones are repeated for `_SECONDS` per round.
 
     Raises:
-      UserError: no row of a batch can be read.
+      UserError: no example can be read.
     """
     samples, notes = list[Sample](), list[str]()
     with contextlib.closing(train_batches(with_options(reader, workers=1), rows, start_step=0)) as batches:
         ready = next(batches)  # not timed, because the worker starts
-        _check_readable(ready)
         begin = time.perf_counter()
         while len(samples) < rounds or time.perf_counter() - begin < rounds * _SECONDS:
             batch = next(batches)
-            _check_readable(batch)
             notes += [f"{problem.id}: {problem.reason}" for problem in batch["problems"] if problem.left_out]
-            readable = int(batch["mask"].sum())
-            samples.append({stage: seconds / readable for stage, seconds in batch["seconds"].items()})
+            if readable := int(batch["mask"].sum()):
+                samples.append({stage: seconds / readable for stage, seconds in batch["seconds"].items()})
+            elif not samples and len(notes) > _MAX_UNREADABLE:
+                raise UserError(f"none of {len(notes)} examples could be read, such as {notes[0]}")
     for sample, seconds in zip(samples, _time_moves(ready, len(samples)), strict=True):
         sample |= {stage: second / rows for stage, second in seconds.items()}
     return Reading(samples, notes)
-
-
-def _check_readable(batch: Batch) -> None:
-    if not batch["mask"].any():
-        problem = batch["problems"][0]
-        raise UserError(f"{problem.id} cannot be read: {problem.reason}")
 
 
 def _time_moves(batch: Batch, count: int) -> Iterator[dict[str, float]]:
