@@ -174,7 +174,10 @@ def _readers(
             own.data.root = str(root)
             yield recipe, _open(own, str(folder))
     if not data_sets:
-        raise UserError(f"there is nothing in {', '.join(paths)} that --config={arguments.file} could read")
+        unread = (
+            f"nothing that --config={arguments.file} reads" if arguments.file else "no videos and no images"
+        )
+        raise UserError(f"{', '.join(paths)}: there are {unread}")
 
 
 def _kinds(config: ml_collections.ConfigDict) -> tuple[bool, ...]:

@@ -33,7 +33,7 @@ def _below(path: str, video: bool) -> Iterator[str]:
     if os.path.isdir(path):
         yield from (os.path.join(path, name) for name in examples_below(path, video))
     elif not os.path.isfile(path):
-        raise UserError(f"{path} cannot be read: no such file")
+        raise UserError(f"{path} cannot be read: it is not a file or folder")
     elif path.lower().endswith(IMAGES) != video:
         yield path
 

@@ -62,7 +62,7 @@ def report(name: str, reader: Reader, *, rounds: int, workers: Sequence[int], pe
     width, height, frames, _ = typical(reader.source)
     length = "" if reader.is_image else f"{frames} frames of "
     shape = "x".join(map(str, reader.shape[:-1]))
-    print(f"\n{name}: {unit}s of {shape} from {length}{width}x{height}", flush=True)
+    print(f"{name}: {unit}s of {shape} from {length}{width}x{height}", flush=True)
     variants = {count: with_options(reader, copies=count) for count in sorted({copies, 1}, reverse=True)}
     readings = {count: time_stages(variant, rows, rounds) for count, variant in variants.items()}
     labels = {count: "1 copy" if count == 1 else f"{count} copies" for count in readings}
@@ -71,7 +71,8 @@ def report(name: str, reader: Reader, *, rounds: int, workers: Sequence[int], pe
     print(_summary(readings[copies], unit), flush=True)
     if workers:
         rates = {count: _compare(reader, rows, rounds, count, peer) for count in workers}
-        print("\n".join(rate_table(rates, unit)), flush=True)
+        print("\n".join(rate_table(rates, unit)))
+    print(flush=True)
 
 
 def with_options(reader: Reader, *, workers: int = 0, copies: int | None = None) -> Reader:

@@ -143,7 +143,7 @@ def test_unreadable_files(tmp_path, video, capsys):
 
 def test_rates_with_workers(image, capsys):
     structvit("bench", "input", "--config=folder", "--workers=0,1", "--rounds=1", image)
-    lines = capsys.readouterr().out.splitlines()
+    lines = capsys.readouterr().out.strip().splitlines()
     assert re.fullmatch(r"images/s, end to end +0 workers +1 worker", lines[-2])
     assert all(float(rate) > 0 for rate in re.fullmatch(r"structvit +([\d.]+) +([\d.]+)", lines[-1]).groups())
 
