@@ -41,7 +41,8 @@ IMPORTS = {
     ),
     "performance": (
         "utils runtime ops models config convert data training inference",
-        "PIL av etils flax jax jaxlib matplotlib ml_collections numpy torch",
+        "PIL av decord etils flax jax jaxlib matplotlib ml_collections numpy"
+        " timm torch torchcodec torchvision",
     ),
     "analysis": (
         "__init__ utils runtime ops models config data training inference performance",

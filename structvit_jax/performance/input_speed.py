@@ -1,164 +1,244 @@
-"""Time reading clips and images on one core, stage by stage: `structvit bench input`."""
+"""Time reading the data of a recipe, stage by stage and end to end: `structvit bench input`."""
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import dataclasses
-import os
 import statistics
-import tempfile
 import time
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn
 
-import av
-import numpy as np
-from PIL import Image
+import jax
 
-from structvit_jax.config import default_config
-from structvit_jax.data.index import Entry, Index
-from structvit_jax.data.media import configure_decoding, open_media
+from structvit_jax.data import Batch, typical
+from structvit_jax.data.pipeline import train_batches
 from structvit_jax.data.reader import Reader
-from structvit_jax.data.types import AugmentOptions, DataOptions
+from structvit_jax.data.workers import DeadWorker, in_processes
+from structvit_jax.runtime.mesh import put_batch, single_device_mesh
+from structvit_jax.runtime.processes import available_cores
 from structvit_jax.utils.errors import UserError
-from structvit_jax.utils.failures import DecodeError
+from structvit_jax.utils.tables import align_columns
 
-_FRAMES, _SIZE = 16, 224  # of the clips that are read
-_LENGTH, _HEIGHT, _WIDTH = 300, 256, 340  # frames and pixels of generated videos
-_KEY_INTERVALS = (30, 60, 250)  # frames between key frames of generated videos
+_CLIPS, _IMAGES = 4, 64  # rows of a batch that is measured
+_SECONDS = 0.5  # shortest duration of a round
+_MAX_UNREADABLE = 100  # give up if none of more examples can be read
+_QUEUED = 3  # batches that a loader may have read ahead, per worker
 
-
-def write_video(path: str, key_interval: int = 250) -> None:
-    """Write a video of a drifting texture with noise. Its bit rate is about 300 kbit/s."""
-    rng = np.random.default_rng(0)
-    texture = np.kron(rng.integers(0, 255, (64, 128), np.uint8), np.ones((8, 8), np.uint8))
-    with av.open(path, "w") as container:
-        stream: Any = container.add_stream("libx264", rate=30, options={"g": str(key_interval)})
-        stream.width, stream.height, stream.pix_fmt = _WIDTH, _HEIGHT, "yuv420p"
-        for number in range(_LENGTH):
-            grey = texture[number // 2 :, number:][:_HEIGHT, :_WIDTH] // 2
-            grey = grey + rng.integers(0, 14, grey.shape, np.uint8)
-            picture = np.repeat(grey[..., None], 3, axis=-1)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode())
+Sample = dict[str, float]  # seconds per row of a batch, by stage
+Rates = dict[str, list[float]]  # rows per second in each round, by name of a loader
 
 
-def _write_image(path: str) -> None:
-    """Write a JPEG of 500x375 pixels."""
-    blocks = np.random.default_rng(0).integers(0, 255, (47, 63, 3), np.uint8)
-    Image.fromarray(blocks).resize((500, 375), Image.Resampling.BICUBIC).save(path, quality=90)
+class Reading(NamedTuple):
+    """Seconds of reading some batches.
 
-
-def _make_reader(path: str, frames: int, randaugment: str = "") -> Reader:
-    """Return a reader for a data set that lists one file 1000 times, with the augmentation of the paper.
-
-    A clip has `frames` frames, spread over a fifth of the video.
+    Attributes:
+      samples: one per batch. Their stages are those of `structvit_jax.data.stages`, and "transport" from a
+        worker process to its parent, and "device", from host memory to the device.
+      notes: examples that could not be read, with reasons.
     """
-    config = default_config()
-    data = dataclasses.replace(
-        DataOptions.from_config(config.data),
-        frames=frames,
-        size=_SIZE,
-        channels="rgb",
-        stride=max(open_media(path).count // 5 // max(frames, 1), 1),
-        mean=(0.45,) * 3,
-    )
-    augment = dataclasses.replace(
-        AugmentOptions.from_config(config.augment),
-        randaugment=randaugment,
-        flip=0.5,
-        crop_area=(0.08, 1.0),
-        crop_aspect=(3 / 4, 4 / 3),
-    )
-    return Reader(Index("", [Entry(os.path.abspath(path), "0")] * 1000, ("0",)), data, augment, seed=0)
+
+    samples: list[Sample]
+    notes: list[str]
 
 
-def _report_stages(name: str, reader: Reader, examples: int) -> None:
-    """Time opening, decoding and augmenting, and print the median of each stage."""
-    stages: dict[str, list[float]] = {"open and index": [], "decode": [], "augment and crop": []}
-    for number in range(examples):
-        times = [time.perf_counter()]
-        media, _ = reader.source.open(number)
-        times.append(time.perf_counter())
-        picked = reader.frames(media.count, reader.generator(1, 0, number))
-        (clip,) = reader.decode(media, [picked])
-        times.append(time.perf_counter())
-        reader.transform(clip, reader.draw(clip.shape[1:3], reader.generator(2, 0, number, 0)))
-        times.append(time.perf_counter())
-        for seconds, begin, end in zip(stages.values(), times, times[1:], strict=False):
-            seconds.append(end - begin)
-    total = statistics.median(map(sum, zip(*stages.values(), strict=True)))
-    parts = ", ".join(
-        f"{stage} {1000 * statistics.median(seconds):.1f} ms" for stage, seconds in stages.items()
-    )
-    print(f"{name}: {1 / total:.1f} per second on one core ({parts})", flush=True)
-
-
-def _decode_all(path: str, reader: Reader, number: int) -> np.ndarray:
-    """Decode and convert every frame of a video with PyAV, then select those of a clip (the plain loop)."""
-    with av.open(path) as container:
-        pictures = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-    picked = reader.frames(len(pictures), reader.generator(1, 0, number))
-    return np.stack([pictures[index] for index in picked])
-
-
-def compare_decoding(path: str, clips: int) -> tuple[float, float]:
-    """Time `Reader` and the plain loop alternately, and return their median seconds per clip.
-
-    Raises:
-      RuntimeError: the two decode different frames.
-    """
-    reader = _make_reader(path, _FRAMES)
-    reader_seconds, plain_seconds = [], []
-    for number in range(clips):
-        begin = time.perf_counter()
-        media, _ = reader.source.open(number)
-        (clip,) = reader.decode(media, [reader.frames(media.count, reader.generator(1, 0, number))])
-        middle = time.perf_counter()
-        other = _decode_all(path, reader, number)
-        reader_seconds.append(middle - begin)
-        plain_seconds.append(time.perf_counter() - middle)
-        if not np.array_equal(clip, other):
-            raise RuntimeError(f"clip {number} of {path} differs between Reader and the plain loop")
-    return statistics.median(reader_seconds), statistics.median(plain_seconds)
-
-
-def _report_decoding(path: str, clips: int) -> None:
-    seconds, plain = compare_decoding(path, clips)
-    with av.open(path) as container:
-        duration = (container.duration or 1) / av.time_base
-    print(
-        f"{os.path.basename(path)}, {8e-3 * os.path.getsize(path) / duration:.0f} kbit/s:"
-        f" decoding {1000 * seconds:.1f} ms per clip,"
-        f" plain loop {1000 * plain:.1f} ms ({plain / seconds:.1f} times)",
-        flush=True,
-    )
-
-
-def run(video: str, image: str, clips: int) -> None:
-    """Print the speed of reading a video and an image.
+def report(name: str, reader: Reader, *, rounds: int, workers: Sequence[int], peer: str | None) -> None:
+    """Print how long the stages of reading take, and how fast batches arrive.
 
     Args:
-      video: path of a video; "" generates three videos.
-      image: path of an image; "" generates one.
-      clips: number of clips to read for each result; images are read five times as often.
+      name: name of the recipe.
+      reader: the training split of the recipe.
+      rounds: number of measurements.
+      workers: numbers of worker processes with which to measure the rate of batches.
+      peer: "torch" also measures PyTorch with these numbers of worker processes.
 
     Raises:
-      UserError: a file cannot be read.
+      UserError: no example can be read, or the peer cannot read them.
     """
-    configure_decoding()
-    with tempfile.TemporaryDirectory() as folder:
-        videos, picture = [video], image or os.path.join(folder, "image.jpg")
-        if not video:
-            names = {f"key_frame_every_{interval}.mp4": interval for interval in _KEY_INTERVALS}
-            videos = [os.path.join(folder, name) for name in names]
-            for path, interval in zip(videos, names.values(), strict=True):
-                write_video(path, interval)
-        if not image:
-            _write_image(picture)
-        try:
-            for path in videos:
-                _report_decoding(path, clips)
-            reader = _make_reader(videos[-1], _FRAMES, "rand-m7-n4-mstd0.5-inc1")
-            _report_stages("clips", reader, clips)
-            _report_stages("images", _make_reader(picture, 0, "rand-m9-mstd0.5-inc1"), 5 * clips)
-        except DecodeError as error:
-            raise UserError(f"{' or '.join(filter(None, (video, image)))} cannot be read: {error}") from error
+    unit = "image" if reader.is_image else "clip"
+    copies = reader.augment.repeated_augmentation
+    rows = -(-(_IMAGES if reader.is_image else _CLIPS) // copies) * copies
+    width, height, frames, _ = typical(reader.source)
+    length = "" if reader.is_image else f"{frames} frames of "
+    shape = "x".join(map(str, reader.shape[:-1]))
+    print(f"{name}: {unit}s of {shape} from {length}{width}x{height}", flush=True)
+    variants = {count: with_options(reader, copies=count) for count in sorted({copies, 1}, reverse=True)}
+    readings = {count: time_stages(variant, rows, rounds) for count, variant in variants.items()}
+    labels = {count: "1 copy" if count == 1 else f"{count} copies" for count in readings}
+    samples = {labels[count] * (copies > 1): reading.samples for count, reading in readings.items()}
+    print("\n".join(stage_table(samples, unit)), flush=True)
+    print(_summary(readings[copies], unit), flush=True)
+    if workers:
+        rates = {count: _compare(reader, rows, rounds, count, peer) for count in workers}
+        print("\n".join(rate_table(rates, unit)))
+    print(flush=True)
+
+
+def with_options(reader: Reader, *, workers: int = 0, copies: int | None = None) -> Reader:
+    """Return a reader with another number of worker processes, or of copies in repeated augmentation."""
+    other = copy.copy(reader)
+    other.data = dataclasses.replace(reader.data, workers=workers)
+    if copies is not None:
+        other.augment = dataclasses.replace(reader.augment, repeated_augmentation=copies)
+    return other
+
+
+def time_stages(reader: Reader, rows: int, rounds: int) -> Reading:
+    """Time the stages of reading batches in one worker process, and of moving them to the device.
+
+    Args:
+      reader: the data to read.
+      rows: rows of a batch.
+      rounds: smallest number of batches; short ones are repeated for `_SECONDS` per round.
+
+    Raises:
+      UserError: no example can be read.
+    """
+    samples, notes = list[Sample](), list[str]()
+    with contextlib.closing(train_batches(with_options(reader, workers=1), rows, start_step=0)) as batches:
+        ready = next(batches)  # not timed, because the worker starts
+        begin = time.perf_counter()
+        while len(samples) < rounds or time.perf_counter() - begin < rounds * _SECONDS:
+            batch = next(batches)
+            notes += [f"{problem.id}: {problem.reason}" for problem in batch["problems"] if problem.left_out]
+            if readable := int(batch["mask"].sum()):
+                samples.append({stage: seconds / readable for stage, seconds in batch["seconds"].items()})
+            elif not samples and len(notes) > _MAX_UNREADABLE:
+                raise UserError(f"none of {len(notes)} examples could be read, such as {notes[0]}")
+    for sample, seconds in zip(samples, _time_moves(ready, len(samples)), strict=True):
+        sample |= {stage: second / rows for stage, second in seconds.items()}
+    return Reading(samples, notes)
+
+
+def _time_moves(batch: Batch, count: int) -> Iterator[dict[str, float]]:
+    """Send a batch from a worker process and put it on the first device; yield the seconds, `count` times."""
+    mesh = single_device_mesh()
+    arriving = in_processes(
+        lambda number, note: batch, range(count + 1), 1, ahead=1, on_death=_raise_worker_death
+    )
+    with contextlib.closing(arriving):
+        jax.block_until_ready(put_batch(mesh, next(arriving)))
+        for _ in range(count):
+            begin = time.perf_counter()
+            arrived = next(arriving)
+            middle = time.perf_counter()
+            jax.block_until_ready(put_batch(mesh, arrived))
+            yield {"transport": middle - begin, "device": time.perf_counter() - middle}
+
+
+def _raise_worker_death(worker: DeadWorker) -> NoReturn:
+    raise UserError(f"a worker process (pid {worker.pid}) died with exit code {worker.code}")
+
+
+def stage_table(columns: Mapping[str, Sequence[Sample]], unit: str) -> list[str]:
+    """Return the lines of a table of the stages.
+
+    Args:
+      columns: samples of batches, by a label.
+      unit: "clip" or "image".
+    """
+    header, sums = ["stage"], []
+    stages = [*next(iter(columns.values()))[0]]
+    table: list[list[str]] = [[stage] for stage in [*stages, "total", f"{unit}s/s per core"]]
+    for label, samples in columns.items():
+        header += [f"ms per {unit}{f' ({label})' * bool(label)}", "median", "fraction"]
+        totals = [sum(sample.values()) for sample in samples]
+        total = statistics.mean(totals)
+        sums = [[sample[stage] for sample in samples] for stage in stages] + [totals]
+        for row, seconds in zip(table, sums, strict=False):
+            mean, median = statistics.mean(seconds), statistics.median(seconds)
+            row += [f"{1000 * mean:.3f}", f"{1000 * median:.3f}", f"{mean / total:.3f}"]
+        table[-1] += [f"{1 / total:.1f}", f"{1 / statistics.median(totals):.1f}", ""]
+    return align_columns([header, *table])
+
+
+def _summary(reading: Reading, unit: str) -> str:
+    """Return the most expensive stage, the rate of all cores, and a note on unreadable examples."""
+    samples, notes = reading
+    means = {stage: statistics.mean(sample[stage] for sample in samples) for stage in samples[0]}
+    total = sum(means.values())
+    stage = max(means, key=lambda stage: means[stage])
+    cores = available_cores()
+    text = (
+        f"{stage} costs most ({means[stage] / total:.0%}); {cores} core{'s' * (cores > 1)} can read at most"
+        f" {cores / total:.0f} {unit}s/s"
+    )
+    return text + (f"\nnote: {len(notes)} examples could not be read, such as {notes[0]}" if notes else "")
+
+
+def _compare(reader: Reader, rows: int, rounds: int, workers: int, peer: str | None) -> Rates:
+    """Return the rates of batches of this package and of the variants of a peer."""
+    with contextlib.ExitStack() as stack:
+        own = train_batches(with_options(reader, workers=workers), rows, start_step=0)
+        loaders: dict[str, Iterator[Any]] = {"structvit": stack.enter_context(contextlib.closing(own))}
+        next(own)  # starts the workers
+        if peer:
+            from structvit_jax.performance import input_peer
+
+            loaders |= stack.enter_context(input_peer.open_loaders(reader, rows, workers))
+        return time_alternately(loaders, rows, workers, rounds)
+
+
+def time_alternately(loaders: Mapping[str, Iterator[Any]], rows: int, workers: int, rounds: int) -> Rates:
+    """Time loaders one after the other in each round, so that a slow phase of the machine affects all.
+
+    Args:
+      loaders: endless iterators over batches, by name; they read ahead in worker processes.
+      rows: rows of a batch.
+      workers: number of worker processes of each loader.
+      rounds: number of measurements of each loader.
+    """
+    rates: Rates = {name: [] for name in loaders}
+    burst = max(workers, 1)  # batches arrive in groups, one from each worker
+    for _ in range(rounds):
+        for name, batches in loaders.items():
+            for _ in range(_QUEUED * burst):  # read while other loaders were timed
+                next(batches)
+            count, begin, elapsed = 0, time.perf_counter(), 0.0
+            while elapsed < _SECONDS:
+                for _ in range(burst):
+                    next(batches)
+                count += burst
+                elapsed = time.perf_counter() - begin
+            rates[name].append(count * rows / elapsed)
+            time.sleep(_QUEUED * burst * elapsed / count)  # until the workers have read ahead and are idle
+    return rates
+
+
+def rate_table(by_workers: Mapping[int, Rates], unit: str) -> list[str]:
+    """Return the lines of a table of rates, and a line for each number of workers if there are peers.
+
+    A number in brackets is the rate of the first loader divided by that of a peer, the median over rounds.
+    """
+    columns = {count: _cells(rates) for count, rates in by_workers.items()}
+    titles = [_count(workers) for workers in columns]
+    names = list(dict.fromkeys(name for cells in columns.values() for name in cells))
+    table = [[name, *(cells.get(name, "") for cells in columns.values())] for name in names]
+    lines = align_columns([[f"{unit}s/s, end to end", *titles], *table])
+    for workers, rates in by_workers.items():
+        own, *peers = rates
+        if peers:
+            fastest = max(peers, key=lambda name: statistics.median(rates[name]))
+            ratios = _ratios(rates, own, fastest)
+            lines.append(
+                f"{_count(workers)}: {statistics.median(ratios):.2f} times ({min(ratios):.2f} to"
+                f" {max(ratios):.2f}) the rate of the fastest peer, {fastest}"
+            )
+    return lines
+
+
+def _cells(rates: Rates) -> dict[str, str]:
+    own, *peers = rates
+    cells = {name: f"{statistics.median(values):.1f}" for name, values in rates.items()}
+    for name in peers:
+        cells[name] += f" ({statistics.median(_ratios(rates, own, name)):.2f})"
+    return cells
+
+
+def _ratios(rates: Rates, name: str, other: str) -> list[float]:
+    return [mine / theirs for mine, theirs in zip(rates[name], rates[other], strict=True)]
+
+
+def _count(workers: int) -> str:
+    return "1 worker" if workers == 1 else f"{workers} workers"

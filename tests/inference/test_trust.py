@@ -332,9 +332,9 @@ def test_a_device_without_its_plug_in(monkeypatch):
 
 def test_the_bench_of_data_names_what_it_cannot_read(tmp_path):
     with pytest.raises(UserError, match=r"nothing\.mp4 cannot be read"):
-        structvit("bench", "input", f"--video={tmp_path / 'nothing.mp4'}")
+        structvit("bench", "input", tmp_path / "nothing.mp4")
     with pytest.raises(UserError, match="0 is not in the range"):
-        structvit("bench", "input", "--clips=0")
+        structvit("bench", "input", "--rounds=0")
 
 
 @pytest.mark.parametrize("text", ["s3://bucket/run", "http://127.0.0.1/run", "file://x", "://"])

@@ -31,7 +31,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "prepare shards": ("<images>", "<here>/out", "--images"),
     "prepare label_maps": ("<structvit_run>", "<here>/out"),
     "ablate": (DIGITS, *ARMS, "--seeds=1", "--workdir=<here>/out"),
-    "bench input": (f"--video={CLIP}", f"--image={IMAGE}", "--clips=2"),
+    "bench input": (CLIP, f"{TINY}:clips", "--rounds=1"),
     "plan --program": ("--program=<root>/tests/fixtures/programs/scanned.txt",),
     "check": ("--device=cpu",),
 }
