@@ -118,7 +118,7 @@ def test_the_data_of_a_configuration(measured):
 
 def test_mistakes(measured, tmp_path, image, video):
     for arguments, message in {
-        (f"{tmp_path}/nothing.mp4",): r"nothing\.mp4 cannot be read: no such file",
+        (f"{tmp_path}/nothing.mp4",): r"nothing\.mp4 cannot be read: it is not a file or folder",
         ("--workers=1,x",): "--workers=1,x is not a list of numbers up to 1024, such as 0,1,2",
         (f"--config.data.root={tmp_path}",): "set the recipe that reads them: --config=folder",
         ("--config=bench", video): "reads data of its own, so no FILE can be given",
