@@ -37,7 +37,7 @@ def train_batches(
     augmentation are adjacent.
     """
     read = functools.partial(_train_batch, reader, batch_size, shard)
-    return _prefetched(read, range(start_step, sys.maxsize), reader.data.workers)
+    return _prefetched(read, range(start_step, sys.maxsize), reader)
 
 
 def test_batches(reader: Reader, batch_size: int, *, shard: Shard = WHOLE) -> Generator[Batch]:
@@ -72,7 +72,7 @@ def _in_order(
         )
         return _fill(reader, arrays, len(rows), jobs, note)
 
-    return _prefetched(read_batch, range(start, -(-examples // batch_size)), reader.data.workers)
+    return _prefetched(read_batch, range(start, -(-examples // batch_size)), reader)
 
 
 def _train_batch(reader: Reader, batch_size: int, shard: Shard, step: int, note: Note) -> Batch:
@@ -128,15 +128,21 @@ def _fill(reader: Reader, arrays: Arrays, rows: int, jobs: Iterable[_Job], note:
     return cast(Batch, {**batch, "problems": tuple(problems), "seconds": stages.seconds})
 
 
-def _prefetched(read: Callable[[int, Note], Batch], numbers: range, workers: int) -> Generator[Batch]:
-    """Yield batches by number, read ahead in worker processes, or in two threads if `workers` is 0.
+def _prefetched(read: Callable[[int, Note], Batch], numbers: range, reader: Reader) -> Generator[Batch]:
+    """Yield batches by number, read ahead in worker processes, or in two threads if there are no workers.
 
     Raises:
       UserError: a worker died; the message names the example that it was reading.
     """
-    if workers:
+    if reader.data.workers:
         return in_processes(
-            read, numbers, workers, ahead=_AHEAD, on_death=_raise_worker_death, setup=configure_decoding
+            read,
+            numbers,
+            reader.data.workers,
+            ahead=_AHEAD,
+            on_death=_raise_worker_death,
+            setup=configure_decoding,
+            descriptors=[reader.cached.cache.descriptor] if reader.cached else [],
         )
     return _in_threads(read, numbers)
 

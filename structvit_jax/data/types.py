@@ -149,6 +149,14 @@ class Dataset(Protocol):
         """
         ...
 
+    def start_cache(self) -> str:
+        """Keep decoded examples in memory if config.data.cache asks for it.
+
+        Returns:
+          One line that states what was decided; "" if there is nothing to state.
+        """
+        ...
+
     def train_batches(self, batch_size: int, *, start_step: int, shard: Shard = WHOLE) -> Generator[Batch]:
         """Yield shuffled batches forever, from step `start_step` on.
 
@@ -201,6 +209,8 @@ class DataOptions(_Options):
     test_crops: int
     label_maps: str
     workers: int
+    cache: str
+    cache_gib: float
     max_pixels: int
     max_frames: int
     max_replaced_frames: float
