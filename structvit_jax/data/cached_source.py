@@ -3,9 +3,9 @@
 config.data.cache is "on", "off" or "auto": on if the data are files whose decoded frames fit into the memory
 that config.data.cache_gib allows.
 
-Batches are the same with and without the cache. Decoding can depend on which frames are wanted if a file is
-damaged. So an example is not cached if frames had to be replaced; and if a frame of an example in the cache
-cannot be decoded, the example is excluded from then on.
+Batches are the same with and without the cache. If a file is damaged, the pixels of a frame can depend on
+which other frames are decoded. So frames are only cached if the decoder reported no error. If it reports one
+for an example that is in the cache, the example is read from its file from then on.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from structvit_jax.data.frame_cache import Entry, FrameCache, entry_bytes
+from structvit_jax.data.media import configure_decoding
 from structvit_jax.data.stages import stage
 from structvit_jax.data.survey import typical
 from structvit_jax.data.types import DataOptions, Media, Source
@@ -48,6 +49,7 @@ def open_cache(sources: Sequence[Source], options: DataOptions) -> tuple[list[Ca
         cache = FrameCache(sum(map(len, sources)), limit)
     except (OSError, ValueError, OverflowError) as error:
         return [], f"cache: off, no shared memory of {_text(limit)} ({error})"
+    configure_decoding()  # frames of damaged files are recognised by errors that decoders log
     first = np.cumsum([0, *map(len, sources)]).tolist()
     cached = [
         CachedSource(source, cache, start, options.short_side)
@@ -71,7 +73,11 @@ def _needed(sources: Sequence[Source], short_side: int) -> int:
 
 
 def _text(size: int) -> str:
-    return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.0f} MiB"
+    number, unit = size / 1024, "KiB"
+    for larger in ("MiB", "GiB"):
+        if number >= 1000:
+            number, unit = number / 1024, larger
+    return f"{number:,.{0 if number >= 100 else 1}f} {unit}"
 
 
 def available_memory() -> int:
@@ -177,22 +183,19 @@ class _CachedMedia(Media):
             pictures = self._decoded(wanted, short_side)
             self._add(wanted, pictures)
             return pictures
-        if (pictures := entry.frames(wanted)) is not None:
-            return pictures
-        try:
-            if self._complete(entry, wanted) and (pictures := entry.frames(wanted)) is not None:
-                return pictures
-        except OSError:  # no memory
-            pass
+        if (stored := entry.frames(wanted)) is not None:
+            return stored
+        if self._complete(entry, wanted) and (stored := entry.frames(wanted)) is not None:
+            return stored
         cache.exclude(self._example)
         self.close()  # a decoder that failed may give other frames
         return self._decoded(wanted, short_side)
 
     def _decoded(self, wanted: Sequence[int], short_side: int) -> np.ndarray:
-        """Return frames from the file."""
+        """Return frames from the file, and set `repaired` and `concealed`."""
         media = self._opened()
         pictures = media.frames(wanted, short_side)
-        self.repaired = media.repaired
+        self.repaired, self.concealed = media.repaired, media.concealed
         return pictures
 
     def _opened(self) -> Media:
@@ -204,8 +207,7 @@ class _CachedMedia(Media):
     def _add(self, wanted: Sequence[int], pictures: np.ndarray) -> None:
         """Make an entry with the first frames of an example."""
         cache = self._source.cache
-        if self.repaired:
-            cache.exclude(self._example)
+        if self.repaired or self.concealed:
             return
         size = pictures.shape[1:3]
         entry = cache.add(self._example, self._label, self.count, self.missing, size)
@@ -229,17 +231,16 @@ class _CachedMedia(Media):
         return self._store(entry, entry.unready(wanted))
 
     def _store(self, entry: Entry, numbers: Sequence[int]) -> bool:
-        """Decode and store frames; return False if one is damaged or has another size."""
+        """Decode and store frames; return False if they are damaged or differ in size, or memory is full."""
         size = entry.pixels.shape[1:]
         step = max(_CHUNK // int(np.prod(size)), 1)
         try:
-            media = self._opened()
             for start in range(0, len(numbers), step):
                 chunk = numbers[start : start + step]
-                pictures = media.frames(chunk, self._source.short_side)
-                if media.repaired or pictures.shape[1:] != size:
+                pictures = self._decoded(chunk, self._source.short_side)
+                if self.repaired or self.concealed or pictures.shape[1:] != size:
                     return False
                 entry.store(chunk, pictures)
-        except DecodeError:
+        except (DecodeError, OSError):
             return False
         return True

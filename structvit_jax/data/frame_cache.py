@@ -190,9 +190,8 @@ class Entry:
         for number, picture in zip(numbers, pictures, strict=True):
             if not self.ready[number]:
                 # System calls do not reorder memory accesses, and raise an error if a disk is full.
-                data = memoryview(np.ascontiguousarray(picture)).cast("B")
-                at = self._at + number * data.nbytes
-                if os.pwrite(self._descriptor, data, at) < data.nbytes:
+                at = self._at + number * picture.nbytes
+                if os.pwrite(self._descriptor, np.ascontiguousarray(picture).data, at) < picture.nbytes:
                     raise OSError("no memory")
                 self.ready[number] = 1
 
