@@ -192,10 +192,10 @@ class _CachedMedia(Media):
         return self._decoded(wanted, short_side)
 
     def _decoded(self, wanted: Sequence[int], short_side: int) -> np.ndarray:
-        """Return frames from the file, and set `repaired` and `concealed`."""
+        """Return frames from the file, and set `repaired` and `damaged`."""
         media = self._opened()
         pictures = media.frames(wanted, short_side)
-        self.repaired, self.concealed = media.repaired, media.concealed
+        self.repaired, self.damaged = media.repaired, media.damaged
         return pictures
 
     def _opened(self) -> Media:
@@ -207,7 +207,7 @@ class _CachedMedia(Media):
     def _add(self, wanted: Sequence[int], pictures: np.ndarray) -> None:
         """Make an entry with the first frames of an example."""
         cache = self._source.cache
-        if self.repaired or self.concealed:
+        if self.damaged:
             return
         size = pictures.shape[1:3]
         entry = cache.add(self._example, self._label, self.count, self.missing, size)
@@ -238,7 +238,7 @@ class _CachedMedia(Media):
             for start in range(0, len(numbers), step):
                 chunk = numbers[start : start + step]
                 pictures = self._decoded(chunk, self._source.short_side)
-                if self.repaired or self.concealed or pictures.shape[1:] != size:
+                if self.damaged or pictures.shape[1:] != size:
                     return False
                 entry.store(chunk, pictures)
         except (DecodeError, OSError):

@@ -25,7 +25,7 @@ from structvit_jax.utils.failures import DecodeError
 def configure_decoding() -> None:
     """Set OpenCV to one thread, and replace Pillow's limit on the size of images by `Limits.pixels`.
 
-    Also make FFmpeg count errors, for `Media.concealed`. Entry points and data workers call this once.
+    Also make FFmpeg count errors, for `Media.damaged`. Entry points and data workers call this once.
     Decoded pixels do not depend on it.
     """
     cv2.setNumThreads(1)  # data workers run in parallel
@@ -105,7 +105,7 @@ class FrameRange(Media):
     def frames(self, wanted: Sequence[int], short_side: int = 0) -> np.ndarray:
         self.check_available(wanted)
         frames = self._media.frames([self._first + index for index in wanted], short_side)
-        self.repaired, self.concealed = self._media.repaired, self._media.concealed
+        self.repaired, self.damaged = self._media.repaired, self._media.damaged
         return frames
 
     def close(self) -> None:

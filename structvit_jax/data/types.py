@@ -58,9 +58,9 @@ class Media(abc.ABC):
     count: int  # number of frames, including missing ones
     missing: int = 0  # number of frames at the end that a truncated file lacks
     repaired: int = 0  # in the last `frames` call: damaged frames that were replaced by their neighbours
-    # Whether the decoder concealed damage in the last `frames` call, so that pixels may depend on which other
-    # frames were wanted.
-    concealed: bool = False
+    # Whether damage was repaired, or concealed by the decoder, in the last `frames` call. Pixels may then depend
+    # on which other frames were wanted.
+    damaged: bool = False
 
     @abc.abstractmethod
     def frames(self, wanted: Sequence[int], short_side: int = 0) -> np.ndarray:

@@ -84,7 +84,7 @@ class VideoFile(Media):
           DecodeError: a frame is missing, or more frames are damaged than `Limits.bad_frames` allows.
         """
         self.check_available(wanted)
-        self.concealed, errors = False, _logged_errors()
+        self.damaged, errors = False, _logged_errors()
         times = [self._times[index] for index in wanted]
         pictures = self._decoded(set(times), short_side)
         lost = sorted(set(times) - pictures.keys())
@@ -94,7 +94,7 @@ class VideoFile(Media):
             raise DecodeError(f"frame {number}{more} of {self.count} frames cannot be decoded")
         pictures |= {time: self._neighbour(time, short_side) for time in lost}
         self.repaired = len(lost)
-        self.concealed |= _logged_errors() > errors
+        self.damaged |= bool(lost) or _logged_errors() > errors
         return stack([pictures[time] for time in times])
 
     def cut(self) -> tuple[bytes, int]:
@@ -223,7 +223,7 @@ class VideoFile(Media):
             with decoding():
                 for key, group in self._groups(times):
                     for frame in self._decode(key, group):
-                        self.concealed |= frame.is_corrupt
+                        self.damaged |= frame.is_corrupt
                         with stage("convert"):
                             pictures[frame.pts] = _picture(frame, convert, short_side)
         except DecodeError as error:

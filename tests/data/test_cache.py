@@ -17,6 +17,9 @@ from test_folder import AUGMENT, is_worker
 
 from structvit_jax.data import cached_source
 from structvit_jax.data.frame_cache import FrameCache, entry_bytes
+from structvit_jax.data.limits import Limits
+from structvit_jax.data.media import configure_decoding, open_media
+from structvit_jax.data.types import Media
 from structvit_jax.utils.errors import UserError
 from structvit_jax.utils.failures import DecodeError
 
@@ -174,6 +177,46 @@ def outcome(source, number, wanted):
         return np.zeros(0), 0, str(error)
     finally:
         media.close()
+
+
+class Smeared(Media):
+    """Frame 5 is damaged: its pixels are those of frame 3 if that is decoded, too, and zero otherwise."""
+
+    count = 8
+
+    def frames(self, wanted, short_side=0):
+        self.damaged = 5 in wanted
+        values = np.array(wanted)
+        values[values == 5] = 3 if 3 in wanted else 0
+        return np.tile(values.astype(np.uint8)[:, None, None, None], (1, 4, 4, 3))
+
+
+class SmearedSource:
+    def __len__(self):
+        return 1
+
+    def open(self, index):
+        return Smeared(), 0
+
+
+def test_frames_with_concealed_damage_are_not_cached():
+    direct = SmearedSource()
+    source = cached_source.CachedSource(direct, FrameCache(1, MIB), 0, 0)
+    for wanted in np.random.default_rng(0).integers(0, 8, (50, 3)).tolist():
+        assert np.array_equal(outcome(source, 0, wanted)[0], outcome(direct, 0, wanted)[0])
+    entry = source.cache.entry(0)
+    assert entry is None or not entry.ready[5]
+
+
+def test_concealed_damage_is_noticed(root):
+    configure_decoding()
+    media = open_media(str(root / "train" / "up" / "000.mp4"))
+    media.frames(range(media.count))
+    assert not media.damaged
+    tolerant = Limits(bad_frames=1.0)
+    media = open_media(str(root / "train" / "up" / "repaired.mp4"), limits=tolerant)
+    media.frames(range(media.count))
+    assert media.damaged
 
 
 KILLED = """
