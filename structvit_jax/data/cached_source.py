@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from structvit_jax.data.frame_cache import Entry, FrameCache, entry_bytes
+from structvit_jax.data.frame_cache import Entry, FrameCache, entry_bytes, index_bytes
 from structvit_jax.data.media import configure_decoding
 from structvit_jax.data.stages import stage
 from structvit_jax.data.survey import typical
@@ -69,7 +69,8 @@ def _needed(sources: Sequence[Source], short_side: int) -> int:
         return 0
     scale = min(short_side / min(width, height), 1) if short_side else 1
     size = round(height * scale), round(width * scale)
-    return sum(map(len, sources)) * entry_bytes(frames, *size)
+    examples = sum(map(len, sources))
+    return index_bytes(examples) + examples * entry_bytes(frames, *size)
 
 
 def _text(size: int) -> str:
@@ -206,19 +207,17 @@ class _CachedMedia(Media):
 
     def _add(self, wanted: Sequence[int], pictures: np.ndarray) -> None:
         """Make an entry with the first frames of an example."""
-        cache = self._source.cache
         if self.damaged:
             return
-        size = pictures.shape[1:3]
-        entry = cache.add(self._example, self._label, self.count, self.missing, size)
-        if entry and entry.pixels.shape == (self.count, *size, 3):
-            try:
+        cache, size = self._source.cache, pictures.shape[1:3]
+        try:
+            entry = cache.add(self._example, self._label, self.count, self.missing, size)
+            if entry and entry.pixels.shape == (self.count, *size, 3):
                 entry.store(wanted, pictures)
-            except OSError:  # no memory
-                cache.exclude(self._example)
-                return
-            entry.visited(wanted)
-            self._entry = entry
+                entry.visited(wanted)
+                self._entry = entry
+        except OSError:  # no memory
+            cache.exclude(self._example)
 
     def _complete(self, entry: Entry, wanted: Sequence[int]) -> bool:
         """Store the wanted frames that are missing, and return whether this was possible."""

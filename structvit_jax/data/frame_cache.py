@@ -40,6 +40,11 @@ def entry_bytes(count: int, height: int, width: int) -> int:
     return _aligned(_HEADER.size + count) + _aligned(count * height * width * 3)
 
 
+def index_bytes(examples: int) -> int:
+    """Return the memory that a cache takes without any frames."""
+    return _aligned(8 + 8 * examples)
+
+
 def _aligned(size: int) -> int:
     return -(-size // _ALIGNMENT) * _ALIGNMENT
 
@@ -51,29 +56,33 @@ class FrameCache:
       examples: number of examples of all splits.
       limit: size of the memory in bytes. It is taken from the system as frames are added.
 
+    Attributes:
+      descriptor: file descriptor of the memory; data workers have to inherit it.
+      memory, bytes, read_only: the memory, and two views of it, uint8 [size].
+
     Raises:
       OSError, ValueError: the system does not provide it, or the index of the examples exceeds the limit.
     """
 
     def __init__(self, examples: int, limit: int):
-        start = _aligned(8 + 8 * examples)
+        start = index_bytes(examples)
         self._examples, self._size = examples, limit // mmap.PAGESIZE * mmap.PAGESIZE
         if start > self._size:
             raise ValueError(f"the index of {examples} examples takes {start} bytes")
         self.descriptor = anonymous_file()
         weakref.finalize(self, os.close, self.descriptor)
-        os.truncate(self.descriptor, self._size)
+        os.ftruncate(self.descriptor, self._size)
         self._map()
         self._used[0] = start
 
     def _map(self) -> None:
         self._lock = threading.Lock()
-        self._memory = mmap.mmap(self.descriptor, self._size)
-        self._bytes = np.frombuffer(self._memory, np.uint8)
-        self._pixels = self._bytes.view()
-        self._pixels.flags.writeable = False
-        self._used = np.frombuffer(self._memory, np.int64, 1)
-        self._index = np.frombuffer(self._memory, np.int64, self._examples, offset=8)
+        self.memory = mmap.mmap(self.descriptor, self._size)
+        self.bytes = np.frombuffer(self.memory, np.uint8)
+        self.read_only = self.bytes.view()
+        self.read_only.flags.writeable = False
+        self._used = np.frombuffer(self.memory, np.int64, 1)
+        self._index = np.frombuffer(self.memory, np.int64, self._examples, offset=8)
 
     def _identity(self) -> tuple[int, ...]:
         status = os.fstat(self.descriptor)
@@ -108,7 +117,7 @@ class FrameCache:
     def entry(self, example: int) -> Entry | None:
         """Return the entry of an example, or None if it has none."""
         offset = self._index.item(example)
-        return Entry(self._memory, self._bytes, self._pixels, offset, self.descriptor) if offset > 0 else None
+        return Entry(self, offset) if offset > 0 else None
 
     def exclude(self, example: int) -> None:
         """Do not cache an example any more."""
@@ -121,6 +130,9 @@ class FrameCache:
         """Return a new entry for an example, or the one that another reader has added.
 
         If there is not enough memory left, exclude the example and return None.
+
+        Raises:
+          OSError: the system does not provide the memory.
         """
         with self._locked():
             if not self._index.item(example):
@@ -155,18 +167,16 @@ class Entry:
       pixels: uint8 [count, height, width, 3], read-only.
     """
 
-    __slots__ = ("_at", "_descriptor", "_memory", "_offset", "count", "label", "missing", "pixels", "ready")
+    __slots__ = ("_cache", "_offset", "_start", "count", "label", "missing", "pixels", "ready")
 
-    def __init__(
-        self, memory: mmap.mmap, flags: np.ndarray, pixels: np.ndarray, offset: int, descriptor: int
-    ):
-        self.label, self.count, self.missing, height, width, _ = _HEADER.unpack_from(memory, offset)
-        first = offset + _HEADER.size
-        self._memory, self._offset, self._descriptor = memory, offset, descriptor
-        self._at = offset + _aligned(_HEADER.size + self.count)
-        self.ready = flags[first : first + self.count]
-        end = self._at + self.count * height * width * 3
-        self.pixels = pixels[self._at : end].reshape(self.count, height, width, 3)
+    def __init__(self, cache: FrameCache, offset: int):
+        self._cache, self._offset = cache, offset
+        self.label, self.count, self.missing, height, width, _ = _HEADER.unpack_from(cache.memory, offset)
+        flags = offset + _HEADER.size
+        self.ready = cache.bytes[flags : flags + self.count]
+        self._start = offset + _aligned(_HEADER.size + self.count)
+        stop = self._start + self.count * height * width * 3
+        self.pixels = cache.read_only[self._start : stop].reshape(self.count, height, width, 3)
 
     def frames(self, wanted: Sequence[int]) -> np.ndarray | None:
         """Return frames, read-only or as a copy; None if one is not stored."""
@@ -190,8 +200,9 @@ class Entry:
         for number, picture in zip(numbers, pictures, strict=True):
             if not self.ready[number]:
                 # System calls do not reorder memory accesses, and raise an error if a disk is full.
-                at = self._at + number * picture.nbytes
-                if os.pwrite(self._descriptor, np.ascontiguousarray(picture).data, at) < picture.nbytes:
+                start = self._start + number * picture.nbytes
+                data = np.ascontiguousarray(picture).data
+                if os.pwrite(self._cache.descriptor, data, start) < data.nbytes:
                     raise OSError("no memory")
                 self.ready[number] = 1
 
@@ -215,11 +226,11 @@ class Entry:
 
     @property
     def _spanned(self) -> int:
-        return _HEADER.unpack_from(self._memory, self._offset)[_SPANNED]
+        return _HEADER.unpack_from(self._cache.memory, self._offset)[_SPANNED]
 
     @_spanned.setter
     def _spanned(self, value: int) -> None:
-        struct.pack_into("i", self._memory, self._offset + 4 * _SPANNED, value)
+        struct.pack_into("i", self._cache.memory, self._offset + 4 * _SPANNED, value)
 
 
 def _span(wanted: Sequence[int]) -> int:

@@ -58,8 +58,8 @@ class Media(abc.ABC):
     count: int  # number of frames, including missing ones
     missing: int = 0  # number of frames at the end that a truncated file lacks
     repaired: int = 0  # in the last `frames` call: damaged frames that were replaced by their neighbours
-    # Whether damage was repaired, or concealed by the decoder, in the last `frames` call. Pixels may then depend
-    # on which other frames were wanted.
+    # Whether damage was repaired, or concealed by the decoder, in the last `frames` call. Pixels may then
+    # depend on which other frames were wanted.
     damaged: bool = False
 
     @abc.abstractmethod

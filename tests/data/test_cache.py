@@ -16,7 +16,7 @@ from PIL import Image
 from test_folder import AUGMENT, is_worker
 
 from structvit_jax.data import cached_source
-from structvit_jax.data.frame_cache import FrameCache, entry_bytes
+from structvit_jax.data.frame_cache import FrameCache, entry_bytes, index_bytes
 from structvit_jax.data.limits import Limits
 from structvit_jax.data.media import configure_decoding, open_media
 from structvit_jax.data.types import Media
@@ -224,7 +224,7 @@ import os, pickle, signal, sys
 cache = pickle.load(sys.stdin.buffer)
 entry = cache.add(1, 0, 2, 0, (8, 8))
 entry.store([0], [entry.pixels[0] + 1])
-os.pwrite(cache.descriptor, bytes([7] * 100), entry._at + 192)
+os.pwrite(cache.descriptor, bytes([7] * 100), entry._start + 192)
 with cache._locked():
     print(cache.used, flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
@@ -273,11 +273,11 @@ def test_a_process_without_the_descriptor_does_not_use_the_cache():
 
 def test_it_is_on_by_default_if_the_frames_of_files_fit(images):
     setting = {"root": str(images), "name": "folder", "frames": 0, "size": 20}
-    assert 45 * entry_bytes(1, 29, 28) == 112 * 1024 + 512
+    assert index_bytes(45) + 45 * entry_bytes(1, 29, 28) == 113 * 1024 - 128
     for cache, kib, line in [
-        ("auto", 3000, "cache: decoded frames are kept in memory, about 112 KiB of at most 2.9 MiB"),
-        ("auto", 64, "cache: off, decoded frames need about 112 KiB, and the limit is 64.0 KiB"),
-        ("on", 64, "cache: decoded frames are kept in memory, 64.0 KiB of about 112 KiB"),
+        ("auto", 3000, "cache: decoded frames are kept in memory, about 113 KiB of at most 2.9 MiB"),
+        ("auto", 64, "cache: off, decoded frames need about 113 KiB, and the limit is 64.0 KiB"),
+        ("on", 64, "cache: decoded frames are kept in memory, 64.0 KiB of about 113 KiB"),
         ("on", 1, "cache: off, no shared memory of 1.0 KiB (the index of 45 examples takes 384 bytes)"),
         ("off", 3000, ""),
     ]:
