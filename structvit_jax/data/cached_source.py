@@ -178,15 +178,16 @@ class _CachedMedia(Media):
         if short_side != self._source.short_side or cache.is_excluded(self._example):
             return self._decoded(wanted, short_side)
         self.check_available(wanted)
-        self.repaired = 0
         entry = self._entry
         if entry is None:
             pictures = self._decoded(wanted, short_side)
             self._add(wanted, pictures)
             return pictures
-        if (stored := entry.frames(wanted)) is not None:
-            return stored
-        if self._complete(entry, wanted) and (stored := entry.frames(wanted)) is not None:
+        stored = entry.frames(wanted)
+        if stored is None and self._complete(entry, wanted):
+            stored = entry.frames(wanted)
+        if stored is not None:
+            self.repaired = 0
             return stored
         cache.exclude(self._example)
         self.close()  # a decoder that failed may give other frames

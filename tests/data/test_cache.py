@@ -185,7 +185,7 @@ class Smeared(Media):
     count = 8
 
     def frames(self, wanted, short_side=0):
-        self.damaged = 5 in wanted
+        self.damaged, self.repaired = 5 in wanted, wanted.count(5)
         values = np.array(wanted)
         values[values == 5] = 3 if 3 in wanted else 0
         return np.tile(values.astype(np.uint8)[:, None, None, None], (1, 4, 4, 3))
@@ -199,13 +199,17 @@ class SmearedSource:
         return Smeared(), 0
 
 
-def test_frames_with_concealed_damage_are_not_cached():
+@pytest.mark.parametrize("chunk", [48, 480])  # bytes: one frame, or all of them
+def test_damaged_frames_are_not_cached(chunk, monkeypatch):
+    monkeypatch.setattr(cached_source, "_CHUNK", chunk)
     direct = SmearedSource()
-    source = cached_source.CachedSource(direct, FrameCache(1, MIB), 0, 0)
-    for wanted in np.random.default_rng(0).integers(0, 8, (50, 3)).tolist():
-        assert np.array_equal(outcome(source, 0, wanted)[0], outcome(direct, 0, wanted)[0])
-    entry = source.cache.entry(0)
-    assert entry is None or not entry.ready[5]
+    for visits in np.random.default_rng(0).integers(0, 8, (50, 8, 3)).tolist():
+        source = cached_source.CachedSource(direct, FrameCache(1, MIB), 0, 0)
+        for wanted in visits:
+            found, expected = (outcome(one, 0, wanted) for one in (source, direct))
+            assert np.array_equal(found[0], expected[0]) and found[1:] == expected[1:]
+        entry = source.cache.entry(0)
+        assert entry is None or not entry.ready[5]
 
 
 def test_concealed_damage_is_noticed(root):
