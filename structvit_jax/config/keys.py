@@ -164,6 +164,16 @@ KEYS: dict[str, Key] = {
     "data.test_crops": Key(1, "crops of a test clip: 1 (centre) or 3 (left, centre, right)", _one_of(1, 3)),
     "data.label_maps": Key("", "folder of label maps for token labelling, see structvit prepare label_maps"),
     "data.workers": Key(0, "number of processes that decode; 0 decodes in threads", _within(0, 1024)),
+    "data.cache": Key(
+        "auto",
+        "keep decoded frames in memory during training; 'auto': if those of all files fit",
+        _one_of("auto", "on", "off"),
+    ),
+    "data.cache_gib": Key(
+        0.0,
+        "largest memory of the cache in GiB; 0: a quarter of the memory that is available at the start",
+        _within(0, 2**20, "2**20"),
+    ),
     "data.max_pixels": Key(
         2**26,
         "largest width x height of an image or frame that is decoded",

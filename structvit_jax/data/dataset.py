@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from structvit_jax.data import folder, pipeline
+from structvit_jax.data.cached_source import open_cache
 from structvit_jax.data.digits import DigitMotions, Digits, MovingDigits, Noise
 from structvit_jax.data.fingerprint import Changes, Fingerprint, compare, fingerprint_of
 from structvit_jax.data.label_maps import LabelMaps
@@ -40,6 +41,7 @@ class ConfiguredDataset(Dataset):
         self.unit = "images" if self.train.is_image else "clips"
         self.in_files = data.name == "folder"
         self.train_examples, self.test_examples = len(train), len(test)
+        self._cache_line: str | None = None
         self.rows_per_epoch = len(train) * augment.repeated_augmentation
 
     @property
@@ -78,6 +80,14 @@ class ConfiguredDataset(Dataset):
             reader.adopt_classes(names, order)
         self.class_names = tuple(names)
         return order != list(range(len(order)))
+
+    def start_cache(self) -> str:
+        if self._cache_line is None:
+            readers = (self.train, self.test)
+            cached, self._cache_line = open_cache([reader.source for reader in readers], self.train.data)
+            for reader, source in zip(readers, cached, strict=False):  # there are none without a cache
+                reader.cached = source
+        return self._cache_line
 
     def train_batches(self, batch_size: int, *, start_step: int, shard: Shard = WHOLE) -> Generator[Batch]:
         return pipeline.train_batches(self.train, batch_size, start_step=start_step, shard=shard)

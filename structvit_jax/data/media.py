@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from pathlib import PurePath
 
+import av.logging
 import cv2
 import numpy as np
 from PIL import Image
@@ -24,10 +25,12 @@ from structvit_jax.utils.failures import DecodeError
 def configure_decoding() -> None:
     """Set OpenCV to one thread, and replace Pillow's limit on the size of images by `Limits.pixels`.
 
-    Entry points and data workers call this once. Decoded pixels do not depend on it.
+    Also make FFmpeg count errors, for `Media.damaged`. Entry points and data workers call this once.
+    Decoded pixels do not depend on it.
     """
     cv2.setNumThreads(1)  # data workers run in parallel
     Image.MAX_IMAGE_PIXELS = None
+    av.logging.set_level(av.logging.PANIC)  # the lowest level prints nothing, but errors are counted
 
 
 def open_media(
@@ -91,7 +94,7 @@ class FrameRange(Media):
     def frames(self, wanted: Sequence[int], short_side: int = 0) -> np.ndarray:
         self.check_available(wanted)
         frames = self._media.frames([self._first + index for index in wanted], short_side)
-        self.repaired = self._media.repaired
+        self.repaired, self.damaged = self._media.repaired, self._media.damaged
         return frames
 
     def close(self) -> None:

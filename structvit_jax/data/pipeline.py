@@ -137,7 +137,15 @@ def _prefetched(reader: Reader, read: Callable[[int, Note], Batch], numbers: ran
     if not (workers := reader.data.workers):
         return _in_threads(read, numbers)
     on_death = functools.partial(_raise_worker_death, reader)
-    return in_processes(read, numbers, workers, ahead=_AHEAD, on_death=on_death, setup=configure_decoding)
+    return in_processes(
+        read,
+        numbers,
+        workers,
+        ahead=_AHEAD,
+        on_death=on_death,
+        setup=configure_decoding,
+        descriptors=[reader.cached.cache.descriptor] if reader.cached else [],
+    )
 
 
 def _in_threads(read: Callable[[int, Note], Batch], numbers: range) -> Generator[Batch]:

@@ -18,6 +18,7 @@ from structvit_jax.data.augment import (
     test_boxes,
     test_crops,
 )
+from structvit_jax.data.cached_source import CachedSource
 from structvit_jax.data.frame_operations import CropAffine, Operation
 from structvit_jax.data.label_maps import LabelMaps
 from structvit_jax.data.stages import stage
@@ -56,6 +57,7 @@ class Reader:
       views: number of views of a test example, whose scores are averaged.
       middle: index of the middle view: the middle crop of the middle clip.
       arrays: shapes and dtypes of one training example.
+      cached: the examples of `source` through a cache; None without a cache.
 
     Raises:
       UserError: the sampling rule or the augmentation policy is unknown.
@@ -70,6 +72,7 @@ class Reader:
         maps: LabelMaps | None = None,
     ):
         self.source, self.data, self.augment, self.seed, self.maps = source, data, augment, seed, maps
+        self.cached: CachedSource | None = None
         self._rule = sampling.rule(data.sampling)
         self._policy = RandAugment.parse(augment.randaugment)
         if self._policy or augment.color_jitter:
@@ -220,7 +223,7 @@ class Reader:
 
     def _open(self, index: int) -> tuple[Media, int]:
         with stage("open"):
-            return self.source.open(index)
+            return (self.cached or self.source).open(index)
 
     def _notes(self, media: Media) -> dict[str, str]:
         """Return notes on an example that was read: `Problem.reason` by `Problem.kind`."""

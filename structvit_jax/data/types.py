@@ -58,6 +58,9 @@ class Media(abc.ABC):
     count: int  # number of frames, including missing ones
     missing: int = 0  # number of frames at the end that a truncated file lacks
     repaired: int = 0  # in the last `frames` call: damaged frames that were replaced by their neighbours
+    # Whether damage was repaired, or concealed by the decoder, in the last `frames` call. Pixels may then
+    # depend on which other frames were wanted.
+    damaged: bool = False
 
     @abc.abstractmethod
     def frames(self, wanted: Sequence[int], short_side: int = 0) -> np.ndarray:
@@ -149,6 +152,14 @@ class Dataset(Protocol):
         """
         ...
 
+    def start_cache(self) -> str:
+        """Keep decoded examples in memory if config.data.cache asks for it.
+
+        Returns:
+          One line that states what was decided; "" if there is nothing to state.
+        """
+        ...
+
     def train_batches(self, batch_size: int, *, start_step: int, shard: Shard = WHOLE) -> Generator[Batch]:
         """Yield shuffled batches forever, from step `start_step` on.
 
@@ -201,6 +212,8 @@ class DataOptions(_Options):
     test_crops: int
     label_maps: str
     workers: int
+    cache: str
+    cache_gib: float
     max_pixels: int
     max_frames: int
     max_replaced_frames: float

@@ -16,6 +16,7 @@ from fractions import Fraction
 from typing import Any, NamedTuple
 
 import av
+import av.logging
 import numpy as np
 from av.packet import Packet
 from av.stream import Stream
@@ -83,6 +84,7 @@ class VideoFile(Media):
           DecodeError: a frame is missing, or more frames are damaged than `Limits.bad_frames` allows.
         """
         self.check_available(wanted)
+        self.damaged, errors = False, _logged_errors()
         times = [self._times[index] for index in wanted]
         pictures = self._decoded(set(times), short_side)
         lost = sorted(set(times) - pictures.keys())
@@ -92,6 +94,7 @@ class VideoFile(Media):
             raise DecodeError(f"frame {number}{more} of {self.count} frames cannot be decoded")
         pictures |= {time: self._neighbour(time, short_side) for time in lost}
         self.repaired = len(lost)
+        self.damaged |= bool(lost) or _logged_errors() > errors
         return stack([pictures[time] for time in times])
 
     def cut(self) -> tuple[bytes, int]:
@@ -220,6 +223,7 @@ class VideoFile(Media):
             with decoding():
                 for key, group in self._groups(times):
                     for frame in self._decode(key, group):
+                        self.damaged |= frame.is_corrupt
                         with stage("convert"):
                             pictures[frame.pts] = _picture(frame, convert, short_side)
         except DecodeError as error:
@@ -271,6 +275,11 @@ class VideoFile(Media):
         for packet in itertools.chain([first], packets):
             if not packet.size or _pts_dts(packet)[1] >= key.dts:
                 yield packet
+
+
+def _logged_errors() -> int:
+    """Return the number of errors that FFmpeg has logged in this process, in any of its threads."""
+    return av.logging.get_last_error()[0]
 
 
 class _Packet(NamedTuple):

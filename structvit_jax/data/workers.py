@@ -27,7 +27,7 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from multiprocessing.connection import Connection, Pipe
 from multiprocessing.reduction import recv_handle, send_handle
 from typing import Any, NamedTuple, TypeVar
@@ -57,6 +57,7 @@ def in_processes(
     ahead: int,
     on_death: Callable[[DeadWorker], T],
     setup: Callable[[], None] | None = None,
+    descriptors: Sequence[int] = (),
 ) -> Generator[T]:
     """Yield function(number, note) for every number, in order, computed in `count` processes.
 
@@ -68,6 +69,7 @@ def in_processes(
       on_death: called if a process dies; returns the result for the number that it was working on, or raises.
         A new process replaces the dead one.
       setup: called once in every process.
+      descriptors: open files that the processes inherit, with the same descriptors.
     """
     import cloudpickle  # imported here: workers run this file and do not need it
 
@@ -80,7 +82,7 @@ def in_processes(
             while len(pending) < ahead * count and (number := next(source, None)) is not None:
                 worker = queued % count
                 if worker == len(pool):
-                    pool.append(_Worker(pickled))
+                    pool.append(_Worker(pickled, descriptors))
                 pool[worker].ask(number)
                 pending.append((number, worker))
                 queued += 1
@@ -92,7 +94,7 @@ def in_processes(
             except (EOFError, ConnectionError):
                 ok, result = True, on_death(pool[worker].wait())
                 pool[worker].close()
-                pool[worker] = _Worker(pickled)
+                pool[worker] = _Worker(pickled, descriptors)
                 for other, its_worker in pending:
                     if its_worker == worker:
                         pool[worker].ask(other)
@@ -107,16 +109,16 @@ def in_processes(
 class _Worker:
     """The parent's side of a worker."""
 
-    def __init__(self, pickled: bytes):
+    def __init__(self, pickled: bytes, inherited: Sequence[int]):
         self._connection, theirs = Pipe()
-        self._note = _anonymous_file()
+        self._note = anonymous_file()
         descriptors = (theirs.fileno(), self._note)
         # The child inherits the blocked signals. Signals that arrive here meanwhile are delivered afterwards.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _BLOCKED)
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", __file__, *map(str, descriptors)],
-                pass_fds=descriptors,
+                pass_fds=(*descriptors, *inherited),
                 stdin=subprocess.DEVNULL,
             )
         finally:
@@ -163,7 +165,7 @@ class _Worker:
         os.close(self._note)
 
 
-def _anonymous_file() -> int:
+def anonymous_file() -> int:
     """Return the descriptor of a new file without a name, in memory if the system supports it."""
     if hasattr(os, "memfd_create"):
         return os.memfd_create("structvit_jax")
@@ -226,7 +228,7 @@ def _send(connection: Connection, ok: bool, value: Any) -> None:
     if not any(sizes):
         connection.send((ok, pickle.dumps(value), []))
         return
-    with open(_anonymous_file(), "wb") as file:
+    with open(anonymous_file(), "wb") as file:
         for offset, view in zip(_offsets(sizes), views, strict=True):
             file.seek(offset)
             file.write(view)

@@ -30,7 +30,10 @@ PORTABLE = (
     *("data.mean", "data.std", "data.channels", "data.frames", "data.stride", "data.sampling"),
     *("data.size", "data.short_side", "data.crop_fraction", "data.test_clips", "data.test_crops"),
 )
-MACHINE = ("init_from", "data.workers", "data.max_pixels", "data.max_frames", "checkpoint", "mesh")
+MACHINE = (
+    *("init_from", "checkpoint", "mesh"),
+    *("data.workers", "data.cache", "data.cache_gib", "data.max_pixels", "data.max_frames"),
+)
 _LOCAL = ("data.root", "data.label_maps")  # folders to read; a card may not name remote ones
 _TYPES: dict[type, tuple[type, ...]] = {  # type of a default -> types that its value may have in JSON
     bool: (bool,),

@@ -117,6 +117,8 @@ def train(
         # Train. Resuming is exact because of this order: step, log, evaluate, write the logs, save. So if
         # there is a checkpoint of step n, metrics.jsonl has all lines up to n. Resuming drops later lines.
         if start < total:
+            if line := data.start_cache():
+                log(line)
             goodput.switch("compile")
             train_step = compile_train_step(learner, state)
             run_log.restart_clock()

@@ -341,6 +341,7 @@ def test_bad_files_are_masked_listed_and_counted(root, command, tmp_path):
         assert re.search(reason, found[name]), name
         assert f"{name} left out: " in process.stdout + stopped.stdout
     assert process.returncode == 2
+    assert "cache: decoded frames are kept in memory" in process.stdout
     assert "no score: 1 of 10 test examples cannot be read (val/up/broken.mp4: Invalid data" in process.stderr
     assert "step 4  evaluation: no score" in process.stdout
 
