@@ -25,6 +25,7 @@ PUBLISHED = {
     "finegym288": "Prepare FineGym with 288 classes from its lists and its JSON file.",
     "imagenet": "Prepare ImageNet-1K from its folders of images and LOC_val_solution.csv.",
 }
+_SMALLEST_SIDE = 32  # pixels; smaller copies would be a mistake
 
 
 @click.group(cls=options.CommandGroup)
@@ -61,6 +62,12 @@ _images = click.option(
 _output_options = _combine(
     click.option(
         "--out", default="", show_default=False, metavar="DIR", help="Folder to write lists and reports to."
+    ),
+    click.option(
+        "--transcode",
+        type=click.IntRange(min=_SMALLEST_SIDE),
+        metavar="SHORT_SIDE",
+        help="Copy videos to --out with this short side in pixels, so that they decode fast. Common: 256.",
     ),
     click.option("--check", is_flag=True, help="Decode three frames of every example, and print a table."),
     click.option(
