@@ -14,9 +14,9 @@ import json
 import os
 import struct
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import av
 import cv2
@@ -101,7 +101,7 @@ def write_copy(path: str, video: VideoFile, original: os.stat_result, short_side
         raise DecodeError(f"cannot be encoded: {error.strerror}") from error
     with contextlib.closing(VideoFile(path, limits=Limits(frames=video.count))) as copy:
         same_times = _check_times(video, copy)
-        psnr, ssim = _quality(sampled, copy.frames(list(sampled)))
+        psnr, ssim = _quality(sampled.values(), copy.frames(list(sampled)))
     record = Record(
         original.st_size, original.st_mtime_ns, short_side, video.count, psnr, ssim, same_times=same_times
     )
@@ -116,7 +116,7 @@ def write_copy(path: str, video: VideoFile, original: os.stat_result, short_side
 def same_part(
     video: VideoFile, copy: VideoFile, start: float | None, end: float | None
 ) -> tuple[float | None, float | None]:
-    """Return the start and end in seconds that select in a copy what `start` and `end` select in its original.
+    """Return start and end in seconds of the frames in a copy that are the given part of its original.
 
     They differ if the containers count times from different frames, or in different units: start and end are
     rounded to half a unit, and the unit of an AVI file is a frame.
@@ -135,21 +135,22 @@ def _encode(path: str, video: VideoFile, short_side: int) -> dict[int, np.ndarra
     times = video.times()
     if np.any(np.diff(times) <= 0):
         raise DecodeError("two frames have the same time")
-    sampled = dict.fromkeys(np.linspace(0, len(times) - 1, _SAMPLED).round().astype(int).tolist())
+    wanted = set(np.linspace(0, len(times) - 1, _SAMPLED).round().astype(int).tolist())
+    sampled: dict[int, np.ndarray] = {}
     # A copy counts in the same unit as its original, or in a whole fraction of it.
     base = Fraction(1, video.unit.denominator)
     options = {"video_track_timescale": str(base.denominator)}
     with av.open(f"file:{path}", "w", format="mp4", options=options) as container:
-        stream, convert = None, VideoReformatter()
-        for number, picture in enumerate(_pictures(video, short_side)):
-            if stream is None:
+        convert = VideoReformatter()
+        for number, (time, picture) in enumerate(zip(times, _pictures(video, short_side), strict=True)):
+            if number == 0:
                 stream = _add_stream(container, picture.shape, base, video)
-            if number in sampled:
+            if number in wanted:
                 sampled[number] = picture
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
             # AREA: the reader spreads a chroma sample over 2x2 pixels, so it has to be their mean.
             frame = convert.reformat(frame, format="yuv420p", interpolation="AREA", threads=1)
-            frame.time_base, frame.pts = base, (times[number] - times[0]) * video.unit.numerator
+            frame.time_base, frame.pts = base, (time - times[0]) * video.unit.numerator
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return sampled
@@ -209,9 +210,9 @@ def _check_times(video: VideoFile, copy: VideoFile) -> bool:
     return old[0] == new[0] and video.unit == copy.unit
 
 
-def _quality(pictures: Mapping[int, np.ndarray], decoded: Sequence[np.ndarray]) -> tuple[float, float]:
+def _quality(pictures: Iterable[np.ndarray], decoded: Iterable[np.ndarray]) -> tuple[float, float]:
     """Return PSNR in dB and SSIM of decoded frames; both are taken over all of the pictures."""
-    pairs = list(zip(pictures.values(), decoded, strict=True))
+    pairs = list(zip(pictures, decoded, strict=True))
     error = np.mean([np.square(a.astype(np.float32) - b).mean() for a, b in pairs])
     psnr = min(10 * np.log10(255**2 / error), _PERFECT) if error else _PERFECT
     return float(psnr), float(np.mean([_ssim(a, b) for a, b in pairs]))

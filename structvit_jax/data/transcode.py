@@ -258,7 +258,9 @@ class _Run:
         started = time.monotonic()
         try:
             with (
-                tqdm(total=len(todo), unit="file", file=sys.stderr, desc="transcoding") as bar,
+                tqdm(
+                    total=len(todo), unit="file", file=sys.stderr, desc="transcoding", disable=not todo
+                ) as bar,
                 contextlib.closing(self._results(todo, workers)) as results,
             ):
                 self._check_space()

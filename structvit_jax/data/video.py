@@ -113,7 +113,10 @@ class VideoFile(Media):
         return int(np.diff([0, *starts, len(self._times)]).max())
 
     def decode_all(self) -> Iterator[av.VideoFrame]:
-        """Yield the frames in order, as decoded: neither converted to RGB nor rotated.
+        """Yield all frames in display order, neither converted to RGB nor rotated.
+
+        Decoders return them in this order even if the container gives wrong times to frames, as AVI files do
+        in which B-frames are packed together with others.
 
         Raises:
           DecodeError: a frame is missing or cannot be decoded.
@@ -121,15 +124,14 @@ class VideoFile(Media):
         self.check_available([self.count - 1])
         if not self._keys or self._keys[0].pts > self._times[0]:
             raise DecodeError("no key frame to start decoding from")
-        number = 0
+        seen: set[int] = set()
         with decoding():
             for frame in self._decode(self._keys[0], set(self._times)):
-                if number == self.count or frame.pts != self._times[number]:
-                    break
-                yield frame
-                number += 1
-        if number < self.count:
-            raise DecodeError(f"frame {number} of {self.count} frames cannot be decoded")
+                if frame.pts not in seen:
+                    seen.add(frame.pts)
+                    yield frame
+        if lost := sorted(set(self._times) - seen):
+            raise DecodeError(f"frame {self._times.index(lost[0])} of {self.count} frames cannot be decoded")
 
     def cut(self) -> tuple[bytes, int]:
         """Copy the frames of this video, or of this part of one, into a Matroska file without decoding them.
