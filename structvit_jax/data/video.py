@@ -124,13 +124,13 @@ class VideoFile(Media):
         self.check_available([self.count - 1])
         if not self._keys or self._keys[0].pts > self._times[0]:
             raise DecodeError("no key frame to start decoding from")
-        seen: set[int] = set()
+        seen: set[int | None] = set()
         with decoding():
             for frame in self._decode(self._keys[0], set(self._times)):
                 if frame.pts not in seen:
                     seen.add(frame.pts)
                     yield frame
-        if lost := sorted(set(self._times) - seen):
+        if lost := [time for time in self._times if time not in seen]:
             raise DecodeError(f"frame {self._times.index(lost[0])} of {self.count} frames cannot be decoded")
 
     def cut(self) -> tuple[bytes, int]:
