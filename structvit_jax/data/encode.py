@@ -42,8 +42,8 @@ _ENCODER = {
     "bf": "3",
     "x264-params": f"keyint={_INTERVAL}:min-keyint={_INTERVAL}:scenecut=0:b-adapt=0:b-pyramid=none",
 }
-# BILINEAR alone, which the reader uses, makes pictures of even width about 1.5 grey levels too dark. It does so
-# when a copy is read; it should not do so twice.
+# The reader uses BILINEAR alone, which makes pictures of even width about 1.5 grey levels too dark. It
+# does so when it reads copies; they must not be too dark already.
 _ACCURATE = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 _SAMPLED = 4  # frames of each copy whose quality is measured
 _PERFECT = 100.0  # dB; PSNR of equal pictures

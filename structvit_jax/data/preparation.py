@@ -67,15 +67,20 @@ def run(request: Request) -> int:
     if request.out:
         _check_out(request.out, splits)
         if request.transcode:
-            is_list = request.source == "list"
-            base = os.path.dirname(request.paths[0]) if is_list else request.paths[-1]
-            searched = () if is_list else request.paths
-            splits = transcode(splits, base, searched, request.out, request.transcode, request.workers)
+            splits = _transcode(request, request.transcode, splits)
         _write_lists(request.out, splits)
     if not request.check:
         return 0
     report = _report_path(request)
     return check(splits, request.workers, report, video=video, next_command=_next_command(request))
+
+
+def _transcode(request: Request, short_side: int, splits: Mapping[str, Index]) -> dict[str, Index]:
+    """Copy videos to files that decode fast; return the splits with the copies."""
+    is_list = request.source == "list"
+    base = os.path.dirname(os.path.abspath(request.paths[0])) if is_list else request.paths[-1]
+    searched = [] if is_list else request.paths
+    return transcode(splits, base, searched, request.out, short_side, request.workers)
 
 
 def _report_path(request: Request) -> str:
@@ -190,12 +195,13 @@ def _write_lists(out: str, splits: Mapping[str, Index]) -> None:
 
 
 def _write_lines(path: str, lines: Iterable[str]) -> None:
-    """Write a text file atomically."""
+    """Write a text file atomically, even if several processes do so at the same time."""
+    unfinished = f"{path}.{os.getpid()}.tmp"
     with write_errors_as_user_error(path):
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+        with open(unfinished, "w", encoding="utf-8") as file:
             file.writelines(line + "\n" for line in lines)
-        os.replace(f"{path}.tmp", path)
+        os.replace(unfinished, path)
 
 
 def check(

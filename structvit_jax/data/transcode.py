@@ -1,8 +1,7 @@
 """Copy the videos of a data set to files that decode fast: `structvit prepare ... --transcode=256 --out=DIR`.
 
-Copies are in DIR/clips, and originals are never written. A copy gets its name when it is complete and on the
-disk, so a file with such a name can be used whatever happens to the run. Unfinished files are in
-DIR/clips.unfinished; the next run removes them. Re-running keeps the copies that are up to date.
+Copies are in DIR/clips. A copy gets its name when it is complete and on the disk, so every file there can be
+used, whatever happens to the run. Re-running keeps copies that are up to date. Originals are never written.
 """
 
 from __future__ import annotations
@@ -10,40 +9,35 @@ from __future__ import annotations
 import collections
 import contextlib
 import errno
-import fcntl
-import hashlib
 import os
 import shutil
 import statistics
 import sys
 import time
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
+from structvit_jax.data import copies
 from structvit_jax.data.encode import LONGEST_INTERVAL, Record, read_record, same_part, write_copy
 from structvit_jax.data.image import IMAGES
 from structvit_jax.data.index import Entry, Index
 from structvit_jax.data.limits import Limits, file_size
-from structvit_jax.data.media import configure_decoding, without_extension
+from structvit_jax.data.media import configure_decoding
 from structvit_jax.data.video import VideoFile
 from structvit_jax.data.workers import Note, in_processes
 from structvit_jax.utils.errors import UserError
 from structvit_jax.utils.failures import DecodeError, printable
 from structvit_jax.utils.paths import write_errors_as_user_error
 
-_CLIPS = "clips"
-_UNFINISHED = "clips.unfinished"
-_LOCK = "clips.lock"
 _AHEAD = 4  # largest number of videos in the queue of each worker
 _THREADS = 16  # that look for copies from earlier runs; on a network drive most of their time is waiting
 _FIRST = 3  # copies from which the space for the others is estimated
 _MARGIN = 1.1  # factor on this estimate
 _LOW_PSNR = 35.0  # dB; name the worst copy if it is below
-_NAME_LIMIT = 255  # bytes in the name of a file
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 # Errors of one path; other errors of writing concern all copies.
 _OWN_ERRORS = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
@@ -59,6 +53,7 @@ class Job(NamedTuple):
     parts: tuple[Part, ...]  # of its examples
     limits: Limits
     size: int = 0  # bytes; 0 if it cannot be read
+    outdated: int = 0  # bytes of the file that the copy will replace
     kept: Record | None = None  # of a copy from an earlier run that is up to date
 
 
@@ -101,25 +96,25 @@ def transcode(
     """
     out = os.path.abspath(out)
     examples = _examples(splits)
-    _check_out(out, searched, examples)
-    names = _copy_names([path for path in examples if not path.lower().endswith(IMAGES)], base)
+    copies.check_folder(out, searched, examples)
+    names = copies.choose_names([path for path in examples if not path.lower().endswith(IMAGES)], base)
     limits = next(iter(splits.values())).limits
     jobs = [
-        Job(path, os.path.join(out, _CLIPS, name), tuple(sorted(examples[path], key=str)), limits)
+        Job(path, os.path.join(out, copies.CLIPS, name), tuple(sorted(examples[path], key=str)), limits)
         for path, name in names.items()
     ]
-    with write_errors_as_user_error(out), _only_run(out), _scratch(os.path.join(out, _UNFINISHED)) as scratch:
-        run = _Run(out, jobs, short_side, scratch)
-        outcomes = run.work(workers)
-        for folder in {os.path.dirname(job.copy) for job, outcome in outcomes if outcome.record}:
-            _sync(folder)
+    with copies.only_run(out) as unfinished:
+        run = _Run(out, jobs, short_side, unfinished)
+        with write_errors_as_user_error(out):
+            outcomes = run.work(workers)
+            copies.sync({os.path.dirname(job.copy) for job, outcome in outcomes if outcome.record})
     print(_summary(run, outcomes, len(examples) - len(jobs)))
-    copies = {
+    made = {
         job.path: (job.copy, dict(zip(job.parts, outcome.parts, strict=True)))
         for job, outcome in outcomes
         if outcome.record
     }
-    return {name: _with_copies(index, out, copies) for name, index in splits.items()}
+    return {name: _with_copies(index, out, made) for name, index in splits.items()}
 
 
 def _examples(splits: Mapping[str, Index]) -> dict[str, set[Part]]:
@@ -134,87 +129,18 @@ def _examples(splits: Mapping[str, Index]) -> dict[str, set[Part]]:
     return examples
 
 
-def _check_out(out: str, searched: Iterable[str], originals: Iterable[str]) -> None:
-    """Check that copies in a folder can neither replace originals nor be found as data."""
-    for source in map(_resolved, searched):
-        if _resolved(out).startswith(source):
-            raise UserError(
-                f"{out} is in the data folder {source}; choose a folder for the copies outside it"
-            )
-    clips = os.path.join(out, _CLIPS)
-    folders = {os.path.dirname(path) for path in originals}
-    if any(_resolved(folder).startswith(_resolved(clips)) for folder in folders):
-        raise UserError(f"{clips} holds originals, which copies might replace; choose another --out")
-    if os.path.exists(clips) and not os.path.exists(os.path.join(out, _LOCK)):
-        raise UserError(f"{clips} exists and was not written by --transcode; choose another --out")
-
-
-def _resolved(folder: str) -> str:
-    """Return the absolute path of a folder without links, with a separator at the end."""
-    return os.path.join(os.path.realpath(folder), "")
-
-
-def _copy_names(paths: Sequence[str], base: str) -> dict[str, str]:
-    """Return a different name for the copy of each path, relative to the folder of copies."""
-    names = {}
-    for path in paths:
-        name = os.path.relpath(path, base)
-        inside = not name.startswith(os.pardir + os.sep)
-        names[path] = without_extension(name if inside else path.lstrip(os.sep)) + ".mp4"
-    same = collections.Counter(name.casefold() for name in names.values())
-    for path, name in names.items():
-        folder, short = os.path.split(name)
-        if same[name.casefold()] > 1 or len(os.fsencode(short)) > _NAME_LIMIT:
-            ending = f"-{hashlib.sha256(os.fsencode(path)).hexdigest()[:12]}.mp4"
-            short = os.fsdecode(os.fsencode(short[:-4])[: _NAME_LIMIT - len(ending)]) + ending
-            names[path] = os.path.join(folder, short)
-    return names
-
-
-def _with_copies(index: Index, out: str, copies: Mapping[str, tuple[str, Mapping[Part, Part]]]) -> Index:
+def _with_copies(index: Index, out: str, made: Mapping[str, tuple[str, Mapping[Part, Part]]]) -> Index:
     """Return a split in which the copies replace their originals; labels stay as they are."""
     entries: list[Entry] = []
     for number in range(len(index)):
         entry, path = index.entry(number), os.path.abspath(index.path(number))
-        if path not in copies:
+        if path not in made:
             entries.append(entry._replace(path=path))
             continue
-        copy, parts = copies[path]
+        copy, parts = made[path]
         start, end = parts[entry.start, entry.end] if entry.is_part else (None, None)
         entries.append(entry._replace(path=os.path.relpath(copy, out), start=start, end=end))
     return Index(out, entries, index.class_names, limits=index.limits, notes=index.notes)
-
-
-@contextlib.contextmanager
-def _only_run(out: str) -> Iterator[None]:
-    """Hold the lock of a folder; the system releases it however the process ends."""
-    os.makedirs(out, exist_ok=True)
-    with open(os.path.join(out, _LOCK), "ab") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"another run is writing copies to {out}; wait until it ends") from error
-        yield
-
-
-@contextlib.contextmanager
-def _scratch(folder: str) -> Iterator[str]:
-    """Provide an empty folder for unfinished files; those of killed runs are removed."""
-    shutil.rmtree(folder, ignore_errors=True)
-    os.makedirs(folder, exist_ok=True)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _sync(folder: str) -> None:
-    """Wait until the names in a folder are on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class _Run:
@@ -225,12 +151,13 @@ class _Run:
       seconds: duration.
     """
 
-    def __init__(self, out: str, jobs: Sequence[Job], short_side: int, scratch: str):
-        self._out, self._short_side, self._scratch = out, short_side, scratch
+    def __init__(self, out: str, jobs: Sequence[Job], short_side: int, unfinished: str):
+        self._out, self._short_side, self._unfinished = out, short_side, unfinished
         with ThreadPoolExecutor(_THREADS) as pool:
             self._jobs = list(pool.map(self._look_up, jobs))
         self._read = self._written = self._copies = 0  # bytes of originals and of copies; number of copies
         self._pending = sum(job.size for job in self._jobs)  # bytes of originals
+        self._outdated = sum(job.outdated for job in self._jobs)
         self.frames, self.seconds = 0, 0.0
 
     def _look_up(self, job: Job) -> Job:
@@ -240,9 +167,10 @@ class _Run:
         except (DecodeError, OSError):  # copying reports it
             return job
         record = read_record(job.copy)
-        return job._replace(
-            size=size, kept=record if record and record.is_of(status, self._short_side) else None
-        )
+        if record and record.is_of(status, self._short_side):
+            return job._replace(size=size, kept=record)
+        outdated = os.path.getsize(job.copy) if os.path.exists(job.copy) else 0
+        return job._replace(size=size, outdated=outdated)
 
     def work(self, workers: int) -> list[tuple[Job, Outcome]]:
         """Return all jobs with their outcomes."""
@@ -285,10 +213,11 @@ class _Run:
             self._check_space()
 
     def _results(self, numbers: Sequence[int], workers: int) -> Generator[Outcome]:
-        jobs, short_side, scratch = self._jobs, self._short_side, self._scratch
+        jobs = {number: self._jobs[number] for number in numbers}
+        short_side, unfinished = self._short_side, self._unfinished
 
         def process(number: int, note: Note) -> Outcome:
-            return _process(jobs[number], short_side, os.path.join(scratch, f"{number}.mp4"))
+            return _process(jobs[number], short_side, os.path.join(unfinished, f"{number}.mp4"))
 
         return in_processes(
             process, numbers, workers, ahead=_AHEAD, on_death=lambda worker: _KILLED, setup=configure_decoding
@@ -296,6 +225,7 @@ class _Run:
 
     def _count(self, job: Job, *, copied: bool) -> None:
         self._pending -= job.size
+        self._outdated -= job.outdated
         self._read += job.size
         if copied:
             self._copies += 1
@@ -303,7 +233,8 @@ class _Run:
 
     def _needed(self) -> float:
         """Return the estimated number of bytes that the remaining copies need."""
-        return _MARGIN * self._pending * self._written / max(self._read, 1)
+        total = _MARGIN * self._pending * self._written / max(self._read, 1)
+        return max(total - self._outdated, 0)
 
     def _check_space(self) -> None:
         if self._copies >= _FIRST and self._needed() > shutil.disk_usage(self._out).free:

@@ -18,7 +18,7 @@ from conftest import ROOT, structvit
 from deadly import DeadlyLimits
 from PIL import Image
 
-from structvit_jax.data import transcode
+from structvit_jax.data import copies, transcode
 from structvit_jax.data.encode import read_record
 from structvit_jax.data.index import Entry, Index, read_list
 from structvit_jax.data.video import VideoFile
@@ -151,16 +151,16 @@ def test_lists_name_copies_or_originals(prepared):
 
 def test_quality_and_size_are_recorded(prepared):
     *_, out, _, text = prepared
-    copies = list((out / "clips").rglob("*.mp4"))
-    records = [read_record(str(path)) for path in copies]
+    made = list((out / "clips").rglob("*.mp4"))
+    records = [read_record(str(path)) for path in made]
     assert all(record.psnr > 35 and 0.95 < record.ssim <= 1 for record in records)
     assert f"PSNR    median {np.median([record.psnr for record in records]):.1f} dB" in text
     assert f"lowest {min(record.ssim for record in records):.4f}" in text
-    content = copies[0].read_bytes()
+    content = made[0].read_bytes()
     for cut in (1, 100, len(content) // 2):
-        copies[0].with_suffix(".cut").write_bytes(content[:-cut])
-        assert read_record(str(copies[0].with_suffix(".cut"))) is None
-    copies[0].with_suffix(".cut").unlink()
+        made[0].with_suffix(".cut").write_bytes(content[:-cut])
+        assert read_record(str(made[0].with_suffix(".cut"))) is None
+    made[0].with_suffix(".cut").unlink()
 
 
 def test_parts_select_the_same_frames(inline, tmp_path):
@@ -228,13 +228,13 @@ def test_a_killed_run_leaves_only_complete_copies(tmp_path):
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        copies = snapshot(out / "clips")
-        assert wanted <= len(copies) < 12 and not (out / "train.jsonl").exists()
-        for path in copies:
+        made = snapshot(out / "clips")
+        assert wanted <= len(made) < 12 and not (out / "train.jsonl").exists()
+        for path in made:
             assert read_record(str(path)).frames == VideoFile(str(path)).count == 40
     prepare("folder", root, out=out, side=96)
     assert (
-        copies.items() <= snapshot(out / "clips").items() and len(listed(out)) + len(listed(out, "val")) == 12
+        made.items() <= snapshot(out / "clips").items() and len(listed(out)) + len(listed(out, "val")) == 12
     )
     assert not (out / "clips.unfinished").exists()
 
@@ -268,7 +268,7 @@ def test_names_of_copies_differ(inline, tmp_path):
     long, odd = "x" * 251, os.fsdecode(b"\xff odd\n")
     paths = ["/d/a/1.avi", "/d/a/1.mp4", "/d/A/2.mp4", "/d/a/2.mp4", "/d/clip.v1", "/d/clip.v2", "/e/a/3.mkv"]
     paths += [f"/d/{long}.ts", f"/d/{'x' * 250}.ts", f"/d/{odd}.mp4", "/d/..f/4.mp4"]
-    names = transcode._copy_names(paths, "/d")
+    names = copies.choose_names(paths, "/d")
     assert [names[path] for path in paths[4:7]] == ["clip.v1.mp4", "clip.v2.mp4", "e/a/3.mp4"]
     assert names[f"/d/{odd}.mp4"] == f"{odd}.mp4" and names["/d/..f/4.mp4"] == "..f/4.mp4"
     assert len({name.lower() for name in names.values()}) == len(paths)
@@ -309,7 +309,7 @@ def test_originals_are_never_in_the_way(inline, tmp_path):
         (rows, root, "holds the data themselves"),
         (folder, root / "small", "is in the data folder"),
         (others, tmp_path / "other", "holds originals"),
-        (folder, tmp_path / "other", "was not written by --transcode"),
+        (folder, tmp_path / "other", "clips was not written by --transcode"),
     ):
         with pytest.raises(UserError, match=message):
             prepare(*source, out=out)
