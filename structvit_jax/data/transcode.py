@@ -241,11 +241,13 @@ class _Run:
             raise self._full_disk()
 
     def _full_disk(self) -> UserError:
-        needed, free = map(_size_text, (self._needed(), shutil.disk_usage(self._out).free))
-        more = f"the remaining copies need about {needed}, and" if self._copies else "no copy fits:"
+        needed, free = _size_text(self._needed()), _size_text(shutil.disk_usage(self._out).free)
+        problem = f"the remaining copies need about {needed}, but {free} is free"
+        if not self._copies:
+            problem = f"no copy fits: {free} is free, and the originals have {_size_text(self._pending)}"
         return UserError(
-            f"{self._out}: {more} {free} is free. Free some space and re-run the command, which keeps the"
-            f" {self._copies:,} copies that are complete; or choose another --out"
+            f"{self._out}: {problem}. Free some space and re-run the command, which keeps complete copies; or"
+            " choose another --out"
         )
 
 
