@@ -63,7 +63,7 @@ class Outcome(NamedTuple):
     record: Record | None = None
     parts: tuple[Part, ...] = ()  # start and end of the examples in the copy
     reason: str = ""
-    is_problem: bool = False  # whether the reason is a problem of the file
+    is_problem: bool = False  # whether the reason is a problem of this file, rather than a kind of files
 
 
 _KILLED = Outcome(reason="kills the process that copies it", is_problem=True)
@@ -185,19 +185,14 @@ class _Run:
         todo = np.random.default_rng(0).permutation(np.array(todo, int)).tolist()
         started = time.monotonic()
         try:
-            with (
-                tqdm(
-                    total=len(todo), unit="file", file=sys.stderr, desc="transcoding", disable=not todo
-                ) as bar,
-                contextlib.closing(self._results(todo, workers)) as results,
-            ):
+            bar = tqdm(todo, unit="file", file=sys.stderr, desc="transcoding", disable=not todo)
+            with bar, contextlib.closing(self._results(todo, workers)) as results:
                 self._check_space()
-                for number, outcome in zip(todo, results, strict=True):
+                for number, outcome in zip(bar, results, strict=True):
                     outcomes[number] = outcome
                     self._report(self._jobs[number], outcome, bar)
                     self.seconds = time.monotonic() - started
                     bar.set_postfix_str(f"{self.frames / self.seconds:,.0f} frames/s", refresh=False)
-                    bar.update()
         except OSError as error:
             if error.errno not in _FULL:
                 raise
@@ -255,7 +250,7 @@ def _process(job: Job, short_side: int, unfinished: str) -> Outcome:
     """Make the copy of a video unless there is one; `unfinished` is the file to write to."""
     try:
         if os.path.isdir(job.path):
-            return Outcome(reason="a folder of frames")
+            return Outcome(reason="folders of frames")
         file_size(job.path)
         original = os.stat(job.path)
         with contextlib.closing(VideoFile(job.path, limits=job.limits)) as video:
@@ -311,17 +306,16 @@ def _summary(run: _Run, outcomes: Sequence[tuple[Job, Outcome]], images: int) ->
         psnr, ssim = ([getattr(record, key) for _, record in copied] for key in ("psnr", "ssim"))
         lines.append(f"PSNR    median {statistics.median(psnr):.1f} dB, lowest {min(psnr):.1f} dB")
         lines.append(f"SSIM    median {statistics.median(ssim):.4f}, lowest {min(ssim):.4f}")
-        worst = copied[int(np.argmin(psnr))][0]
         if min(psnr) < _LOW_PSNR:
-            lines.append(f"lowest PSNR: {printable(worst.path)}")
+            lines.append(f"lowest PSNR: {printable(copied[int(np.argmin(psnr))][0].path)}")
     reasons = collections.Counter(
         "damaged or unreadable (see above)" if outcome.is_problem else outcome.reason
         for _, outcome in outcomes
         if not outcome.record
     )
     if images:
-        reasons["an image"] = images
+        reasons["images"] = images
     if reasons:
-        listed = "; ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
-        lines.append(f"without a copy, the lists have the originals: {listed}")
+        listed = "; ".join(f"{reason}: {count:,}" for reason, count in reasons.most_common())
+        lines.append(f"not copied, so that the lists have the originals: {listed}")
     return "\n".join(lines)
