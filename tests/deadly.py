@@ -5,6 +5,7 @@ import signal
 
 import numpy as np
 
+from structvit_jax.data.limits import Limits
 from structvit_jax.data.media import InMemoryFrames
 
 
@@ -24,3 +25,11 @@ class Deadly:
         if number == 2:
             os.kill(os.getpid(), signal.SIGKILL)
         return InMemoryFrames(np.zeros((4, 8, 8, 3), np.uint8)), 0
+
+
+class DeadlyLimits(Limits):
+    """Limits that kill the process that opens a video of 36 pixels width."""
+
+    def check_picture(self, width, height):
+        if width == 36:
+            os.kill(os.getpid(), signal.SIGKILL)

@@ -20,6 +20,7 @@ from structvit_jax.data.image import IMAGES
 from structvit_jax.data.index import LABELS, Index, class_names_of, read_list
 from structvit_jax.data.media import configure_decoding
 from structvit_jax.data.survey import Measured, measure, survey
+from structvit_jax.data.transcode import transcode
 from structvit_jax.data.workers import in_processes
 from structvit_jax.utils.errors import UserError
 from structvit_jax.utils.paths import check_local, write_errors_as_user_error
@@ -35,6 +36,7 @@ class Request(NamedTuple):
     paths: Sequence[str]  # the folder, the lists, or the folders of annotations and of media
     out: str = ""  # folder to write lists to; "" writes none
     check: bool = False  # decode three frames of every example
+    transcode: int | None = None  # copy videos to files with this short side, and list the copies
     workers: int = 1  # number of processes that decode
     images: bool = False  # treat the examples as images; False: the kind of most of them decides
     train_split: str = "train"  # this field and the next two are only for the source "folder"
@@ -48,8 +50,12 @@ def run(request: Request) -> int:
     Raises:
       UserError: there is nothing to do, or the data are missing, empty or not understood.
     """
-    if not (request.out or request.check):
+    if not (request.out or request.check or request.transcode):
         raise UserError("nothing to do: add --out=DIR for lists, --check to test every example, or both")
+    if request.transcode and not request.out:
+        raise UserError(
+            f"--transcode={request.transcode} needs --out=DIR, the folder for the copies and their lists"
+        )
     check_local(request.out)
     configure_decoding()
     if request.source == "folder":
@@ -59,11 +65,22 @@ def run(request: Request) -> int:
     else:
         splits, video = _read_published(request), request.source != "imagenet"
     if request.out:
+        _check_out(request.out, splits)
+        if request.transcode:
+            splits = _transcode(request, request.transcode, splits)
         _write_lists(request.out, splits)
     if not request.check:
         return 0
     report = _report_path(request)
     return check(splits, request.workers, report, video=video, next_command=_next_command(request))
+
+
+def _transcode(request: Request, short_side: int, splits: Mapping[str, Index]) -> dict[str, Index]:
+    """Copy videos to files that decode fast; return the splits with the copies."""
+    is_list = request.source == "list"
+    base = os.path.dirname(os.path.abspath(request.paths[0])) if is_list else request.paths[-1]
+    searched = [] if is_list else request.paths
+    return transcode(splits, base, searched, request.out, short_side, request.workers)
 
 
 def _report_path(request: Request) -> str:
@@ -155,11 +172,15 @@ def _read_lists(paths: Sequence[str], images: bool) -> tuple[dict[str, Index], b
     return {name: Index(root, entries, names) for name, entries in splits.items()}, video
 
 
+def _check_out(out: str, splits: Mapping[str, Index]) -> None:
+    root = next(iter(splits.values())).root
+    if root and os.path.realpath(out) == os.path.realpath(root):
+        raise UserError(f"{out} holds the data themselves; choose another folder for the lists")
+
+
 def _write_lists(out: str, splits: Mapping[str, Index]) -> None:
     """Write lists and class names. Paths of files below `out` are relative to it, others are absolute."""
     train = next(iter(splits.values()))
-    if train.root and os.path.realpath(out) == os.path.realpath(train.root):
-        raise UserError(f"{out} holds the data themselves; choose another folder for the lists")
     here = os.path.abspath(out) + os.sep
     _write_lines(os.path.join(out, LABELS), train.class_names)
     for name, index in splits.items():
@@ -174,12 +195,13 @@ def _write_lists(out: str, splits: Mapping[str, Index]) -> None:
 
 
 def _write_lines(path: str, lines: Iterable[str]) -> None:
-    """Write a text file atomically."""
+    """Write a text file atomically, even if several processes do so at the same time."""
+    unfinished = f"{path}.{os.getpid()}.tmp"
     with write_errors_as_user_error(path):
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+        with open(unfinished, "w", encoding="utf-8") as file:
             file.writelines(line + "\n" for line in lines)
-        os.replace(f"{path}.tmp", path)
+        os.replace(unfinished, path)
 
 
 def check(

@@ -44,6 +44,8 @@ class VideoFile(Media):
 
     Attributes:
       seconds: duration from the first frame to the last, plus the mean time between frames.
+      size: width and height in pixels before rotation, as the file states them; 0 if it does not.
+      unit: unit of `times`, in seconds.
 
     Raises:
       DecodeError: there is no video, the container is unsupported or damaged, or a limit is exceeded.
@@ -70,7 +72,9 @@ class VideoFile(Media):
             raise
         self.count = len(times)
         self._times = times[: self.count - self.missing]
-        span = float((times[-1] - times[0]) * _time_base(self._stream))
+        codec = self._stream.codec_context
+        self.size, self.unit = (codec.width, codec.height), _time_base(self._stream)
+        span = float((times[-1] - times[0]) * self.unit)
         self.seconds = span * self.count / max(self.count - 1, 1)
 
     def close(self) -> None:
@@ -96,6 +100,41 @@ class VideoFile(Media):
         self.repaired = len(lost)
         self.damaged |= bool(lost) or _logged_errors() > errors
         return stack([pictures[time] for time in times])
+
+    def times(self) -> list[int]:
+        """Return the times of the frames that exist, ascending, from where `start` and `end` count."""
+        return [time - self._origin for time in self._times]
+
+    def select(self, start: float | None, end: float | None) -> range:
+        """Return the numbers of the frames from `start` to `end` seconds, without the missing frames."""
+        lower, upper = self._bounds(start, end)
+        return range(bisect.bisect_left(self._times, lower), bisect.bisect_left(self._times, upper))
+
+    def key_interval(self) -> int:
+        """Return the largest number of frames from a key frame to the last one before the next."""
+        starts = [bisect.bisect_left(self._times, key.pts) for key in self._keys]
+        return int(np.diff([0, *starts, len(self._times)]).max())
+
+    def decode_all(self) -> Iterator[av.VideoFrame]:
+        """Yield all frames in display order, neither converted to RGB nor rotated.
+
+        Decoders return them in this order even if the container gives wrong times to frames, as AVI files do
+        in which B-frames are packed together with others.
+
+        Raises:
+          DecodeError: a frame is missing or cannot be decoded.
+        """
+        self.check_available([self.count - 1])
+        if not self._keys or self._keys[0].pts > self._times[0]:
+            raise DecodeError("no key frame to start decoding from")
+        seen: set[int | None] = set()
+        with decoding():
+            for frame in self._decode(self._keys[0], set(self._times)):
+                if frame.pts not in seen:
+                    seen.add(frame.pts)
+                    yield frame
+        if lost := [time for time in self._times if time not in seen]:
+            raise DecodeError(f"frame {self._times.index(lost[0])} of {self.count} frames cannot be decoded")
 
     def cut(self) -> tuple[bytes, int]:
         """Copy the frames of this video, or of this part of one, into a Matroska file without decoding them.
@@ -134,10 +173,8 @@ class VideoFile(Media):
           The key frames, from which decoding can start, whether they are shown or not.
         """
         container, stream = self._container, self._stream
-        base, origin = float(_time_base(stream)), stream.start_time or 0
-        # Half a unit of tolerance, so that rounded seconds still select the intended frame.
-        lower = -np.inf if start is None else origin + start / base - 0.5
-        upper = np.inf if end is None else origin + end / base - 0.5
+        self._origin = stream.start_time or 0
+        lower, upper = self._bounds(start, end)
         is_indexed = container.format.name not in _UNINDEXED
         if start and is_indexed:
             container.seek(int(min(max(lower, -_MAX_SEEK), _MAX_SEEK)), stream=stream)
@@ -169,13 +206,23 @@ class VideoFile(Media):
         times.sort()
         if times and container.format.name == "avi":
             # start_time is that of the first packet to decode; count from the first picture that is shown.
-            lower, upper = lower + times[0] - origin, upper + times[0] - origin
+            self._origin = times[0]
+            lower, upper = self._bounds(start, end)
         present = len(times)
         lost, spacing = self._lost(times, last, ended) if times and not stopped else (0, 0.0)
         self._limits.check_frames(present + lost)
         times += [times[-1] + round(spacing * number) for number in range(1, lost + 1)]
         begin, stop = bisect.bisect_left(times, lower), bisect.bisect_left(times, upper)
         return times[begin:stop], max(stop - max(begin, present), 0), sorted(keys)
+
+    def _bounds(self, start: float | None, end: float | None) -> tuple[float, float]:
+        """Return the times, in units of the time base, between which the part from `start` to `end` lies.
+
+        Half a unit of tolerance makes rounded seconds select the intended frame.
+        """
+        base = float(_time_base(self._stream))
+        lower = -np.inf if start is None else self._origin + start / base - 0.5
+        return lower, np.inf if end is None else self._origin + end / base - 0.5
 
     def _lost(self, times: list[int], last: float, ended: float) -> tuple[int, float]:
         """Estimate how many pictures are missing at the end, and the time between them.
