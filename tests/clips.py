@@ -162,3 +162,34 @@ def write_bad(folder):
         "cut.webm": "cut off",
         "sound.mp4": "no video stream",
     }
+
+
+def write_packed_video(path, frames):
+    """Encode frames as XviD may: the first B-frame after a frame is stored in the packet of that frame.
+
+    After the last B-frame, an empty picture keeps the number of packets.
+    """
+    with av.open(str(path), "w", format="avi") as container:
+        options = {"bf": "2", "b_strategy": "0", "g": "12", "qmin": "2", "qmax": "2"}
+        stream = container.add_stream("mpeg4", rate=16, options=options)
+        stream.height, stream.width = frames.shape[1:3]
+        pictures = [av.VideoFrame.from_ndarray(frame, format="rgb24") for frame in frames]
+        coded = [packet for picture in (*pictures, None) for packet in stream.encode(picture)]
+        groups = []  # a frame and the B-frames that follow it
+        for packet in coded:
+            if groups and packet.pts < groups[-1][0].pts:
+                groups[-1].append(packet)
+            else:
+                groups.append([packet])
+        chunks = []
+        for first, *following in groups:
+            joined = bytes(first) + b"".join(map(bytes, following[:1]))
+            empty = [b"\0\0\1\xb6\x52\0\0"] * bool(following)
+            chunks += [(first.is_keyframe, joined), *((False, bytes(one)) for one in following[1:])]
+            chunks += [(False, one) for one in empty]
+        start, mark = b"\0\0\1\xb6", b"\0\0\1\xb2DivX503b1393p"
+        for number, (is_key, content) in enumerate(chunks):
+            packet = av.Packet(content.replace(start, mark + start, 1) if number == 0 else content)
+            packet.pts = packet.dts = number
+            packet.time_base, packet.is_keyframe, packet.stream = fractions.Fraction(1, 16), is_key, stream
+            container.mux(packet)

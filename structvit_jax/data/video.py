@@ -11,6 +11,7 @@ import collections
 import contextlib
 import io
 import itertools
+import re
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -31,6 +32,8 @@ from structvit_jax.utils.failures import DecodeError, decoding
 
 _SKIPPING = ("h264", "hevc", "mpeg4", "vp8", "vp9")  # decoders that can skip single pictures
 _UNINDEXED = ("avi", "mpegts")  # containers whose times are right only when read from the beginning
+# Mark of MPEG-4 encoders (DivX, XviD) that store a B-frame in the packet of another frame.
+_PACKED = re.compile(rb"\x00\x00\x01\xb2DivX\d+(?:Build|b)\d+p")
 _MAX_SEEK = 2**62  # fits FFmpeg's int64
 # Numbers of frames on either side to search for a replacement of a damaged frame, tried in this order.
 _REACHES = (1, 4, 16, 64)
@@ -58,7 +61,7 @@ class VideoFile(Media):
         end: float | None = None,
         limits: Limits = Limits(),  # noqa: B008 - immutable
     ):
-        self._limits = limits
+        self._limits, self._is_packed = limits, False
         self._container = open_container(file, limits)
         self._stream = self._container.streams.video[0]
         try:
@@ -117,9 +120,6 @@ class VideoFile(Media):
 
     def decode_all(self) -> Iterator[av.VideoFrame]:
         """Yield all frames in display order, neither converted to RGB nor rotated.
-
-        Decoders return them in this order even if the container gives wrong times to frames, as AVI files do
-        in which B-frames are packed together with others.
 
         Raises:
           DecodeError: a frame is missing or cannot be decoded.
@@ -198,6 +198,9 @@ class VideoFile(Media):
                     continue
                 if stopped := dts >= upper and is_indexed:
                     break
+                if not times and stream.codec_context.name == "mpeg4":
+                    head = (stream.codec_context.extradata or b"") + bytes(packet)
+                    self._is_packed = bool(_PACKED.search(head))
                 if packet.is_keyframe:  # even if an edit list hides it
                     keys.append(_Packet(pts, dts))
                 if _is_shown(packet, stream):
@@ -208,7 +211,7 @@ class VideoFile(Media):
             # start_time is that of the first packet to decode; count from the first picture that is shown.
             self._origin = times[0]
             lower, upper = self._bounds(start, end)
-        present = len(times)
+        self._present, present = times.copy(), len(times)
         lost, spacing = self._lost(times, last, ended) if times and not stopped else (0, 0.0)
         self._limits.check_frames(present + lost)
         times += [times[-1] + round(spacing * number) for number in range(1, lost + 1)]
@@ -284,6 +287,9 @@ class VideoFile(Media):
         """Group wanted times by the key frame that their decoding starts from; yield (key frame, times)."""
         starts = [key.pts for key in self._keys]
         groups = collections.defaultdict(set)
+        if self._is_packed and self._keys:
+            yield self._keys[0], times
+            return
         for time in times:
             groups[bisect.bisect_right(starts, time) - 1].add(time)
         if groups.pop(-1, None) and not self._limits.bad_frames:
@@ -297,6 +303,9 @@ class VideoFile(Media):
         Other frames are decoded only if frames are predicted from them. If damage is tolerated, packets that
         cannot be decoded are skipped.
         """
+        if self._is_packed:
+            yield from self._decode_packed(key, wanted)
+            return
         codec, remaining = self._stream.codec_context, set(wanted)
         skipped: tuple[type[Exception], ...] = (av.FFmpegError,) if self._limits.bad_frames > 0 else ()
         for packet in self._packets_from(key):
@@ -310,6 +319,24 @@ class VideoFile(Media):
                 with contextlib.suppress(*skipped):
                     yield from (frame for frame in codec.decode(None) if frame.pts in wanted)
                 break
+
+    def _decode_packed(self, key: _Packet, wanted: set[int]) -> Iterator[av.VideoFrame]:
+        """Yield the frames at the wanted times; decode every frame from a key frame on.
+
+        Packets of several frames give them wrong times, but decoders return them in the right order.
+        """
+
+        def decoded() -> Iterator[av.VideoFrame]:
+            for packet in self._packets_from(key):
+                yield from packet.decode()  # the last packet is empty, which flushes the decoder
+
+        last = max(wanted)
+        for time, frame in zip(self._present, decoded(), strict=False):
+            frame.pts = time
+            if time in wanted:
+                yield frame
+            if time == last:
+                return
 
     def _packets_from(self, key: _Packet) -> Iterator[Packet]:
         """Yield the packets from a key frame on."""

@@ -441,3 +441,14 @@ def test_threads_open_files_concurrently(folder):
     for thread in work:
         thread.join()
     assert [media.count for media in seen] == [60, 60]
+
+
+@pytest.mark.parametrize("wanted", [range(16), [5], [0, 3, 7, 12], [15, 4]])
+def test_packed_b_frames(wanted, tmp_path):
+    """Packets of several frames, as XviD and DivX write them, give frames wrong times."""
+    frames = clips.pictures("left", 0)
+    clips.write_packed_video(tmp_path / "packed.avi", frames)
+    video = VideoFile(str(tmp_path / "packed.avi"))
+    assert video.count == 16
+    error = np.abs(video.frames(wanted)[:, None].astype(int) - frames).mean((2, 3, 4))
+    assert error.argmin(1).tolist() == list(wanted)
