@@ -10,7 +10,7 @@ import av
 import numpy as np
 import pytest
 from conftest import structvit
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from structvit_jax import data
 from structvit_jax.config import recipes
@@ -118,11 +118,11 @@ def test_the_data_of_a_configuration(measured):
 
 def test_mistakes(measured, tmp_path, image, video):
     for arguments, message in {
-        (f"{tmp_path}/nothing.mp4",): r"nothing\.mp4 cannot be read: no such file",
+        (f"{tmp_path}/nothing.mp4",): r"nothing\.mp4 cannot be read: it is not a file or folder",
         ("--workers=1,x",): "--workers=1,x is not a list of numbers up to 1024, such as 0,1,2",
         (f"--config.data.root={tmp_path}",): "set the recipe that reads them: --config=folder",
         ("--config=bench", video): "reads data of its own, so no FILE can be given",
-        ("--config=imagenet", video): "there is nothing in .*mp4 that --config=imagenet could read",
+        ("--config=imagenet", video): "there are no files that --config=imagenet reads in .*mp4",
     }.items():
         with pytest.raises(UserError, match=message):
             structvit("bench", "input", *arguments)
@@ -213,6 +213,17 @@ def test_pytorch_batches(video, tmp_path, image, capsys):
     assert (
         len(re.findall(r"^1 worker: [\d.]+ times .* the rate of the fastest peer, torch: ", out, re.M)) == 2
     )
+
+
+def test_pytorch_replaces_files_that_it_cannot_read(tmp_path, image):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"not an image")
+    reader = reader_of(tmp_path, image, frames=0)
+    options = (reader.data, reader.augment, "Pillow", "torchvision")
+    read = input_peer.TorchFiles((str(broken), image), *options).decode_any(0)
+    assert read.size == (50, 40)
+    with pytest.raises(UnidentifiedImageError):
+        input_peer.TorchFiles((str(broken),), *options).decode_any(0)
 
 
 def test_pytorch_is_missing(monkeypatch, video, tmp_path):
