@@ -208,25 +208,24 @@ def time_alternately(loaders: Mapping[str, Iterator[Any]], rows: int, workers: i
 
 
 def rate_table(by_workers: Mapping[int, Rates], unit: str) -> list[str]:
-    """Return the lines of a table of rates, and a line for each number of workers if there are peers.
+    """Return the lines of a table of median rates, and a line with spreads for each number of workers.
 
     A number in brackets is the rate of the first loader divided by that of a peer, the median over rounds.
     """
-    columns = {count: _cells(rates) for count, rates in by_workers.items()}
-    titles = [_count(workers, "worker", "workers") for workers in columns]
-    names = list(dict.fromkeys(name for cells in columns.values() for name in cells))
-    table = [[name, *(cells.get(name, "") for cells in columns.values())] for name in names]
-    lines = align_columns([[f"{unit}s/s, end to end", *titles], *table])
-    for workers, rates in by_workers.items():
+    columns = {_count(count, "worker", "workers"): rates for count, rates in by_workers.items()}
+    cells = [_cells(rates) for rates in columns.values()]
+    names = dict.fromkeys(name for column in cells for name in column)
+    table = [[name, *(column.get(name, "") for column in cells)] for name in names]
+    lines = align_columns([[f"{unit}s/s, end to end", *columns], *table])
+    for title, rates in columns.items():
         own, *peers = rates
+        line = f"{title}: {min(rates[own]):.1f} to {max(rates[own]):.1f} {unit}s/s"
         if peers:
             fastest = max(peers, key=lambda name: statistics.median(rates[name]))
             ratios = _ratios(rates, own, fastest)
-            middle, least, most = statistics.median(ratios), min(ratios), max(ratios)
-            lines.append(
-                f"{_count(workers, 'worker', 'workers')}: {middle:.2f} times ({least:.2f} to {most:.2f}) the"
-                f" rate of the fastest peer, {fastest}"
-            )
+            line += f", {statistics.median(ratios):.2f} times ({min(ratios):.2f} to {max(ratios):.2f})"
+            line += f" the rate of the fastest peer, {fastest}"
+        lines.append(line)
     return lines
 
 
