@@ -174,10 +174,8 @@ def _readers(
             own.data.root = str(root)
             yield recipe, _open(own, str(folder))
     if not data_sets:
-        unread = (
-            f"nothing that --config={arguments.file} reads" if arguments.file else "no videos and no images"
-        )
-        raise UserError(f"{', '.join(paths)}: there are {unread}")
+        wanted = f"files that --config={arguments.file} reads" if arguments.file else "videos or images"
+        raise UserError(f"there are no {wanted} in {', '.join(paths)}")
 
 
 def _kinds(config: ml_collections.ConfigDict) -> tuple[bool, ...]:

@@ -35,6 +35,7 @@ from structvit_jax.utils.errors import UserError
 
 Pick = Callable[[int], Sequence[int]]  # number of frames of a video -> the frames of a clip
 _TORCHVISION_LEVELS = 30  # RandAugment's largest magnitude in torchvision; timm's is 10
+_TRIES = 10  # examples to try before giving up
 Tensor = Any  # torch.Tensor, which cannot be named here because torch is imported on use
 
 
@@ -172,8 +173,18 @@ class TorchFiles:
         """Return the augmented copies of an example: uint8 [copies, [time,] size, size, 3]."""
         import torch
 
-        decoded = self.decode(index, np.random.default_rng(random.getrandbits(64)))
+        decoded = self.decode_any(index)
         return torch.stack([self._transform(decoded) for _ in range(self.augment.repeated_augmentation)])
+
+    def decode_any(self, index: int) -> Any:
+        """Decode an example, or a random one in the place of one that cannot be decoded."""
+        for tries in range(_TRIES, 0, -1):
+            try:
+                return self.decode(index, np.random.default_rng(random.getrandbits(64)))
+            except Exception:  # libraries raise many types
+                if tries == 1:
+                    raise
+                index = random.randrange(len(self))
 
     def decode(self, index: int, rng: np.random.Generator) -> Any:
         """Return an image as a PIL image or uint8 [3, height, width]; or a clip, [time, 3, height, width]."""

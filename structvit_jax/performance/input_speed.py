@@ -63,12 +63,12 @@ def report(name: str, reader: Reader, *, rounds: int, workers: Sequence[int], pe
     length = "" if reader.is_image else f"{frames} frames of "
     shape = "x".join(map(str, reader.shape[:-1]))
     print(f"{name}: {unit}s of {shape} from {length}{width}x{height}", flush=True)
-    variants = {count: with_options(reader, copies=count) for count in sorted({copies, 1}, reverse=True)}
-    readings = {count: time_stages(variant, rows, rounds) for count, variant in variants.items()}
-    labels = {count: "1 copy" if count == 1 else f"{count} copies" for count in readings}
-    samples = {labels[count] * (copies > 1): reading.samples for count, reading in readings.items()}
-    print("\n".join(stage_table(samples, unit)), flush=True)
-    print(_summary(readings[copies], unit), flush=True)
+    reading = time_stages(reader, rows, rounds)
+    columns = {_count(copies, "copy", "copies"): reading.samples}
+    if copies > 1:
+        columns["1 copy"] = time_stages(with_options(reader, copies=1), rows, rounds).samples
+    print("\n".join(stage_table(columns, unit)))
+    print(_summary(reading, unit), flush=True)
     if workers:
         rates = {count: _compare(reader, rows, rounds, count, peer) for count in workers}
         print("\n".join(rate_table(rates, unit)))
@@ -138,18 +138,19 @@ def stage_table(columns: Mapping[str, Sequence[Sample]], unit: str) -> list[str]
       columns: samples of batches, by a label.
       unit: "clip" or "image".
     """
-    header, sums = ["stage"], []
-    stages = [*next(iter(columns.values()))[0]]
-    table: list[list[str]] = [[stage] for stage in [*stages, "total", f"{unit}s/s per core"]]
+    stages = list(next(iter(columns.values()))[0])
+    header = ["stage"]
+    table = [[name] for name in [*stages, "total", f"{unit}s/s per core"]]
     for label, samples in columns.items():
-        header += [f"ms per {unit}{f' ({label})' * bool(label)}", "median", "fraction"]
-        totals = [sum(sample.values()) for sample in samples]
-        total = statistics.mean(totals)
-        sums = [[sample[stage] for sample in samples] for stage in stages] + [totals]
-        for row, seconds in zip(table, sums, strict=False):
-            mean, median = statistics.mean(seconds), statistics.median(seconds)
-            row += [f"{1000 * mean:.3f}", f"{1000 * median:.3f}", f"{mean / total:.3f}"]
-        table[-1] += [f"{1 / total:.1f}", f"{1 / statistics.median(totals):.1f}", ""]
+        header += [f"ms per {unit} ({label})", "median", "fraction"]
+        seconds = [[sample[stage] for sample in samples] for stage in stages]
+        seconds.append([sum(sample.values()) for sample in samples])
+        means, medians = (
+            [average(row) for row in seconds] for average in (statistics.mean, statistics.median)
+        )
+        for row, mean, median in zip(table, means, medians, strict=False):
+            row += [f"{1000 * mean:.3f}", f"{1000 * median:.3f}", f"{mean / means[-1]:.3f}"]
+        table[-1] += [f"{1 / means[-1]:.1f}", f"{1 / medians[-1]:.1f}", ""]
     return align_columns([header, *table])
 
 
@@ -161,7 +162,7 @@ def _summary(reading: Reading, unit: str) -> str:
     stage = max(means, key=lambda stage: means[stage])
     cores = available_cores()
     text = (
-        f"{stage} costs most ({means[stage] / total:.0%}); {cores} core{'s' * (cores > 1)} can read at most"
+        f"{stage} costs most ({means[stage] / total:.0%}); {_count(cores, 'core', 'cores')} can read at most"
         f" {cores / total:.0f} {unit}s/s"
     )
     return text + (f"\nnote: {len(notes)} examples could not be read, such as {notes[0]}" if notes else "")
@@ -207,24 +208,24 @@ def time_alternately(loaders: Mapping[str, Iterator[Any]], rows: int, workers: i
 
 
 def rate_table(by_workers: Mapping[int, Rates], unit: str) -> list[str]:
-    """Return the lines of a table of rates, and a line for each number of workers if there are peers.
+    """Return the lines of a table of median rates, and a line with spreads for each number of workers.
 
     A number in brackets is the rate of the first loader divided by that of a peer, the median over rounds.
     """
-    columns = {count: _cells(rates) for count, rates in by_workers.items()}
-    titles = [_count(workers) for workers in columns]
-    names = list(dict.fromkeys(name for cells in columns.values() for name in cells))
-    table = [[name, *(cells.get(name, "") for cells in columns.values())] for name in names]
-    lines = align_columns([[f"{unit}s/s, end to end", *titles], *table])
-    for workers, rates in by_workers.items():
+    columns = {_count(count, "worker", "workers"): rates for count, rates in by_workers.items()}
+    cells = [_cells(rates) for rates in columns.values()]
+    names = dict.fromkeys(name for column in cells for name in column)
+    table = [[name, *(column.get(name, "") for column in cells)] for name in names]
+    lines = align_columns([[f"{unit}s/s, end to end", *columns], *table])
+    for title, rates in columns.items():
         own, *peers = rates
+        line = f"{title}: {min(rates[own]):.1f} to {max(rates[own]):.1f} {unit}s/s"
         if peers:
             fastest = max(peers, key=lambda name: statistics.median(rates[name]))
             ratios = _ratios(rates, own, fastest)
-            lines.append(
-                f"{_count(workers)}: {statistics.median(ratios):.2f} times ({min(ratios):.2f} to"
-                f" {max(ratios):.2f}) the rate of the fastest peer, {fastest}"
-            )
+            line += f", {statistics.median(ratios):.2f} times ({min(ratios):.2f} to {max(ratios):.2f})"
+            line += f" the rate of the fastest peer, {fastest}"
+        lines.append(line)
     return lines
 
 
@@ -240,5 +241,5 @@ def _ratios(rates: Rates, name: str, other: str) -> list[float]:
     return [mine / theirs for mine, theirs in zip(rates[name], rates[other], strict=True)]
 
 
-def _count(workers: int) -> str:
-    return "1 worker" if workers == 1 else f"{workers} workers"
+def _count(number: int, one: str, several: str) -> str:
+    return f"{number} {one if number == 1 else several}"

@@ -10,7 +10,7 @@ import av
 import numpy as np
 import pytest
 from conftest import structvit
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from structvit_jax import data
 from structvit_jax.config import recipes
@@ -122,7 +122,7 @@ def test_mistakes(measured, tmp_path, image, video):
         ("--workers=1,x",): "--workers=1,x is not a list of numbers up to 1024, such as 0,1,2",
         (f"--config.data.root={tmp_path}",): "set the recipe that reads them: --config=folder",
         ("--config=bench", video): "reads data of its own, so no FILE can be given",
-        ("--config=imagenet", video): "there is nothing in .*mp4 that --config=imagenet could read",
+        ("--config=imagenet", video): "there are no files that --config=imagenet reads in .*mp4",
     }.items():
         with pytest.raises(UserError, match=message):
             structvit("bench", "input", *arguments)
@@ -143,9 +143,11 @@ def test_unreadable_files(tmp_path, video, capsys):
 
 def test_rates_with_workers(image, capsys):
     structvit("bench", "input", "--config=folder", "--workers=0,1", "--rounds=1", image)
-    lines = capsys.readouterr().out.strip().splitlines()
-    assert re.fullmatch(r"images/s, end to end +0 workers +1 worker", lines[-2])
-    assert all(float(rate) > 0 for rate in re.fullmatch(r"structvit +([\d.]+) +([\d.]+)", lines[-1]).groups())
+    title, row, *spreads = capsys.readouterr().out.strip().splitlines()[-4:]
+    assert re.fullmatch(r"images/s, end to end +0 workers +1 worker", title)
+    rates = map(float, re.fullmatch(r"structvit +([\d.]+) +([\d.]+)", row).groups())
+    for name, rate, spread in zip(("0 workers", "1 worker"), rates, spreads, strict=True):
+        assert rate > 0 and spread == f"{name}: {rate} to {rate} images/s"  # of one round
 
 
 def test_loaders_are_timed_alternately(monkeypatch):
@@ -177,7 +179,9 @@ def test_rates_are_compared_round_by_round():
         ["a", "5.0 (6.00)"],
         ["b", "10.0 (4.00)"],
     ]
-    assert lines[-1] == "1 worker: 4.00 times (3.00 to 5.00) the rate of the fastest peer, b"
+    assert lines[-1] == (
+        "1 worker: 10.0 to 40.0 clips/s, 4.00 times (3.00 to 5.00) the rate of the fastest peer, b"
+    )
 
 
 @pytest.mark.parametrize("decoder", input_peer._CLIP_DECODERS)
@@ -210,9 +214,19 @@ def test_pytorch_batches(video, tmp_path, image, capsys):
     out = capsys.readouterr().out
     for name in ("PyAV + torchvision", "Pillow + torchvision", "torchvision + torchvision"):
         assert re.search(rf"^torch: {re.escape(name)} +[\d.]+ \([\d.]+\)$", out, re.M)
-    assert (
-        len(re.findall(r"^1 worker: [\d.]+ times .* the rate of the fastest peer, torch: ", out, re.M)) == 2
-    )
+    last = r"^1 worker: .* (clip|image)s/s, [\d.]+ times .* the rate of the fastest peer, torch: "
+    assert re.findall(last, out, re.M) == ["clip", "image"]
+
+
+def test_pytorch_replaces_files_that_it_cannot_read(tmp_path, image):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"not an image")
+    reader = reader_of(tmp_path, image, frames=0)
+    options = (reader.data, reader.augment, "Pillow", "torchvision")
+    read = input_peer.TorchFiles((str(broken), image), *options).decode_any(0)
+    assert read.size == (50, 40)
+    with pytest.raises(UnidentifiedImageError):
+        input_peer.TorchFiles((str(broken),), *options).decode_any(0)
 
 
 def test_pytorch_is_missing(monkeypatch, video, tmp_path):

@@ -172,7 +172,7 @@ _STRUCTVIT: dict[str, tuple[tuple[str, ...], tuple[int, ...], str]] = {
     "bench, misspelt": (("bench", "imput"), (2,), "Did you mean 'input'?"),
     "bench, missing file": (("bench", "input", "<here>/missing.mp4"), (2,), "missing.mp4 cannot be read"),
     "bench, device": (("bench", "input", "/dev/null"), (2,), "/dev/null cannot be read"),
-    "bench, empty folder": (("bench", "input", "<here>"), (2,), "no videos and no images"),
+    "bench, empty folder": (("bench", "input", "<here>"), (2,), "there are no videos or images in"),
     "prepare, empty word": (("prepare", ""), (2,), "error: No such command ''"),
     "option with dashes": (
         ("prepare", "folder", "<images>", "--check", "--train-split=nonsense"),
