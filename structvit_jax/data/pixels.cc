@@ -8,6 +8,10 @@
 #include <cstring>
 #include <vector>
 
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
+
 namespace {
 
 using u8 = std::uint8_t;
@@ -19,28 +23,46 @@ struct Box {  // pixels of the frame
 using Int4 = std::int32_t __attribute__((vector_size(16)));
 using Double4 = double __attribute__((vector_size(32)));
 
-// Pillow's bicubic interpolation between v2 and v3.
+inline double as_double(std::int32_t value) { return value; }
+inline double as_double(double value) { return value; }
+#if defined(__AVX__)  // GCC 12 splits these conversions
+inline Double4 as_double(Int4 values) { return (Double4)_mm256_cvtepi32_pd((__m128i)values); }
+inline Int4 truncated(Double4 values) { return (Int4)_mm256_cvttpd_epi32((__m256d)values); }
+#else
+inline Double4 as_double(Int4 values) { return __builtin_convertvector(values, Double4); }
+inline Int4 truncated(Double4 values) { return __builtin_convertvector(values, Int4); }
+#endif
+inline Double4 as_double(Double4 values) { return values; }
+
+// Pillow's bicubic interpolation between v2 and v3. Integers are exact in either type, and faster as integers.
 template <typename T>
-inline T cubic(T v1, T v2, T v3, T v4, double d) {
+inline auto cubic(T v1, T v2, T v3, T v4, double d) {
   const T p2 = v3 - v1;
-  const T p3 = 2.0 * (v1 - v2) + v3 - v4;
+  const T p3 = (v1 - v2) + (v1 - v2) + v3 - v4;
   const T p4 = v2 - v1 - v3 + v4;
-  return v2 + d * (p2 + d * (p3 + d * p4));
+  return as_double(v2) + d * (as_double(p2) + d * (as_double(p3) + d * as_double(p4)));
 }
 
 inline u8 whole(double value) { return u8(std::clamp(int(value), 0, 255)); }
 
 // Interpolate `count` values between v2 = in[i] and v3 = in[i + step].
 void cubic_run(const std::int32_t* in, std::ptrdiff_t step, const double* d, int count, u8* out) {
-  for (int i = 0; i < count; ++i)
-    out[i] = whole(cubic<double>(in[i - step], in[i], in[i + step], in[i + 2 * step], d[i]));
+  for (int i = 0; i < count; ++i) out[i] = whole(cubic(in[i - step], in[i], in[i + step], in[i + 2 * step], d[i]));
 }
 
-// A pixel as four doubles; the last one is unused.
-inline Double4 load(const std::int32_t* pixel) {
+// A pixel and the first value of the next one, which is not used.
+inline Int4 load(const std::int32_t* pixel) {
   Int4 values;
   std::memcpy(&values, pixel, sizeof values);
-  return __builtin_convertvector(values, Double4);
+  return values;
+}
+
+// Store the first three values, rounded down and limited to 0 to 255.
+inline void store(Double4 values, u8* out) {
+  Int4 pixel = truncated(values);
+  pixel = pixel < 0 ? Int4{} : pixel;
+  pixel = pixel > 255 ? Int4{} + 255 : pixel;
+  for (int c = 0; c < 3; ++c) out[c] = u8(pixel[c]);
 }
 
 inline Double4 cubic_row(const std::int32_t* p, double d) {
@@ -146,14 +168,14 @@ void resample(const u8* in, long stride, int height, int width, u8* out, int out
 
 // counts[channel][value]
 void histograms(const u8* in, long stride, int height, int width, std::int32_t* counts) {
-  std::int32_t part[2][3][256] = {};  // two, because adding to the same count twice in a row is slow
+  std::int32_t part[4][3][256] = {};  // four, because adding to the same count several times in a row is slow
   for (int y = 0; y < height; ++y) {
     const u8* p = in + y * stride;
     for (int x = 0; x < width; ++x, p += 3)
-      for (int c = 0; c < 3; ++c) ++part[x & 1][c][p[c]];
+      for (int c = 0; c < 3; ++c) ++part[x & 3][c][p[c]];
   }
   for (int c = 0; c < 3; ++c)
-    for (int v = 0; v < 256; ++v) *counts++ = part[0][c][v] + part[1][c][v];
+    for (int v = 0; v < 256; ++v) *counts++ = part[0][c][v] + part[1][c][v] + part[2][c][v] + part[3][c][v];
 }
 
 // Sum of the lumas of all pixels after a look-up in tables[channel][value].
@@ -262,7 +284,7 @@ void warp(const u8* in, long stride, Box source, int frame_height, int frame_wid
       for (int c = 0; c < 3; ++c) across[3 * i + c] = d[i];
     for (int i = 0; i < target.width; ++i)
       if (i < begin || i >= end) std::memcpy(out + 3 * i, fill, 3);
-    if (rows_stay || columns_stay) {
+    if (rows_stay || (columns_stay && m[3] == 0)) {  // long runs of points with adjacent pixels
       for (int i = begin, next; i < end; i = next) {
         for (next = i + 1; next < end && offsets[next] - offsets[i] == 3 * (next - i);) ++next;
         const std::ptrdiff_t step = rows_stay ? 3 : columns;
@@ -271,11 +293,14 @@ void warp(const u8* in, long stride, Box source, int frame_height, int frame_wid
       continue;
     }
     for (int i = begin; i < end; ++i) {
-      const std::int32_t* p = origin + offsets[i] - columns - 3;
-      const double dx = x_in[i];
-      const Double4 value = cubic(cubic_row(p, dx), cubic_row(p + columns, dx), cubic_row(p + 2 * columns, dx),
-                                  cubic_row(p + 3 * columns, dx), y_in[i]);
-      for (int c = 0; c < 3; ++c) out[3 * i + c] = whole(value[c]);
+      const std::int32_t* p = origin + offsets[i] - columns;
+      const auto interpolate = [&](auto row) {
+        return cubic(row(p), row(p + columns), row(p + 2 * columns), row(p + 3 * columns), y_in[i]);
+      };
+      if (columns_stay)
+        store(interpolate(load), out + 3 * i);
+      else
+        store(interpolate([&](const std::int32_t* q) { return cubic_row(q - 3, x_in[i]); }), out + 3 * i);
     }
   }
 }
