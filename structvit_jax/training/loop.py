@@ -12,6 +12,7 @@ from etils import epath
 from structvit_jax.config import durations
 from structvit_jax.data.types import Dataset
 from structvit_jax.runtime import processes, signals
+from structvit_jax.runtime.device_clock import DeviceClock
 from structvit_jax.runtime.goodput import Goodput
 from structvit_jax.runtime.lock import WorkdirLock
 from structvit_jax.runtime.mesh import put_batch
@@ -120,6 +121,7 @@ def train(
             goodput.switch("compile")
             train_step = compile_train_step(learner, state)
             run_log.restart_clock()
+            devices = stack.enter_context(contextlib.closing(DeviceClock()))
             shard, saved = processes.process_shard(), start
             stream = data.train_batches(config.data.batch_size, start_step=start, shard=shard)
             with contextlib.closing(stream) as batches, Profile(profiled, workdir, start) as profiler:
@@ -135,12 +137,14 @@ def train(
                     rows = next(batches)
                     unreadable.note("train", rows["problems"])
                     batch = put_batch(learner.mesh, rows)
-                    waited = time.monotonic() - requested
+                    waited = devices.idle(since=requested)
 
                     goodput.switch("step")
+                    goodput.move("input", "step", time.monotonic() - requested - waited)
                     profiler.before(step, state)
                     state, metrics = train_step(state, batch)
-                    run_log.step(step, metrics, waited)
+                    devices.dispatched(metrics)
+                    run_log.step(step, metrics, waited, rows["seconds"])
 
                     scores = None
                     if evaluation_due(step, steps.eval_every, total):

@@ -15,6 +15,7 @@ from PIL import Image
 
 from structvit_jax import data
 from structvit_jax.config import automatic, check_config, steps_in
+from structvit_jax.data import pipeline
 from structvit_jax.data.fingerprint import compare
 from structvit_jax.data.folder import Layout, hold_out, is_video
 from structvit_jax.data.index import Entry, read_labels
@@ -371,6 +372,7 @@ def test_a_workdir_belongs_to_one_data_set(command, tmp_path):
             "--config.model.name=deit_tiny",
             "--config.model.widths=(16,)",
             "--config.model.depths=(1,)",
+            "--config.data.workers=0",
         ]
         given += [f"--config.train.duration={steps} steps", "--config.data.max_unreadable_fraction=0.5"]
         return command(*given, f"--config.data.root={place}", f"--workdir={workdir}", *arguments)
@@ -399,10 +401,15 @@ def test_a_workdir_belongs_to_one_data_set(command, tmp_path):
     assert (workdir / "result.json").read_bytes() == result
 
 
+def forbid_workers():
+    """In a command: fail if it starts data workers."""
+    pipeline.in_processes = None
+
+
 def test_show_prints_a_table_and_errors_and_draws_a_batch(command, tmp_path):
     def show(root, workdir):
         given = [OWN, "--data", f"--config.data.root={root}", f"--workdir={workdir}"]
-        return command(*given, program="show")
+        return command(*given, program="show", first=forbid_workers)
 
     root = write_images(tmp_path / "data", {"train": {"a": 2, "b": 2}, "val": {"a": 1, "b": 1}}, (28, 28))
     shown = show(root, tmp_path / "run")
