@@ -25,7 +25,7 @@ from structvit_jax.utils.errors import UserError
 from structvit_jax.utils.failures import DecodeError
 
 _AHEAD = 2  # number of batches to read ahead: per worker process, or in total without workers
-_THREADS = 2  # that read if there are no worker processes
+THREADS = 2  # that read if there are no worker processes
 # Largest automatic number of worker processes. Each holds up to _AHEAD batches, 0.6 GB in the recipes for
 # videos, and 20 processes keep up with a large GPU.
 _MAX_WORKERS = 32
@@ -142,7 +142,7 @@ def worker_count(data: DataOptions, batches: int = sys.maxsize) -> int:
     if data.workers >= 0:
         return data.workers
     in_files = data.name == "folder" or data.name.startswith("tfds:")
-    if not in_files or batches <= _THREADS:
+    if not in_files or batches <= THREADS:
         return 0
     return min(available_cores(), batches, _MAX_WORKERS)
 
@@ -161,7 +161,7 @@ def _prefetched(read: Callable[[int, Note], Batch], numbers: range, data: DataOp
 
 
 def _in_threads(read: Callable[[int, Note], Batch], numbers: range) -> Generator[Batch]:
-    pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="read-ahead")
+    pool = ThreadPoolExecutor(THREADS, thread_name_prefix="read-ahead")
     pending: collections.deque[Future[Batch]] = collections.deque()
     try:
         for number in numbers:

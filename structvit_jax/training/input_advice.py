@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import ml_collections
 
+from structvit_jax.config.automatic import SHORT_SIDE_RATIO
 from structvit_jax.data.pipeline import worker_count
 from structvit_jax.data.types import DataOptions
 from structvit_jax.runtime.goodput import DataWait
@@ -18,7 +21,6 @@ _STAGES = {
     "crop": "cropping and resizing",
     "batch": "copying examples into batches",
 }
-_CROP_MARGIN = 1.5  # short side / input size that gives crops of half the area the input's resolution
 
 
 def advise(wait: DataWait, config: ml_collections.ConfigDict) -> str:
@@ -47,7 +49,7 @@ def _remedies(stage: str, config: ml_collections.ConfigDict) -> list[str]:
     if data.name != "folder" or stage == "batch":
         return []
     if stage == "crop":
-        side = round(_CROP_MARGIN * data.size)
+        side = math.ceil(SHORT_SIDE_RATIO * data.size)
         return [f"--config.data.short_side={side}"] if not 0 < data.short_side <= side else []
     cached = "--config.data.cache=on if the decoded data fit in memory"
     if not data.frames:

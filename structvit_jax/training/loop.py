@@ -33,6 +33,7 @@ from structvit_jax.training.evaluation import (
     read_result,
     write_result,
 )
+from structvit_jax.training.forecast import Forecast
 from structvit_jax.training.learner import Learner, check_train_batch, compile_train_step, oom_as_user_error
 from structvit_jax.training.log import RunLog, Unreadable
 from structvit_jax.training.start import starting_state
@@ -120,6 +121,7 @@ def train(
         if start < total:
             goodput.switch("compile")
             train_step = compile_train_step(learner, state)
+            forecast = Forecast(learner, train_step, state, total - start)
             run_log.restart_clock()
             devices = stack.enter_context(contextlib.closing(DeviceClock()))
             shard, saved = processes.process_shard(), start
@@ -136,6 +138,8 @@ def train(
                     requested = time.monotonic()
                     rows = next(batches)
                     unreadable.note("train", rows["problems"])
+                    if step == start + 1 and (expected := forecast.describe(rows)):
+                        log(expected)
                     batch = put_batch(learner.mesh, rows)
                     waited = devices.idle(since=requested)
 

@@ -274,16 +274,28 @@ def filled(config, video, *facts):
 def test_automatic_settings():
     images = own()
     assert filled(images, False, 60_000, 10_000, 28, 28, 1) == (
-        "images: 60,000 + 10,000 of 28x28: structvit_tiny_4_1 at 32, batch 128, 9,844 steps"
+        "images: 60,000 + 10,000 of 28x28: structvit_tiny_4_1 at 32, batch 128, 14,062 steps"
     )
-    assert images.optimizer.warmup == "937 steps" and images.checkpoint.every == "469 steps"
-    assert images.eval.every == "1641 steps" and images.data.short_side == 0
+    assert images.train.duration == "1800000 examples" and images.data.short_side == 48
+    assert images.optimizer.warmup == "703 steps" and images.checkpoint.every == "469 steps"
+    assert images.eval.every == "2344 steps"
     videos = own()
-    assert filled(videos, True, 150, 30, 640, 360, 300) == (
-        "videos: 150 + 30 of 300 frames of 640x360: structvit_tiny_4_1_video at 8 frames of 64, batch 16,"
-        " 300 steps"
+    assert filled(videos, True, 200, 30, 640, 360, 300) == (
+        "videos: 200 + 30 of 300 frames of 640x360: structvit_tiny_4_1_video at 8 frames of 64, batch 16,"
+        " 750 steps"
     )
-    assert "at 8 frames of 32, batch 16, 5,000 steps" in filled(own(), True, 10**6, 9, 32, 40, 9)
+    assert videos.data.short_side == 96
+    assert "at 8 frames of 32, batch 16, 10,000 steps" in filled(own(), True, 10**6, 9, 32, 40, 9)
+
+
+def test_frames_are_not_shrunk_below_what_test_crops_need():
+    tight = own(data__crop_fraction=0.25)
+    filled(tight, True, 200, 30, 640, 360, 300)
+    assert tight.data.short_side == 256
+    for model, side in (("structvit_s_4_1_video", 256), ("structvit_s_4_1", 0)):
+        large = own(model)
+        filled(large, False, 200, 30, 640, 360, 300)
+        assert (large.data.size, large.data.short_side) == (224, side)
 
 
 def test_given_settings_are_kept():
@@ -297,18 +309,19 @@ def test_given_settings_are_kept():
     )
     assert "structvit_tiny_4_1_video at 1 frames" in filled(own(data__frames=1), False, 99, 3, 50, 40, 1)
     tuned = own("structvit_s_4_1_video,finetune")
-    assert "at 16 frames of 224, batch 16, 4,688 steps" in filled(tuned, False, 15_000, 3, 300, 300, 99)
-    assert tuned.train.duration == "5 epochs"
+    assert "at 16 frames of 224, batch 16, 8,750 steps" in filled(tuned, False, 7_000, 3, 300, 300, 99)
+    assert tuned.train.duration == "140000 examples"  # 20 epochs
 
 
 @pytest.mark.parametrize("examples", [1, 2, 7, 39, 300, 10**4, 10**6, 10**7])
-@pytest.mark.parametrize("video", [True, False])
-def test_default_runs_are_bounded(examples, video):
+@pytest.mark.parametrize(("video", "least", "most"), [(True, 12_000, 160_000), (False, 50_000, 2_000_000)])
+def test_default_runs_are_bounded(examples, video, least, most):
     config = own()
     filled(config, video, examples, 1, 100, 100, 9)
     total = steps_in(config.train.duration, "", config.data.batch_size, examples)
-    assert 300 <= total <= 10_000
-    assert steps_in(config.optimizer.warmup, "", config.data.batch_size, examples) <= total / 10
+    seen = total * config.data.batch_size
+    assert seen == pytest.approx(min(max(30 * examples, least), most), abs=config.data.batch_size)
+    assert steps_in(config.optimizer.warmup, "", config.data.batch_size, examples) == total // 20
     assert 1 <= config.data.batch_size <= max(2, examples)
 
 
