@@ -1,7 +1,8 @@
 """Choose values that fit the data for keys that a configuration leaves open (None).
 
-`configs/folder.py` leaves the model, the sizes and the durations open. Values that the user sets are kept. A
-resumed run uses the values of its checkpoint (see `structvit_jax.training.start.resolve_open_keys`).
+`configs/folder.py` leaves the model, the sizes, the durations, the learning rate and the crops open. Values
+that the user sets are kept. A resumed run uses the values of its checkpoint (see
+`structvit_jax.training.start.resolve_open_keys`).
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ OPEN = (
     "data.size",
     "data.short_side",
     "data.batch_size",
+    "augment.crop_area",
     "train.duration",
+    "optimizer.lr",
     "optimizer.warmup",
     "eval.every",
     "checkpoint.every",
@@ -94,8 +97,10 @@ def fill(config: ml_collections.ConfigDict, facts: DataFacts) -> None:
       more than there are training examples, but at least 2
     - short side of frames: 1.5 times an input size of at most 64, so that they are cheap to convert and to
       cache; above that, 256 for videos, and images are not shrunk
+    - random crops: 0.5 to 1 of the area of clips, 0.7 to 1 of the area of images
     - duration: as many examples as 30 epochs (20 from trained weights), at least 12,000 and at most 160,000
       clips, or at least 50,000 and at most 2,000,000 images
+    - learning rate: 3e-3 for tiny models, 1e-3 for others
     - warm-up: a twentieth of the run
     - evaluation: six times during the run, if it has at least 60 steps
     - checkpoints: one per epoch, limited to intervals of 50 to 500 steps
@@ -104,10 +109,12 @@ def fill(config: ml_collections.ConfigDict, facts: DataFacts) -> None:
     smallest = math.ceil(config.data.size / config.data.crop_fraction)
     _fill(config, "data.short_side", _short_side(config, smallest))
     _fill(config, "data.batch_size", _batch(config, facts.train_examples))
+    _fill(config, "augment.crop_area", (0.5, 1.0) if config.data.frames else (0.7, 1.0))
     rows = facts.train_examples * config.augment.repeated_augmentation
     epoch = rows / config.data.batch_size
     _fill(config, "train.duration", f"{_examples(config, rows)} examples")
     total = steps_in(config.train.duration, "config.train.duration", config.data.batch_size, rows)
+    _fill(config, "optimizer.lr", 3e-3 if _is_tiny(config) else 1e-3)
     _fill(config, "optimizer.warmup", f"{total // 20} steps")
     _fill(config, "eval.every", f"{math.ceil(total / 6)} steps" if total >= 60 else "")
     _fill(config, "checkpoint.every", f"{round(min(max(epoch, 50), 500))} steps")

@@ -80,16 +80,18 @@ class Goodput:
             self._seconds[activity] -= fraction * (useful - kept)
         self._at_save = {key: seconds for key, seconds in self._at_save.items() if key <= step}
 
-    def switch(self, activity: str) -> None:
-        """End the current activity and start another."""
-        now = time.monotonic()
-        self._seconds[self._activity] += now - self._since
-        self._activity, self._since = activity, now
+    def switch(self, activity: str, overlap: float = 0.0) -> None:
+        """End the current activity and start another.
 
-    def move(self, source: str, target: str, seconds: float) -> None:
-        """Count seconds of one activity as seconds of another."""
-        self._seconds[source] -= seconds
-        self._seconds[target] += seconds
+        Args:
+          activity: the next activity.
+          overlap: seconds of the current one that count as seconds of the next, since both ran at that time.
+        """
+        now = time.monotonic()
+        overlap = min(overlap, now - self._since)
+        self._seconds[self._activity] += now - self._since - overlap
+        self._seconds[activity] += overlap
+        self._activity, self._since = activity, now
 
     def saved(self, step: int) -> None:
         """Record that the steps up to `step` are saved."""

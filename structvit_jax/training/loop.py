@@ -143,8 +143,7 @@ def train(
                     batch = put_batch(learner.mesh, rows)
                     waited = devices.idle(since=requested)
 
-                    goodput.switch("step")
-                    goodput.move("input", "step", time.monotonic() - requested - waited)
+                    goodput.switch("step", overlap=time.monotonic() - requested - waited)
                     profiler.before(step, state)
                     state, metrics = train_step(state, batch)
                     devices.dispatched(metrics)

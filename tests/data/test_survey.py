@@ -278,17 +278,19 @@ def test_automatic_settings():
     )
     assert images.train.duration == "1800000 examples" and images.data.short_side == 48
     assert images.optimizer.warmup == "703 steps" and images.checkpoint.every == "469 steps"
-    assert images.eval.every == "2344 steps"
+    assert images.eval.every == "2344 steps" and images.optimizer.lr == 3e-3
+    assert images.augment.crop_area == (0.7, 1.0)
     videos = own()
     assert filled(videos, True, 200, 30, 640, 360, 300) == (
         "videos: 200 + 30 of 300 frames of 640x360: structvit_tiny_4_1_video at 8 frames of 64, batch 16,"
         " 750 steps"
     )
     assert videos.data.short_side == 96
+    assert videos.augment.crop_area == (0.5, 1.0) and videos.augment.flip == 0
     assert "at 8 frames of 32, batch 16, 10,000 steps" in filled(own(), True, 10**6, 9, 32, 40, 9)
 
 
-def test_frames_are_not_shrunk_below_what_test_crops_need():
+def test_automatic_settings_of_larger_models_and_tight_crops():
     tight = own(data__crop_fraction=0.25)
     filled(tight, True, 200, 30, 640, 360, 300)
     assert tight.data.short_side == 256
@@ -296,6 +298,7 @@ def test_frames_are_not_shrunk_below_what_test_crops_need():
         large = own(model)
         filled(large, False, 200, 30, 640, 360, 300)
         assert (large.data.size, large.data.short_side) == (224, side)
+        assert large.optimizer.lr == 1e-3
 
 
 def test_given_settings_are_kept():
@@ -310,7 +313,7 @@ def test_given_settings_are_kept():
     assert "structvit_tiny_4_1_video at 1 frames" in filled(own(data__frames=1), False, 99, 3, 50, 40, 1)
     tuned = own("structvit_s_4_1_video,finetune")
     assert "at 16 frames of 224, batch 16, 8,750 steps" in filled(tuned, False, 7_000, 3, 300, 300, 99)
-    assert tuned.train.duration == "140000 examples"  # 20 epochs
+    assert tuned.train.duration == "140000 examples" and tuned.optimizer.lr == 1e-4  # 20 epochs
 
 
 @pytest.mark.parametrize("examples", [1, 2, 7, 39, 300, 10**4, 10**6, 10**7])

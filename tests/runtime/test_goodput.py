@@ -72,6 +72,19 @@ def test_goodput_counts_every_second_once(tmp_path, monkeypatch):
     )
 
 
+def test_an_overlap_counts_as_the_next_activity(tmp_path, monkeypatch):
+    clock = Clock(monkeypatch)
+    count = Goodput(epath.Path(tmp_path), clock.now)
+    count.switch("input")
+    clock.pass_(5)
+    count.switch("step", overlap=3)
+    count.switch("input")
+    count.switch("step", overlap=1e-9)  # never negative
+    count.write()
+    seconds = goodput.seconds_of(epath.Path(tmp_path))
+    assert (seconds["input"], seconds["step"]) == (2, 3)
+
+
 def test_a_run_logs_its_goodput(finished):
     workdir, out = finished
     (line,) = [line for line in out.splitlines() if line.startswith("goodput: ")]
