@@ -32,6 +32,7 @@ class _Digits(MovingDigits):
 def load(seed=0, **changes):
     """Return the data set of the default configuration with changes, as `root=...`, `augment__flip=...`."""
     config = default_config()
+    config.data.workers = 0  # threads start at once
     for key, value in changes.items():
         section, _, name = key.rpartition("__")
         config[section or "data"][name] = value

@@ -10,6 +10,7 @@ from etils import epath
 from structvit_jax import data
 from structvit_jax.config import automatic, check_config
 from structvit_jax.data.media import configure_decoding
+from structvit_jax.utils import cores
 from structvit_jax.utils.paths import parse_path
 
 
@@ -57,6 +58,7 @@ def open_experiment(
         found.check()
         lines += found.lines()
     select_devices(config, cached=cached)
+    cores.share_cores(processes.processes_on_these_cores())
     for line in lines:
         processes.log(line)
     return Experiment(config, folder, dataset)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -12,6 +11,7 @@ import click
 
 from structvit_jax.cli import options
 from structvit_jax.cli.options import ConfigArguments
+from structvit_jax.utils.cores import available_cores
 from structvit_jax.utils.errors import UserError
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -80,7 +80,7 @@ _output_options = _combine(
     click.option(
         "--workers",
         type=click.IntRange(min=1),
-        default=os.cpu_count() or 1,
+        default=available_cores(),
         metavar="N",
         help="Number of processes that decode.",
     ),

@@ -39,7 +39,10 @@ def command(arguments: ConfigArguments, shows_data: bool, lists_keys: bool) -> N
     from structvit_jax.cli.configuration import load_config
     from structvit_jax.cli.experiment import open_experiment
 
-    opened = open_experiment(load_config(arguments), arguments.workdir)
+    config = load_config(arguments)
+    if shows_data and config.data.workers < 0:
+        config.data.workers = 0  # threads read one batch before processes have started
+    opened = open_experiment(config, arguments.workdir)
     if not shows_data:
         print(describe(opened.config, opened.dataset))
         return

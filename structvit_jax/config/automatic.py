@@ -1,7 +1,8 @@
 """Choose values that fit the data for keys that a configuration leaves open (None).
 
-`configs/folder.py` leaves the model, the sizes and the durations open. Values that the user sets are kept. A
-resumed run uses the values of its checkpoint (see `structvit_jax.training.start.resolve_open_keys`).
+`configs/folder.py` leaves the model, the sizes, the durations, the learning rate and the crops open. Values
+that the user sets are kept. A resumed run uses the values of its checkpoint (see
+`structvit_jax.training.start.resolve_open_keys`).
 """
 
 from __future__ import annotations
@@ -23,13 +24,19 @@ OPEN = (
     "data.size",
     "data.short_side",
     "data.batch_size",
+    "augment.crop_area",
     "train.duration",
+    "optimizer.lr",
     "optimizer.warmup",
     "eval.every",
     "checkpoint.every",
 )
-_MIN_STEPS = 300
-_MAX_STEPS_IMAGES, _MAX_STEPS_VIDEOS = 10_000, 5_000  # so that training takes hours on a few CPU cores
+_EPOCHS_FROM_SCRATCH, _EPOCHS_FROM_WEIGHTS = 30, 20
+# Limits on the training examples of a run, counted with repetitions. On two CPU cores, a tiny model sees the
+# smallest number in minutes and the largest in about an hour.
+_EXAMPLES_VIDEOS, _EXAMPLES_IMAGES = (12_000, 160_000), (50_000, 2_000_000)
+SHORT_SIDE_RATIO = 1.5  # of frames to a small input size; crops of half the area keep their detail
+_SMALL, _SHORT_SIDE_VIDEOS = 64, 256  # pixels
 
 
 class DataFacts(NamedTuple):
@@ -88,21 +95,27 @@ def fill(config: ml_collections.ConfigDict, facts: DataFacts) -> None:
       models) or 224; for DeiT, the size of its learned positions
     - batch: 16 clips; or 16 to 64 images (tiny models: to 128), chosen for 32 or more steps per epoch; never
       more than there are training examples, but at least 2
-    - duration: 30 epochs (20 from trained weights), limited to 300 to 10,000 steps (videos: 300 to 5,000)
-    - warm-up: 2 epochs, at most a tenth of the run
+    - short side of frames: 1.5 times an input size of at most 64, so that they are cheap to convert and to
+      cache; above that, 256 for videos, and 1.5 times the input size for images that have at least twice that
+      (JPEG files are then decoded at a fraction of their size)
+    - random crops: 0.5 to 1 of the area of clips, 0.7 to 1 of the area of images
+    - duration: as many examples as 30 epochs (20 from trained weights), at least 12,000 and at most 160,000
+      clips, or at least 50,000 and at most 2,000,000 images
+    - learning rate: 3e-3 for tiny models, 1e-3 for others
+    - warm-up: a twentieth of the run
     - evaluation: six times during the run, if it has at least 60 steps
     - checkpoints: one per epoch, limited to intervals of 50 to 500 steps
     """
-    video = config.data.frames > 0
     _fill(config, "data.size", _size(config, min(facts.width, facts.height)))
-    smallest = math.ceil(config.data.size / config.data.crop_fraction)
-    _fill(config, "data.short_side", max(256, smallest) if video else 0)
+    _fill(config, "data.short_side", _short_side(config, facts))
     _fill(config, "data.batch_size", _batch(config, facts.train_examples))
+    _fill(config, "augment.crop_area", (0.5, 1.0) if config.data.frames else (0.7, 1.0))
     rows = facts.train_examples * config.augment.repeated_augmentation
     epoch = rows / config.data.batch_size
-    _fill(config, "train.duration", _duration(config, epoch))
+    _fill(config, "train.duration", f"{_examples(config, rows)} examples")
     total = steps_in(config.train.duration, "config.train.duration", config.data.batch_size, rows)
-    _fill(config, "optimizer.warmup", f"{int(min(2 * epoch, total / 10))} steps")
+    _fill(config, "optimizer.lr", 3e-3 if _is_tiny(config) else 1e-3)
+    _fill(config, "optimizer.warmup", f"{total // 20} steps")
     _fill(config, "eval.every", f"{math.ceil(total / 6)} steps" if total >= 60 else "")
     _fill(config, "checkpoint.every", f"{round(min(max(epoch, 50), 500))} steps")
 
@@ -138,15 +151,22 @@ def _batch(config: ml_collections.ConfigDict, examples: int) -> int:
     return min(wanted, max(_power_of_two(examples), 2))
 
 
-def _duration(config: ml_collections.ConfigDict, epoch: float) -> str:
-    """Return the duration for this number of steps per epoch."""
-    epochs = 30 if config.init_from == "" else 20
-    limit = _MAX_STEPS_VIDEOS if config.data.frames else _MAX_STEPS_IMAGES
-    if epochs * epoch < _MIN_STEPS:
-        return f"{_MIN_STEPS} steps"
-    if epochs * epoch <= limit:
-        return f"{epochs} epochs"
-    return f"{int(limit / epoch)} epochs" if epoch <= limit else f"{limit} steps"
+def _short_side(config: ml_collections.ConfigDict, facts: DataFacts) -> int:
+    """Return the short side to which frames are shrunk, at least what test crops need."""
+    smallest = math.ceil(config.data.size / config.data.crop_fraction)
+    side = max(math.ceil(SHORT_SIDE_RATIO * config.data.size), smallest)
+    if config.data.size <= _SMALL:
+        return side
+    if config.data.frames:
+        return max(_SHORT_SIDE_VIDEOS, smallest)
+    return side if min(facts.width, facts.height) >= 2 * side else 0
+
+
+def _examples(config: ml_collections.ConfigDict, rows: int) -> int:
+    """Return the number of examples to train on, for this number of rows in an epoch."""
+    epochs = _EPOCHS_FROM_SCRATCH if config.init_from == "" else _EPOCHS_FROM_WEIGHTS
+    least, most = _EXAMPLES_VIDEOS if config.data.frames else _EXAMPLES_IMAGES
+    return min(max(epochs * rows, least), most)
 
 
 def _power_of_two(number: float) -> int:

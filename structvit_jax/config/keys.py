@@ -163,7 +163,12 @@ KEYS: dict[str, Key] = {
     ),
     "data.test_crops": Key(1, "crops of a test clip: 1 (centre) or 3 (left, centre, right)", _one_of(1, 3)),
     "data.label_maps": Key("", "folder of label maps for token labelling, see structvit prepare label_maps"),
-    "data.workers": Key(0, "number of processes that decode; 0 decodes in threads", _within(0, 1024)),
+    "data.workers": Key(
+        -1,
+        "number of processes that decode; 0: two threads; -1: one per CPU core for files, two threads for"
+        " generated data",
+        _within(-1, 1024),
+    ),
     "data.cache": Key(
         "auto",
         "keep decoded frames in memory during training; 'auto': if those of all files fit",

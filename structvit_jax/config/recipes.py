@@ -180,7 +180,6 @@ def _common(model: str) -> ml_collections.ConfigDict:
     config.model.name = model
     config.data.name = "folder"
     config.data.size = 224
-    config.data.workers = 8
     config.augment.crop_area = (0.08, 1.0)
     config.augment.erase = 0.25
     config.train.label_smoothing = 0.1

@@ -18,12 +18,17 @@ import numpy as np
 from structvit_jax.data.media import configure_decoding
 from structvit_jax.data.reader import Reader
 from structvit_jax.data.stages import Stages
-from structvit_jax.data.types import WHOLE, Arrays, Batch, Problem, Shard
+from structvit_jax.data.types import WHOLE, Arrays, Batch, DataOptions, Problem, Shard
 from structvit_jax.data.workers import DeadWorker, Note, in_processes
+from structvit_jax.utils.cores import available_cores
 from structvit_jax.utils.errors import UserError
 from structvit_jax.utils.failures import DecodeError
 
 _AHEAD = 2  # number of batches to read ahead: per worker process, or in total without workers
+THREADS = 2  # that read if there are no worker processes
+# Largest automatic number of worker processes. Each holds up to _AHEAD batches, 0.6 GB in the recipes for
+# videos, and 20 processes keep up with a large GPU.
+_MAX_WORKERS = 32
 # Rows of a batch, the number of the example that fills them, and the function that reads it.
 _Job = tuple[slice, int, Callable[[], dict[str, Any]]]
 
@@ -128,13 +133,27 @@ def _fill(reader: Reader, arrays: Arrays, rows: int, jobs: Iterable[_Job], note:
     return cast(Batch, {**batch, "problems": tuple(problems), "seconds": stages.seconds})
 
 
+def worker_count(data: DataOptions, batches: int = sys.maxsize) -> int:
+    """Return how many processes read this number of batches; 0 stands for two threads.
+
+    If config.data.workers is -1, files are read by one process per CPU core that this process may use, up to
+    `_MAX_WORKERS`. Threads read what processes would not read faster: generated data, and one or two batches.
+    """
+    if data.workers >= 0:
+        return data.workers
+    in_files = data.name == "folder" or data.name.startswith("tfds:")
+    if not in_files or batches <= THREADS:
+        return 0
+    return min(available_cores(), batches, _MAX_WORKERS)
+
+
 def _prefetched(reader: Reader, read: Callable[[int, Note], Batch], numbers: range) -> Generator[Batch]:
-    """Yield batches by number, read ahead in worker processes, or in two threads if there are none.
+    """Yield batches by number, read ahead in worker processes or threads, see `worker_count`.
 
     Raises:
       UserError: a worker died; the message names the example that it was reading.
     """
-    if not (workers := reader.data.workers):
+    if not (workers := worker_count(reader.data, len(numbers))):
         return _in_threads(read, numbers)
     on_death = functools.partial(_raise_worker_death, reader)
     return in_processes(
@@ -149,7 +168,7 @@ def _prefetched(reader: Reader, read: Callable[[int, Note], Batch], numbers: ran
 
 
 def _in_threads(read: Callable[[int, Note], Batch], numbers: range) -> Generator[Batch]:
-    pool = ThreadPoolExecutor(2, thread_name_prefix="read-ahead")
+    pool = ThreadPoolExecutor(THREADS, thread_name_prefix="read-ahead")
     pending: collections.deque[Future[Batch]] = collections.deque()
     try:
         for number in numbers:

@@ -17,7 +17,7 @@ from structvit_jax.data.pipeline import train_batches
 from structvit_jax.data.reader import Reader
 from structvit_jax.data.workers import DeadWorker, in_processes
 from structvit_jax.runtime.mesh import put_batch, single_device_mesh
-from structvit_jax.runtime.processes import available_cores
+from structvit_jax.utils.cores import available_cores
 from structvit_jax.utils.errors import UserError
 from structvit_jax.utils.tables import align_columns
 

@@ -6,8 +6,10 @@ begins a new session.
 
 from __future__ import annotations
 
-import math
+import collections
 import time
+from collections.abc import Mapping
+from typing import NamedTuple
 
 from etils import epath
 
@@ -19,8 +21,9 @@ ACTIVITIES = ("start", "restore", "compile", "input", "step", "evaluate", "save"
 _MAX_SAVES = 20  # number of latest saves to record; the next session starts at one of them
 _MAX_SECONDS = 1e15  # a file with a larger value is damaged
 _HALF_LIFE = 60.0  # seconds of training after which the weight of a measurement halves
-_SETTLED_STEPS, _SETTLED_SECONDS = 50, 60.0  # either is enough to judge the time spent waiting for data
-_HIGH_DATA_WAIT = 0.3  # fraction of the time in steps
+_RECENT = 60.0  # seconds of training over which the wait for data is judged
+_HIGH_DATA_WAIT = 0.3  # fraction of these seconds
+_BETWEEN_REPORTS = 600.0  # seconds of training
 
 
 def _read(workdir: epath.Path) -> tuple[dict[str, float], dict[int, float], int]:
@@ -77,10 +80,17 @@ class Goodput:
             self._seconds[activity] -= fraction * (useful - kept)
         self._at_save = {key: seconds for key, seconds in self._at_save.items() if key <= step}
 
-    def switch(self, activity: str) -> None:
-        """End the current activity and start another."""
+    def switch(self, activity: str, overlap: float = 0.0) -> None:
+        """End the current activity and start another.
+
+        Args:
+          activity: the next activity.
+          overlap: seconds of the current one that count as seconds of the next, since both ran at that time.
+        """
         now = time.monotonic()
-        self._seconds[self._activity] += now - self._since
+        overlap = min(overlap, now - self._since)
+        self._seconds[self._activity] += now - self._since - overlap
+        self._seconds[activity] += overlap
         self._activity, self._since = activity, now
 
     def saved(self, step: int) -> None:
@@ -108,50 +118,54 @@ class Goodput:
         return self._seconds["step"] + self._seconds["input"]
 
 
+class Interval(NamedTuple):
+    """Measurements of consecutive steps."""
+
+    steps: int
+    seconds: float
+    waited: float  # how many of these seconds the steps waited for data
+    reading: Mapping[str, float]  # seconds by stage of reading, summed over the batches
+
+
+class DataWait(NamedTuple):
+    """A long wait for data, and the stage of reading that takes the most time."""
+
+    fraction: float  # of the time
+    stage: str
+    stage_fraction: float  # of the time of all stages
+
+
 class Progress:
-    """Measure the recent speed of training steps, without compilation, evaluations and saves.
+    """Measure the recent speed of training steps, without compilation, evaluations and saves."""
 
-    Averages are weighted by time: the weight of a measurement halves every minute of training.
-    """
+    def __init__(self) -> None:
+        self._steps = self._seconds = 0.0  # weighted: the weight of an interval halves every _HALF_LIFE
+        self._recent: collections.deque[Interval] = collections.deque()
+        self._since_report = _BETWEEN_REPORTS
 
-    def __init__(self, workers: int, cores: int):
-        """Start measuring.
-
-        Args:
-          workers: config.data.workers.
-          cores: CPU cores available to this process.
-        """
-        self._workers, self._cores = workers, cores
-        self._steps = self._seconds = self._waited = 0.0
-        self._all_steps, self._all_seconds = 0, 0.0
-        self._advised = False
-
-    def add(self, steps: int, seconds: float, waited: float) -> None:
-        """Record an interval: its steps, its seconds, and how many of them were spent waiting for data."""
-        keep = 0.5 ** (seconds / _HALF_LIFE)
-        self._steps = keep * self._steps + steps
-        self._seconds = keep * self._seconds + seconds
-        self._waited = keep * self._waited + waited
-        self._all_steps, self._all_seconds = self._all_steps + steps, self._all_seconds + seconds
+    def add(self, interval: Interval) -> None:
+        """Record the interval that has just ended."""
+        keep = 0.5 ** (interval.seconds / _HALF_LIFE)
+        self._steps = keep * self._steps + interval.steps
+        self._seconds = keep * self._seconds + interval.seconds
+        self._recent.append(interval)
+        while sum(one.seconds for one in self._recent) - self._recent[0].seconds >= _RECENT:
+            self._recent.popleft()
+        self._since_report += interval.seconds
 
     def remaining(self, steps: int) -> float:
         """Return the expected duration of `steps` more steps in seconds."""
         return steps * self._seconds / self._steps
 
-    def advice(self) -> str | None:
-        """Return one line of advice if steps wait for data; at most once, when the average has settled."""
-        settled = self._all_steps >= _SETTLED_STEPS or self._all_seconds >= _SETTLED_SECONDS
-        fraction = self._waited / self._seconds if self._seconds else 0.0
-        if self._advised or not settled or fraction <= _HIGH_DATA_WAIT:
+    def data_wait(self) -> DataWait | None:
+        """Return the wait for data if it was long in the last minute; at most once in ten minutes."""
+        seconds = sum(one.seconds for one in self._recent)
+        fraction = sum(one.waited for one in self._recent) / max(seconds, 1e-9)
+        if seconds < _RECENT or fraction <= _HIGH_DATA_WAIT or self._since_report < _BETWEEN_REPORTS:
             return None
-        self._advised = True
-        # The number of workers that would keep up with the steps, if reading speed is proportional to it.
-        wanted = math.ceil(max(self._workers, 1) / max(1 - fraction, 1e-6))
-        workers, cores = min(wanted, self._cores), f"{self._cores} CPU core{'s' * (self._cores > 1)}"
-        problem = f"note: {fraction:.0%} of the time in steps is spent waiting for data"
-        if workers > max(self._workers, 1):
-            return f"{problem}; try --config.data.workers={workers} (now {self._workers}, {cores} available)"
-        return (
-            f"{problem}, and config.data.workers={self._workers} already uses the {cores} available; store"
-            " smaller images or clips, augment less, or use a machine with more cores"
-        )
+        self._since_report = 0.0
+        reading = collections.Counter[str]()
+        for one in self._recent:
+            reading.update(one.reading)  # adds
+        stage, longest = max(reading.items(), key=lambda item: item[1])
+        return DataWait(fraction, stage, longest / max(sum(reading.values()), 1e-9))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import os
 import pickle
+import socket
 import sys
 import threading
 from collections.abc import Callable
@@ -104,13 +105,6 @@ def process_shard() -> tuple[int, int]:
     return jax.process_index(), jax.process_count()
 
 
-def available_cores() -> int:
-    """Return how many CPU cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def is_multiprocess() -> bool:
     """Return whether the run has more than one process, without opening a device."""
     return (distributed().num_processes or 1) > 1
@@ -132,6 +126,16 @@ def allgather_object(value: T) -> list[T]:
     sizes = multihost_utils.process_allgather(np.int32(len(raw)))
     rows = multihost_utils.process_allgather(np.pad(raw, (0, int(sizes.max()) - len(raw))))
     return [pickle.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
+
+
+def processes_on_these_cores() -> int:
+    """Return how many processes of the run may use the same cores of the same host as this one.
+
+    Every process must call this.
+    """
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+    own = (socket.gethostname(), cores)
+    return allgather_object(own).count(own)
 
 
 def broadcast_from_primary(function: Callable[[], T]) -> T:

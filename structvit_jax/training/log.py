@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import json
 import math
 import os
@@ -17,9 +18,10 @@ from etils import epath
 
 from structvit_jax.data.types import Dataset, Problem
 from structvit_jax.runtime import process, processes
-from structvit_jax.runtime.goodput import Goodput, Progress
-from structvit_jax.runtime.processes import available_cores, is_primary, log
+from structvit_jax.runtime.goodput import Goodput, Interval, Progress
+from structvit_jax.runtime.processes import is_primary, log
 from structvit_jax.runtime.storage import METRICS, write
+from structvit_jax.training.input_advice import advise
 from structvit_jax.utils.errors import UserError
 from structvit_jax.utils.failures import parse_json
 from structvit_jax.utils.paths import is_bucket
@@ -68,19 +70,24 @@ class RunLog:
         self._last_line = self._metrics.last()  # if it is the final evaluation, it is not logged again
         self._consecutive = self._metrics.skipped_at_the_end()
         self._board = _Board(workdir / "tensorboard", start_step) if is_primary() else None
-        self._progress = Progress(config.data.workers, available_cores())
+        self._progress, self._config = Progress(), config
         self._started = False
         self._since, self._waited, self._next_write = time.monotonic(), 0.0, 0.0
+        self._reading = collections.Counter[str]()
 
-    def step(self, step: int, metrics: dict[str, jax.Array], waited: float) -> None:
+    def step(
+        self, step: int, metrics: dict[str, jax.Array], waited: float, reading: Mapping[str, float]
+    ) -> None:
         """Record the metrics of a step.
 
         Args:
           step: number of the step.
           metrics: results of the train step, which the devices may still be computing.
-          waited: seconds that the step waited for its batch.
+          waited: seconds that the devices were idle because the step waited for its batch.
+          reading: seconds that each stage of reading took for the batch.
         """
         self._pending.append((step, metrics))
+        self._reading.update(reading)  # adds
         if self._started:
             self._waited += waited
         else:  # the first wait does not count: it includes the start of the workers
@@ -105,15 +112,15 @@ class RunLog:
         rate, data_wait = len(records) * self._batch / seconds, self._waited / seconds
         last = records[-1]
         self._scalars("speed", last["step"], {f"{self._unit}_per_second": rate, "data_wait": data_wait})
-        self._progress.add(len(records), seconds, self._waited)
+        self._progress.add(Interval(len(records), seconds, self._waited, self._reading))
         eta = self._progress.remaining(self._total - last["step"])
         log(
             f"step {last['step']}/{self._total}  loss {_mean(records, 'loss'):.4f}"
             f"  top1 {_mean(records, 'top1'):.3f}  lr {last['lr']:.2e}  {rate:.1f} {self._unit}/s"
             f"  data-wait {data_wait:.0%}  ETA {_clock(eta)}"
         )
-        if advice := self._progress.advice():
-            log(advice)
+        if wait := self._progress.data_wait():
+            log(advise(wait, self._config))
         self._pending.clear()
         self.restart_clock()
 
@@ -143,6 +150,7 @@ class RunLog:
     def restart_clock(self) -> None:
         """Start to measure the next rate now, so that it excludes the time of a save or an evaluation."""
         self._since, self._waited = time.monotonic(), 0.0
+        self._reading = collections.Counter[str]()
 
     def __enter__(self) -> RunLog:
         return self

@@ -12,6 +12,7 @@ from etils import epath
 from structvit_jax.config import durations
 from structvit_jax.data.types import Dataset
 from structvit_jax.runtime import processes, signals
+from structvit_jax.runtime.device_clock import DeviceClock
 from structvit_jax.runtime.goodput import Goodput
 from structvit_jax.runtime.lock import WorkdirLock
 from structvit_jax.runtime.mesh import put_batch
@@ -32,6 +33,7 @@ from structvit_jax.training.evaluation import (
     read_result,
     write_result,
 )
+from structvit_jax.training.forecast import Forecast
 from structvit_jax.training.learner import Learner, check_train_batch, compile_train_step, oom_as_user_error
 from structvit_jax.training.log import RunLog, Unreadable
 from structvit_jax.training.start import starting_state
@@ -121,7 +123,9 @@ def train(
                 log(line)
             goodput.switch("compile")
             train_step = compile_train_step(learner, state)
+            forecast = Forecast(learner, train_step, state, total - start)
             run_log.restart_clock()
+            devices = stack.enter_context(contextlib.closing(DeviceClock()))
             shard, saved = processes.process_shard(), start
             stream = data.train_batches(config.data.batch_size, start_step=start, shard=shard)
             with contextlib.closing(stream) as batches, Profile(profiled, workdir, start) as profiler:
@@ -136,13 +140,16 @@ def train(
                     requested = time.monotonic()
                     rows = next(batches)
                     unreadable.note("train", rows["problems"])
+                    if step == start + 1 and (expected := forecast.describe(rows)):
+                        log(expected)
                     batch = put_batch(learner.mesh, rows)
-                    waited = time.monotonic() - requested
+                    waited = devices.idle(since=requested)
 
-                    goodput.switch("step")
+                    goodput.switch("step", overlap=time.monotonic() - requested - waited)
                     profiler.before(step, state)
                     state, metrics = train_step(state, batch)
-                    run_log.step(step, metrics, waited)
+                    devices.dispatched(metrics)
+                    run_log.step(step, metrics, waited, rows["seconds"])
 
                     scores = None
                     if evaluation_due(step, steps.eval_every, total):

@@ -24,7 +24,7 @@ def test_defaults_are_the_keys():
 # Values outside the range of a key, and the end of the error message.
 OUTSIDE = {
     "train.max_skipped": [(0, "to be at least 1")],
-    "data.workers": [(-1, "to lie from 0 to 1024"), (1025, "to lie from 0 to 1024")],
+    "data.workers": [(-2, "to lie from -1 to 1024"), (1025, "to lie from -1 to 1024")],
     "data.cache": [("yes", "to be auto, on or off")],
     "data.cache_gib": [(-0.5, "to lie from 0 to 2**20")],
     "data.max_pixels": [(0, "Pillow's limit"), (178956971, "Pillow's limit")],

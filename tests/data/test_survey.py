@@ -15,6 +15,7 @@ from PIL import Image
 
 from structvit_jax import data
 from structvit_jax.config import automatic, check_config, steps_in
+from structvit_jax.data import pipeline
 from structvit_jax.data.fingerprint import compare
 from structvit_jax.data.folder import Layout, hold_out, is_video
 from structvit_jax.data.index import Entry, read_labels
@@ -273,16 +274,34 @@ def filled(config, video, *facts):
 def test_automatic_settings():
     images = own()
     assert filled(images, False, 60_000, 10_000, 28, 28, 1) == (
-        "images: 60,000 + 10,000 of 28x28: structvit_tiny_4_1 at 32, batch 128, 9,844 steps"
+        "images: 60,000 + 10,000 of 28x28: structvit_tiny_4_1 at 32, batch 128, 14,062 steps"
     )
-    assert images.optimizer.warmup == "937 steps" and images.checkpoint.every == "469 steps"
-    assert images.eval.every == "1641 steps" and images.data.short_side == 0
+    assert images.train.duration == "1800000 examples" and images.data.short_side == 48
+    assert images.optimizer.warmup == "703 steps" and images.checkpoint.every == "469 steps"
+    assert images.eval.every == "2344 steps" and images.optimizer.lr == 3e-3
+    assert images.augment.crop_area == (0.7, 1.0)
     videos = own()
-    assert filled(videos, True, 150, 30, 640, 360, 300) == (
-        "videos: 150 + 30 of 300 frames of 640x360: structvit_tiny_4_1_video at 8 frames of 64, batch 16,"
-        " 300 steps"
+    assert filled(videos, True, 200, 30, 640, 360, 300) == (
+        "videos: 200 + 30 of 300 frames of 640x360: structvit_tiny_4_1_video at 8 frames of 64, batch 16,"
+        " 750 steps"
     )
-    assert "at 8 frames of 32, batch 16, 5,000 steps" in filled(own(), True, 10**6, 9, 32, 40, 9)
+    assert videos.data.short_side == 96
+    assert videos.augment.crop_area == (0.5, 1.0) and videos.augment.flip == 0
+    assert "at 8 frames of 32, batch 16, 10,000 steps" in filled(own(), True, 10**6, 9, 32, 40, 9)
+
+
+def test_automatic_settings_of_larger_models_and_tight_crops():
+    tight = own(data__crop_fraction=0.25)
+    filled(tight, True, 200, 30, 640, 360, 300)
+    assert tight.data.short_side == 256
+    for model, side in (("structvit_s_4_1_video", 256), ("structvit_s_4_1", 0)):
+        large = own(model)
+        filled(large, False, 200, 30, 640, 360, 300)
+        assert (large.data.size, large.data.short_side) == (224, side)
+    photos = own("structvit_s_4_1")
+    filled(photos, False, 200, 30, 4000, 3000, 1)
+    assert (photos.data.size, photos.data.short_side) == (224, 336)
+        assert large.optimizer.lr == 1e-3
 
 
 def test_given_settings_are_kept():
@@ -296,18 +315,19 @@ def test_given_settings_are_kept():
     )
     assert "structvit_tiny_4_1_video at 1 frames" in filled(own(data__frames=1), False, 99, 3, 50, 40, 1)
     tuned = own("structvit_s_4_1_video,finetune")
-    assert "at 16 frames of 224, batch 16, 4,688 steps" in filled(tuned, False, 15_000, 3, 300, 300, 99)
-    assert tuned.train.duration == "5 epochs"
+    assert "at 16 frames of 224, batch 16, 8,750 steps" in filled(tuned, False, 7_000, 3, 300, 300, 99)
+    assert tuned.train.duration == "140000 examples" and tuned.optimizer.lr == 1e-4  # 20 epochs
 
 
 @pytest.mark.parametrize("examples", [1, 2, 7, 39, 300, 10**4, 10**6, 10**7])
-@pytest.mark.parametrize("video", [True, False])
-def test_default_runs_are_bounded(examples, video):
+@pytest.mark.parametrize(("video", "least", "most"), [(True, 12_000, 160_000), (False, 50_000, 2_000_000)])
+def test_default_runs_are_bounded(examples, video, least, most):
     config = own()
     filled(config, video, examples, 1, 100, 100, 9)
     total = steps_in(config.train.duration, "", config.data.batch_size, examples)
-    assert 300 <= total <= 10_000
-    assert steps_in(config.optimizer.warmup, "", config.data.batch_size, examples) <= total / 10
+    seen = total * config.data.batch_size
+    assert seen == pytest.approx(min(max(30 * examples, least), most), abs=config.data.batch_size)
+    assert steps_in(config.optimizer.warmup, "", config.data.batch_size, examples) == total // 20
     assert 1 <= config.data.batch_size <= max(2, examples)
 
 
@@ -371,6 +391,7 @@ def test_a_workdir_belongs_to_one_data_set(command, tmp_path):
             "--config.model.name=deit_tiny",
             "--config.model.widths=(16,)",
             "--config.model.depths=(1,)",
+            "--config.data.workers=0",
         ]
         given += [f"--config.train.duration={steps} steps", "--config.data.max_unreadable_fraction=0.5"]
         return command(*given, f"--config.data.root={place}", f"--workdir={workdir}", *arguments)
@@ -399,10 +420,15 @@ def test_a_workdir_belongs_to_one_data_set(command, tmp_path):
     assert (workdir / "result.json").read_bytes() == result
 
 
+def forbid_workers():
+    """In a command: fail if it starts data workers."""
+    pipeline.in_processes = None
+
+
 def test_show_prints_a_table_and_errors_and_draws_a_batch(command, tmp_path):
     def show(root, workdir):
         given = [OWN, "--data", f"--config.data.root={root}", f"--workdir={workdir}"]
-        return command(*given, program="show")
+        return command(*given, program="show", first=forbid_workers)
 
     root = write_images(tmp_path / "data", {"train": {"a": 2, "b": 2}, "val": {"a": 1, "b": 1}}, (28, 28))
     shown = show(root, tmp_path / "run")

@@ -1,6 +1,7 @@
 """Data workers: ordered results, deaths, signals, process-wide settings, and nothing left behind."""
 
 import contextlib
+import dataclasses
 import os
 import signal
 import subprocess
@@ -15,7 +16,10 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
+from structvit_jax.config import default_config
+from structvit_jax.data import pipeline
 from structvit_jax.data.media import configure_decoding
+from structvit_jax.data.types import DataOptions
 from structvit_jax.data.workers import in_processes
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not import the tests
@@ -55,6 +59,20 @@ def settings(number, note):
 
 def unexpected(worker):
     raise AssertionError(worker)
+
+
+def test_a_process_per_core_reads_files(monkeypatch):
+    """Threads read what processes would not read faster."""
+    monkeypatch.setattr(pipeline, "available_cores", lambda: 8)
+    options = DataOptions.from_config(default_config().data)
+    assert options.workers == -1 and pipeline.worker_count(options) == 0  # generated
+    for name in ("folder", "tfds:x"):
+        files = dataclasses.replace(options, name=name)
+        counts = [pipeline.worker_count(files, batches) for batches in (1, 2, 3, 9)]
+        assert counts == [0, 0, 3, 8] and pipeline.worker_count(files) == 8
+    assert pipeline.worker_count(dataclasses.replace(files, workers=5), 1) == 5
+    monkeypatch.setattr(pipeline, "available_cores", lambda: 400)
+    assert pipeline.worker_count(files) == 32
 
 
 def test_results_are_in_order_and_arrays_are_writable():

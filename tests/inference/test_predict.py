@@ -50,6 +50,7 @@ def run(root, tmp_path_factory):
     config.model.name, config.model.widths = "deit_tiny_struct_2_video", (16,)
     config.data.name, config.data.root, config.data.sampling = "folder", str(root), "segment"
     config.data.batch_size, config.data.test_clips, config.eval.batch_size = 8, 3, 8
+    config.data.workers = 0
     config.train.duration, config.checkpoint.every = "3 steps", "3 steps"
     loop.train(config, epath.Path(workdir), data.load(config.data, config.augment, 0))
     return workdir

@@ -141,7 +141,7 @@ def test_a_checkpoint_with_a_hostile_card(copy):
     card["config"]["data"]["workers"] = 50
     sign(json.dumps(card))
     trained = load_trained(str(copy))
-    assert trained.config.mesh.compilation_cache == "auto" and trained.config.data.workers == 0
+    assert trained.config.mesh.compilation_cache == "auto" and trained.config.data.workers == -1
     for content in ("[" * 100_000, "{}", '{"class_names": null, "config": 3}'):
         sign(content)
         with pytest.raises(UserError, match="card/metadata is not a valid card"):

@@ -1,6 +1,9 @@
 """Goodput, progress lines, gradient accumulation, profiles and out-of-memory errors of a run."""
 
 import json
+import os
+import threading
+import time
 import types
 
 import chex
@@ -14,7 +17,9 @@ from small import setup, small_config
 
 from structvit_jax import data
 from structvit_jax.config import default_config
+from structvit_jax.data.stages import STAGES
 from structvit_jax.runtime import goodput, mesh
+from structvit_jax.runtime.device_clock import DeviceClock
 from structvit_jax.runtime.goodput import Goodput
 from structvit_jax.training import learner, log
 from structvit_jax.training.loop import evaluation_due
@@ -67,6 +72,19 @@ def test_goodput_counts_every_second_once(tmp_path, monkeypatch):
     )
 
 
+def test_an_overlap_counts_as_the_next_activity(tmp_path, monkeypatch):
+    clock = Clock(monkeypatch)
+    count = Goodput(epath.Path(tmp_path), clock.now)
+    count.switch("input")
+    clock.pass_(5)
+    count.switch("step", overlap=3)
+    count.switch("input")
+    count.switch("step", overlap=1e-9)  # never negative
+    count.write()
+    seconds = goodput.seconds_of(epath.Path(tmp_path))
+    assert (seconds["input"], seconds["step"]) == (2, 3)
+
+
 def test_a_run_logs_its_goodput(finished):
     workdir, out = finished
     (line,) = [line for line in out.splitlines() if line.startswith("goodput: ")]
@@ -82,13 +100,18 @@ def test_a_run_logs_its_goodput(finished):
 def run_log(tmp_path, monkeypatch, capsys):
     """Log intervals of (steps, seconds per step, seconds of waiting per step); return the lines printed."""
     clock = Clock(monkeypatch)
-    monkeypatch.setattr(log, "available_cores", lambda: 8)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(8))
     array = dict.fromkeys(("loss", "top1", "lr", "grad_norm"), np.float32(1))
     array |= {"index": np.zeros(1, np.int32), "skipped": np.bool_(False)}
 
-    def lines(total, *intervals, workers=0):
+    def lines(total, *intervals, slowest="decode", **options):
+        """Options are keys of the configuration, such as `data__workers=2`."""
         config = default_config()
-        config.data.workers = workers
+        config.data.name = "folder"
+        for key, value in options.items():
+            section, _, name = key.partition("__")
+            config[section][name] = value
+        reading = dict.fromkeys(STAGES, 0.1) | {slowest: 0.5}
         source = types.SimpleNamespace(unit="images", train_id=str)
         workdir = epath.Path(tmp_path)
         step = 0
@@ -97,11 +120,15 @@ def run_log(tmp_path, monkeypatch, capsys):
                 for _ in range(steps):
                     step += 1
                     clock.pass_(seconds)
-                    run_log.step(step, dict(array), waited)
+                    run_log.step(step, dict(array), waited, reading)
                 run_log.flush()
         return capsys.readouterr().out.splitlines()
 
     return lines
+
+
+def notes_in(lines):
+    return [line for line in lines if line.startswith("note: ")]
 
 
 def remaining(line):
@@ -119,28 +146,66 @@ def test_the_remaining_time_does_not_jump(run_log):
         assert 0.95 <= (seconds + 1) / (0.1 * (1000 - step)) <= 1.25, found
 
 
+MORE_WORKERS = "try --config.data.workers=8 (now {}; 8 CPU cores available)"
+IN_USE = "all CPU cores (8) are in use; try {}a machine with more cores"
+CACHE = "--config.data.cache=on if the decoded data fit in memory, or "
+COPIES = "smaller copies of the videos (structvit prepare folder clips --transcode=256 --out=DIR), or "
+FEWER = "fewer RandAugment operations (--config.augment.randaugment, now rand-m7-n4), or "
+NOISE = {"data__name": "noise:9"}
+
+
 @pytest.mark.parametrize(
-    ("workers", "waited", "advice"),
+    ("stage", "options", "advice"),
     [
-        (0, 0.09, "try --config.data.workers=8 (now 0, 8 CPU cores available)"),
-        (2, 0.05, "try --config.data.workers=4 (now 2, 8 CPU cores available)"),
-        (8, 0.05, "and config.data.workers=8 already uses the 8 CPU cores available"),
+        ("decode", {"data__workers": 2}, "(50%) on decoding; " + MORE_WORKERS.format(2)),
+        ("open", NOISE, "on opening examples; " + MORE_WORKERS.format("threads")),
+        ("open", NOISE | {"data__workers": 9}, IN_USE.format("")),
+        ("decode", {"data__root": "clips"}, IN_USE.format(COPIES + CACHE)),
+        ("convert", {"data__frames": 0}, "on converting frames to RGB; " + IN_USE.format(CACHE)),
+        ("augment", {"augment__randaugment": "rand-m7-n4"}, IN_USE.format(FEWER)),
+        ("crop", {"data__size": 64}, IN_USE.format("--config.data.short_side=96, or ")),
+        ("crop", {"data__size": 64, "data__short_side": 96}, IN_USE.format("")),
+        ("batch", {}, IN_USE.format("")),
     ],
 )
-def test_waiting_for_data_is_advised_on_once(run_log, tmp_path, workers, waited, advice):
-    printed = run_log(200, (40, 0.1, waited), (60, 0.1, waited), (100, 0.1, waited), workers=workers)
-    notes = [number for number, line in enumerate(printed) if line.startswith("note: ")]
-    (number,) = notes
-    assert advice in printed[number]
-    assert int(printed[number - 1].split()[1].partition("/")[0]) >= 50
+def test_waiting_for_data_is_explained(run_log, tmp_path, stage, options, advice):
+    printed = run_log(900, (800, 0.1, 0.02), (100, 0.1, 0.9), slowest=stage, **options)
+    (note,) = notes_in(printed)
+    assert note.startswith("note: steps waited for data ") and note.endswith(advice), note
     assert all(line.keys() == {"step", "loss", "top1", "lr", "grad_norm"} for line in records(tmp_path))
+
+
+def test_the_wait_is_that_of_the_last_minute(run_log):
+    """If it is still long after ten minutes, the note is repeated."""
+    waiting, quick = (1.0, 0.8), (1.0, 0.2)  # seconds per step, and of these waiting
+    assert not notes_in(run_log(59, (59, *waiting)))
+    (note,) = notes_in(run_log(600, (600, *waiting)))
+    assert "data 80% of the last minute" in note
+    assert len(notes_in(run_log(700, (700, *waiting)))) == 2
+    assert len(notes_in(run_log(700, (100, *waiting), (600, *quick)))) == 1
+    (note,) = notes_in(run_log(400, (300, *quick), (100, *waiting)))
+    assert 30 < int(note.partition("data ")[2].partition("%")[0]) <= 35
 
 
 def test_a_short_wait_for_data_needs_no_advice(run_log):
     """The first batch waits for workers to start, which takes seconds."""
-    printed = run_log(100, (1, 6.0, 5.0), (99, 0.1, 0.02))
-    assert not [line for line in printed if line.startswith("note: ")]
+    printed = run_log(800, (1, 36.0, 35.0), (799, 0.1, 0.02))
+    assert not notes_in(printed)
     assert "data-wait 20%" in printed[-1]
+
+
+def test_a_wait_counts_only_while_the_devices_are_idle():
+    clock = DeviceClock()
+    began = time.monotonic()
+    assert clock.idle(began) == pytest.approx(0, abs=0.1)  # nothing is dispatched: idle
+    finished = threading.Event()
+    clock.dispatched({"loss": types.SimpleNamespace(block_until_ready=finished.wait)})
+    time.sleep(0.2)
+    assert clock.idle(began) == 0
+    finished.set()
+    time.sleep(0.2)
+    assert 0.05 < clock.idle(began) < time.monotonic() - began - 0.15
+    clock.close()
 
 
 def test_no_evaluation_right_before_the_final_one():

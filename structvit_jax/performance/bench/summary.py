@@ -15,7 +15,7 @@ import jax
 from etils import epath
 
 from structvit_jax.performance.bench.timing import Rates, Times
-from structvit_jax.runtime.processes import available_cores
+from structvit_jax.utils.cores import available_cores
 from structvit_jax.utils.tables import markdown_table
 
 PHASES = ("forward", "train")
