@@ -36,6 +36,9 @@ than the default duration, so the top-1 is below what it reaches.
     3e-3            0.7 to 1     0.833           0.856
     2e-3, flips     0.5 to 1                     0.810
     2e-3, flips     0.7 to 1                     0.837
+
+With the chosen values, all 60,000 images of Fashion-MNIST give top-1 0.899 on the 10,000 test images after
+1,953 steps of 128, a seventh of the default duration (one run).
 """
 
 import ml_collections

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 
 import jax
@@ -17,6 +18,7 @@ from structvit_jax.training.step import TrainState
 from structvit_jax.utils.cores import available_cores
 
 _MIN_STEPS = 50  # shorter runs are not worth a trial
+_MAX_REPETITIONS = 6  # of the train step in a trial
 
 
 class Forecast:
@@ -26,7 +28,7 @@ class Forecast:
     """
 
     def __init__(self, learner: Learner, train_step: jax.stages.Compiled, state: TrainState, steps: int):
-        """Run the train step twice on a copy of the state, unless there is no memory for a copy.
+        """Run the train step a few times on a copy of the state, unless there is no memory for a copy.
 
         Args:
           learner: the model, its mesh and its configuration.
@@ -37,7 +39,8 @@ class Forecast:
         self._data, self._steps = DataOptions.from_config(learner.config.data), steps
         self._step_seconds: float | None = None
         if steps >= _MIN_STEPS and _fits_twice(train_step, state):
-            self._step_seconds = _trial(learner, train_step, state)
+            repetitions = min(steps // _MIN_STEPS + 1, _MAX_REPETITIONS)  # 4 % of the run at most
+            self._step_seconds = _trial(learner, train_step, state, repetitions)
 
     def describe(self, first: Batch) -> str | None:
         """Return one line with the expected duration, given the first batch; None if there was no trial."""
@@ -64,19 +67,22 @@ def _fits_twice(train_step: jax.stages.Compiled, state: TrainState) -> bool:
     return all(processes.allgather_object(fits))
 
 
-def _trial(learner: Learner, train_step: jax.stages.Compiled, state: TrainState) -> float:
-    """Return the seconds of a train step, the second of two on a copy of the state and an empty batch."""
+def _trial(learner: Learner, train_step: jax.stages.Compiled, state: TrainState, repetitions: int) -> float:
+    """Return the median seconds of train steps on a copy of the state and an empty batch, without the first.
+
+    All processes need the same number of repetitions, which is at least 2.
+    """
     rows = learner.config.data.batch_size // processes.process_shard()[1]
     batch = {key: np.zeros((rows, *shape), dtype) for key, (shape, dtype) in learner.row.items()}
     batch |= {"mask": np.ones(rows, bool), "index": np.zeros(rows, np.int32)}
     arrays = put_batch(learner.mesh, batch)
     copy = jax.tree.map(jnp.copy, state)  # a step reuses the memory of the state that it is given
-    seconds = 0.0
-    for _ in range(2):
+    seconds = []
+    for _ in range(repetitions):
         started = time.monotonic()
         copy, _ = jax.block_until_ready(train_step(copy, arrays))
-        seconds = time.monotonic() - started
-    return seconds
+        seconds.append(time.monotonic() - started)
+    return statistics.median(seconds[1:])
 
 
 def _duration(seconds: float) -> str:
