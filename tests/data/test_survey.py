@@ -298,10 +298,10 @@ def test_automatic_settings_of_larger_models_and_tight_crops():
         large = own(model)
         filled(large, False, 200, 30, 640, 360, 300)
         assert (large.data.size, large.data.short_side) == (224, side)
+        assert large.optimizer.lr == 1e-3
     photos = own("structvit_s_4_1")
     filled(photos, False, 200, 30, 4000, 3000, 1)
     assert (photos.data.size, photos.data.short_side) == (224, 336)
-        assert large.optimizer.lr == 1e-3
 
 
 def test_given_settings_are_kept():
