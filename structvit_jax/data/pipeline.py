@@ -29,8 +29,9 @@ THREADS = 2  # that read if there are no worker processes
 # Largest automatic number of worker processes. Each holds up to _AHEAD batches, 0.6 GB in the recipes for
 # videos, and 20 processes keep up with a large GPU.
 _MAX_WORKERS = 32
-# Rows of a batch, the number of the example that fills them, and the function that reads it.
-_Job = tuple[slice, int, Callable[[], dict[str, Any]]]
+# Rows of a batch, the number of the example that fills them, and the function that reads it. It is given the
+# inputs of these rows, and may write to them instead of returning new arrays.
+_Job = tuple[slice, int, Callable[[np.ndarray], dict[str, Any]]]
 
 
 def train_batches(
@@ -71,7 +72,7 @@ def _in_order(
     def read_batch(number: int, note: Note) -> Batch:
         rows = _rows(number, batch_size, shard)
         jobs = (
-            (slice(row, row + 1), index, functools.partial(read, index))
+            (slice(row, row + 1), index, lambda inputs, index=index: read(index))
             for row, index in enumerate(rows)
             if index < examples
         )
@@ -93,7 +94,8 @@ def _train_jobs(reader: Reader, rows: range) -> Iterator[_Job]:
         index = int(_order(reader.seed, epoch, examples)[rank])
         copies = range(same[0] % repeats, same[-1] % repeats + 1)
         first = same[0] - rows[0]
-        yield slice(first, first + len(copies)), index, functools.partial(reader.train, epoch, index, copies)
+        read = functools.partial(reader.train, epoch, index, copies)
+        yield slice(first, first + len(copies)), index, read
 
 
 @functools.lru_cache(maxsize=2)  # a batch may reach into the next epoch
@@ -120,15 +122,17 @@ def _fill(reader: Reader, arrays: Arrays, rows: int, jobs: Iterable[_Job], note:
         for target, index, read in jobs:
             batch["index"][target] = index
             note(str(index))
+            inputs = batch["inputs"][target]
             try:
-                example = read()
+                example = read(inputs)
             except DecodeError as error:
                 problems.append(Problem(reader.source.id(index), str(error)))
                 continue
             for kind, reason in example.pop("notes").items():
                 problems.append(Problem(reader.source.id(index), reason, kind))
             for key, value in example.items():
-                batch[key][target] = value
+                if value is not inputs:
+                    batch[key][target] = value
             batch["mask"][target] = True
     return cast(Batch, {**batch, "problems": tuple(problems), "seconds": stages.seconds})
 

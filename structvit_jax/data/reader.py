@@ -94,8 +94,16 @@ class Reader:
         self._label = list(order)
         self.class_names = tuple(names)
 
-    def train(self, epoch: int, index: int, copies: range) -> dict[str, Any]:
+    def train(
+        self, epoch: int, index: int, copies: range, inputs: np.ndarray | None = None
+    ) -> dict[str, Any]:
         """Read copies of an example for training.
+
+        Args:
+          epoch: number of the epoch.
+          index: number of the example.
+          copies: numbers of the copies.
+          inputs: memory for the pixels, uint8 [len(copies), *shape]; None: new memory.
 
         Returns:
           A value for each key of `arrays`: a list with one entry per copy, or one value that all copies
@@ -113,7 +121,10 @@ class Reader:
             clip = self.decode(media, [picked])[0]
             notes = self._notes(media)
         drawn = [self.draw(clip.shape[1:3], self.generator(2, epoch, index, copy)) for copy in copies]
-        inputs = [self.transform(clip, one) for one in drawn]
+        if inputs is None:
+            inputs = np.empty((len(copies), *self.shape), np.uint8)
+        for one, out in zip(drawn, inputs, strict=True):
+            self.transform(clip, one, out)
         example = {"inputs": inputs, "labels": self._label[label], "notes": notes}
         if self.maps:
             classes, scores = self.maps.read(index)
@@ -260,12 +271,11 @@ class Reader:
         options = self.augment
         return draw_crop(size, options.crop_area, options.crop_aspect, options.flip, rng)
 
-    def transform(self, clip: np.ndarray, drawn: Augmentation) -> np.ndarray:
-        """Augment and crop one clip for training."""
+    def transform(self, clip: np.ndarray, drawn: Augmentation, out: np.ndarray) -> None:
+        """Augment and crop one clip for training, and write it to `out`, uint8 [*shape]."""
         size = (self.data.size, self.data.size)
         top, left, height, width = drawn.crop.box
-        out = np.empty((len(clip), *size, 3), np.uint8)
-        for frame, target in zip(clip, out, strict=True):
+        for frame, target in zip(clip, out.reshape(len(clip), *size, 3), strict=True):
             if self.is_image:
                 with stage("crop"):
                     cropped = frame[top : top + height, left : left + width]
@@ -277,7 +287,6 @@ class Reader:
                     cropped = frame_operations.apply(drawn.operations, frame, drawn.crop.box)
                 with stage("crop"):
                     target[:] = resize(cropped, size, image=False, mirrored=drawn.crop.mirrored)
-        return out.reshape(self.shape)
 
     def affine(self, drawn: Augmentation) -> CropAffine:
         """Return the affine map from augmented pixels to the frame."""

@@ -22,7 +22,6 @@ import numpy as np
 from av.packet import Packet
 from av.stream import Stream
 from av.video.reformatter import VideoReformatter
-from av.video.stream import VideoStream
 
 from structvit_jax.data.container import open_container
 from structvit_jax.data.limits import Limits
@@ -186,15 +185,17 @@ class VideoFile(Media):
         times: list[int] = []
         keys: list[_Packet] = []
         last = ended = 0.0
+        is_vp8 = stream.codec_context.name == "vp8"
         stopped = False  # whether reading stopped at the requested end
         with contextlib.suppress(av.FFmpegError):  # the file is truncated in the middle of a packet
             for packet in container.demux(*streams):
                 pts, dts = _pts_dts(packet)
                 if pts is None:
                     continue
-                last = max(last, pts * bases[packet.stream_index])
-                ended = max(ended, (pts + (packet.duration or 0)) * bases[packet.stream_index])
-                if packet.stream_index != stream.index or not packet.size:
+                index = packet.stream_index
+                last = max(last, pts * bases[index])
+                ended = max(ended, (pts + (packet.duration or 0)) * bases[index])
+                if index != stream.index or not packet.size:
                     continue
                 if stopped := dts >= upper and is_indexed:
                     break
@@ -203,7 +204,7 @@ class VideoFile(Media):
                     self._is_packed = bool(_PACKED.search(head))
                 if packet.is_keyframe:  # even if an edit list hides it
                     keys.append(_Packet(pts, dts))
-                if _is_shown(packet, stream):
+                if not packet.is_discard and not (is_vp8 and _is_hidden(packet)):
                     times.append(pts)
                     self._limits.check_frames(len(times))
         times.sort()
@@ -374,10 +375,9 @@ def _pts_dts(packet: Packet) -> tuple[Any, Any]:
     return (dts if pts is None else pts), (pts if dts is None else dts)
 
 
-def _is_shown(packet: Packet, stream: VideoStream) -> bool:
-    """Return whether a packet is shown. VP8 has hidden pictures, which only serve to predict others."""
-    is_hidden = stream.codec_context.name == "vp8" and not bytes(packet)[0] >> 4 & 1
-    return not packet.is_discard and not is_hidden
+def _is_hidden(packet: Packet) -> bool:
+    """Return whether a packet of VP8 is a hidden picture, which only serves to predict others."""
+    return not bytes(packet)[0] >> 4 & 1
 
 
 def _picture(frame: av.VideoFrame, convert: VideoReformatter, short_side: int) -> np.ndarray:
