@@ -108,7 +108,8 @@ def input_(
     (RandAugment and colour jitter); "crop", which includes resizing; "batch", which copies examples into a
     batch; "transport" of a batch from a worker process to its parent; and "device", the copy to the
     accelerator. Copies of an example in repeated augmentation share opening and decoding; recipes with such
-    copies are also measured with one copy.
+    copies are also measured with one copy. For folder, images that fit in memory are also read from the cache
+    of decoded frames, as in every epoch after the first.
 
     With --peer=torch, a DataLoader of PyTorch decodes with PyAV, torchcodec and decord and augments with
     torchvision and timm, in all combinations that are installed.

@@ -141,7 +141,18 @@ def test_unreadable_files(tmp_path, video, capsys):
         structvit("bench", "input", *SMALL, broken)
 
 
-def test_rates_with_workers(image, capsys):
+def test_small_images_are_also_read_from_the_cache(image, capsys, monkeypatch):
+    monkeypatch.setattr(input_files, "_EXAMPLES", 64)
+    structvit("bench", "input", "--config=folder", "--rounds=3", image)
+    rows = [re.split(r"\s{2,}", line) for line in capsys.readouterr().out.splitlines()]
+    table = {row[0]: row[1:] for row in rows if len(row) > 1}
+    assert [title for title in table["stage"] if "(" in title][1] == "ms per image (from the cache)"
+    decoding, cached = float(table["decode"][0]), float(table["decode"][3])
+    assert 0 < cached < decoding / 2
+
+
+def test_rates_with_workers(image, capsys, monkeypatch):
+    monkeypatch.setattr(input_files, "_EXAMPLES", 64)
     structvit("bench", "input", "--config=folder", "--workers=0,1", "--rounds=1", image)
     title, row, *spreads = capsys.readouterr().out.strip().splitlines()[-4:]
     assert re.fullmatch(r"images/s, end to end +0 workers +1 worker", title)
