@@ -1,4 +1,4 @@
-"""The operations of RandAugment and colour jitter on frames, applied only to the pixels that a crop needs.
+"""The operations of RandAugment and colour jitter on clips, applied only to the pixels that a crop needs.
 
 Results equal those of Pillow to the last bit. Tables of consecutive operations that replace values (such as
 posterize) are composed and looked up once. Operations that depend on the statistics of a frame (such as
@@ -21,25 +21,28 @@ from structvit_jax.data.pixels import Box, Fill, Matrix
 # in fractions of the width and height.
 CropAffine = np.ndarray
 _VALUES = np.arange(256, dtype=np.uint8)
-_SAME = np.tile(_VALUES, (3, 1))
-_CHANNELS = np.arange(3)[:, None]
 
 
 class Part(NamedTuple):
-    """A box of a frame: `pixels`, uint8 [height, width, 3], whose values are yet to be looked up in `tables`.
+    """A box of the frames of a clip.
 
-    Consecutive look-ups are composed in `tables`, uint8 [3, 256], until an operation needs the pixels.
+    Attributes:
+      pixels: uint8 [frames, height, width, 3].
+      box: the box.
+      size: height and width of the whole frames.
+      tables: uint8 [frames, 3, 256]; values are yet to be looked up in them. Consecutive look-ups are
+        composed until an operation needs the result. None: no look-up.
     """
 
     pixels: np.ndarray
     box: Box
-    size: tuple[int, int]  # height and width of the whole frame
+    size: tuple[int, int]
     tables: np.ndarray | None = None
 
     def crop(self, box: Box) -> Part:
         """Return a box inside this one; it shares the memory of the pixels."""
         top, left = box[0] - self.box[0], box[1] - self.box[1]
-        return self._replace(pixels=self.pixels[top : top + box[2], left : left + box[3]], box=box)
+        return self._replace(pixels=self.pixels[:, top : top + box[2], left : left + box[3]], box=box)
 
     def values(self) -> np.ndarray:
         """Return the pixels after the look-up."""
@@ -48,6 +51,14 @@ class Part(NamedTuple):
     def replace(self, values: np.ndarray) -> Part:
         """Return a part with other pixels, which need no look-up."""
         return self._replace(pixels=values, tables=None)
+
+    def look_up(self, tables: np.ndarray) -> Part:
+        """Add a look-up in tables, uint8 [256], [3, 256] or [frames, 3, 256]."""
+        shape = len(self.pixels), 3, 256
+        tables = np.broadcast_to(tables, shape)
+        if self.tables is not None:
+            tables = np.take_along_axis(tables, self.tables.astype(np.intp), axis=2)
+        return self._replace(tables=np.ascontiguousarray(tables))
 
 
 class Operation:
@@ -71,13 +82,22 @@ class Operation:
         raise NotImplementedError
 
 
-def apply(operations: Sequence[Operation], frame: np.ndarray, box: Box) -> np.ndarray:
-    """Apply operations to a frame, uint8 [height, width, 3], and return a box of the result."""
-    size = frame.shape[0], frame.shape[1]
+def apply(operations: Sequence[Operation], clip: np.ndarray, box: Box) -> np.ndarray:
+    """Apply operations to all frames of a clip and return a box of the results.
+
+    Args:
+      operations: the operations, in this order.
+      clip: uint8 [frames, height, width, 3].
+      box: the box.
+
+    Returns:
+      uint8 [frames, height, width, 3], with the height and width of the box.
+    """
+    size = clip.shape[1], clip.shape[2]
     boxes = [box]  # the box that each operation has to return, from the last to the first
     for operation in reversed(operations):
         boxes.append(operation.reads(boxes[-1], size))
-    part = Part(frame, (0, 0, *size), size).crop(boxes.pop())
+    part = Part(clip, (0, 0, *size), size).crop(boxes.pop())
     for operation in operations:
         part = operation(part, boxes.pop())
     return part.values()
@@ -93,18 +113,13 @@ def affine(operations: Sequence[Operation], size: tuple[int, int]) -> CropAffine
 
 
 class LookUp(Operation):
-    """Replace values by those of tables, uint8 [3, 256] or [256] for all channels."""
+    """Replace values by those of a table, uint8 [256]."""
 
-    def __init__(self, tables: np.ndarray):
-        self._tables = np.broadcast_to(tables, (3, 256))
+    def __init__(self, table: np.ndarray):
+        self._table = table
 
     def __call__(self, part: Part, box: Box) -> Part:
-        return _looked_up(part.crop(box), self._tables)
-
-
-def _looked_up(part: Part, tables: np.ndarray) -> Part:
-    before = _SAME if part.tables is None else part.tables
-    return part._replace(tables=tables[_CHANNELS, before])
+        return part.crop(box).look_up(self._table)
 
 
 class Adaptive(Operation):
@@ -117,52 +132,58 @@ class Adaptive(Operation):
         return (0, 0, *size)
 
     def __call__(self, part: Part, box: Box) -> Part:
-        return _looked_up(part.crop(box), np.broadcast_to(self._make_tables(part), (3, 256)))
+        return part.crop(box).look_up(self._make_tables(part))
 
 
-def _histograms(part: Part) -> np.ndarray:
-    """Count the values of a part: int64 [3, 256]."""
-    counts = pixels.histograms(part.pixels)
-    if part.tables is None:
-        return counts.astype(np.int64)
-    found = np.zeros((3, 256), np.int64)
-    for channel in range(3):
-        np.add.at(found[channel], part.tables[channel], counts[channel])
-    return found
+def _histograms(part: Part) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Count the values of a part.
+
+    Returns:
+      The counts, int64 [frames, 3, 256]; and the lowest and the highest value, int64 [frames, 3, 1].
+    """
+    counts = pixels.histograms(part.pixels).astype(np.int64)
+    if part.tables is not None:
+        before, counts = counts, np.zeros_like(counts)
+        frames, channels, _ = np.ogrid[: len(counts), :3, :256]
+        np.add.at(counts, (frames, channels, part.tables), before)
+    used = counts > 0
+    return counts, used.argmax(2, keepdims=True), 255 - used[..., ::-1].argmax(2, keepdims=True)
 
 
 def _autocontrast(part: Part) -> np.ndarray:
-    tables = []
-    for counts in _histograms(part):
-        used = np.flatnonzero(counts)
-        low, high = int(used[0]), int(used[-1])
-        if high <= low:
-            tables.append(_VALUES)
-            continue
-        scale = 255.0 / (high - low)
-        tables.append(np.clip(np.trunc(np.arange(256) * scale + -low * scale), 0, 255).astype(np.uint8))
-    return np.stack(tables)
+    _, low, high = _histograms(part)
+    scale = 255.0 / np.maximum(high - low, 1)
+    stretched = np.clip(np.trunc(np.arange(256) * scale + -low * scale), 0, 255)
+    return np.where(high > low, stretched, _VALUES).astype(np.uint8)
 
 
 def _equalize(part: Part) -> np.ndarray:
-    tables = []
-    for counts in _histograms(part):
-        used = np.flatnonzero(counts)
-        step = int(counts.sum() - counts[used[-1]]) // 255
-        below = np.concatenate([[0], np.cumsum(counts)[:-1]])
-        tables.append(np.minimum((step // 2 + below) // step, 255).astype(np.uint8) if step else _VALUES)
-    return np.stack(tables)
+    counts, _, high = _histograms(part)
+    total = counts.sum(2, keepdims=True)
+    step = (total - np.take_along_axis(counts, high, 2)) // 255
+    below = np.cumsum(counts, axis=2) - counts
+    equal = np.minimum((step // 2 + below) // np.maximum(step, 1), 255)
+    return np.where(step > 0, equal, _VALUES).astype(np.uint8)
 
 
-def _blended(grey: int, factor: float) -> np.ndarray:
-    """Return the table of grey + factor * (value - grey), in float32 as Pillow computes it."""
-    values = np.float32(grey) + np.float32(factor) * (np.arange(256) - grey).astype(np.float32)
+def _blended(grey: np.ndarray, factor: float) -> np.ndarray:
+    """Return tables of grey + factor * (value - grey), in float32 as Pillow computes it.
+
+    Args:
+      grey: int64 [...]; the result has another axis of 256.
+      factor: the factor.
+    """
+    grey = grey[..., None]
+    values = grey.astype(np.float32) + np.float32(factor) * (np.arange(256) - grey).astype(np.float32)
     return np.clip(values, 0, 255).astype(np.uint8)
 
 
 def _contrast(part: Part, factor: float) -> np.ndarray:
-    tables = _SAME if part.tables is None else part.tables
-    return _blended(int(pixels.mean_luma(part.pixels, tables) + 0.5), factor)
+    tables = part.tables
+    if tables is None:
+        tables = np.tile(_VALUES, (len(part.pixels), 3, 1))
+    means = (pixels.mean_lumas(part.pixels, tables) + 0.5).astype(np.int64)
+    return _blended(means[:, None], factor)
 
 
 def autocontrast() -> Operation:
@@ -196,7 +217,7 @@ def solarize_add(addend: int) -> Operation:
 
 def brighten(factor: float) -> Operation:
     """Scale all values by a factor."""
-    return LookUp(_blended(0, factor))
+    return LookUp(_blended(np.array(0), factor))
 
 
 def contrast(factor: float) -> Operation:

@@ -1,4 +1,4 @@
-// Pixel operations of structvit_jax.data.pixels on one frame: uint8 [height, width, 3], rows `stride` bytes apart.
+// Pixel operations of structvit_jax.data.pixels on all frames of a clip. Results are stored without gaps.
 //
 // They give the same bits as Pillow: the same formulas in the same order, without fused multiply-adds.
 
@@ -16,7 +16,15 @@ namespace {
 
 using u8 = std::uint8_t;
 
-struct Box {  // pixels of the frame
+struct Clip {  // uint8 [frames, height, width, 3]
+  const u8* pixels;
+  long frame_bytes, row_bytes;  // from one frame or row to the next
+  int frames, height, width;
+
+  const u8* row(int frame, int y) const { return pixels + frame * frame_bytes + y * row_bytes; }
+};
+
+struct Box {  // pixels of a frame
   int top, left, height, width;
 };
 
@@ -118,8 +126,9 @@ Filter make_filter(int from, int to) {
 
 extern "C" {
 
-// Resize bicubically with antialiasing: first the rows, then the columns.
-void resample(const u8* in, long stride, int height, int width, u8* out, int out_height, int out_width) {
+// Resize one frame bicubically with antialiasing: first the rows, then the columns.
+void resample(Clip clip, u8* out, int out_height, int out_width) {
+  const int height = clip.height, width = clip.width;
   const int count = 3 * out_width;
   std::vector<u8> rows(std::size_t(height) * count);
   std::vector<std::int32_t> sums(count + 1);  // a pixel is stored as four values
@@ -128,14 +137,14 @@ void resample(const u8* in, long stride, int height, int width, u8* out, int out
   };
   constexpr std::int32_t half = 1 << (kBits - 1);
   if (width == out_width) {
-    for (int y = 0; y < height; ++y) std::memcpy(rows.data() + std::size_t(y) * count, in + y * stride, count);
+    for (int y = 0; y < height; ++y) std::memcpy(rows.data() + std::size_t(y) * count, clip.row(0, y), count);
   } else {
     const Filter filter = make_filter(width, out_width);
     // Longer than the row, because each sum has the same number of terms, and a pixel is loaded as four values.
     std::vector<std::int32_t> line(3 * (width + filter.width) + 1);
     const int terms = *std::max_element(filter.count.begin(), filter.count.end());
     for (int y = 0; y < height; ++y) {
-      std::copy(in + y * stride, in + y * stride + 3 * width, line.begin());
+      std::copy(clip.row(0, y), clip.row(0, y) + 3 * width, line.begin());
       for (int x = 0; x < out_width; ++x) {
         const std::int32_t* p = line.data() + 3 * filter.first[x];
         const std::int32_t* weights = filter.weights.data() + std::size_t(x) * filter.width;
@@ -166,141 +175,170 @@ void resample(const u8* in, long stride, int height, int width, u8* out, int out
   }
 }
 
-// counts[channel][value]
-void histograms(const u8* in, long stride, int height, int width, std::int32_t* counts) {
-  std::int32_t part[4][3][256] = {};  // four, because adding to the same count several times in a row is slow
-  for (int y = 0; y < height; ++y) {
-    const u8* p = in + y * stride;
-    for (int x = 0; x < width; ++x, p += 3)
-      for (int c = 0; c < 3; ++c) ++part[x & 3][c][p[c]];
+// counts[frame][channel][value]
+void histograms(Clip clip, std::int32_t* counts) {
+  for (int t = 0; t < clip.frames; ++t) {
+    std::int32_t part[4][3][256] = {};  // four, because adding to the same count several times in a row is slow
+    for (int y = 0; y < clip.height; ++y) {
+      const u8* p = clip.row(t, y);
+      for (int x = 0; x < clip.width; ++x, p += 3)
+        for (int c = 0; c < 3; ++c) ++part[x & 3][c][p[c]];
+    }
+    for (int c = 0; c < 3; ++c)
+      for (int v = 0; v < 256; ++v) *counts++ = part[0][c][v] + part[1][c][v] + part[2][c][v] + part[3][c][v];
   }
-  for (int c = 0; c < 3; ++c)
-    for (int v = 0; v < 256; ++v) *counts++ = part[0][c][v] + part[1][c][v] + part[2][c][v] + part[3][c][v];
 }
 
-// Sum of the lumas of all pixels after a look-up in tables[channel][value].
-std::int64_t luma_sum(const u8* in, long stride, int height, int width, const u8* tables) {
-  std::int32_t weighted[3][256];
-  for (int v = 0; v < 256; ++v) {
-    weighted[0][v] = tables[v] * 19595 + 0x8000;
-    weighted[1][v] = tables[256 + v] * 38470;
-    weighted[2][v] = tables[512 + v] * 7471;
-  }
-  std::int64_t sum = 0;
-  for (int y = 0; y < height; ++y) {
-    const u8* p = in + y * stride;
-    std::int32_t row = 0;
-    for (int x = 0; x < width; ++x, p += 3) row += (weighted[0][p[0]] + weighted[1][p[1]] + weighted[2][p[2]]) >> 16;
-    sum += row;
-  }
-  return sum;
-}
-
-void look_up(const u8* in, long stride, int height, int width, const u8* tables, u8* out) {
-  for (int y = 0; y < height; ++y) {
-    const u8* p = in + y * stride;
-    for (int x = 0; x < width; ++x, p += 3, out += 3) {
-      out[0] = tables[p[0]];
-      out[1] = tables[256 + p[1]];
-      out[2] = tables[512 + p[2]];
+// sums[frame]: sum of the lumas of all pixels after a look-up in tables[frame][channel][value].
+void luma_sums(Clip clip, const u8* tables, std::int64_t* sums) {
+  for (int t = 0; t < clip.frames; ++t, tables += 3 * 256) {
+    std::int32_t weighted[3][256];
+    for (int v = 0; v < 256; ++v) {
+      weighted[0][v] = tables[v] * 19595 + 0x8000;
+      weighted[1][v] = tables[256 + v] * 38470;
+      weighted[2][v] = tables[512 + v] * 7471;
+    }
+    sums[t] = 0;
+    for (int y = 0; y < clip.height; ++y) {
+      const u8* p = clip.row(t, y);
+      std::int32_t row = 0;
+      for (int x = 0; x < clip.width; ++x, p += 3)
+        row += (weighted[0][p[0]] + weighted[1][p[1]] + weighted[2][p[2]]) >> 16;
+      sums[t] += row;
     }
   }
+}
+
+// Replace values by tables[frame][channel][value].
+void look_up(Clip clip, const u8* tables, u8* out) {
+  for (int t = 0; t < clip.frames; ++t, tables += 3 * 256)
+    for (int y = 0; y < clip.height; ++y) {
+      const u8* p = clip.row(t, y);
+      for (int x = 0; x < clip.width; ++x, p += 3, out += 3) {
+        out[0] = tables[p[0]];
+        out[1] = tables[256 + p[1]];
+        out[2] = tables[512 + p[2]];
+      }
+    }
 }
 
 // Blend with the luma.
-void saturate(const u8* in, long stride, int height, int width, float factor, u8* out) {
-  for (int y = 0; y < height; ++y) {
-    const u8* p = in + y * stride;
-    for (int x = 0; x < width; ++x, p += 3, out += 3) {
-      const int grey = luma(p[0], p[1], p[2]);
-      for (int c = 0; c < 3; ++c) out[c] = blend(grey, p[c], factor);
+void saturate(Clip clip, float factor, u8* out) {
+  for (int t = 0; t < clip.frames; ++t)
+    for (int y = 0; y < clip.height; ++y) {
+      const u8* p = clip.row(t, y);
+      for (int x = 0; x < clip.width; ++x, p += 3, out += 3) {
+        const int grey = luma(p[0], p[1], p[2]);
+        for (int c = 0; c < 3; ++c) out[c] = blend(grey, p[c], factor);
+      }
     }
-  }
 }
 
-// Blend with a 3x3 mean that counts the centre five times. Pixels at the edges of `in` stay as they are.
-void sharpen(const u8* in, long stride, int height, int width, float factor, u8* out) {
-  const int count = 3 * width;
+// Blend with a 3x3 mean that counts the centre five times. Pixels at the edges stay as they are.
+void sharpen(Clip clip, float factor, u8* out) {
+  const int count = 3 * clip.width;
   std::vector<std::uint16_t> sums(count);  // of three rows
-  for (int y = 0; y < height; ++y, out += count) {
-    const u8* p = in + y * stride;
-    std::memcpy(out, p, count);
-    if (y == 0 || y == height - 1) continue;
-    for (int i = 0; i < count; ++i) sums[i] = p[i - stride] + p[i] + p[i + stride];
-    for (int i = 3; i < count - 3; ++i) {
-      const unsigned sum = sums[i - 3] + sums[i] + sums[i + 3] + 4u * p[i];
-      out[i] = blend((2 * sum + 13) / 26, p[i], factor);  // the mean is rounded; 13 is odd, so there are no ties
+  for (int t = 0; t < clip.frames; ++t)
+    for (int y = 0; y < clip.height; ++y, out += count) {
+      const u8* p = clip.row(t, y);
+      std::memcpy(out, p, count);
+      if (y == 0 || y == clip.height - 1) continue;
+      for (int i = 0; i < count; ++i) sums[i] = p[i - clip.row_bytes] + p[i] + p[i + clip.row_bytes];
+      for (int i = 3; i < count - 3; ++i) {
+        const unsigned sum = sums[i - 3] + sums[i] + sums[i + 3] + 4u * p[i];
+        out[i] = blend((2 * sum + 13) / 26, p[i], factor);  // the mean is rounded; 13 is odd, so there are no ties
+      }
     }
-  }
 }
 
-// Show at each point (x, y) of the frame the point (m0 x + m1 y + m2, m3 x + m4 y + m5), interpolated bicubically, or
-// `fill` if that is outside the frame of frame_height x frame_width. `in` holds the box `source` of the frame, and `out`
-// takes the box `target` of the result.
-void warp(const u8* in, long stride, Box source, int frame_height, int frame_width, const double* m, const u8* fill,
-          Box target, u8* out) {
-  // Copy the source as integers with a border of two pixels, which repeats the edge of the frame.
-  thread_local std::vector<std::int32_t> pixels;
-  const std::ptrdiff_t columns = 3 * (source.width + 4);
-  pixels.resize((source.height + 4) * columns + 1);  // `load` reads a value more than a pixel has
-  for (int y = 0; y < source.height + 4; ++y) {
-    const u8* row = in + std::clamp(y - 2, 0, source.height - 1) * stride;
-    std::int32_t* to = pixels.data() + y * columns;
-    std::copy(row, row + 3 * source.width, to + 6);
-    for (int i = 0; i < 6; ++i) {
-      to[i] = row[i % 3];
-      to[6 + 3 * source.width + i] = row[3 * (source.width - 1) + i % 3];
-    }
-  }
-  const std::int32_t* origin = pixels.data() + (2 - source.top) * columns + 3 * (2 - source.left);  // pixel (0, 0)
+// Show at each point (x, y) of a frame the point (m0 x + m1 y + m2, m3 x + m4 y + m5), interpolated bicubically, or
+// `fill` if that is outside the frame of frame_height x frame_width. `clip` holds the box of the frames whose corner is
+// (top, left), and `out` takes the box `target` of the results.
+void warp(Clip clip, int top, int left, int frame_height, int frame_width, const double* m, const u8* fill, Box target,
+          u8* out) {
+  // Where the points of each row come from: the range that is inside the frame, the pixel left and above of each point,
+  // and the distances from there to the point; for runs also the distance for each channel.
   const bool rows_stay = m[3] == 0 && m[4] == 1 && m[5] == 0, columns_stay = m[0] == 1 && m[1] == 0 && m[2] == 0;
-
-  thread_local std::vector<int> offsets;  // of the pixel left and above of each point
-  thread_local std::vector<double> across, x_in, y_in;  // from there to the point; for each channel
-  offsets.resize(target.width);
-  across.resize(3 * target.width);
-  x_in.resize(target.width);
-  y_in.resize(target.width);
-  for (int y = target.top; y < target.top + target.height; ++y, out += 3 * target.width) {
-    int begin = 0, end = target.width;  // of the points inside the frame
+  const bool in_runs = rows_stay || (columns_stay && m[3] == 0);  // long runs of points with adjacent pixels
+  const std::ptrdiff_t columns = 3 * (clip.width + 4);
+  const std::size_t points = std::size_t(target.height) * target.width;
+  thread_local std::vector<int> begins, ends, offsets;
+  thread_local std::vector<double> across, down, runs;
+  begins.resize(target.height);
+  ends.resize(target.height);
+  offsets.resize(points);
+  across.resize(points);
+  down.resize(points);
+  if (in_runs) runs.resize(3 * points);
+  for (int row = 0; row < target.height; ++row) {
+    const double y = target.top + row + 0.5;
+    double* x_in = across.data() + std::size_t(row) * target.width;
+    double* y_in = down.data() + std::size_t(row) * target.width;
+    int* offset = offsets.data() + std::size_t(row) * target.width;
     for (int i = 0; i < target.width; ++i) {
       const double x = target.left + i + 0.5;
-      x_in[i] = m[0] * x + m[1] * (y + 0.5) + m[2];
-      y_in[i] = m[3] * x + m[4] * (y + 0.5) + m[5];
+      x_in[i] = m[0] * x + m[1] * y + m[2];
+      y_in[i] = m[3] * x + m[4] * y + m[5];
     }
     const auto inside = [&](int i) {
       return x_in[i] >= 0 && x_in[i] < frame_width && y_in[i] >= 0 && y_in[i] < frame_height;
     };
+    int begin = 0, end = target.width;
     while (begin < end && !inside(begin)) ++begin;
     while (end > begin && !inside(end - 1)) --end;
+    begins[row] = begin;
+    ends[row] = end;
     for (int i = 0; i < target.width; ++i) {
-      const double left = std::floor(x_in[i] - 0.5), top = std::floor(y_in[i] - 0.5);
-      offsets[i] = int(top) * int(columns) + 3 * int(left);
-      x_in[i] = (x_in[i] - 0.5) - left;
-      y_in[i] = (y_in[i] - 0.5) - top;
+      const double first_x = std::floor(x_in[i] - 0.5), first_y = std::floor(y_in[i] - 0.5);
+      offset[i] = int(first_y) * int(columns) + 3 * int(first_x);
+      x_in[i] = (x_in[i] - 0.5) - first_x;
+      y_in[i] = (y_in[i] - 0.5) - first_y;
     }
-    const double* d = rows_stay ? x_in.data() : y_in.data();
-    if (rows_stay || columns_stay) for (int i = 0; i < target.width; ++i)
-      for (int c = 0; c < 3; ++c) across[3 * i + c] = d[i];
+    if (!in_runs) continue;
+    const double* distances = rows_stay ? x_in : y_in;
+    double* run = runs.data() + 3 * std::size_t(row) * target.width;
     for (int i = 0; i < target.width; ++i)
-      if (i < begin || i >= end) std::memcpy(out + 3 * i, fill, 3);
-    if (rows_stay || (columns_stay && m[3] == 0)) {  // long runs of points with adjacent pixels
-      for (int i = begin, next; i < end; i = next) {
-        for (next = i + 1; next < end && offsets[next] - offsets[i] == 3 * (next - i);) ++next;
-        const std::ptrdiff_t step = rows_stay ? 3 : columns;
-        cubic_run(origin + offsets[i], step, across.data() + 3 * i, 3 * (next - i), out + 3 * i);
+      for (int c = 0; c < 3; ++c) run[3 * i + c] = distances[i];
+  }
+
+  thread_local std::vector<std::int32_t> pixels;
+  pixels.resize((clip.height + 4) * columns + 1);  // `load` reads a value more than a pixel has
+  const std::int32_t* origin = pixels.data() + (2 - top) * columns + 3 * (2 - left);  // pixel (0, 0)
+  for (int t = 0; t < clip.frames; ++t) {
+    // Copy the frame as integers with a border of two pixels, which repeats the edge.
+    for (int y = 0; y < clip.height + 4; ++y) {
+      const u8* row = clip.row(t, std::clamp(y - 2, 0, clip.height - 1));
+      std::int32_t* to = pixels.data() + y * columns;
+      std::copy(row, row + 3 * clip.width, to + 6);
+      for (int i = 0; i < 6; ++i) {
+        to[i] = row[i % 3];
+        to[6 + 3 * clip.width + i] = row[3 * (clip.width - 1) + i % 3];
       }
-      continue;
     }
-    for (int i = begin; i < end; ++i) {
-      const std::int32_t* p = origin + offsets[i] - columns;
-      const auto interpolate = [&](auto row) {
-        return cubic(row(p), row(p + columns), row(p + 2 * columns), row(p + 3 * columns), y_in[i]);
-      };
-      if (columns_stay)
-        store(interpolate(load), out + 3 * i);
-      else
-        store(interpolate([&](const std::int32_t* q) { return cubic_row(q - 3, x_in[i]); }), out + 3 * i);
+    for (int row = 0; row < target.height; ++row, out += 3 * target.width) {
+      const std::size_t start = std::size_t(row) * target.width;
+      const int begin = begins[row], end = ends[row], *offset = offsets.data() + start;
+      for (int i = 0; i < begin; ++i) std::memcpy(out + 3 * i, fill, 3);
+      for (int i = end; i < target.width; ++i) std::memcpy(out + 3 * i, fill, 3);
+      if (in_runs) {
+        for (int i = begin, next; i < end; i = next) {
+          for (next = i + 1; next < end && offset[next] - offset[i] == 3 * (next - i);) ++next;
+          const double* distances = runs.data() + 3 * (start + i);
+          cubic_run(origin + offset[i], rows_stay ? 3 : columns, distances, 3 * (next - i), out + 3 * i);
+        }
+        continue;
+      }
+      const double *dx = across.data() + start, *dy = down.data() + start;
+      for (int i = begin; i < end; ++i) {
+        const std::int32_t* p = origin + offset[i] - columns;
+        const auto interpolate = [&](auto line) {
+          return cubic(line(p), line(p + columns), line(p + 2 * columns), line(p + 3 * columns), dy[i]);
+        };
+        if (columns_stay)
+          store(interpolate(load), out + 3 * i);
+        else
+          store(interpolate([&](const std::int32_t* q) { return cubic_row(q - 3, dx[i]); }), out + 3 * i);
+      }
     }
   }
 }

@@ -273,20 +273,20 @@ class Reader:
 
     def transform(self, clip: np.ndarray, drawn: Augmentation, out: np.ndarray) -> None:
         """Augment and crop one clip for training, and write it to `out`, uint8 [*shape]."""
-        size = (self.data.size, self.data.size)
-        top, left, height, width = drawn.crop.box
-        for frame, target in zip(clip, out.reshape(len(clip), *size, 3), strict=True):
-            if self.is_image:
-                with stage("crop"):
-                    cropped = frame[top : top + height, left : left + width]
-                    cropped = resize(cropped, size, image=True, mirrored=drawn.crop.mirrored)
-                with stage("augment"):
-                    target[:] = frame_operations.apply(drawn.operations, cropped, (0, 0, *size))
-            else:
-                with stage("augment"):
-                    cropped = frame_operations.apply(drawn.operations, frame, drawn.crop.box)
-                with stage("crop"):
-                    target[:] = resize(cropped, size, image=False, mirrored=drawn.crop.mirrored)
+        size, crop = (self.data.size, self.data.size), drawn.crop
+        out = out.reshape(len(clip), *size, 3)
+        if not self.is_image:
+            with stage("augment"):
+                clip = frame_operations.apply(drawn.operations, clip, crop.box)
+        else:
+            top, left, height, width = crop.box
+            clip = clip[:, top : top + height, left : left + width]
+        with stage("crop"):
+            for frame, target in zip(clip, out, strict=True):
+                target[:] = resize(frame, size, image=self.is_image, mirrored=crop.mirrored)
+        if self.is_image and drawn.operations:
+            with stage("augment"):
+                out[:] = frame_operations.apply(drawn.operations, out, (0, 0, *size))
 
     def affine(self, drawn: Augmentation) -> CropAffine:
         """Return the affine map from augmented pixels to the frame."""

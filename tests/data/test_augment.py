@@ -77,7 +77,7 @@ def make(number, level, sign, size):
 
 def apply(number, level, sign, frame):
     operation = make(number, level, sign, frame.shape[:2])
-    return frame_operations.apply([operation], frame, (0, 0, *frame.shape[:2]))
+    return frame_operations.apply([operation], frame[None], (0, 0, *frame.shape[:2]))[0]
 
 
 @pytest.mark.parametrize("number", range(15))
@@ -102,7 +102,7 @@ def test_an_operation_equals_its_definition(number, implementation):
         top, left = int(rng.integers(height)), int(rng.integers(width))
         h, w = int(rng.integers(1, height - top + 1)), int(rng.integers(1, width - left + 1))
         for y, x, rows, columns in ((0, 0, height, width), (top, left, h, w)):
-            ours = frame_operations.apply([operation], frame, (y, x, rows, columns))
+            (ours,) = frame_operations.apply([operation], frame[None], (y, x, rows, columns))
             assert (ours == np.asarray(expected)[y : y + rows, x : x + columns]).all()
 
 
@@ -311,7 +311,7 @@ def test_poses_say_where_pixels_come_from(name):
         affine = crop.affine()
     else:
         operation = augment._OPERATIONS[MOVING[name]](0.6, -1, size, (255, 255, 255))
-        out = frame_operations.apply([operation], picture, (0, 0, *size))
+        (out,) = frame_operations.apply([operation], picture[None], (0, 0, *size))
         affine = frame_operations.affine([operation], size)
     found = places(*out.shape[:2], affine)
     inside = ((found > 0.03) & (found < 0.97)).all(-1)
@@ -344,7 +344,7 @@ def test_poses_of_a_policy_compose(frames):
 def test_colour_jitter():
     def jitter(strength, seed):
         drawn = augment.draw_color_jitter(strength, np.random.default_rng(seed))
-        return frame_operations.apply(drawn, PICTURE, (0, 0, 40, 60))
+        return frame_operations.apply(drawn, PICTURE[None], (0, 0, 40, 60))[0]
 
     brightness = [float(jitter(0.4, seed).mean() / PICTURE.mean()) for seed in range(20)]
     assert min(brightness) < 0.8 < 1.15 < max(brightness)
