@@ -64,6 +64,21 @@ class Example(NamedTuple):
     true_class: str  # "" if unknown
 
 
+class _TestSplit:
+    """Opens the test split of a configuration when it is first needed. It can be sent to data workers."""
+
+    def __init__(self, config: ml_collections.ConfigDict):
+        self._config = config
+
+    def __call__(self) -> data.Source:
+        return self._source
+
+    @functools.cached_property
+    def _source(self) -> data.Source:
+        config = self._config
+        return data.load(config.data, config.augment, config.train.seed).test.source
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class TrainedModel:
     """A network with trained weights, its configuration and its class names."""
@@ -93,12 +108,12 @@ class TrainedModel:
         other = counterpart(self.config.model.name)
         entries = find(paths, video=video, other=other, every=every, limits=limits)
         return Files(
-            entries, self.class_names, video=video, other=other, test=lambda: self._test, limits=limits
+            entries, self.class_names, video=video, other=other, test=self._test_split, limits=limits
         )
 
     @functools.cached_property
-    def _test(self) -> data.Source:
-        return data.load(self.config.data, self.config.augment, self.config.train.seed).test.source
+    def _test_split(self) -> _TestSplit:
+        return _TestSplit(self.config)
 
     def read(self, path: str) -> np.ndarray:
         """Return the views of one example, as in an evaluation: uint8 [views, *input shape].

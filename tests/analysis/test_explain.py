@@ -260,7 +260,9 @@ def test_the_crop_of_the_recorded_frames_is_the_view(tmp_path, frames, crops, si
     path = str(tmp_path if frames else tmp_path / "1.png")
     kind = {"video": frames > 0, "other": "", "limits": Limits()}
     source = Files(find([path], **kind), ["a"], **kind, test=lambda: None)
-    reader = Reader(source, types.SimpleNamespace(**section), types.SimpleNamespace(randaugment=""), 0)
+    reader = Reader(
+        source, types.SimpleNamespace(**section), types.SimpleNamespace(randaugment="", color_jitter=0), 0
+    )
     recorded, crop = reader.uncropped(0)
     assert recorded.shape == (max(frames, 1), 90, 160, 3) and recorded[0, 3, 150, 0] == 150
     view = reader.test(0)["inputs"][reader.middle][..., ::-1].reshape(-1, 32, 32, 3)[0].astype(float)

@@ -234,7 +234,7 @@ def test_files_of_the_other_kind_name_a_model_that_takes_them(run, tmp_path):
         ("a",),
         video=False,
         other="deit_s_video",
-        test=lambda: trained._test,
+        test=trained._test_split,
         limits=Limits(),
     )
     (tmp_path / "b.mp4").touch()

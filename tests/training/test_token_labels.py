@@ -92,7 +92,7 @@ def test_targets_follow_the_crop():
             np.testing.assert_allclose(whole[row, column], expected, atol=1e-6)
     corner = np.array([[0.5, 0, 0.5], [0, 0.5, 0], [0, 0, 1]])  # the upper right quarter
     np.testing.assert_allclose(targets(corner, (1, 1))[0, 0, [2, 3, 6, 7]], 0.25, atol=0.11)
-    mirrored = targets(augment._MIRRORED)
+    mirrored = targets(augment.RandomCrop((1, 1), (0, 0, 1, 1), mirrored=True).affine())
     np.testing.assert_allclose(mirrored, whole[:, ::-1], atol=1e-6)
     away = np.array([[1, 0, 1.0], [0, 1, 0], [0, 0, 1]])  # the crop lies outside the image
     np.testing.assert_allclose(targets(away), 1 / 16, atol=1e-6)
