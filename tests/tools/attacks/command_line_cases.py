@@ -86,6 +86,7 @@ _BAD_VALUES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "prepare folder": {
         "--workers": ("0", "-1", "x", "1.5"),
         "--out": ("<images>",),
+        "--transcode": ("-1", "x", "1.5", NINES),
         "--val_fraction": ("-1", "1", "nan", "x"),
         "--config.data.root": ("<images>",),
     },

@@ -103,6 +103,13 @@ _EXTREMES: tuple[tuple[tuple[str, ...], tuple[int, ...]], ...] = (
     (("data.name=folder", f"data.root={LONG}"), (2,)),
     (("data.label_maps=<here>/missing",), (2,)),
     (("data.workers=1",), (0,)),
+    (("data.workers=-2",), (2,)),
+    (("data.cache=on", "data.workers=1"), (0,)),
+    (("data.cache=on", "data.cache_gib=1e-9"), (0,)),
+    (("data.cache=on", "data.cache_gib=1e5"), (0,)),
+    (("data.cache=nonsense",), (2,)),
+    (("data.cache_gib=-1.0",), (2,)),
+    (("data.cache_gib=nan",), (2,)),
 )
 # Options of commands that take a configuration, and exit codes.
 _OPTIONS: tuple[tuple[str, tuple[str, ...], tuple[int, ...]], ...] = (
