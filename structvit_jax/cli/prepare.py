@@ -25,7 +25,7 @@ PUBLISHED = {
     "finegym288": "Prepare FineGym with 288 classes from its lists and its JSON file.",
     "imagenet": "Prepare ImageNet-1K from its folders of images and LOC_val_solution.csv.",
 }
-_SMALLEST_SIDE = 32  # pixels; smaller copies would be a mistake
+_SMALLEST_SIDE = 32  # pixels; a smaller value is likely a mistake
 
 
 @click.group(cls=options.CommandGroup)

@@ -29,7 +29,7 @@ from structvit_jax.data.limits import Limits
 from structvit_jax.data.video import VideoFile
 from structvit_jax.utils.failures import DecodeError, parse_json
 
-VERSION = 1  # of the copies; copies of other versions are made again
+VERSION = 1  # of the format of copies; a copy in another format is replaced
 LONGEST_INTERVAL = 16  # frames; a small video with key frames at least this often needs no copy
 _INTERVAL = 12  # frames from one key frame to the next in copies
 # Measured on real clips: CAVLC without deblocking ("fastdecode") halves the decoding time and costs 5 % more

@@ -106,19 +106,22 @@ def look_up(clip: np.ndarray, tables: np.ndarray) -> np.ndarray:
 
 def saturate(clip: np.ndarray, factor: float) -> np.ndarray:
     """Scale the differences from the luma by a factor."""
-    if (library := _library()) is None:
-        return _with_pillow(lambda frame: ImageEnhance.Color(frame).enhance(factor), clip)
-    out = np.empty(clip.shape, np.uint8)
-    library.saturate(_clip(clip), factor, out.ctypes.data)
-    return out
+    return _enhance("saturate", ImageEnhance.Color, clip, factor)
 
 
 def sharpen(clip: np.ndarray, factor: float) -> np.ndarray:
     """Scale the differences from smoothed frames by a factor; pixels at the edges stay as they are."""
+    return _enhance("sharpen", ImageEnhance.Sharpness, clip, factor)
+
+
+def _enhance(
+    name: str, enhancer: Callable[[Image.Image], ImageEnhance._Enhance], clip: np.ndarray, factor: float
+) -> np.ndarray:
+    """Apply a function of the library, or the same enhancer of Pillow, to all frames."""
     if (library := _library()) is None:
-        return _with_pillow(lambda frame: ImageEnhance.Sharpness(frame).enhance(factor), clip)
+        return _with_pillow(lambda frame: enhancer(frame).enhance(factor), clip)
     out = np.empty(clip.shape, np.uint8)
-    library.sharpen(_clip(clip), factor, out.ctypes.data)
+    getattr(library, name)(_clip(clip), factor, out.ctypes.data)
     return out
 
 

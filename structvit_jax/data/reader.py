@@ -75,11 +75,11 @@ class Reader:
         self.cached: CachedSource | None = None
         self._rule = sampling.rule(data.sampling)
         self._policy = RandAugment.parse(augment.randaugment)
-        if self._policy or augment.color_jitter:
-            pixels.prepare()  # before worker processes need it
         self.class_names = source.class_names
         self._label = list(range(len(self.class_names)))  # label of each class of the source
         self.is_image = data.frames == 0
+        if self.is_image or self._policy or augment.color_jitter:
+            pixels.prepare()  # before worker processes need it
         size = (data.size, data.size, 3)
         self.shape: tuple[int, ...] = size if self.is_image else (data.frames, *size)
         self.views = data.test_clips * data.test_crops
