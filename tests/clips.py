@@ -26,7 +26,11 @@ _CODECS = {"mpeg4": "mpeg4", "vp9": "libvpx-vp9", "mjpeg": "mjpeg"}
 
 
 class _Digits(MovingDigits):
-    _frames, _side = 16, 32
+    _frames = 16
+
+    def __init__(self, split, examples, seed):
+        super().__init__(split, examples, seed)
+        self._side = 32
 
 
 def load(seed=0, **changes):

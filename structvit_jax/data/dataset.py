@@ -7,10 +7,12 @@ import os
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from structvit_jax.data import folder, pipeline
+from structvit_jax.data import folder, idx, pipeline
 from structvit_jax.data.cached_source import open_cache
-from structvit_jax.data.digits import DigitMotions, Digits, MovingDigits, Noise
+from structvit_jax.data.digits import DigitMotions, Digits, MovingDigits
 from structvit_jax.data.fingerprint import Changes, Fingerprint, compare, fingerprint_of
+from structvit_jax.data.garments import GarmentMotions, MovingGarments
+from structvit_jax.data.generated import Noise
 from structvit_jax.data.label_maps import LabelMaps
 from structvit_jax.data.limits import Limits
 from structvit_jax.data.reader import Reader
@@ -27,7 +29,12 @@ BUILT_IN: dict[str, Callable[[str, int, int], Source]] = {
     "digit_motions": DigitMotions,
     "digits": Digits,
 }
-SOURCES = (*BUILT_IN, "folder", "tfds:NAME", "noise:CLASSES")
+# Clips generated from the images in config.data.root.
+MOVING_IMAGES: dict[str, Callable[[str, str, int, int], Source]] = {
+    "moving_garments": MovingGarments,
+    "garment_motions": GarmentMotions,
+}
+SOURCES = (*BUILT_IN, *MOVING_IMAGES, "folder", "tfds:NAME", "noise:CLASSES")
 
 
 class ConfiguredDataset(Dataset):
@@ -120,10 +127,12 @@ def is_video(section: Any) -> bool:
     """
     options = DataOptions.from_config(section)
     if options.name != "folder":
-        return options.name in ("moving_digits", "digit_motions")
+        return options.name in ("moving_digits", "digit_motions", *MOVING_IMAGES)
     layout = _layout(options)
     if shards := find_shards(layout.root):
         return _open_shards(shards, layout)[0].is_video
+    if idx.is_idx(layout.root):
+        return False
     return folder.is_video(layout)
 
 
@@ -159,8 +168,7 @@ def sources(section: Any, seed: int = 0) -> tuple[Source, Source]:
     if options.frames is None:
         raise UserError("config.data.frames is not set; set it to the frames of a clip, or to 0 for images")
     name = options.name
-    if name in BUILT_IN:
-        make = BUILT_IN[name]
+    if make := _generator(options):
         test = "tune" if options.test_split == "tune" else "test"
         return make("train", options.train_examples, seed), make(test, options.test_examples, seed)
     if name.startswith("noise:"):
@@ -169,6 +177,8 @@ def sources(section: Any, seed: int = 0) -> tuple[Source, Source]:
     if name == "folder":
         if shards := find_shards(layout.root):
             return _open_shards(shards, layout)
+        if idx.is_idx(layout.root):
+            return idx.read_splits(layout)
         return folder.read_splits(layout, video=options.frames > 0)
     if name.startswith("tfds:"):
         from structvit_jax.data import tfds_reader  # imported here: importing TFDS takes seconds
@@ -176,6 +186,13 @@ def sources(section: Any, seed: int = 0) -> tuple[Source, Source]:
         name = name.removeprefix("tfds:")
         return tfds_reader.open_images(name, layout.root, layout.train, layout.test, layout.limits)
     raise unknown_choice("data set", name, SOURCES)
+
+
+def _generator(options: DataOptions) -> Callable[[str, int, int], Source] | None:
+    """Return the function that makes a split from its name, its number of examples and a seed."""
+    if make := MOVING_IMAGES.get(options.name):
+        return functools.partial(make, os.path.expanduser(options.root))
+    return BUILT_IN.get(options.name)
 
 
 def load(

@@ -109,3 +109,9 @@ class InMemoryFrames(Media):
 
     def frames(self, wanted: Sequence[int], short_side: int = 0) -> np.ndarray:
         return self._pictures[list(wanted)]
+
+
+def grey_to_rgb(grey: np.ndarray) -> np.ndarray:
+    """Convert grey from 0 to 1, [...], to uint8 [..., 3]."""
+    pixels = np.round(np.clip(grey, 0, 1) * 255).astype(np.uint8)
+    return np.repeat(pixels[..., None], 3, axis=-1)

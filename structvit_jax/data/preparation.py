@@ -14,8 +14,9 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from structvit_jax.data import folder
+from structvit_jax.data import folder, idx
 from structvit_jax.data.annotations import DATA_SETS, read_annotations
+from structvit_jax.data.idx import IdxImages
 from structvit_jax.data.image import IMAGES
 from structvit_jax.data.index import LABELS, Index, class_names_of, read_list
 from structvit_jax.data.media import configure_decoding
@@ -58,6 +59,8 @@ def run(request: Request) -> int:
         )
     check_local(request.out)
     configure_decoding()
+    if request.source == "folder" and idx.is_idx(request.paths[0]):
+        return _check_idx(request)
     if request.source == "folder":
         splits, video = _read_folder(request)
     elif request.source == "list":
@@ -73,6 +76,18 @@ def run(request: Request) -> int:
         return 0
     report = _report_path(request)
     return check(splits, request.workers, report, video=video, next_command=_next_command(request))
+
+
+def _check_idx(request: Request) -> int:
+    """Check the images of a folder of IDX files."""
+    root = request.paths[0]
+    if request.out:
+        raise UserError(f"{root} has IDX files, which are read without lists; replace --out by --check")
+    train, test = idx.read_splits(_layout(request))
+    splits = {_split_name(request.train_split): train, _split_name(request.test_split): test}
+    return check(
+        splits, request.workers, _report_path(request), video=False, next_command=_next_command(request)
+    )
 
 
 def _transcode(request: Request, short_side: int, splits: Mapping[str, Index]) -> dict[str, Index]:
@@ -135,7 +150,7 @@ def _read_published(request: Request) -> dict[str, Index]:
 def _read_folder(request: Request) -> tuple[dict[str, Index], bool]:
     """Return the splits of a folder, and whether the examples are videos. A split "test" is read too."""
     root = request.paths[0]
-    layout = folder.Layout(root, request.train_split, request.test_split, request.val_fraction, option="--")
+    layout = _layout(request)
     video = not request.images and folder.is_video(layout)
     train, test = folder.read_splits(layout, video=video)
     splits = {_split_name(request.train_split): train, _split_name(request.test_split): test}
@@ -146,6 +161,12 @@ def _read_folder(request: Request) -> tuple[dict[str, Index], bool]:
         except UserError as error:  # test splits may have no labels
             print(f"test is left out: {error}")
     return splits, video
+
+
+def _layout(request: Request) -> folder.Layout:
+    return folder.Layout(
+        request.paths[0], request.train_split, request.test_split, request.val_fraction, option="--"
+    )
 
 
 def _split_name(split: str) -> str:
@@ -205,7 +226,12 @@ def _write_lines(path: str, lines: Iterable[str]) -> None:
 
 
 def check(
-    splits: Mapping[str, Index], workers: int, report: str, *, video: bool = True, next_command: str = ""
+    splits: Mapping[str, Index | IdxImages],
+    workers: int,
+    report: str,
+    *,
+    video: bool = True,
+    next_command: str = "",
 ) -> int:
     """Decode frames of every example and print a survey of the data set.
 
@@ -232,8 +258,9 @@ def check(
                     if one.problem:
                         bad.append(f"{split}\t{index.id(number)}\t{one.problem}")
                         bar.write(f"{split} {index.id(number)}: {one.problem}", file=sys.stdout)
-            for number in np.flatnonzero(index.labels < 0).tolist():
-                bad.append(f"{split}\t{index.id(number)}\tunknown label {index.entry(number).label!r}")
+            if isinstance(index, Index):
+                unknown = ((n, index.entry(n).label) for n in np.flatnonzero(index.labels < 0).tolist())
+                bad += [f"{split}\t{index.id(n)}\tunknown label {label!r}" for n, label in unknown]
     found = survey(splits, video=video, measured=measured)
     print(found.table())
     if bad:
@@ -249,7 +276,7 @@ def check(
     return 1 if bad or found.errors else 0
 
 
-def _measure_all(index: Index, workers: int) -> Generator[Measured]:
+def _measure_all(index: Index | IdxImages, workers: int) -> Generator[Measured]:
     """Measure every example, in order; continue if one of them kills the process that decodes it."""
     return in_processes(
         lambda number, note: measure(index, number),

@@ -297,7 +297,7 @@ def test_motions_come_in_time_reversed_pairs():
     assert (first == again).all() and first.shape == (8, 24, 24, 3)
     assert (first != clips[18].frames(range(8))).any()
 
-    square, turned = (source._turned(source._scans[0], degrees) for degrees in (0.0, 90.0))
+    square, turned = (source._turned(source._sprites[0], degrees) for degrees in (0.0, 90.0))
     np.testing.assert_allclose(turned, np.rot90(square), atol=1e-5)  # counterclockwise
     left, right = (_angles(label) for label in (8, 9))
     assert (left > 0).all() and (right < 0).all()
@@ -314,9 +314,9 @@ def _angles(label):
     return np.angle(np.divide(centres[1:], centres[:-1]))
 
 
-def test_validation_clips_show_training_scans():
+def test_validation_clips_show_training_sprites():
     train, test, tune = (MovingDigits(split, 8, seed=0) for split in ("train", "test", "tune"))
-    assert len(tune._scans) == len(train._scans) == 1437 and len(test._scans) == 360
+    assert len(tune._sprites) == len(train._sprites) == 1437 and len(test._sprites) == 360
     pixels = [source.open(0)[0].frames(range(8)) for source in (train, test, tune)]
     assert (pixels[2] != pixels[0]).any() and (pixels[2] != pixels[1]).any()
     assert (MovingDigits("tune", 8, seed=5).open(0)[0].frames(range(8)) == pixels[2]).all()

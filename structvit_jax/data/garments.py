@@ -1,0 +1,47 @@
+"""Photographs of garments in synthetic motion: Fashion-MNIST, or other grey images in IDX files.
+
+Validation clips ("tune") show training images.
+"""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+
+from structvit_jax.data import idx
+from structvit_jax.data.folder import Layout
+from structvit_jax.data.motion import Drift, DriftOrTurn
+from structvit_jax.utils.errors import UserError
+
+_SIDE = 16  # of a garment, in pixels
+
+
+class MovingGarments(Drift):
+    """Clips of one drifting garment, 8 frames of 32 x 32 pixels; see `Drift`."""
+
+    name = "moving_garments"
+
+    def __init__(self, root: str, split: str, examples: int, seed: int):
+        super().__init__(*_sprites(self.name, root, split), split, examples, seed)
+
+
+class GarmentMotions(DriftOrTurn):
+    """Clips of a garment that drifts or turns, 8 frames of 32 x 32 pixels; see `DriftOrTurn`."""
+
+    name = "garment_motions"
+
+    def __init__(self, root: str, split: str, examples: int, seed: int):
+        super().__init__(*_sprites(self.name, root, split), split, examples, seed)
+
+
+def _sprites(name: str, root: str, split: str) -> tuple[np.ndarray, str]:
+    """Return the images that clips of a split show, and the digests of their files.
+
+    The images are float32 [images, side, side], grey from 0 to 1.
+    """
+    if not idx.is_idx(root):
+        raise UserError(f"{name}: set --config.data.root to a folder of IDX files, such as Fashion-MNIST")
+    train, test = idx.find_splits(Layout(root))
+    arrays = idx.read_split(root, test if split == "test" else train)
+    sprites = [cv2.resize(image, (_SIDE, _SIDE), interpolation=cv2.INTER_AREA) for image in arrays.images]
+    return np.stack(sprites).astype(np.float32) / 255, str(arrays)
