@@ -6,6 +6,7 @@ are tested on small files of the documented format; the full sets were not avail
 
 from __future__ import annotations
 
+import collections
 import csv
 import functools
 import os
@@ -121,13 +122,16 @@ def finegym(annotations: str, media: str, classes: int) -> Annotations:
     """Read lists of clips, a list of categories, and a JSON file with the times of all events and clips.
 
     A line of a list of clips is "VIDEO_E_START_END_A_START_END LABEL"; a line of the list of categories is
-    "Clabel: N; ...; (XX) NAME". Media files are whole videos, VIDEO.mp4. The times of a clip are relative to
-    the start of its event.
+    "Clabel: N; ...; (XX) NAME". Categories with the same name become the classes "NAME [N]". Media files are
+    whole videos, VIDEO.mp4. The times of a clip are relative to the start of its event.
     """
     lines = _lines(_find(annotations, f"gym{classes}_categories.txt"))
     matches = [re.match(r"Clabel:\s*(\d+);.*?(\([A-Z]+\).*)", line) for line in lines]
     numbered = {int(match[1]): match[2].strip() for match in matches if match}
-    names = tuple(numbered[number] for number in sorted(numbered))
+    counts = collections.Counter(numbered.values())
+    names = tuple(
+        name if counts[name] == 1 else f"{name} [{label}]" for label, name in sorted(numbered.items())
+    )
     if len(names) != classes:
         raise UserError(f"gym{classes}_categories.txt has {len(names)} classes instead of {classes}")
     events = _json(_find(annotations, "finegym_annotation_info_v1.1.json"))
@@ -185,8 +189,8 @@ DATA_SETS = {
     "something_v1": DataSet(something_v1, {"train": 86_017, "val": 11_522}),
     "something_v2": DataSet(something_v2, {"train": 168_913, "val": 24_777}),
     "diving48": DataSet(diving48, {"train": 15_027, "val": 1_970}),
-    "finegym99": DataSet(functools.partial(finegym, classes=99), {"train": 20_484, "val": 8_521}),
-    "finegym288": DataSet(functools.partial(finegym, classes=288), {}),
+    "finegym99": DataSet(functools.partial(finegym, classes=99), {"train": 26_320, "val": 8_521}),
+    "finegym288": DataSet(functools.partial(finegym, classes=288), {"train": 29_334, "val": 9_646}),
     "imagenet": DataSet(imagenet, {"train": 1_281_167, "val": 50_000}),
 }
 
