@@ -118,12 +118,12 @@ KEYS: dict[str, Key] = {
     **_model_keys(),
     # The data and how to read them.
     "data.name": Key("moving_digits", "a data set: see structvit_jax.data.SOURCES"),
-    "data.root": Key("", "folder with the splits of the data set 'folder'"),
+    "data.root": Key("", "folder of the data set: its splits, or the IDX files whose images move"),
     "data.train_split": Key("train", "training split below the root: a folder of class folders, or a list"),
     "data.test_split": Key(
         "val",
-        "test split, in the same form; moving_digits and digit_motions also have 'tune', validation clips of"
-        " training scans",
+        "test split, in the same form; 'tune' holds out training images of IDX files; of generated clips, it"
+        " is validation clips of training images",
     ),
     "data.val_fraction": Key(
         0.0,

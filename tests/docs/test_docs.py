@@ -6,9 +6,11 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from blocks import PAGES, blocks
 from conftest import ROOT
+from idx_files import write_split
 
 from structvit_jax import data
 from structvit_jax.cli import COMMANDS, show
@@ -29,8 +31,18 @@ def own_clips(tmp_path_factory):
     return str(root)
 
 
+@pytest.fixture(scope="module")
+def own_images(tmp_path_factory):
+    """IDX files of ten classes, for configurations of Fashion-MNIST."""
+    root = tmp_path_factory.mktemp("images")
+    images, labels = np.zeros((20, 28, 28), np.uint8), np.arange(20, dtype=np.uint8) % 10
+    for split in ("train", "t10k"):
+        write_split(root, split, images, labels)
+    return str(root)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
-def test_configurations_build(name, own_clips):
+def test_configurations_build(name, own_clips, own_images):
     """Every configuration makes its data and its model, and the two fit."""
     namespace: dict = {}
     exec(compile(CONFIGS[name], name, "exec"), namespace)
@@ -42,7 +54,7 @@ def test_configurations_build(name, own_clips):
         automatic.fill(config, automatic.DataFacts(9, 9, 64, 64, 16))
     check_config(config)
     if config.data.name not in BUILT_IN:
-        config.data.root = own_clips
+        config.data.root = own_images if config.data.root else own_clips
     dataset = data.load(config.data, config.augment)
     assert "total" in show.describe(config, dataset)
 
