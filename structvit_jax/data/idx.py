@@ -103,7 +103,7 @@ class IdxImages:
 
 def is_idx(root: str) -> bool:
     """Return whether a folder holds IDX files."""
-    return os.path.isdir(root) and bool(_split_names(root))
+    return bool(_split_names(root))
 
 
 def read_splits(layout: Layout) -> tuple[IdxImages, IdxImages]:
@@ -118,10 +118,9 @@ def read_splits(layout: Layout) -> tuple[IdxImages, IdxImages]:
     if not test_name:
         count, fraction = len(arrays.labels), _TUNE_FRACTION if layout.test == _TUNE else layout.val_fraction
         held = np.random.default_rng(0).permutation(count)[: max(round(count * fraction), 1)]
-        left = np.setdiff1d(np.arange(count), held)
-        return IdxImages(train_name, arrays, classes, left), IdxImages(
-            train_name, arrays, classes, np.sort(held)
-        )
+        parts = np.setdiff1d(np.arange(count), held), np.sort(held)
+        left, out = (IdxImages(train_name, arrays, classes, part) for part in parts)
+        return left, out
     test = read_split(layout.root, test_name, layout.limits)
     for label in set(test.labels.tolist()).difference(label for label, _ in classes):
         raise UserError(f"{layout.join(test_name)}: label {label} is not a class of {train_name}")
@@ -147,21 +146,28 @@ def find_splits(layout: Layout) -> tuple[str, str]:
         if len(found) > 1:
             raise UserError(f"{layout.root} has several data sets; choose one: {option}={' or '.join(found)}")
         train = found[0] if found else train
-    kind = f"split of the IDX files in {layout.root} ({{}})"
-    check_choice(kind.format(option), train, names)
+    check_choice(f"split of the IDX files in {layout.root} ({option})", train, names)
     if layout.test == _TUNE:
         return train, ""
     base = train.removesuffix("train")
     candidates = [base + "t10k", base + "test"] if layout.test in ("val", "test") else [layout.test]
     test = next((name for name in candidates if name in names), "")
     if not test and not layout.val_fraction:
-        check_choice(kind.format(f"{layout.option}test_split"), candidates[0], names)
+        check_choice(
+            f"split of the IDX files in {layout.root} ({layout.option}test_split)", candidates[0], names
+        )
     return train, test
 
 
 def _split_names(root: str) -> list[str]:
-    """Return the names of the splits whose files of images are in a folder, sorted."""
-    matches = (_FILE.fullmatch(name) for name in os.listdir(root))
+    """Return the names of the splits whose files of images are in a folder, sorted.
+
+    There are none in a folder that cannot be read; `structvit_jax.data.folder` reports it.
+    """
+    try:
+        matches = [_FILE.fullmatch(name) for name in os.listdir(root)]
+    except OSError:
+        return []
     return sorted({match[1] for match in matches if match and match[2] == "images"})
 
 
