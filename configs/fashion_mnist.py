@@ -3,7 +3,13 @@
     apt-get install dataset-fashion-mnist
     structvit train --config=fashion_mnist
     structvit train --config=fashion_mnist:uniformer
-    structvit ablate --config=fashion_mnist
+
+Data: the IDX files of Debian and Ubuntu. If they are elsewhere, set --config.data.root. The argument is the
+model: structvit (the default), convsa (D = 1), uniformer (plain attention in its place) or attention (a DeiT,
+which has no convolutions). Settings were chosen on 5,000 images split off the training set
+(--config.data.test_split=tune), not on the test set. Measured so far: top-1 0.933 on these 5,000 images after
+training on 690,000 images, in 24 minutes on two cores of an AMD EPYC (float32, Python 3.11, JAX 0.10.2,
+November 2026; one run). The test set has not been scored yet.
 """
 
 import ml_collections
@@ -11,7 +17,7 @@ import ml_collections
 from structvit_jax.config import default_config
 from structvit_jax.utils.errors import check_choice
 
-ARMS = {
+MODELS = {
     "structvit": "structvit_tiny_4_1",
     "convsa": "structvit_tiny_1_1",
     "uniformer": "uniformer_tiny",
@@ -19,24 +25,29 @@ ARMS = {
 }
 
 
-def get_config(arm: str = "structvit") -> ml_collections.ConfigDict:
+def get_config(model: str = "structvit") -> ml_collections.ConfigDict:
     config = default_config()
-    config.model.name = ARMS[check_choice("arm", arm or "structvit", ARMS)]
-    if arm == "attention":
-        config.model.patch, config.model.image_size = 4, 28
+    config.model.name = MODELS[check_choice("model", model or "structvit", MODELS)]
+    config.model.head_width = 32
+    if model == "attention":
+        config.model.depths, config.model.widths = (5,), (128,)
+        config.model.patch, config.model.image_size = 4, 32
+    else:
+        config.model.depths, config.model.widths = (1, 1, 2, 1), (32, 64, 128, 160)
+
     config.data.name = "folder"
     config.data.root = "/usr/share/datasets/fashion-mnist"
     config.data.frames = 0
-    config.data.size = 28
-    config.data.batch_size = 128
+    config.data.size = 32
+    config.data.batch_size = 64
     config.data.mean = (0.286, 0.286, 0.286)
     config.data.std = (0.353, 0.353, 0.353)
-    config.augment.crop_area = (0.7, 1.0)
+    config.augment.crop_area = (0.85, 1.0)
     config.augment.crop_aspect = (0.8, 1.25)
     config.augment.flip = 0.5
-    config.train.duration = "20 epochs"
-    config.train.label_smoothing = 0.1
-    config.optimizer.lr = 3e-3
-    config.optimizer.warmup = "1 epochs"
+
+    config.train.duration = "12 epochs"
+    config.optimizer.lr = 2e-3
+    config.optimizer.warmup = "0.5 epochs"
     config.checkpoint.every = "1 epochs"
     return config
