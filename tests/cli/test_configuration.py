@@ -185,7 +185,7 @@ def test_configurations_of_the_package_are_found_everywhere(name, tmp_path, monk
     [
         ("digist", "no configuration file (.py) at 'digist'. Did you mean 'digits'?"),
         ("configs/moving_digts.py", "Did you mean 'configs/moving_digits.py' or "),
-        ("configs", "Known: ablate_digits, ablations"),
+        ("configs", "Known: ablate_digits, ablate_garments, ablations"),
         ("a/configs/digits.py", "no configuration file (.py) at 'a/configs/digits.py'."),
         ("README.md", "no configuration file (.py) at 'README.md'."),
         ("x" * 300 + "/file.py", "no configuration file (.py) at "),

@@ -5,7 +5,6 @@ import json
 import cv2
 import numpy as np
 import pytest
-from conftest import structvit
 from idx_files import write_split
 from sklearn.datasets import load_digits
 
@@ -22,16 +21,15 @@ def digits(tmp_path_factory):
     return root
 
 
-def test_short_run(digits, tmp_path):
-    code = structvit(
-        "train",
-        "--config=fashion_mnist",
+def test_short_run(digits, tmp_path, command):
+    run = command(
+        "--config=configs/fashion_mnist.py",
         f"--config.data.root={digits}",
         f"--workdir={tmp_path}",
         "--config.train.duration=45 steps",
         "--config.optimizer.warmup=5 steps",
         "--config.data.batch_size=32",
     )
-    assert code == 0
+    assert run.returncode == 0, run.stderr
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["top1"] > 0.75  # chance: 0.1
