@@ -30,7 +30,7 @@ def get_config(model: str = "structvit") -> ml_collections.ConfigDict:
     config.model.name = MODELS[check_choice("model", model or "structvit", MODELS)]
     config.model.head_width = 32
     if model == "attention":
-        config.model.depths, config.model.widths = (5,), (128,)
+        config.model.depths, config.model.widths = (5,), (96,)
         config.model.patch, config.model.image_size = 4, 32
     else:
         config.model.depths, config.model.widths = (1, 1, 2, 1), (32, 64, 128, 160)

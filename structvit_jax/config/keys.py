@@ -118,12 +118,12 @@ KEYS: dict[str, Key] = {
     **_model_keys(),
     # The data and how to read them.
     "data.name": Key("moving_digits", "a data set: see structvit_jax.data.SOURCES"),
-    "data.root": Key("", "folder of the data set: its splits, or the IDX files whose images move"),
+    "data.root": Key("", "folder of the data set: its splits, or IDX files for moving garments"),
     "data.train_split": Key("train", "training split below the root: a folder of class folders, or a list"),
     "data.test_split": Key(
         "val",
-        "test split, in the same form; 'tune' holds out training images of IDX files; of generated clips, it"
-        " is validation clips of training images",
+        "test split, in the same form; 'tune' is a validation split: held-out training images of IDX files,"
+        " or other clips of the training images of moving digits and garments",
     ),
     "data.val_fraction": Key(
         0.0,

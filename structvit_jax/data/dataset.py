@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from structvit_jax.data import folder, idx, pipeline
+from structvit_jax.data import folder, idx_files, pipeline
 from structvit_jax.data.cached_source import open_cache
 from structvit_jax.data.digits import DigitMotions, Digits, MovingDigits
 from structvit_jax.data.fingerprint import Changes, Fingerprint, compare, fingerprint_of
@@ -131,7 +131,7 @@ def is_video(section: Any) -> bool:
     layout = _layout(options)
     if shards := find_shards(layout.root):
         return _open_shards(shards, layout)[0].is_video
-    if idx.is_idx(layout.root):
+    if idx_files.is_idx(layout.root):
         return False
     return folder.is_video(layout)
 
@@ -177,8 +177,8 @@ def sources(section: Any, seed: int = 0) -> tuple[Source, Source]:
     if name == "folder":
         if shards := find_shards(layout.root):
             return _open_shards(shards, layout)
-        if idx.is_idx(layout.root):
-            return idx.read_splits(layout)
+        if idx_files.is_idx(layout.root):
+            return idx_files.read_splits(layout)
         return folder.read_splits(layout, video=options.frames > 0)
     if name.startswith("tfds:"):
         from structvit_jax.data import tfds_reader  # imported here: importing TFDS takes seconds

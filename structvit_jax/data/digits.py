@@ -47,7 +47,7 @@ class MovingDigits(Drift):
     name = "moving_digits"
 
     def __init__(self, split: str, examples: int, seed: int):
-        super().__init__(_sprites(split), "", split, examples, seed)
+        super().__init__(_sprites(split), split, examples, seed)
 
 
 class DigitMotions(DriftOrTurn):
@@ -56,7 +56,7 @@ class DigitMotions(DriftOrTurn):
     name = "digit_motions"
 
     def __init__(self, split: str, examples: int, seed: int):
-        super().__init__(_sprites(split), "", split, examples, seed)
+        super().__init__(_sprites(split), split, examples, seed)
 
 
 class Digits:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
-from structvit_jax.data import idx
+from structvit_jax.data import idx_files
 from structvit_jax.data.folder import Layout
 from structvit_jax.data.motion import Drift, DriftOrTurn
 from structvit_jax.utils.errors import UserError
@@ -22,7 +22,8 @@ class MovingGarments(Drift):
     name = "moving_garments"
 
     def __init__(self, root: str, split: str, examples: int, seed: int):
-        super().__init__(*_sprites(self.name, root, split), split, examples, seed)
+        sprites, origin = _sprites(self.name, root, split)
+        super().__init__(sprites, split, examples, seed, origin)
 
 
 class GarmentMotions(DriftOrTurn):
@@ -31,7 +32,8 @@ class GarmentMotions(DriftOrTurn):
     name = "garment_motions"
 
     def __init__(self, root: str, split: str, examples: int, seed: int):
-        super().__init__(*_sprites(self.name, root, split), split, examples, seed)
+        sprites, origin = _sprites(self.name, root, split)
+        super().__init__(sprites, split, examples, seed, origin)
 
 
 def _sprites(name: str, root: str, split: str) -> tuple[np.ndarray, str]:
@@ -39,9 +41,9 @@ def _sprites(name: str, root: str, split: str) -> tuple[np.ndarray, str]:
 
     The images are float32 [images, side, side], grey from 0 to 1.
     """
-    if not idx.is_idx(root):
+    if not idx_files.is_idx(root):
         raise UserError(f"{name}: set --config.data.root to a folder of IDX files, such as Fashion-MNIST")
-    train, test = idx.find_splits(Layout(root))
-    arrays = idx.read_split(root, test if split == "test" else train)
+    train, test = idx_files.find_splits(Layout(root))
+    arrays = idx_files.read_split(root, test if split == "test" else train)
     sprites = [cv2.resize(image, (_SIDE, _SIDE), interpolation=cv2.INTER_AREA) for image in arrays.images]
-    return np.stack(sprites).astype(np.float32) / 255, str(arrays)
+    return np.stack(sprites).astype(np.float32) / 255, arrays.digests_text

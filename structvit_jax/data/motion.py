@@ -23,8 +23,8 @@ class Drift(Generated):
 
     Args:
       sprites: float32 [sprites, side, side], grey from 0 to 1. Frames are twice as high and wide.
-      origin: identifies the sprites in a fingerprint, if `name` and the split do not.
       split, examples, seed: see `Generated`.
+      origin: identifies the sprites in a fingerprint, if `name` and the split do not.
     """
 
     class_names: tuple[str, ...] = tuple(f"{45 * d} degrees" for d in range(8))
@@ -32,13 +32,14 @@ class Drift(Generated):
     _speed = 0.75, 1.75  # pixels per frame
     _noise = 0.05
 
-    def __init__(self, sprites: np.ndarray, origin: str, split: str, examples: int, seed: int):
+    def __init__(self, sprites: np.ndarray, split: str, examples: int, seed: int, origin: str = ""):
         super().__init__(split, examples, seed)
         self._sprites, self._origin, self._side = sprites, origin, 2 * sprites.shape[-1]
 
     @property
     def made_from(self) -> str:
-        return super().made_from + (self._origin and f", {self._origin}")
+        made_from = super().made_from
+        return f"{made_from}, {self._origin}" if self._origin else made_from
 
     def open(self, index: int) -> tuple[InMemoryFrames, int]:
         rng = np.random.default_rng((*self._entropy, index))
@@ -95,15 +96,19 @@ class DriftOrTurn(Drift):
     _turn = 2.0, 16.0  # degrees per frame
     _noise = 0.12
 
-    def __init__(self, sprites: np.ndarray, origin: str, split: str, examples: int, seed: int):
-        super().__init__(sprites, origin, split, examples, seed)
-        self._edge = sprites.shape[-1] // 4  # in pixels
-
     def _clip(self, rng: np.random.Generator, label: int) -> np.ndarray:
         moving = self._moving(rng, label)
         still = self._turned(self._draw(rng), rng.uniform(0, 360))
         place = rng.uniform(0, self._side, (1, 2))
         return np.maximum(moving, rng.uniform(0.0, 0.7) * self._placed(still, place))
+
+    def _draw(self, rng: np.random.Generator) -> np.ndarray:
+        """Return a random sprite in a square that has room for its corners: 3/2 of its side."""
+        sprite = super()._draw(rng)
+        edge, side = len(sprite) // 4, len(sprite)
+        square = np.zeros((side + 2 * edge, side + 2 * edge), sprite.dtype)
+        square[edge : edge + side, edge : edge + side] = sprite
+        return square
 
     def _moving(self, rng: np.random.Generator, label: int) -> np.ndarray:
         sprite, start = self._draw(rng), rng.uniform(0, self._side, 2)
@@ -117,9 +122,8 @@ class DriftOrTurn(Drift):
             corners = start + self._steps(0, 0.0)
         return rng.uniform(0.6, 1.0) * self._placed(pictures, corners)
 
-    def _turned(self, sprite: np.ndarray, degrees: float) -> np.ndarray:
-        """Rotate a sprite counterclockwise, with a border that leaves room for its corners."""
-        square = np.pad(sprite, self._edge)
+    def _turned(self, square: np.ndarray, degrees: float) -> np.ndarray:
+        """Rotate a square picture counterclockwise."""
         middle = (len(square) - 1) / 2
         turn = cv2.getRotationMatrix2D((middle, middle), degrees, 1.0)
         return cv2.warpAffine(square, turn, square.shape)

@@ -14,9 +14,9 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from structvit_jax.data import folder, idx
+from structvit_jax.data import folder, idx_files
 from structvit_jax.data.annotations import DATA_SETS, read_annotations
-from structvit_jax.data.idx import IdxImages
+from structvit_jax.data.idx_files import IdxImages
 from structvit_jax.data.image import IMAGES
 from structvit_jax.data.index import LABELS, Index, class_names_of, read_list
 from structvit_jax.data.media import configure_decoding
@@ -59,7 +59,7 @@ def run(request: Request) -> int:
         )
     check_local(request.out)
     configure_decoding()
-    if request.source == "folder" and idx.is_idx(request.paths[0]):
+    if request.source == "folder" and idx_files.is_idx(request.paths[0]):
         return _check_idx(request)
     if request.source == "folder":
         splits, video = _read_folder(request)
@@ -83,7 +83,7 @@ def _check_idx(request: Request) -> int:
     root = request.paths[0]
     if request.out:
         raise UserError(f"{root} has IDX files, which are read without lists; replace --out by --check")
-    train, test = idx.read_splits(_layout(request))
+    train, test = idx_files.read_splits(_layout(request))
     splits = {_split_name(request.train_split): train, _split_name(request.test_split): test}
     return check(
         splits, request.workers, _report_path(request), video=False, next_command=_next_command(request)

@@ -297,7 +297,8 @@ def test_motions_come_in_time_reversed_pairs():
     assert (first == again).all() and first.shape == (8, 24, 24, 3)
     assert (first != clips[18].frames(range(8))).any()
 
-    square, turned = (source._turned(source._sprites[0], degrees) for degrees in (0.0, 90.0))
+    sprite = source._draw(np.random.default_rng(0))
+    square, turned = (source._turned(sprite, degrees) for degrees in (0.0, 90.0))
     np.testing.assert_allclose(turned, np.rot90(square), atol=1e-5)  # counterclockwise
     left, right = (_angles(label) for label in (8, 9))
     assert (left > 0).all() and (right < 0).all()

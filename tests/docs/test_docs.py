@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from blocks import PAGES, blocks
 from conftest import ROOT
-from idx_files import write_split
+from idx_writer import write_split
 
 from structvit_jax import data
 from structvit_jax.cli import COMMANDS, show

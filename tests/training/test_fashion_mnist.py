@@ -5,7 +5,7 @@ import json
 import cv2
 import numpy as np
 import pytest
-from idx_files import write_split
+from idx_writer import write_split
 from sklearn.datasets import load_digits
 
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from clips import load, same, take
 from conftest import structvit
-from idx_files import idx_bytes, write_split
+from idx_writer import idx_bytes, write_split
 
-from structvit_jax.data import idx
+from structvit_jax.data import idx_files
 from structvit_jax.data.digits import MovingDigits
 from structvit_jax.data.garments import GarmentMotions, MovingGarments
 from structvit_jax.utils.errors import UserError
@@ -72,7 +72,7 @@ def test_batches_do_not_depend_on_workers(root):
 
 
 def test_class_names(root, monkeypatch):
-    monkeypatch.setitem(idx._CLASSES, hashlib.sha256(idx_bytes(LABELS)).hexdigest(), ("a", "b", "c"))
+    monkeypatch.setitem(idx_files._CLASSES, hashlib.sha256(idx_bytes(LABELS)).hexdigest(), ("a", "b", "c"))
     assert dataset(root).class_names == ("a", "b", "c")
     (root / "labels.txt").write_text("x\ny\nz\n")
     assert dataset(root).class_names == ("x", "y", "z")
@@ -82,7 +82,7 @@ def test_class_names(root, monkeypatch):
 
 
 def test_published_classes_of_fashion_mnist():
-    (names,) = idx._CLASSES.values()
+    (names,) = idx_files._CLASSES.values()
     assert len(names) == 10 and names[0] == "T-shirt/top" and names[9] == "Ankle boot"
 
 

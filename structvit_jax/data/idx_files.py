@@ -33,7 +33,8 @@ from structvit_jax.utils.failures import DecodeError
 _FILE = re.compile(r"(.+)-(images|labels)[-.]idx[13]-ubyte(?:\.gz)?")
 _UINT8 = b"\0\0\x08"  # beginning of a file whose values are bytes
 _MOST_COMPRESSED = 1032  # largest ratio that gzip reaches
-_TUNE, _TUNE_FRACTION = "tune", 1 / 12  # 5,000 of 60,000 images
+_TUNE = "tune"
+_TUNE_FRACTION = 1 / 12  # 5,000 of 60,000 images
 _SHOWN = 16  # digits of a digest in messages
 # Names of the classes, by SHA-256 of the decompressed training labels.
 _CLASSES = {
@@ -51,7 +52,9 @@ class IdxArrays(NamedTuple):
     labels: np.ndarray  # uint8 [examples]
     digests: tuple[str, str]  # SHA-256 of the decompressed files of images and of labels, hexadecimal
 
-    def __str__(self) -> str:
+    @property
+    def digests_text(self) -> str:
+        """The beginnings of the digests, for messages and fingerprints."""
         images, labels = (digest[:_SHOWN] for digest in self.digests)
         return f"SHA-256 of images {images}, of labels {labels} (decompressed)"
 
@@ -81,8 +84,8 @@ class IdxImages:
     ):
         self._name, self._numbers = name, np.arange(len(arrays.labels))
         self._images, labels = arrays.images, arrays.labels
-        self.notes = (f"{name}: {arrays}",)
-        self.made_from = f"IDX files {name}, {arrays}"
+        self.notes = (f"{name}: {arrays.digests_text}",)
+        self.made_from = f"IDX files {name}, {arrays.digests_text}"
         if numbers is not None:
             self._numbers, self._images, labels = numbers, self._images[numbers], labels[numbers]
             digest = hashlib.sha256(numbers.astype("<i8").tobytes()).hexdigest()
@@ -239,7 +242,7 @@ def _classes(root: str, name: str, train: IdxArrays) -> list[tuple[int, str]]:
     try:  # lines of the label and the code of one character, or of both cases of a letter
         with open(mapping, encoding="ascii") as file:
             rows = sorted([int(number) for number in line.split()] for line in file if line.strip())
-        classes = [(label, "".join(map(chr, codes))) for label, *codes in rows]
+        classes = [(label, "".join(map(chr, (code, *more)))) for label, code, *more in rows]
     except (OSError, ValueError, OverflowError) as error:
         raise UserError(f"{mapping} is not a list of labels and codes of characters: {error}") from error
     for label in set(train.labels.tolist()).difference(label for label, _ in classes):
