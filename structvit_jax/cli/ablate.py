@@ -54,10 +54,10 @@ class _Rates(click.ParamType):
     "--tune_seeds",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Runs per learning rate, scored on validation clips.",
+    help="Runs per learning rate, scored on validation examples.",
 )
 @click.option(
-    "--seeds", type=click.IntRange(min=1), metavar="N", help="Runs per arm, scored on held-out test clips."
+    "--seeds", type=click.IntRange(min=1), metavar="N", help="Runs per arm, scored on held-out test examples."
 )
 @click.option(
     "--rounds",
@@ -69,10 +69,10 @@ def command(arguments: ConfigArguments, **chosen: Any) -> None:
 
     An arm is a variant of the configuration: a name, and the keys that it changes. The dictionary STUDY in
     the configuration file sets the arms and the other options; the command line overrides it. The learning
-    rate of each arm is selected on validation clips. Then the arm is trained with several seeds and scored on
-    held-out test clips. Differences between arms are reported with confidence intervals. After each arm,
-    ablation.md (tables), ablation.json (all runs) and ablation.png are written to the workdir. Re-run the
-    command to resume.
+    rate of each arm is selected on validation examples. Then the arm is trained with several seeds and scored
+    on held-out test examples. Differences between arms are reported with confidence intervals. After each
+    arm, ablation.md (tables), ablation.json (all runs) and ablation.png are written to the workdir. Re-run
+    the command to resume.
 
     \b
     Example:

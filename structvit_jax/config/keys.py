@@ -227,7 +227,12 @@ KEYS: dict[str, Key] = {
         1, "number of parts of a batch, computed one after another to save memory", _at_least(1)
     ),
     "train.max_skipped": Key(10, "non-finite steps in a row before the run stops", _at_least(1)),
-    # AdamW and its schedule.
+    # The optimizer and its schedule.
+    "optimizer.name": Key(
+        "adamw",
+        "adamw, as in the paper; or muon: orthogonalised updates of matrices, AdamW for all others",
+        _one_of("adamw", "muon"),
+    ),
     "optimizer.lr": Key(1e-3, "peak learning rate", _POSITIVE),
     "optimizer.warmup": Key("0 steps", "duration of the linear warm-up from warmup_lr to lr"),
     "optimizer.warmup_lr": Key(1e-6, "learning rate at step 0", _NOT_NEGATIVE),

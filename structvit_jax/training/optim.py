@@ -1,4 +1,4 @@
-"""AdamW with UniFormer's weight decay, the learning rate schedule, frozen weights and layer-wise rates."""
+"""AdamW and Muon, UniFormer's weight decay, the learning rate, frozen weights and layer-wise rates."""
 
 from __future__ import annotations
 
@@ -18,9 +18,12 @@ from structvit_jax.utils.errors import UserError
 
 T = TypeVar("T")
 
+_MUON_MOMENTUM = 0.95
+_MUON_RMS = 0.2  # root mean square of an update: about that of AdamW, so both take the same learning rates
+
 
 class Optimizer(NamedTuple):
-    """AdamW over the parameters that are not frozen."""
+    """An optimizer of the parameters that are not frozen."""
 
     transform: optax.GradientTransformationExtraArgs
     frozen: frozenset[str] = frozenset()  # names of parameters
@@ -70,7 +73,7 @@ def decays(name: str, array: jax.Array) -> bool:
 def make_optimizer(
     config: ml_collections.ConfigDict, names: Collection[str] = (), depths: Sequence[int] = ()
 ) -> Optimizer:
-    """Return AdamW without the learning rate.
+    """Return AdamW or Muon without the learning rate.
 
     The train step multiplies the updates by the learning rate and subtracts them from the parameters. If
     `clip_norm` is set, gradients are clipped by their global norm first.
@@ -89,7 +92,8 @@ def make_optimizer(
         return {name: decays(name, array) for name, array in params.items()}
 
     transforms = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
-    transforms += [_adam(config.b1, config.b2, config.eps)]
+    adam = _adam(config.b1, config.b2, config.eps)
+    transforms += [_muon(adam) if config.name == "muon" else adam]
     transforms += [optax.add_decayed_weights(config.weight_decay, mask=decay_mask)]
     if config.layer_decay != 1:
         rates = layer_rates(names, depths, config.layer_decay)
@@ -154,3 +158,57 @@ def _adam(b1: float, b2: float, eps: float) -> optax.GradientTransformationExtra
         return jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mean, square), new
 
     return optax.GradientTransformationExtraArgs(adam.init, update)
+
+
+def is_matrix(name: str, array: jax.Array) -> bool:
+    """Return whether Muon updates a parameter: kernels that mix channels, except those of the heads.
+
+    These are linear layers and the convolutions of patch embeddings. Depthwise and structure kernels do not
+    mix channels; Adam updates them and all other parameters.
+    """
+    return name.endswith(".kernel") and not re.match(r"(aux_)?head\.", name) and array.shape[-2] > 1
+
+
+def _muon(adam: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
+    """Return Muon (Jordan et al., 2024): optax's, with `adam` for the parameters that are not matrices.
+
+    The momentum of a matrix, [inputs, outputs] with the window of a convolution among its inputs, is replaced
+    by a matrix with nearly the same singular vectors and singular values near one. It is scaled as by Liu et
+    al. (2025, arXiv 2502.16982), so that its root mean square does not depend on its shape.
+    """
+
+    def dimensions(params: optax.Params) -> dict[str, optax.contrib.MuonDimensionNumbers]:
+        return {
+            name: optax.contrib.MuonDimensionNumbers(tuple(range(array.ndim - 1)), array.ndim - 1)
+            for name, array in params.items()
+        }
+
+    muon = optax.contrib.scale_by_muon(beta=_MUON_MOMENTUM, weight_dimension_numbers=dimensions)
+
+    def parts(tree: optax.Params) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+        """Return the matrices and the other parameters."""
+        matrices = {name: array for name, array in tree.items() if is_matrix(name, array)}
+        return matrices, {name: array for name, array in tree.items() if name not in matrices}
+
+    def init(params: optax.Params) -> optax.OptState:
+        matrices, others = parts(params)
+        return {"muon": muon.init(matrices), "adam": adam.init(others)}
+
+    def update(
+        grads: optax.Updates,
+        old: optax.OptState,
+        params: optax.Params | None = None,
+        *,
+        finite: jax.typing.ArrayLike = True,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        matrices, others = parts(grads)
+        orthogonal, new = muon.update(matrices, old["muon"])
+        new = jax.tree.map(functools.partial(jnp.where, finite), new, old["muon"])
+        scaled = {
+            name: _MUON_RMS * max(array.size // array.shape[-1], array.shape[-1]) ** 0.5 * array
+            for name, array in orthogonal.items()
+        }
+        updates, moments = adam.update(others, old["adam"], finite=finite)
+        return {name: (scaled | updates)[name] for name in grads}, {"muon": new, "adam": moments}
+
+    return optax.GradientTransformationExtraArgs(init, update)

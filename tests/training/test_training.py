@@ -302,6 +302,51 @@ def test_adam_equals_that_of_optax(platform, monkeypatch):
         chex.assert_trees_all_equal(update(not_finite, state, params, finite=False)[1], state)
 
 
+def orthogonalised(matrix):
+    """Five Newton-Schulz iterations with the coefficients of Jordan et al. (2024), in float64."""
+    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    x = x / np.linalg.norm(x)
+    for _ in range(5):
+        square = x @ x.T
+        x = 3.4445 * x + (-4.775 * square + 2.0315 * square @ square) @ x
+    return x.T if matrix.shape[0] > matrix.shape[1] else x
+
+
+def test_muon_orthogonalises_the_momentum_of_matrices():
+    """All others get Adam's updates; a step that is not finite keeps the state."""
+    config = default_config().optimizer
+    config.weight_decay, config.name = 0.0, "muon"
+    rng = np.random.default_rng(0)
+    shapes = {"blocks1.0.mlp.fc1.kernel": (5, 12), "patch_embed1.proj.kernel": (2, 2, 3, 7)}
+    others = {"head.kernel": (7, 3), "blocks1.0.attn.depthwise.kernel": (3, 3, 1, 5), "norm.scale": (5,)}
+    others["blocks3.0.attn.key_kernels"] = (3, 3, 2, 4, 4)
+    params = {name: jnp.ones(shape) for name, shape in (shapes | others).items()}
+    config.name = "adamw"
+    adam = optim.make_optimizer(config).transform
+    config.name = "muon"
+    muon = optim.make_optimizer(config).transform
+    state, adam_state = muon.init(params), adam.init(params)
+    momentum = {name: np.zeros(shape) for name, shape in shapes.items()}
+    update = jax.jit(muon.update)
+    for count in range(1, 4):
+        grads = {name: rng.standard_normal(x.shape, np.float32) for name, x in params.items()}
+        updates, state = update(grads, state, params, finite=True)
+        expected, adam_state = adam.update(grads, adam_state, params)
+        for name, shape in shapes.items():
+            momentum[name] = 0.95 * momentum[name] + 0.05 * grads[name]
+            ahead = 0.95 * momentum[name] / (1 - 0.95 ** (count + 1))  # both without their bias to zero
+            nesterov = ahead + 0.05 * grads[name] / (1 - 0.95**count)
+            matrix = orthogonalised(nesterov.reshape(-1, shape[-1]))
+            singular = np.linalg.svd(matrix, compute_uv=False)
+            assert singular.min() > 0.5 and singular.max() < 1.3
+            wanted = 0.2 * max(matrix.shape) ** 0.5 * matrix.reshape(shape)
+            np.testing.assert_allclose(updates[name], wanted, atol=2e-4)
+        for name in others:
+            np.testing.assert_allclose(updates[name], expected[name], rtol=1e-6)
+        not_finite = jax.tree.map(lambda x: x * jnp.nan, grads)
+        chex.assert_trees_all_equal(update(not_finite, state, params, finite=False)[1], state)
+
+
 def test_gradients_are_clipped_by_their_global_norm():
     config = default_config().optimizer
     config.clip_norm = 1.0

@@ -1,7 +1,7 @@
 """Train the runs of an ablation.
 
-An arm is a variant of the configuration. For each arm, the learning rate is selected on validation clips.
-Then the arm is trained with all seeds and scored on held-out test clips.
+An arm is a variant of the configuration. For each arm, the learning rate is selected on validation examples.
+Then the arm is trained with all seeds and scored on held-out test examples.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class Ablation:
         return seconds
 
     def _tune(self, arm: Arm) -> tuple[float, list[RunResult]]:
-        """Return the rate with the highest mean top-1 on validation clips, and the runs of all rates."""
+        """Return the rate with the highest mean top-1 on validation examples, and the runs of all rates."""
         if len(self._rates) == 1:
             return self._rates[0], []
         tried = [

@@ -18,9 +18,9 @@ from structvit_jax.utils.tables import markdown_table
 
 _NOTE = (
     "Differences are paired by seed, with 95 % confidence intervals of their mean (Student's t over seeds);"
-    " they are **bold** if the interval excludes zero. All runs use the same test clips, so the intervals do"
-    " not include the variation between test sets. By chance, one interval in twenty excludes zero. The time"
-    " of a step is the median time of the compiled train step, measured in rounds that alternate between"
+    " they are **bold** if the interval excludes zero. All runs use the same test examples, so the intervals"
+    " do not include the variation between test sets. By chance, one interval in twenty excludes zero. The"
+    " time of a step is the median time of the compiled train step, measured in rounds that alternate between"
     " arms. It does not include input, which is the same for all arms."
 )
 
@@ -43,7 +43,7 @@ class Outcome(NamedTuple):
     macs: int  # multiply-accumulates of one example
     seconds: float  # per train step, without waiting for input
     lr: float  # the selected learning rate
-    tried: Sequence[RunResult]  # runs with all learning rates, scored on validation clips
+    tried: Sequence[RunResult]  # runs with all learning rates, scored on validation examples
     steps: Sequence[RunResult]  # one run per seed; all arms have the same number of steps or epochs
     time: Sequence[RunResult] = ()  # one run per seed; all arms have the same training time (--same_time)
 
@@ -65,7 +65,7 @@ def compare(values: Sequence[float], base: Sequence[float]) -> Comparison:
     """Return the mean of the paired differences `values` - `base`, with its confidence interval.
 
     The interval assumes that the differences are normally distributed; a few pairs cannot test this. It does
-    not include the variation between test sets, because all runs use the same test clips.
+    not include the variation between test sets, because all runs use the same test examples.
     """
     difference = float(np.subtract(values, base).mean())
     if len(values) < 2:
@@ -131,7 +131,7 @@ def _rates_table(outcomes: Sequence[Outcome]) -> str:
             text = _spread(_top1([run for run in outcome.tried if run.lr == rate]))
             row.append(f"**{text}**" if rate == outcome.lr else text)
         rows.append(row)
-    title = "Top-1 on validation clips by learning rate; the selected rate in **bold**"
+    title = "Top-1 on validation examples by learning rate; the selected rate in **bold**"
     return f"### {title}\n\n{markdown_table(['arm', *(f'{rate:g}' for rate in rates)], rows)}"
 
 
@@ -179,7 +179,7 @@ def plot(outcomes: Sequence[Outcome], chance: float) -> bytes:
                 axes.plot([x - 0.1, x + 0.1], [np.mean(top1)] * 2, color=colour)
     axes.axhline(chance, color="#777777", linestyle=":", label="chance")
     axes.set_xticks(range(len(outcomes)), [outcome.arm.name for outcome in outcomes], rotation=30, ha="right")
-    axes.set_ylabel("top-1 on test clips")
+    axes.set_ylabel("top-1 on test examples")
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
     axes.legend(frameon=False)
     file = io.BytesIO()

@@ -32,8 +32,8 @@ class Study(NamedTuple):
     against: str = ""  # name of the arm that the others are compared with; "" for the first
     same_time: str = ""  # also train all arms for the training time of this arm; "" for no such runs
     lrs: Sequence[float] = ()  # peak learning rates to try for each arm; () for optimizer.lr only
-    tune_seeds: int = 2  # runs per arm and learning rate, scored on validation clips
-    seeds: int = 5  # runs per arm, scored on held-out test clips
+    tune_seeds: int = 2  # runs per arm and learning rate, scored on validation examples
+    seeds: int = 5  # runs per arm, scored on held-out test examples
     rounds: int = 5  # how often the time of a step is measured; the median is used
 
 
