@@ -210,9 +210,10 @@ def test_the_convert_command(tmp_path, command, capsys):
     assert process.returncode == 2 and "--config.init_from=" in process.stderr, process.stderr
 
 
-def test_a_run_with_averaged_weights_resumes_exactly(command, tmp_path):
+def test_a_run_with_muon_and_averaged_weights_resumes_exactly(command, tmp_path):
     """The average is saved and evaluated, and other runs start from it."""
     averaged = [*QUICK, "--config.model.depths=(1,)", "--config.optimizer.ema=0.9"]
+    averaged += ["--config.optimizer.name=muon"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert command(*averaged, f"--workdir={whole}").returncode == 0
     first = Command(tmp_path, *averaged, f"--workdir={killed}")
@@ -234,13 +235,10 @@ def test_a_run_with_averaged_weights_resumes_exactly(command, tmp_path):
     plain = command(*averaged, "--mode=eval", "--config.eval.ema=False", f"--workdir={whole}")
     assert plain.returncode == 0 and result["params_sha256"][:12] not in plain.stdout
 
-    frozen = command(
-        *averaged,
-        "--config.optimizer.freeze=patch_embed.*",
-        "--config.train.duration=14 steps",
-        f"--workdir={whole}",
-    )
-    assert frozen.returncode == 2 and "start another run from it" in frozen.stderr.lower()
+    for change in ("freeze=patch_embed.*", "name=adamw"):
+        other = f"--config.optimizer.{change}"
+        refused = command(*averaged, other, "--config.train.duration=14 steps", f"--workdir={whole}")
+        assert refused.returncode == 2 and "start another run from it" in refused.stderr.lower()
 
 
 def test_a_recipe_asks_for_its_initial_weights(command, tmp_path):

@@ -315,13 +315,12 @@ def orthogonalised(matrix):
 def test_muon_orthogonalises_the_momentum_of_matrices():
     """All others get Adam's updates; a step that is not finite keeps the state."""
     config = default_config().optimizer
-    config.weight_decay, config.name = 0.0, "muon"
+    config.weight_decay = 0.0
     rng = np.random.default_rng(0)
     shapes = {"blocks1.0.mlp.fc1.kernel": (5, 12), "patch_embed1.proj.kernel": (2, 2, 3, 7)}
     others = {"head.kernel": (7, 3), "blocks1.0.attn.depthwise.kernel": (3, 3, 1, 5), "norm.scale": (5,)}
     others["blocks3.0.attn.key_kernels"] = (3, 3, 2, 4, 4)
     params = {name: jnp.ones(shape) for name, shape in (shapes | others).items()}
-    config.name = "adamw"
     adam = optim.make_optimizer(config).transform
     config.name = "muon"
     muon = optim.make_optimizer(config).transform
