@@ -31,23 +31,25 @@ def get_config(model: str = "structvit") -> ml_collections.ConfigDict:
     config.model.head_width = 32
     if model == "attention":
         config.model.depths, config.model.widths = (5,), (96,)
-        config.model.patch, config.model.image_size = 4, 32
+        config.model.patch, config.model.image_size = 8, 56
     else:
-        config.model.depths, config.model.widths = (1, 1, 2, 1), (32, 64, 128, 160)
+        config.model.depths, config.model.widths = (1, 1, 2, 1), (32, 64, 128, 128)
+        config.model.stem, config.model.patch = "conv", 4
 
     config.data.name = "folder"
     config.data.root = "/usr/share/datasets/fashion-mnist"
     config.data.frames = 0
-    config.data.size = 32
-    config.data.batch_size = 64
+    config.data.size = 56  # twice the size of the images: the first convolution has stride 2
+    config.data.batch_size = 128
     config.data.mean = (0.286, 0.286, 0.286)
     config.data.std = (0.353, 0.353, 0.353)
     config.augment.crop_area = (0.85, 1.0)
     config.augment.crop_aspect = (0.8, 1.25)
     config.augment.flip = 0.5
 
-    config.train.duration = "12 epochs"
-    config.optimizer.lr = 2e-3
+    config.train.duration = "16 epochs"
+    config.optimizer.name = "muon"
+    config.optimizer.lr = 8e-3
     config.optimizer.warmup = "0.5 epochs"
     config.checkpoint.every = "1 epochs"
     return config
