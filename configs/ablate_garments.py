@@ -27,7 +27,7 @@ STUDY = {
     ),
     "against": "ConvSA",
     "same_time": "D = 4",
-    "lrs": (2e-3, 4e-3, 8e-3),
+    "lrs": (4e-3, 8e-3),
     "tune_seeds": 3,
     "seeds": 5,
 }
@@ -48,10 +48,10 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.model.name = "deit_tiny_video"
     config.model.patch, config.model.num_frames, config.model.image_size = 4, 4, 32
-    config.train.duration = "800 steps"
+    config.train.duration = "1600 steps"
     config.optimizer.warmup = "100 steps"
     config.optimizer.clip_norm = 1.0
-    config.checkpoint.every = "400 steps"
+    config.checkpoint.every = "800 steps"
     config.checkpoint.keep = 1
 
     return config
