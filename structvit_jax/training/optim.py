@@ -209,6 +209,6 @@ def _muon(adam: optax.GradientTransformationExtraArgs) -> optax.GradientTransfor
             for name, array in orthogonal.items()
         }
         updates, moments = adam.update(others, old["adam"], finite=finite)
-        return {name: (scaled | updates)[name] for name in grads}, {"muon": new, "adam": moments}
+        return scaled | updates, {"muon": new, "adam": moments}
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -119,12 +119,13 @@ def _resume(
     card = checkpoints.card(step)
     adopt_classes(data, card)
     check_data(data, card, path, is_complete=step >= total_steps)
+    before = from_card(card["config"], path).optimizer
     for key in ("name", "freeze"):
-        saved, now = from_card(card["config"], path).optimizer[key], config.optimizer[key]
-        if saved != now:
+        if before[key] != (now := config.optimizer[key]):
             raise UserError(
-                f"config.optimizer.{key} is {now!r}, and {path} was trained with {saved!r}: the state of its"
-                f" optimizer does not fit. Start another run from it: --config.init_from={path} --workdir=..."
+                f"config.optimizer.{key} is {now!r}, and {path} was trained with {before[key]!r}: the state"
+                f" of its optimizer does not fit. Start another run from it: --config.init_from={path}"
+                " --workdir=..."
             )
     advice = "choose another --workdir, or the model that was saved"
     state = checkpoints.state(step, learner.abstract_state(), learner.mesh, advice)
